@@ -1,0 +1,248 @@
+"""Every op in plain eager PyTorch: its meaning, its CPU path, the tests' oracle and a baseline.
+
+Forward and backward are both written out, because a backward kernel needs a definition to be
+tested against as much as a forward one. Nothing here is fused, chunked or tuned. Half-precision
+inputs are accumulated in float32, and a float64 call is a float64 oracle.
+
+Shapes: N layer slices, S context tokens, P query rows (heads x latents), Z latent width,
+E examples, T tokens, D input width, n adapters, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- gated projection ------------------------------------------------------------------------
+
+
+def gated_projection(
+    x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """down(silu(gate(x)) * up(x)) with masked rows read as zeros; see ``gated_projection.py``."""
+    if visible is not None:
+        x = torch.where(visible[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+    hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    return hidden @ down.T
+
+
+def gated_projection_backward(
+    grad: Tensor, x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x (zero at masked rows), gate, up and down; activations are recomputed."""
+    if visible is not None:
+        x = torch.where(visible[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    gated, raised = x @ gate.T, x @ up.T
+    sigmoid = torch.sigmoid(gated)
+    silu = gated * sigmoid
+    d_hidden = grad @ down
+    d_raised = d_hidden * silu
+    d_gated = d_hidden * raised * (sigmoid + silu * (1 - sigmoid))
+    d_x = d_gated @ gate + d_raised @ up
+    if visible is not None:
+        d_x = d_x * visible.reshape(-1, 1)
+    return d_x, d_gated.T @ x, d_raised.T @ x, grad.T @ (silu * raised)
+
+
+# --- perceiver attention ---------------------------------------------------------------------
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of scores and log-sum-exp: float32 over half precision, float64 over anything wider.
+
+    A softmax between two norms is where a float32 network loses its digits: with float32 scores
+    the gradients of the worst conditioned golden network are off by 4e-6, with float64 by 2e-6.
+    """
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
+
+
+def perceiver_attention(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
+    """Absorbed cross-attention over an RMS-normalized context; see ``perceiver_attention.py``."""
+    wide = score_dtype(query.dtype)
+    norm = inv_rms.to(wide)
+    scores = torch.einsum("npz,nsz->nps", query.to(wide), context.to(wide)) * norm[:, None]
+    scores = scores.masked_fill((norm == 0)[:, None], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    # A row that sees nothing has lse = -inf: subtract 0 there, so that exp gives 0 and not NaN.
+    probs = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    out = torch.einsum("nps,nsz->npz", probs * norm[:, None], context.to(wide))
+    return out.to(query.dtype), lse
+
+
+def perceiver_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    context: Tensor,
+    inv_rms: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`perceiver_attention` for query, context and inv_rms."""
+    wide = score_dtype(query.dtype)
+    q, x, norm, d_out = (t.to(wide) for t in (query, context, inv_rms, grad_out))
+    dots = torch.einsum("npz,nsz->nps", q, x)
+    scores = (dots * norm[:, None]).masked_fill((norm == 0)[:, None], -torch.inf)
+    probs = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    d_dots = torch.einsum("npz,nsz->nps", d_out, x)
+    delta = (d_out * out.to(wide)).sum(-1) - grad_lse
+    d_scores = probs * (d_dots * norm[:, None] - delta[..., None])
+    d_normed = torch.einsum("nps,npz->nsz", d_scores, q)
+    d_normed = d_normed + torch.einsum("nps,npz->nsz", probs, d_out)
+    d_query = torch.einsum("nps,nsz->npz", d_scores * norm[:, None], x)
+    d_norm = (d_normed * x).sum(-1).masked_fill(norm == 0, 0.0)
+    d_context = d_normed * norm[..., None]
+    return d_query.to(query.dtype), d_context.to(context.dtype), d_norm.to(inv_rms.dtype)
+
+
+# --- rank projection -------------------------------------------------------------------------
+
+
+def _unit_rows(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by their L2 norm, and 1 / norm. A zero row stays zero."""
+    wide = latents.to(_accumulate_dtype(latents.dtype))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    tiny = torch.finfo(wide.dtype).tiny
+    inv_norm = torch.where(norm > 0, 1.0 / norm.clamp_min(tiny), torch.zeros_like(norm))
+    return wide * inv_norm, inv_norm
+
+
+def rank_projection(
+    latents: Tensor,
+    weight: Tensor,
+    scaler_a: Tensor,
+    scaler_b: Tensor,
+    bias_a: Tensor | None,
+    bias_b: Tensor | None,
+    d_in: int,
+    d_out: int,
+) -> tuple[Tensor, Tensor]:
+    """Unit-norm rank latents times the head, scaled, split and placed in rank slots."""
+    groups, chunks, layers, rank, _ = latents.shape
+    unit, _ = _unit_rows(latents)
+    flat = torch.einsum("gclrz,lzw->glcrw", unit, weight[..., : d_in + d_out].to(unit.dtype))
+    factors = []
+    for part, scaler, bias in (
+        (flat[..., :d_in], scaler_a, bias_a),
+        (flat[..., d_in:], scaler_b, bias_b),
+    ):
+        scaled = part * scaler[:, None, :, None].to(unit.dtype)
+        scaled = scaled.reshape(groups, layers, chunks * rank, part.shape[-1])
+        if bias is not None:
+            shared = bias.to(unit.dtype).expand(groups, *bias.shape)
+            scaled = torch.cat([scaled, shared], dim=2)
+        factors.append(scaled.to(latents.dtype))
+    return factors[0], factors[1]
+
+
+def rank_projection_backward(
+    grad_a: Tensor,
+    grad_b: Tensor,
+    latents: Tensor,
+    weight: Tensor,
+    scaler_a: Tensor,
+    scaler_b: Tensor,
+    d_in: int,
+    d_out: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for latents, weight, scaler_a, scaler_b, bias_a and bias_b.
+
+    The bias gradients are what stands in the slots after the generated ranks: [L, 0, d] when the
+    forward had no bias.
+    """
+    groups, chunks, layers, rank, _ = latents.shape
+    unit, inv_norm = _unit_rows(latents)
+    wide = unit.dtype
+    used = weight[..., : d_in + d_out].to(wide)
+    flat = torch.einsum("gclrz,lzw->glcrw", unit, used)
+    d_flat, d_scalers, d_biases = [], [], []
+    for part, scaler, grad in (
+        (flat[..., :d_in], scaler_a, grad_a),
+        (flat[..., d_in:], scaler_b, grad_b),
+    ):
+        generated = grad[:, :, : chunks * rank].to(wide)
+        generated = generated.reshape(groups, layers, chunks, rank, part.shape[-1])
+        d_flat.append(generated * scaler[:, None, :, None].to(wide))
+        d_scalers.append((generated * part).sum(dim=(0, 2, 4)).to(scaler.dtype))
+        d_biases.append(grad[:, :, chunks * rank :].to(wide).sum(0))
+    d_all = torch.cat(d_flat, dim=-1)
+    d_weight = torch.zeros_like(weight)
+    d_weight[..., : d_in + d_out] = torch.einsum("gclrz,glcrw->lzw", unit, d_all)
+    d_unit = torch.einsum("glcrw,lzw->gclrz", d_all, used)
+    d_latents = inv_norm * (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True))
+    return d_latents.to(latents.dtype), d_weight, *d_scalers, *d_biases
+
+
+# --- lora linear -----------------------------------------------------------------------------
+
+
+def _rows_by_adapter(adapter_index: Tensor, offsets: Tensor | None, tokens: int) -> Tensor:
+    """Adapter of every token: [E * T] for dense input, [T] for packed input."""
+    if offsets is None:
+        return adapter_index.repeat_interleave(tokens // max(1, adapter_index.numel()))
+    return adapter_index.repeat_interleave(offsets.diff().to(adapter_index.dtype))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    """y = x W^T (+ bias) + scale (x A_i^T) B_i, i the adapter of each example, -1 for none."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    owner = _rows_by_adapter(adapter_index, offsets, rows.shape[0])
+    wide = _accumulate_dtype(x.dtype)
+    for i in range(lora_a.shape[0]):
+        used = (owner == i).nonzero()[:, 0]
+        if used.numel() == 0:
+            continue
+        r = lora_a.shape[1] if ranks is None else int(ranks[i])
+        shrunk = (rows[used] @ lora_a[i, :r].to(x.dtype).T).to(wide) * scale
+        delta = shrunk.to(x.dtype) @ lora_b[i, :r].to(x.dtype)
+        out.index_add_(0, used, delta)
+    return y
+
+
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, lora_a and lora_b; the weight is frozen."""
+    d_x = (grad @ weight).reshape(-1, x.shape[-1])
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    owner = _rows_by_adapter(adapter_index, offsets, rows.shape[0])
+    d_a, d_b = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
+    wide = _accumulate_dtype(x.dtype)
+    for i in range(lora_a.shape[0]):
+        used = (owner == i).nonzero()[:, 0]
+        if used.numel() == 0:
+            continue
+        r = lora_a.shape[1] if ranks is None else int(ranks[i])
+        a, b = lora_a[i, :r].to(x.dtype), lora_b[i, :r].to(x.dtype)
+        inputs, outputs = rows[used], grads[used]
+        d_shrunk = ((outputs @ b.T).to(wide) * scale).to(x.dtype)
+        shrunk = ((inputs @ a.T).to(wide) * scale).to(x.dtype)
+        d_x.index_add_(0, used, d_shrunk @ a)
+        d_a[i, :r] = d_shrunk.T @ inputs
+        d_b[i, :r] = shrunk.T @ outputs
+    return d_x.view(x.shape), d_a, d_b

@@ -1,0 +1,34 @@
+"""Video2LoRA: a video becomes a LoRA adapter, and the frozen model answers from it alone.
+
+>>> from v2l_fast import Video2LoRA
+>>> model = Video2LoRA.from_pretrained("shapes")
+>>> adapter = model.internalize("clip.mp4")
+>>> model.ask("what happens?", adapter)
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Adapter": "adapter",
+    "AdapterBatch": "adapter",
+    "HyperNetwork": "hypernet",
+    "HypernetConfig": "config",
+    "V2LError": "errors",
+    "Video2LoRA": "model",
+    "VideoClip": "video",
+    "adapted_linear": "adapted",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    # Lazy: `import v2l_fast` stays instant, transformers loads when a model is used.
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_EXPORTS]

@@ -1,0 +1,173 @@
+"""Adapters of a batch, packed for the linear layers they adapt.
+
+:class:`AdapterSlots` holds the distinct adapters of a batch and which example uses which; a decoder
+passes it along and every adapted layer asks it. :func:`adapted_linear` does the same for a model
+whose forward is not ours, through a context variable, so threads do not see each other's adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from csrc_triton import lora_linear
+from v2l_fast.adapter import Adapter, AdapterBatch
+from v2l_fast.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class AdapterSlots:
+    """Distinct adapters of a batch.
+
+    Attributes:
+        A: module -> [L, n, r, d_in]; r is the largest rank, shorter adapters are zero-filled.
+        B: module -> [L, n, r, d_out].
+        index: [E] int64, the slot of each example, -1 for none.
+        scale: s, the same for all.
+        ranks: [n] int64 used ranks, or None when all are r.
+    """
+
+    A: Mapping[str, Tensor]
+    B: Mapping[str, Tensor]
+    index: Tensor
+    scale: float
+    ranks: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        adapters: Sequence[Adapter | None],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> AdapterSlots | None:
+        """One adapter (or None) an example; the same object given twice takes one slot.
+
+        Raises:
+            AdapterError: adapters of different models or scales, or one without its bias.
+        """
+        distinct: list[Adapter] = []
+        index = []
+        for adapter in adapters:
+            if adapter is not None and not any(adapter is known for known in distinct):
+                distinct.append(adapter)
+            index.append(next((i for i, a in enumerate(distinct) if a is adapter), -1))
+        if not distinct:
+            return None
+        first = distinct[0]
+        if any(set(a.A) != set(first.A) or a.scale != first.scale for a in distinct):
+            raise AdapterError("adapters of different models or scales cannot share a batch")
+        merged = [adapter.merged() for adapter in distinct]
+        ranks = [next(iter(a.values())).shape[1] for a, _ in merged]
+        packed = []
+        for side in (0, 1):
+            factors = {}
+            for module in first.A:
+                rows = [m[side][module].to(device=device, dtype=dtype) for m in merged]
+                wide = rows[0].new_zeros(
+                    rows[0].shape[0], len(rows), max(ranks), rows[0].shape[2]
+                )
+                for slot, row in enumerate(rows):
+                    wide[:, slot, : row.shape[1]] = row
+                factors[module] = wide
+            packed.append(factors)
+        ragged = None
+        if len(set(ranks)) > 1:
+            ragged = torch.tensor(ranks, device=device)
+        return cls(*packed, torch.tensor(index, device=device), first.scale, ragged)
+
+    @classmethod
+    def of_batch(cls, batch: AdapterBatch, index: Tensor) -> AdapterSlots:
+        """Generated adapters as slots, differentiable; ``index`` [E]: the slot of each example."""
+        a, b = ({m: t.transpose(0, 1) for m, t in f.items()} for f in (batch.A, batch.B))
+        return cls(a, b, index, batch.scale)
+
+    def apply(self, module: str, layer: int, linear: nn.Linear, x: Tensor) -> Tensor:
+        """``linear`` with each example's adapter: [E, T, d_in] -> [E, T, d_out]."""
+        return lora_linear(
+            x,
+            linear.weight,
+            linear.bias,
+            self.A[module][layer],
+            self.B[module][layer],
+            self.index,
+            self.scale,
+            ranks=self.ranks,
+        )
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer that applies the adapters in force where it is called; shares its weight."""
+
+    def __init__(
+        self, linear: nn.Linear, module: str, layer: int, active: ContextVar[AdapterSlots | None]
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.module, self.layer, self.active = module, layer, active
+
+    def forward(self, x: Tensor) -> Tensor:
+        slots = self.active.get()
+        if slots is None or self.module not in slots.A:
+            return super().forward(x)
+        return slots.apply(self.module, self.layer, self, x)
+
+
+class AdaptedModel:
+    """Handle of a model made adaptable by :func:`adapted_linear`."""
+
+    def __init__(self, model: nn.Module, active: ContextVar[AdapterSlots | None]) -> None:
+        self.model = model
+        self._active = active
+
+    @contextlib.contextmanager
+    def use(self, adapters: Sequence[Adapter | None]) -> Iterator[nn.Module]:
+        """Within the block, example i of every batch runs with ``adapters[i]`` (None: without).
+
+        Other threads are not affected, and nothing is left behind.
+        """
+        weight = next(self.model.parameters())
+        token = self._active.set(AdapterSlots.pack(adapters, weight.device, weight.dtype))
+        try:
+            yield self.model
+        finally:
+            self._active.reset(token)
+
+
+def adapted_linear(model: nn.Module, suffix: str) -> AdaptedModel:
+    """Make any decoder accept a LoRA adapter for each example of a batch.
+
+    Every ``nn.Linear`` whose name ends in ``.{layer}.{suffix}`` is replaced in place by one that
+    shares its weight; parameters, names and results without adapters stay as they were. The
+    adapters' module name is the last part of ``suffix``, e.g. "mlp.down_proj".
+
+    Returns:
+        A handle; ``with handle.use([adapter_a, None]): model(...)`` runs a batch of two.
+
+    Raises:
+        AdapterError: no layer matches, or the numbering has gaps.
+    """
+    pattern = re.compile(rf"(?:^|\.)(\d+)\.{re.escape(suffix)}$")
+    sites = {}
+    for name, module in model.named_modules():
+        found = pattern.search(name)
+        if found and isinstance(module, nn.Linear):
+            sites[int(found[1])] = name
+    if not sites or sorted(sites) != list(range(len(sites))):
+        raise AdapterError(
+            f"no complete stack of linear layers named *.<layer>.{suffix} in "
+            f"{type(model).__name__}: found layers {sorted(sites)}"
+        )
+    active: ContextVar[AdapterSlots | None] = ContextVar("adapters", default=None)
+    for layer, name in sites.items():
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        wrapped = AdaptedLinear(linear, suffix.rpartition(".")[2], layer, active)
+        setattr(model.get_submodule(parent), child, wrapped)
+    return AdaptedModel(model, active)

@@ -1,0 +1,198 @@
+"""SmolVLM2: prompts, vision embedding and decoder of the family the paper trains on.
+
+Models, weights and tokenizer are transformers' own. Preprocessing and prompt text are ours and
+fixed to transformers 4.51.3 at batch size 1 (what the released checkpoints were trained with):
+later processors sample, resize and word prompts differently, silently.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolVLMForConditionalGeneration
+
+from v2l_fast.backbones.decoder import Decoder
+from v2l_fast.backbones.smolvlm_prompt import IMAGE_TOKEN, chat, video_text
+from v2l_fast.errors import CheckpointError
+from v2l_fast.video import VideoClip
+from v2l_fast.video.preprocess import PREPROCESSING_VERSION, frame_views, normalize
+
+# Views in one vision call. 64 views of 512 x 512 at 1,024 patches hold activations under 2 GB.
+VIEWS_PER_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An embedded prompt [T, D] and how many of its tokens stand for pixels."""
+
+    embeddings: Tensor
+    visual_tokens: int
+
+    def __len__(self) -> int:
+        return self.embeddings.shape[0]
+
+
+class SmolVLM:
+    """A frozen SmolVLM2.
+
+    Args:
+        model: ``SmolVLMForConditionalGeneration`` with its weights; it is frozen and set to eval.
+        tokenizer: its tokenizer.
+        name_or_path: where it came from, for provenance.
+    """
+
+    preprocessing = f"smolvlm-{PREPROCESSING_VERSION}"
+
+    def __init__(
+        self,
+        model: SmolVLMForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        name_or_path: str,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name_or_path = name_or_path
+        self.decoder = Decoder(model.model.text_model, model.lm_head)
+        vision = model.config.vision_config
+        self.tile_size = vision.image_size
+        side = vision.image_size // vision.patch_size
+        self.tokens_per_view = side**2 // model.config.scale_factor**2
+        self.image_token_id = model.config.image_token_id
+        self.stop_ids = _stop_ids(model, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> SmolVLM:
+        """Load model and tokenizer with transformers.
+
+        Raises:
+            CheckpointError: weights or tokenizer are missing, broken or incomplete.
+        """
+        try:
+            model, info = SmolVLMForConditionalGeneration.from_pretrained(
+                name_or_path, dtype=dtype, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        except Exception as error:
+            # transformers raises a dozen unrelated types for a broken folder.
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise CheckpointError(f"{name_or_path}: cannot load the model ({reason})") from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{name_or_path}: the weights lack {missing[0]} and {len(missing) - 1} more; "
+                "is this the whole model?"
+            )
+        return cls(model.to(device), tokenizer, str(name_or_path))
+
+    @property
+    def hidden_size(self) -> int:
+        return self.decoder.config.hidden_size
+
+    def linear(self, layer: int, module: str) -> torch.nn.Linear:
+        """A decoder layer's linear layer by its name, e.g. ``down_proj``.
+
+        Raises:
+            CheckpointError: the decoder has no such layer.
+        """
+        owner = self.decoder.text_model.layers[layer]
+        for part in (owner.mlp, owner.self_attn):
+            linear = getattr(part, module, None)
+            if isinstance(linear, torch.nn.Linear):
+                return linear
+        raise CheckpointError(f"{self.name_or_path}: the decoder has no linear layer {module!r}")
+
+    # --- prompts --------------------------------------------------------------------------------
+
+    def question(self, text: str) -> Prompt:
+        """A question without a video; the model's answer follows."""
+        return self.embed(self.tokenize(chat(text, add_generation_prompt=True)))
+
+    def question_about(self, clip: VideoClip, text: str, longest_edge: int) -> Prompt:
+        """A question with the video in context: the direct baseline."""
+        return self._with_video(clip, text, longest_edge, add_generation_prompt=True)
+
+    def context(self, clip: VideoClip, instruction: str, longest_edge: int) -> Prompt:
+        """The pass whose hidden states become the adapter: video and instruction, no answer."""
+        return self._with_video(clip, instruction, longest_edge, add_generation_prompt=False)
+
+    def _with_video(
+        self, clip: VideoClip, text: str, longest_edge: int, add_generation_prompt: bool
+    ) -> Prompt:
+        views = frame_views(clip.frames, longest_edge, self.tile_size)
+        shown = video_text(
+            len(clip.frames),
+            clip.timestamps,
+            clip.duration,
+            views.rows,
+            views.cols,
+            self.tokens_per_view,
+        )
+        ids = self.tokenize(chat(shown + text, add_generation_prompt))
+        return self.embed(ids, self.encode_views(views.views))
+
+    # --- tensors --------------------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> Tensor:
+        """Text with special tokens spelled out -> ids [T] on the model's device."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids of an answer -> text without special tokens and surrounding spaces."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    @torch.no_grad()
+    def encode_views(self, views: Tensor) -> Tensor:
+        """Vision tower and connector over uint8 views [V, 3, M, M], in bounded chunks.
+
+        Returns:
+            [V, tokens_per_view, D]. A view's result does not depend on the other views.
+        """
+        features = [
+            self.encode_pixels(normalize(chunk.to(self.decoder.device), self.decoder.dtype))
+            for chunk in views.split(VIEWS_PER_CHUNK)
+        ]
+        return torch.cat(features)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalized pixels [V, 3, M, M] -> [V, tokens_per_view, D]."""
+        hidden = self.model.model.vision_model(pixel_values=pixels).last_hidden_state
+        return self.model.model.connector(hidden)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor, features: Tensor | None = None) -> Prompt:
+        """Token ids [T] and vision features [V, t, D] of their image tokens -> prompt.
+
+        Raises:
+            CheckpointError: the tokenizer did not produce one id for each image token.
+        """
+        embeddings = self.decoder.embed(ids)
+        if features is None:
+            return Prompt(embeddings, 0)
+        places = ids == self.image_token_id
+        rows = features.reshape(-1, features.shape[-1])
+        if int(places.sum()) != len(rows):
+            raise CheckpointError(
+                f"{self.name_or_path}: {int(places.sum())} image tokens for {len(rows)} features; "
+                f"does the tokenizer know {IMAGE_TOKEN} as id {self.image_token_id}?"
+            )
+        embeddings[places] = rows.to(embeddings.dtype)
+        return Prompt(embeddings, len(rows))
+
+
+def _stop_ids(
+    model: SmolVLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Ids that end an answer: the generation config's and the tokenizer's own."""
+    ids: set[int] = set()
+    for eos in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        ids.update([eos] if isinstance(eos, int) else eos or [])
+    return tuple(sorted(ids))

@@ -1,0 +1,99 @@
+"""The text SmolVLM2 reads around a video: counts in words, timestamps, image tokens, chat turns.
+
+Responsible for strings only, equal to what transformers 4.51.3 builds for one conversation with one
+video (the released checkpoints were trained with it). Its batched call prints the last video's
+duration for every conversation; here a prompt depends on its own video alone. Tokenization, pixels
+and the number of tokens per view are the backbone's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+from v2l_fast.errors import ConfigError
+
+FAKE_TOKEN = "<fake_token_around_image>"
+GLOBAL_TOKEN = "<global-img>"
+IMAGE_TOKEN = "<image>"
+END_OF_UTTERANCE = "<end_of_utterance>"
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def spell_number(n: int) -> str:
+    """English words of `n` in 0..9999, as `num2words(n)` writes them ("one hundred and one").
+
+    Raises ConfigError outside that range.
+    """
+    if not 0 <= n <= 9999:
+        raise ConfigError(f"cannot spell {n}: a prompt names 0 to 9999 frames; sample fewer frames")
+    if n < 20:
+        return _ONES[n]
+    if n < 100:
+        tens, ones = divmod(n, 10)
+        return _TENS[tens] + (f"-{_ONES[ones]}" if ones else "")
+    if n < 1000:
+        hundreds, rest = divmod(n, 100)
+        return f"{_ONES[hundreds]} hundred" + (f" and {spell_number(rest)}" if rest else "")
+    thousands, rest = divmod(n, 1000)
+    head = f"{_ONES[thousands]} thousand"
+    if not rest:
+        return head
+    # A remainder below one hundred is joined by "and", a larger one (which has its own) by a comma.
+    return f"{head} and {spell_number(rest)}" if rest < 100 else f"{head}, {spell_number(rest)}"
+
+
+def row_col_token(row: int, col: int) -> str:
+    """Special token before the tile at 1-based (row, col)."""
+    return f"<row_{row}_col_{col}>"
+
+
+def frame_text(rows: int, cols: int, tokens_per_view: int) -> str:
+    """Tokens of one frame: rows x cols tiles row-major, then the global view; 0 x 0 is untiled."""
+    patches = IMAGE_TOKEN * tokens_per_view
+    view = f"{FAKE_TOKEN}{GLOBAL_TOKEN}{patches}{FAKE_TOKEN}"
+    if rows == 0 and cols == 0:
+        return view
+    tiles = "".join(
+        "".join(f"{FAKE_TOKEN}{row_col_token(r, c)}{patches}" for c in range(1, cols + 1)) + "\n"
+        for r in range(1, rows + 1)
+    )
+    return f"{tiles}\n{view}"
+
+
+def video_text(
+    num_frames: int,
+    timestamps: Sequence[float],
+    duration: float,
+    rows: int,
+    cols: int,
+    tokens_per_view: int,
+) -> str:
+    """What stands for a video in the user's turn; the user's own text follows it directly.
+
+    timestamps: seconds, one per frame (index / fps), printed as MM:SS, minutes not wrapped at 60.
+    duration: seconds of the whole source, truncated to whole seconds as H:MM:SS.
+    rows, cols: tiles of a frame, 0 and 0 when it is not split.
+    Raises ConfigError when the number of timestamps is not `num_frames`.
+    """
+    if len(timestamps) != num_frames:
+        raise ConfigError(f"{len(timestamps)} timestamps for {num_frames} frames: pass one each")
+    length = timedelta(seconds=int(duration))
+    intro = (
+        f"You are provided the following series of {spell_number(num_frames)} frames "
+        f"from a {length} [H:MM:SS] video.\n"
+    )
+    views = frame_text(rows, cols, tokens_per_view)
+    frames = (f"\nFrame from {int(t // 60):02d}:{int(t % 60):02d}:{views}" for t in timestamps)
+    return intro + "".join(frames) + "\n\n"
+
+
+def chat(text: str, add_generation_prompt: bool) -> str:
+    """One user turn around `text`, then the assistant's opening when an answer is to follow."""
+    turn = f"<|im_start|>User: {text}{END_OF_UTTERANCE}\n"
+    return turn + "Assistant:" if add_generation_prompt else turn

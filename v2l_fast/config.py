@@ -1,0 +1,177 @@
+"""Configuration of the hypernetwork, stored beside its weights as ``config.json``.
+
+Holds the architecture and the setting it was trained in (frames, resolution, instruction), so a
+video is internalized at inference as it was in training. It knows nothing about any VLM family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from v2l_fast.errors import ConfigError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+MODEL_TYPE = "v2l_hypernetwork"
+INSTRUCTION = "Internalize this video for later captioning."
+
+
+@dataclass(frozen=True)
+class HypernetConfig:
+    """Architecture of a :class:`~v2l_fast.hypernet.HyperNetwork` and its training setting.
+
+    Args:
+        hidden_size: D, width of the VLM's decoder (the hypernetwork's input features).
+        num_layers: L, number of decoder layers, one adapter each.
+        target_modules: module name -> (d_in, d_out) of the adapted linear layer. Kept in sorted
+            order, the order of the rank latents and of the head's columns.
+        rank: R, generated rank per chunk.
+        latent_size: Z, width of the latents.
+        num_latents: Q, latents of the encoder.
+        num_blocks: cross-attention layers of the encoder.
+        num_self_attn_per_block: self-attention layers after each of them.
+        shared_weights: blocks after the second reuse the second's cross-attention, all blocks the
+            first's self-attention.
+        num_pre_head_layers: residual MLP blocks before the head.
+        shared_head: one head for all layers (the paper's Section 3.3) instead of one per layer.
+        bias_adapter: a learned adapter shared by all videos, concatenated in rank.
+        scale: s, the LoRA scale used as it is; ``2 * rank ** 1.5`` when omitted.
+        num_heads, num_kv_heads, head_dim: attention of both resamplers.
+        base_model_name_or_path: the frozen VLM the hypernetwork was trained for.
+        max_frames, longest_edge, target_fps: sampling and resolution (pixels) of training.
+        instruction: the text that follows the video in the context pass.
+
+    Raises:
+        ConfigError: a value is out of range or values contradict each other.
+    """
+
+    hidden_size: int
+    num_layers: int
+    target_modules: Mapping[str, tuple[int, int]]
+    rank: int = 16
+    latent_size: int = 512
+    num_latents: int = 8
+    num_blocks: int = 9
+    num_self_attn_per_block: int = 0
+    shared_weights: bool = False
+    num_pre_head_layers: int = 1
+    shared_head: bool = False
+    bias_adapter: bool = True
+    scale: float | None = None
+    num_heads: int = 16
+    num_kv_heads: int = 4
+    head_dim: int = 128
+    base_model_name_or_path: str | None = None
+    max_frames: int = 12
+    longest_edge: int = 384
+    target_fps: float = 1.0
+    instruction: str = field(default=INSTRUCTION)
+
+    def __post_init__(self) -> None:
+        minimum = {
+            "hidden_size": 1,
+            "num_layers": 1,
+            "rank": 1,
+            "latent_size": 1,
+            "num_latents": 1,
+            "num_blocks": 1,
+            "num_self_attn_per_block": 0,
+            "num_pre_head_layers": 0,
+            "num_heads": 1,
+            "num_kv_heads": 1,
+            "head_dim": 1,
+            "max_frames": 1,
+            "longest_edge": 2,
+        }
+        for name, low in minimum.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name} must be an integer of at least {low}, not {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})"
+            )
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty: name at least one, e.g. down_proj")
+        modules = {}
+        for name, sizes in sorted(self.target_modules.items()):
+            if len(sizes) != 2 or any(not isinstance(n, int) or n < 1 for n in sizes):
+                raise ConfigError(f"target_modules[{name!r}] must be (d_in, d_out), not {sizes!r}")
+            modules[name] = (int(sizes[0]), int(sizes[1]))
+        object.__setattr__(self, "target_modules", modules)
+        scale = 2.0 * self.rank**1.5 if self.scale is None else float(self.scale)
+        if not math.isfinite(scale):
+            raise ConfigError(f"scale must be finite, not {self.scale!r}")
+        object.__setattr__(self, "scale", scale)
+
+    @property
+    def head_width(self) -> int:
+        """Columns of the head: the widest module's d_in + d_out."""
+        return max(d_in + d_out for d_in, d_out in self.target_modules.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; inverse of :meth:`from_dict`."""
+        values = dataclasses.asdict(self)
+        values["target_modules"] = {m: list(sizes) for m, sizes in self.target_modules.items()}
+        return {"model_type": MODEL_TYPE, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HypernetConfig:
+        """Build from :meth:`to_dict` output.
+
+        Raises:
+            ConfigError: another model's config, an unknown field or a missing one.
+        """
+        values = dict(values)
+        model_type = values.pop("model_type", None)
+        if model_type != MODEL_TYPE:
+            raise ConfigError(f"model_type is {model_type!r}, not {MODEL_TYPE!r}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ConfigError(f"unknown hypernetwork config fields: {', '.join(unknown)}")
+        required = ("hidden_size", "num_layers", "target_modules")
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise ConfigError(f"hypernetwork config lacks {', '.join(missing)}")
+        modules = values["target_modules"]
+        if not isinstance(modules, Mapping):
+            raise ConfigError("target_modules must map a module name to [d_in, d_out]")
+        values["target_modules"] = {name: tuple(sizes) for name, sizes in modules.items()}
+        return cls(**values)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write ``config.json`` into an existing directory, atomically."""
+        path = Path(directory) / CONFIG_NAME
+        part = path.with_suffix(".json.part")
+        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> HypernetConfig:
+        """Read ``config.json`` of a directory.
+
+        Raises:
+            ConfigError: the file is missing, not JSON, or not a hypernetwork's config.
+        """
+        path = Path(directory) / CONFIG_NAME
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; is {directory} a hypernetwork?") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: not a JSON object")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,49 @@
+"""Safetensors on disk: atomic writes, and reads whose errors name the file and the remedy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from v2l_fast.errors import V2LError
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file so that ``path`` is either the old file or the whole new one."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        # Clones of views and of tensors that share storage (shared weights) are independent.
+        ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
+        with open(part, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_tensors(
+    path: str | os.PathLike, error: type[V2LError]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a safetensors file.
+
+    Raises:
+        error: the file is missing or not a whole safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise error(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.offset_keys()}
+            return tensors, handle.metadata() or {}
+    except (SafetensorError, OSError) as cause:
+        raise error(f"{path}: not a whole safetensors file ({cause}); make it again") from None

@@ -1,0 +1,285 @@
+"""The hypernetwork: hidden states entering each decoder layer to a LoRA adapter for that layer.
+
+Weights are shared between layers but for the head, so a layer can be generated as soon as its
+input exists: :meth:`HyperNetwork.layer` is the streaming call, and the whole-batch call is a loop
+over it. State-dict names are those of the released checkpoints. The file knows nothing about VLMs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from csrc_triton import rank_projection
+from v2l_fast.adapter import AdapterBatch, BiasAdapter
+from v2l_fast.config import WEIGHTS_NAME, HypernetConfig
+from v2l_fast.errors import CheckpointError
+from v2l_fast.files import load_tensors, save_tensors
+from v2l_fast.perceiver import Perceiver, product_dtype
+
+SMALL_PARAMETER = 65536
+
+
+class PreHeadBlock(nn.Module):
+    """x + LayerNorm(Linear(silu(Linear(LayerNorm(x))))), Z -> 4Z -> Z, LayerNorm eps 1e-5.
+
+    Indices 1 and 4 of ``mlp``, dropout in the released module, do nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(size),
+            nn.Identity(),
+            nn.Linear(size, 4 * size),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Linear(4 * size, size),
+            nn.LayerNorm(size),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., Z] -> [..., Z], computed in x's dtype."""
+        hidden = x
+        for module in self.mlp:
+            if isinstance(module, nn.LayerNorm):
+                hidden = F.layer_norm(hidden, module.normalized_shape, *_cast(module, x.dtype))
+            elif isinstance(module, nn.Linear):
+                hidden = F.linear(hidden, *_cast(module, x.dtype))
+            else:
+                hidden = module(hidden)
+        return x + hidden
+
+
+def _cast(module: nn.LayerNorm | nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return module.weight.to(dtype), module.bias.to(dtype)
+
+
+class Head(nn.Module):
+    """Projection of each rank latent to the columns of A and B.
+
+    ``weight`` is [L, Z, W], [L, M, Z, W] with M > 1 modules, or [Z, W] / [M, Z, W] when one head
+    serves all layers.
+    """
+
+    def __init__(self, config: HypernetConfig) -> None:
+        super().__init__()
+        shape = [] if config.shared_head else [config.num_layers]
+        if len(config.target_modules) > 1:
+            shape.append(len(config.target_modules))
+        shape += [config.latent_size, config.head_width]
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.shared = config.shared_head
+
+    def of(self, layer: int, module: int) -> Tensor:
+        """Weight [1, Z, W] of one layer and one target module."""
+        weight = self.weight if self.shared else self.weight[layer]
+        return (weight[module] if weight.dim() == 3 else weight)[None]
+
+
+class HyperNetwork(nn.Module):
+    """Generates LoRA adapters from per-layer context features (paper Section 3.3).
+
+    Master weights may be float32 while features are bfloat16: matrix products run in the features'
+    dtype, latents one step of precision above it.
+
+    Args:
+        config: architecture; a fresh network is initialized as the released code does.
+    """
+
+    def __init__(self, config: HypernetConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers, rank, modules = config.num_layers, config.rank, config.target_modules
+        self.aggregator = nn.ModuleDict(
+            {
+                "perceiver": Perceiver(
+                    config.hidden_size,
+                    config.latent_size,
+                    (
+                        config.num_latents,
+                        config.num_blocks,
+                        config.num_self_attn_per_block,
+                        config.shared_weights,
+                    ),
+                    len(modules) * rank,
+                    (config.num_heads, config.num_kv_heads, config.head_dim),
+                )
+            }
+        )
+        self.layers = nn.Sequential(
+            *(PreHeadBlock(config.latent_size) for _ in range(config.num_pre_head_layers))
+        )
+        if config.bias_adapter:
+            self.bias_A = nn.ParameterDict()
+            self.bias_B = nn.ParameterDict()
+        self.scaler_A = nn.ParameterDict()
+        self.scaler_B = nn.ParameterDict()
+        for module, (d_in, d_out) in modules.items():
+            if config.bias_adapter:
+                std = 0.2 / (d_in * rank) ** 0.5
+                self.bias_A[module] = nn.Parameter(torch.randn(layers, rank, d_in) * std)
+                self.bias_B[module] = nn.Parameter(torch.zeros(layers, rank, d_out))
+            self.scaler_A[module] = nn.Parameter(torch.ones(1, layers, rank, 1))
+            self.scaler_B[module] = nn.Parameter(torch.zeros(1, layers, rank, 1))
+        self.head = Head(config)
+        std = 0.5 / (config.latent_size + config.head_width * rank) ** 0.5
+        nn.init.normal_(self.head.weight, std=std)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> AdapterBatch:
+        """Adapters of B videos or chunks.
+
+        Args:
+            features: [B, L, S, D] hidden states entering each decoder layer.
+            mask: [B, S]; a token is visible where it is 1. What stands elsewhere, NaN too, reaches
+                neither the result nor a gradient. None: all visible.
+
+        Returns:
+            :class:`AdapterBatch` with A [B, L, R, d_in] and B [B, L, R, d_out] per module, of the
+            features' dtype. Each layer's activations are recomputed in the backward pass.
+
+        Raises:
+            ValueError: shapes that do not fit the config.
+        """
+        expected = (self.config.num_layers, self.config.hidden_size)
+        if features.dim() != 4 or (features.shape[1], features.shape[3]) != expected:
+            raise ValueError(
+                f"features must be [B, {expected[0]}, S, {expected[1]}], "
+                f"not {list(features.shape)}"
+            )
+        recompute = torch.is_grad_enabled()
+        per_layer = []
+        for index in range(self.config.num_layers):
+            if recompute:
+                factors = checkpoint(
+                    self.layer, index, features[:, index], mask, use_reentrant=False
+                )
+            else:
+                factors = self.layer(index, features[:, index], mask)
+            per_layer.append(factors)
+        return self.assemble(per_layer)
+
+    def layer(
+        self, index: int, hidden: Tensor, mask: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Adapters of one decoder layer, as soon as its input exists.
+
+        Args:
+            index: the decoder layer, 0 to L - 1.
+            hidden: [B, S, D] its input.
+            mask: [B, S], 1 where visible, or None.
+
+        Returns:
+            A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of hidden's dtype.
+        """
+        if mask is not None and mask.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"mask must be {list(hidden.shape[:2])}, not {list(mask.shape)}"
+            )
+        visible = None if mask is None else mask == 1
+        latents = self.layers(self.aggregator["perceiver"](hidden, visible))
+        rank, compute = self.config.rank, product_dtype(hidden.dtype)
+        factors_a, factors_b = {}, {}
+        for place, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):
+            rows = latents[:, None, None, place * rank : (place + 1) * rank]
+            a, b = rank_projection(
+                rows.to(compute),
+                self.head.of(index, place).to(compute),
+                self.scaler_A[module][0, index, None, :, 0],
+                self.scaler_B[module][0, index, None, :, 0],
+                d_in=d_in,
+                d_out=d_out,
+            )
+            factors_a[module] = a[:, 0].to(hidden.dtype)
+            factors_b[module] = b[:, 0].to(hidden.dtype)
+        return factors_a, factors_b
+
+    def assemble(
+        self, per_layer: list[tuple[dict[str, Tensor], dict[str, Tensor]]]
+    ) -> AdapterBatch:
+        """Stack the results of :meth:`layer` for layers 0 to L - 1 into one batch."""
+        a, b = (
+            {m: torch.stack([layer[i][m] for layer in per_layer], 1) for m in per_layer[0][i]}
+            for i in (0, 1)
+        )
+        return AdapterBatch(a, b, self.config.scale, self.bias_adapter())
+
+    def bias_adapter(self) -> BiasAdapter | None:
+        """The learned adapter shared by all videos (by reference), or None."""
+        if not self.config.bias_adapter:
+            return None
+        return BiasAdapter(dict(self.bias_A.items()), dict(self.bias_B.items()))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the config and of the small parameters (all that one training step changes)."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for name, value in sorted(self.named_parameters()):
+            if value.numel() <= SMALL_PARAMETER:
+                digest.update(name.encode())
+                digest.update(value.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write ``config.json`` and ``model.safetensors``, each atomically."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_tensors(dict(self.state_dict()), directory / WEIGHTS_NAME)
+        self.config.save(directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> HyperNetwork:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Args:
+            dtype: of the parameters; float32 when omitted.
+
+        Raises:
+            ConfigError: config.json is missing or wrong.
+            CheckpointError: the weights are missing, corrupt or do not fit the config.
+        """
+        config = HypernetConfig.load(directory)
+        path = Path(directory) / WEIGHTS_NAME
+        state, _ = load_tensors(path, CheckpointError)
+        with torch.device("meta"):
+            network = cls(config)
+        network.load_checked(state, path)
+        return network.to(device=device, dtype=dtype or torch.float32).eval()
+
+    def load_checked(self, state: dict[str, Tensor], source: str | os.PathLike) -> None:
+        """Adopt a state dict after checking every key, shape, dtype and value.
+
+        Raises:
+            CheckpointError: naming ``source`` and the first key at fault.
+        """
+        expected = self.state_dict()
+        for problem, keys in (
+            ("lacks", sorted(set(expected) - set(state))),
+            ("has unexpected", sorted(set(state) - set(expected))),
+        ):
+            if keys:
+                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                raise CheckpointError(f"{source}: {problem} {keys[0]}{more}")
+        for key, value in state.items():
+            if value.shape != expected[key].shape:
+                raise CheckpointError(
+                    f"{source}: {key} is {list(value.shape)}, the config says "
+                    f"{list(expected[key].shape)}"
+                )
+            if not value.is_floating_point():
+                raise CheckpointError(f"{source}: {key} is {value.dtype}, not floating point")
+            if not torch.isfinite(value).all():
+                raise CheckpointError(f"{source}: {key} holds NaN or infinity")
+        self.load_state_dict(state, assign=True)

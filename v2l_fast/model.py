@@ -1,0 +1,492 @@
+"""Video2LoRA: a frozen VLM and its hypernetwork as one object that internalizes and answers.
+
+Stateless: adapters are arguments. Asking never changes the model, so threads and batches with
+different adapters, or none, do not see each other.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from v2l_fast.adapted import AdapterSlots
+from v2l_fast.adapter import Adapter, AdapterBatch
+from v2l_fast.backbones import load_backbone
+from v2l_fast.backbones.smolvlm import Prompt, SmolVLM
+from v2l_fast.config import CONFIG_NAME
+from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
+from v2l_fast.generation import Sampling, generate
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.video import VideoClip, load_video
+
+ASSETS = Path(__file__).parent / "assets"
+# Questions answered in one forward pass; more are split.
+MAX_BATCH = 32
+
+Video = str | os.PathLike | VideoClip
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it cost.
+
+    Attributes:
+        text: the answer.
+        prompt_tokens: tokens in context, visual ones included.
+        visual_tokens: tokens that stand for pixels; 0 with an adapter.
+        new_tokens: tokens generated.
+        time_to_first_token: seconds from the call to the first token of its batch, building the
+            prompt (for the direct baseline: resizing and vision tower) included.
+    """
+
+    text: str
+    prompt_tokens: int
+    visual_tokens: int
+    new_tokens: int
+    time_to_first_token: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Did the adapter do anything?
+
+    Attributes:
+        update_norms: module -> Frobenius norm of each layer's generated update, [L].
+        relative_norms: the same over the norm of the layer's frozen weight, [L].
+        logit_shift: largest change of a logit of the first answer token.
+        divergence: KL(with adapter ‖ without) of the first answer token's distribution, nats.
+        answer: the answer with the adapter.
+        answer_without: the answer of the same model without it.
+    """
+
+    update_norms: dict[str, list[float]]
+    relative_norms: dict[str, list[float]]
+    logit_shift: float
+    divergence: float
+    answer: str
+    answer_without: str
+
+
+class Video2LoRA:
+    """Internalize videos into LoRA adapters and answer questions from them.
+
+    Args:
+        backbone: the frozen VLM.
+        hypernet: the hypernetwork trained for it.
+
+    Raises:
+        ConfigError: the two do not fit each other.
+    """
+
+    def __init__(self, backbone: SmolVLM, hypernet: HyperNetwork) -> None:
+        config, decoder = hypernet.config, backbone.decoder
+        for what, needs, has in (
+            ("hidden_size", config.hidden_size, backbone.hidden_size),
+            ("num_layers", config.num_layers, decoder.num_layers),
+        ):
+            if needs != has:
+                raise ConfigError(
+                    f"the hypernetwork is for {what} {needs}, {backbone.name_or_path} has {has}; "
+                    f"give the base it was trained for ({config.base_model_name_or_path})"
+                )
+        for module, sizes in config.target_modules.items():
+            linear = backbone.linear(0, module)
+            if (linear.in_features, linear.out_features) != sizes:
+                raise ConfigError(
+                    f"the hypernetwork adapts {module} of {sizes}, {backbone.name_or_path} has "
+                    f"{(linear.in_features, linear.out_features)}; give the base it was trained for"
+                )
+        self.backbone = backbone
+        self.hypernet = hypernet.eval()
+        self.config = config
+        self._bias = hypernet.bias_adapter()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        base: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Video2LoRA:
+        """Load a hypernetwork and its frozen VLM.
+
+        Args:
+            name_or_path: "shapes" (the shipped pair), a directory, a hub id, or a released
+                checkpoint (``.pt``). A directory holds the hypernetwork itself, or ``hypernet/``
+                and ``base/``.
+            base: the VLM; read from the hypernetwork's config when omitted.
+            device: "cuda" when there is one, else "cpu".
+            dtype: bfloat16 on a GPU, float32 on a CPU when omitted.
+
+        Raises:
+            CheckpointError, ConfigError: something is missing, broken or does not fit.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        hypernet, found_base = _load_hypernet(name_or_path)
+        base = base or found_base or hypernet.config.base_model_name_or_path
+        if base is None:
+            raise CheckpointError(f"{name_or_path}: names no base model; pass base=...")
+        backbone = load_backbone(_shipped(base, "base") or base, device, dtype)
+        return cls(backbone, hypernet.to(device=device, dtype=dtype))
+
+    # --- internalizing --------------------------------------------------------------------------
+
+    def load_clip(
+        self,
+        video: Video,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+    ) -> VideoClip:
+        """Sample and decode a video as the hypernetwork was trained to see it.
+
+        A :class:`VideoClip` passes through as it is.
+        """
+        if isinstance(video, VideoClip):
+            return video
+        return load_video(
+            video,
+            self.config.max_frames if max_frames is None else max_frames,
+            self.config.target_fps,
+            exact_frames=exact_frames,
+            longest_edge=self.config.longest_edge if longest_edge is None else longest_edge,
+        )
+
+    def internalize(
+        self,
+        videos: Video | Tensor | Sequence[Video],
+        *,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+        progress: Progress | None = None,
+    ) -> Adapter | list[Adapter]:
+        """Turn videos into adapters, one forward pass of encoder and hypernetwork each.
+
+        Args:
+            videos: a file, a clip, or uint8 frames [F, 3, H, W] with ``fps``; or a list of files
+                or clips.
+            max_frames, longest_edge: frames and pixels; as in training when omitted.
+            exact_frames: take exactly ``max_frames`` over the whole clip, whatever its duration.
+            progress: called with (stage, done, total).
+
+        Returns:
+            An :class:`Adapter`, or a list of them for a list.
+
+        Raises:
+            VideoError: a file cannot be read or its features are not finite.
+        """
+        if isinstance(videos, Tensor):
+            if fps is None:
+                raise VideoError("frames need fps: model.internalize(frames, fps=...)")
+            videos = VideoClip.from_frames(videos, fps)
+        if not isinstance(videos, Sequence) or isinstance(videos, str):
+            return self.internalize(
+                [videos],
+                max_frames=max_frames,
+                longest_edge=longest_edge,
+                exact_frames=exact_frames,
+                progress=progress,
+            )[0]
+        report = progress or (lambda stage, done, total: None)
+        edge = self.config.longest_edge if longest_edge is None else longest_edge
+        adapters = []
+        for video in videos:
+            report("decode", 0, 1)
+            clip = self.load_clip(video, max_frames, edge, exact_frames)
+            report("encode frames", 0, 1)
+            prompt = self.backbone.context(clip, self.config.instruction, edge)
+            batch = self._stream(prompt, report)
+            adapter = replace(
+                batch[0], bias=self._bias, provenance=self._provenance(clip, edge, exact_frames)
+            )
+            adapters.append(adapter)
+        return adapters
+
+    @torch.no_grad()
+    def _stream(self, prompt: Prompt, report: Progress) -> AdapterBatch:
+        """Generate each layer's factors as the decoder produces its input."""
+        total = self.config.num_layers
+        per_layer = []
+        for index, hidden in enumerate(self.backbone.decoder.layer_inputs(prompt.embeddings[None])):
+            report("generate adapter", index, total)
+            factors = self.hypernet.layer(index, hidden)
+            if not all(torch.isfinite(f).all() for side in factors for f in side.values()):
+                raise VideoError(
+                    f"layer {index} of the context gives NaN or infinite factors; are the base "
+                    "model's weights and dtype sound? float16 overflows, use bfloat16 or float32"
+                )
+            per_layer.append(factors)
+        report("generate adapter", total, total)
+        return self.hypernet.assemble(per_layer)
+
+    def _provenance(self, clip: VideoClip, longest_edge: int, exact_frames: bool) -> dict:
+        return {
+            "source": {
+                "name": None if clip.path is None else Path(clip.path).name,
+                "sha256": clip.sha256,
+                "frame_indices": [int(i) for i in clip.indices],
+                "timestamps": [round(t, 6) for t in clip.timestamps],
+                "fps": clip.fps,
+                "duration": clip.duration,
+                "num_frames": clip.num_frames,
+            },
+            "preprocessing": {
+                "version": self.backbone.preprocessing,
+                "longest_edge": longest_edge,
+                "exact_frames": exact_frames,
+                "instruction": self.config.instruction,
+            },
+            "hypernetwork": self.hypernet.fingerprint,
+            "base_model": self.config.base_model_name_or_path or self.backbone.name_or_path,
+        }
+
+    # --- answering ------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        questions: str | Sequence[str],
+        adapters: Adapter | Sequence[Adapter | None] | None = None,
+        **sampling,
+    ) -> str | list[str]:
+        """Answer from adapters alone, zero visual tokens in context.
+
+        Args:
+            questions: one or several.
+            adapters: one for all questions, one (or None) for each, or None for the plain model.
+            **sampling: fields of :class:`~v2l_fast.generation.Sampling` (max_new_tokens,
+                temperature, top_p, top_k, seed); greedy by default.
+
+        Returns:
+            A string for a single question given as a string, else a list.
+
+        Raises:
+            AdapterError: an adapter does not belong to this model, or the counts differ.
+        """
+        return _texts(questions, self.answer(questions, adapters, **sampling))
+
+    def ask_direct(
+        self,
+        questions: str | Sequence[str],
+        video: Video,
+        *,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+        **sampling,
+    ) -> str | list[str]:
+        """The baseline: the same model with the video in context of every question."""
+        edge = self.config.longest_edge if longest_edge is None else longest_edge
+        clip = self.load_clip(video, max_frames, edge, exact_frames)
+        answers = self.answer_direct(questions, clip, longest_edge=edge, **sampling)
+        return _texts(questions, answers)
+
+    def answer(
+        self,
+        questions: str | Sequence[str],
+        adapters: Adapter | Sequence[Adapter | None] | None = None,
+        **sampling,
+    ) -> list[Answer]:
+        """:meth:`ask` with token counts and times."""
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        if adapters is None or isinstance(adapters, Adapter):
+            adapters = [adapters] * len(questions)
+        adapters = list(adapters)
+        if len(adapters) == 1:
+            adapters *= len(questions)
+        elif len(questions) == 1:
+            questions *= len(adapters)
+        if len(adapters) != len(questions):
+            raise AdapterError(
+                f"{len(questions)} questions and {len(adapters)} adapters: give one adapter for "
+                "all, or one for each question"
+            )
+        # One attached copy of each, so that an adapter given twice still takes one slot.
+        known = {id(a): None if a is None else self.attach(a) for a in adapters}
+        return list(
+            self._answers(
+                questions,
+                lambda text: self.backbone.question(text),
+                [known[id(a)] for a in adapters],
+                Sampling(**sampling),
+            )
+        )
+
+    def answer_direct(
+        self,
+        questions: str | Sequence[str],
+        clip: VideoClip,
+        longest_edge: int | None = None,
+        **sampling,
+    ) -> list[Answer]:
+        """:meth:`ask_direct` on decoded frames, with token counts and times.
+
+        Every question pays for the video again, as a model without adapters does.
+        """
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        edge = self.config.longest_edge if longest_edge is None else longest_edge
+        return list(
+            self._answers(
+                questions,
+                lambda text: self.backbone.question_about(clip, text, edge),
+                [None] * len(questions),
+                Sampling(**sampling),
+            )
+        )
+
+    def _answers(
+        self,
+        questions: Sequence[str],
+        build: Callable[[str], Prompt],
+        adapters: Sequence[Adapter | None],
+        sampling: Sampling,
+    ) -> Iterator[Answer]:
+        decoder = self.backbone.decoder
+        for first in range(0, len(questions), MAX_BATCH):
+            start = time.perf_counter()
+            part = slice(first, first + MAX_BATCH)
+            prompts = [build(text) for text in questions[part]]
+            slots = AdapterSlots.pack(adapters[part], decoder.device, decoder.dtype)
+            built = time.perf_counter() - start
+            generated = generate(
+                decoder,
+                [prompt.embeddings for prompt in prompts],
+                self.backbone.stop_ids,
+                replace(sampling, seed=sampling.seed + first),
+                slots,
+            )
+            for prompt, tokens in zip(prompts, generated.tokens, strict=True):
+                yield Answer(
+                    self.backbone.decode(tokens),
+                    len(prompt),
+                    prompt.visual_tokens,
+                    len(tokens),
+                    built + generated.time_to_first_token,
+                )
+
+    # --- adapters -------------------------------------------------------------------------------
+
+    def load_adapter(self, path: str | os.PathLike) -> Adapter:
+        """Read an adapter file and attach this model's bias adapter.
+
+        Raises:
+            AdapterError: the file is broken or belongs to another model.
+        """
+        adapter = Adapter.load(path)
+        try:
+            return self.attach(adapter)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from None
+
+    def attach(self, adapter: Adapter) -> Adapter:
+        """Check that an adapter belongs to this model and attach the shared bias adapter.
+
+        Raises:
+            AdapterError: other modules, layer count, sizes, scale or hypernetwork.
+        """
+        expected = self.config.target_modules
+        if set(adapter.A) != set(expected):
+            raise AdapterError(
+                f"the adapter is for {', '.join(sorted(adapter.A))}, this model adapts "
+                f"{', '.join(expected)}: internalize the video with this model"
+            )
+        if adapter.num_layers != self.config.num_layers:
+            raise AdapterError(
+                f"the adapter has {adapter.num_layers} layers, this model "
+                f"{self.config.num_layers}: internalize the video with this model"
+            )
+        for module, (d_in, d_out) in expected.items():
+            sizes = adapter.A[module].shape[2], adapter.B[module].shape[2]
+            if sizes != (d_in, d_out):
+                raise AdapterError(
+                    f"the adapter's {module} is {sizes}, this model's {(d_in, d_out)}: "
+                    "internalize the video with this model"
+                )
+        made_by = adapter.provenance.get("hypernetwork")
+        if made_by not in (None, self.hypernet.fingerprint):
+            raise AdapterError(
+                f"the adapter was made by hypernetwork {made_by}, this one is "
+                f"{self.hypernet.fingerprint}: internalize the video with this model"
+            )
+        return adapter if adapter.bias is not None else adapter.with_bias(self._bias)
+
+    @torch.inference_mode()
+    def effect(self, adapter: Adapter, question: str) -> Effect:
+        """Did the adapter do anything? Its size, and what it changes about one answer."""
+        adapter = self.attach(adapter)
+        decoder = self.backbone.decoder
+        prompt = self.backbone.question(question).embeddings[None]
+        slots = AdapterSlots.pack([adapter], decoder.device, decoder.dtype)
+        plain, adapted = (
+            decoder.logits(decoder.forward(prompt, adapters=s)[0, -1]) for s in (None, slots)
+        )
+        log_plain, log_adapted = plain.log_softmax(-1), adapted.log_softmax(-1)
+        norms = adapter.norms()["layer"]
+        with_adapter, without = self.ask([question, question], [adapter, None])
+        return Effect(
+            {m: n.tolist() for m, n in norms.items()},
+            {m: (n.cpu() / self._weight_norms(m)).tolist() for m, n in norms.items()},
+            (adapted - plain).abs().max().item(),
+            (log_adapted.exp() * (log_adapted - log_plain)).sum().item(),
+            with_adapter,
+            without,
+        )
+
+    def _weight_norms(self, module: str) -> Tensor:
+        linears = (self.backbone.linear(i, module) for i in range(self.config.num_layers))
+        return torch.stack([linear.weight.float().norm().cpu() for linear in linears])
+
+
+def _texts(questions: str | Sequence[str], answers: list[Answer]) -> str | list[str]:
+    if isinstance(questions, str) and len(answers) == 1:
+        return answers[0].text
+    return [answer.text for answer in answers]
+
+
+def _shipped(name: str | os.PathLike, part: str) -> Path | None:
+    """Folder of a pair that comes with the package, unless a local path has that name."""
+    folder = ASSETS / str(name) / part
+    return folder if not Path(name).exists() and folder.is_dir() else None
+
+
+def _load_hypernet(name_or_path: str | os.PathLike) -> tuple[HyperNetwork, Path | None]:
+    """The hypernetwork (on the CPU) and the base model that lies beside it, if one does."""
+    path = Path(name_or_path)
+    shipped = _shipped(name_or_path, "hypernet")
+    if shipped is not None:
+        return HyperNetwork.from_pretrained(shipped), shipped.parent / "base"
+    if path.is_file():
+        # Released checkpoints are read by a layer above this one; only here is it needed.
+        from v2l_fast.interop.frames2lora import load
+
+        return load(path), None
+    if not path.exists():
+        path = _download(str(name_or_path))
+    if (path / "hypernet" / CONFIG_NAME).is_file():
+        base = path / "base"
+        return HyperNetwork.from_pretrained(path / "hypernet"), base if base.is_dir() else None
+    return HyperNetwork.from_pretrained(path), None
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{name}: no such folder or file, and not to be had from the hub ({reason}); "
+            "give a path, a hub id, or the shipped 'shapes'"
+        ) from None
