@@ -1,0 +1,47 @@
+# Every target sets up what it needs: .venv with pinned versions, nothing outside this folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench train-shapes evaluate-shapes wheel clean
+
+demo: $(VENV)/.core
+	@$(BIN)/v2l demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+bench: $(VENV)/.dev
+	$(BIN)/python bench/hypernet_streaming.py
+
+train-shapes: $(VENV)/.dev
+	$(BIN)/v2l shapes train-vlm
+	$(BIN)/v2l shapes train-hypernet
+
+evaluate-shapes: $(VENV)/.dev
+	$(BIN)/v2l shapes evaluate
+
+wheel:
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+$(VENV)/bin/python:
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing v2l_fast and its pinned dependencies (a minute or two) ..."
+	@$(PIP) "torch==2.13.0"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "Installing the test dependencies ..."
+	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .benchmarks

@@ -1,0 +1,70 @@
+"""Evaluation code on an untrained pair, and the commands' plumbing."""
+
+import json
+
+import torch
+from typer.testing import CliRunner
+
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.shapes.cli import app
+from v2l_fast.shapes.evaluate import (
+    Answers,
+    evaluate,
+    evaluate_files,
+    questions_for,
+    score,
+)
+from v2l_fast.shapes.language import caption
+from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.train_hypernet import shapes_hypernet_config
+
+
+def test_perfect_and_wrong_answers_score_as_such():
+    scenes = sample_scenes("test", 20, 0)
+    questions = questions_for(scenes, 0)
+    assert len(questions) == 100 and questions == questions_for(scenes, 0)
+    perfect = Answers([caption(s) for s in scenes], [turn.answer for _, turn in questions])
+    scores = score(perfect, scenes, questions)
+    for name in ("caption_attributes", "caption_exact", "caption_token_f1", "qa_exact"):
+        assert scores[name]["estimate"] == 1.0
+    assert set(scores["qa_by_kind"].values()) == {1.0}
+
+    silent = score(Answers([""] * 20, ["nothing"] * 100), scenes, questions)
+    assert silent["caption_attributes"]["estimate"] == silent["qa_exact"]["estimate"] == 0.0
+
+    half = [turn.answer if video % 2 else "nothing" for video, turn in questions]
+    assert score(Answers(perfect.captions, half), scenes, questions)["qa_exact"]["estimate"] == 0.5
+
+
+def test_every_condition_is_measured(base, prompts):
+    torch.manual_seed(0)
+    network = HyperNetwork(shapes_hypernet_config(base)).eval()
+    scenes = sample_scenes("test", 4, 0)
+    result = evaluate(base, prompts, network, scenes)
+    assert list(result["conditions"]) == [
+        "direct", "adapter", "other video's adapter", "bias adapter only", "no adapter",
+    ]
+    # A fresh network's B is zero and so is its bias: its adapters change nothing.
+    conditions = result["conditions"]
+    assert conditions["adapter"] == conditions["no adapter"]
+    assert set(result["adapter_minus_direct"]) == {"caption_token_f1", "qa_exact"}
+    json.dumps(result)
+
+    files = evaluate_files(base, prompts, network, scenes[:2])
+    assert {"direct, file", "adapter, rendered"} <= set(files)
+
+
+def test_render_command_writes_clips(tmp_path):
+    arguments = ["render", str(tmp_path), "--count", "2", "--size", "64"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "scenes.json").read_text())
+    scenes = sample_scenes("test", 2, 0)
+    assert list(written.values()) == [caption(scene) for scene in scenes]
+    assert all((tmp_path / name).stat().st_size > 500 for name in written)
+
+
+def test_render_command_refuses_other_splits(tmp_path):
+    result = CliRunner().invoke(app, ["render", str(tmp_path), "--split", "holdout"])
+    assert result.exit_code == 2
+    assert "holdout" in result.output

@@ -1,0 +1,97 @@
+"""Captions state the scene, answers are true, and captions parse back."""
+
+import random
+
+import pytest
+
+from v2l_fast.shapes.language import (
+    CAPTION_PROMPTS,
+    PLACE_KINDS,
+    QUESTION_KINDS,
+    ask,
+    ask_several,
+    attributes,
+    caption,
+    parse_caption,
+    question_kinds,
+)
+from v2l_fast.shapes.scene import Scene, SceneObject, sample_scenes
+from v2l_fast.shapes.scoring import attribute_hits, plain
+
+
+def two() -> Scene:
+    first = SceneObject("large", "red", "disc", "up", 0.17, (0.5, 0.5), 0.5)
+    second = SceneObject("small", "cyan", "pillar", "still", 0.1, (0.5, 0.5), 0.5)
+    return Scene("white", (first, second))
+
+
+def test_wording():
+    scene = two()
+    assert caption(scene) == (
+        "first a large red disc moves up, then a small cyan pillar stays still, "
+        "on a white background."
+    )
+    assert caption(Scene("gray", scene.objects[:1])) == (
+        "a large red disc moves up on a gray background."
+    )
+
+
+def test_captions_parse_back():
+    for scene in sample_scenes("train", 400, 5):
+        assert parse_caption(caption(scene)) == attributes(scene)
+        assert attribute_hits(caption(scene), scene) == (2 + 4 * len(scene.objects),) * 2
+
+
+def test_parsing_tolerates_other_text():
+    assert parse_caption("nothing here") == {}
+    assert parse_caption("A  LARGE red\nring moves Left") == {
+        "count": "1", "size0": "large", "color0": "red", "shape0": "ring", "motion0": "left",
+    }
+    hits, total = attribute_hits("a large red ring moves up on a white background.", two())
+    # Background, size, color and motion of the first are right; count, shape, the second are not.
+    assert (hits, total) == (4, 10)
+
+
+def test_answers_are_true():
+    scene = two()
+    rng = random.Random(0)
+    expected = {
+        "How many objects are there?": "two",
+        "What color is the background?": "white",
+        "What color is the first object?": "red",
+        "What size is the second object?": "small",
+        "How does the second object move?": "still",
+        "What color is the pillar?": "cyan",
+        "How does the disc move?": "up",
+        "Which comes first, the disc or the pillar?": "disc",
+        "Which comes first, the pillar or the disc?": "disc",
+        "Where does the first object start?": "bottom center",
+        "Where does the first object end?": "top center",
+    }
+    heard = {}
+    for _ in range(40):
+        for kind in (*QUESTION_KINDS, *PLACE_KINDS):
+            turn = ask(scene, kind, rng)
+            heard[turn.question] = turn.answer
+    assert {q: heard[q] for q in expected} == expected
+    assert ask(scene, "caption", rng).question in CAPTION_PROMPTS
+
+
+def test_only_askable_kinds():
+    disc, pillar = two().objects
+    assert "order" not in question_kinds(Scene("black", (disc,)))
+    assert "binding" in question_kinds(Scene("black", (disc,)))
+    same = Scene("black", (disc, disc))
+    assert not {"order", "binding"} & set(question_kinds(same))
+    with pytest.raises(ValueError, match="unknown kind"):
+        ask(same, "weather", random.Random(0))
+
+
+def test_several_questions_differ_in_kind():
+    turns = ask_several(two(), 8, random.Random(1))
+    assert sorted(turn.kind for turn in turns) == sorted(QUESTION_KINDS)
+    assert len(ask_several(two(), 11, random.Random(1))) == 11
+
+
+def test_plain_ignores_case_and_punctuation():
+    assert plain(" Top  left. ") == plain("top left")

@@ -1,0 +1,114 @@
+"""Short runs of every stage: losses fall, and a stopped run continues exactly."""
+
+import torch
+
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.shapes.augment import augment
+from v2l_fast.shapes.base import load_base, new_base, save_base
+from v2l_fast.shapes.pretrain_vision import Stage, pretrain_vision, random_frames
+from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.train_hypernet import ShapesTask, cache_contexts, shapes_hypernet_config
+from v2l_fast.shapes.train_language import (
+    LanguageSettings,
+    cache_visual_tokens,
+    learning_rate,
+    train_language,
+)
+from v2l_fast.training.trainer import TrainSettings, train
+
+
+def test_frames_for_the_tower_are_seeded_and_labeled():
+    first, labels = random_frames(8, torch.Generator().manual_seed(0))
+    again, _ = random_frames(8, torch.Generator().manual_seed(0))
+    assert torch.equal(first, again)
+    assert first.shape == (8, 3, 48, 48) and first.min() >= 0 and first.max() <= 255
+    assert labels["center"].shape == (8, 2) and set(labels) == {
+        "background", "size", "color", "shape", "center",
+    }
+
+
+def test_augmentation_is_small():
+    frames = torch.full((4, 3, 48, 48), 128.0)
+    changed = augment(frames, torch.Generator().manual_seed(1))
+    assert not torch.equal(frames, changed)
+    assert (changed - frames).abs().mean() < 15
+
+
+def test_vision_loss_falls():
+    model, _ = new_base(0)
+    losses = []
+    pretrain_vision(
+        model, 0, batch=48, schedule=(Stage(50, "concat", 2e-3, 4.0), Stage(50, "mean", 2e-3, 4.0)),
+        report=lambda step, scores: losses.append(scores["loss"]),
+    )
+    assert losses[-1] < losses[0] < 6
+
+
+def test_language_training_learns_and_resumes(tmp_path, prompts):
+    settings = LanguageSettings(
+        batch=4, questions=1, warmup=5, min_flat=9, max_flat=9, decay=6, checkpoint_every=5
+    )
+    scenes = sample_scenes("train", 16, 0)
+    seen = {}
+
+    def run(path, stop=None):
+        model, _ = new_base(0)
+        visual = cache_visual_tokens(model, scenes, 0)
+
+        def report(step, running):
+            seen[step] = running["loss"]
+            if step == stop:
+                raise KeyboardInterrupt
+
+        try:
+            steps, _ = train_language(model, prompts, scenes, visual, 0, settings, path, report)
+        except KeyboardInterrupt:
+            return None
+        assert steps == 15
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole.safetensors")
+    assert seen[15] < seen[1]
+    run(tmp_path / "parts.safetensors", stop=12)
+    parts = run(tmp_path / "parts.safetensors")
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_rate_is_flat_then_falls():
+    settings = LanguageSettings(lr=1.0, final_lr=0.1, warmup=4, decay=10)
+    assert learning_rate(settings, 1, None) == 0.5
+    assert learning_rate(settings, 500, None) == 1.0
+    assert abs(learning_rate(settings, 105, 100) - 0.55) < 1e-12
+    assert learning_rate(settings, 110, 100) == 0.1
+
+
+def test_saved_base_is_the_same_model(tmp_path, prompts):
+    model, tokenizer = new_base(0)
+    save_base(model, tokenizer, tmp_path)
+    assert model.dtype == torch.float32
+    loaded, loaded_prompts = load_base(tmp_path)
+    assert loaded_prompts.context == prompts.context
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.to(torch.bfloat16).float(), loaded.state_dict()[name])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "generation_config.json", "preprocessor_config.json"} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_hypernetwork_loss_falls(tmp_path, base, prompts):
+    scenes = sample_scenes("train", 8, 0)
+    contexts = cache_contexts(base, prompts, scenes, 0)
+    assert contexts.shape == (8, 4, len(prompts.context), 96)
+    torch.manual_seed(0)
+    network = HyperNetwork(shapes_hypernet_config(base))
+    task = ShapesTask(base, prompts, scenes, contexts, 0, questions=1)
+    settings = TrainSettings(steps=12, batch=4, warmup=2, log_every=1, lr=2e-3)
+    losses = []
+
+    def step_loss(indices, step):
+        loss, numbers = task.loss(network, indices, step)
+        losses.append(loss.item())
+        return loss, numbers
+
+    train(network, step_loss, 8, settings, tmp_path, quiet=True)
+    assert sum(losses[-3:]) < sum(losses[:3])

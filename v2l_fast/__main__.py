@@ -1,0 +1,5 @@
+"""``python -m v2l_fast`` is ``v2l``."""
+
+from v2l_fast.cli import main
+
+main()

@@ -1,0 +1,76 @@
+"""What is installed, what each missing part would bring, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+# distribution names -> (extra that installs it, what it is for). The import name is not enough:
+# flash-attn 2 and 4 share theirs, and nvidia-dali is a placeholder package.
+PARTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("torch",), "core", "tensors, autograd, compilation"),
+    (("triton",), "core", "GPU kernels"),
+    (("transformers",), "core", "the frozen VLM"),
+    (("safetensors",), "core", "weights and adapters on disk"),
+    (("av",), "core", "video decoding on the CPU, every codec"),
+    (("rich",), "core", "progress and tables"),
+    (("typer",), "core", "the command line"),
+    (("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "dali", "video decoding on the GPU"),
+    (("flash-attn",), "flash", "FlashAttention 2; PyTorch's own attention is used without it"),
+    (("torchcodec",), "codec", "an alternative video decoder"),
+    (("accelerate",), "train", "training on several GPUs"),
+    (("tensorboard",), "train", "training curves"),
+    (("fastapi",), "serve", "the HTTP server"),
+    (("scipy",), "eval", "confidence intervals"),
+    (("matplotlib",), "eval", "plots"),
+    (("ray",), "ray", "teacher generation and internalizing on a cluster"),
+    (("peft",), "dev", "checks of the PEFT export"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part: whether it is there, what was found, and what it is for."""
+
+    part: str
+    present: bool
+    found: str
+    purpose: str
+
+
+def examine() -> list[Finding]:
+    """Look at this machine; changes nothing."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = f"Python {platform.python_version()}, {os.cpu_count()} cores, {memory:.0f} GB"
+    findings = [Finding("machine", True, machine, "runs everything"), _gpu()]
+    for names, extra, purpose in PARTS:
+        versions = {name: version for name in names if (version := _version(name))}
+        if versions:
+            found = ", ".join(f"{name} {version}" for name, version in versions.items())
+            findings.append(Finding(names[0], True, found, purpose))
+        else:
+            remedy = f"pip install 'v2l_fast[{extra}]'" if extra != "core" else "reinstall v2l_fast"
+            findings.append(Finding(names[0], False, remedy, purpose))
+    return findings
+
+
+def _gpu() -> Finding:
+    purpose = "bfloat16, Triton kernels, decoding on the GPU"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        major, minor = torch.cuda.get_device_capability()
+        return Finding("GPU", True, f"{name}, compute capability {major}.{minor}", purpose)
+    if torch.version.cuda is None:
+        return Finding("GPU", False, "this torch is a CPU build", purpose)
+    return Finding("GPU", False, "torch finds no GPU; check the driver with nvidia-smi", purpose)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

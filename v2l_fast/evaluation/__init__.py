@@ -1,0 +1,1 @@
+"""Evaluation: answer metrics and the statistics that compare two systems on the same examples."""

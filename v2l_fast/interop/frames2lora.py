@@ -1,0 +1,277 @@
+"""Released Frames2LoRA / Video2LoRA checkpoints as a :class:`HyperNetwork`.
+
+Knows what the pickled configuration of a released checkpoint means and which of its variants this
+package implements. Reading the file without executing it is ``torch_archive``; the network's own
+format is ``HyperNetwork.save_pretrained``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from v2l_fast.config import HypernetConfig
+from v2l_fast.errors import CheckpointError, ConfigError
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.interop.directories import whole_directory
+from v2l_fast.interop.pickles import Record, TensorRef, quote
+from v2l_fast.interop.torch_archive import TorchArchive
+
+# torch.compile puts this in front of the names of what it wraps.
+COMPILED_PREFIX = "_orig_mod."
+EXTRAS = ("hypernet_config", "base_model_name_or_path", "ctx_encoder_args")
+# Wider than any model: products of sizes stay far from 64-bit overflow.
+MAX_SIZE = 1 << 17
+MAX_MODULES = 64
+MAX_DEPTH = 512
+MAX_KEY = 256
+
+
+def load(path: str | os.PathLike) -> HyperNetwork:
+    """A hypernetwork from a released checkpoint (``.pt``) or a converted directory.
+
+    Returns:
+        The network on the CPU in float32, in evaluation mode.
+
+    Raises:
+        CheckpointError: the file is missing, broken, unsafe, inconsistent, or uses a variant of
+            the released architecture that is not implemented; the message names what.
+        ConfigError: a converted directory's config.json is missing or wrong.
+    """
+    if Path(path).is_dir():
+        return HyperNetwork.from_pretrained(path)
+    with TorchArchive(path) as archive:
+        state, extras = _split(archive)
+        fields = _Fields(path, extras["hypernet_config"], "hypernet_config")
+        config = _config(archive, fields, extras["base_model_name_or_path"])
+        network = _empty_network(config, state, path)
+        if not config.bias_adapter:
+            # With use_bias off the released code keeps the bias parameters but never applies them.
+            state = {k: v for k, v in state.items() if not k.startswith(("bias_A.", "bias_B."))}
+        _check_sharing(network, state, archive)
+        tensors: dict[str, Tensor] = {key: archive.read(ref) for key, ref in state.items()}
+    network.load_checked(tensors, path)
+    return network.float().eval()
+
+
+def convert(checkpoint: str | os.PathLike, directory: str | os.PathLike) -> HyperNetwork:
+    """Write a released checkpoint as ``config.json`` and ``model.safetensors``, atomically.
+
+    Returns:
+        The network that was written.
+
+    Raises:
+        CheckpointError: as :func:`load`, or ``directory`` cannot be written or holds other files.
+    """
+    network = load(checkpoint)
+    with whole_directory(directory, CheckpointError) as part:
+        network.save_pretrained(part)
+    return network
+
+
+def _split(archive: TorchArchive) -> tuple[dict[str, TensorRef], dict[str, Any]]:
+    """Weights by their plain names, and the entries of ``EXTRAS``."""
+    path, root = archive.path, archive.root
+    if not isinstance(root, dict) or not isinstance(root.get("hypernet_config"), Record):
+        raise CheckpointError(
+            f"{path}: holds no hypernet_config, so it is not a Frames2LoRA checkpoint; "
+            "give one as released, or a directory that convert wrote"
+        )
+    state: dict[str, TensorRef] = {}
+    for key, value in root.items():
+        if key in EXTRAS:
+            continue
+        if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_KEY:
+            raise CheckpointError(f"{path}: {quote(key)} is no parameter's name")
+        if not isinstance(value, TensorRef):
+            raise CheckpointError(f"{path}: {quote(key)} is {quote(value)}, not a tensor")
+        plain = key.replace(COMPILED_PREFIX, "")
+        if plain in state:
+            raise CheckpointError(f"{path}: {quote(plain)} is there twice, compiled and not")
+        state[plain] = value
+    return state, {name: root.get(name) for name in EXTRAS}
+
+
+class _Fields:
+    """Typed access to a record's fields; errors name the file and the field."""
+
+    def __init__(self, path: str | os.PathLike, record: Any, name: str) -> None:
+        if not isinstance(record, Record):
+            raise CheckpointError(f"{path}: {name} is {quote(record)}, not a configuration")
+        self.path, self.name, self.values = path, name, record.fields
+
+    def error(self, field: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {self.name}.{field} {problem}")
+
+    def get(self, field: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The field's value; ``default`` stands in for a field that is absent or None."""
+        value = self.values.get(field)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(field, "is missing")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.error(field, f"is {quote(value)}, which makes no sense")
+        return value
+
+    def size(self, field: str, default: int | None = None) -> int:
+        value = self.get(field, int, default)
+        if not 0 <= value <= MAX_SIZE:
+            raise self.error(field, f"is {quote(value)}, out of range")
+        return value
+
+    def same(self, field: str, value: Any, other: str) -> None:
+        """Require a redundant field to agree with where its value was read."""
+        found = self.values.get(field, value)
+        if type(found) is not type(value) or found != value:
+            raise self.error(field, f"is {quote(found)}, but {other} says {quote(value)}")
+
+    def only(self, field: str, supported: Any, default: Any) -> None:
+        """Refuse a variant of the architecture by its field."""
+        value = self.values.get(field, default)
+        if type(value) is not type(supported) or value != supported:
+            raise self.error(
+                field, f"is {quote(value)}; only {supported!r} is supported (as in all releases)"
+            )
+
+    def record(self, field: str) -> _Fields:
+        return _Fields(self.path, self.values.get(field), f"{self.name}.{field}")
+
+
+def _config(archive: TorchArchive, fields: _Fields, base: Any) -> HypernetConfig:
+    """Translate the pickled configuration, checking it against itself."""
+    for name, supported in (
+        ("per_layer_processing", False),
+        ("use_token_mixing", False),
+        ("use_light_weight_lora", False),
+        ("per_rank_gen", True),
+    ):
+        fields.only(name, supported, supported)
+    if fields.values.get("extra_modules"):
+        raise fields.error("extra_modules", "names modules; only None is supported")
+    aggregator, lora = fields.record("aggregator_config"), fields.record("lora_config")
+    for name, supported in (
+        ("aggregator_type", "perceiver"),
+        ("layer_to_layer_ctx_encoder", True),
+        ("per_rank_gen", True),
+        ("num_extra_modules", 0),
+    ):
+        aggregator.only(name, supported, supported)
+
+    modules = _target_modules(fields, lora)
+    rank, latent_size = lora.size("r"), fields.size("latent_size")
+    num_layers = _num_layers(archive, fields)
+    aggregator.same("lora_r", rank, "lora_config.r")
+    aggregator.same("output_size", latent_size, "latent_size")
+    aggregator.same("num_layers", num_layers, "layer_indices")
+    aggregator.same("num_modules", len(modules), "lora_config.target_modules")
+    base = base or lora.values.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise CheckpointError(f"{fields.path}: base_model_name_or_path is {quote(base)}, not text")
+    try:
+        return HypernetConfig(
+            hidden_size=aggregator.size("feature_size"),
+            num_layers=num_layers,
+            target_modules=modules,
+            rank=rank,
+            latent_size=latent_size,
+            num_latents=aggregator.size("n_latent_queries"),
+            num_blocks=aggregator.size("num_blocks"),
+            num_self_attn_per_block=aggregator.size("num_self_attn_per_block"),
+            shared_weights=aggregator.get("shared_weights", bool),
+            # The released loader puts these two in for checkpoints older than the fields.
+            num_pre_head_layers=fields.size("num_pre_head_layers", 4),
+            bias_adapter=fields.get("use_bias", bool, True),
+            scale=float(lora.get("lora_alpha", (int, float))),
+            base_model_name_or_path=base,
+        )
+    except (ConfigError, OverflowError) as error:
+        raise CheckpointError(f"{fields.path}: {fields.name}: {error}") from None
+
+
+def _target_modules(fields: _Fields, lora: _Fields) -> dict[str, tuple[int, int]]:
+    """Module name -> (d_in, d_out) of every adapted module."""
+    names = lora.get("target_modules", (set, frozenset, list, tuple))
+    sizes = fields.get("feature_sizes", (tuple, list))
+    if len(sizes) != 2 or not all(isinstance(side, Mapping) for side in sizes):
+        raise fields.error("feature_sizes", "is not a pair of tables of input and output sizes")
+    if not 0 < len(names) <= MAX_MODULES:
+        raise lora.error("target_modules", f"names {len(names)} modules")
+    modules = {}
+    for name in names:
+        # Parameters are stored under these names.
+        if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ParameterDict, name):
+            raise lora.error("target_modules", f"names {quote(name)}, which is no module's name")
+        pair = tuple(side.get(name) for side in sizes)
+        if any(type(size) is not int or not 0 < size <= MAX_SIZE for size in pair):
+            raise fields.error(
+                "feature_sizes", f"gives {name} the sizes {quote(pair[0])} and {quote(pair[1])}"
+            )
+        modules[name] = pair
+    return modules
+
+
+def _num_layers(archive: TorchArchive, fields: _Fields) -> int:
+    """Number of adapted layers; they must be the decoder's layers 0 to L - 1."""
+    indices = fields.get("layer_indices", (TensorRef, range, list, tuple))
+    if isinstance(indices, TensorRef):
+        if indices.storage.dtype not in (torch.int64, torch.int32) or len(indices.shape) != 1:
+            raise fields.error("layer_indices", "is not a list of integers")
+        if indices.shape[0] > MAX_SIZE:
+            raise fields.error("layer_indices", "is too long")
+        indices = archive.read(indices).tolist()
+    if len(indices) > MAX_SIZE or list(indices) != list(range(len(indices))):
+        raise fields.error("layer_indices", "is not 0, 1, 2, ...; only all layers are supported")
+    return len(indices)
+
+
+def _empty_network(
+    config: HypernetConfig, state: Mapping[str, TensorRef], path: str | os.PathLike
+) -> HyperNetwork:
+    """The network without memory for its weights, once ``state`` can be what fills it."""
+    layers = config.num_blocks * (1 + config.num_self_attn_per_block) + config.num_pre_head_layers
+    if layers > min(len(state), MAX_DEPTH):
+        raise CheckpointError(
+            f"{path}: its configuration describes {layers} layers, too many for its {len(state)} "
+            f"tensors or for the limit of {MAX_DEPTH}"
+        )
+    with torch.device("meta"):
+        network = HyperNetwork(config)
+    for key, expected in network.state_dict().items():
+        # The rest is for load_checked; a wrong shape is told before gigabytes are read.
+        if key in state and state[key].shape != tuple(expected.shape):
+            raise CheckpointError(
+                f"{path}: {key} is {list(state[key].shape)}, the configuration says "
+                f"{list(expected.shape)}"
+            )
+    return network
+
+
+def _check_sharing(
+    network: HyperNetwork, state: Mapping[str, TensorRef], archive: TorchArchive
+) -> None:
+    """Names of one shared layer hold one value; other parameters have memory of their own."""
+    first: dict[int, str] = {}
+    storages: dict[str, int] = {}
+    needed = 0
+    for key, parameter in network.state_dict(keep_vars=True).items():
+        if key not in state:
+            continue
+        named, ref = first.setdefault(id(parameter), key), state[key]
+        storages[ref.storage.key] = ref.storage.numel
+        if named == key:
+            needed += parameter.numel()
+        elif ref != state[named] and not torch.equal(archive.read(ref), archive.read(state[named])):
+            raise CheckpointError(
+                f"{archive.path}: {key} differs from {named}, but shared_weights says that they "
+                "are one parameter"
+            )
+    if needed > sum(storages.values()):
+        raise CheckpointError(
+            f"{archive.path}: its parameters have {needed} elements, its storages only "
+            f"{sum(storages.values())}: parameters overlap; do not use it"
+        )

@@ -1,0 +1,80 @@
+"""The tiny VLM on disk: a folder like any SmolVLM checkpoint, so nothing treats it specially."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, SmolVLMForConditionalGeneration
+
+from v2l_fast.shapes.prompts import Prompts
+from v2l_fast.shapes.tokenizer import build_tokenizer
+from v2l_fast.shapes.vlm import IMAGE_SIZE, freeze, seeded_model, shapes_vlm_config
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "shapes"
+BASE_FOLDER = ASSETS / "base"
+HYPERNET_FOLDER = ASSETS / "hypernet"
+
+_PREPROCESSOR = {
+    "image_processor_type": "SmolVLMImageProcessor",
+    "processor_class": "SmolVLMProcessor",
+    "do_convert_rgb": True,
+    "do_image_splitting": True,
+    "do_normalize": True,
+    "do_pad": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "max_image_size": {"longest_edge": IMAGE_SIZE},
+    "resample": 1,
+    "rescale_factor": 1 / 255,
+    "size": {"longest_edge": IMAGE_SIZE},
+    "video_sampling": {
+        "fps": 1,
+        "max_frames": 64,
+        "video_size": {"longest_edge": IMAGE_SIZE},
+    },
+}
+
+
+def new_base(seed: int) -> tuple[SmolVLMForConditionalGeneration, PreTrainedTokenizerFast]:
+    """An untrained model and its tokenizer."""
+    tokenizer = build_tokenizer()
+    config = shapes_vlm_config(
+        vocab_size=len(tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return seeded_model(config, seed), tokenizer
+
+
+def save_base(
+    model: SmolVLMForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: str | Path
+) -> None:
+    """Write weights in bfloat16, config, generation config, tokenizer and preprocessor config."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = model.dtype
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype)
+    tokenizer.save_pretrained(folder)
+    part = folder / f".preprocessor_config.json.{os.getpid()}.part"
+    part.write_text(json.dumps(_PREPROCESSOR, indent=2) + "\n")
+    os.replace(part, folder / "preprocessor_config.json")
+
+
+def load_base(
+    folder: str | Path = BASE_FOLDER, dtype: torch.dtype = torch.float32
+) -> tuple[SmolVLMForConditionalGeneration, Prompts]:
+    """The frozen model in evaluation mode, and prompts under its tokenizer."""
+    model = SmolVLMForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, local_files_only=True
+    )
+    freeze(model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return model, Prompts(tokenizer)

@@ -1,0 +1,150 @@
+"""What is said about a scene: captions, questions with answers, and reading captions back.
+
+Responsible for wording and for the attributes a caption states. Which questions a training run asks
+and how text becomes ids is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene, SceneObject
+
+CAPTION_PROMPTS = (
+    "Describe the video.",
+    "What happens in the video?",
+    "Caption this video.",
+    "What happens?",
+)
+QUESTION_KINDS = (
+    "background",
+    "count",
+    "color",
+    "shape",
+    "size",
+    "motion",
+    "order",
+    "binding",
+)
+PLACE_KINDS = ("start", "end")
+
+_NUMBERS = ("zero", "one", "two")
+_OBJECT = re.compile(
+    rf"\ba ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) "
+    rf"(?:moves|stays) ({'|'.join(MOTIONS)})\b"
+)
+_BACKGROUND = re.compile(rf"\bon a ({'|'.join(BACKGROUNDS)}) background\b")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; `kind` is "caption", one of QUESTION_KINDS or PLACE_KINDS."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def _phrase(item: SceneObject) -> str:
+    verb = "stays" if item.motion == "still" else "moves"
+    return f"a {item.size} {item.color} {item.shape} {verb} {item.motion}"
+
+
+def caption(scene: Scene) -> str:
+    """The reference caption of a scene."""
+    phrases = [_phrase(item) for item in scene.objects]
+    ground = f"on a {scene.background} background."
+    if len(phrases) == 1:
+        return f"{phrases[0]} {ground}"
+    return f"first {phrases[0]}, then {phrases[1]}, {ground}"
+
+
+def attributes(scene: Scene) -> dict[str, str]:
+    """Everything a caption states, by slot: background, count, and per object its four names."""
+    found = {"background": scene.background, "count": str(len(scene.objects))}
+    for index, item in enumerate(scene.objects):
+        for name, value in zip(("size", "color", "shape", "motion"), item.attributes, strict=True):
+            found[f"{name}{index}"] = value
+    return found
+
+
+def parse_caption(text: str) -> dict[str, str]:
+    """Attributes stated by any text, in the slots of `attributes`; what is not stated is absent."""
+    text = " ".join(text.lower().split())
+    found: dict[str, str] = {}
+    if ground := _BACKGROUND.search(text):
+        found["background"] = ground.group(1)
+    objects = _OBJECT.findall(text)
+    if objects:
+        found["count"] = str(len(objects))
+    for index, names in enumerate(objects):
+        for name, value in zip(("size", "color", "shape", "motion"), names, strict=True):
+            found[f"{name}{index}"] = value
+    return found
+
+
+def _refer(scene: Scene, index: int) -> str:
+    return "object" if len(scene.objects) == 1 else f"{('first', 'second')[index]} object"
+
+
+def _only_with(scene: Scene, name: str) -> bool:
+    values = [getattr(item, name) for item in scene.objects]
+    return len(set(values)) == len(values)
+
+
+def question_kinds(scene: Scene) -> tuple[str, ...]:
+    """Kinds that can be asked: order and binding need objects told apart by shape."""
+    kinds = list(QUESTION_KINDS)
+    if len(scene.objects) == 1 or not _only_with(scene, "shape"):
+        kinds.remove("order")
+    if not _only_with(scene, "shape"):
+        kinds.remove("binding")
+    return tuple(kinds)
+
+
+def ask(scene: Scene, kind: str, rng: random.Random) -> Turn:
+    """A question of one kind about the scene, with its true answer; `rng` picks the object."""
+    index = rng.randrange(len(scene.objects))
+    item = scene.objects[index]
+    name = _refer(scene, index)
+    match kind:
+        case "caption":
+            return Turn(kind, rng.choice(CAPTION_PROMPTS), caption(scene))
+        case "background":
+            return Turn(kind, "What color is the background?", scene.background)
+        case "count":
+            return Turn(kind, "How many objects are there?", _NUMBERS[len(scene.objects)])
+        case "color" | "shape" | "size":
+            return Turn(kind, f"What {kind} is the {name}?", getattr(item, kind))
+        case "motion":
+            return Turn(kind, f"How does the {name} move?", item.motion)
+        case "order":
+            first, second = (x.shape for x in scene.objects)
+            shown = rng.sample((first, second), 2)
+            return Turn(kind, f"Which comes first, the {shown[0]} or the {shown[1]}?", first)
+        case "binding":
+            asked = rng.choice(("color", "size", "motion"))
+            if asked == "motion":
+                return Turn(kind, f"How does the {item.shape} move?", item.motion)
+            return Turn(kind, f"What {asked} is the {item.shape}?", getattr(item, asked))
+        case "start" | "end":
+            place = item.place(0.0 if kind == "start" else 1.0)
+            return Turn(kind, f"Where does the {name} {kind}?", " ".join(place))
+    raise ValueError(f"unknown kind of question {kind!r}")
+
+
+def ask_several(scene: Scene, count: int, rng: random.Random) -> list[Turn]:
+    """`count` questions of different kinds (as far as there are enough), order and binding among
+    them twice as often as the others."""
+    kinds = question_kinds(scene)
+    weights = {kind: 2.0 if kind in ("order", "binding") else 1.0 for kind in kinds}
+    turns = []
+    for _ in range(count):
+        if not weights:
+            weights = dict.fromkeys(kinds, 1.0)
+        (kind,) = rng.choices(tuple(weights), tuple(weights.values()))
+        del weights[kind]
+        turns.append(ask(scene, kind, rng))
+    return turns

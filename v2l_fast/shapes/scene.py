@@ -1,0 +1,134 @@
+"""Scenes: what happens in a shapes video, and which split it belongs to.
+
+Responsible for the attributes, their deterministic sampling and the train/val/test split. Drawing
+is `render`'s, wording is `language`'s.
+
+Coordinates are fractions of the frame (x to the right, y down); times are fractions of the video.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+BACKGROUNDS = {
+    "black": (12, 12, 14),
+    "white": (242, 242, 240),
+    "gray": (128, 130, 132),
+    "brown": (96, 60, 32),
+}
+COLORS = {
+    "red": (214, 32, 36),
+    "green": (32, 160, 56),
+    "blue": (36, 72, 220),
+    "yellow": (244, 222, 40),
+    "orange": (248, 136, 20),
+    "purple": (132, 44, 176),
+    "cyan": (40, 206, 216),
+    "pink": (250, 140, 190),
+}
+SHAPES = ("disc", "ring", "bar", "pillar")
+SIZES = {"small": 5.0 / 48, "large": 8.5 / 48}
+MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SPLITS = ("train", "val", "test")
+
+_STILL_SHARE = 0.15
+_SINGLE_SHARE = 0.35
+_TRAVEL = (22 / 48, 28 / 48)
+_JITTER = 7 / 48
+_PLACE_EDGE = 5 / 48
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: four named attributes, and the numbers that place it."""
+
+    size: str
+    color: str
+    shape: str
+    motion: str
+    radius: float
+    center: tuple[float, float]
+    travel: float
+
+    @property
+    def attributes(self) -> tuple[str, str, str, str]:
+        return self.size, self.color, self.shape, self.motion
+
+    def position(self, progress: float) -> tuple[float, float]:
+        """Center at `progress` (0 to 1) of the object's time on screen."""
+        dx, dy = MOTIONS[self.motion]
+        shift = self.travel * (progress - 0.5)
+        return self.center[0] + dx * shift, self.center[1] + dy * shift
+
+    def place(self, progress: float) -> tuple[str, str]:
+        """Named place at `progress`: (top | middle | bottom, left | center | right)."""
+        x, y = (value - 0.5 for value in self.position(progress))
+        vertical = "top" if y < -_PLACE_EDGE else "bottom" if y > _PLACE_EDGE else "middle"
+        horizontal = "left" if x < -_PLACE_EDGE else "right" if x > _PLACE_EDGE else "center"
+        return vertical, horizontal
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object for the whole video, or two that share it half and half, one after the other."""
+
+    background: str
+    objects: tuple[SceneObject, ...]
+
+    @property
+    def combination(self) -> tuple[str, ...]:
+        """The named attributes, in caption order: the identity that the splits keep apart."""
+        return (self.background, *(name for item in self.objects for name in item.attributes))
+
+    @property
+    def split(self) -> str:
+        """train (80%), val (10%) or test (10%), by a hash of the attribute combination."""
+        digest = hashlib.sha256(" ".join(self.combination).encode()).digest()
+        bucket = digest[0] % 10
+        return "val" if bucket == 0 else "test" if bucket == 1 else "train"
+
+    def span(self, index: int) -> tuple[float, float]:
+        """Time on screen of object `index`, as fractions of the video."""
+        share = 1.0 / len(self.objects)
+        return index * share, (index + 1) * share
+
+    def at(self, time: float) -> tuple[SceneObject, float]:
+        """The object on screen at `time` (0 <= time < 1) and its progress then."""
+        index = min(int(time * len(self.objects)), len(self.objects) - 1)
+        start, end = self.span(index)
+        return self.objects[index], (time - start) / (end - start)
+
+
+def _sample_object(rng: random.Random) -> SceneObject:
+    size = rng.choice(tuple(SIZES))
+    moving = tuple(name for name in MOTIONS if name != "still")
+    motion = "still" if rng.random() < _STILL_SHARE else rng.choice(moving)
+    return SceneObject(
+        size=size,
+        color=rng.choice(tuple(COLORS)),
+        shape=rng.choice(SHAPES),
+        motion=motion,
+        radius=SIZES[size] * rng.uniform(0.92, 1.08),
+        center=(0.5 + rng.uniform(-_JITTER, _JITTER), 0.5 + rng.uniform(-_JITTER, _JITTER)),
+        travel=rng.uniform(*_TRAVEL),
+    )
+
+
+def sample_scene(rng: random.Random) -> Scene:
+    """A scene of any split."""
+    count = 1 if rng.random() < _SINGLE_SHARE else 2
+    objects = tuple(_sample_object(rng) for _ in range(count))
+    return Scene(background=rng.choice(tuple(BACKGROUNDS)), objects=objects)
+
+
+def sample_scenes(split: str, count: int, seed: int) -> list[Scene]:
+    """`count` scenes of one split; the same (split, seed) always gives the same sequence."""
+    rng = random.Random(f"{split}/{seed}")
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = sample_scene(rng)
+        if scene.split == split:
+            scenes.append(scene)
+    return scenes

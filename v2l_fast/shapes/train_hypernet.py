@@ -1,0 +1,182 @@
+"""The hypernetwork of the shapes world: contexts, targets and the loss of one step.
+
+Responsible for what is special to this world; the loop, checkpoints and schedule are
+`v2l_fast.training`'s. Targets are the scenes' true captions and answers, not a teacher's: the truth
+is known here, and the tiny teacher is wrong about a part of it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import SmolVLMForConditionalGeneration
+
+from v2l_fast.config import HypernetConfig
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.shapes.adapt import adapted
+from v2l_fast.shapes.base import load_base
+from v2l_fast.shapes.language import Turn, ask, ask_several
+from v2l_fast.shapes.prompts import INSTRUCTION, Prompts
+from v2l_fast.shapes.render import FRAME_TIMES
+from v2l_fast.shapes.scene import Scene, sample_scenes
+from v2l_fast.shapes.train_language import cache_visual_tokens
+from v2l_fast.shapes.turns import pack_turns
+from v2l_fast.shapes.vlm import IMAGE_SIZE
+from v2l_fast.training.loss import answer_cross_entropy
+from v2l_fast.training.trainer import TrainSettings, train, write_record
+
+
+def shapes_hypernet_config(model: SmolVLMForConditionalGeneration) -> HypernetConfig:
+    """A small hypernetwork of the released architecture for the tiny VLM's down projections."""
+    text = model.config.text_config
+    return HypernetConfig(
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        target_modules={"down_proj": (text.intermediate_size, text.hidden_size)},
+        rank=8,
+        latent_size=128,
+        num_latents=8,
+        num_blocks=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        base_model_name_or_path="../base",
+        max_frames=len(FRAME_TIMES),
+        longest_edge=IMAGE_SIZE,
+        target_fps=1.0,
+        instruction=INSTRUCTION,
+    )
+
+
+@torch.no_grad()
+def cache_contexts(
+    model: SmolVLMForConditionalGeneration,
+    prompts: Prompts,
+    scenes: Sequence[Scene],
+    seed: int | None,
+    chunk: int = 128,
+) -> Tensor:
+    """Hidden states entering every decoder layer on `[video] + instruction`: bf16 [B, L, S, D].
+
+    Frames are augmented unless `seed` is None.
+    """
+    parts = []
+    for start in range(0, len(scenes), chunk):
+        some = scenes[start : start + chunk]
+        visual = cache_visual_tokens(model, some, None if seed is None else seed + start)
+        parts.append(context_states(model, prompts, visual))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def context_states(
+    model: SmolVLMForConditionalGeneration, prompts: Prompts, visual: Tensor
+) -> Tensor:
+    """The same from visual tokens [B, F, T, D]."""
+    ids = torch.tensor(prompts.context)[None]
+    image = (ids == model.config.image_token_id)[..., None]
+    embeds = model.get_input_embeddings()(ids).repeat(len(visual), 1, 1)
+    states = model.model.text_model(
+        inputs_embeds=embeds.masked_scatter(image, visual.flatten(0, 2)),
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states
+    layers = model.config.text_config.num_hidden_layers
+    return torch.stack(states[:layers], dim=1).to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ShapesTask:
+    """Loss of one training step: half over captions, half over `questions` others a video."""
+
+    model: SmolVLMForConditionalGeneration
+    prompts: Prompts
+    scenes: Sequence[Scene]
+    contexts: Tensor
+    seed: int
+    questions: int = 3
+
+    def turns(self, index: int, step: int) -> list[Turn]:
+        """One caption and some questions; which ones depends on (seed, step, video)."""
+        rng = random.Random(f"{self.seed}/{step}/{index}")
+        scene = self.scenes[index]
+        return [ask(scene, "caption", rng), *ask_several(scene, self.questions, rng)]
+
+    def loss(
+        self, hypernet: HyperNetwork, indices: list[int], step: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Scalar loss and its parts for the videos `indices`."""
+        features = self.contexts[torch.tensor(indices)].float()
+        # Contexts are short here: keeping activations is cheaper than recomputing them.
+        batch = hypernet.assemble(
+            [
+                hypernet.layer(layer, features[:, layer])
+                for layer in range(hypernet.config.num_layers)
+            ]
+        )
+        asked = [self.turns(index, step) for index in indices]
+        prompts = self.prompts
+        packed = pack_turns(
+            [prompts.text_prefix] * len(indices),
+            [[(prompts.question(t.question), prompts.answer(t.answer)) for t in r] for r in asked],
+            prompts.tokenizer.pad_token_id,
+        )
+        with adapted(self.model, batch, torch.arange(len(indices))):
+            hidden = self.model.model.text_model(
+                inputs_embeds=self.model.get_input_embeddings()(packed.ids),
+                attention_mask=packed.mask,
+                position_ids=packed.positions,
+                use_cache=False,
+            ).last_hidden_state
+        logits = self.model.lm_head(hidden[packed.rows, packed.columns])
+        kinds = [turn.kind for row in asked for turn in row]
+        losses = answer_cross_entropy(logits, packed.targets, packed.turns, len(kinds))
+        is_caption = torch.tensor([kind == "caption" for kind in kinds])
+        caption, question = losses[is_caption].mean(), losses[~is_caption].mean()
+        parts = {"caption": caption.item(), "question": question.item()}
+        return 0.5 * caption + 0.5 * question, parts
+
+
+def train_hypernet(
+    base: Path,
+    folder: Path,
+    record: Path,
+    settings: TrainSettings,
+    videos: int,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Train on `videos` scenes, write folder/hypernet and the run's record."""
+    torch.set_num_threads(threads)
+    model, prompts = load_base(base)
+    started = time.perf_counter()
+    scenes = sample_scenes("train", videos, settings.seed)
+    contexts = cache_contexts(model, prompts, scenes, settings.seed)
+    cached = time.perf_counter() - started
+    torch.manual_seed(settings.seed)
+    hypernet = HyperNetwork(shapes_hypernet_config(model))
+    task = ShapesTask(model, prompts, scenes, contexts, settings.seed)
+    result = train(
+        hypernet,
+        lambda indices, step: task.loss(hypernet, indices, step),
+        len(scenes),
+        settings,
+        folder / "hypernet-checkpoints",
+    )
+    hypernet.to(torch.bfloat16).save_pretrained(folder / "hypernet")
+    result = {
+        "what": "hypernetwork of the shapes world",
+        "targets": "ground-truth captions and answers",
+        "config": hypernet.config.to_dict(),
+        "cache_seconds": round(cached, 1),
+        "threads": threads,
+        **result,
+    }
+    write_record(record, result)
+    return result

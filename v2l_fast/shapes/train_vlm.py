@@ -1,0 +1,131 @@
+"""One run that makes the tiny VLM: tower, cached tokens, decoder, checkpoint folder, record.
+
+Responsible for the order of the stages and for resuming between them: each stage leaves a file in
+the run's folder and is skipped when that file exists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import SmolVLMForConditionalGeneration
+
+from v2l_fast.errors import CheckpointError
+from v2l_fast.files import load_tensors, save_tensors
+from v2l_fast.shapes.base import load_base, new_base, save_base
+from v2l_fast.shapes.evaluate import collect, direct_answerer, questions_for, score
+from v2l_fast.shapes.pretrain_vision import SCHEDULE, pretrain_vision
+from v2l_fast.shapes.prompts import Prompts
+from v2l_fast.shapes.scene import Scene, sample_scenes
+from v2l_fast.shapes.train_language import LanguageSettings, cache_visual_tokens, train_language
+from v2l_fast.training.trainer import write_record
+
+_VAL_VIDEOS = 512
+
+
+def train_vlm(
+    folder: Path,
+    record: Path,
+    seed: int = 0,
+    settings: LanguageSettings | None = None,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Train the tiny VLM, write it to folder/base and the run's record to `record`."""
+    settings = settings or LanguageSettings()
+    torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = new_base(seed)
+    prompts = Prompts(tokenizer)
+    console = Console()
+    seconds: dict[str, float] = {}
+
+    probes = _vision_stage(model, folder / "vision.safetensors", seed)
+    seconds["vision"] = probes.pop("seconds")
+
+    started = time.perf_counter()
+    scenes = sample_scenes("train", settings.videos, seed)
+    visual = cache_visual_tokens(model, scenes, seed)
+    seconds["cache"] = time.perf_counter() - started
+    console.print(f"cached the visual tokens of {len(scenes)} videos")
+
+    progress, report = _bar("decoder", settings.max_flat + settings.decay)
+    with progress:
+        steps, seconds["language"] = train_language(
+            model, prompts, scenes, visual, seed, settings, folder / "language.safetensors", report
+        )
+
+    save_base(model, tokenizer, folder / "base")
+    model, prompts = load_base(folder / "base")
+    validation = validate(model, prompts, sample_scenes("val", _VAL_VIDEOS, seed))
+    result = {
+        "what": "tiny SmolVLM of the shapes world",
+        "seed": seed,
+        "vision": {"schedule": [asdict(stage) for stage in SCHEDULE], "probes": probes},
+        "language": {**asdict(settings), "steps": steps},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "threads": threads,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "validation": validation,
+    }
+    write_record(record, result)
+    console.print_json(data=validation)
+    return result
+
+
+def validate(
+    model: SmolVLMForConditionalGeneration, prompts: Prompts, scenes: list[Scene]
+) -> dict[str, Any]:
+    """Scores of the direct answers on `scenes`."""
+    questions = questions_for(scenes, 0)
+    visual = cache_visual_tokens(model, scenes, None)
+    said = collect(direct_answerer(model, prompts, visual), scenes, questions)
+    result = score(said, scenes, questions)
+    del result["per_video"]
+    return {"videos": len(scenes), "questions": len(questions), **result}
+
+
+def _vision_stage(
+    model: SmolVLMForConditionalGeneration, path: Path, seed: int
+) -> dict[str, float]:
+    """Pre-train tower and connector, or load them; returns the probes' last scores and seconds."""
+    parts: dict[str, Tensor] = {
+        name: value
+        for name, value in model.state_dict().items()
+        if ".vision_model." in name or ".connector." in name
+    }
+    if path.exists():
+        tensors, metadata = load_tensors(path, CheckpointError)
+        if tensors.keys() != parts.keys():
+            raise CheckpointError(f"{path}: another model's vision tower; delete it to train again")
+        model.load_state_dict(tensors, strict=False)
+        return {name: float(value) for name, value in metadata.items() if name != "format"}
+    started = time.perf_counter()
+    progress, report = _bar("vision", sum(stage.steps for stage in SCHEDULE))
+    with progress:
+        probes = pretrain_vision(model, seed, report=report)
+    probes["seconds"] = time.perf_counter() - started
+    save_tensors(parts, path, {name: f"{value:.6f}" for name, value in probes.items()})
+    return probes
+
+
+def _bar(name: str, total: int) -> tuple[Progress, Callable[[int, dict[str, float]], None]]:
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    task = progress.add_task(name, total=total, note="")
+
+    def report(step: int, numbers: dict[str, float]) -> None:
+        shown = {k: v for k, v in numbers.items() if k in ("loss", "motion", "caption", "shape")}
+        note = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
+        progress.update(task, completed=step, note=note)
+
+    return progress, report

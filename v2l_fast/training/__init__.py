@@ -1,0 +1,1 @@
+"""Training of hypernetworks: data, loss, schedule, checkpoints and the loop that joins them."""

@@ -1,0 +1,89 @@
+"""Atomic training checkpoints in one safetensors file: parameters, optimizer state, progress.
+
+Responsible for exact round trips and for never leaving half a file. What progress means (step,
+sampler position) is the caller's JSON. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from v2l_fast.errors import CheckpointError
+from v2l_fast.files import load_tensors, save_tensors
+
+_RNG = "rng.torch"
+_PROGRESS = "progress"
+
+
+def save_checkpoint(
+    path: str | Path,
+    parameters: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+) -> None:
+    """Write parameters, the optimizer's per-parameter tensors, torch's CPU RNG and `progress`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{name}": value for name, value in parameters.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+    tensors[_RNG] = torch.get_rng_state()
+    save_tensors(tensors, path, {_PROGRESS: json.dumps(progress)})
+
+
+def load_checkpoint(
+    path: str | Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Restore into `parameters` (in place), `optimizer` and torch's RNG; returns the progress.
+
+    Raises CheckpointError when the file is broken or belongs to another model.
+    """
+    tensors, metadata = load_tensors(path, CheckpointError)
+    try:
+        progress = json.loads(metadata[_PROGRESS])
+        rng = tensors[_RNG]
+    except (KeyError, json.JSONDecodeError):
+        raise CheckpointError(f"{path}: not a training checkpoint; delete it") from None
+    saved = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in parameters.items()}:
+        raise CheckpointError(f"{path}: its tensors are not this model's; train in another folder")
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(saved[name])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    torch.set_rng_state(rng)
+    return progress
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint of the highest step that `rotate_checkpoints` knows, or None."""
+    found = sorted(Path(folder).glob("step-*.safetensors"))
+    return found[-1] if found else None
+
+
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies; names sort by step."""
+    return Path(folder) / f"step-{step:08d}.safetensors"
+
+
+def rotate_checkpoints(folder: str | Path, keep: int) -> None:
+    """Delete all but the `keep` checkpoints of the highest steps."""
+    for old in sorted(Path(folder).glob("step-*.safetensors"))[:-keep]:
+        old.unlink()
+
+
+def named_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters by name (each tied one once)."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

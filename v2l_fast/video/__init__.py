@@ -1,0 +1,34 @@
+"""Video files in, sampled frames and vision-tower views out.
+
+Every failure to read a file is a `v2l_fast.errors.VideoError` of one line that names it.
+"""
+
+from v2l_fast.video.clip import VideoClip, load_video
+from v2l_fast.video.info import VideoInfo
+from v2l_fast.video.limits import Limits
+from v2l_fast.video.preprocess import (
+    PREPROCESSING_VERSION,
+    FrameViews,
+    frame_views,
+    normalize,
+    resize_lanczos,
+    resized_size,
+)
+from v2l_fast.video.reading import decode, probe
+from v2l_fast.video.sampling import sample_indices
+
+__all__ = [
+    "PREPROCESSING_VERSION",
+    "FrameViews",
+    "Limits",
+    "VideoClip",
+    "VideoInfo",
+    "decode",
+    "frame_views",
+    "load_video",
+    "normalize",
+    "probe",
+    "resize_lanczos",
+    "resized_size",
+    "sample_indices",
+]

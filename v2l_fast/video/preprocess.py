@@ -1,0 +1,198 @@
+"""From decoded frames to the square views a vision tower reads, equal to transformers 4.51.3's
+SmolVLM image path bit for bit.
+
+Frames stay uint8 until `normalize`. Everything runs on the device the frames are on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from v2l_fast.errors import ConfigError
+
+# Raised whenever a pixel of any view would change; part of an adapter's provenance.
+PREPROCESSING_VERSION = 1
+
+_MAX_EDGE = 4096
+# Pillow's fixed point: coefficients are multiples of 2^-22.
+_ONE = 1 << 22
+_LOBES = 3.0
+# Outputs per matrix product: wider bands multiply more zeros, narrower ones start more products
+# (measured on one core, 16 is best or near it from 216p up to 1080p).
+_BAND = 16
+# Float64 elements of one temporary: within a CPU's cache (twice as fast at 1080p as eight times
+# more), few launches on a GPU.
+_CHUNK_CPU, _CHUNK_GPU = 1 << 19, 1 << 26
+
+
+@lru_cache(maxsize=64)
+def _bands(
+    n_in: int, n_out: int, device: torch.device
+) -> tuple[tuple[int, int, torch.Tensor], ...]:
+    """Pillow's Lanczos coefficients as (first input, end input, float64 [<= _BAND, inputs])."""
+    scale = n_in / n_out
+    stretch = max(scale, 1.0)
+    support = _LOBES * stretch
+    center = (np.arange(n_out) + 0.5) * scale
+    low = np.maximum((center - support + 0.5).astype(np.int64), 0)
+    high = np.minimum((center + support + 0.5).astype(np.int64), n_in)
+    bands = []
+    for start in range(0, n_out, _BAND):
+        rows = slice(start, min(start + _BAND, n_out))
+        first, end = int(low[rows.start]), int(high[rows.stop - 1])
+        source = np.arange(first, end)
+        inside = (source >= low[rows, None]) & (source < high[rows, None])
+        x = (source - center[rows, None] + 0.5) / stretch
+        weight = np.where(inside & (np.abs(x) < _LOBES), np.sinc(x) * np.sinc(x / _LOBES), 0.0)
+        weight /= weight.sum(axis=1, keepdims=True)
+        fixed = np.trunc(weight * _ONE + np.copysign(0.5, weight))
+        bands.append((first, end, torch.from_numpy(fixed / _ONE).to(device)))
+    return tuple(bands)
+
+
+def _round_u8(acc: torch.Tensor) -> torch.Tensor:
+    """Pillow's (sum + 2^21) >> 22 clamped to 0..255; acc (consumed) is the sum / 2^22."""
+    return acc.add_(0.5).clamp_(0, 255).to(torch.uint8)
+
+
+def _resize_width(images: torch.Tensor, width: int) -> torch.Tensor:
+    out = images.new_empty(*images.shape[:-1], width)
+    for i, (first, end, weight) in enumerate(_bands(images.shape[-1], width, images.device)):
+        acc = images[..., first:end].to(torch.float64) @ weight.T
+        out[..., i * _BAND : i * _BAND + len(weight)] = _round_u8(acc)
+    return out
+
+
+def _resize_height(images: torch.Tensor, height: int) -> torch.Tensor:
+    out = images.new_empty(*images.shape[:-2], height, images.shape[-1])
+    for i, (first, end, weight) in enumerate(_bands(images.shape[-2], height, images.device)):
+        acc = weight @ images[..., first:end, :].to(torch.float64)
+        out[..., i * _BAND : i * _BAND + len(weight), :] = _round_u8(acc)
+    return out
+
+
+def resize_lanczos(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize uint8 [..., 3, H, W] to [..., 3, height, width] exactly as Pillow's LANCZOS does.
+
+    Pillow (Resample.c, 8 bits per channel) resizes the width, rounds to uint8, then the height;
+    a pass that keeps its size is left out. (Since 13.0 it swaps the two where the height shrinks
+    and the width grows or shrinks far less; no step of `frame_views` on ordinary aspect ratios
+    does, and the released checkpoints precede it: width first is the definition here.) Its
+    integer sums are multiples of 2^-22 below 2^9 in
+    magnitude here, which float64 holds exactly in whatever order a matrix product adds them: the
+    result does not depend on device, threads or chunking.
+
+    Raises ConfigError for other inputs or an empty size.
+    """
+    if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
+        raise ConfigError(
+            f"resize_lanczos got {images.dtype} {list(images.shape)}; pass uint8 [..., 3, H, W]"
+        )
+    if min(height, width, *images.shape[-2:]) < 1:
+        raise ConfigError(
+            f"cannot resize {images.shape[-1]}x{images.shape[-2]} to {width}x{height}: "
+            "sides must be at least 1"
+        )
+    in_height, in_width = images.shape[-2:]
+    frames = images.reshape(-1, 3, in_height, in_width)
+    out = frames.new_empty(len(frames), 3, height, width)
+    # Widest temporaries: one band's inputs, for all rows (first pass) or columns (second pass).
+    reach = _BAND + 2 * _LOBES
+    wide = in_height * min(in_width, reach * max(1.0, in_width / width))
+    tall = width * min(in_height, reach * max(1.0, in_height / height))
+    budget = _CHUNK_CPU if frames.device.type == "cpu" else _CHUNK_GPU
+    chunk = max(1, int(budget / (3 * max(wide, tall))))
+    for start in range(0, len(frames), chunk):
+        part = frames[start : start + chunk]
+        if width != in_width:
+            part = _resize_width(part, width)
+        if height != in_height:
+            part = _resize_height(part, height)
+        out[start : start + chunk] = part
+    return out.reshape(*images.shape[:-2], height, width)
+
+
+def resized_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
+    """(height, width) with the longest side `longest_edge`, the other rounded up to an even number.
+
+    transformers 4.51.3, `get_resize_output_image_size`: sides are at least 1 and at most 4096.
+    """
+    aspect = width / height
+    if width >= height:
+        width = longest_edge
+        height = int(width / aspect)
+        height += height % 2
+    else:
+        height = longest_edge
+        width = int(height * aspect)
+        width += width % 2
+    height, width = max(height, 1), max(width, 1)
+    aspect = width / height
+    if width >= height and width > _MAX_EDGE:
+        height, width = int(_MAX_EDGE / aspect), _MAX_EDGE
+    elif height > width and height > _MAX_EDGE:
+        height, width = _MAX_EDGE, int(_MAX_EDGE * aspect)
+    return max(height, 1), max(width, 1)
+
+
+def _multiple_size(height: int, width: int, tile: int) -> tuple[int, int]:
+    """Sides rounded up to multiples of `tile` (4.51.3, `resize_for_vision_encoder`)."""
+    aspect = width / height
+    if width >= height:
+        width = math.ceil(width / tile) * tile
+        height = max(1, math.ceil(int(width / aspect) / tile)) * tile
+    else:
+        height = math.ceil(height / tile) * tile
+        width = max(1, math.ceil(int(height * aspect) / tile)) * tile
+    return height, width
+
+
+@dataclass(frozen=True, eq=False)
+class FrameViews:
+    """views: uint8 [F * per_frame, 3, M, M]; a frame's tiles row-major, then its global view.
+
+    rows, cols: tiles of a frame, 0 and 0 when it is not split.
+    """
+
+    views: torch.Tensor
+    rows: int
+    cols: int
+
+    @property
+    def per_frame(self) -> int:
+        """Views of one frame."""
+        return self.rows * self.cols + 1
+
+
+def frame_views(frames: torch.Tensor, longest_edge: int, tile_size: int) -> FrameViews:
+    """Views of frames uint8 [F, 3, H, W] for a vision tower that reads M x M, M = `tile_size`.
+
+    The longest side becomes `longest_edge`, then both sides are stretched up to multiples of M.
+    A frame that is then M x M is its only view; a larger one is cut into tiles and followed by the
+    whole of it squeezed to M x M. (transformers 4.51.3 with do_image_splitting, which its video
+    path uses too; later releases never split videos.)
+
+    Raises ConfigError for a longest_edge or tile_size below 1.
+    """
+    if longest_edge < 1 or tile_size < 1:
+        raise ConfigError(f"longest_edge={longest_edge}, tile_size={tile_size}: both must be >= 1")
+    height, width = resized_size(frames.shape[-2], frames.shape[-1], longest_edge)
+    frames = resize_lanczos(frames, height, width)
+    frames = resize_lanczos(frames, *_multiple_size(height, width, tile_size))
+    rows, cols = (side // tile_size for side in frames.shape[-2:])
+    if rows * cols == 1:
+        return FrameViews(frames, 0, 0)
+    tiles = frames.unfold(2, tile_size, tile_size).unfold(3, tile_size, tile_size)
+    tiles = tiles.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    whole = resize_lanczos(frames, tile_size, tile_size).unsqueeze(1)
+    return FrameViews(torch.cat([tiles, whole], dim=1).flatten(0, 1), rows, cols)
+
+
+def normalize(views: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(x - 127.5) / 127.5 of uint8 `views` in [-1, 1], computed in float32, cast to `dtype`."""
+    return views.to(torch.float32).sub_(127.5).div_(127.5).to(dtype)

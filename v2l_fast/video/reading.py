@@ -1,0 +1,80 @@
+"""The two calls that touch a file: probe it, and decode frames of it.
+
+Responsible for choosing the library that does it and for checking the indices asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from v2l_fast.errors import VideoError
+from v2l_fast.video.info import VideoInfo
+from v2l_fast.video.limits import Limits
+from v2l_fast.video.pyav_source import PyAVSource
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "pyav", "torchcodec"]
+
+
+def open_source(path: str | os.PathLike, backend: Backend, limits: Limits) -> PyAVSource:
+    """The reader of `path`; "auto" is PyAV, which is always there and is the reference."""
+    if backend in ("auto", "pyav"):
+        return PyAVSource(path, limits)
+    if backend == "torchcodec":
+        from v2l_fast.video.torchcodec_source import TorchcodecSource
+
+        return TorchcodecSource(path, limits)
+    raise VideoError(
+        f"{os.fspath(path)}: unknown backend {backend!r}; use 'auto', 'pyav' or 'torchcodec'"
+    )
+
+
+def probe(path: str | os.PathLike, limits: Limits | None = None) -> VideoInfo:
+    """Describe a file by walking all its packets and decoding its first frame.
+
+    Raises VideoError when the file is missing, not a video, without a decodable frame, or beyond
+    `limits` (default: Limits()).
+    """
+    return PyAVSource(path, limits or Limits()).info
+
+
+def decode(
+    path: str | os.PathLike,
+    indices: Sequence[int] | np.ndarray,
+    backend: Backend = "auto",
+    limits: Limits | None = None,
+) -> torch.Tensor:
+    """Frames `indices` (any order, repeats allowed), upright RGB, uint8 [F, H, W, 3] on the CPU.
+
+    An index the file counts but cannot deliver (damaged packets) gives the last frame that
+    decodes, and a warning is logged. Raises VideoError as `probe` does, and for no indices or
+    some outside 0..num_frames-1.
+    """
+    source = open_source(path, backend, limits or Limits())
+    asked = np.asarray(indices, dtype=np.int64).reshape(-1)
+    count = source.info.num_frames
+    if asked.size == 0 or asked.min() < 0 or asked.max() >= count:
+        raise VideoError(
+            f"{source.path}: it has frames 0..{count - 1}, asked for "
+            f"{f'{asked.min()}..{asked.max()}' if asked.size else 'none'}"
+        )
+    unique, inverse = np.unique(asked, return_inverse=True)
+    decoded = source.read(unique)
+    if decoded.available is not None:
+        log.warning(
+            "%s: only %d of %d frames decode, the last one stands for the rest",
+            source.path, decoded.available, count,
+        )  # fmt: skip
+        # Clamping can ask for a frame that was not among the indices.
+        unique, inverse = np.unique(np.minimum(asked, decoded.available - 1), return_inverse=True)
+        decoded = source.read(unique)
+    if len(asked) == len(unique) and bool((np.diff(asked) > 0).all()):
+        return decoded.frames
+    return decoded.frames[torch.from_numpy(inverse)]

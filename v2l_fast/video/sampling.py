@@ -1,0 +1,54 @@
+"""Which frames of a clip are looked at: index arithmetic only, no file is touched.
+
+The default rule is transformers 4.51.3's `smolvlm_sample_indices_fn`, which the released
+checkpoints were trained with.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from v2l_fast.errors import ConfigError, VideoError
+
+
+def sample_indices(
+    num_frames: int,
+    fps: float,
+    duration: float,
+    max_frames: int,
+    target_fps: float = 1.0,
+    skip_secs: float = 1.0,
+    exact_frames: bool = False,
+) -> np.ndarray:
+    """Frame indices to decode, int64, sorted and unique.
+
+    num_frames, fps, duration: of the source; duration in seconds.
+    Default: k = max(1, min(round(target_fps * duration), max_frames)) indices evenly spaced over
+    the clip, whose first and last `skip_secs` are left out when it is longer than
+    2 * skip_secs + max_frames * target_fps seconds.
+    exact_frames: min(max_frames, num_frames) indices over the whole clip whatever its duration, so
+    a large `max_frames` gives every frame; target_fps and skip_secs are not used.
+
+    Raises VideoError for a source without frames or length, ConfigError for max_frames < 1.
+    """
+    if max_frames < 1:
+        raise ConfigError(f"max_frames={max_frames} samples nothing: use 1 or more")
+    if num_frames < 1:
+        raise VideoError(f"cannot sample a video of {num_frames} frames: it must hold at least one")
+    if exact_frames:
+        # Integer arithmetic: floating-point spacing could merge two neighbours.
+        k = min(max_frames, num_frames)
+        return np.arange(k, dtype=np.int64) * (num_frames - 1) // max(k - 1, 1)
+    if not (math.isfinite(duration) and duration > 0 and math.isfinite(fps) and fps > 0):
+        raise VideoError(f"cannot sample a video of duration {duration} s at {fps} frames/s")
+
+    k = max(1, min(int(round(target_fps * duration)), max_frames))
+    start, end = 0, num_frames - 1
+    if skip_secs > 0 and duration - 2 * skip_secs > max_frames * target_fps:
+        start = max(0, int(skip_secs * fps))
+        end = min(int(num_frames - skip_secs * fps), num_frames - 1)
+        if start >= end:
+            start, end = 0, num_frames - 1
+    return np.unique(np.linspace(start, end, k, dtype=np.int64))
