@@ -278,9 +278,9 @@ class Adapter:
         for key, tensor in tensors.items():
             module, _, factor = key.rpartition(".")
             if factor not in ("lora_A", "lora_B") or not tensor.is_floating_point():
-                raise AdapterError(f"{path}: unexpected tensor {key} ({tensor.dtype})")
+                raise AdapterError(f"{path}: unexpected tensor {key[:120]!r} ({tensor.dtype})")
             if not torch.isfinite(tensor).all():
-                raise AdapterError(f"{path}: {key} holds NaN or infinity; internalize again")
+                raise AdapterError(f"{path}: {module[:120]!r} is not finite; internalize again")
             (a if factor == "lora_A" else b)[module] = tensor
         try:
             adapter = cls(a, b, scale, None, bias_id, provenance)

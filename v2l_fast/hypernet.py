@@ -271,7 +271,7 @@ class HyperNetwork(nn.Module):
         ):
             if keys:
                 more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-                raise CheckpointError(f"{source}: {problem} {keys[0]}{more}")
+                raise CheckpointError(f"{source}: {problem} {keys[0][:120]!r}{more}")
         for key, value in state.items():
             if value.shape != expected[key].shape:
                 raise CheckpointError(

@@ -315,8 +315,7 @@ class Video2LoRA:
         known = {id(a): None if a is None else self.attach(a) for a in adapters}
         return list(
             self._answers(
-                questions,
-                lambda text: self.backbone.question(text),
+                [lambda text=text: self.backbone.question(text) for text in questions],
                 [known[id(a)] for a in adapters],
                 Sampling(**sampling),
             )
@@ -325,20 +324,28 @@ class Video2LoRA:
     def answer_direct(
         self,
         questions: str | Sequence[str],
-        clip: VideoClip,
+        clips: VideoClip | Sequence[VideoClip],
         longest_edge: int | None = None,
         **sampling,
     ) -> list[Answer]:
         """:meth:`ask_direct` on decoded frames, with token counts and times.
 
-        Every question pays for the video again, as a model without adapters does.
+        Every question pays for its video again, as a model without adapters does.
+
+        Args:
+            clips: one for all questions, or one for each.
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
+        clips = [clips] * len(questions) if isinstance(clips, VideoClip) else list(clips)
+        if len(clips) != len(questions):
+            raise VideoError(f"{len(questions)} questions and {len(clips)} clips: give one each")
         edge = self.config.longest_edge if longest_edge is None else longest_edge
         return list(
             self._answers(
-                questions,
-                lambda text: self.backbone.question_about(clip, text, edge),
+                [
+                    lambda clip=clip, text=text: self.backbone.question_about(clip, text, edge)
+                    for clip, text in zip(clips, questions, strict=True)
+                ],
                 [None] * len(questions),
                 Sampling(**sampling),
             )
@@ -346,16 +353,16 @@ class Video2LoRA:
 
     def _answers(
         self,
-        questions: Sequence[str],
-        build: Callable[[str], Prompt],
+        builders: Sequence[Callable[[], Prompt]],
         adapters: Sequence[Adapter | None],
         sampling: Sampling,
     ) -> Iterator[Answer]:
+        """Answer in batches; each prompt is built, and its cost timed, when its turn comes."""
         decoder = self.backbone.decoder
-        for first in range(0, len(questions), MAX_BATCH):
+        for first in range(0, len(builders), MAX_BATCH):
             start = time.perf_counter()
             part = slice(first, first + MAX_BATCH)
-            prompts = [build(text) for text in questions[part]]
+            prompts = [build() for build in builders[part]]
             slots = AdapterSlots.pack(adapters[part], decoder.device, decoder.dtype)
             built = time.perf_counter() - start
             generated = generate(

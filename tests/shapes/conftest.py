@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.shapes.base import new_base
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.tokenizer import build_tokenizer
@@ -20,13 +21,12 @@ def prompts(tokenizer):
 
 @pytest.fixture
 def base():
-    """The untrained tiny model with weights large enough for answers to depend on the input."""
-    model, _ = new_base(0)
+    """An untrained backbone with weights large enough for answers to depend on the input."""
+    model, tokenizer = new_base(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-    model.requires_grad_(False)
-    return model.eval()
+    return SmolVLM(model, tokenizer, "untrained")

@@ -2,16 +2,20 @@
 
 import json
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
 from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.cli import app
 from v2l_fast.shapes.evaluate import (
     Answers,
+    direct_answerer,
     evaluate,
     evaluate_files,
     questions_for,
+    rendered_clips,
     score,
 )
 from v2l_fast.shapes.language import caption
@@ -36,11 +40,14 @@ def test_perfect_and_wrong_answers_score_as_such():
     assert score(Answers(perfect.captions, half), scenes, questions)["qa_exact"]["estimate"] == 0.5
 
 
-def test_every_condition_is_measured(base, prompts):
+@pytest.fixture
+def fresh(base):
     torch.manual_seed(0)
-    network = HyperNetwork(shapes_hypernet_config(base)).eval()
-    scenes = sample_scenes("test", 4, 0)
-    result = evaluate(base, prompts, network, scenes)
+    return Video2LoRA(base, HyperNetwork(shapes_hypernet_config(base)))
+
+
+def test_every_condition_is_measured(fresh):
+    result = evaluate(fresh, sample_scenes("test", 4, 0))
     assert list(result["conditions"]) == [
         "direct", "adapter", "other video's adapter", "bias adapter only", "no adapter",
     ]
@@ -50,8 +57,20 @@ def test_every_condition_is_measured(base, prompts):
     assert set(result["adapter_minus_direct"]) == {"caption_token_f1", "qa_exact"}
     json.dumps(result)
 
-    files = evaluate_files(base, prompts, network, scenes[:2])
+
+def test_files_are_compared_with_rendering(fresh):
+    files = evaluate_files(fresh, sample_scenes("test", 2, 0))
     assert {"direct, file", "adapter, rendered"} <= set(files)
+
+
+def test_batched_direct_answers_are_those_of_ask_direct(fresh):
+    clips = rendered_clips(sample_scenes("test", 3, 0))
+    texts = ["What happens?", "How many objects are there?", "What happens?"]
+    expected = [
+        fresh.ask_direct(text, clip, max_new_tokens=40)
+        for text, clip in zip(texts, clips, strict=True)
+    ]
+    assert direct_answerer(fresh.backbone, clips)(range(3), texts) == expected
 
 
 def test_render_command_writes_clips(tmp_path):

@@ -5,7 +5,9 @@ import torch
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.shapes.augment import augment
 from v2l_fast.shapes.base import load_base, new_base, save_base
+from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.pretrain_vision import Stage, pretrain_vision, random_frames
+from v2l_fast.shapes.prompts import INSTRUCTION, Prompts
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.train_hypernet import ShapesTask, cache_contexts, shapes_hypernet_config
 from v2l_fast.shapes.train_language import (
@@ -86,8 +88,9 @@ def test_saved_base_is_the_same_model(tmp_path, prompts):
     model, tokenizer = new_base(0)
     save_base(model, tokenizer, tmp_path)
     assert model.dtype == torch.float32
-    loaded, loaded_prompts = load_base(tmp_path)
-    assert loaded_prompts.context == prompts.context
+    backbone = load_base(tmp_path)
+    assert Prompts(backbone.tokenizer).context == prompts.context
+    loaded = backbone.model
     for name, value in model.state_dict().items():
         assert torch.equal(value.to(torch.bfloat16).float(), loaded.state_dict()[name])
     names = {path.name for path in tmp_path.iterdir()}
@@ -97,7 +100,7 @@ def test_saved_base_is_the_same_model(tmp_path, prompts):
 
 def test_hypernetwork_loss_falls(tmp_path, base, prompts):
     scenes = sample_scenes("train", 8, 0)
-    contexts = cache_contexts(base, prompts, scenes, 0)
+    contexts = cache_contexts(base, scenes, 0)
     assert contexts.shape == (8, 4, len(prompts.context), 96)
     torch.manual_seed(0)
     network = HyperNetwork(shapes_hypernet_config(base))
@@ -112,3 +115,13 @@ def test_hypernetwork_loss_falls(tmp_path, base, prompts):
 
     train(network, step_loss, 8, settings, tmp_path, quiet=True)
     assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_cached_contexts_are_those_of_internalizing(base):
+    scenes = sample_scenes("train", 2, 0)
+    cached = cache_contexts(base, scenes, None)
+    for clip, expected in zip(rendered_clips(scenes), cached, strict=True):
+        prompt = base.context(clip, INSTRUCTION, 48)
+        with torch.no_grad():
+            states = torch.cat(list(base.decoder.layer_inputs(prompt.embeddings[None])))
+        assert torch.allclose(states, expected.float(), rtol=1e-2, atol=1e-2)

@@ -40,8 +40,8 @@ class Span:
 
     Attributes:
         positions: [E, T] int64 position of each token in its sequence.
-        mask: [E, 1, T, K] bool over the first K cache slots, or None for plain causal attention
-            among the pass's own tokens (a prefill that starts at position 0).
+        mask: [E, 1, T, K] bool over the first K cache slots (without a cache: over the pass's own
+            tokens), or None for plain causal attention among the pass's own tokens.
         rope: cos and sin [E, T, head_dim].
     """
 
@@ -86,16 +86,19 @@ class Decoder:
             torch.zeros(shape, dtype=self.dtype, device=self.device),
         )
 
+    def span(self, positions: Tensor, mask: Tensor | None) -> Span:
+        """A pass over tokens at any ``positions`` [E, T] under any ``mask``."""
+        return Span(positions, mask, self._rope(positions))
+
     def prefill_span(self, batch: int, length: int) -> Span:
         """Positions 0 to ``length`` - 1 of every row, causal."""
-        positions = torch.arange(length, device=self.device).expand(batch, length)
-        return Span(positions, None, self._rope(positions))
+        return self.span(torch.arange(length, device=self.device).expand(batch, length), None)
 
     def step_span(self, positions: Tensor, limit: int) -> Span:
         """One token a row at ``positions`` [E], all below ``limit``; sees slots up to its own."""
         slots = torch.arange(limit, device=self.device)
         mask = (slots <= positions[:, None])[:, None, None, :]
-        return Span(positions[:, None], mask, self._rope(positions[:, None]))
+        return self.span(positions[:, None], mask)
 
     def layer(
         self,

@@ -154,13 +154,13 @@ def _config(archive: TorchArchive, fields: _Fields, base: Any) -> HypernetConfig
     if fields.values.get("extra_modules"):
         raise fields.error("extra_modules", "names modules; only None is supported")
     aggregator, lora = fields.record("aggregator_config"), fields.record("lora_config")
-    for name, supported in (
+    for field, value in (
         ("aggregator_type", "perceiver"),
         ("layer_to_layer_ctx_encoder", True),
         ("per_rank_gen", True),
         ("num_extra_modules", 0),
     ):
-        aggregator.only(name, supported, supported)
+        aggregator.only(field, value, value)
 
     modules = _target_modules(fields, lora)
     rank, latent_size = lora.size("r"), fields.size("latent_size")

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +258,7 @@ def _read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, tuple
     return config, {site: (pair["lora_A"], pair["lora_B"]) for site, pair in pairs.items()}
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:

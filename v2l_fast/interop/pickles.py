@@ -134,7 +134,7 @@ PYTHON2_NAMES = {
 } | {("__builtin__", "xrange"): ("builtins", "range")}
 KNOWN = RECORDS | ENUMS | FUNCTIONS | DTYPES | STORAGES.keys() | CONTAINERS.keys()
 
-CONSTANTS = {
+CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,

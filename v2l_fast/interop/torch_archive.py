@@ -53,7 +53,8 @@ class TorchArchive:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         try:
             self._size = os.fstat(self._file.fileno()).st_size
-            self._open: Callable[[StorageRef], BinaryIO]
+            # Streams with readinto, which typing.BinaryIO does not have.
+            self._open: Callable[[StorageRef], Any]
             start = self._file.read(4)
             if not start:
                 raise CheckpointError(f"{path}: the file is empty; get it again")
@@ -183,7 +184,7 @@ class TorchArchive:
 
     def _read_storage(self, storage: StorageRef) -> Tensor:
         data = torch.empty(storage.nbytes, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = data.numpy()
 
         def fill() -> int:
             stream, done = self._open(storage), 0

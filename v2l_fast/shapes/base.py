@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, SmolVLMForConditionalGeneration
 
-from v2l_fast.shapes.prompts import Prompts
+from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.shapes.tokenizer import build_tokenizer
-from v2l_fast.shapes.vlm import IMAGE_SIZE, freeze, seeded_model, shapes_vlm_config
+from v2l_fast.shapes.vlm import IMAGE_SIZE, seeded_model, shapes_vlm_config
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "shapes"
 BASE_FOLDER = ASSETS / "base"
@@ -68,13 +68,9 @@ def save_base(
     os.replace(part, folder / "preprocessor_config.json")
 
 
-def load_base(
-    folder: str | Path = BASE_FOLDER, dtype: torch.dtype = torch.float32
-) -> tuple[SmolVLMForConditionalGeneration, Prompts]:
-    """The frozen model in evaluation mode, and prompts under its tokenizer."""
-    model = SmolVLMForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, local_files_only=True
-    )
-    freeze(model)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    return model, Prompts(tokenizer)
+def load_base(folder: str | Path = BASE_FOLDER) -> SmolVLM:
+    """The frozen model as any other backbone, in float32.
+
+    Raises CheckpointError when the folder is missing or incomplete.
+    """
+    return SmolVLM.from_pretrained(folder)

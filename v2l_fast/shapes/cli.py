@@ -94,21 +94,21 @@ def evaluate(
     """Compare direct answers, adapters and controls on the test split."""
     import torch
 
-    from v2l_fast.hypernet import HyperNetwork
-    from v2l_fast.shapes.base import ASSETS, load_base
+    from v2l_fast.model import Video2LoRA
     from v2l_fast.shapes.evaluate import evaluate as run
     from v2l_fast.shapes.evaluate import evaluate_files
     from v2l_fast.shapes.scene import sample_scenes
     from v2l_fast.training.trainer import write_record
 
     torch.set_num_threads(threads)
-    folder = folder or ASSETS
-    model, prompts = load_base(folder / "base")
-    hypernet = HyperNetwork.from_pretrained(folder / "hypernet")
+    console = Console()
+    model = Video2LoRA.from_pretrained(folder or "shapes", device="cpu")
     scenes = sample_scenes("test", videos, seed)
-    result = run(model, prompts, hypernet, scenes, seed)
-    if encoded:
-        result["encoded_files"] = evaluate_files(model, prompts, hypernet, scenes[:encoded])
+    with console.status("loading") as status:
+        result = run(model, scenes, seed, report=status.update)
+        if encoded:
+            status.update("H.264 files")
+            result["encoded_files"] = evaluate_files(model, scenes[:encoded])
     write_record(record, result)
     table = Table(title=f"{videos} unseen videos, {result['questions']} questions, 95% intervals")
     for name in ("condition", "attributes", "caption exact", "token-F1", "QA exact"):
@@ -119,7 +119,6 @@ def evaluate(
             for key in ("caption_attributes", "caption_exact", "caption_token_f1", "qa_exact")
         ]
         table.add_row(name, *cells)
-    Console().print(table)
-    Console().print_json(data={k: result[k] for k in ("adapter_minus_direct",)})
-    if encoded:
-        Console().print_json(data=result["encoded_files"])
+    console.print(table)
+    console.print_json(data={k: result[k] for k in ("adapter_minus_direct", "encoded_files")
+                             if k in result})

@@ -1,7 +1,8 @@
 """Evaluation on unseen shapes videos: the video in context against the adapter, with controls.
 
 Conditions: direct (visual tokens in the prompt), adapter (none), another video's adapter, the bias
-adapter alone, and no adapter. All see the same questions; answers are greedy.
+adapter alone, and no adapter. All see the same questions and answer greedily, through the same
+interface that users have.
 """
 
 from __future__ import annotations
@@ -13,34 +14,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import SmolVLMForConditionalGeneration
-
-from v2l_fast.adapter import AdapterBatch
+from v2l_fast.adapter import Adapter
+from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.evaluation.metrics import token_f1
-from v2l_fast.evaluation.statistics import (
-    mean_interval,
-    paired_difference,
-    ratio_interval,
-)
-from v2l_fast.hypernet import HyperNetwork
-from v2l_fast.shapes.adapt import adapted
-from v2l_fast.shapes.decode import answer_batch
+from v2l_fast.evaluation.statistics import mean_interval, paired_difference, ratio_interval
+from v2l_fast.generation import Sampling, generate
+from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.language import CAPTION_PROMPTS, QUESTION_KINDS, Turn, ask_several, caption
-from v2l_fast.shapes.prompts import Prompts
-from v2l_fast.shapes.render import FRAME_TIMES, render, write_clip
+from v2l_fast.shapes.render import CLIP_SECONDS, FRAME_TIMES, render, write_clip
 from v2l_fast.shapes.scene import Scene
 from v2l_fast.shapes.scoring import attribute_hits, plain
-from v2l_fast.shapes.train_hypernet import cache_contexts, context_states
-from v2l_fast.shapes.train_language import cache_visual_tokens
-from v2l_fast.shapes.vlm import IMAGE_SIZE, video_tokens
-from v2l_fast.video import frame_views, load_video
+from v2l_fast.shapes.vlm import IMAGE_SIZE
+from v2l_fast.video import VideoClip, load_video
 
 F1_MARGIN = 0.05
 QUESTIONS_PER_VIDEO = 5
-_CHUNK = 128
+MAX_NEW_TOKENS = 40
+_BATCH = 32
 
-Answerer = Callable[[Sequence[int], Sequence[str], int], list[str]]
+Answerer = Callable[[Sequence[int], Sequence[str]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -61,21 +53,27 @@ def questions_for(scenes: Sequence[Scene], seed: int) -> list[tuple[int, Turn]]:
     ]
 
 
-def collect(
-    answer: Answerer, scenes: Sequence[Scene], questions: Sequence[tuple[int, Turn]]
-) -> Answers:
-    """Ask one condition for every caption and every question."""
+def rendered_clips(scenes: Sequence[Scene]) -> list[VideoClip]:
+    """The frames that sampling takes from each scene's file, rendered without a codec."""
+    frames = render(scenes, IMAGE_SIZE)
+    return [VideoClip.from_frames(video, len(FRAME_TIMES) / CLIP_SECONDS) for video in frames]
 
-    def run(videos: Sequence[int], texts: Sequence[str], limit: int) -> list[str]:
-        said: list[str] = []
-        for start in range(0, len(videos), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            said += answer(videos[part], texts[part], limit)
-        return said
 
-    captions = run(range(len(scenes)), [CAPTION_PROMPTS[0]] * len(scenes), 40)
-    answers = run([i for i, _ in questions], [turn.question for _, turn in questions], 8)
-    return Answers(captions, answers)
+def encoded_clips(scenes: Sequence[Scene]) -> list[VideoClip]:
+    """The scenes as H.264 files, sampled and decoded as any user's video is."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [
+            load_video(write_clip(scene, Path(folder) / f"{i}.mp4"), len(FRAME_TIMES))
+            for i, scene in enumerate(scenes)
+        ]
+
+
+def collect(answer: Answerer, videos: int, questions: Sequence[tuple[int, Turn]]) -> Answers:
+    """Ask one condition for every video's caption and every question."""
+    return Answers(
+        captions=answer(range(videos), [CAPTION_PROMPTS[0]] * videos),
+        answers=answer([i for i, _ in questions], [turn.question for _, turn in questions]),
+    )
 
 
 def score(
@@ -106,84 +104,61 @@ def score(
     }
 
 
-def direct_answerer(
-    model: SmolVLMForConditionalGeneration, prompts: Prompts, visual: torch.Tensor
-) -> Answerer:
-    """Every question carries its video's visual tokens [B, F, T, D]."""
+def direct_answerer(backbone: SmolVLM, clips: Sequence[VideoClip]) -> Answerer:
+    """Every question carries its own video."""
 
-    def answer(videos: Sequence[int], texts: Sequence[str], limit: int) -> list[str]:
-        return answer_batch(model, prompts, texts, visual[torch.tensor(videos)], limit)
-
-    return answer
-
-
-def adapter_answerer(
-    model: SmolVLMForConditionalGeneration,
-    prompts: Prompts,
-    adapters: AdapterBatch | None,
-    choose: Callable[[int], int] = lambda video: video,
-) -> Answerer:
-    """No visual tokens; video i is answered through adapter choose(i), or none without adapters."""
-
-    def answer(videos: Sequence[int], texts: Sequence[str], limit: int) -> list[str]:
-        if adapters is None:
-            return answer_batch(model, prompts, texts, None, limit)
-        index = torch.tensor([choose(video) for video in videos])
-        used, places = index.unique(return_inverse=True)
-        some = AdapterBatch(
-            {m: a[used] for m, a in adapters.A.items()},
-            {m: b[used] for m, b in adapters.B.items()},
-            adapters.scale,
-            adapters.bias,
-        )
-        with adapted(model, some, places):
-            return answer_batch(model, prompts, texts, None, limit)
+    def answer(videos: Sequence[int], texts: Sequence[str]) -> list[str]:
+        said: list[str] = []
+        for start in range(0, len(videos), _BATCH):
+            part = slice(start, start + _BATCH)
+            prompts = [
+                backbone.question_about(clips[video], text, IMAGE_SIZE).embeddings
+                for video, text in zip(videos[part], texts[part], strict=True)
+            ]
+            limit = Sampling(max_new_tokens=MAX_NEW_TOKENS)
+            found = generate(backbone.decoder, prompts, backbone.stop_ids, limit)
+            said += [backbone.decode(tokens) for tokens in found.tokens]
+        return said
 
     return answer
 
 
-@torch.no_grad()
-def generate_adapters(hypernet: HyperNetwork, contexts: torch.Tensor) -> AdapterBatch:
-    """Adapters of all videos, in chunks: contexts [B, L, S, D]."""
-    parts = [hypernet(contexts[i : i + _CHUNK].float()) for i in range(0, len(contexts), _CHUNK)]
-    return AdapterBatch(
-        {m: torch.cat([p.A[m] for p in parts]) for m in parts[0].A},
-        {m: torch.cat([p.B[m] for p in parts]) for m in parts[0].B},
-        parts[0].scale,
-        parts[0].bias,
-    )
+def adapter_answerer(model: Video2LoRA, adapters: Sequence[Adapter | None]) -> Answerer:
+    """No visual tokens; video i is answered through adapters[i]."""
+
+    def answer(videos: Sequence[int], texts: Sequence[str]) -> list[str]:
+        if not videos:
+            return []
+        chosen = [adapters[video] for video in videos]
+        return model.ask(list(texts), chosen, max_new_tokens=MAX_NEW_TOKENS)
+
+    return answer
 
 
-@torch.no_grad()
 def evaluate(
-    model: SmolVLMForConditionalGeneration,
-    prompts: Prompts,
-    hypernet: HyperNetwork,
+    model: Video2LoRA,
     scenes: Sequence[Scene],
     seed: int = 0,
+    report: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """All conditions on `scenes`, and the adapter against direct with the non-inferiority rule."""
-    questions = questions_for(scenes, seed)
-    adapters = generate_adapters(hypernet, cache_contexts(model, prompts, scenes, None))
-    silent = AdapterBatch(
-        adapters.A,
-        {m: torch.zeros_like(b) for m, b in adapters.B.items()},
-        adapters.scale,
-        adapters.bias,
-    )
     count = len(scenes)
+    questions = questions_for(scenes, seed)
+    clips = rendered_clips(scenes)
+    report("internalizing")
+    adapters = model.internalize(clips)
+    others = [adapters[(i + count // 2) % count] for i in range(count)]
     conditions = {
-        "direct": direct_answerer(model, prompts, cache_visual_tokens(model, scenes, None)),
-        "adapter": adapter_answerer(model, prompts, adapters),
-        "other video's adapter": adapter_answerer(
-            model, prompts, adapters, lambda video: (video + count // 2) % count
-        ),
-        "bias adapter only": adapter_answerer(model, prompts, silent),
-        "no adapter": adapter_answerer(model, prompts, None),
+        "direct": direct_answerer(model.backbone, clips),
+        "adapter": adapter_answerer(model, adapters),
+        "other video's adapter": adapter_answerer(model, others),
+        "bias adapter only": adapter_answerer(model, [adapters[0].prune(0)] * count),
+        "no adapter": adapter_answerer(model, [None] * count),
     }
     results, said = {}, {}
     for name, answerer in conditions.items():
-        said[name] = collect(answerer, scenes, questions)
+        report(name)
+        said[name] = collect(answerer, count, questions)
         results[name] = score(said[name], scenes, questions)
     compared = {}
     for metric in ("caption_token_f1", "qa_exact"):
@@ -212,34 +187,18 @@ def evaluate(
     }
 
 
-@torch.no_grad()
-def evaluate_files(
-    model: SmolVLMForConditionalGeneration,
-    prompts: Prompts,
-    hypernet: HyperNetwork,
-    scenes: Sequence[Scene],
-) -> dict[str, Any]:
-    """Caption attributes when the same scenes come as H.264 files, against rendering them directly.
-
-    The files are sampled, decoded and resized by `v2l_fast.video`, as any user's video is.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        files = torch.stack([_file_frames(scene, Path(folder) / "clip.mp4") for scene in scenes])
+def evaluate_files(model: Video2LoRA, scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Caption attributes when the same scenes come as H.264 files, against rendering them."""
     result: dict[str, Any] = {"videos": len(scenes)}
-    for source, frames in (("file", files), ("rendered", render(scenes, IMAGE_SIZE))):
-        visual = video_tokens(model, frames)
-        adapters = generate_adapters(hypernet, context_states(model, prompts, visual))
+    for source, make in (("file", encoded_clips), ("rendered", rendered_clips)):
+        clips = make(scenes)
+        adapters = model.internalize(clips)
         for name, answerer in (
-            ("direct", direct_answerer(model, prompts, visual)),
-            ("adapter", adapter_answerer(model, prompts, adapters)),
+            ("direct", direct_answerer(model.backbone, clips)),
+            ("adapter", adapter_answerer(model, adapters)),
         ):
-            said = collect(answerer, scenes, []).captions
+            said = collect(answerer, len(scenes), []).captions
             hits = [attribute_hits(text, s) for text, s in zip(said, scenes, strict=True)]
             share = ratio_interval([h for h, _ in hits], [n for _, n in hits])
             result[f"{name}, {source}"] = asdict(share)
     return result
-
-
-def _file_frames(scene: Scene, path: Path) -> torch.Tensor:
-    clip = load_video(write_clip(scene, path), max_frames=len(FRAME_TIMES))
-    return frame_views(clip.frames, IMAGE_SIZE, IMAGE_SIZE).views

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import SmolVLMForConditionalGeneration
 
+from v2l_fast.adapted import AdapterSlots
+from v2l_fast.backbones.decoder import Span
+from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.config import HypernetConfig
 from v2l_fast.hypernet import HyperNetwork
-from v2l_fast.shapes.adapt import adapted
 from v2l_fast.shapes.base import load_base
 from v2l_fast.shapes.language import Turn, ask, ask_several
 from v2l_fast.shapes.prompts import INSTRUCTION, Prompts
@@ -33,9 +34,9 @@ from v2l_fast.training.loss import answer_cross_entropy
 from v2l_fast.training.trainer import TrainSettings, train, write_record
 
 
-def shapes_hypernet_config(model: SmolVLMForConditionalGeneration) -> HypernetConfig:
+def shapes_hypernet_config(backbone: SmolVLM) -> HypernetConfig:
     """A small hypernetwork of the released architecture for the tiny VLM's down projections."""
-    text = model.config.text_config
+    text = backbone.decoder.config
     return HypernetConfig(
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
@@ -47,7 +48,7 @@ def shapes_hypernet_config(model: SmolVLMForConditionalGeneration) -> HypernetCo
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        base_model_name_or_path="../base",
+        base_model_name_or_path="shapes",
         max_frames=len(FRAME_TIMES),
         longest_edge=IMAGE_SIZE,
         target_fps=1.0,
@@ -57,46 +58,31 @@ def shapes_hypernet_config(model: SmolVLMForConditionalGeneration) -> HypernetCo
 
 @torch.no_grad()
 def cache_contexts(
-    model: SmolVLMForConditionalGeneration,
-    prompts: Prompts,
-    scenes: Sequence[Scene],
-    seed: int | None,
-    chunk: int = 128,
+    backbone: SmolVLM, scenes: Sequence[Scene], seed: int | None, chunk: int = 128
 ) -> Tensor:
     """Hidden states entering every decoder layer on `[video] + instruction`: bf16 [B, L, S, D].
 
     Frames are augmented unless `seed` is None.
     """
+    decoder = backbone.decoder
+    ids = torch.tensor(Prompts(backbone.tokenizer).context)[None]
+    image = (ids == backbone.image_token_id)[..., None]
+    words = decoder.embed(ids)
     parts = []
     for start in range(0, len(scenes), chunk):
         some = scenes[start : start + chunk]
-        visual = cache_visual_tokens(model, some, None if seed is None else seed + start)
-        parts.append(context_states(model, prompts, visual))
+        visual = cache_visual_tokens(backbone.model, some, None if seed is None else seed + start)
+        embeds = words.repeat(len(some), 1, 1).masked_scatter(image, visual.flatten(0, 2))
+        states = torch.stack(list(decoder.layer_inputs(embeds)), dim=1)
+        parts.append(states.to(torch.bfloat16))
     return torch.cat(parts)
-
-
-@torch.no_grad()
-def context_states(
-    model: SmolVLMForConditionalGeneration, prompts: Prompts, visual: Tensor
-) -> Tensor:
-    """The same from visual tokens [B, F, T, D]."""
-    ids = torch.tensor(prompts.context)[None]
-    image = (ids == model.config.image_token_id)[..., None]
-    embeds = model.get_input_embeddings()(ids).repeat(len(visual), 1, 1)
-    states = model.model.text_model(
-        inputs_embeds=embeds.masked_scatter(image, visual.flatten(0, 2)),
-        output_hidden_states=True,
-        use_cache=False,
-    ).hidden_states
-    layers = model.config.text_config.num_hidden_layers
-    return torch.stack(states[:layers], dim=1).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class ShapesTask:
     """Loss of one training step: half over captions, half over `questions` others a video."""
 
-    model: SmolVLMForConditionalGeneration
+    backbone: SmolVLM
     prompts: Prompts
     scenes: Sequence[Scene]
     contexts: Tensor
@@ -128,14 +114,15 @@ class ShapesTask:
             [[(prompts.question(t.question), prompts.answer(t.answer)) for t in r] for r in asked],
             prompts.tokenizer.pad_token_id,
         )
-        with adapted(self.model, batch, torch.arange(len(indices))):
-            hidden = self.model.model.text_model(
-                inputs_embeds=self.model.get_input_embeddings()(packed.ids),
-                attention_mask=packed.mask,
-                position_ids=packed.positions,
-                use_cache=False,
-            ).last_hidden_state
-        logits = self.model.lm_head(hidden[packed.rows, packed.columns])
+        decoder = self.backbone.decoder
+        embeds = decoder.embed(packed.ids)
+        rope = decoder.text_model.rotary_emb(embeds, packed.positions)
+        hidden = decoder.forward(
+            embeds,
+            Span(packed.positions, packed.mask, rope),
+            adapters=AdapterSlots.of_batch(batch.composed(), torch.arange(len(indices))),
+        )
+        logits = decoder.logits(hidden[packed.rows, packed.columns])
         kinds = [turn.kind for row in asked for turn in row]
         losses = answer_cross_entropy(logits, packed.targets, packed.turns, len(kinds))
         is_caption = torch.tensor([kind == "caption" for kind in kinds])
@@ -154,14 +141,14 @@ def train_hypernet(
 ) -> dict[str, Any]:
     """Train on `videos` scenes, write folder/hypernet and the run's record."""
     torch.set_num_threads(threads)
-    model, prompts = load_base(base)
+    backbone = load_base(base)
     started = time.perf_counter()
     scenes = sample_scenes("train", videos, settings.seed)
-    contexts = cache_contexts(model, prompts, scenes, settings.seed)
+    contexts = cache_contexts(backbone, scenes, settings.seed)
     cached = time.perf_counter() - started
     torch.manual_seed(settings.seed)
-    hypernet = HyperNetwork(shapes_hypernet_config(model))
-    task = ShapesTask(model, prompts, scenes, contexts, settings.seed)
+    hypernet = HyperNetwork(shapes_hypernet_config(backbone))
+    task = ShapesTask(backbone, Prompts(backbone.tokenizer), scenes, contexts, settings.seed)
     result = train(
         hypernet,
         lambda indices, step: task.loss(hypernet, indices, step),

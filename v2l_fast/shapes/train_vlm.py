@@ -18,10 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
+from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import load_tensors, save_tensors
 from v2l_fast.shapes.base import load_base, new_base, save_base
-from v2l_fast.shapes.evaluate import collect, direct_answerer, questions_for, score
+from v2l_fast.shapes.evaluate import (
+    collect,
+    direct_answerer,
+    questions_for,
+    rendered_clips,
+    score,
+)
 from v2l_fast.shapes.pretrain_vision import SCHEDULE, pretrain_vision
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.scene import Scene, sample_scenes
@@ -63,8 +70,7 @@ def train_vlm(
         )
 
     save_base(model, tokenizer, folder / "base")
-    model, prompts = load_base(folder / "base")
-    validation = validate(model, prompts, sample_scenes("val", _VAL_VIDEOS, seed))
+    validation = validate(load_base(folder / "base"), sample_scenes("val", _VAL_VIDEOS, seed))
     result = {
         "what": "tiny SmolVLM of the shapes world",
         "seed": seed,
@@ -80,13 +86,10 @@ def train_vlm(
     return result
 
 
-def validate(
-    model: SmolVLMForConditionalGeneration, prompts: Prompts, scenes: list[Scene]
-) -> dict[str, Any]:
+def validate(backbone: SmolVLM, scenes: list[Scene]) -> dict[str, Any]:
     """Scores of the direct answers on `scenes`."""
     questions = questions_for(scenes, 0)
-    visual = cache_visual_tokens(model, scenes, None)
-    said = collect(direct_answerer(model, prompts, visual), scenes, questions)
+    said = collect(direct_answerer(backbone, rendered_clips(scenes)), len(scenes), questions)
     result = score(said, scenes, questions)
     del result["per_video"]
     return {"videos": len(scenes), "questions": len(questions), **result}

@@ -1,0 +1,74 @@
+"""The pair that comes with the package: small, complete, and right about videos it never saw."""
+
+import json
+
+import pytest
+
+from v2l_fast.model import Video2LoRA
+from v2l_fast.shapes.base import ASSETS, BASE_FOLDER, HYPERNET_FOLDER
+from v2l_fast.shapes.evaluate import direct_answerer, encoded_clips
+from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.scoring import attribute_hits, plain
+
+VIDEOS = 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Video2LoRA.from_pretrained("shapes", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return sample_scenes("test", VIDEOS, 11)
+
+
+@pytest.fixture(scope="module")
+def clips(scenes):
+    return encoded_clips(scenes)
+
+
+@pytest.fixture(scope="module")
+def adapters(model, clips):
+    return model.internalize(clips)
+
+
+def attribute_share(texts, scenes):
+    hits = [attribute_hits(text, scene) for text, scene in zip(texts, scenes, strict=True)]
+    return sum(h for h, _ in hits) / sum(n for _, n in hits)
+
+
+def test_files_are_small_and_complete():
+    weights = [folder / "model.safetensors" for folder in (BASE_FOLDER, HYPERNET_FOLDER)]
+    assert sum(path.stat().st_size for path in weights) < 6_000_000
+    assert sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()) < 6_500_000
+    names = {path.name for path in BASE_FOLDER.iterdir()}
+    assert {
+        "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+        "tokenizer_config.json",
+    } <= names
+    preprocessor = json.loads((BASE_FOLDER / "preprocessor_config.json").read_text())
+    assert preprocessor["max_image_size"] == preprocessor["size"] == {"longest_edge": 48}
+
+
+def test_direct_captions_of_real_files(model, scenes, clips):
+    said = direct_answerer(model.backbone, clips)(range(VIDEOS), ["Describe the video."] * VIDEOS)
+    assert attribute_share(said, scenes) >= 0.95
+
+
+def test_adapters_know_their_own_video(model, scenes, adapters):
+    own = model.ask(["Describe the video."] * VIDEOS, adapters)
+    other = model.ask(["Describe the video."] * VIDEOS, [*adapters[5:], *adapters[:5]])
+    without = model.ask(["Describe the video."] * VIDEOS, [None] * VIDEOS)
+    assert attribute_share(own, scenes) >= 0.9
+    assert attribute_share(other, scenes) < 0.5
+    assert attribute_share(without, scenes) < 0.5
+
+
+def test_adapters_answer_questions(model, scenes, adapters):
+    said = model.ask(["How many objects are there?"] * VIDEOS, adapters)
+    right = [
+        plain(text) == ("one", "two")[len(scene.objects) - 1]
+        for text, scene in zip(said, scenes, strict=True)
+    ]
+    assert sum(right) >= 0.9 * VIDEOS
