@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench train-shapes evaluate-shapes wheel clean
+.PHONY: demo test lint bench gpu train-shapes evaluate-shapes wheel clean
 
 demo: $(VENV)/.core
 	@$(BIN)/v2l demo
@@ -17,6 +17,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/hypernet_streaming.py
+
+gpu: $(VENV)/.dev
+	$(BIN)/python -m bench.gpu --out bench/results/gpu.json
 
 train-shapes: $(VENV)/.dev
 	$(BIN)/v2l shapes train-vlm

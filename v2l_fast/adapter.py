@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,6 +77,13 @@ class Adapter:
                     f"{module}: A must be [L, r, d_in] and B [L, r, d_out], "
                     f"not {list(a.shape)} and {list(b.shape)}"
                 )
+        for name in ("A", "B", "provenance"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __reduce__(self) -> tuple:
+        # Read-only views do not pickle.
+        a, b, record = dict(self.A), dict(self.B), dict(self.provenance)
+        return Adapter, (a, b, self.scale, self.bias, self.detached_bias_id, record)
 
     @property
     def bias_id(self) -> str | None:

@@ -106,7 +106,9 @@ class Video2LoRA:
         self.backbone = backbone
         self.hypernet = hypernet.eval()
         self.config = config
+        # Weights are read once: a Video2LoRA is for a hypernetwork that no longer trains.
         self._bias = hypernet.bias_adapter()
+        self._fingerprint = hypernet.fingerprint
 
     @classmethod
     def from_pretrained(
@@ -247,7 +249,7 @@ class Video2LoRA:
                 "exact_frames": exact_frames,
                 "instruction": self.config.instruction,
             },
-            "hypernetwork": self.hypernet.fingerprint,
+            "hypernetwork": self._fingerprint,
             "base_model": self.config.base_model_name_or_path or self.backbone.name_or_path,
         }
 
@@ -420,10 +422,10 @@ class Video2LoRA:
                     "internalize the video with this model"
                 )
         made_by = adapter.provenance.get("hypernetwork")
-        if made_by not in (None, self.hypernet.fingerprint):
+        if made_by not in (None, self._fingerprint):
             raise AdapterError(
                 f"the adapter was made by hypernetwork {made_by}, this one is "
-                f"{self.hypernet.fingerprint}: internalize the video with this model"
+                f"{self._fingerprint}: internalize the video with this model"
             )
         return adapter if adapter.bias is not None else adapter.with_bias(self._bias)
 

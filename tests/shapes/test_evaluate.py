@@ -83,7 +83,11 @@ def test_render_command_writes_clips(tmp_path):
     assert all((tmp_path / name).stat().st_size > 500 for name in written)
 
 
-def test_render_command_refuses_other_splits(tmp_path):
-    result = CliRunner().invoke(app, ["render", str(tmp_path), "--split", "holdout"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--split", "holdout"), ("--size", "33"), ("--size", "8")]
+)
+def test_render_command_refuses_other_values(tmp_path, option, value):
+    result = CliRunner().invoke(app, ["render", str(tmp_path), option, value])
     assert result.exit_code == 2
-    assert "holdout" in result.output
+    assert value in result.output
+    assert list(tmp_path.iterdir()) == []

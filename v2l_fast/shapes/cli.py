@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -32,16 +31,19 @@ def render(
     from v2l_fast.shapes.language import caption
     from v2l_fast.shapes.render import write_clip
     from v2l_fast.shapes.scene import SPLITS, sample_scenes
+    from v2l_fast.training.trainer import write_record
 
     if split not in SPLITS:
         raise typer.BadParameter(f"split must be one of {', '.join(SPLITS)}, not {split}")
+    if size % 2 or size < 16:
+        raise typer.BadParameter(f"size must be even and at least 16, not {size}")
     folder.mkdir(parents=True, exist_ok=True)
     captions = {}
     for index, scene in enumerate(sample_scenes(split, count, seed)):
         path = write_clip(scene, folder / f"{split}_{index:04d}.mp4", size=size)
         captions[path.name] = caption(scene)
         typer.echo(f"{path}  {captions[path.name]}")
-    (folder / "scenes.json").write_text(json.dumps(captions, indent=2) + "\n")
+    write_record(folder / "scenes.json", captions)
 
 
 @app.command("train-vlm")

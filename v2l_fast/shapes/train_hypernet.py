@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.backbones.decoder import Span
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.config import HypernetConfig
 from v2l_fast.hypernet import HyperNetwork
@@ -28,10 +26,11 @@ from v2l_fast.shapes.prompts import INSTRUCTION, Prompts
 from v2l_fast.shapes.render import FRAME_TIMES
 from v2l_fast.shapes.scene import Scene, sample_scenes
 from v2l_fast.shapes.train_language import cache_visual_tokens
-from v2l_fast.shapes.turns import pack_turns
 from v2l_fast.shapes.vlm import IMAGE_SIZE
 from v2l_fast.training.loss import answer_cross_entropy
+from v2l_fast.training.step import answer_logits, generate_adapters
 from v2l_fast.training.trainer import TrainSettings, train, write_record
+from v2l_fast.training.turns import pack_turns
 
 
 def shapes_hypernet_config(backbone: SmolVLM) -> HypernetConfig:
@@ -100,13 +99,7 @@ class ShapesTask:
     ) -> tuple[Tensor, dict[str, float]]:
         """Scalar loss and its parts for the videos `indices`."""
         features = self.contexts[torch.tensor(indices)].float()
-        # Contexts are short here: keeping activations is cheaper than recomputing them.
-        batch = hypernet.assemble(
-            [
-                hypernet.layer(layer, features[:, layer])
-                for layer in range(hypernet.config.num_layers)
-            ]
-        )
+        batch = generate_adapters(hypernet, features, recompute=False)
         asked = [self.turns(index, step) for index in indices]
         prompts = self.prompts
         packed = pack_turns(
@@ -114,15 +107,9 @@ class ShapesTask:
             [[(prompts.question(t.question), prompts.answer(t.answer)) for t in r] for r in asked],
             prompts.tokenizer.pad_token_id,
         )
-        decoder = self.backbone.decoder
-        embeds = decoder.embed(packed.ids)
-        rope = decoder.text_model.rotary_emb(embeds, packed.positions)
-        hidden = decoder.forward(
-            embeds,
-            Span(packed.positions, packed.mask, rope),
-            adapters=AdapterSlots.of_batch(batch.composed(), torch.arange(len(indices))),
+        logits = answer_logits(
+            self.backbone.decoder, packed, batch, torch.arange(len(indices))
         )
-        logits = decoder.logits(hidden[packed.rows, packed.columns])
         kinds = [turn.kind for row in asked for turn in row]
         losses = answer_cross_entropy(logits, packed.targets, packed.turns, len(kinds))
         is_caption = torch.tensor([kind == "caption" for kind in kinds])

@@ -24,9 +24,9 @@ from v2l_fast.shapes.language import PLACE_KINDS, Turn, ask, ask_several
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.render import render
 from v2l_fast.shapes.scene import Scene
-from v2l_fast.shapes.turns import PackedTurns, pack_turns
 from v2l_fast.shapes.vlm import IMAGE_SIZE, freeze, video_tokens
 from v2l_fast.training.checkpoint import load_checkpoint, named_parameters, save_checkpoint
+from v2l_fast.training.turns import PackedTurns, pack_turns
 
 
 @dataclass(frozen=True)

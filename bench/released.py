@@ -1,0 +1,160 @@
+"""The released op order in plain eager PyTorch: the tests' oracle and the benchmarks' baseline.
+
+Concatenated context and latents, projected and repeated keys and values, a full score tensor, an
+einsum head over all layers at once, adapters repeated for every question. Written from the
+description of the released checkpoints, for the weights of a ``HyperNetwork``; independent of its
+code and of ``csrc_triton``. Nothing is chunked, streamed or recomputed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from v2l_fast.hypernet import HyperNetwork
+
+RMS_EPS = 1e-6
+
+Weights = dict[str, Tensor]
+
+
+def hypernetwork(
+    network: HyperNetwork, features: Tensor, mask: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A {module: [B, L, R, d_in]} and B {module: [B, L, R, d_out]}, all layers in one batch.
+
+    Args:
+        network: its weights and config.
+        features: [B, L, S, D], of the weights' dtype.
+        mask: [B, S], 1 where visible, or None. Masked features must be finite.
+    """
+    config = network.config
+    weights = dict(network.named_parameters(remove_duplicate=False))
+    batch, layers, tokens, _ = features.shape
+    context = features.transpose(0, 1).reshape(layers * batch, tokens, -1)
+    visible = None if mask is None else (mask == 1).repeat(layers, 1)
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+
+    perceiver = _inside(weights, "aggregator.perceiver")
+    context = _swiglu(_inside(perceiver, "modality_projection"), context)
+    period = 1 + config.num_self_attn_per_block
+    cross = [place % period == 0 for place in range(config.num_blocks * period)]
+    encoded = _resampler(_inside(perceiver, "encoder"), cross, heads, context, visible)
+    latents = _resampler(_inside(perceiver, "decoder"), [True], heads, encoded, None)
+    modules, rank = list(config.target_modules), config.rank
+    latents = latents.view(layers, batch, len(modules), rank, -1).transpose(0, 1)
+
+    for index in range(config.num_pre_head_layers):
+        block = _inside(weights, f"layers.{index}.mlp")
+        hidden = _layer_norm(_inside(block, "0"), latents)
+        hidden = F.silu(F.linear(hidden, block["2.weight"], block["2.bias"]))
+        hidden = F.linear(hidden, block["5.weight"], block["5.bias"])
+        latents = latents + _layer_norm(_inside(block, "6"), hidden)
+    latents = latents / latents.norm(dim=-1, keepdim=True)
+
+    head = weights["head.weight"]
+    if config.shared_head:
+        head = head.expand(layers, *head.shape)
+    if len(modules) == 1:
+        head = head[:, None]
+    flat = torch.einsum("blmrz,lmzw->blmrw", latents, head)
+    a, b = {}, {}
+    for place, (module, (d_in, d_out)) in enumerate(config.target_modules.items()):
+        rows = flat[:, :, place]
+        a[module] = rows[..., :d_in] * weights[f"scaler_A.{module}"]
+        b[module] = rows[..., d_in : d_in + d_out] * weights[f"scaler_B.{module}"]
+    return a, b
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, questions: Tensor, scale: float
+) -> Tensor:
+    """Adapted linear: ``questions`` [n] consecutive examples of x [E, T, d_in] use each adapter.
+
+    weight [d_out, d_in], lora_a [n, r, d_in], lora_b [n, r, d_out] -> [E, T, d_out].
+    """
+    lora_a = lora_a.repeat_interleave(questions, dim=0)
+    lora_b = lora_b.repeat_interleave(questions, dim=0)
+    shrunk = torch.einsum("btd,brd->btr", x, lora_a)
+    return F.linear(x, weight) + torch.einsum("btr,brd->btd", shrunk, lora_b) * scale
+
+
+def _inside(weights: Weights, prefix: str) -> Weights:
+    prefix += "."
+    return {n[len(prefix) :]: w for n, w in weights.items() if n.startswith(prefix)}
+
+
+def _rms_norm(weight: Tensor, x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPS)
+    return weight * wide.to(x.dtype)
+
+
+def _layer_norm(weights: Weights, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights["weight"], weights["bias"])
+
+
+def _swiglu(weights: Weights, x: Tensor) -> Tensor:
+    gated = F.silu(F.linear(x, weights["gate_proj.weight"]))
+    return F.linear(gated * F.linear(x, weights["up_proj.weight"]), weights["down_proj.weight"])
+
+
+def _resampler(
+    weights: Weights,
+    cross: list[bool],
+    heads: tuple[int, int, int],
+    context: Tensor,
+    visible: Tensor | None,
+) -> Tensor:
+    """Latents [N, Q, Z] that read context [N, S, Z]; ``cross``: which layers see the context."""
+    latents = weights["latents_q"].expand(context.shape[0], -1, -1)
+    for index, sees_context in enumerate(cross):
+        layer = _inside(weights, f"layers.{index}")
+        normed = _rms_norm(layer["input_latents_layernorm.weight"], latents)
+        attention = _inside(layer, "self_attn")
+        if sees_context:
+            seen = _rms_norm(layer["input_context_layernorm.weight"], context)
+            mixed = _attention(attention, heads, normed, torch.cat([seen, normed], 1), visible)
+        else:
+            mixed = _attention(attention, heads, normed, normed, None)
+        latents = latents + _rms_norm(layer["post_attention_layernorm.weight"], mixed)
+        hidden = _rms_norm(layer["pre_ff_layernorm.weight"], latents)
+        hidden = _swiglu(_inside(layer, "mlp"), hidden)
+        latents = latents + _rms_norm(layer["post_ff_layernorm.weight"], hidden)
+    return _rms_norm(weights["layernorm.weight"], latents)
+
+
+def _attention(
+    weights: Weights,
+    heads: tuple[int, int, int],
+    latents: Tensor,
+    keyed: Tensor,
+    visible: Tensor | None,
+) -> Tensor:
+    """Grouped-query attention of latents [N, Q, Z] to keyed [N, K, Z]; visible [N, <= K]."""
+    num_heads, num_kv_heads, head_dim = heads
+    n, count, _ = latents.shape
+    query = F.linear(latents, weights["q_proj.weight"]).view(n, count, num_heads, head_dim)
+    key, value = (
+        F.linear(keyed, weights[name]).view(n, -1, num_kv_heads, head_dim).transpose(1, 2)
+        for name in ("k_proj.weight", "v_proj.weight")
+    )
+    key, value = (
+        t[:, :, None].expand(-1, -1, num_heads // num_kv_heads, -1, -1).reshape(
+            n, num_heads, -1, head_dim
+        )
+        for t in (key, value)
+    )
+    scores = query.transpose(1, 2) @ key.mT / math.sqrt(head_dim)
+    if visible is not None:
+        # The latents behind the context are always visible.
+        visible = F.pad(visible, (0, keyed.shape[1] - visible.shape[1]), value=True)
+        low = torch.finfo(scores.dtype).min
+        scores = scores + torch.where(visible, 0.0, low).to(scores)[:, None, None]
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probs = torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+    mixed = (probs @ value).transpose(1, 2).reshape(n, count, num_heads * head_dim)
+    return F.linear(mixed, weights["o_proj.weight"])

@@ -1,0 +1,86 @@
+"""What every test gets: one thread, no network, poisoned memory; and a tiny random Video2LoRA."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests import tiny
+from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.model import Video2LoRA
+from v2l_fast.video import VideoClip
+
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+settings.load_profile("suite")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialized floats are NaN, so that reading or returning one cannot go unnoticed."""
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            made = make(*args, **kwargs)
+            if made.is_floating_point():
+                with torch.no_grad():
+                    made.fill_(float("nan"))
+            return made
+
+        return call
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def backbone() -> SmolVLM:
+    """A tiny random SmolVLM; tests must leave it as it is."""
+    return tiny.backbone()
+
+
+@pytest.fixture(scope="session")
+def hypernet() -> HyperNetwork:
+    """A random hypernetwork for ``backbone``; tests must leave it as it is."""
+    return tiny.hypernetwork()
+
+
+@pytest.fixture(scope="session")
+def model(backbone: SmolVLM, hypernet: HyperNetwork) -> Video2LoRA:
+    """The two as one; tests must leave it as it is."""
+    return Video2LoRA(backbone, hypernet)
+
+
+@pytest.fixture(scope="session")
+def clips() -> list[VideoClip]:
+    """Three clips of random frames, of 3, 1 and 2 frames."""
+    return [tiny.clip(frames, seed) for seed, frames in enumerate((3, 1, 2))]
+
+
+@pytest.fixture(scope="session")
+def adapters(model: Video2LoRA, clips: list[VideoClip]):
+    """Their adapters."""
+    return model.internalize(clips)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, backbone: SmolVLM, hypernet: HyperNetwork) -> Path:
+    """``model`` on disk: a folder with ``base`` and ``hypernet``, a fresh copy for each test."""
+    tiny.save_pair(tmp_path / "pair", backbone, hypernet)
+    return tmp_path / "pair"
