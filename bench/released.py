@@ -152,8 +152,9 @@ def _attention(
     if visible is not None:
         # The latents behind the context are always visible.
         visible = F.pad(visible, (0, keyed.shape[1] - visible.shape[1]), value=True)
-        low = torch.finfo(scores.dtype).min
-        scores = scores + torch.where(visible, 0.0, low).to(scores)[:, None, None]
+        bias = torch.zeros_like(visible, dtype=scores.dtype)
+        bias = bias.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        scores = scores + bias[:, None, None]
     wide = torch.promote_types(scores.dtype, torch.float32)
     probs = torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
     mixed = (probs @ value).transpose(1, 2).reshape(n, count, num_heads * head_dim)

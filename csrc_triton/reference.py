@@ -137,7 +137,7 @@ def rank_projection(
         if bias is not None:
             shared = bias.to(unit.dtype).expand(groups, *bias.shape)
             scaled = torch.cat([scaled, shared], dim=2)
-        factors.append(scaled.to(latents.dtype))
+        factors.append(scaled.to(latents.dtype).contiguous())
     return factors[0], factors[1]
 
 

@@ -103,14 +103,23 @@ class HypernetConfig:
             raise ConfigError("target_modules is empty: name at least one, e.g. down_proj")
         modules = {}
         for name, sizes in sorted(self.target_modules.items()):
-            if len(sizes) != 2 or any(not isinstance(n, int) or n < 1 for n in sizes):
+            pair = isinstance(sizes, list | tuple) and len(sizes) == 2
+            if not pair or any(not isinstance(n, int) or n < 1 for n in sizes):
                 raise ConfigError(f"target_modules[{name!r}] must be (d_in, d_out), not {sizes!r}")
             modules[name] = (int(sizes[0]), int(sizes[1]))
         object.__setattr__(self, "target_modules", modules)
-        scale = 2.0 * self.rank**1.5 if self.scale is None else float(self.scale)
-        if not math.isfinite(scale):
-            raise ConfigError(f"scale must be finite, not {self.scale!r}")
-        object.__setattr__(self, "scale", scale)
+        scale = 2.0 * self.rank**1.5 if self.scale is None else self.scale
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ConfigError(f"scale must be a finite number, not {self.scale!r}")
+        fps = self.target_fps
+        if not isinstance(fps, int | float) or not 0 < fps < math.inf:
+            raise ConfigError(f"target_fps must be a positive number, not {fps!r}")
+        for name in ("shared_weights", "shared_head", "bias_adapter"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if not isinstance(self.instruction, str):
+            raise ConfigError(f"instruction must be text, not {self.instruction!r}")
+        object.__setattr__(self, "scale", float(scale))
 
     @property
     def head_width(self) -> int:
@@ -145,7 +154,6 @@ class HypernetConfig:
         modules = values["target_modules"]
         if not isinstance(modules, Mapping):
             raise ConfigError("target_modules must map a module name to [d_in, d_out]")
-        values["target_modules"] = {name: tuple(sizes) for name, sizes in modules.items()}
         return cls(**values)
 
     def save(self, directory: str | os.PathLike) -> None:

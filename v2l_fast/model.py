@@ -19,13 +19,12 @@ from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import Adapter, AdapterBatch
 from v2l_fast.backbones import load_backbone
 from v2l_fast.backbones.smolvlm import Prompt, SmolVLM
-from v2l_fast.config import CONFIG_NAME
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
 from v2l_fast.generation import Sampling, generate
 from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.loading import load_hypernet, shipped
 from v2l_fast.video import VideoClip, load_video
 
-ASSETS = Path(__file__).parent / "assets"
 # Questions answered in one forward pass; more are split.
 MAX_BATCH = 32
 
@@ -133,11 +132,11 @@ class Video2LoRA:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        hypernet, found_base = _load_hypernet(name_or_path)
+        hypernet, found_base = load_hypernet(name_or_path)
         base = base or found_base or hypernet.config.base_model_name_or_path
         if base is None:
             raise CheckpointError(f"{name_or_path}: names no base model; pass base=...")
-        backbone = load_backbone(_shipped(base, "base") or base, device, dtype)
+        backbone = load_backbone(shipped(base, "base") or base, device, dtype)
         return cls(backbone, hypernet.to(device=device, dtype=dtype))
 
     # --- internalizing --------------------------------------------------------------------------
@@ -460,42 +459,3 @@ def _texts(questions: str | Sequence[str], answers: list[Answer]) -> str | list[
     if isinstance(questions, str) and len(answers) == 1:
         return answers[0].text
     return [answer.text for answer in answers]
-
-
-def _shipped(name: str | os.PathLike, part: str) -> Path | None:
-    """Folder of a pair that comes with the package, unless a local path has that name."""
-    folder = ASSETS / str(name) / part
-    return folder if not Path(name).exists() and folder.is_dir() else None
-
-
-def _load_hypernet(name_or_path: str | os.PathLike) -> tuple[HyperNetwork, Path | None]:
-    """The hypernetwork (on the CPU) and the base model that lies beside it, if one does."""
-    path = Path(name_or_path)
-    shipped = _shipped(name_or_path, "hypernet")
-    if shipped is not None:
-        return HyperNetwork.from_pretrained(shipped), shipped.parent / "base"
-    if path.is_file():
-        # Released checkpoints are read by a layer above this one; only here is it needed.
-        from v2l_fast.interop.frames2lora import load
-
-        return load(path), None
-    if not path.exists():
-        path = _download(str(name_or_path))
-    if (path / "hypernet" / CONFIG_NAME).is_file():
-        base = path / "base"
-        return HyperNetwork.from_pretrained(path / "hypernet"), base if base.is_dir() else None
-    return HyperNetwork.from_pretrained(path), None
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{name}: no such folder or file, and not to be had from the hub ({reason}); "
-            "give a path, a hub id, or the shipped 'shapes'"
-        ) from None

@@ -94,11 +94,20 @@ def assert_same_bits_twice(op: Function, inputs: Sequence[Tensor]) -> None:
         assert torch.equal(a, b)
 
 
-def assert_compiles(op: Function, inputs: Sequence[Tensor], backend: str) -> None:
-    """One graph, forward and backward, with the numbers of the eager call; then another length."""
+def opcheck_backward(op: torch._ops.OpOverload, args: tuple) -> None:
+    """A backward op, itself not differentiable: schema, aliasing, shapes, strides and dtypes."""
+    args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def assert_compiles(
+    op: Function, inputs: Sequence[Tensor], longer: Sequence[Tensor], backend: str
+) -> None:
+    """One graph, forward and backward, with the numbers of the eager call, for every length."""
     torch._dynamo.reset()
     compiled = torch.compile(op, fullgraph=True, backend=backend, dynamic=True)
-    for f, e in zip(
-        values_and_gradients(compiled, inputs), values_and_gradients(op, inputs), strict=True
-    ):
-        torch.testing.assert_close(f, e)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tensors in (inputs, longer):
+            found = values_and_gradients(compiled, tensors)
+            for f, e in zip(found, values_and_gradients(op, tensors), strict=True):
+                torch.testing.assert_close(f, e)

@@ -82,9 +82,14 @@ def test_opcheck(masked):
     x, *w = [t.float().requires_grad_() for t in (random(2, 7, 4), *weights(4, 6, 3))]
     visible = torch.arange(14).view(2, 7) % 3 > 0 if masked else None
     torch.library.opcheck(torch.ops.v2l.gated_projection.default, (x, visible, *w))
+    grad = random(2, 7, 3).float()
+    checks.opcheck_backward(
+        torch.ops.v2l.gated_projection_backward.default, (grad, x, visible, *w)
+    )
 
 
 def test_compiles():
-    checks.assert_compiles(
-        op, [t.float() for t in (random(2, 7, 4), *weights(4, 6, 3))], "aot_eager"
+    short, longer = (
+        [t.float() for t in (random(2, tokens, 4), *weights(4, 6, 3))] for tokens in (7, 13)
     )
+    checks.assert_compiles(op, short, longer, "aot_eager")

@@ -264,6 +264,11 @@ def test_opcheck(ragged):
         torch.ops.v2l.lora_linear.default,
         (x, weight, bias, lora_a, lora_b, index, SCALE, ranks, offsets),
     )
+    grad = random(*x.shape[:-1], 6).float()
+    checks.opcheck_backward(
+        torch.ops.v2l.lora_linear_backward.default,
+        (grad, x, weight, lora_a, lora_b, index, SCALE, ranks, offsets),
+    )
 
 
 def test_compiles():
@@ -273,4 +278,5 @@ def test_compiles():
     def op(x, lora_a, lora_b):
         return lora_linear(x, weight, bias, lora_a, lora_b, index, SCALE)
 
-    checks.assert_compiles(op, [t.float() for t in inputs()], "aot_eager")
+    short, longer = ([t.float() for t in inputs(t=tokens)] for tokens in (5, 9))
+    checks.assert_compiles(op, short, longer, "aot_eager")

@@ -133,6 +133,11 @@ def test_same_bits_twice():
 def test_opcheck(dtype):
     args = tuple(t.to(dtype).requires_grad_() for t in inputs(2, 3, 7, 4))
     torch.library.opcheck(torch.ops.v2l.perceiver_attention.default, args)
+    out, lse = perceiver_attention(*args)
+    checks.opcheck_backward(
+        torch.ops.v2l.perceiver_attention_backward.default,
+        (torch.ones_like(out), torch.ones_like(lse), *args, out, lse),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -140,6 +145,6 @@ def test_compiles(backend):
     # Pointwise work around the op gives the compiler something to fuse.
     checks.assert_compiles(
         lambda q, c, r: perceiver_attention(q * 2, c.sin(), r)[0].cos(),
-        [t.float() for t in inputs(2, 3, 7, 4)],
+        *([t.float() for t in inputs(2, 3, s, 4)] for s in (7, 13)),
         backend,
     )

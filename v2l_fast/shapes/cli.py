@@ -117,10 +117,10 @@ def evaluate(
         table.add_column(name)
     for name, scores in result["conditions"].items():
         cells = [
-            "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**scores[key])
+            "{estimate:.3f}\n{low:.3f}-{high:.3f}".format(**scores[key])
             for key in ("caption_attributes", "caption_exact", "caption_token_f1", "qa_exact")
         ]
         table.add_row(name, *cells)
     console.print(table)
-    console.print_json(data={k: result[k] for k in ("adapter_minus_direct", "encoded_files")
-                             if k in result})
+    shown = ("adapter_minus_direct", "encoded_files")
+    console.print_json(data={name: result[name] for name in shown if name in result})

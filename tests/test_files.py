@@ -1,0 +1,78 @@
+"""Safetensors on disk: the same bits back, whole files or none, errors that name the file."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from v2l_fast import files
+from v2l_fast.errors import AdapterError, CheckpointError
+from v2l_fast.files import load_tensors, save_tensors
+
+
+def test_round_trip(tmp_path):
+    base = torch.randn(4, 6)
+    tensors = {
+        "plain": base,
+        "view": base[1:, ::2],
+        "turned": base.T,
+        "expanded": torch.ones(1, 3).expand(5, 3),
+        "half": base.bfloat16(),
+        "double": base.double(),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+        "gradient": base.clone().requires_grad_(),
+    }
+    save_tensors(tensors, tmp_path / "file.safetensors", {"key": "value"})
+    found, metadata = load_tensors(tmp_path / "file.safetensors", CheckpointError)
+    assert metadata["key"] == "value"
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].nan_to_num(7), tensor.nan_to_num(7)), name
+        assert found[name].is_contiguous() and not found[name].requires_grad
+    assert [p.name for p in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+@pytest.mark.parametrize("step", ["save_file", "os.replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(step, tmp_path, monkeypatch):
+    path = tmp_path / "file.safetensors"
+    save_tensors({"x": torch.zeros(3)}, path)
+    before = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(*((files, step) if step == "save_file" else (os, "replace")), fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_tensors({"x": torch.ones(3)}, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+@pytest.mark.parametrize("error", [AdapterError, CheckpointError])
+def test_broken_files(error, tmp_path):
+    path = tmp_path / "file.safetensors"
+    with pytest.raises(error, match="no such file"):
+        load_tensors(path, error)
+    with pytest.raises(error, match="no such file"):
+        load_tensors(tmp_path, error)
+    save_tensors({"x": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    broken = {
+        "empty": b"",
+        "truncated in the header": whole[:20],
+        "truncated in the data": whole[:-1],
+        "longer than it says": whole + b"\0",
+        "text": b"this is not a tensor file, just some words",
+        "huge header": (2**62).to_bytes(8, "little") + whole[8:],
+        "zip": b"PK\x03\x04" + whole,
+    }
+    for content in broken.values():
+        path.write_bytes(content)
+        with pytest.raises(error, match="make it again") as caught:
+            load_tensors(path, error)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,171 @@
+"""From pixels to answers, loss and gradients against the released code on one tiny SmolVLM."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import SmolVLMForConditionalGeneration
+
+from tests.golden import FOLDER, load, network, relative
+from v2l_fast.adapted import AdapterSlots
+from v2l_fast.adapter import Adapter
+from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.generation import Sampling, generate
+from v2l_fast.training.loss import answer_cross_entropy, answer_kl
+
+M = "down_proj"
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load("e2e/e2e")
+
+
+@pytest.fixture(scope="module")
+def vlm() -> SmolVLM:
+    model = SmolVLMForConditionalGeneration.from_pretrained(
+        FOLDER / "e2e" / "base_model", dtype=torch.float32
+    )
+    return SmolVLM(model, SimpleNamespace(eos_token_id=EOS), "e2e")
+
+
+@pytest.fixture(scope="module")
+def net():
+    return network("a").eval()
+
+
+@pytest.fixture(scope="module")
+def batch(net, golden):
+    with torch.no_grad():
+        return net(golden["ctx_right.ctx_features"], golden["ctx_right.attention_mask"])
+
+
+def adapter(golden, net, index: int) -> Adapter:
+    factors = ({M: golden[f"generate.single{index}.{side}.{M}"][0]} for side in "AB")
+    return Adapter(*factors, net.config.scale, net.bias_adapter())
+
+
+def frames(golden, video: int) -> torch.Tensor:
+    """The video's real frames; the released code pads to the longest video with zeros."""
+    pixels = golden["ctx.pixel_values"][video]
+    return pixels[pixels.flatten(1).any(1)]
+
+
+def test_vision(vlm, golden):
+    with torch.no_grad():
+        found = torch.cat([vlm.encode_pixels(frames(golden, video)) for video in (0, 1)])
+    assert relative(found, golden["ctx.image_hidden_states"]) <= 1e-6
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("video", [0, 1])
+@torch.no_grad()
+def test_context_features_and_adapter(video, padding, vlm, net, golden):
+    """Padding of the released batch is nothing to us: a video alone gives the same."""
+    case = f"ctx_{padding}"
+    real = golden[f"{case}.attention_mask"][video] == 1
+    ids = golden[f"{case}.input_ids"][video][real]
+    prompt = vlm.embed(ids, vlm.encode_pixels(frames(golden, video)))
+    assert prompt.visual_tokens == (ids == vlm.image_token_id).sum() == [12, 8][video]
+    features = torch.stack(list(vlm.decoder.layer_inputs(prompt.embeddings[None])), 1)
+    assert relative(features[0], golden[f"{case}.ctx_features"][video][:, real]) <= 1e-5
+    found = net(features)
+    assert relative(found.A[M][0], golden[f"{case}.A.{M}"][video]) <= 1e-5
+    assert relative(found.B[M][0], golden[f"{case}.B.{M}"][video]) <= 1e-5
+
+
+def logits(vlm: SmolVLM, ids: torch.Tensor, slots: AdapterSlots | None) -> torch.Tensor:
+    return vlm.decoder.logits(vlm.decoder.forward(vlm.decoder.embed(ids), adapters=slots))
+
+
+@torch.no_grad()
+def test_logits(vlm, batch, golden):
+    ids, real = golden["text.input_ids"], golden["text.attention_mask"] == 1
+    plain = logits(vlm, ids, None)
+    assert relative(plain[real], golden["text.logits_base"][real]) <= 1e-5
+    by_adapter = AdapterSlots.pack(list(batch), "cpu", torch.float32)
+    by_batch = AdapterSlots.of_batch(batch.composed(), torch.arange(2))
+    for slots in (by_adapter, by_batch):
+        found = logits(vlm, ids, slots)
+        assert relative(found[real], golden["train.logits"][real]) <= 1e-5
+
+
+@torch.no_grad()
+def test_several_questions_to_a_video(vlm, batch, golden):
+    owner = torch.arange(2).repeat_interleave(golden["multiq.n_queries"])
+    real = golden["multiq.attention_mask"] == 1
+    videos = list(batch)
+    for slots in (
+        AdapterSlots.of_batch(batch.composed(), owner),
+        AdapterSlots.pack([videos[i] for i in owner], "cpu", torch.float32),
+    ):
+        found = logits(vlm, golden["multiq.input_ids"], slots)
+        assert relative(found[real], golden["multiq.logits"][real]) <= 1e-5
+
+
+@torch.no_grad()
+def test_two_chunks_of_one_video(vlm, batch, golden):
+    real = golden["text.attention_mask"][0] == 1
+    ids = golden["text.input_ids"][:1]
+    for slots in (
+        AdapterSlots.pack([Adapter.compose(list(batch))], "cpu", torch.float32),
+        AdapterSlots.of_batch(batch.composed([2]), torch.tensor([0])),
+    ):
+        found = logits(vlm, ids, slots)
+        assert relative(found[0, real], golden["chunks2.logits"][0, real]) <= 1e-5
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_generation(index, vlm, net, golden):
+    prompt = golden[f"generate.single{index}.prompt_ids"][0]
+    slots = AdapterSlots.pack([adapter(golden, net, index)], "cpu", torch.float32)
+    found = generate(
+        vlm.decoder, [vlm.decoder.embed(prompt)], (EOS,), Sampling(max_new_tokens=10), slots
+    )
+    expected = golden[f"generate.single{index}.sequences"][0, len(prompt):].tolist()
+    assert found.tokens == [expected]
+
+
+def test_generation_in_one_batch(vlm, net, golden):
+    """The released code pads prompts on the left, we on the right: the answers are the same."""
+    prompts = [golden[f"generate.single{i}.prompt_ids"][0] for i in (0, 1)]
+    adapters = [adapter(golden, net, i) for i in (0, 1)]
+    found = generate(
+        vlm.decoder,
+        [vlm.decoder.embed(prompt) for prompt in prompts],
+        (EOS,),
+        Sampling(max_new_tokens=10),
+        AdapterSlots.pack(adapters, "cpu", torch.float32),
+    )
+    assert found.tokens == golden["generate.batch.sequences"][:, -10:].tolist()
+
+
+def answers(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows of logits that predict an answer token, those tokens and their example."""
+    owner, place = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return logits[owner, place], labels[owner, place + 1], owner
+
+
+def test_loss_and_gradients(vlm, golden):
+    net = network("a")
+    batch = net(golden["ctx_right.ctx_features"], golden["ctx_right.attention_mask"])
+    slots = AdapterSlots.of_batch(batch.composed(), torch.arange(2))
+    student = logits(vlm, golden["text.input_ids"], slots)
+    rows, targets, owner = answers(student, golden["text.labels"])
+    teacher, teacher_targets, _ = answers(golden["teacher.logits"], golden["teacher.labels"])
+    assert torch.equal(targets, teacher_targets)
+    entropy = answer_cross_entropy(rows, targets, owner, 2)
+    divergence = answer_kl(rows, teacher, owner, 2, temperature=1.5)
+    assert relative(entropy, golden["train.ce_per_sample"]) <= 1e-5
+    assert relative(divergence, golden["train.kl_per_sample_T1.5"]) <= 1e-5
+    assert relative(entropy.mean(), golden["train.ce"][0]) <= 1e-5
+    (entropy.mean() + 0.05 * divergence.mean()).backward()
+    expected = load("e2e/train_grads")
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    assert len(expected) > 20
+    for key, value in expected.items():
+        assert relative(grads[key.removeprefix("grad.")], value) <= 1e-5, key
+    assert all(p.grad is None for p in vlm.model.parameters())
