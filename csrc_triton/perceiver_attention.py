@@ -27,8 +27,8 @@ _backward = torch.library.custom_op(
 
 @_forward.register_fake
 def _(query, context, inv_rms):
-    lse = query.new_empty(query.shape[:-1], dtype=reference.score_dtype(query.dtype))
-    return query.new_empty(query.shape), lse
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=wide)
 
 
 @_backward.register_fake
@@ -60,13 +60,12 @@ def perceiver_attention(
         query: [N, P, Z] absorbed queries: W_k^T q, times the context norm's weight and the
             softmax scale.
         context: [N, S, Z] raw (not normalized) context of query's dtype; finite everywhere.
-        inv_rms: [N, S] 1 / rms of each visible token and 0 for a masked one, float32 (float64 for
-            float64 input). It is norm and mask in one and serves every block.
+        inv_rms: [N, S] 1 / rms of each visible token and 0 for a masked one, float32 or wider. It
+            is norm and mask in one and serves every block.
 
     Returns:
         out [N, P, Z] of query's dtype and the natural log-sum-exp lse [N, P] of the scores
-        (float32 over half precision, else float64). A row with no visible token gives out = 0 and
-        lse = -inf, so partial results, the appended latents for one, merge by log-sum-exp.
-        Differentiable in all inputs.
+        (float32 or wider). A row with no visible token gives out = 0 and lse = -inf, so partial
+        results, the appended latents for one, merge by log-sum-exp. Differentiable in all inputs.
     """
     return _forward(query, context, inv_rms)

@@ -113,11 +113,10 @@ def test_factors_that_do_not_fit(a, b):
         Adapter(a, b, 1.0)
 
 
-@pytest.mark.parametrize("shapes", [((2, 3, 4), (2, 5, 4)), ((2, 3, 4), (1, 3, 4))])
-def test_modules_must_agree_in_layers_and_rank(shapes):
-    a = {name: torch.zeros(shape) for name, shape in zip("mn", shapes, strict=True)}
-    with pytest.raises(AdapterError):
-        Adapter(a, {k: v.clone() for k, v in a.items()}, 1.0)
+def test_modules_must_agree_in_layers():
+    a = {"m": torch.zeros(2, 3, 4), "n": torch.zeros(1, 3, 4)}
+    with pytest.raises(AdapterError, match="n has 1 layers"):
+        Adapter(a, a, 1.0)
 
 
 # --- files ----------------------------------------------------------------------------------------

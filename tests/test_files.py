@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from v2l_fast import files
-from v2l_fast.errors import AdapterError, CheckpointError
+from v2l_fast.errors import AdapterError, CheckpointError, V2LError
 from v2l_fast.files import load_tensors, save_tensors
 
 
@@ -51,6 +51,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(step, tmp_path, mon
         save_tensors({"x": torch.ones(3)}, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(V2LError, match="no folder"):
+        save_tensors({"x": torch.zeros(3)}, tmp_path / "nowhere" / "file.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [AdapterError, CheckpointError])

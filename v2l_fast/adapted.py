@@ -63,6 +63,10 @@ class AdapterSlots:
         if any(set(a.A) != set(first.A) or a.scale != first.scale for a in distinct):
             raise AdapterError("adapters of different models or scales cannot share a batch")
         merged = [adapter.merged() for adapter in distinct]
+        for a, _ in merged:
+            if len({factor.shape[1] for factor in a.values()}) > 1:
+                sizes = ", ".join(f"{m} {factor.shape[1]}" for m, factor in a.items())
+                raise AdapterError(f"an adapter needs one rank for all modules, not {sizes}")
         ranks = [next(iter(a.values())).shape[1] for a, _ in merged]
         packed = []
         for side in (0, 1):

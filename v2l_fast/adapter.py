@@ -73,7 +73,6 @@ class Adapter:
             raise AdapterError(f"A is of modules {sorted(self.A)}, B of {sorted(self.B)}")
         if not math.isfinite(self.scale):
             raise AdapterError(f"the scale is {self.scale}, which is not a finite number")
-        layers_and_rank = next(iter(self.A.values())).shape[:2]
         for module, a in self.A.items():
             b = self.B[module]
             if a.dim() != 3 or b.dim() != 3 or a.shape[:2] != b.shape[:2]:
@@ -81,10 +80,9 @@ class Adapter:
                     f"{module}: A must be [L, r, d_in] and B [L, r, d_out], "
                     f"not {list(a.shape)} and {list(b.shape)}"
                 )
-            if a.shape[:2] != layers_and_rank:
+            if a.shape[0] != self.num_layers:
                 raise AdapterError(
-                    f"{module}: layers and rank {list(a.shape[:2])} differ from those of another "
-                    f"module, {list(layers_and_rank)}"
+                    f"{module} has {a.shape[0]} layers, another module {self.num_layers}"
                 )
         for name in ("A", "B", "provenance"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))

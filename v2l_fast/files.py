@@ -16,13 +16,23 @@ from v2l_fast.errors import V2LError
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file so that ``path`` is either the old file or the whole new one."""
+    """Write a safetensors file so that ``path`` is either the old file or the whole new one.
+
+    Raises:
+        V2LError: its folder does not exist.
+    """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise V2LError(f"{path}: there is no folder {path.parent}; make it first")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         # Clones of views and of tensors that share storage (shared weights) are independent.
         ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
         save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
+        # save_file makes its file private; adapters and weights follow the user's umask.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(part, 0o666 & ~mask)
         with open(part, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(part, path)

@@ -22,7 +22,7 @@ from v2l_fast.adapter import AdapterBatch, BiasAdapter
 from v2l_fast.config import WEIGHTS_NAME, HypernetConfig
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import load_tensors, save_tensors
-from v2l_fast.perceiver import Perceiver, product_dtype
+from v2l_fast.perceiver import Perceiver, attention_dtype
 
 SMALL_PARAMETER = 65536
 
@@ -185,7 +185,7 @@ class HyperNetwork(nn.Module):
             )
         visible = None if mask is None else mask == 1
         latents = self.layers(self.aggregator["perceiver"](hidden, visible))
-        rank, compute = self.config.rank, product_dtype(hidden.dtype)
+        rank, compute = self.config.rank, attention_dtype(hidden.dtype)
         factors_a, factors_b = {}, {}
         for place, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):
             rows = latents[:, None, None, place * rank : (place + 1) * rank]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import AdapterBatch
-from v2l_fast.backbones.decoder import Decoder, Span
+from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.training.turns import PackedTurns
 
@@ -37,7 +37,6 @@ def answer_logits(
     Row i runs with adapter index[i] (int64 [rows]; -1 is none), the shared bias included.
     """
     embeds = decoder.embed(packed.ids)
-    rope = decoder.text_model.rotary_emb(embeds, packed.positions)
     slots = None if adapters is None else AdapterSlots.of_batch(adapters.composed(), index)
-    hidden = decoder.forward(embeds, Span(packed.positions, packed.mask, rope), adapters=slots)
+    hidden = decoder.forward(embeds, decoder.span(packed.positions, packed.mask), adapters=slots)
     return decoder.logits(hidden[packed.rows, packed.columns])

@@ -1,0 +1,164 @@
+"""Generation against transformers' own, on the tiny model with merged adapters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from v2l_fast.adapted import AdapterSlots
+from v2l_fast.errors import ConfigError
+from v2l_fast.generation import Sampling, generate
+
+M = "down_proj"
+PROMPTS = [[2, 20, 30, 40, 12], [2, 21], [2, 33, 17, 17, 50, 51, 52, 53, 54], [2]]
+
+
+def slots(adapters) -> AdapterSlots | None:
+    return AdapterSlots.pack(adapters, "cpu", torch.float32)
+
+
+def run(backbone, prompts, adapters=None, stop=(), **sampling) -> list[list[int]]:
+    """Generated ids of token-id prompts."""
+    embedded = [backbone.decoder.embed(torch.tensor(p)) for p in prompts]
+    packed = None if adapters is None else slots(adapters)
+    return generate(backbone.decoder, embedded, stop, Sampling(**sampling), packed).tokens
+
+
+def transformers_greedy(backbone, prompt, adapter, new_tokens) -> list[int]:
+    model = copy.deepcopy(backbone.model)
+    if adapter is not None:
+        a, b = (side[M] for side in adapter.merged())
+        with torch.no_grad():
+            for index, layer in enumerate(model.model.text_model.layers):
+                layer.mlp.down_proj.weight += adapter.scale * b[index].mT @ a[index]
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+    )
+    return found[0, len(prompt):].tolist()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:3])
+@pytest.mark.parametrize("which", [None, 0, 2])
+def test_greedy_equals_transformers(prompt, which, backbone, adapters):
+    adapter = None if which is None else adapters[which]
+    expected = transformers_greedy(backbone, prompt, adapter, 12)
+    # transformers bans the end token until min_new_tokens, we stop nowhere without stop ids.
+    found = run(backbone, [prompt], [adapter], max_new_tokens=12)[0]
+    same = found.index(3) if 3 in found else len(found)
+    assert found[:same] == expected[:same] and same > 4
+
+
+def test_ragged_batch_equals_each_alone(backbone, adapters):
+    chosen = [adapters[0], None, adapters[1], adapters[0]]
+    together = run(backbone, PROMPTS, chosen, max_new_tokens=16)
+    for prompt, adapter, found in zip(PROMPTS, chosen, together, strict=True):
+        assert run(backbone, [prompt], [adapter], max_new_tokens=16) == [found]
+    assert len({tuple(t) for t in together}) == 4
+
+
+def test_stop_ids_end_an_answer_and_are_left_out(backbone):
+    free = run(backbone, PROMPTS, max_new_tokens=16)
+    stop = free[0][5]
+    stopped = run(backbone, PROMPTS, stop=(stop,), max_new_tokens=16)
+    for found, whole in zip(stopped, free, strict=True):
+        assert found == (whole[: whole.index(stop)] if stop in whole else whole)
+    assert len(stopped[0]) <= 5
+
+
+def test_all_stopped_at_once(backbone):
+    first = run(backbone, [PROMPTS[0]], max_new_tokens=1)[0][0]
+    assert run(backbone, [PROMPTS[0]] * 2, stop=(first,), max_new_tokens=50) == [[], []]
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 7])
+def test_length_limit(new_tokens, backbone):
+    found = run(backbone, PROMPTS, max_new_tokens=new_tokens)
+    assert [len(t) for t in found] == [new_tokens] * 4
+
+
+def test_time_to_first_token_is_positive(backbone):
+    embedded = [backbone.decoder.embed(torch.tensor(PROMPTS[0]))]
+    assert generate(backbone.decoder, embedded, (), Sampling()).time_to_first_token > 0
+
+
+SAMPLED = {"max_new_tokens": 12, "temperature": 1.5, "seed": 5}
+
+
+def test_sampling_is_reproducible(backbone):
+    assert run(backbone, PROMPTS, **SAMPLED) == run(backbone, PROMPTS, **SAMPLED)
+    assert run(backbone, PROMPTS, **SAMPLED) != run(backbone, PROMPTS, **{**SAMPLED, "seed": 6})
+    same_prompt = run(backbone, [PROMPTS[0]] * 4, **SAMPLED)
+    assert len({tuple(t) for t in same_prompt}) > 1
+
+
+def test_sampling_does_not_depend_on_the_batch(backbone, adapters):
+    chosen = [adapters[0], None, adapters[1], None]
+    together = run(backbone, PROMPTS, chosen, **SAMPLED)
+    for place, (prompt, adapter) in enumerate(zip(PROMPTS, chosen, strict=True)):
+        alone = run(backbone, [prompt], [adapter], **{**SAMPLED, "seed": 5 + place})
+        assert alone == [together[place]]
+
+
+def test_sampling_leaves_the_global_generator_alone(backbone):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    run(backbone, PROMPTS, **SAMPLED)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_narrow_sampling_is_greedy(narrow, backbone):
+    greedy = run(backbone, PROMPTS, max_new_tokens=12)
+    assert run(backbone, PROMPTS, **{**SAMPLED, **narrow}) == greedy
+
+
+def test_top_k_and_top_p_keep_to_the_likely_tokens(backbone):
+    decoder = backbone.decoder
+    prompt = decoder.embed(torch.tensor(PROMPTS[0]))
+    with torch.no_grad():
+        probs = decoder.logits(decoder.forward(prompt[None]))[0, -1].softmax(-1)
+    ordered, order = probs.sort(descending=True)
+    nucleus = int((ordered.cumsum(0) < 0.5).sum()) + 1
+    for limit, allowed in (({"top_k": 3}, 3), ({"top_p": 0.5}, nucleus)):
+        drawn = {
+            run(backbone, [PROMPTS[0]], max_new_tokens=1, temperature=1.0, seed=s, **limit)[0][0]
+            for s in range(60)
+        }
+        assert drawn <= set(order[:allowed].tolist()) and len(drawn) > 1
+
+
+def test_frequencies_follow_the_distribution(backbone):
+    decoder = backbone.decoder
+    prompt = decoder.embed(torch.tensor(PROMPTS[1]))
+    with torch.no_grad():
+        probs = (decoder.logits(decoder.forward(prompt[None]))[0, -1] / 0.7).softmax(-1)
+    count = 600
+    drawn = run(backbone, [PROMPTS[1]] * count, max_new_tokens=1, temperature=0.7)
+    frequency = torch.bincount(torch.tensor(drawn).flatten(), minlength=len(probs)) / count
+    # Five standard deviations of a binomial frequency.
+    spread = 5 * (probs * (1 - probs) / count).sqrt() + 1e-3
+    assert ((frequency - probs).abs() <= spread).all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+    ],
+)
+def test_settings_out_of_range(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)

@@ -1,0 +1,241 @@
+"""Video2LoRA: videos in, answers out, on the tiny model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.golden import relative
+from tests.video.clips import encode
+from v2l_fast import Video2LoRA
+from v2l_fast import model as model_module
+from v2l_fast.adapter import Adapter
+from v2l_fast.backbones.smolvlm_prompt import chat, video_text
+from v2l_fast.errors import AdapterError, VideoError
+from v2l_fast.video import VideoClip
+from v2l_fast.video.preprocess import frame_views, normalize
+
+M = "down_proj"
+QUESTIONS = ["what happens?", "which color is it?", "how many circle?"]
+SHORT = {"max_new_tokens": 12}
+
+
+def same(first: Adapter, second: Adapter) -> bool:
+    return torch.equal(first.A[M], second.A[M]) and torch.equal(first.B[M], second.B[M])
+
+
+# --- internalizing --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_streaming_equals_the_whole_batch_call(model, clips, adapters):
+    for clip, adapter in zip(clips, adapters, strict=True):
+        prompt = model.backbone.context(clip, model.config.instruction, 32)
+        features = torch.stack(list(model.backbone.decoder.layer_inputs(prompt.embeddings[None])))
+        batch = model.hypernet(features.transpose(0, 1))
+        assert same(batch[0], adapter)
+        assert adapter.bias is adapters[0].bias and adapter.rank == model.config.rank
+
+
+def test_videos_do_not_depend_on_their_neighbors(model, clips, adapters):
+    for clip, adapter in zip(clips, adapters, strict=True):
+        alone = model.internalize(clip)
+        assert isinstance(alone, Adapter) and same(alone, adapter)
+    assert not same(adapters[0], adapters[1])
+
+
+def test_frames_in_memory(model, clips, adapters):
+    assert same(model.internalize(clips[0].frames, fps=1.0), adapters[0])
+    with pytest.raises(VideoError, match="fps"):
+        model.internalize(clips[0].frames)
+
+
+def test_a_file_and_its_clip_give_the_same(model, tmp_path):
+    path = encode(tmp_path / "clip.mp4", 12)
+    adapter = model.internalize(path)
+    clip = model.load_clip(path)
+    assert len(clip.frames) <= model.config.max_frames
+    assert same(adapter, model.internalize(clip))
+    assert same(adapter, model.internalize([str(path)])[0])
+    source = adapter.provenance["source"]
+    assert source["sha256"] == clip.sha256 and source["name"] == "clip.mp4"
+    fewer = model.internalize(path, max_frames=2, exact_frames=True)
+    assert len(fewer.provenance["source"]["frame_indices"]) == 2 and not same(fewer, adapter)
+    assert fewer.provenance["preprocessing"]["exact_frames"] is True
+
+
+def test_provenance_is_complete_and_plain(model, clips, adapters):
+    record = json.loads(json.dumps(dict(adapters[0].provenance)))
+    assert record["source"]["frame_indices"] == [0, 1, 2]
+    assert record["source"]["timestamps"] == [0.0, 1.0, 2.0]
+    assert record["source"]["sha256"] == clips[0].sha256
+    assert record["preprocessing"]["longest_edge"] == 32
+    assert record["preprocessing"]["instruction"] == model.config.instruction
+    assert record["hypernetwork"] == model.hypernet.fingerprint
+    assert record["base_model"] == "tiny/base"
+
+
+def test_progress_is_reported(model, clips):
+    seen = []
+    model.internalize(clips[:2], progress=lambda *step: seen.append(step))
+    assert [s for s in seen if s[0] == "generate adapter"] == [
+        ("generate adapter", done, 3) for done in range(4)
+    ] * 2
+    assert {s[0] for s in seen} == {"decode", "encode frames", "generate adapter"}
+
+
+def test_adapters_carry_no_graph(adapters):
+    assert not any(t.requires_grad for a in adapters for t in (a.A[M], a.B[M]))
+
+
+# --- answering ------------------------------------------------------------------------------------
+
+
+def test_adapters_change_the_answer(model, adapters):
+    answers = model.ask([QUESTIONS[1]] * 4, [None, *adapters], **SHORT)
+    assert len(set(answers)) == 4 and all(answers)
+
+
+def test_forms_of_asking(model, adapters):
+    a, b = adapters[:2]
+    first, second = QUESTIONS[:2]
+    one = model.ask(first, a, **SHORT)
+    assert isinstance(one, str)
+    assert model.ask([first], a, **SHORT) == [one]
+    assert model.ask([first], [a], **SHORT) == [one]
+    both = model.ask([first, second], a, **SHORT)
+    assert both == model.ask([first, second], [a, a], **SHORT) and both[0] == one
+    assert model.ask(first, [a, b], **SHORT) == model.ask([first, first], [a, b], **SHORT)
+    assert model.ask([first, second], None, **SHORT) == [
+        model.ask(q, **SHORT) for q in (first, second)
+    ]
+    assert model.ask([], a) == []
+    with pytest.raises(AdapterError, match="3 questions and 2 adapters"):
+        model.ask(QUESTIONS, [a, b])
+
+
+def test_counts_of_an_answer(model, clips, adapters):
+    question = QUESTIONS[0]
+    with_adapter = model.answer(question, adapters[0], **SHORT)[0]
+    direct = model.answer_direct(question, clips[0], **SHORT)[0]
+    assert with_adapter.visual_tokens == 0 and direct.visual_tokens == 12
+    assert with_adapter.prompt_tokens == len(model.backbone.question(question))
+    assert direct.prompt_tokens > with_adapter.prompt_tokens + 12
+    for answer in (with_adapter, direct):
+        assert 0 < answer.new_tokens <= 12 and answer.time_to_first_token > 0
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 3}])
+def test_more_questions_than_a_batch(sampling, model, clips, adapters, monkeypatch):
+    questions = QUESTIONS + QUESTIONS[:2]
+    chosen = [adapters[0], None, adapters[1], adapters[1], adapters[2]]
+    expected = model.ask(questions, chosen, **SHORT, **sampling)
+    direct = model.ask_direct(QUESTIONS, clips[0], **SHORT, **sampling)
+    monkeypatch.setattr(model_module, "MAX_BATCH", 2)
+    assert model.ask(questions, chosen, **SHORT, **sampling) == expected
+    assert model.ask_direct(QUESTIONS, clips[0], **SHORT, **sampling) == direct
+
+
+def test_direct_answers_equal_transformers(model, clips):
+    backbone = model.backbone
+    question = QUESTIONS[0]
+    pixels = normalize(frame_views(clips[0].frames, 32, 32).views, torch.float32)
+    ids = _prompt_ids(model, clips[0], question)
+    found = copy.deepcopy(backbone.model).generate(
+        input_ids=ids[None],
+        attention_mask=torch.ones_like(ids[None]),
+        pixel_values=pixels[None],
+        do_sample=False,
+        max_new_tokens=12,
+    )
+    tokens = found[0, len(ids):].tolist()
+    answer = model.answer_direct(question, clips[0], **SHORT)[0]
+    assert answer.text == backbone.decode(tokens)
+    assert answer.prompt_tokens == len(ids)
+
+
+def _prompt_ids(model: Video2LoRA, clip: VideoClip, question: str) -> torch.Tensor:
+    shown = video_text(len(clip.frames), clip.timestamps, clip.duration, 0, 0, 4)
+    return model.backbone.tokenize(chat(shown + question, True))
+
+
+def test_a_clip_for_each_question(model, clips):
+    together = model.answer_direct(QUESTIONS, clips, **SHORT)
+    for question, clip, found in zip(QUESTIONS, clips, together, strict=True):
+        assert model.ask_direct(question, clip, **SHORT) == found.text
+    with pytest.raises(VideoError, match="3 questions and 2 clips"):
+        model.answer_direct(QUESTIONS, clips[:2])
+
+
+def test_composed_and_pruned_adapters_answer(model, adapters):
+    composed = Adapter.compose(adapters)
+    assert composed.rank == 12
+    answers = {
+        model.ask(QUESTIONS[1], a, **SHORT)
+        for a in (composed, composed.prune(6), adapters[0].prune(1), adapters[0])
+    }
+    assert len(answers) == 4
+    only_bias = [model.ask(QUESTIONS[1], a.prune(0), **SHORT) for a in adapters]
+    assert len(set(only_bias)) == 1
+
+
+def test_effect(model, adapters):
+    effect = model.effect(adapters[0], QUESTIONS[1])
+    norms = adapters[0].norms()["layer"][M]
+    assert effect.update_norms[M] == norms.tolist()
+    weights = torch.stack([model.backbone.linear(i, M).weight.norm() for i in range(3)])
+    torch.testing.assert_close(torch.tensor(effect.relative_norms[M]), norms / weights)
+    assert effect.logit_shift > 0 and effect.divergence > 0
+    assert effect.answer != effect.answer_without
+    assert effect.answer == model.ask(QUESTIONS[1], adapters[0])
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_saved_adapters_answer_as_before(model, adapters, tmp_path):
+    path = tmp_path / "clip.safetensors"
+    adapters[0].save(path)
+    loaded = model.load_adapter(path)
+    assert same(loaded, adapters[0]) and loaded.bias is adapters[0].bias
+    assert dict(loaded.provenance) == dict(adapters[0].provenance)
+    expected = model.ask(QUESTIONS, adapters[0], **SHORT)
+    assert model.ask(QUESTIONS, loaded, **SHORT) == expected
+    # Without its bias attached it is completed when asked.
+    assert model.ask(QUESTIONS, Adapter.load(path), **SHORT) == expected
+    Adapter.compose([loaded, adapters[1]]).save(path)
+    assert model.load_adapter(path).rank == 8
+
+
+def test_saved_model_answers_as_before(model, adapters, pair):
+    for back in (
+        Video2LoRA.from_pretrained(pair),
+        Video2LoRA.from_pretrained(pair / "hypernet", base=pair / "base"),
+    ):
+        assert back.ask(QUESTIONS, adapters[0], **SHORT) == model.ask(
+            QUESTIONS, adapters[0], **SHORT
+        )
+
+
+def test_adapters_move_between_dtypes(model, clips, adapters, pair, tmp_path):
+    half = Video2LoRA.from_pretrained(pair, dtype=torch.bfloat16, device="cpu")
+    made = half.internalize(clips[0])
+    assert made.A[M].dtype == torch.bfloat16
+    # Random weights, with the spread of trained ones times ten, amplify rounding.
+    assert relative(made.A[M], adapters[0].A[M]) < 0.5
+    made.save(tmp_path / "half.safetensors")
+    adapters[0].save(tmp_path / "full.safetensors")
+    assert model.ask(QUESTIONS[0], model.load_adapter(tmp_path / "half.safetensors"), **SHORT)
+    assert half.ask(QUESTIONS[0], half.load_adapter(tmp_path / "full.safetensors"), **SHORT)
+
+
+def test_the_base_is_found_by_the_hypernetworks_config(pair, tmp_path):
+    config = dataclasses.replace(tiny.CONFIG, base_model_name_or_path=str(pair / "base"))
+    tiny.hypernetwork(config).save_pretrained(tmp_path / "alone")
+    model = Video2LoRA.from_pretrained(tmp_path / "alone")
+    assert model.backbone.name_or_path == str(pair / "base")
