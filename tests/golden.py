@@ -1,7 +1,7 @@
 """Outputs of the released code on random weights, and the networks that must reproduce them.
 
-Each file of ``data/golden`` holds inputs, outputs and gradients of one case. Networks: ``a`` (stored
-weights) and ``nano_sa`` (weights by formula, with self-attention blocks). Relative errors are
+Each file of ``data/golden`` holds inputs, outputs and gradients of one case. Networks: ``a`` has
+stored weights, ``nano_sa`` (with self-attention blocks) weights by formula. Relative errors are
 Frobenius norms: an RMSNorm eps of 1e-5 instead of 1e-6 shows as 3e-4, a LayerNorm eps of 1e-6
 instead of 1e-5 as 6e-6, anything structural as 0.2 or more.
 """

@@ -171,7 +171,7 @@ def test_saved_tensors_do_not_grow_with_activations():
 
 
 def test_initialization_changes_nothing():
-    """A fresh network generates B = 0 and its bias adapter is B = 0: the model answers as before."""
+    """Generated and bias B start at 0: the model answers as before."""
     torch.manual_seed(0)
     batch = HyperNetwork(BASE)(features().float())
     assert not batch.B["down_proj"].any() and not batch.bias.B["down_proj"].any()

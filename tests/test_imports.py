@@ -37,7 +37,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 def sources() -> Iterator[tuple[str, Path]]:
     """(dotted module name, file) of everything the packages hold."""
-    for package, module in PACKAGES.items():
+    for module in PACKAGES.values():
         root = Path(module.__file__).parent
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root.parent).with_suffix("").parts
@@ -131,19 +131,14 @@ def test_importing_the_ops_needs_torch_alone():
 
 
 def test_using_a_model_needs_the_core_dependencies_alone():
-    core = {"transformers", "safetensors", "av", "huggingface_hub", "tokenizers"}
-    needless = HEAVY - core - loaded_by("import torch, transformers")
-    found = loaded_by("from v2l_fast import *; from v2l_fast.backbones import smolvlm")
-    # transformers brings packages that happen to be installed; these it does not bring.
-    assert not found & (needless & {
-        "triton", "peft", "accelerate", "fastapi", "uvicorn", "prometheus_client", "tensorboard",
-        "wandb", "matplotlib", "openai", "ray", "nvidia", "torchcodec", "num2words", "pytest",
-        "hypothesis",
-    })
+    # transformers brings what happens to be installed.
+    brought = loaded_by("from transformers import AutoConfig, SmolVLMForConditionalGeneration")
+    found = loaded_by("from v2l_fast import *")
+    assert not (found - brought) & (HEAVY - {"av", "safetensors"})
 
 
 def test_every_export_exists():
     for name in v2l_fast.__all__:
         assert getattr(v2l_fast, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing"):
-        v2l_fast.nothing
+        getattr(v2l_fast, "nothing")  # noqa: B009

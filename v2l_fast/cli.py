@@ -71,6 +71,14 @@ def main() -> None:
     except V2LError as error:
         log.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        from v2l_fast.doctor import remedy
+
+        hint = remedy(error.name or "")
+        if hint is None:
+            raise
+        log.print(f"[bold red]error:[/] {error.name} is not installed: {_escape(hint)}")
+        sys.exit(1)
     except KeyboardInterrupt:
         log.print("interrupted")
         sys.exit(130)

@@ -42,6 +42,14 @@ class Finding:
     purpose: str
 
 
+def remedy(module: str) -> str | None:
+    """How to install an optional part by its import name; None when it is not one of ours."""
+    for names, extra, _ in PARTS:
+        if module.split(".")[0] in (name.replace("-", "_") for name in names):
+            return _install(extra)
+    return None
+
+
 def examine() -> list[Finding]:
     """Look at this machine; changes nothing."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -53,9 +61,12 @@ def examine() -> list[Finding]:
             found = ", ".join(f"{name} {version}" for name, version in versions.items())
             findings.append(Finding(names[0], True, found, purpose))
         else:
-            remedy = f"pip install 'v2l_fast[{extra}]'" if extra != "core" else "reinstall v2l_fast"
-            findings.append(Finding(names[0], False, remedy, purpose))
+            findings.append(Finding(names[0], False, _install(extra), purpose))
     return findings
+
+
+def _install(extra: str) -> str:
+    return "reinstall v2l_fast" if extra == "core" else f"pip install 'v2l_fast[{extra}]'"
 
 
 def _gpu() -> Finding:

@@ -28,11 +28,11 @@ def save_tensors(
     try:
         # Clones of views and of tensors that share storage (shared weights) are independent.
         ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-        save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
         # save_file makes its file private; adapters and weights follow the user's umask.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(part, 0o666 & ~mask)
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
+        os.chmod(part, mode)
         with open(part, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(part, path)
