@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -162,6 +163,12 @@ class Video2LoRA:
             longest_edge=self.config.longest_edge if longest_edge is None else longest_edge,
         )
 
+    @overload
+    def internalize(self, videos: Video | Tensor, **options: Any) -> Adapter: ...
+
+    @overload
+    def internalize(self, videos: Sequence[Video], **options: Any) -> list[Adapter]: ...
+
     def internalize(
         self,
         videos: Video | Tensor | Sequence[Video],
@@ -221,15 +228,17 @@ class Video2LoRA:
         per_layer = []
         for index, hidden in enumerate(self.backbone.decoder.layer_inputs(prompt.embeddings[None])):
             report("generate adapter", index, total)
-            factors = self.hypernet.layer(index, hidden)
-            if not all(torch.isfinite(f).all() for side in factors for f in side.values()):
-                raise VideoError(
-                    f"layer {index} of the context gives NaN or infinite factors; are the base "
-                    "model's weights and dtype sound? float16 overflows, use bfloat16 or float32"
-                )
-            per_layer.append(factors)
+            per_layer.append(self.hypernet.layer(index, hidden))
         report("generate adapter", total, total)
-        return self.hypernet.assemble(per_layer)
+        batch = self.hypernet.assemble(per_layer)
+        # One wait for the device, after everything is enqueued.
+        factors = [*batch.A.values(), *batch.B.values()]
+        if not torch.isfinite(torch.stack([t.sum(dtype=torch.float32) for t in factors])).all():
+            raise VideoError(
+                "the context gives NaN or infinite factors; are the base model's weights and "
+                "dtype sound? float16 overflows: use bfloat16 or float32"
+            )
+        return batch
 
     def _provenance(self, clip: VideoClip, longest_edge: int, exact_frames: bool) -> dict:
         return {
@@ -254,11 +263,22 @@ class Video2LoRA:
 
     # --- answering ------------------------------------------------------------------------------
 
+    @overload
+    def ask(self, questions: str, adapters: Adapter | None = None, **sampling: Any) -> str: ...
+
+    @overload
     def ask(
         self,
         questions: str | Sequence[str],
         adapters: Adapter | Sequence[Adapter | None] | None = None,
-        **sampling,
+        **sampling: Any,
+    ) -> list[str]: ...
+
+    def ask(
+        self,
+        questions: str | Sequence[str],
+        adapters: Adapter | Sequence[Adapter | None] | None = None,
+        **sampling: Any,
     ) -> str | list[str]:
         """Answer from adapters alone, zero visual tokens in context.
 
@@ -276,6 +296,12 @@ class Video2LoRA:
         """
         return _texts(questions, self.answer(questions, adapters, **sampling))
 
+    @overload
+    def ask_direct(self, questions: str, video: Video, **options: Any) -> str: ...
+
+    @overload
+    def ask_direct(self, questions: Sequence[str], video: Video, **options: Any) -> list[str]: ...
+
     def ask_direct(
         self,
         questions: str | Sequence[str],
@@ -284,7 +310,7 @@ class Video2LoRA:
         max_frames: int | None = None,
         longest_edge: int | None = None,
         exact_frames: bool = False,
-        **sampling,
+        **sampling: Any,
     ) -> str | list[str]:
         """The baseline: the same model with the video in context of every question."""
         edge = self.config.longest_edge if longest_edge is None else longest_edge
@@ -296,7 +322,7 @@ class Video2LoRA:
         self,
         questions: str | Sequence[str],
         adapters: Adapter | Sequence[Adapter | None] | None = None,
-        **sampling,
+        **sampling: Any,
     ) -> list[Answer]:
         """:meth:`ask` with token counts and times."""
         questions = [questions] if isinstance(questions, str) else list(questions)
@@ -327,7 +353,7 @@ class Video2LoRA:
         questions: str | Sequence[str],
         clips: VideoClip | Sequence[VideoClip],
         longest_edge: int | None = None,
-        **sampling,
+        **sampling: Any,
     ) -> list[Answer]:
         """:meth:`ask_direct` on decoded frames, with token counts and times.
 
