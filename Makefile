@@ -16,7 +16,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 
 bench: $(VENV)/.dev
-	$(BIN)/python bench/hypernet_streaming.py
+	$(BIN)/python -m bench.hypernet_streaming
 
 gpu: $(VENV)/.dev
 	$(BIN)/python -m bench.gpu --out bench/results/gpu.json

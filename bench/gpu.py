@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import released
+from bench.environment import environment
 from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
 from v2l_fast.config import HypernetConfig
 from v2l_fast.hypernet import HyperNetwork
@@ -160,15 +159,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU is visible to torch; --device cpu --layers 2 tries the script without one")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     report = {
-        "device": name or platform.machine(),
-        "torch": torch.__version__,
-        "commit": commit,
-        "command": " ".join(["python -m bench.gpu", *sys.argv[1:]]),
+        **environment(args.device),
         "checks": check_ops(args.device),
         "hypernetwork": [
             compare_hypernetwork(args.device, args.layers, tokens, args.repeats)

@@ -6,7 +6,7 @@ the decoder produces them, and keeps nothing else. Each runs in a process of its
 resident memory is that of the whole process, weights included. Ratios are printed and stored only
 if both gave the same adapter.
 
-    python bench/hypernet_streaming.py --tokens 832 4096 --threads 2
+    python -m bench.hypernet_streaming --tokens 832 4096 --threads 2
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from bench import released
+from bench.environment import environment
+from v2l_fast.config import HypernetConfig
+from v2l_fast.files import save_tensors
+from v2l_fast.hypernet import HyperNetwork
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ("released", "streamed")
@@ -46,7 +53,8 @@ def main() -> int:
         print(json.dumps(record))
         return 0
     rows = [compare(tokens, options.threads) for tokens in options.tokens]
-    record = {"benchmark": "hypernet_streaming", **environment(options.threads), "rows": rows}
+    record = {"benchmark": "hypernet_streaming", **environment(), "threads": options.threads}
+    record["rows"] = rows
     options.out.parent.mkdir(parents=True, exist_ok=True)
     part = options.out.with_suffix(".part")
     part.write_text(json.dumps(record, indent=2) + "\n")
@@ -61,11 +69,12 @@ def compare(tokens: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for variant in VARIANTS:
             factors = Path(folder) / f"{variant}.safetensors"
-            command = [sys.executable, __file__, "--run", variant, "--tokens", str(tokens)]
+            command = [sys.executable, "-m", "bench.hypernet_streaming", "--run", variant]
+            command += ["--tokens", str(tokens)]
             command += ["--threads", str(threads), "--factors", str(factors)]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            threaded = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             done = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+                command, check=True, stdout=subprocess.PIPE, text=True, env=threaded, cwd=ROOT
             )
             row[variant] = json.loads(done.stdout.splitlines()[-1])
             found = row[variant]
@@ -93,22 +102,12 @@ def compare(tokens: int, threads: int) -> dict[str, Any]:
 
 def difference(first: Path, second: Path) -> float:
     """Largest relative Frobenius difference of a factor."""
-    from safetensors.torch import load_file
-
     one, other = load_file(first), load_file(second)
     return max(((other[k] - one[k]).norm() / one[k].norm()).item() for k in one)
 
 
 def measure(variant: str, tokens: int, threads: int, factors: Path) -> dict[str, Any]:
     """Seconds and bytes of one variant in this process; its adapter is written to ``factors``."""
-    import torch
-
-    sys.path.insert(0, str(ROOT))
-    from bench import released
-    from v2l_fast.config import HypernetConfig
-    from v2l_fast.files import save_tensors
-    from v2l_fast.hypernet import HyperNetwork
-
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     network = HyperNetwork(HypernetConfig(HIDDEN, LAYERS, {"down_proj": (INTERMEDIATE, HIDDEN)}))
@@ -148,38 +147,6 @@ def peak_bytes() -> int:
     """Peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def environment(threads: int) -> dict[str, Any]:
-    """Where and with what a record was made."""
-    import torch
-
-    return {
-        "command": shlex.join(["python", "bench/hypernet_streaming.py", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "device": _processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "dtype": "float32",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -256,9 +256,16 @@ class Adapter:
         """Write one safetensors file, atomically: the generated factors and the provenance.
 
         The shared bias is named, not stored.
+
+        Raises:
+            AdapterError: a factor is not finite.
+            V2LError: the folder does not exist.
         """
         tensors = {f"{m}.lora_A": a for m, a in self.A.items()}
         tensors |= {f"{m}.lora_B": b for m, b in self.B.items()}
+        for name, factor in tensors.items():
+            if not torch.isfinite(factor).all():
+                raise AdapterError(f"{path}: not written, {name} holds NaN or infinity")
         record = {
             "version": FORMAT_VERSION,
             "scale": self.scale,

@@ -446,6 +446,11 @@ class Video2LoRA:
                     f"the adapter's {module} is {sizes}, this model's {(d_in, d_out)}: "
                     "internalize the video with this model"
                 )
+        if adapter.scale != self.config.scale:
+            raise AdapterError(
+                f"the adapter's scale is {adapter.scale}, this model's {self.config.scale}: "
+                "internalize the video with this model"
+            )
         made_by = adapter.provenance.get("hypernetwork")
         if made_by not in (None, self._fingerprint):
             raise AdapterError(
