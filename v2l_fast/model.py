@@ -446,16 +446,16 @@ class Video2LoRA:
                     f"the adapter's {module} is {sizes}, this model's {(d_in, d_out)}: "
                     "internalize the video with this model"
                 )
-        if adapter.scale != self.config.scale:
-            raise AdapterError(
-                f"the adapter's scale is {adapter.scale}, this model's {self.config.scale}: "
-                "internalize the video with this model"
-            )
         made_by = adapter.provenance.get("hypernetwork")
         if made_by not in (None, self._fingerprint):
             raise AdapterError(
                 f"the adapter was made by hypernetwork {made_by}, this one is "
                 f"{self._fingerprint}: internalize the video with this model"
+            )
+        if adapter.scale != self.config.scale:
+            raise AdapterError(
+                f"the adapter's scale is {adapter.scale}, this model's {self.config.scale}: "
+                "internalize the video with this model"
             )
         return adapter if adapter.bias is not None else adapter.with_bias(self._bias)
 
