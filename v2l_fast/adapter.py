@@ -98,6 +98,10 @@ class Adapter:
         return self.detached_bias_id if self.bias is None else self.bias.id
 
     @property
+    def _made_by(self) -> str | None:
+        return self.provenance.get("hypernetwork")
+
+    @property
     def num_layers(self) -> int:
         return next(iter(self.A.values())).shape[0]
 
@@ -166,6 +170,7 @@ class Adapter:
                 ("modules and layers", _signature(first), _signature(other)),
                 ("scale", first.scale, other.scale),
                 ("bias adapter", first.bias_id, other.bias_id),
+                ("hypernetwork", first._made_by, other._made_by),
             ):
                 if mine != theirs:
                     raise AdapterError(
@@ -177,8 +182,11 @@ class Adapter:
             for name in ("A", "B")
         )
         bias = next((x.bias for x in adapters if x.bias is not None), None)
-        chunks = [dict(x.provenance) for x in adapters]
-        return Adapter(a, b, first.scale, bias, first.bias_id, {"chunks": chunks})
+        record = {
+            "hypernetwork": first._made_by,
+            "chunks": [dict(x.provenance) for x in adapters],
+        }
+        return Adapter(a, b, first.scale, bias, first.bias_id, record)
 
     def prune(self, keep: int, by: str = "norm", seed: int = 0) -> Adapter:
         """Keep ``keep`` generated ranks of every layer; the bias is untouched (Appendix C).
