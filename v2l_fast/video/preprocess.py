@@ -80,12 +80,11 @@ def resize_lanczos(images: torch.Tensor, height: int, width: int) -> torch.Tenso
     """Resize uint8 [..., 3, H, W] to [..., 3, height, width] exactly as Pillow's LANCZOS does.
 
     Pillow (Resample.c, 8 bits per channel) resizes the width, rounds to uint8, then the height;
-    a pass that keeps its size is left out. (Since 13.0 it swaps the two where the height shrinks
-    and the width grows or shrinks far less; no step of `frame_views` on ordinary aspect ratios
-    does, and the released checkpoints precede it: width first is the definition here.) Its
-    integer sums are multiples of 2^-22 below 2^9 in
-    magnitude here, which float64 holds exactly in whatever order a matrix product adds them: the
-    result does not depend on device, threads or chunking.
+    a pass that keeps its size is left out. (Newer releases, 12.3 among them, swap the two where
+    the height shrinks and the width grows or shrinks far less. The released checkpoints precede
+    that, and width first is the definition here.) Its integer sums are multiples of 2^-22 below
+    2^9 in magnitude, which float64 holds exactly in whatever order a matrix product adds them:
+    the result does not depend on device, threads or chunking.
 
     Raises ConfigError for other inputs or an empty size.
     """
