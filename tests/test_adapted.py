@@ -187,3 +187,9 @@ def test_adapters_that_cannot_share_a_batch():
 def test_names_that_match_no_stack_of_linears(suffix):
     with pytest.raises(AdapterError, match="no complete stack"):
         adapted_linear(llama(), suffix)
+
+
+def test_a_batch_of_another_size_is_refused():
+    handle = adapted_linear(llama(), "mlp.down_proj")
+    with handle.use([adapter(0), None]), pytest.raises(AdapterError, match="batch of 4 .* for 2"):
+        handle.model(IDS)

@@ -92,7 +92,16 @@ class AdapterSlots:
         return cls(a, b, index, batch.scale)
 
     def apply(self, module: str, layer: int, linear: nn.Linear, x: Tensor) -> Tensor:
-        """``linear`` with each example's adapter: [E, T, d_in] -> [E, T, d_out]."""
+        """``linear`` with each example's adapter: [E, T, d_in] -> [E, T, d_out].
+
+        Raises:
+            AdapterError: the batch is not of E examples.
+        """
+        if x.shape[0] != self.index.shape[0]:
+            raise AdapterError(
+                f"a batch of {x.shape[0]} runs with adapters chosen for {self.index.shape[0]} "
+                "examples; give one adapter (or None) for each"
+            )
         return lora_linear(
             x,
             linear.weight,
