@@ -18,8 +18,7 @@ from torch import Tensor
 
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import Adapter, AdapterBatch
-from v2l_fast.backbones import load_backbone
-from v2l_fast.backbones.smolvlm import Prompt, SmolVLM
+from v2l_fast.backbones import Backbone, Prompt, load_backbone
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
 from v2l_fast.generation import Sampling, generate
 from v2l_fast.hypernet import HyperNetwork
@@ -85,7 +84,7 @@ class Video2LoRA:
         ConfigError: the two do not fit each other.
     """
 
-    def __init__(self, backbone: SmolVLM, hypernet: HyperNetwork) -> None:
+    def __init__(self, backbone: Backbone, hypernet: HyperNetwork) -> None:
         config, decoder = hypernet.config, backbone.decoder
         for what, needs, has in (
             ("hidden_size", config.hidden_size, backbone.hidden_size),

@@ -7,6 +7,7 @@ import os
 import torch
 from transformers import AutoConfig
 
+from v2l_fast.backbones.base import Backbone
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.errors import CheckpointError
 
@@ -17,7 +18,7 @@ def load_backbone(
     name_or_path: str | os.PathLike,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> SmolVLM:
+) -> Backbone:
     """Load a frozen VLM by path or hub id.
 
     Raises:

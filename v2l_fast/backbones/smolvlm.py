@@ -8,12 +8,12 @@ later processors sample, resize and word prompts differently, silently.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolVLMForConditionalGeneration
 
+from v2l_fast.backbones.base import Prompt
 from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.backbones.smolvlm_prompt import IMAGE_TOKEN, chat, video_text
 from v2l_fast.errors import CheckpointError
@@ -24,19 +24,8 @@ from v2l_fast.video.preprocess import PREPROCESSING_VERSION, frame_views, normal
 VIEWS_PER_CHUNK = 64
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """An embedded prompt [T, D] and how many of its tokens stand for pixels."""
-
-    embeddings: Tensor
-    visual_tokens: int
-
-    def __len__(self) -> int:
-        return self.embeddings.shape[0]
-
-
 class SmolVLM:
-    """A frozen SmolVLM2.
+    """A frozen SmolVLM2 (see :class:`~v2l_fast.backbones.base.Backbone`).
 
     Args:
         model: ``SmolVLMForConditionalGeneration`` with its weights; it is frozen and set to eval.
