@@ -6,7 +6,7 @@ the decoder produces them, and keeps nothing else. Each runs in a process of its
 resident memory is that of the whole process, weights included. Ratios are printed and stored only
 if both gave the same adapter.
 
-    python -m bench.hypernet_streaming --tokens 832 4096 --threads 2
+    python -m bench.hypernet_streaming --threads 2
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ALLOWED_ERROR = 1e-5
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[832, 4096], metavar="S")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 832, 4096], metavar="S")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench" / "results" / "hypernet_streaming.json"

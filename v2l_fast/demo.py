@@ -65,11 +65,11 @@ def run(console: Console, folder: Path | None, seed: int) -> None:
 
     table = Table(
         "question",
-        f"adapter ({internalized[0].visual_tokens} visual tokens)",
-        f"video in context ({direct[0].visual_tokens} visual tokens)",
+        f"adapter,\n{internalized[0].visual_tokens} visual tokens",
+        f"video in context,\n{direct[0].visual_tokens} visual tokens",
         "reference",
-        "time to first token, ms: adapter / video",
-        title=f"{len(clip.frames)} frames of a {clip.duration:.0f} s video the model never saw",
+        "first token, ms:\nadapter / video",
+        title=f"A video the model never saw: {clip.duration:.0f} s, {len(clip.frames)} frames",
     )
     for turn, short, long in zip(turns, internalized, direct, strict=True):
         first, second = (1e3 * a.time_to_first_token for a in (short, long))
