@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench gpu train-shapes evaluate-shapes wheel clean
+.PHONY: demo test lint bench aot gpu train-shapes evaluate-shapes wheel clean
 
 demo: $(VENV)/.core
 	@$(BIN)/v2l demo
@@ -17,6 +17,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.hypernet_streaming
+
+aot: $(VENV)/.dev
+	$(BIN)/python -m profiling.aot_report
 
 gpu: $(VENV)/.dev
 	$(BIN)/python -m bench.gpu --out bench/results/gpu.json

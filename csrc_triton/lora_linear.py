@@ -7,15 +7,132 @@ hundred tokens; a training batch is bound by the GEMM over W, to which the adapt
 
 from __future__ import annotations
 
+import math
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from csrc_triton import reference
+from csrc_triton.backend import use_triton
 
-_forward = torch.library.custom_op("v2l::lora_linear", reference.lora_linear, mutates_args=())
-_backward = torch.library.custom_op(
-    "v2l::lora_linear_backward", reference.lora_linear_backward, mutates_args=()
-)
+
+def _implementation(
+    direction: str, x: Tensor, lora_a: Tensor, adapter_index: Tensor, *others: Tensor | None
+) -> ModuleType:
+    shape = {
+        "direction": direction,
+        "rows": x.numel() // max(1, x.shape[-1]),
+        "examples": adapter_index.numel(),
+        "rank": lora_a.shape[1],
+    }
+    if use_triton(x, lora_a, adapter_index, *others, op="lora_linear", **shape):
+        from csrc_triton.kernels import lora_linear as kernels
+
+        return kernels
+    return reference
+
+
+def _require(holds: bool, name: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"lora_linear: {name} must be {expected}, not {found}")
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    offsets: Tensor | None,
+) -> None:
+    """Everything that can be known without waiting for a GPU; values of indices on a CPU only."""
+    packed = offsets is not None
+    _require(x.dim() == (2 if packed else 3), "x", "[T, d_in] packed, else [E, T, d_in]",
+             list(x.shape))  # fmt: skip
+    d_in, examples = x.shape[-1], adapter_index.numel()
+    _require(weight.dim() == 2 and weight.shape[1] == d_in, "weight", f"[d_out, {d_in}]",
+             list(weight.shape))  # fmt: skip
+    d_out = weight.shape[0]
+    _require(lora_a.dim() == 3 and lora_a.shape[2] == d_in, "lora_a", f"[n, r, {d_in}]",
+             list(lora_a.shape))  # fmt: skip
+    adapters, rank, _ = lora_a.shape
+    shapes = {
+        "bias": (bias, [d_out]),
+        "lora_b": (lora_b, [adapters, rank, d_out]),
+        "adapter_index": (adapter_index, [examples if packed else x.shape[0]]),
+        "ranks": (ranks, [adapters]),
+        "offsets": (offsets, [examples + 1]),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None:
+            _require(list(tensor.shape) == shape, name, str(shape), list(tensor.shape))
+            _require(tensor.device == x.device, name, f"on {x.device}", tensor.device)
+    for name, tensor in (("weight", weight), ("lora_a", lora_a)):
+        _require(tensor.device == x.device, name, f"on {x.device}", tensor.device)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _require(tensor.dtype == x.dtype, name, f"of x's dtype {x.dtype}", tensor.dtype)
+    for name, tensor in (("adapter_index", adapter_index), ("ranks", ranks), ("offsets", offsets)):
+        if tensor is not None:
+            _require(tensor.dtype in (torch.int32, torch.int64), name, "int32 or int64",
+                     tensor.dtype)  # fmt: skip
+    _require(math.isfinite(scale), "scale", "finite", scale)
+    if x.device.type == "cpu":
+        _check_range("adapter_index", adapter_index, -1, adapters - 1)
+        if ranks is not None:
+            _check_range("ranks", ranks, 0, rank)
+        if offsets is not None:
+            rising = bool(offsets[0] == 0 and (offsets.diff() >= 0).all())
+            _require(rising and int(offsets[-1]) <= x.shape[0], "offsets",
+                     f"rising from 0 to at most {x.shape[0]}", offsets.tolist())  # fmt: skip
+
+
+def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    if values.numel():
+        least, most = (int(v) for v in torch.aminmax(values))
+        _require(low <= least and most <= high, name, f"in [{low}, {high}]",
+                 f"in [{least}, {most}]")  # fmt: skip
+
+
+@torch.library.custom_op("v2l::lora_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    _check(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets)
+    tensors = (weight, bias, lora_b, ranks, offsets)
+    return _implementation("forward", x, lora_a, adapter_index, *tensors).lora_linear(
+        x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets
+    )
+
+
+@torch.library.custom_op("v2l::lora_linear_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (grad, weight, lora_b, ranks, offsets)
+    return _implementation("backward", x, lora_a, adapter_index, *tensors).lora_linear_backward(
+        grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets
+    )
 
 
 @_forward.register_fake
@@ -75,7 +192,9 @@ def lora_linear(
 
     Returns:
         [E, T, d_out] or [T, d_out] of x's dtype. Differentiable in x, lora_a and lora_b.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device does not fit, scale is not finite or, on a
+            CPU, an index is out of range; on a GPU that is not looked at and counts as -1.
     """
-    return _forward(
-        x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, offsets
-    )
+    return _forward(x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, offsets)

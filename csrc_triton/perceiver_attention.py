@@ -15,20 +15,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from csrc_triton import reference
+from csrc_triton import backend, reference
 
-_forward = torch.library.custom_op(
-    "v2l::perceiver_attention", reference.perceiver_attention, mutates_args=()
-)
-_backward = torch.library.custom_op(
-    "v2l::perceiver_attention_backward", reference.perceiver_attention_backward, mutates_args=()
-)
+
+def _use_triton(query: Tensor, context: Tensor, *others: Tensor) -> bool:
+    slices, rows, width = query.shape
+    return backend.use_triton(
+        query,
+        context,
+        *others,
+        op="perceiver_attention",
+        slices=slices,
+        rows=rows,
+        tokens=context.shape[1],
+        width=width,
+    )
+
+
+@torch.library.custom_op("v2l::perceiver_attention", mutates_args=())
+def _forward(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
+    if _use_triton(query, context, inv_rms):
+        from csrc_triton.kernels import perceiver_attention as kernels
+
+        return kernels.perceiver_attention(query, context, inv_rms)
+    return reference.perceiver_attention(query, context, inv_rms)
 
 
 @_forward.register_fake
 def _(query, context, inv_rms):
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=wide)
+
+
+@torch.library.custom_op("v2l::perceiver_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    context: Tensor,
+    inv_rms: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = grad_out, grad_lse, query, context, inv_rms, out, lse
+    if _use_triton(query, context, inv_rms, grad_out, grad_lse, out, lse):
+        from csrc_triton.kernels import perceiver_attention as kernels
+
+        return kernels.perceiver_attention_backward(*args)
+    return reference.perceiver_attention_backward(*args)
 
 
 @_backward.register_fake
@@ -51,6 +85,30 @@ def _autograd(ctx, grad_out, grad_lse):
 _forward.register_autograd(_autograd, setup_context=_setup)
 
 
+def _check(query: Tensor, context: Tensor, inv_rms: Tensor) -> None:
+    """One line that names the argument, before anything is launched."""
+    if query.dim() != 3 or not query.is_floating_point():
+        raise ValueError(
+            f"query must be floating point [N, P, Z], got {query.dtype} {tuple(query.shape)}"
+        )
+    slices, _, width = query.shape
+    if context.dim() != 3 or context.shape[0] != slices or context.shape[2] != width:
+        raise ValueError(
+            f"context must be [{slices}, S, {width}] like query, got {tuple(context.shape)}"
+        )
+    if inv_rms.shape != context.shape[:2]:
+        raise ValueError(
+            f"inv_rms must be {tuple(context.shape[:2])} like context, got {tuple(inv_rms.shape)}"
+        )
+    if context.dtype != query.dtype:
+        raise ValueError(f"context must be {query.dtype} like query, got {context.dtype}")
+    if not inv_rms.is_floating_point():
+        raise ValueError(f"inv_rms must be floating point, got {inv_rms.dtype}")
+    for name, tensor in (("context", context), ("inv_rms", inv_rms)):
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
+
+
 def perceiver_attention(
     query: Tensor, context: Tensor, inv_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -67,5 +125,10 @@ def perceiver_attention(
         out [N, P, Z] of query's dtype and the natural log-sum-exp lse [N, P] of the scores
         (float32 or wider). A row with no visible token gives out = 0 and lse = -inf, so partial
         results, the appended latents for one, merge by log-sum-exp. Differentiable in all inputs.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        RuntimeError: ``V2L_BACKEND`` asks for kernels that cannot serve the call.
     """
+    _check(query, context, inv_rms)
     return _forward(query, context, inv_rms)

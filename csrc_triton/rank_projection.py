@@ -8,17 +8,95 @@ GEMM and belongs in its epilogue, as do the scalers.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from csrc_triton import reference
+from csrc_triton.backend import use_triton
 
-_forward = torch.library.custom_op(
-    "v2l::rank_projection", reference.rank_projection, mutates_args=()
-)
-_backward = torch.library.custom_op(
-    "v2l::rank_projection_backward", reference.rank_projection_backward, mutates_args=()
-)
+
+def _implementation(direction: str, latents: Tensor, *others: Tensor | None) -> ModuleType:
+    groups, chunks, layers, rank, _ = latents.shape
+    shape = {"direction": direction, "rows": groups * chunks * rank, "layers": layers}
+    if use_triton(latents, *others, op="rank_projection", **shape):
+        from csrc_triton.kernels import rank_projection as kernels
+
+        return kernels
+    return reference
+
+
+def _require(holds: bool, name: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"rank_projection: {name} must be {expected}, not {found}")
+
+
+def _check(
+    latents: Tensor,
+    weight: Tensor,
+    scaler_a: Tensor,
+    scaler_b: Tensor,
+    bias_a: Tensor | None,
+    bias_b: Tensor | None,
+    d_in: int,
+    d_out: int,
+) -> None:
+    _require(latents.dim() == 5, "latents", "[G, C, L, R, Z]", list(latents.shape))
+    _, _, layers, rank, depth = latents.shape
+    fits = weight.dim() == 3 and list(weight.shape[:2]) == [layers, depth]
+    _require(fits and weight.shape[2] >= d_in + d_out, "weight",
+             f"[{layers}, {depth}, {d_in + d_out} or more]", list(weight.shape))  # fmt: skip
+    for name, scaler in (("scaler_a", scaler_a), ("scaler_b", scaler_b)):
+        _require(list(scaler.shape) == [layers, rank], name, f"[{layers}, {rank}]",
+                 list(scaler.shape))  # fmt: skip
+    _require((bias_a is None) == (bias_b is None), "bias_b", "given with bias_a, or neither",
+             "one of them")  # fmt: skip
+    if bias_a is not None:
+        slots = bias_a.shape[1] if bias_a.dim() == 3 else "R'"
+        for name, bias, d in (("bias_a", bias_a, d_in), ("bias_b", bias_b, d_out)):
+            _require(list(bias.shape) == [layers, slots, d], name, f"[{layers}, {slots}, {d}]",
+                     list(bias.shape))  # fmt: skip
+    tensors = {
+        "weight": weight, "scaler_a": scaler_a, "scaler_b": scaler_b,
+        "bias_a": bias_a, "bias_b": bias_b,
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _require(tensor.device == latents.device, name, f"on {latents.device}", tensor.device)
+
+
+@torch.library.custom_op("v2l::rank_projection", mutates_args=())
+def _forward(
+    latents: Tensor,
+    weight: Tensor,
+    scaler_a: Tensor,
+    scaler_b: Tensor,
+    bias_a: Tensor | None,
+    bias_b: Tensor | None,
+    d_in: int,
+    d_out: int,
+) -> tuple[Tensor, Tensor]:
+    _check(latents, weight, scaler_a, scaler_b, bias_a, bias_b, d_in, d_out)
+    tensors = (latents, weight, scaler_a, scaler_b, bias_a, bias_b)
+    return _implementation("forward", *tensors).rank_projection(*tensors, d_in, d_out)
+
+
+@torch.library.custom_op("v2l::rank_projection_backward", mutates_args=())
+def _backward(
+    grad_a: Tensor,
+    grad_b: Tensor,
+    latents: Tensor,
+    weight: Tensor,
+    scaler_a: Tensor,
+    scaler_b: Tensor,
+    d_in: int,
+    d_out: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (latents, weight, scaler_a, scaler_b)
+    return _implementation("backward", *tensors, grad_a, grad_b).rank_projection_backward(
+        grad_a, grad_b, *tensors, d_in, d_out
+    )
 
 
 @_forward.register_fake
@@ -93,5 +171,8 @@ def rank_projection(
     Returns:
         A [G, L, C·R (+ R'), d_in] and B [G, L, C·R (+ R'), d_out] of latents' dtype, chunks in
         order, then the bias. Differentiable in every tensor.
+
+    Raises:
+        ValueError: an argument's shape or device does not fit.
     """
     return _forward(latents, weight, scaler_a, scaler_b, bias_a, bias_b, d_in, d_out)

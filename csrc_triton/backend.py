@@ -1,0 +1,96 @@
+"""Which path an op takes: its Triton kernels or the plain torch reference.
+
+``V2L_BACKEND`` decides, read at every call:
+
+- ``reference``: plain torch everywhere.
+- ``triton``: the kernels everywhere; a call they cannot serve raises.
+- ``auto`` (default): the kernels on a GPU where ``csrc_triton/configs/faster.json`` marks the op
+  and shape as measured faster, else the reference. That file has no entry so far, because no
+  kernel was timed on a GPU yet: auto means reference.
+
+Nothing here imports triton; the ops import their kernels when told to use them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from csrc_triton import configs
+
+VARIABLE = "V2L_BACKEND"
+BACKENDS = ("auto", "reference", "triton")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None for any other, which gets the default tiles."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _obstacle(tensors: list[Tensor]) -> str | None:
+    """Why the kernels cannot take these tensors, with the remedy; None when they can."""
+    if not _has_triton():
+        return "triton is not installed; install it"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for tensor in tensors:
+        if tensor.device.type != "cuda" and not interpreted:
+            return f"a tensor is on {tensor.device}; move it to a GPU or set TRITON_INTERPRET=1"
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"a tensor is {tensor.dtype}; use float16, bfloat16 or float32"
+        if interpreted and tensor.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly; use float16 or float32"
+    return None
+
+
+def choice() -> str:
+    """The value of ``V2L_BACKEND``.
+
+    Raises:
+        RuntimeError: it is none of auto, reference and triton.
+    """
+    found = os.environ.get(VARIABLE, "auto")
+    if found not in BACKENDS:
+        raise RuntimeError(f"{VARIABLE}={found!r}: must be one of {', '.join(BACKENDS)}")
+    return found
+
+
+def use_triton(*tensors: Tensor | None, op: str | None = None, **shape: float | str) -> bool:
+    """Whether an op shall launch its Triton kernels for these inputs.
+
+    Args:
+        tensors: the op's inputs; None stands for one that is absent. Integer and bool tensors
+            count for their device only.
+        op, shape: what ``auto`` looks up in ``configs/faster.json``; without ``op`` it takes the
+            reference.
+
+    Raises:
+        RuntimeError: ``V2L_BACKEND`` is none of auto, reference and triton, or it is triton and
+            the kernels cannot serve the call: no triton, tensors not on a GPU without
+            ``TRITON_INTERPRET=1``, float64 or another dtype, bfloat16 in the interpreter.
+    """
+    wanted = choice()
+    if wanted == "reference":
+        return False
+    present = [tensor for tensor in tensors if tensor is not None]
+    if wanted == "triton":
+        if obstacle := _obstacle(present):
+            raise RuntimeError(f"{VARIABLE}=triton: {obstacle}, or set {VARIABLE}=auto")
+        return True
+    if op is None or not present or present[0].device.type != "cuda":
+        return False
+    return configs.measured_faster(op, capability(present[0].device), **shape) and (
+        _obstacle(present) is None
+    )

@@ -1,0 +1,1 @@
+"""Triton kernels of the ops, one file an op; importing one of those files imports triton."""

@@ -1,0 +1,515 @@
+"""Triton kernels of perceiver_attention: forward with split-KV, combine, and score gradients.
+
+Responsible for tiles, launches and the order of every sum; what is computed is defined in
+:mod:`csrc_triton.reference`, when to launch in :mod:`csrc_triton.backend`.
+
+Forward. Per token at Z = 512, P = 128 in bf16: 262 kFLOP for 1 KB of context, 256 FLOP/B, above
+the ridge of an A100 (156) and of an H200 (184 at the rates measured): bound by tensor cores and by
+shared memory, not by DRAM. One program holds 64 query rows and their [64, 512] fp32 accumulator,
+half the register file; more rows spill. The two row tiles of a slice read the same context and
+run next to each other, so the second read comes from L2. Floor at S = 832, N = 1,536, one block:
+1.07 ms on an A100 (312 TFLOP/s), 0.42 ms at 790 TFLOP/s.
+
+Four forms of the inner loop, VAR, because the compiler lays out two chained products badly
+(bf16, Z = 512, Triton 3.7.1; registers, MMAs and instructions in loops, shared memory; no spills):
+
+- ``PLAIN``, sm_90, 64 rows x 64 tokens, 2 stages: 255, 68, 887, 196,864 B; sm_80, 64 x 32,
+  3 stages: 255, 192, 903, 135,424 B. Warps compute the same scores twice.
+- ``REGION``: scores inside a condition that always holds, which hides the second product from the
+  layout rules. sm_90, 64 x 64, 2 stages: 255, 36, 714, 230,144 B. Its second product is a wgmma
+  with A in registers, which ptxas before 13.3 can corrupt when pipelined (triton#9433; Triton 3.7
+  ships 12.8): in no shipped configuration.
+- ``TRANSPOSED_SOFTMAX``: softmax on the transposed scores. sm_80, 64 x 32, 3 stages: 255, 128,
+  619, 135,424 B.
+- ``TRANSPOSED``: scores and accumulator both transposed, inside such a condition: every wgmma
+  operand comes from shared memory, and the corruption cannot occur. sm_90, 64 x 64, 2 stages: 254,
+  48 (narrower ones, the same work), 841, 205,056 B. It spills on sm_80.
+
+Loops over tokens count from 0: one that starts at a computed token is not prefetched.
+
+Backward. One GEMM recomputes the scores from the log-sum-exp next to grad_out · context and writes
+dS · inv_rms and P · inv_rms in the input dtype, [N, S, 2P] (512 B a token); two batched products
+turn these into the gradients of query and context. A single kernel for all of it spills on every
+tile tried. The gradient of inv_rms is sum_p dS (q · c) + P (dO · c), a row sum in the same
+epilogue: neither the context nor its gradient is read again for it. 655 kFLOP a token in all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton import backend, configs
+from csrc_triton.kernels.aot import AotCase
+
+OP = "perceiver_attention"
+MAX_WIDTH = 512
+# Row offsets inside a tile are 32-bit; a tile has at most 128 rows.
+MAX_ROW_STRIDE = 2**23
+
+PLAIN = tl.constexpr(0)
+REGION = tl.constexpr(1)
+TRANSPOSED_SOFTMAX = tl.constexpr(2)
+TRANSPOSED = tl.constexpr(3)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Below every finite score, and finite: differences of two of them are never NaN.
+LOWEST = tl.constexpr(-3.0e38)
+SCAN = tl.constexpr(1024)
+
+
+@triton.jit
+def _visible_range(norms, S):
+    """First visible token and one past the last; equal when there is none."""
+    offsets = tl.arange(0, SCAN)
+    lows = tl.full([SCAN], 2147483647, tl.int32)
+    highs = tl.zeros([SCAN], tl.int32)
+    for start in range(0, S, SCAN):
+        tokens = start + offsets
+        visible = tl.load(norms + tokens, mask=tokens < S, other=0.0) != 0
+        lows = tl.where(visible, tl.minimum(lows, tokens), lows)
+        highs = tl.where(visible, tokens + 1, highs)
+    high = tl.max(highs, 0)
+    return tl.minimum(tl.min(lows, 0), high), high
+
+
+@triton.jit
+def _softmax_step(scores, norm, peak, total, AXIS: tl.constexpr):
+    """Folds a tile of scores into the running softmax; AXIS is the one over tokens.
+
+    Returns the weights p · inv_rms relative to the new peak, and what older sums decay by.
+    """
+    along = tl.expand_dims(norm, 1 - AXIS)
+    scores = tl.where(along != 0, scores * (along * LOG2E), float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, AXIS))
+    decay = tl.exp2(peak - new_peak)
+    probs = tl.exp2(scores - tl.expand_dims(new_peak, AXIS))
+    return probs * along, new_peak, total * decay + tl.sum(probs, AXIS), decay
+
+
+@triton.jit(do_not_specialize=["stride_rn", "P", "S", "n_splits"])
+def attend(
+    query_ptr, context_ptr, inv_rms_ptr, out_ptr, lse_ptr,
+    stride_qn, stride_qp, stride_xn, stride_xs, stride_rn,
+    P, S, n_splits,
+    Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_Z: tl.constexpr,
+    VAR: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows over one split of a slice's visible tokens.
+
+    out [N, n_splits, P, Z] and lse [N, n_splits, P] get the split's own softmax average and natural
+    log-sum-exp. Each split takes an equal share of the range from the first to the last visible
+    token, in whole tiles.
+    """
+    dtype: tl.constexpr = context_ptr.dtype.element_ty
+    tiles = tl.cdiv(P, BLOCK_P)
+    pid = tl.program_id(0)
+    split = (pid // tiles) % n_splits
+    n = (pid // (tiles * n_splits)).to(tl.int64)
+    rows = (pid % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    z = tl.arange(0, BLOCK_Z)
+
+    norms = inv_rms_ptr + n * stride_rn
+    low, high = _visible_range(norms, S)
+    share = tl.cdiv(tl.cdiv(high - low, BLOCK_S), n_splits) * BLOCK_S
+    begin = low + split * share
+    end = tl.minimum(begin + share, high)
+
+    # Rows past the end repeat the last one: a mask on the contiguous axis alone keeps wide loads.
+    q_ptrs = query_ptr + n * stride_qn + tl.minimum(rows, P - 1)[:, None] * stride_qp + z[None, :]
+    if Z == BLOCK_Z:
+        q = tl.load(q_ptrs)
+    else:
+        q = tl.load(q_ptrs, mask=(z < Z)[None, :], other=0.0)
+    peak = tl.full([BLOCK_P], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_P], tl.float32)
+    if VAR == TRANSPOSED:
+        acc = tl.zeros([BLOCK_Z, BLOCK_P], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_P, BLOCK_Z], tl.float32)
+
+    s = tl.arange(0, BLOCK_S)
+    context = context_ptr + n * stride_xn
+    for done in range(0, end - begin, BLOCK_S):
+        start = begin + done
+        norm = tl.load(norms + start + s, mask=start + s < end, other=0.0).to(tl.float32)
+        x_rows = context + start.to(tl.int64) * stride_xs
+        x_ptrs = x_rows + tl.minimum(s, S - 1 - start)[:, None] * stride_xs + z[None, :]
+        if Z == BLOCK_Z:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(z < Z)[None, :], other=0.0)
+        if VAR == PLAIN:
+            scores = tl.dot(q, tl.trans(x), input_precision="ieee")
+            w, peak, total, decay = _softmax_step(scores, norm, peak, total, 1)
+            acc = tl.dot(w.to(dtype), x, acc * decay[:, None], input_precision="ieee")
+        elif VAR == REGION:
+            w = tl.zeros([BLOCK_P, BLOCK_S], tl.float32)
+            decay = tl.zeros([BLOCK_P], tl.float32)
+            if start < S:
+                scores = tl.dot(q, tl.trans(x), input_precision="ieee")
+                w, peak, total, decay = _softmax_step(scores, norm, peak, total, 1)
+            acc = tl.dot(w.to(dtype), x, acc * decay[:, None], input_precision="ieee")
+        elif VAR == TRANSPOSED_SOFTMAX:
+            scores = tl.trans(tl.dot(q, tl.trans(x), input_precision="ieee"))
+            w, peak, total, decay = _softmax_step(scores, norm, peak, total, 0)
+            w = tl.trans(w.to(dtype))
+            acc = tl.dot(w, x, acc * decay[:, None], input_precision="ieee")
+        else:
+            w = tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
+            decay = tl.zeros([BLOCK_P], tl.float32)
+            if start < S:
+                scores = tl.dot(x, tl.trans(q), input_precision="ieee")
+                w, peak, total, decay = _softmax_step(scores, norm, peak, total, 0)
+            w = w.to(dtype)
+            acc = tl.dot(tl.trans(x), w, acc * decay[None, :], input_precision="ieee")
+
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) / LOG2E)
+    if VAR == TRANSPOSED:
+        acc = tl.trans(acc)
+    acc = acc * (1.0 / total)[:, None]
+    out_rows = (n * n_splits + split) * P + rows
+    tl.store(lse_ptr + out_rows, lse, mask=rows < P)
+    tl.store(
+        out_ptr + out_rows[:, None] * Z + z[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(rows < P)[:, None] & (z < Z)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["P", "n_splits"])
+def combine(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, P, n_splits,
+    Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
+    """Merges the splits of a tile of rows by log-sum-exp, first split to last."""
+    tiles = tl.cdiv(P, BLOCK_P)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    rows = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    z = tl.arange(0, BLOCK_Z)
+    real = rows < P
+    inside = real[:, None] & (z < Z)[None, :]
+    first = n * n_splits * P + rows
+
+    peak = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    for split in range(0, n_splits):
+        part = tl.load(part_lse_ptr + first + split * P, mask=real, other=float("-inf"))
+        peak = tl.maximum(peak, part)
+    # A row that sees nothing has peak -inf: subtract 0 there, so that exp gives 0 and not NaN.
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros([BLOCK_P], tl.float32)
+    acc = tl.zeros([BLOCK_P, BLOCK_Z], tl.float32)
+    for split in range(0, n_splits):
+        at = first + split * P
+        weight = tl.exp(tl.load(part_lse_ptr + at, mask=real, other=float("-inf")) - base)
+        part = tl.load(part_ptr + at[:, None] * Z + z[None, :], mask=inside, other=0.0)
+        total += weight
+        acc += weight[:, None] * part
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    out_rows = n * P + rows
+    tl.store(
+        lse_ptr + out_rows, tl.where(empty, float("-inf"), base + tl.log(total)), mask=real
+    )
+    acc = acc * (1.0 / total)[:, None]
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_rows[:, None] * Z + z[None, :], out, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def row_dots(
+    grad_out_ptr, out_ptr, grad_lse_ptr, delta_ptr, rows,
+    Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
+    """delta = sum_z grad_out · out - grad_lse, of contiguous rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    z = tl.arange(0, BLOCK_Z)
+    at = row[:, None] * Z + z[None, :]
+    inside = (row < rows)[:, None] & (z < Z)[None, :]
+    d_out = tl.load(grad_out_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    d_lse = tl.load(grad_lse_ptr + row, mask=row < rows, other=0.0)
+    tl.store(delta_ptr + row, tl.sum(d_out * out, 1) - d_lse, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["stride_rn", "P", "S"])
+def score_gradients(
+    query_ptr, grad_out_ptr, context_ptr, inv_rms_ptr, lse_ptr, delta_ptr, weights_ptr, d_norm_ptr,
+    stride_qn, stride_qp, stride_dn, stride_dp, stride_xn, stride_xs, stride_rn,
+    P, S,
+    Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A [tokens, rows] tile of weights = [dS · inv_rms | P · inv_rms], [N, S, 2P].
+
+    d_norm [N, row tiles, S] gets the tile's share of the gradient of inv_rms.
+    """
+    dtype: tl.constexpr = context_ptr.dtype.element_ty
+    row_tiles = tl.cdiv(P, BLOCK_P)
+    token_tiles = tl.cdiv(S, BLOCK_S)
+    pid = tl.program_id(0)
+    tile = pid % row_tiles
+    n = (pid // (row_tiles * token_tiles)).to(tl.int64)
+    start = (pid // row_tiles) % token_tiles * BLOCK_S
+    rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    s = tl.arange(0, BLOCK_S)
+    k = tl.arange(0, BLOCK_K)
+
+    norms = inv_rms_ptr + n * stride_rn
+    norm = tl.load(norms + start + s, mask=start + s < S, other=0.0).to(tl.float32)
+    near_rows = tl.minimum(rows, P - 1)[:, None]
+    q_ptrs = query_ptr + n * stride_qn + near_rows * stride_qp + k[None, :]
+    d_ptrs = grad_out_ptr + n * stride_dn + near_rows * stride_dp + k[None, :]
+    x_rows = context_ptr + n * stride_xn + start.to(tl.int64) * stride_xs
+    x_ptrs = x_rows + tl.minimum(s, S - 1 - start)[:, None] * stride_xs + k[None, :]
+    dots = tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
+    d_dots = tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
+    # A tile of masked tokens takes no step: its weights are 0 whatever the products are.
+    visible_width = tl.max((norm != 0).to(tl.int32), 0) * Z
+    for at in range(0, visible_width, BLOCK_K):
+        if Z % BLOCK_K == 0:
+            q = tl.load(q_ptrs + at)
+            d_out = tl.load(d_ptrs + at)
+            x = tl.load(x_ptrs + at)
+        else:
+            inside = (at + k < Z)[None, :]
+            q = tl.load(q_ptrs + at, mask=inside, other=0.0)
+            d_out = tl.load(d_ptrs + at, mask=inside, other=0.0)
+            x = tl.load(x_ptrs + at, mask=inside, other=0.0)
+        dots = tl.dot(x, tl.trans(q), dots, input_precision="ieee")
+        d_dots = tl.dot(x, tl.trans(d_out), d_dots, input_precision="ieee")
+
+    real = rows < P
+    lse = tl.load(lse_ptr + n * P + rows, mask=real, other=0.0)
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    delta = tl.load(delta_ptr + n * P + rows, mask=real, other=0.0)
+    along = norm[:, None]
+    used = (along != 0) & real[None, :]
+    # Masked context is finite but may be large enough for its products not to be.
+    dots = tl.where(used, dots, 0.0)
+    d_dots = tl.where(used, d_dots, 0.0)
+    probs = tl.where(used, tl.exp2((dots * along - lse[None, :]) * LOG2E), 0.0)
+    d_scores = tl.where(used, probs * (d_dots * along - delta[None, :]), 0.0)
+    d_norm = tl.sum(d_scores * dots + probs * d_dots, 1)
+    tl.store(d_norm_ptr + (n * row_tiles + tile) * S + start + s, d_norm, mask=start + s < S)
+    inside = (start + s < S)[:, None] & real[None, :]
+    w_ptrs = weights_ptr + ((n * S + start + s) * (2 * P))[:, None] + rows[None, :]
+    tl.store(w_ptrs, (d_scores * along).to(dtype), mask=inside)
+    tl.store(w_ptrs + P, (probs * along).to(dtype), mask=inside)
+
+
+# --- launches --------------------------------------------------------------------------------
+
+
+def padded_width(width: int) -> int:
+    """The power of two, at least 16, that a tile pads the latent width to."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def split_count(programs: int, processors: int, token_tiles: int) -> int:
+    """Into how many parts to split each slice's tokens: 1 where ``programs`` fill the GPU.
+
+    Else what takes the shortest time, counted in waves of one program a processor, with 1% of an
+    unsplit wave charged for each split's partial result; a split gets at least four tiles.
+    """
+    if programs >= processors:
+        return 1
+    limit = max(1, min(processors, token_tiles // 4))
+    return min(
+        range(1, limit + 1),
+        key=lambda splits: -(-programs * splits // processors) / splits + 0.01 * splits,
+    )
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    """Any outer strides, contiguous rows: a copy is made where the last axis is strided."""
+    fits = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return tensor if fits and tensor.stride(-2) <= MAX_ROW_STRIDE else tensor.contiguous()
+
+
+def _config(kernel: str, query: Tensor) -> dict[str, int]:
+    return configs.lookup(
+        OP,
+        backend.capability(query.device),
+        kernel=kernel,
+        inputs="single" if query.dtype == torch.float32 else "half",
+        width=padded_width(query.shape[-1]),
+    )
+
+
+def _check_width(width: int) -> None:
+    if width > MAX_WIDTH:
+        raise ValueError(
+            f"perceiver_attention kernels hold a latent width of at most {MAX_WIDTH}, got {width}; "
+            "set V2L_BACKEND=reference"
+        )
+
+
+def perceiver_attention(
+    query: Tensor,
+    context: Tensor,
+    inv_rms: Tensor,
+    *,
+    config: dict[str, int] | None = None,
+    n_splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launches the forward; arguments and results are those of the reference.
+
+    Outer strides of query and context are used as they are (0 too); rows whose last axis is
+    strided are copied first. ``config`` and ``n_splits`` replace the choice from the tables.
+
+    Raises:
+        ValueError: the latent width is above 512.
+    """
+    (n, p, z), s = query.shape, context.shape[1]
+    _check_width(z)
+    out, lse = query.new_empty(n, p, z), query.new_empty(n, p, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    query, context, inv_rms = (_rows_contiguous(t) for t in (query, context, inv_rms))
+    config = _config("attend", query) if config is None else config
+    programs = n * triton.cdiv(p, config["BLOCK_P"])
+    if n_splits is None:
+        on_gpu = query.device.type == "cuda"
+        device = torch.cuda.get_device_properties(query.device) if on_gpu else None
+        n_splits = split_count(
+            programs,
+            1 if device is None else device.multi_processor_count,
+            triton.cdiv(s, config["BLOCK_S"]),
+        )
+    part, part_lse = out, lse
+    if n_splits > 1:
+        part = query.new_empty(n, n_splits, p, z, dtype=torch.float32)
+        part_lse = query.new_empty(n, n_splits, p, dtype=torch.float32)
+    block_z = padded_width(z)
+    with torch.cuda.device_of(query):
+        attend[(programs * n_splits,)](
+            query, context, inv_rms, part, part_lse,
+            query.stride(0), query.stride(1), context.stride(0), context.stride(1),
+            inv_rms.stride(0), p, s, n_splits, Z=z, BLOCK_Z=block_z, **config,
+        )  # fmt: skip
+        if n_splits > 1:
+            merge = _config("combine", query)
+            combine[(n * triton.cdiv(p, merge["BLOCK_P"]),)](
+                part, part_lse, out, lse, p, n_splits, Z=z, BLOCK_Z=block_z, **merge
+            )
+    return out, lse
+
+
+def perceiver_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    context: Tensor,
+    inv_rms: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    config: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the backward; arguments and results are those of the reference.
+
+    Strides as in the forward; ``config`` replaces the choice for ``score_gradients``.
+
+    Raises:
+        ValueError: the latent width is above 512.
+    """
+    (n, p, z), s = query.shape, context.shape[1]
+    _check_width(z)
+    if query.numel() == 0 or context.numel() == 0:
+        return (
+            query.new_zeros(query.shape),
+            context.new_zeros(context.shape),
+            inv_rms.new_zeros(inv_rms.shape),
+        )
+    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
+    grad_lse = grad_lse.contiguous()
+    query, context, norm = (_rows_contiguous(t) for t in (query, context, inv_rms))
+    config = _config("score_gradients", query) if config is None else config
+    dots = _config("row_dots", query)
+    row_tiles = triton.cdiv(p, config["BLOCK_P"])
+    delta = torch.empty_like(lse)
+    weights = query.new_empty(n, s, 2 * p)
+    d_norm = query.new_empty(n, row_tiles, s, dtype=torch.float32)
+    with torch.cuda.device_of(query):
+        row_dots[(triton.cdiv(n * p, dots["BLOCK_P"]),)](
+            grad_out, out, grad_lse, delta, n * p, Z=z, BLOCK_Z=padded_width(z), **dots
+        )
+        score_gradients[(n * row_tiles * triton.cdiv(s, config["BLOCK_S"]),)](
+            query, grad_out, context, norm, lse, delta, weights, d_norm,
+            query.stride(0), query.stride(1), grad_out.stride(0), grad_out.stride(1),
+            context.stride(0), context.stride(1), norm.stride(0), p, s, Z=z, **config,
+        )  # fmt: skip
+    d_query = torch.bmm(weights[..., :p].mT, context)
+    d_context = torch.bmm(weights, torch.cat([query, grad_out], dim=1))
+    return d_query, d_context, d_norm.sum(1).to(inv_rms.dtype)
+
+
+# --- compiling without a GPU -----------------------------------------------------------------
+
+
+def aot_cases() -> list[AotCase]:
+    """Every configuration at P = 128, S = 832, for every architecture that it serves.
+
+    sm_90 also takes those defaults that no entry of its own replaces. What writes float32 partial
+    results of half-precision inputs is a case of its own.
+    """
+    table = configs.table(OP)
+    served = [
+        *(("sm_80", entry, "") for entry in table["sm_80"]),
+        *(("sm_90", entry, "") for entry in table["sm_90"]),
+        *(("sm_86", entry, "") for entry in table["default"]),
+        *(("sm_90", e, " default") for e in table["default"] if e["where"].get("inputs") != "half"),
+    ]
+    splits = [
+        (architecture, entry, " split")
+        for architecture, entry, _ in served
+        if entry["where"]["kernel"] == "attend" and entry["where"]["inputs"] == "half"
+    ]
+    return [_aot_case(*case) for case in (*served, *splits)]
+
+
+def _aot_case(architecture: str, entry: dict, note: str) -> AotCase:
+    where, config = entry["where"], dict(entry["config"])
+    num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
+    kernel, single = where["kernel"], where.get("inputs") == "single"
+    z, p, s, size = where.get("width", MAX_WIDTH), 128, 832, 4 if single else 2
+    block_p, block_s = config["BLOCK_P"], config.get("BLOCK_S", 0)
+    # FLOPs; elements of the input dtype; float32 values.
+    function, flops, elements, values = {
+        "attend": (attend, 4 * block_p * s * z, s * z * block_p // p + 2 * block_p * z, s),
+        "combine": (combine, 4 * block_p * z, block_p * z, 2 * block_p * z),
+        "row_dots": (row_dots, 2 * block_p * z, 2 * block_p * z, block_p),
+        "score_gradients": (
+            score_gradients,
+            4 * block_p * block_s * z,
+            block_s * z * block_p // p + 2 * block_p * z + 2 * block_p * block_s,
+            2 * block_s,
+        ),
+    }[kernel]
+    constants = {"Z": z, **config}
+    if "BLOCK_Z" in function.arg_names:
+        constants["BLOCK_Z"] = z
+    tensor = "*fp32" if single else "*bf16"
+    types = dict.fromkeys(("query_ptr", "grad_out_ptr", "context_ptr", "weights_ptr"), tensor)
+    types["out_ptr"] = "*fp32" if note == " split" else tensor
+    names = [name for name in function.arg_names if name not in constants]
+    blocks = " ".join(f"{name.split('_')[-1]}{value}" for name, value in config.items())
+    return AotCase(
+        name=f"{OP}.{kernel} {tensor[1:]} z{z} {blocks} {architecture}{note}",
+        function=function,
+        signature={
+            name: types.get(name, "*fp32") if name.endswith("_ptr") else "i32" for name in names
+        },
+        constexprs=constants,
+        divisible=frozenset(n for n in names if n.startswith("stride_") and n != "stride_rn"),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        architecture=architecture,
+        expects_mma=not single and kernel in ("attend", "score_gradients"),
+        flops=flops,
+        bytes=size * elements + 4 * values,
+    )

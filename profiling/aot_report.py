@@ -1,0 +1,258 @@
+"""What every kernel needs on a GPU, found without one: registers, spills, shared memory, loops.
+
+Compiles the kernels of ``csrc_triton/kernels`` in all their configurations and holds each against
+its budget: it fits into shared memory, touches no local memory inside a loop, spills at most
+``SPILL_LIMIT`` bytes outside and uses the tensor cores where it should.
+
+    python -m profiling.aot_report [--op perceiver_attention] [--architecture sm_90] [--json]
+
+Exit status 1 when a budget is broken. Nothing here says how fast a kernel is or whether its
+numbers are right. reg-A counts the products of ``profiling.sass.Sass.register_a``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import pkgutil
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from csrc_triton import kernels
+from csrc_triton.kernels.aot import AotCase
+from profiling import sass
+
+SPILL_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one multiprocessor, from the CUDA programming guide's table of technical specifications.
+
+    Bytes for shared memory; a block takes 1 KB more than it asks for.
+    """
+
+    shared_per_block: int
+    shared: int
+    warps: int
+    blocks: int
+    registers: int = 65_536
+
+
+LIMITS = {
+    "sm_80": Limits(shared_per_block=166_912, shared=167_936, warps=64, blocks=32),
+    "sm_86": Limits(shared_per_block=101_376, shared=102_400, warps=48, blocks=16),
+    "sm_90": Limits(shared_per_block=232_448, shared=233_472, warps=64, blocks=32),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """A compiled case. Bytes, counts; ``blocks`` of it fit on a multiprocessor at once."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    blocks: int
+    warnings: tuple[str, ...]
+    sass: sass.Sass
+
+
+def blocks_per_multiprocessor(
+    architecture: str, num_warps: int, registers: int, shared: int
+) -> int:
+    """How many blocks run at once; registers are handed out to warps in steps of 256."""
+    limits = LIMITS[architecture]
+    per_warp = -(-registers * 32 // 256) * 256
+    return min(
+        limits.blocks,
+        limits.warps // num_warps,
+        limits.registers // per_warp // num_warps,
+        limits.shared // (shared + 1024),
+    )
+
+
+def operations() -> list[str]:
+    """Names of the kernel modules."""
+    return [m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name != "aot"]
+
+
+def cases(op: str) -> list[AotCase]:
+    """The cases of one module of kernels.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set, which puts the interpreter in the compiler's place.
+        ValueError: two cases share a name.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it")
+    found = importlib.import_module(f"{kernels.__name__}.{op}").aot_cases()
+    names = [case.name for case in found]
+    if doubles := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{op}: several cases are called {sorted(doubles)}")
+    return found
+
+
+def _source(case: AotCase) -> ASTSource:
+    arguments = case.function.arg_names
+    given = [*case.signature, *case.constexprs]
+    if sorted(given) != sorted(arguments) or not case.divisible <= set(case.signature):
+        raise ValueError(
+            f"{case.name}: signature {given} and divisible {sorted(case.divisible)} do not fit "
+            f"the arguments {arguments}"
+        )
+    types = {name: case.signature.get(name, "constexpr") for name in arguments}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or name in case.divisible
+    }
+    return ASTSource(case.function, types, constexprs=dict(case.constexprs), attrs=aligned)
+
+
+def _number(pattern: str, log: str) -> int:
+    found = re.search(pattern, log)
+    if found is None:
+        raise ValueError(f"ptxas -v reports no {pattern!r}: {log.strip()!r}")
+    return int(found[1])
+
+
+def measure(case: AotCase) -> Resources:
+    """Compile a case from scratch; nothing is kept on disk.
+
+    Raises:
+        ValueError: the case does not name every argument of its function exactly once.
+        triton.CompilationError and others of Triton: the kernel does not compile.
+    """
+    source = _source(case)
+    target = GPUTarget("cuda", int(case.architecture.removeprefix("sm_")), 32)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    output = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
+        contextlib.redirect_stdout(output),
+    ):
+        knobs.cache.dir = folder
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=options)
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        listing = sass.disassemble(knobs.nvidia.nvdisasm.path, cubin)
+    log = output.getvalue()
+    registers = _number(r"Used (\d+) registers", log)
+    shared = compiled.metadata.shared
+    return Resources(
+        registers=registers,
+        spill_stores=_number(r"(\d+) bytes spill stores", log),
+        spill_loads=_number(r"(\d+) bytes spill loads", log),
+        shared=shared,
+        blocks=blocks_per_multiprocessor(case.architecture, case.num_warps, registers, shared),
+        warnings=tuple(
+            line.strip()
+            for line in log.splitlines()
+            if "warning" in line.lower() or re.search(r"\(C7\d{3}\)", line)
+        ),
+        sass=sass.analyze(listing),
+    )
+
+
+def violations(case: AotCase, found: Resources) -> list[str]:
+    """The budgets that a compiled case breaks, one line each."""
+    broken = []
+    limit = LIMITS[case.architecture].shared_per_block
+    if found.shared > limit:
+        broken.append(f"{found.shared:,} B of shared memory, limit {limit:,}")
+    if found.sass.loop_local:
+        broken.append(f"{found.sass.loop_local} local-memory accesses in a loop")
+    spilled = max(found.spill_stores, found.spill_loads)
+    if spilled > SPILL_LIMIT:
+        broken.append(f"{spilled} B spilled, limit {SPILL_LIMIT}")
+    if case.expects_mma and not found.sass.mma:
+        broken.append("no tensor-core instruction")
+    broken += [f"ptxas: {line}" for line in found.warnings]
+    return [f"{case.name}: {line}" for line in broken]
+
+
+def _versions() -> dict[str, str]:
+    return {"triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version}
+
+
+def _table(measured: Sequence[tuple[AotCase, Resources]]) -> Table:
+    versions = " ".join(f"{tool} {version}" for tool, version in _versions().items())
+    table = Table(title=f"Compiled without a GPU by {versions}")
+    table.add_column("case", overflow="fold")
+    for heading in (
+        "warps", "stages", "registers", "spill B", "shared B", "blocks/SM", "loop instr.",
+        "loop local", "loop mma", "mma", "reg-A", "kFLOP", "KB", "FLOP/B",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for case, found in measured:
+        cells = (
+            case.num_warps, case.num_stages, found.registers,
+            max(found.spill_stores, found.spill_loads), f"{found.shared:,}", found.blocks,
+            found.sass.loop_instructions, found.sass.loop_local, found.sass.loop_mma,
+            found.sass.mma, found.sass.register_a,
+            f"{case.flops / 1e3:,.0f}", f"{case.bytes / 1e3:,.1f}",
+            f"{case.flops / case.bytes:.1f}" if case.bytes else "-",
+        )  # fmt: skip
+        table.add_row(case.name, *map(str, cells), style="red" if violations(case, found) else None)
+    return table
+
+
+def _record(case: AotCase, found: Resources) -> dict[str, object]:
+    return {
+        "name": case.name,
+        "architecture": case.architecture,
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        **asdict(found),
+        "violations": violations(case, found),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--op", action="append", choices=operations(), help="default: all")
+    parser.add_argument("--architecture", choices=sorted(LIMITS), help="default: all")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    measured = [
+        (case, measure(case))
+        for op in options.op or operations()
+        for case in cases(op)
+        if options.architecture in (None, case.architecture)
+    ]
+    broken = [line for pair in measured for line in violations(*pair)]
+    if options.json:
+        records = [_record(*pair) for pair in measured]
+        print(json.dumps({**_versions(), "cases": records}, indent=2))
+    else:
+        # A file or a pipe has no width of its own, and a folded table cannot be read.
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        console.print(_table(measured))
+        for line in broken:
+            console.print(line, style="red", markup=False)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
