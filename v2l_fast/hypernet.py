@@ -80,7 +80,8 @@ class Head(nn.Module):
 
     def of(self, layer: int, module: int) -> Tensor:
         """Weight [1, Z, W] of one layer and one target module."""
-        weight = self.weight if self.shared else self.weight[layer]
+        # select, not [layer], which would compile a graph of its own for every layer.
+        weight = self.weight if self.shared else self.weight.select(0, layer)
         return (weight[module] if weight.dim() == 3 else weight)[None]
 
 
@@ -192,8 +193,8 @@ class HyperNetwork(nn.Module):
             a, b = rank_projection(
                 rows.to(compute),
                 self.head.of(index, place).to(compute),
-                self.scaler_A[module][0, index, None, :, 0],
-                self.scaler_B[module][0, index, None, :, 0],
+                self.scaler_A[module].select(1, index)[..., 0],
+                self.scaler_B[module].select(1, index)[..., 0],
                 d_in=d_in,
                 d_out=d_out,
             )

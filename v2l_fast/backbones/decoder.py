@@ -109,7 +109,18 @@ class Decoder:
         adapters: AdapterSlots | None = None,
     ) -> Tensor:
         """One decoder layer: [E, T, D] -> [E, T, D]; writes keys and values into ``cache``."""
-        layer = self.text_model.layers[index]
+        return self.run_layer(self.text_model.layers[index], index, hidden, span, cache, adapters)
+
+    def run_layer(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        span: Span,
+        cache: Cache | None = None,
+        adapters: AdapterSlots | None = None,
+    ) -> Tensor:
+        """:meth:`layer` with the layer's module given: compiled, it is one graph for all layers."""
         attention, mlp = layer.self_attn, layer.mlp
 
         def linear(name: str, module: nn.Linear, x: Tensor) -> Tensor:
@@ -133,7 +144,8 @@ class Decoder:
             attn_mask=span.mask,
             is_causal=span.mask is None,
             scale=attention.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            # A comparison of shapes is symbolic to the compiler and no bool.
+            enable_gqa=attention.num_key_value_groups != 1,
         )
         mixed = mixed.transpose(1, 2).reshape(*x.shape[:2], -1)
         hidden = hidden + linear("o_proj", attention.o_proj, mixed)
@@ -186,7 +198,7 @@ def _write(
     cache: Cache, layer: int, span: Span, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Store the pass's keys and values; return what the pass attends to."""
-    keys, values = cache.keys[layer], cache.values[layer]
+    keys, values = cache.keys.select(0, layer), cache.values.select(0, layer)
     if span.mask is None:
         length = key.shape[2]
         keys[:, :, :length], values[:, :, :length] = key, value
