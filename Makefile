@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench aot gpu train-shapes evaluate-shapes wheel clean
+.PHONY: demo test lint bench aot gpu tune train-shapes evaluate-shapes wheel clean
 
 demo: $(VENV)/.core
 	@$(BIN)/v2l demo
@@ -17,12 +17,18 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.hypernet_streaming
+	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.report
 
 aot: $(VENV)/.dev
 	$(BIN)/python -m profiling.aot_report
 
 gpu: $(VENV)/.dev
-	$(BIN)/python -m bench.gpu --out bench/results/gpu.json
+	$(BIN)/python -m bench.gpu --out bench/results/gpu.json; \
+	status=$$?; $(BIN)/python -m bench.report; exit $$status
+
+tune: $(VENV)/.dev
+	$(BIN)/python -m bench.tune
 
 train-shapes: $(VENV)/.dev
 	$(BIN)/v2l shapes train-vlm

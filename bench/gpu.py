@@ -1,181 +1,183 @@
-"""Correctness of the ops on a GPU, then the hypernetwork against the released op order.
+"""The kernels on a GPU: are they right, how fast is each op, how long is the whole path.
 
-Prints one JSON object and a table. A speed-up is reported only when the result it belongs to is
-right. ``--device cpu --layers 2`` tries the script without a GPU.
+Three sections, each with a share of the time, each keeping what it has when that is over:
+correctness (bench/checks.py), ops against their baselines (bench/ladder.py), internalizing and
+asking (bench/end_to_end.py). The record is written after every section. Exit status 1 and the
+names of what failed when a check failed.
 
     python -m bench.gpu --out bench/results/gpu.json
+    python -m bench.gpu --device cpu --quick    tries the script without a GPU, on tiny sizes
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench import released
-from bench.environment import environment
-from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
-from v2l_fast.config import HypernetConfig
-from v2l_fast.hypernet import HyperNetwork
+from bench import checks, end_to_end, ladder
+from bench.environment import ROOT, environment
+from bench.records import write
 
-# A bfloat16 result may be this far from float64, as a relative norm: 8 bits of mantissa in every
-# operand of two chained products. Structural errors are above 0.2.
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+SECTIONS = ("checks", "micro", "end_to_end")
+# Seconds from the start at which a section begins nothing more. A row started may take half a
+# minute, a model of random weights another: all ends within nine.
+DEADLINES = {"checks": 170, "micro": 370, "end_to_end": 450}
+# Compiling a baseline takes up to a minute.
+COMPILING = 60
 
-
-def op_cases(generator: torch.Generator) -> dict[str, tuple[Callable, list[Tensor], set[int]]]:
-    """Op name -> (call, float64 inputs on the CPU, indices kept in float32): odd, ragged sizes."""
-
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    inv_rms = rand(3, 83).abs() + 0.5
-    inv_rms[0, 40:] = 0
-    inv_rms[1] = 0
-    index = torch.tensor([1, -1, 0, 1])
-    seen = torch.rand(2, 129, generator=generator) > 0.2
-    return {
-        "perceiver_attention": (
-            lambda q, c, r: perceiver_attention(q * 0.1, c, r)[0],
-            [rand(3, 40, 64), rand(3, 83, 64), inv_rms],
-            {2},
-        ),
-        "rank_projection": (
-            lambda x, w, a, b: torch.cat(rank_projection(x, w, a, b, d_in=70, d_out=33), -1),
-            [rand(2, 1, 3, 5, 48), rand(3, 48, 103), rand(3, 5), rand(3, 5)],
-            set(),
-        ),
-        "lora_linear": (
-            lambda x, w, a, b: lora_linear(x, w, None, a, b, index.to(x.device), 0.5),
-            [rand(4, 17, 65), rand(33, 65), rand(2, 8, 65), rand(2, 8, 33)],
-            set(),
-        ),
-        "gated_projection": (
-            lambda x, g, u, d: gated_projection(x, seen.to(x.device), g, u, d),
-            [rand(2, 129, 40), rand(96, 40), rand(96, 40), rand(24, 96)],
-            set(),
-        ),
-    }
+Record = dict[str, Any]
 
 
-def run_op(
-    call: Callable, inputs: list[Tensor], exact: set[int], device: str, dtype: torch.dtype
-) -> list[Tensor]:
-    """Output and input gradients in float64 on the CPU."""
-    wide = torch.promote_types(dtype, torch.float32)
-    placed = [
-        x.to(device, wide if i in exact else dtype).requires_grad_() for i, x in enumerate(inputs)
-    ]
-    out = call(*placed)
-    # The cotangent is an input like any other: the same rounding in every dtype.
-    cotangent = torch.cos(torch.arange(out.numel())).view(out.shape).to(out)
-    # lora_linear's weight is frozen and gets no gradient.
-    grads = torch.autograd.grad(out, placed, cotangent, allow_unused=True)
-    return [t.detach().double().cpu() for t in (out, *grads) if t is not None]
-
-
-def relative(out: Tensor, reference: Tensor) -> float:
-    return ((out - reference).norm() / reference.norm().clamp_min(1e-300)).item()
-
-
-def check_ops(device: str) -> list[dict]:
-    rows = []
-    for name, (call, inputs, exact) in op_cases(torch.Generator().manual_seed(0)).items():
-        for dtype, limit in TOLERANCE.items():
-            rounded = [x.to(dtype).double() if i not in exact else x for i, x in enumerate(inputs)]
-            reference = run_op(call, rounded, exact, "cpu", torch.float64)
-            first = run_op(call, rounded, exact, device, dtype)
-            again = run_op(call, rounded, exact, device, dtype)
-            error = max(relative(a, b) for a, b in zip(first, reference, strict=True))
-            same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-            rows.append(
-                {
-                    "check": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "error": error,
-                    "limit": limit,
-                    "repeatable": same,
-                    "passed": error <= limit and same,
-                }
-            )
-    return rows
-
-
-def median_seconds(call: Callable[[], object], device: str, repeats: int) -> float:
-    times = []
-    for turn in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if turn >= 2:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-@torch.no_grad()
-def compare_hypernetwork(device: str, layers: int, tokens: int, repeats: int) -> dict:
-    """500M shape, batch 1, bfloat16 on a GPU: median seconds of both op orders in one run."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    network = HyperNetwork(HypernetConfig(960, layers, {"down_proj": (2560, 960)}))
-    for value in network.scaler_B.values():
-        value.fill_(1.0)
-    network = network.to(device, dtype).eval()
-    features = torch.randn(1, layers, tokens, 960, device=device, dtype=dtype)
-    theirs = released.hypernetwork(network, features)
-    ours = network(features)
-    error = max(
-        relative(ours.A["down_proj"].double().cpu(), theirs[0]["down_proj"].double().cpu()),
-        relative(ours.B["down_proj"].double().cpu(), theirs[1]["down_proj"].double().cpu()),
-    )
-    passed = error <= 2 * TOLERANCE[dtype]
-    row = {"tokens": tokens, "layers": layers, "error": error, "passed": passed}
-    if passed:
-        row["released_seconds"] = median_seconds(
-            lambda: released.hypernetwork(network, features), device, repeats
-        )
-        row["ours_seconds"] = median_seconds(lambda: network(features), device, repeats)
-        row["speedup"] = row["released_seconds"] / row["ours_seconds"]
-    return row
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[832, 4096])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU is visible to torch; --device cpu --layers 2 tries the script without one")
-    report = {
-        **environment(args.device),
-        "checks": check_ops(args.device),
-        "hypernetwork": [
-            compare_hypernetwork(args.device, args.layers, tokens, args.repeats)
-            for tokens in args.tokens
-        ],
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no GPU is visible to torch; --device cpu --quick tries the script without one")
+    if options.device == "cpu" and not options.quick:
+        sys.exit("on a CPU only the tiny sizes of --quick end in time; add --quick")
+    record: Record = {
+        "benchmark": "gpu",
+        **environment(options.device),
+        "versions": {name: _version(name) for name in ("triton", "transformers")},
+        "quick": options.quick,
+        "section_seconds": {},
+        "left_out": [],
+        "failed": [],
+        **{section: [] for section in SECTIONS},
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
-    failed = [r for r in (*report["checks"], *report["hypernetwork"]) if not r["passed"]]
-    if failed:
-        sys.exit(f"{len(failed)} checks failed")
+    runs: dict[str, Callable[[Record, str, bool, float], None]] = {
+        "checks": _checks,
+        "micro": _micro,
+        "end_to_end": _end_to_end,
+    }
+    start = time.monotonic()
+    for section in SECTIONS:
+        if section not in options.only:
+            continue
+        began = time.monotonic()
+        runs[section](record, options.device, options.quick, start + DEADLINES[section])
+        record["section_seconds"][section] = time.monotonic() - began
+        if options.out:
+            write(record, options.out)
+    failed = record["failed"]
+    print(f"{time.monotonic() - start:.0f} s; failed: {', '.join(failed) or 'nothing'}")
+    if record["left_out"]:
+        print(f"not run for lack of time: {', '.join(record['left_out'])}")
+    return 1 if failed else 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _keep(record: Record, section: str, name: str, row: Record) -> None:
+    record[section].append(row)
+    if not row["passed"]:
+        record["failed"].append(name)
+    shown = {k: v for k, v in row.items() if k not in ("name", "op", "shape", "direction")}
+    print(f"{'ok    ' if row['passed'] else 'FAILED'} {name}: {json.dumps(shown)}", flush=True)
+
+
+# --- sections --------------------------------------------------------------------------------
+
+
+def _checks(record: Record, device: str, quick: bool, deadline: float) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu" and not interpreted:
+        _interpreted_checks(record)
+        return
+    dtypes = [torch.float16, torch.float32]
+    if device == "cuda":
+        dtypes.insert(0, torch.bfloat16)
+    for place, dtype in enumerate(dtypes):
+        for row in chain(checks.canary(device, [dtype], quick), checks.check(device, [dtype])):
+            _keep(record, "checks", f"{row['name']} {row['dtype']}", row)
+            if time.monotonic() > deadline:
+                unseen = ", ".join(str(d).removeprefix("torch.") for d in dtypes[place:])
+                record["left_out"].append(f"checks in {unseen} from {row['name']} on")
+                return
+
+
+def _interpreted_checks(record: Record) -> None:
+    """The same in a process whose kernels Triton interprets, which is decided at import."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "checks.json"
+        command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick"]
+        done = subprocess.run(
+            [*command, "--only", "checks", "--out", str(out)],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            cwd=ROOT,
+        )
+        if not out.exists():
+            name = "checks in Triton's interpreter"
+            reason = f"the process ended with status {done.returncode}"
+            _keep(record, "checks", name, {"name": name, "passed": False, "reason": reason})
+            return
+        found = json.loads(out.read_text())
+    for key in ("checks", "failed", "left_out"):
+        record[key] += found[key]
+
+
+def _micro(record: Record, device: str, quick: bool, deadline: float) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for maker in ladder.rows(device, dtype, quick):
+        left = deadline - time.monotonic()
+        try:
+            row = maker()
+        except Exception as problem:
+            # One shape that does not fit costs its own row.
+            reason = f"{type(problem).__name__}: {str(problem)[:160]}"
+            row_record: Record = {"op": "data", "shape": "", "direction": "", "passed": False}
+            row_record |= {"seconds": {}, "reason": reason}
+            _keep(record, "micro", "data of a row", row_record)
+            continue
+        if left <= 0:
+            record["left_out"].append(row.name)
+        else:
+            found = ladder.measure(
+                row, device, 0.01 if quick else 0.15, device == "cuda" and left > COMPILING
+            )
+            _keep(record, "micro", row.name, found)
+        del row
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _end_to_end(record: Record, device: str, quick: bool, deadline: float) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for shape in (end_to_end.TINY,) if quick else end_to_end.SHAPES:
+        name = f"end to end {shape.name}"
+        if time.monotonic() > deadline:
+            record["left_out"].append(name)
+            continue
+        try:
+            row = end_to_end.measure(shape, device, dtype, 0.01 if quick else 1.0)
+        except Exception as problem:
+            reason = f"{type(problem).__name__}: {str(problem)[:160]}"
+            row = {"shape": shape.name, "passed": False, "reason": reason}
+        _keep(record, "end_to_end", name, row)
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

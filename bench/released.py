@@ -70,9 +70,16 @@ def hypernetwork(
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, questions: Tensor, scale: float
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    questions: Tensor | int,
+    scale: float,
 ) -> Tensor:
-    """Adapted linear: ``questions`` [n] consecutive examples of x [E, T, d_in] use each adapter.
+    """Adapted linear: ``questions`` consecutive examples of x [E, T, d_in] use each adapter.
+
+    ``questions`` is [n], or one number for all adapters.
 
     weight [d_out, d_in], lora_a [n, r, d_in], lora_b [n, r, d_out] -> [E, T, d_out].
     """
@@ -80,6 +87,48 @@ def lora_linear(
     lora_b = lora_b.repeat_interleave(questions, dim=0)
     shrunk = torch.einsum("btd,brd->btr", x, lora_a)
     return F.linear(x, weight) + torch.einsum("btr,brd->btd", shrunk, lora_b) * scale
+
+
+def rank_projection(
+    latents: Tensor,
+    head: Tensor,
+    scalers: tuple[Tensor, Tensor],
+    biases: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Rank latents [B, L, R, Z] to composed A [B, L, 2R, d_in] and B [B, L, 2R, d_out].
+
+    head [L, Z, d_in + d_out], scalers [L, R], biases [L, R, d].
+    """
+    latents = latents / latents.norm(dim=-1, keepdim=True)
+    flat = torch.einsum("blrz,lzw->blrw", latents, head)
+    columns = flat.split([bias.shape[-1] for bias in biases], dim=-1)
+    scaled = [rows * scaler[..., None] for rows, scaler in zip(columns, scalers, strict=True)]
+    a, b = (
+        torch.cat([rows, bias.expand(len(latents), *bias.shape)], dim=2)
+        for rows, bias in zip(scaled, biases, strict=True)
+    )
+    return a, b
+
+
+def cross_attention(
+    projections: Weights,
+    norm_weight: Tensor,
+    heads: tuple[int, int, int],
+    latents: Tensor,
+    context: Tensor,
+) -> Tensor:
+    """One block's attention of normed latents [N, Q, Z] to the normed context [N, S, Z] and them.
+
+    projections: q_proj, k_proj, v_proj and o_proj ``.weight``; heads: query, key/value, width.
+    """
+    seen = _rms_norm(norm_weight, context)
+    return _attention(projections, heads, latents, torch.cat([seen, latents], 1), None)
+
+
+def swiglu(gate: Tensor, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    """The modality projection: gate and up [H, D], down [Z, H], x [..., D] -> [..., Z]."""
+    weights = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
+    return _swiglu(weights, x)
 
 
 def _inside(weights: Weights, prefix: str) -> Weights:

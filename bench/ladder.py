@@ -1,0 +1,437 @@
+"""Every op at the 500M and 2.2B shapes against its ladder of baselines, on the same data.
+
+The ladder: ``released`` (the op order of the released code, bench/released.py), ``reference``
+(csrc_triton/reference.py), ``plain`` (bench/plain.py), ``compiled`` (the same under torch.compile),
+``merged`` and ``bare`` where they mean something (adapter merged into W; the linear layer without
+adapter), ``ours``. Rows of decoding are timed as CUDA graphs.
+
+Our result is first held against float64 on the same device; no speed-up follows a wrong one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench import plain, released
+from bench.backends import backend
+from bench.checks import json_number, limit, relative_error
+from bench.timing import captured, together
+from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
+from v2l_fast.config import HypernetConfig
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.perceiver import PerceiverAttention, inverse_rms
+
+HEADS = (16, 4, 128)
+# Bytes/s and FLOP/s in bfloat16 that such a card reaches, by a part of its name.
+PEAKS = {"H200": (4.3e12, 788e12), "A100": (2.0e12, 312e12)}
+
+Outputs = Tensor | tuple[Tensor, ...]
+Function = Callable[..., Outputs]
+
+
+@dataclass
+class Row:
+    """One op at one shape in one direction.
+
+    Attributes:
+        functions: variant -> function of ``inputs``; must have "ours". Without a Triton kernel for
+            the device ours is what the op does there.
+        oracle: the function for float64 inputs; "ours" under the reference backend when None.
+        needs: inputs that get gradients; none means forward only.
+        sliced: inputs are [N, ...]: only the first and the last slice are held against float64.
+        judged: how many of outputs and gradients are held against float64; all when None.
+        graphed: time as CUDA graphs, but for the variants in ``eager``, which wait for the device.
+        bare: variants that compute less than the op does, for scale; no speed-up over them.
+    """
+
+    op: str
+    shape: str
+    functions: Mapping[str, Function]
+    inputs: Sequence[Tensor]
+    flops: float = 0.0
+    bytes: float = 0.0
+    needs: Sequence[int] = ()
+    oracle: Function | None = None
+    sliced: Sequence[int] = ()
+    judged: int | None = None
+    graphed: bool = False
+    eager: frozenset[str] = frozenset()
+    compiled: bool = True
+    tolerance: float = 1.0
+    note: str = ""
+    bare: frozenset[str] = frozenset({"bare"})
+    grads: list[Tensor] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.shape} {self.direction}"
+
+    @property
+    def direction(self) -> str:
+        return "forward+backward" if self.needs else "forward"
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def measure(row: Row, device: str, seconds: float, compile_plain: bool) -> dict[str, Any]:
+    """The row as a record: error, median seconds of each variant, rates, speed-ups of ours."""
+    found: dict[str, Any] = {
+        "op": row.op, "shape": row.shape, "direction": row.direction,
+        "seconds": {}, "failures": {}, "passed": False,
+    }  # fmt: skip
+    if row.note:
+        found["note"] = row.note
+    functions = dict(row.functions)
+    if compile_plain and row.compiled and "plain" in functions:
+        torch._dynamo.reset()
+        functions["compiled"] = torch.compile(functions["plain"], dynamic=False)
+    with backend("triton" if device == "cuda" else "reference"):
+        try:
+            error = _error(row)
+        except Exception as problem:
+            found["reason"] = _one_line(problem)
+            return found
+        allowed = row.tolerance * limit(row.inputs[0].dtype)
+        found |= {"error": json_number(error), "limit": allowed, "passed": error <= allowed}
+        if not found["passed"]:
+            return found
+        calls = {}
+        for name, function in functions.items():
+
+            def call(f: Function = function) -> list[Tensor]:
+                return _run(row, f)
+
+            try:
+                call()
+                calls[name] = _as_timed(row, name, call, device)
+            except Exception as problem:
+                # A baseline that does not fit or compile is a fact of the table, not a failure.
+                found["failures"][name] = _one_line(problem)
+                _free(device)
+        found["seconds"] = together(calls, device, seconds)
+    ours = found["seconds"].get("ours")
+    if ours is None:
+        found |= {"passed": False, "reason": found["failures"].get("ours", "not timed")}
+        return found
+    found["speedups"] = {
+        name: taken / ours
+        for name, taken in found["seconds"].items()
+        if name != "ours" and name not in row.bare
+    }
+    found |= _rates(row, ours, device)
+    return found
+
+
+def _as_timed(row: Row, name: str, call: Callable[[], object], device: str) -> Callable:
+    graphed = row.graphed and device == "cuda" and name not in row.eager
+    return captured(call) if graphed else call
+
+
+def _run(row: Row, function: Function) -> list[Tensor]:
+    if not row.needs:
+        with torch.no_grad():
+            return _listed(function(*row.inputs))
+    wanted = [row.inputs[i] for i in row.needs]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    outputs = _listed(function(*row.inputs))[:1]
+    if not row.grads:
+        generator = torch.Generator(outputs[0].device).manual_seed(1)
+        shape, like = outputs[0].shape, outputs[0]
+        row.grads = [
+            torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32)
+        ]
+    cotangents = [row.grads[0].to(outputs[0].dtype)]
+    grads = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
+    return [*outputs, *(g for g in grads if g is not None)]
+
+
+def _listed(outputs: Outputs) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _error(row: Row) -> float:
+    """Largest relative error of our outputs and gradients against float64."""
+    ours = [t.detach() for t in _run(row, row.functions["ours"])][: row.judged]
+
+    def ends(t: Tensor) -> Tensor:
+        return t[[0, -1]] if len(t) > 1 else t
+
+    inputs = [
+        (ends(t) if i in row.sliced else t).detach().double() if t.is_floating_point() else t
+        for i, t in enumerate(row.inputs)
+    ]
+    if row.sliced:
+        ours = [ends(t) for t in ours]
+    grads = [ends(g) if row.sliced else g for g in row.grads]
+    wide = copy.copy(row)
+    wide.inputs, wide.grads = inputs, grads
+    with backend("reference"):
+        wanted = _run(wide, row.oracle or row.functions["ours"])[: row.judged]
+    return max(relative_error(o, w.detach()) for o, w in zip(ours, wanted, strict=True))
+
+
+def _rates(row: Row, seconds: float, device: str) -> dict[str, float]:
+    if not row.flops:
+        return {}
+    rates = {
+        "flops": row.flops,
+        "bytes": row.bytes,
+        "gb_per_second": row.bytes / seconds / 1e9,
+        "tflop_per_second": row.flops / seconds / 1e12,
+    }
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    for part, (bandwidth, rate) in PEAKS.items():
+        if part in name:
+            floor = max(row.bytes / bandwidth, row.flops / rate)
+            rates["roofline_share"] = floor / seconds
+    return rates
+
+
+def _one_line(problem: Exception) -> str:
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "out of memory"
+    text = (str(problem).strip() or repr(problem)).splitlines()[0]
+    return f"{type(problem).__name__}: {text}"[:160]
+
+
+def _free(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def rows(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[Callable[[], Row]]:
+    """Makers of rows, the most important first: a row's data exists only while it is measured."""
+    make = _Maker(device, dtype)
+    if tiny:
+        yield lambda: make.attention("tiny", 2, 40, 16, 32, False)
+        yield lambda: make.attention("tiny", 2, 40, 16, 32, True)
+        yield lambda: make.block("tiny", 2, 24, 64, (4, 2, 8), False)
+        yield lambda: make.block("tiny", 2, 24, 64, (4, 2, 8), True)
+        yield lambda: make.projection("tiny", 2, 2, 32, 24, 16)
+        yield lambda: make.linear("tiny", 3, 5, 3, 8, 24, 16, True)
+        yield lambda: make.linear("tiny decoding", 3, 1, 1, 8, 24, 16, False)
+        yield lambda: make.gated("tiny", 33, 16, 8)
+        return
+    for training in (False, True):
+        for slices, tokens in ((1536, 832), (32, 65536)):
+            name = f"N {slices} S {tokens}"
+            yield lambda a=(name, slices, tokens), t=training: make.attention(*a, 128, 512, t)
+            yield lambda a=(name, slices, tokens), t=training: make.block(*a, 512, HEADS, t)
+    for name, d_in, d_out in (("500M", 2560, 960), ("2.2B", 8192, 2048)):
+        for examples, adapters in ((32, 32), (1, 1), (8, 1), (64, 64)):
+            label = f"{name} decoding E {examples} n {adapters}"
+            yield lambda a=(label, examples, 1, adapters, 32, d_in, d_out): make.linear(*a, False)
+        label = f"{name} E 32 T 256 n 8"
+        yield lambda a=(label, 32, 256, 8, 32, d_in, d_out): make.linear(*a, True)
+    for name, layers, d_in, d_out in (("500M", 32, 2560, 960), ("2.2B", 24, 8192, 2048)):
+        for batch in (1, 8):
+            label = f"{name} B {batch}"
+            yield lambda a=(label, batch, layers, 512, d_in, d_out): make.projection(*a)
+        yield lambda a=(f"{name} one layer", 1, 1, 512, d_in, d_out): make.projection(*a)
+    yield lambda: make.hypernetwork("500M S 832", 832)
+    yield lambda: make.hypernetwork("500M S 4096", 4096)
+    yield lambda: make.gated("500M 32,768 tokens", 32768, 960, 512)
+    yield lambda: make.gated("2.2B 32,768 tokens", 32768, 2048, 512)
+    for tokens in (832, 4096):
+        name = f"N 1 S {tokens}"
+        yield lambda a=(name, 1, tokens): make.attention(*a, 128, 512, False)
+
+
+class _Maker:
+    """Random data of one device and dtype, and the rows on it."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.size = dtype.itemsize
+
+    def rand(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device=self.device, dtype=torch.float32) * scale).to(self.dtype)
+
+    def attention(
+        self, name: str, n: int, s: int, p: int, z: int, training: bool
+    ) -> Row:
+        torch.manual_seed(0)
+        context = self.rand(n, s, z)
+        return Row(
+            "perceiver_attention", name,
+            {
+                "reference": _under_reference(perceiver_attention),
+                "plain": plain.perceiver_attention,
+                "ours": perceiver_attention,
+            },
+            [self.rand(n, p, z, scale=z**-0.5), context, inverse_rms(context)],
+            flops=(14 if training else 4) * n * p * s * z,
+            bytes=self.size * ((3 if training else 1) * n * s * z + (5 if training else 2) * n * p
+                               * z),
+            needs=(0, 1, 2) if training else (),
+            sliced=(0, 1, 2),
+        )  # fmt: skip
+
+    def block(
+        self, name: str, n: int, s: int, z: int, heads: tuple[int, int, int], training: bool
+    ) -> Row:
+        """A block's whole attention, whose released order is the one known for it."""
+        torch.manual_seed(0)
+        module = PerceiverAttention(z, *heads).to(self.device, self.dtype)
+        module.requires_grad_(False)
+        wide = copy.deepcopy(module).double()
+        context = self.rand(n, s, z)
+        inputs = [self.rand(n, 8, z), context, self.rand(z, scale=0.1) + 1]
+        given = None if training else inverse_rms(context)
+
+        def ours(latents: Tensor, context: Tensor, weight: Tensor) -> Tensor:
+            norm = inverse_rms(context) if given is None else given
+            out = module(latents.float(), context.dtype, weight, context, norm)
+            return out.to(latents.dtype)
+
+        def oracle(latents: Tensor, context: Tensor, weight: Tensor) -> Tensor:
+            return wide(latents, torch.float64, weight, context, inverse_rms(context))
+
+        def theirs(latents: Tensor, context: Tensor, weight: Tensor) -> Tensor:
+            return released.cross_attention(
+                dict(module.named_parameters()), weight, heads, latents, context
+            )
+
+        return Row(
+            "cross-attention block", name,
+            {"released": theirs, "reference": _under_reference(ours), "ours": ours},
+            inputs,
+            needs=(0, 1) if training else (),
+            oracle=oracle, sliced=(0, 1), tolerance=2.0,
+            note="" if training else "without 1/rms of the context, which serves nine blocks",
+        )  # fmt: skip
+
+    def projection(
+        self, name: str, batch: int, layers: int, z: int, d_in: int, d_out: int
+    ) -> Row:
+        torch.manual_seed(0)
+        rank = 16
+        inputs = [
+            self.rand(batch, layers, rank, z), self.rand(layers, z, d_in + d_out, scale=0.02),
+            self.rand(layers, rank), self.rand(layers, rank),
+            self.rand(layers, rank, d_in), self.rand(layers, rank, d_out),
+        ]  # fmt: skip
+
+        def ours(x: Tensor, w: Tensor, sa: Tensor, sb: Tensor, ba: Tensor, bb: Tensor) -> Outputs:
+            return rank_projection(x[:, None], w, sa, sb, ba, bb, d_in=d_in, d_out=d_out)
+
+        def paired(function: Function) -> Function:
+            return lambda x, w, sa, sb, ba, bb: function(x, w, (sa, sb), (ba, bb))
+
+        rows, width = batch * rank, d_in + d_out
+        return Row(
+            "rank_projection", name,
+            {
+                "released": paired(released.rank_projection),
+                "reference": _under_reference(ours),
+                "plain": paired(plain.rank_projection),
+                "ours": ours,
+            },
+            inputs,
+            flops=2 * layers * rows * z * width,
+            bytes=self.size * layers * (z * width + rows * z + rank * width + 2 * rows * width),
+            graphed=True,
+        )  # fmt: skip
+
+    def linear(
+        self, name: str, examples: int, tokens: int, adapters: int, rank: int, d_in: int,
+        d_out: int, training: bool,
+    ) -> Row:  # fmt: skip
+        torch.manual_seed(0)
+        scale = 128.0
+        a = self.rand(adapters, rank, d_in, scale=d_in**-0.5)
+        b = self.rand(adapters, rank, d_out, scale=1 / scale)
+        inputs = [self.rand(examples, tokens, d_in), self.rand(d_out, d_in, scale=d_in**-0.5), a, b]
+        index = torch.arange(examples, device=self.device) * adapters // examples
+        questions = examples // adapters
+        functions: dict[str, Function] = {
+            "released": lambda x, w, a, b: released.lora_linear(x, w, a, b, questions, scale),
+            "reference": _under_reference(
+                lambda x, w, a, b: lora_linear(x, w, None, a, b, index, scale)
+            ),
+            "plain": lambda x, w, a, b: plain.lora_linear(x, w, a, b, index, scale),
+            "bare": lambda x, w, a, b: F.linear(x, w),
+            "ours": lambda x, w, a, b: lora_linear(x, w, None, a, b, index, scale),
+        }
+        if adapters == 1 and not training:
+            merged = (inputs[1].float() + scale * (b[0].float().mT @ a[0].float())).to(self.dtype)
+            functions["merged"] = lambda x, w, a, b: F.linear(x, merged)
+        rows = examples * tokens
+        passes = 3 if training else 1
+        base = 2 * rows * d_in * d_out * (2 if training else 1)
+        low_rank = 2 * rows * rank * (d_in + d_out) * passes
+        moved = d_in * d_out * (2 if training else 1) + adapters * rank * (d_in + d_out) * passes
+        return Row(
+            "lora_linear", name, functions, inputs,
+            flops=base + low_rank,
+            bytes=self.size * (moved + rows * (d_in + d_out) * (2 if training else 1)),
+            needs=(0, 2, 3) if training else (),
+            # The reference looks for each adapter's rows.
+            graphed=not training, eager=frozenset({"reference"}), tolerance=2.0,
+        )  # fmt: skip
+
+    def gated(self, name: str, tokens: int, d: int, z: int) -> Row:
+        torch.manual_seed(0)
+        x, (gate, up) = self.rand(tokens, d), (self.rand(4 * d, d, scale=d**-0.5) for _ in "gu")
+        down = self.rand(z, 4 * d, scale=(4 * d) ** -0.5)
+        return Row(
+            "gated_projection", name,
+            {
+                "released": lambda x, g, u, d: released.swiglu(g, u, d, x),
+                "reference": _under_reference(
+                    lambda x, g, u, d: gated_projection(x, None, g, u, d)
+                ),
+                "plain": plain.gated_projection,
+                "ours": lambda x, g, u, d: gated_projection(x, None, g, u, d),
+            },
+            [x, gate, up, down],
+            flops=2 * tokens * 4 * d * (2 * d + z),
+            bytes=self.size * (tokens * (d + z) + 4 * d * (2 * d + z)),
+        )  # fmt: skip
+
+    def hypernetwork(self, name: str, tokens: int) -> Row:
+        """All layers of one video at once, as the released code does it."""
+        torch.manual_seed(0)
+        network = HyperNetwork(HypernetConfig(960, 32, {"down_proj": (2560, 960)}))
+        with torch.no_grad():
+            network.scaler_B["down_proj"].normal_()
+        network = network.to(self.device, self.dtype).eval().requires_grad_(False)
+        wide = copy.deepcopy(network).double()
+
+        def ours(features: Tensor) -> Outputs:
+            batch = network(features)
+            return batch.A["down_proj"], batch.B["down_proj"]
+
+        def of(network: HyperNetwork) -> Function:
+            def theirs(features: Tensor) -> Outputs:
+                a, b = released.hypernetwork(network, features)
+                return a["down_proj"], b["down_proj"]
+
+            return theirs
+
+        return Row(
+            "hypernetwork", name,
+            {"released": of(network), "reference": _under_reference(ours), "ours": ours},
+            # Nine blocks and three more layers deep.
+            [self.rand(1, 32, tokens, 960)], oracle=of(wide), tolerance=4.0,
+        )  # fmt: skip
+
+
+def _under_reference(function: Function) -> Function:
+    def call(*inputs: Tensor) -> Outputs:
+        with backend("reference"):
+            return function(*inputs)
+
+    return call

@@ -1,0 +1,191 @@
+"""bench/results/*.json -> bench/RESULTS.md: the records as tables, nothing measured here.
+
+Beside every table stand the device, versions, commit and command of its record. Failed checks are
+named, and a row that failed shows neither a ratio nor a speed-up.
+
+    python -m bench.report
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.records import RESULTS
+
+Record = Mapping[str, Any]
+FAILED = "failed"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS.parent / "RESULTS.md")
+    options = parser.parse_args()
+    text = report([json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))])
+    part = options.out.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, options.out)
+    print(f"written to {options.out}")
+
+
+def report(records: Iterable[Record]) -> str:
+    """The whole page; a record of an unknown benchmark shows its rows as they are."""
+    parts = ["# Results", "Written by `python -m bench.report` from `bench/results/`."]
+    for record in records:
+        name = record.get("benchmark", "unnamed")
+        title, body = SECTIONS.get(name, (name, _unknown))
+        parts += [f"## {title}", _origin(record), body(record)]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- sections --------------------------------------------------------------------------------
+
+
+def _hypernet_streaming(record: Record) -> str:
+    rows = []
+    for row in record["rows"]:
+        old, new, right = row["released"], row["streamed"], row["correct"]
+        rows.append([
+            row["tokens"], f"{old['seconds']:.2f}", f"{new['seconds']:.2f}",
+            _ratio(row.get("seconds_ratio"), right),
+            _gib(old["peak_bytes"]), _gib(new["peak_bytes"]),
+            _ratio(row.get("peak_bytes_ratio"), right), f"{row['relative_error']:.1e}",
+        ])  # fmt: skip
+    return _table(
+        ["tokens", "released s", "ours s", "time ratio", "released GiB", "ours GiB",
+         "peak memory ratio", "error"], rows,
+    )  # fmt: skip
+
+
+def _lora_linear_cpu(record: Record) -> str:
+    shape = record["shape"]
+    rows = [
+        [
+            row["direction"], row["examples"], row["tokens"], row["adapters"],
+            _ms(row["released_seconds"]), _ms(row["ours_seconds"]),
+            _ratio(row.get("seconds_ratio"), row["correct"]), f"{row['relative_error']:.1e}",
+        ]
+        for row in record["rows"]
+    ]  # fmt: skip
+    header = ["direction", "examples", "tokens", "adapters", "released ms", "ours ms", "ratio",
+              "error"]  # fmt: skip
+    sizes = f"d_in {shape['d_in']}, d_out {shape['d_out']}, rank {shape['rank']}, float32.\n\n"
+    return sizes + _table(header, rows)
+
+
+def _gpu(record: Record) -> str:
+    checks = record["checks"]
+    wrong = [c for c in checks if not c["passed"]]
+    trial = "Tiny sizes: a trial of the script.\n\n" if record.get("quick") else ""
+    passed = f"{len(checks) - len(wrong)} of {len(checks)} checks passed."
+    parts = [f"{trial}### Correctness\n\n{passed}"]
+    if record["failed"]:
+        parts.append("Failed: " + ", ".join(f"`{name}`" for name in record["failed"]) + ".")
+    if record["left_out"]:
+        parts.append("Not run for lack of time: " + ", ".join(record["left_out"]) + ".")
+    parts.append(_table(
+        ["check", "dtype", "error", "limit", "same bits twice", "passed"],
+        [[c["name"], c["dtype"], _number(c.get("error")), _number(c.get("limit")),
+          _yes(c.get("repeatable")), "yes" if c["passed"] else c.get("reason", FAILED)]
+         for c in checks],
+    ))  # fmt: skip
+    parts.append("### Ops\n\nMedians in microseconds, second-level cache cold; times over ours.")
+    names = list(dict.fromkeys(n for r in record["micro"] for n in r["seconds"]))
+    others = [n for n in names if n != "ours"]
+    rows = []
+    for row in record["micro"]:
+        right, seconds, speedups = row["passed"], row["seconds"], row.get("speedups", {})
+        cells = [f"{row['op']} {row['shape']} {row['direction']}"]
+        cells += [f"{seconds['ours'] * 1e6:.1f}" if right and "ours" in seconds else FAILED]
+        cells += [_against(n, seconds, speedups if right else {}, row) for n in others]
+        known = right and "roofline_share" in row
+        cells += [f"{row['gb_per_second']:.0f}" if known else "",
+                  f"{row['tflop_per_second']:.1f}" if known else "",
+                  f"{row['roofline_share']:.0%}" if known else ""]  # fmt: skip
+        rows.append([*cells, _number(row.get("error"))])
+    parts.append(_table(["op", "ours", *others, "GB/s", "TFLOP/s", "roofline", "error"], rows))
+    parts.append("### End to end\n\nMedians in milliseconds, random weights.")
+    parts += [_end_to_end(row) for row in record["end_to_end"]]
+    return "\n\n".join(parts)
+
+
+def _end_to_end(row: Record) -> str:
+    if not row["passed"]:
+        return f"{row['shape']}: {FAILED} ({row['reason']})"
+    variants = list(row["variants"])
+    stages = list(dict.fromkeys(s for v in variants for s in row["variants"][v]))
+    body = [
+        [stage, *(_ms(row["variants"][v].get(stage)) for v in variants)] for stage in stages
+    ]
+    head = f"{row['shape']}: {row['context_tokens']} context tokens, error {row['error']:.1e}\n\n"
+    return head + _table(["stage", *variants], body)
+
+
+def _unknown(record: Record) -> str:
+    rows = record.get("rows", [])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return _table(names, [[row.get(name, "") for name in names] for row in rows])
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "hypernet_streaming": ("Internalizing on a CPU: released and ours", _hypernet_streaming),
+    "lora_linear_cpu": ("lora_linear on a CPU: released op order and ours", _lora_linear_cpu),
+    "gpu": ("On a GPU", _gpu),
+}
+
+
+# --- cells -----------------------------------------------------------------------------------
+
+
+def _origin(record: Record) -> str:
+    """Device, versions, commit and command in one line."""
+    commit = (record.get("commit") or "unknown")[:10]
+    if record.get("uncommitted_changes"):
+        commit += " with uncommitted changes"
+    versions = {"torch": record.get("torch"), "Python": record.get("python")}
+    versions |= record.get("versions", {})
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    threads = f", threads: {record['threads']}" if "threads" in record else ""
+    device, command = record.get("device", "unknown"), record.get("command", "unknown")
+    return f"{device}{threads}; {shown}; commit {commit}; `{command}`"
+
+
+def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _ratio(value: float | None, right: bool) -> str:
+    return f"{value:.3f}" if right and value is not None else FAILED
+
+
+def _against(name: str, seconds: Mapping, speedups: Mapping, row: Record) -> str:
+    if name not in seconds:
+        return row.get("failures", {}).get(name, "")
+    times = f" ({speedups[name]:.2f}x)" if name in speedups else ""
+    return f"{seconds[name] * 1e6:.1f}{times}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _yes(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
+if __name__ == "__main__":
+    main()
