@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from bench import (
-    no_decoder,  # noqa: F401  before anything that imports PyAV
-    released,
-)
+from bench import released
 from bench.backends import backend
 from bench.checks import json_number, limit, relative_error
 from bench.timing import together

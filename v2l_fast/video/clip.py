@@ -11,6 +11,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ import torch
 from v2l_fast.errors import VideoError
 from v2l_fast.video.limits import Limits
 from v2l_fast.video.preprocess import resize_lanczos, resized_size
-from v2l_fast.video.pyav_source import Decoded
 from v2l_fast.video.reading import Backend, open_source
 from v2l_fast.video.sampling import sample_indices
+
+if TYPE_CHECKING:
+    from v2l_fast.video.pyav_source import Decoded
 
 
 @dataclass(frozen=True, eq=False)

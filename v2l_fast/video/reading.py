@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ import torch
 from v2l_fast.errors import VideoError
 from v2l_fast.video.info import VideoInfo
 from v2l_fast.video.limits import Limits
-from v2l_fast.video.pyav_source import PyAVSource
+
+if TYPE_CHECKING:
+    from v2l_fast.video.pyav_source import PyAVSource
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,10 @@ Backend = Literal["auto", "pyav", "torchcodec"]
 
 def open_source(path: str | os.PathLike, backend: Backend, limits: Limits) -> PyAVSource:
     """The reader of `path`; "auto" is PyAV, which is always there and is the reference."""
+    # The libraries load when a file is read: frames in memory need none of them.
     if backend in ("auto", "pyav"):
+        from v2l_fast.video.pyav_source import PyAVSource
+
         return PyAVSource(path, limits)
     if backend == "torchcodec":
         from v2l_fast.video.torchcodec_source import TorchcodecSource
@@ -42,7 +47,7 @@ def probe(path: str | os.PathLike, limits: Limits | None = None) -> VideoInfo:
     Raises VideoError when the file is missing, not a video, without a decodable frame, or beyond
     `limits` (default: Limits()).
     """
-    return PyAVSource(path, limits or Limits()).info
+    return open_source(path, "pyav", limits or Limits()).info
 
 
 def decode(
