@@ -18,6 +18,7 @@ from tests import tiny
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.model import Video2LoRA
+from v2l_fast.shapes.base import new_base
 from v2l_fast.video import VideoClip
 
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
@@ -86,3 +87,16 @@ def pair(tmp_path: Path, backbone: SmolVLM, hypernet: HyperNetwork) -> Path:
     """``model`` on disk: a folder with ``base`` and ``hypernet``, a fresh copy for each test."""
     tiny.save_pair(tmp_path / "pair", backbone, hypernet)
     return tmp_path / "pair"
+
+
+@pytest.fixture
+def base() -> SmolVLM:
+    """The shapes world's VLM, untrained, its weights so large that answers depend on the input."""
+    model, tokenizer = new_base(0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return SmolVLM(model, tokenizer, "untrained")

@@ -6,8 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from v2l_fast.backbones.smolvlm_prompt import chat, video_text
+from v2l_fast.config import INSTRUCTION
 from v2l_fast.shapes.language import PLACE_KINDS, QUESTION_KINDS, ask, question_kinds
-from v2l_fast.shapes.prompts import INSTRUCTION, shapes_video_text
+from v2l_fast.shapes.prompts import shapes_video_text
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.tokenizer import vocabulary
 

@@ -2,12 +2,13 @@
 
 import torch
 
+from v2l_fast.config import INSTRUCTION
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.shapes.augment import augment
 from v2l_fast.shapes.base import load_base, new_base, save_base
 from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.pretrain_vision import Stage, pretrain_vision, random_frames
-from v2l_fast.shapes.prompts import INSTRUCTION, Prompts
+from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.train_hypernet import ShapesTask, cache_contexts, shapes_hypernet_config
 from v2l_fast.shapes.train_language import (

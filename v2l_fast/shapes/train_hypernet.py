@@ -22,7 +22,7 @@ from v2l_fast.config import HypernetConfig
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.shapes.base import load_base
 from v2l_fast.shapes.language import Turn, ask, ask_several
-from v2l_fast.shapes.prompts import INSTRUCTION, Prompts
+from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.render import FRAME_TIMES
 from v2l_fast.shapes.scene import Scene, sample_scenes
 from v2l_fast.shapes.train_language import cache_visual_tokens
@@ -51,7 +51,6 @@ def shapes_hypernet_config(backbone: SmolVLM) -> HypernetConfig:
         max_frames=len(FRAME_TIMES),
         longest_edge=IMAGE_SIZE,
         target_fps=1.0,
-        instruction=INSTRUCTION,
     )
 
 
