@@ -3,6 +3,11 @@
 Roofline at the 500M shape (d_in 2,560, d_out 960, r 32): one token reads W, 4.9 MB in bf16, plus
 0.23 MB an adapter: 2.6 us on an A100 (2.0 TB/s), 1.2 us at 4.3 TB/s, memory bound up to some
 hundred tokens; a training batch is bound by the GEMM over W, to which the adapter adds r/d.
+
+Where fusing cannot win: an adapter added inside a GEMM of ours saves up to 33% of a token's time at
+the 500M shape and 10-13% at the 2.2B shape (d_in 8,192), less what our GEMM lacks of cuBLAS's rate;
+with rank 32 and the 2.2B shape nothing is left of it when that GEMM recomputes x Aᵀ. The product
+over W therefore has three forms (``kernels/lora_linear.py``), and data chooses.
 """
 
 from __future__ import annotations
@@ -20,10 +25,12 @@ from csrc_triton.backend import use_triton
 def _implementation(
     direction: str, x: Tensor, lora_a: Tensor, adapter_index: Tensor, *others: Tensor | None
 ) -> ModuleType:
+    rows, examples = x.numel() // max(1, x.shape[-1]), adapter_index.numel()
     shape = {
         "direction": direction,
-        "rows": x.numel() // max(1, x.shape[-1]),
-        "examples": adapter_index.numel(),
+        "rows": rows,
+        # One token an example takes kernels of its own.
+        "tokens": rows // max(1, examples),
         "rank": lora_a.shape[1],
     }
     if use_triton(x, lora_a, adapter_index, *others, op="lora_linear", **shape):
@@ -73,6 +80,8 @@ def _check(
             _require(tensor.device == x.device, name, f"on {x.device}", tensor.device)
     for name, tensor in (("weight", weight), ("lora_a", lora_a)):
         _require(tensor.device == x.device, name, f"on {x.device}", tensor.device)
+    for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
+        _require(tensor.is_floating_point(), name, "floating point", tensor.dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             _require(tensor.dtype == x.dtype, name, f"of x's dtype {x.dtype}", tensor.dtype)
@@ -109,11 +118,13 @@ def _forward(
     scale: float,
     ranks: Tensor | None,
     offsets: Tensor | None,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and u = scale · x A_iᵀ [tokens, r] for the gradient of B; u is [0, r] unless ``keep``."""
     _check(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets)
     tensors = (weight, bias, lora_b, ranks, offsets)
     return _implementation("forward", x, lora_a, adapter_index, *tensors).lora_linear(
-        x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets
+        x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets, keep
     )
 
 
@@ -128,20 +139,25 @@ def _backward(
     scale: float,
     ranks: Tensor | None,
     offsets: Tensor | None,
+    u: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (grad, weight, lora_b, ranks, offsets)
     return _implementation("backward", x, lora_a, adapter_index, *tensors).lora_linear_backward(
-        grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets
+        grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets, u
     )
 
 
 @_forward.register_fake
-def _(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets, keep):
+    tokens = math.prod(x.shape[:-1]) if keep else 0
+    return (
+        x.new_empty(*x.shape[:-1], weight.shape[0]),
+        x.new_empty(tokens, lora_a.shape[1]),
+    )
 
 
 @_backward.register_fake
-def _(grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets):
+def _(grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets, u):
     return (
         x.new_empty(x.shape),
         lora_a.new_empty(lora_a.shape),
@@ -150,16 +166,18 @@ def _(grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, _, lora_a, lora_b, adapter_index, ctx.scale, ranks, offsets = inputs
-    ctx.save_for_backward(x, weight, lora_a, lora_b, adapter_index, ranks, offsets)
+    x, weight, _, lora_a, lora_b, adapter_index, ctx.scale, ranks, offsets, _ = inputs
+    u = output[1]
+    ctx.mark_non_differentiable(u)
+    ctx.save_for_backward(x, weight, lora_a, lora_b, adapter_index, ranks, offsets, u)
 
 
-def _autograd(ctx, grad):
-    x, weight, lora_a, lora_b, adapter_index, ranks, offsets = ctx.saved_tensors
+def _autograd(ctx, grad, _):
+    x, weight, lora_a, lora_b, adapter_index, ranks, offsets, u = ctx.saved_tensors
     d_x, d_a, d_b = _backward(
-        grad.contiguous(), x, weight, lora_a, lora_b, adapter_index, ctx.scale, ranks, offsets
+        grad.contiguous(), x, weight, lora_a, lora_b, adapter_index, ctx.scale, ranks, offsets, u
     )
-    return d_x, None, None, d_a, d_b, None, None, None, None
+    return d_x, None, None, d_a, d_b, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -197,4 +215,8 @@ def lora_linear(
         ValueError: an argument's shape, dtype or device does not fit, scale is not finite or, on a
             CPU, an index is out of range; on a GPU that is not looked at and counts as -1.
     """
-    return _forward(x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, offsets)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_a, lora_b))
+    y, _ = _forward(
+        x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, offsets, keep
+    )
+    return y

@@ -4,6 +4,10 @@ Roofline: one pass over the head, L·Z·(d_in + d_out) weights: 57.7 M at the 50
 bf16, 58 us on an A100 (2.0 TB/s), 27 us at 4.3 TB/s; 125.8 M at 2.2B, 126 us and 59 us. The rows
 (B·R) are few, so it stays memory bound up to about 180 of them. The row norm commutes with the
 GEMM and belongs in its epilogue, as do the scalers.
+
+Where the kernel cannot win: far above 180 rows the product is all that counts and cuBLAS is as
+fast or faster; the backward is batched products and nothing else, on both paths. The rules of
+``csrc_triton/configs/faster.json`` say from which row on, as measured.
 """
 
 from __future__ import annotations
@@ -58,11 +62,12 @@ def _check(
             _require(list(bias.shape) == [layers, slots, d], name, f"[{layers}, {slots}, {d}]",
                      list(bias.shape))  # fmt: skip
     tensors = {
-        "weight": weight, "scaler_a": scaler_a, "scaler_b": scaler_b,
+        "latents": latents, "weight": weight, "scaler_a": scaler_a, "scaler_b": scaler_b,
         "bias_a": bias_a, "bias_b": bias_b,
     }  # fmt: skip
     for name, tensor in tensors.items():
         if tensor is not None:
+            _require(tensor.is_floating_point(), name, "floating point", tensor.dtype)
             _require(tensor.device == latents.device, name, f"on {latents.device}", tensor.device)
 
 
@@ -173,6 +178,6 @@ def rank_projection(
         order, then the bias. Differentiable in every tensor.
 
     Raises:
-        ValueError: an argument's shape or device does not fit.
+        ValueError: an argument's shape, dtype or device does not fit.
     """
     return _forward(latents, weight, scaler_a, scaler_b, bias_a, bias_b, d_in, d_out)

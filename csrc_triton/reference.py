@@ -190,21 +190,28 @@ def lora_linear(
     scale: float,
     ranks: Tensor | None,
     offsets: Tensor | None,
-) -> Tensor:
-    """y = x W^T (+ bias) + scale (x A_i^T) B_i, i the adapter of each example, -1 for none."""
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y = x W^T (+ bias) + u B_i, u = scale x A_i^T, i the adapter of each example, -1 for none.
+
+    Returns y and u [tokens, r] of x's dtype, which the backward needs, zero in slots that are not
+    used; [0, r] unless ``keep``.
+    """
     y = torch.nn.functional.linear(x, weight, bias)
     rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     owner = _rows_by_adapter(adapter_index, offsets, rows.shape[0])
     wide = _accumulate_dtype(x.dtype)
+    u = rows.new_zeros(rows.shape[0] if keep else 0, lora_a.shape[1])
     for i in range(lora_a.shape[0]):
         used = (owner == i).nonzero()[:, 0]
         if used.numel() == 0:
             continue
         r = lora_a.shape[1] if ranks is None else int(ranks[i])
-        shrunk = (rows[used] @ lora_a[i, :r].to(x.dtype).T).to(wide) * scale
-        delta = shrunk.to(x.dtype) @ lora_b[i, :r].to(x.dtype)
-        out.index_add_(0, used, delta)
-    return y
+        shrunk = ((rows[used] @ lora_a[i, :r].to(x.dtype).T).to(wide) * scale).to(x.dtype)
+        out.index_add_(0, used, shrunk @ lora_b[i, :r].to(x.dtype))
+        if keep:
+            u[:, :r].index_copy_(0, used, shrunk)
+    return y, u
 
 
 def lora_linear_backward(
@@ -217,8 +224,9 @@ def lora_linear_backward(
     scale: float,
     ranks: Tensor | None,
     offsets: Tensor | None,
+    u: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x, lora_a and lora_b; the weight is frozen."""
+    """Gradients for x, lora_a and lora_b; the weight is frozen; ``u`` as the forward kept it."""
     d_x = (grad @ weight).reshape(-1, x.shape[-1])
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     owner = _rows_by_adapter(adapter_index, offsets, rows.shape[0])
@@ -232,8 +240,7 @@ def lora_linear_backward(
         a, b = lora_a[i, :r].to(x.dtype), lora_b[i, :r].to(x.dtype)
         inputs, outputs = rows[used], grads[used]
         d_shrunk = ((outputs @ b.T).to(wide) * scale).to(x.dtype)
-        shrunk = ((inputs @ a.T).to(wide) * scale).to(x.dtype)
         d_x.index_add_(0, used, d_shrunk @ a)
         d_a[i, :r] = d_shrunk.T @ inputs
-        d_b[i, :r] = shrunk.T @ outputs
+        d_b[i, :r] = u[used, :r].T @ outputs
     return d_x.view(x.shape), d_a, d_b

@@ -7,11 +7,13 @@ sm_89 and whatever is unknown; at most 99 KB of shared memory a block)::
                 "config": {"BLOCK_T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}}]}
 
 ``where`` says what the entry was chosen for: words must be equal, numbers may be near. A key it
-does not name does not matter to it. ``config`` goes to the launch as it is.
+does not name does not matter to it. ``config`` goes to the launch as it is; under the kernel
+"prefill" it is ``{"form": ...}``, which of lora_linear's forms to take.
 
-``faster.json`` lists, by architecture and op, where the kernels were measured faster than the
+``faster.json`` lists, by architecture and op, where the fused path was measured faster than the
 reference: ``{"sm_90": {"perceiver_attention": [{"slices": [32, 4096]}]}}`` gives the inclusive
-range of each number, null for an open end, or the word it must equal.
+range of each number, null for an open end, or the word it must equal. ``bench/tune.py`` writes
+all of these files on a GPU.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def _distance(where: Mapping[str, Any], key: Mapping[str, float | str]) -> float
 @functools.lru_cache(maxsize=4096)
 def _nearest(
     op: str, capability: Capability, key: tuple[tuple[str, float | str], ...]
-) -> Mapping[str, int]:
+) -> Mapping[str, int | str]:
     entries, wanted = table(op), dict(key)
     for section in dict.fromkeys((architecture(capability), "default")):
         ranked = [(_distance(entry["where"], wanted), entry) for entry in entries.get(section, ())]
@@ -64,7 +66,7 @@ def _nearest(
     raise KeyError(f"configs/{op}.json has no entry for {wanted} on {architecture(capability)}")
 
 
-def lookup(op: str, capability: Capability, **key: float | str) -> dict[str, int]:
+def lookup(op: str, capability: Capability, **key: float | str) -> dict[str, int | str]:
     """The launch configuration nearest to a shape; the first of equally near ones.
 
     Args:
@@ -79,6 +81,12 @@ def lookup(op: str, capability: Capability, **key: float | str) -> dict[str, int
         KeyError: no entry fits the words of the key.
     """
     return dict(_nearest(op, capability, tuple(key.items())))
+
+
+def forget() -> None:
+    """Reads the files again at the next call: they were written anew."""
+    table.cache_clear()
+    _nearest.cache_clear()
 
 
 def _within(wanted: str | list[float | None], found: float | str | None) -> bool:

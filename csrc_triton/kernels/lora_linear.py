@@ -1,22 +1,26 @@
-"""Triton kernels of lora_linear: shrink, expand, per-adapter reduction, and two for decoding.
+"""Triton kernels of lora_linear for training and prefill, and the choice among its forms.
 
 Roofline, 500M shape (d_in 2,560, d_out 960), bf16, rank r, H200 (790 TFLOP/s, 4.3 TB/s measured)
-and A100 (312, 2.0). Training and prefill, per token: the GEMM over W is 4.9 MFLOP, 6.2 and 15.8 ns,
-and stays with cuBLAS, whose rate a Triton GEMM rarely reaches. The adapter adds r/700 of the FLOPs
-and is memory bound: shrink reads x (5.1 KB, 1.2 and 2.6 ns), expand reads and writes y (3.8 KB,
-0.9 and 1.9 ns); u is 2 r bytes. The backward pass is the same two kernels with A and B swapped,
-shrink once more for u, as the op returns y alone, and two reductions that read x and dy once each
-(7.0 KB, 1.6 and 3.5 ns). Fusing shrink into the GEMM would recompute it in every column tile,
-which pays only for a Triton GEMM above 80-94% of cuBLAS's rate.
-Decoding, one token an example: W is 4.9 MB, 1.2 and 2.5 us, and an adapter 7 r KB: 64 of rank 32
-are 14.4 MB, 3.4 and 7.2 us. Two launches: a split-K GEMV over A, then a skinny GEMM over W whose
-epilogue adds u B.
+and A100 (312, 2.0). Per token the GEMM over W is 4.9 MFLOP, 6.2 and 15.8 ns. The adapter adds r/700
+of the FLOPs and is bound by memory; three forms, chosen by the ``prefill`` entries of
+configs/lora_linear.json:
 
-Tiling: a tile of tokens belongs to one example. Example e owns the tiles from
-offset[e] // BLOCK_T + e on, so that a program finds its example by counting and the grid,
-total // BLOCK_T + E, is known without reading the device. Reductions have a fixed order and no
-atomics. The A operand of every tl.dot comes from memory, never from registers that were computed
-on: pipelined wgmma with such an operand is miscompiled by ptxas before 13.3.
+- ``expand``: cuBLAS, shrink, expand. Shrink reads x again (5.1 KB, 1.2 and 2.6 ns), expand reads
+  and writes y (3.8 KB, 0.9 and 1.9 ns; 2.4 and 5.1 ns for the gradient of x). The default as long
+  as no GPU has timed the others: a Triton GEMM rarely reaches cuBLAS's rate.
+- ``epilogue``: shrink, then our GEMM over W with u B as its last step (lora_gemm.py): no second
+  pass over y. It pays above 87% of cuBLAS's rate forward, 72% backward, at 4.3 TB/s.
+- ``recompute``: the same GEMM computes u beside y, again in every column tile (r/BLOCK_N more
+  FLOPs): no second pass over x either. It pays above 84% for tiles of 256 columns at rank 32
+  (A100: 89%); at the 2.2B shape above 99% (102%), so never there.
+
+u [tokens, r] is 2 r bytes a token and is kept for the gradient of B, which would otherwise read x
+once more. The gradient of x takes the same forms with A and B swapped; those of A and B are two
+reductions that read x and dy once each (7.0 KB, 1.6 and 3.5 ns).
+
+Reductions have a fixed order and no atomics. The A operand of every pipelined tl.dot comes from
+memory, never from registers that were computed on: pipelined wgmma with such an operand is
+miscompiled by ptxas before 13.3.
 
 x and the gradients are viewed as rows, copied only where their strides do not allow it; W and the
 adapters are read by their own strides.
@@ -33,49 +37,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from csrc_triton import configs
-from csrc_triton.backend import capability
+from csrc_triton.kernels import lora_decode, lora_gemm
 from csrc_triton.kernels.aot import SECTIONS, AotCase
+from csrc_triton.kernels.lora_tiles import (
+    OP,
+    Config,
+    block_of_ranks,
+    chosen,
+    per_example,
+    precision,
+    rows_of_tile,
+    token_tiles,
+    used_rank,
+)
 
-OP = "lora_linear"
-DECODE_EXAMPLES = 64  # the largest tile of examples: with more, W would be read more than once
-
-Config = Mapping[str, Mapping[str, int]]
-
+FORMS = ("expand", "epilogue", "recompute")
+GEMMS = FORMS[1:]
 
 # --- kernels ---------------------------------------------------------------------------------
-
-
-@triton.jit
-def _rows_of_tile(tile, offsets, tokens, examples, BLOCK_T: tl.constexpr):
-    """(example, first row, row after the example's last); no rows when first >= end."""
-    if offsets is None:
-        per_example = tl.cdiv(tokens, BLOCK_T)
-        example = tile // per_example
-        begin = example.to(tl.int64) * tokens
-        first = begin + (tile - example * per_example) * BLOCK_T
-        end = begin + tokens
-    else:
-        started = 0
-        for base in range(0, examples, 128):
-            e = base + tl.arange(0, 128)
-            begins = tl.load(offsets + e, mask=e < examples, other=0)
-            started += tl.sum(((begins // BLOCK_T + e <= tile) & (e < examples)).to(tl.int32))
-        example = started - 1
-        begin = tl.load(offsets + example).to(tl.int64)
-        end = tl.load(offsets + example + 1).to(tl.int64)
-        first = begin + (tile - (begin // BLOCK_T + example)) * BLOCK_T
-    return example, first, end
-
-
-@triton.jit
-def _used_rank(adapter, ranks, rank, adapters):
-    """Rank slots in use; 0 for no adapter. An index out of range reads nothing."""
-    exists = (adapter >= 0) & (adapter < adapters)
-    if ranks is None:
-        used = rank
-    else:
-        used = tl.minimum(tl.load(ranks + adapter, mask=exists, other=0).to(tl.int32), rank)
-    return tl.where(exists, used, 0)
 
 
 @triton.jit(do_not_specialize=["tokens", "examples", "adapters"])
@@ -86,11 +65,11 @@ def _shrink(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[t, r] = scale * sum_k x[t, k] factor[adapter of t, r, k]; zeros in unused slots."""
-    example, first, end = _rows_of_tile(tl.program_id(0), offsets, tokens, examples, BLOCK_T)
+    example, first, end = rows_of_tile(tl.program_id(0), offsets, tokens, examples, BLOCK_T)
     if first >= end:
         return
     adapter = tl.load(index + example).to(tl.int64)
-    used = _used_rank(adapter, ranks, rank, adapters)
+    used = used_rank(adapter, ranks, rank, adapters)
     rows = first + tl.arange(0, BLOCK_T)
     slots = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_rows = x + rows[:, None] * stride_xt
@@ -127,11 +106,11 @@ def _expand(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[t, n] += sum_r u[t, r] factor[adapter of t, r, n]; rows without adapter stay untouched."""
-    example, first, end = _rows_of_tile(tl.program_id(0), offsets, tokens, examples, BLOCK_T)
+    example, first, end = rows_of_tile(tl.program_id(0), offsets, tokens, examples, BLOCK_T)
     if first >= end:
         return
     adapter = tl.load(index + example).to(tl.int64)
-    used = _used_rank(adapter, ranks, rank, adapters)
+    used = used_rank(adapter, ranks, rank, adapters)
     if used <= 0:
         return
     rows = first + tl.arange(0, BLOCK_T)
@@ -174,7 +153,7 @@ def _reduce(
     split = tl.program_id(2)
     slots = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    used = _used_rank(adapter, ranks, rank, adapters)
+    used = used_rank(adapter, ranks, rank, adapters)
     total = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
     blocks_before = 0
     for place in range(tl.load(bounds + adapter), tl.load(bounds + adapter + 1)):
@@ -210,124 +189,7 @@ def _reduce(
     )
 
 
-@triton.jit(do_not_specialize=["examples", "adapters", "span"])
-def _decode_shrink(
-    x, factor, partial, index, ranks,
-    examples, adapters, span, width, rank,
-    stride_xt, stride_xd, stride_fn, stride_fr, stride_fd,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """partial[split, e, r] = sum_k x[e, k] factor[adapter of e, r, k] over a split's span of k."""
-    example = tl.program_id(0)
-    split = tl.program_id(2)
-    adapter = tl.load(index + example).to(tl.int64)
-    used = _used_rank(adapter, ranks, rank, adapters)
-    slots = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    f_rows = factor + adapter * stride_fn + slots[:, None] * stride_fr
-    x_row = x + example.to(tl.int64) * stride_xt
-    products = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    first = split * span
-    last = tl.where(tl.program_id(1) * BLOCK_R < used, tl.minimum(first + span, width), first)
-    for start in range(first, last, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(x_row + k * stride_xd, mask=k < last, other=0.0)
-        f_tile = tl.load(
-            f_rows + k[None, :] * stride_fd,
-            mask=(slots < used)[:, None] & (k < last)[None, :],
-            other=0.0,
-        )
-        products += f_tile.to(x_tile.dtype).to(tl.float32) * x_tile.to(tl.float32)[None, :]
-    shrunk = tl.where(slots < used, tl.sum(products, axis=1), 0.0)
-    row = split.to(tl.int64) * examples + example
-    tl.store(partial + row * rank + slots, shrunk, mask=slots < rank)
-
-
-@triton.jit(do_not_specialize=["examples", "adapters", "splits"])
-def _decode_linear(
-    x, weight, bias, factor, partial, out, index, ranks, scale,
-    examples, adapters, splits, d_in, d_out, rank,
-    stride_xt, stride_xd, stride_wo, stride_wi, stride_fn, stride_fr, stride_fd,
-    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out[e, n] = x[e] W[n] (+ bias[n]) + scale * sum_r (sum_split partial[e, r]) factor[., r, n].
-
-    All examples of a tile take part in the epilogue at once, ragged ranks as masks: a loop over
-    examples would wait for memory once an example.
-    """
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = x + e.to(tl.int64)[:, None] * stride_xt
-    w_rows = weight + columns.to(tl.int64)[None, :] * stride_wo
-    total = tl.zeros((BLOCK_E, BLOCK_N), dtype=tl.float32)
-    for start in range(0, d_in, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(
-            x_rows + k[None, :] * stride_xd,
-            mask=(e < examples)[:, None] & (k < d_in)[None, :],
-            other=0.0,
-        )
-        w_tile = tl.load(
-            w_rows + k[:, None] * stride_wi,
-            mask=(columns < d_out)[None, :] & (k < d_in)[:, None],
-            other=0.0,
-        )
-        total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
-    adapter = tl.load(index + e, mask=e < examples, other=-1).to(tl.int64)
-    used = _used_rank(adapter, ranks, rank, adapters)
-    f_rows = factor + adapter[:, None, None] * stride_fn + columns[None, None, :] * stride_fd
-    delta = tl.zeros((BLOCK_E, BLOCK_N), dtype=tl.float32)
-    for start in range(0, tl.max(used, axis=0), BLOCK_R):
-        slots = start + tl.arange(0, BLOCK_R)
-        live = slots[None, :] < used[:, None]
-        u = tl.zeros((BLOCK_E, BLOCK_R), dtype=tl.float32)
-        for split in range(0, splits):
-            row = (split * examples + e).to(tl.int64) * rank
-            u += tl.load(partial + row[:, None] + slots[None, :], mask=live, other=0.0)
-        f_tile = tl.load(
-            f_rows + slots[None, :, None] * stride_fr,
-            mask=live[:, :, None] & (columns < d_out)[None, None, :],
-            other=0.0,
-        )
-        f_tile = f_tile.to(x.dtype.element_ty).to(tl.float32)
-        delta += tl.sum(u[:, :, None] * f_tile, axis=1)
-    total += scale * delta
-    if bias is not None:
-        total += tl.load(bias + columns, mask=columns < d_out, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + e.to(tl.int64)[:, None] * d_out + columns[None, :],
-        total.to(out.dtype.element_ty),
-        mask=(e < examples)[:, None] & (columns < d_out)[None, :],
-    )
-
-
 # --- launches --------------------------------------------------------------------------------
-
-
-def _chosen(kernel: str, x: Tensor, config: Config | None, **key: int) -> dict[str, int]:
-    if config is not None:
-        return dict(config[kernel])
-    inputs = "single" if x.dtype == torch.float32 else "half"
-    return configs.lookup(OP, capability(x.device), kernel=kernel, inputs=inputs, **key)
-
-
-def _block_of_ranks(largest: int, rank: int) -> int:
-    """No wider than the ranks there are; tl.dot needs 16."""
-    return min(largest, max(16, triton.next_power_of_2(rank)))
-
-
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"  # the word matters to float32 alone
-
-
-def _per_example(rows: Tensor, adapter_index: Tensor, offsets: Tensor | None) -> int:
-    """Tokens an example: all have as many without offsets, else the average."""
-    examples = max(1, adapter_index.numel())
-    return rows.shape[0] // examples if offsets is None else -(-rows.shape[0] // examples)
-
-
-def _token_tiles(rows: int, examples: int, tokens: int, packed: bool, block: int) -> int:
-    return rows // block + examples if packed else examples * -(-tokens // block)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -348,19 +210,19 @@ def shrink(
     Slots an adapter does not use, and rows of examples without adapter, are zero.
     """
     (adapters, rank, width), examples = factor.shape, adapter_index.numel()
-    tokens = _per_example(x, adapter_index, offsets)
-    tile = _chosen("shrink", x, config, tokens=tokens, rank=rank)
-    tile["BLOCK_R"] = _block_of_ranks(tile["BLOCK_R"], rank)
+    tokens = per_example(x, adapter_index, offsets)
+    tile = chosen("shrink", x, config, tokens=tokens, rank=rank)
+    tile["BLOCK_R"] = block_of_ranks(tile["BLOCK_R"], rank)
     out = torch.empty(x.shape[0], rank, dtype=x.dtype, device=x.device)
     packed = offsets is not None
     grid = (
-        _token_tiles(x.shape[0], examples, tokens, packed, tile["BLOCK_T"]),
+        token_tiles(x.shape[0], examples, tokens, packed, tile["BLOCK_T"]),
         triton.cdiv(rank, tile["BLOCK_R"]),
     )
     _shrink[grid](
         x, factor, out, adapter_index, ranks, offsets, scale,
         tokens, examples, adapters, width, rank,
-        *x.stride(), *factor.stride(), PRECISION=_precision(x), **tile,
+        *x.stride(), *factor.stride(), PRECISION=precision(x), **tile,
     )  # fmt: skip
     return out
 
@@ -376,18 +238,18 @@ def expand_(
 ) -> None:
     """y [rows, d] += u factor_i in place, for u [rows, r], factor [n, r, d]; y, u contiguous."""
     (adapters, rank, width), examples = factor.shape, adapter_index.numel()
-    tokens = _per_example(y, adapter_index, offsets)
-    tile = _chosen("expand", y, config, tokens=tokens, rank=rank)
-    tile["BLOCK_R"] = _block_of_ranks(tile["BLOCK_R"], rank)
+    tokens = per_example(y, adapter_index, offsets)
+    tile = chosen("expand", y, config, tokens=tokens, rank=rank)
+    tile["BLOCK_R"] = block_of_ranks(tile["BLOCK_R"], rank)
     packed = offsets is not None
     grid = (
-        _token_tiles(y.shape[0], examples, tokens, packed, tile["BLOCK_T"]),
+        token_tiles(y.shape[0], examples, tokens, packed, tile["BLOCK_T"]),
         triton.cdiv(width, tile["BLOCK_N"]),
     )
     _expand[grid](
         y, u, factor, adapter_index, ranks, offsets,
         tokens, examples, adapters, width, rank,
-        *factor.stride(), PRECISION=_precision(u), **tile,
+        *factor.stride(), PRECISION=precision(u), **tile,
     )  # fmt: skip
 
 
@@ -414,9 +276,9 @@ def reduce(
     split, and the parts added in order.
     """
     adapters, rank, width = factor.shape
-    tokens = _per_example(x, order, offsets)
-    tile = _chosen("reduce", x, config, tokens=tokens, rank=rank)
-    tile["BLOCK_R"] = _block_of_ranks(tile["BLOCK_R"], rank)
+    tokens = per_example(x, order, offsets)
+    tile = chosen("reduce", x, config, tokens=tokens, rank=rank)
+    tile["BLOCK_R"] = block_of_ranks(tile["BLOCK_R"], rank)
     columns, programs = triton.cdiv(width, tile["BLOCK_N"]), tile.pop("programs")
     grid = (adapters * triton.cdiv(rank, tile["BLOCK_R"]), columns)
     splits = min(triton.cdiv(programs, grid[0] * grid[1]), triton.cdiv(x.shape[0], tile["BLOCK_T"]))
@@ -427,46 +289,49 @@ def reduce(
     _reduce[(*grid, splits)](
         u, x, parts, order, bounds, ranks, offsets,
         tokens, adapters, splits, width, rank,
-        *x.stride(), PRECISION=_precision(x), **tile,
+        *x.stride(), PRECISION=precision(x), **tile,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0).to(factor.dtype)
 
 
-def _decode(
+def product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    down: Tensor,
+    up: Tensor,
     adapter_index: Tensor,
     scale: float,
     ranks: Tensor | None,
-    config: Config | None,
-) -> Tensor:
-    """One token an example, x [E, d_in]: [E, d_out] with two launches of a fixed grid."""
-    (examples, d_in), (adapters, rank, _), d_out = x.shape, lora_a.shape, weight.shape[0]
-    tile = _chosen("decode_shrink", x, config, examples=examples, rank=rank)
-    tile["BLOCK_R"] = _block_of_ranks(tile["BLOCK_R"], rank)
-    programs = tile.pop("programs")
-    grid = (examples, triton.cdiv(rank, tile["BLOCK_R"]))
-    blocks = triton.cdiv(d_in, tile["BLOCK_K"])
-    per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, grid[0] * grid[1])))
-    splits = triton.cdiv(blocks, per_split)
-    partial = torch.empty(splits, examples, rank, dtype=torch.float32, device=x.device)
-    _decode_shrink[(*grid, splits)](
-        x, lora_a, partial, adapter_index, ranks,
-        examples, adapters, per_split * tile["BLOCK_K"], d_in, rank,
-        *x.stride(), *lora_a.stride(), **tile,
-    )  # fmt: skip
-    tile = _chosen("decode_linear", x, config, examples=examples, d_out=d_out)
-    out = torch.empty(examples, d_out, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(d_out, tile["BLOCK_N"]), triton.cdiv(examples, tile["BLOCK_E"]))
-    _decode_linear[grid](
-        x, weight, bias, lora_b, partial, out, adapter_index, ranks, scale,
-        examples, adapters, splits, d_in, d_out, rank,
-        *x.stride(), *weight.stride(), *lora_b.stride(), PRECISION=_precision(x), **tile,
-    )  # fmt: skip
-    return out
+    offsets: Tensor | None,
+    direction: str,
+    keep: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, u): y = x Wᵀ (+ bias) + u up_i, u = scale · x down_iᵀ, by the form of the tables.
+
+    Args:
+        x: [T, d]; weight: [N, d]; down: [n, r, d]; up: [n, r, N].
+        direction: "forward" or "backward", to choose by.
+        keep: whether u [T, r] is wanted; else it may be None.
+    """
+    form = chosen(
+        "prefill", x, config, direction=direction,
+        tokens=per_example(x, adapter_index, offsets), rank=up.shape[1],
+        width=max(weight.shape),
+    )["form"]  # fmt: skip
+    where = adapter_index, scale, ranks, offsets
+    if form == "recompute":
+        fused = lora_gemm.recompute(x, weight, bias, down, up, *where, keep, config)
+        if fused is not None:
+            return fused
+    u = shrink(x, down, *where, config)
+    if form == "expand":
+        # A fresh tensor of ours, so the adapters may be added to it in place.
+        y = F.linear(x, weight, bias)
+        expand_(y, u, up, adapter_index, ranks, offsets, config)
+        return y, u
+    return lora_gemm.epilogue(x, weight, bias, up, u, adapter_index, ranks, offsets, config), u
 
 
 def lora_linear(
@@ -479,31 +344,37 @@ def lora_linear(
     scale: float,
     ranks: Tensor | None,
     offsets: Tensor | None,
+    keep: bool,
     config: Config | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As :func:`csrc_triton.reference.lora_linear`.
 
     Up to 64 examples of one token each take the decode kernels, whose GEMM is not cuBLAS: their
     bits differ from a prefill's.
 
     Args:
-        config: tile sizes by kernel (shrink, expand, decode_shrink, decode_linear) instead of
-            those of configs/lora_linear.json.
+        config: by kernel (shrink, expand, epilogue, recompute, decode_shrink, decode_linear) its
+            tile sizes, and {"form": ...} by "prefill", instead of configs/lora_linear.json.
     """
     rows = x.reshape(-1, x.shape[-1])
     index, ranks, offsets = (_contiguous(t) for t in (adapter_index, ranks, offsets))
-    shape = (*x.shape[:-1], weight.shape[0])
+    shape, bias = (*x.shape[:-1], weight.shape[0]), _contiguous(bias)
     if rows.numel() == 0 or lora_a.numel() == 0:
-        return F.linear(rows, weight, bias).view(shape)
-    if offsets is None and index.numel() == rows.shape[0] <= DECODE_EXAMPLES:
-        return _decode(
-            rows, weight, _contiguous(bias), lora_a, lora_b, index, scale, ranks, config
-        ).view(shape)
-    # The product over W is a fresh tensor of ours, so the adapters may be added to it in place.
-    y = F.linear(rows, weight, bias)
-    u = shrink(rows, lora_a, index, scale, ranks, offsets, config)
-    expand_(y, u, lora_b, index, ranks, offsets, config)
-    return y.view(shape)
+        u = rows.new_zeros(rows.shape[0] if keep else 0, lora_a.shape[1])
+        return F.linear(rows, weight, bias).view(shape), u
+    with torch.cuda.device_of(x):
+        decodes = offsets is None and index.numel() == rows.shape[0] <= lora_decode.MAX_EXAMPLES
+        if decodes:
+            y = lora_decode.decode(
+                rows, weight, bias, lora_a, lora_b, index, scale, ranks, config
+            )
+            u = shrink(rows, lora_a, index, scale, ranks, offsets, config) if keep else None
+        else:
+            y, u = product(
+                rows, weight, bias, lora_a, lora_b, index, scale, ranks, offsets, "forward", keep,
+                config,
+            )  # fmt: skip
+    return y.view(shape), u if keep else rows.new_empty(0, lora_a.shape[1])
 
 
 def lora_linear_backward(
@@ -516,22 +387,24 @@ def lora_linear_backward(
     scale: float,
     ranks: Tensor | None,
     offsets: Tensor | None,
+    u: Tensor,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`csrc_triton.reference.lora_linear_backward`; config for shrink, expand, reduce."""
+    """As :func:`csrc_triton.reference.lora_linear_backward`; config as there, and for reduce."""
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     index, ranks, offsets = (_contiguous(t) for t in (adapter_index, ranks, offsets))
-    d_x = grads @ weight
     if rows.numel() == 0 or lora_a.numel() == 0:
         d_factors = (torch.zeros_like(f, memory_format=torch.contiguous_format)
                      for f in (lora_a, lora_b))  # fmt: skip
-        return d_x.view(x.shape), *d_factors
-    order, bounds = examples_by_adapter(index, lora_a.shape[0])
-    d_u = shrink(grads, lora_b, index, scale, ranks, offsets, config)
-    expand_(d_x, d_u, lora_a, index, ranks, offsets, config)
-    d_a = reduce(d_u, rows, lora_a, order, bounds, ranks, offsets, config)
-    u = shrink(rows, lora_a, index, scale, ranks, offsets, config)
-    d_b = reduce(u, grads, lora_b, order, bounds, ranks, offsets, config)
+        return (grads @ weight).view(x.shape), *d_factors
+    with torch.cuda.device_of(x):
+        d_x, d_u = product(
+            grads, weight.mT, None, lora_b, lora_a, index, scale, ranks, offsets, "backward", True,
+            config,
+        )  # fmt: skip
+        order, bounds = examples_by_adapter(index, lora_a.shape[0])
+        d_a = reduce(d_u, rows, lora_a, order, bounds, ranks, offsets, config)
+        d_b = reduce(u.contiguous(), grads, lora_b, order, bounds, ranks, offsets, config)
     return d_x.view(x.shape), d_a, d_b
 
 
@@ -541,38 +414,60 @@ KERNELS = {
     "shrink": _shrink,
     "expand": _expand,
     "reduce": _reduce,
-    "decode_shrink": _decode_shrink,
-    "decode_linear": _decode_linear,
+    "epilogue": lora_gemm.gemm,
+    "recompute": lora_gemm.gemm,
+    "decode_shrink": lora_decode.decode_shrink,
+    "decode_linear": lora_decode.decode_linear,
 }
 
 
 def aot_cases() -> list[AotCase]:
     """Every kernel with every configuration, at the widths of the 500M shape.
 
-    Half precision with packed examples, ragged ranks and a bias, float32 without.
+    Half precision with packed examples, ragged ranks and a bias, float32 without. What multiplies
+    by W in training is there twice, for y and for the gradient of x, which reads W transposed.
     """
+    table = configs.table(OP)
+    served = [(SECTIONS[section], entry) for section in SECTIONS for entry in table[section]]
+    # sm_90 takes the defaults of what has no entry of its own there.
+    served += [
+        ("sm_90", entry)
+        for entry in table["default"]
+        if entry["where"]["kernel"] in GEMMS and entry["where"]["inputs"] == "single"
+    ]
     return [
-        _aot_case(architecture, entry["where"], entry["config"])
-        for section, architecture in SECTIONS.items()
-        for entry in configs.table(OP)[section]
+        _aot_case(architecture, entry["where"], entry["config"], direction)
+        for architecture, entry in served
+        if entry["where"]["kernel"] in KERNELS
+        for direction in ("forward", "backward")
+        if direction == "forward" or entry["where"]["kernel"] in GEMMS
     ]
 
 
 def _aot_case(
-    architecture: str, where: Mapping[str, int | str], config: Mapping[str, int]
+    architecture: str, where: Mapping[str, int | str], config: Mapping[str, int], direction: str
 ) -> AotCase:
     kernel, half, rank = where["kernel"], where["inputs"] == "half", where.get("rank", 32)
     function, size = KERNELS[kernel], 2 if half else 4
+    forward = direction == "forward"
     tile = {name: value for name, value in config.items() if name.startswith("BLOCK_")}
-    tile["BLOCK_R"] = _block_of_ranks(tile["BLOCK_R"], rank)
+    tile["BLOCK_R"] = block_of_ranks(tile["BLOCK_R"], rank)
+    absent = {
+        *(() if half else ("ranks", "offsets")),
+        *(() if half and forward else ("bias",)),
+        *(("down",) if kernel == "epilogue" else ()),
+    }
     constants = {
         **tile,
-        **dict.fromkeys(("stride_xd", "stride_fd", "stride_wi"), 1),
-        **dict.fromkeys(() if half else ("ranks", "offsets", "bias"), None),
+        **dict.fromkeys(("stride_xd", "stride_fd", "stride_dd", "stride_ud"), 1),
+        "stride_wi" if forward else "stride_wo": 1,
+        **dict.fromkeys(absent, None),
+        "RECOMPUTE": kernel == "recompute",
         "PRECISION": "tf32" if half else "ieee",
     }
     values = dict.fromkeys(
-        ("x", "factor", "out", "u", "y", "weight", "bias"), "*bf16" if half else "*fp32"
+        ("x", "factor", "down", "up", "out", "u", "y", "weight", "bias"),
+        "*bf16" if half else "*fp32",
     )
     values |= dict.fromkeys(("index", "ranks", "offsets", "order"), "*i64")
     values |= {"bounds": "*i32", "partial": "*fp32", "scale": "fp32"}
@@ -585,8 +480,9 @@ def _aot_case(
     integers = {name for name, kind in signature.items() if kind == "i32"}
     flops, moved = _work(kernel, size, rank, where, tile)
     blocks = " ".join(f"{name[-1]}{value}" for name, value in tile.items())
+    note = f"{blocks} rank {rank} {architecture}{'' if forward else ' backward'}"
     return AotCase(
-        name=f"{OP}.{kernel} {'bf16' if half else 'fp32'} {blocks} rank {rank} {architecture}",
+        name=f"{OP}.{kernel} {'bf16' if half else 'fp32'} {note}",
         function=function,
         signature=signature,
         constexprs={name: v for name, v in constants.items() if name in function.arg_names},
@@ -610,6 +506,10 @@ def _work(
         return 2 * t * r * d_in, size * (t * d_in + r * d_in + t * r)
     if kernel == "expand":
         return 2 * t * n * rank, size * (2 * t * n + rank * (t + n))
+    if kernel in GEMMS:
+        again = 2 * t * r * d_in if kernel == "recompute" else 0
+        moved = (t + n) * d_in + t * n + rank * (t + n) + (r * d_in if again else 0)
+        return 2 * t * n * (d_in + rank) + again, size * moved
     if kernel == "reduce":
         tokens = where["tokens"]
         return 2 * tokens * r * n, size * tokens * (r + n) + 4 * r * n

@@ -152,14 +152,15 @@ def rank_projection(
     if 0 in grid:
         return out_a, out_b
     no_strides = (0, 0, 0)
-    _project[grid](
-        latents, weight, scaler_a, scaler_b, bias_a, bias_b, out_a, out_b,
-        groups, chunks, layers, rank, shared, depth, d_in, d_out,
-        *latents.stride(), *weight.stride(), *scaler_a.stride(), *scaler_b.stride(),
-        *(no_strides if bias_a is None else bias_a.stride()),
-        *(no_strides if bias_b is None else bias_b.stride()),
-        PRECISION="ieee" if latents.dtype == torch.float32 else "tf32", **config,
-    )  # fmt: skip
+    with torch.cuda.device_of(latents):
+        _project[grid](
+            latents, weight, scaler_a, scaler_b, bias_a, bias_b, out_a, out_b,
+            groups, chunks, layers, rank, shared, depth, d_in, d_out,
+            *latents.stride(), *weight.stride(), *scaler_a.stride(), *scaler_b.stride(),
+            *(no_strides if bias_a is None else bias_a.stride()),
+            *(no_strides if bias_b is None else bias_b.stride()),
+            PRECISION="ieee" if latents.dtype == torch.float32 else "tf32", **config,
+        )  # fmt: skip
     return out_a, out_b
 
 

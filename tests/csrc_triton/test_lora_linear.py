@@ -262,12 +262,12 @@ def test_opcheck(ragged):
     index = torch.tensor([1, -1, 0])
     torch.library.opcheck(
         torch.ops.v2l.lora_linear.default,
-        (x, weight, bias, lora_a, lora_b, index, SCALE, ranks, offsets),
+        (x, weight, bias, lora_a, lora_b, index, SCALE, ranks, offsets, True),
     )
-    grad = random(*x.shape[:-1], 6).float()
+    grad, u = random(*x.shape[:-1], 6).float(), random(x.numel() // 7, 4, seed=1).float()
     checks.opcheck_backward(
         torch.ops.v2l.lora_linear_backward.default,
-        (grad, x, weight, lora_a, lora_b, index, SCALE, ranks, offsets),
+        (grad, x, weight, lora_a, lora_b, index, SCALE, ranks, offsets, u),
     )
 
 

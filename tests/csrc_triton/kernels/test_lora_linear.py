@@ -20,9 +20,16 @@ TILES = {
     "shrink": {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_K": 16, **WARPS},
     "expand": {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_N": 32, **WARPS},
     "reduce": {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_N": 32, "programs": 12, **WARPS},
+    "epilogue": {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "BLOCK_R": 16, **WARPS},
+    "recompute": {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "BLOCK_R": 32, **WARPS},
+    "prefill": {"form": "expand"},
     "decode_shrink": {"BLOCK_R": 16, "BLOCK_K": 16, "programs": 24, **WARPS},
     "decode_linear": {"BLOCK_E": 16, "BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_R": 8, **WARPS},
 }
+
+
+def of_form(form: str) -> dict[str, dict[str, int | str]]:
+    return {**TILES, "prefill": {"form": form}}
 
 
 @pytest.fixture(autouse=True)
@@ -40,21 +47,23 @@ def tiled(weight, bias, index, ranks=None, offsets=None, tiles=TILES):
     class Tiled(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, lora_a, lora_b):
-            ctx.save_for_backward(x, lora_a, lora_b)
-            args = weight.to(x.dtype), bias.to(x.dtype), lora_a, lora_b, index, SCALE
-            return kernels.lora_linear(x, *args, ranks, offsets, tiles)
+            base = (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            args = lora_a, lora_b, index, SCALE
+            y, u = kernels.lora_linear(x, *base, *args, ranks, offsets, True, tiles)
+            ctx.save_for_backward(x, lora_a, lora_b, u)
+            return y
 
         @staticmethod
         def backward(ctx, grad):
-            x, lora_a, lora_b = ctx.saved_tensors
+            x, lora_a, lora_b, u = ctx.saved_tensors
             args = weight.to(x.dtype), lora_a, lora_b, index, SCALE
-            return kernels.lora_linear_backward(grad, x, *args, ranks, offsets, tiles)
+            return kernels.lora_linear_backward(grad, x, *args, ranks, offsets, u, tiles)
 
     return Tiled.apply
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("r", [1, 8, 16, 32, 48, 272])
+@pytest.mark.parametrize("r", [1, 8, 16, 32, 48, 272, 512])
 def test_ranks(r, dtype):
     index = [1, 0, 1]
     checks.assert_equals_oracle(
@@ -91,14 +100,15 @@ def test_many_tiles_of_everything(tokens, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_odd_widths(tokens):
+def test_odd_widths(tokens, dtype):
     index = [2, 0]
     checks.assert_equals_oracle(
         op_of(*frozen(2049, 31), index),
         oracle_of(*frozen(2049, 31), index),
         inputs(e=2, t=tokens, n=3, d_in=2049, d_out=31),
-        torch.float32,
+        dtype,
     )
 
 
@@ -152,10 +162,12 @@ def test_index_out_of_range_reads_nothing(tokens):
     weight, bias = (t.float() for t in frozen())
     args = weight, bias, lora_a, lora_b
     wrong, none = (torch.tensor(index) for index in ([7, 0, -3], [-1, 0, -1]))
-    assert torch.equal(
-        kernels.lora_linear(x, *args, wrong, SCALE, None, None),
-        kernels.lora_linear(x, *args, none, SCALE, None, None),
-    )
+    for form in kernels.FORMS:
+        (y, u), (plain, _) = (
+            kernels.lora_linear(x, *args, index, SCALE, None, None, True, of_form(form))
+            for index in (wrong, none)
+        )
+        assert torch.equal(y, plain) and not u.view(3, tokens, -1)[[0, 2]].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,7 +207,9 @@ def test_more_packed_examples_than_are_counted_at_once():
     rows, offsets = packed(x, lengths)
     args = weight, bias, lora_a, lora_b
     found = lora_linear(rows, *args, index, SCALE, offsets=offsets)
-    expected, _ = packed(kernels.lora_linear(x, *args, index, SCALE, None, None), lengths)
+    y, u = kernels.lora_linear(x, *args, index, SCALE, None, None, False)
+    assert u.shape == (0, 4)
+    expected, _ = packed(y, lengths)
     torch.testing.assert_close(found, expected)
 
 
@@ -235,7 +249,8 @@ def test_layouts_do_not_matter(tokens):
 def test_expanded_gradient():
     x, lora_a, lora_b = (t.float() for t in inputs())
     weight, _ = (t.float() for t in frozen())
-    args = x, weight, lora_a, lora_b, torch.tensor([1, -1, 0]), SCALE, None, None
+    u = random(15, 4, seed=5).float()
+    args = x, weight, lora_a, lora_b, torch.tensor([1, -1, 0]), SCALE, None, None, u
     ones = torch.ones(()).expand(3, 5, 6)
     for f, e in zip(
         kernels.lora_linear_backward(ones, *args),
@@ -277,10 +292,10 @@ def test_gradient_of_integers_is_exact():
     x, lora_a, lora_b = (t.sign() * (t.abs() * 2).floor().clamp(max=3) for t in inputs(t=129))
     weight = torch.ones(6, 7)
     index = torch.tensor([1, 1, 0])
-    args = weight, lora_a.float(), lora_b.float(), index, 1.0, None, None
+    u = torch.einsum("etd,erd->etr", x, lora_a[index])
+    args = weight, lora_a.float(), lora_b.float(), index, 1.0, None, None, u.flatten(0, 1).float()
     grad = random(3, 129, 6, seed=3).sign().float()
     found = kernels.lora_linear_backward(grad, x.float(), *args, config=TILES)
-    u = torch.einsum("etd,erd->etr", x, lora_a[index])
     d_u = torch.einsum("eto,ero->etr", grad.double(), lora_b[index])
     d_a, d_b = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
     d_a.index_add_(0, index, torch.einsum("etr,etd->erd", d_u, x))
@@ -298,9 +313,12 @@ def test_opcheck(ragged):
         x, offsets = packed(x, [2, 0, 5])
     index = torch.tensor([1, -1, 0])
     args = lora_a, lora_b, index, SCALE, ranks, offsets
-    checks.opcheck_backward(torch.ops.v2l.lora_linear.default, (x, weight, bias, *args))
-    grad = random(*x.shape[:-1], 6).float()
-    checks.opcheck_backward(torch.ops.v2l.lora_linear_backward.default, (grad, x, weight, *args))
+    for keep in (False, True):
+        checks.opcheck_backward(torch.ops.v2l.lora_linear.default, (x, weight, bias, *args, keep))
+    grad, u = random(*x.shape[:-1], 6).float(), random(x.numel() // 7, 4, seed=1).float()
+    checks.opcheck_backward(
+        torch.ops.v2l.lora_linear_backward.default, (grad, x, weight, *args, u)
+    )
 
 
 def arguments() -> dict[str, object]:
@@ -325,6 +343,12 @@ def arguments() -> dict[str, object]:
         ("adapter_index", torch.tensor([0, -2, 0]), r"in \[-1, 1\], not in \[-2, 0\]"),
         ("adapter_index", torch.zeros(3), "adapter_index must be int32 or int64"),
         ("scale", float("nan"), "scale must be finite, not nan"),
+        ("scale", float("-inf"), "scale must be finite, not -inf"),
+        ("x", torch.zeros(3, 5, 7, dtype=torch.long), "x must be floating point"),
+        ("weight", torch.zeros(6, 7).half(), "weight must be of x's dtype torch.float32"),
+        ("bias", torch.zeros(6).half(), "bias must be of x's dtype torch.float32"),
+        ("lora_a", torch.zeros(2, 4, 7).long(), "lora_a must be floating point"),
+        ("lora_b", torch.zeros(2, 4, 6).long(), "lora_b must be floating point"),
         ("ranks", torch.tensor([4]), r"ranks must be \[2\], not \[1\]"),
         ("ranks", torch.tensor([4, 5]), r"ranks must be in \[0, 4\], not in \[4, 5\]"),
     ],
@@ -335,10 +359,11 @@ def test_bad_input_names_the_argument(name, wrong, message):
 
 
 def test_every_tensor_on_one_device():
-    given = arguments()
-    for name in ("weight", "bias", "lora_a", "lora_b", "adapter_index"):
+    given = {**arguments(), "ranks": torch.tensor([4, 4]), "offsets": torch.tensor([0, 5, 9, 15])}
+    given["x"] = given["x"].flatten(0, 1)
+    for name in given.keys() - {"x", "scale"}:
         with pytest.raises(ValueError, match=f"lora_linear: {name} must be on cpu, not meta"):
-            _check(**{**given, name: given[name].to("meta")}, ranks=None, offsets=None)
+            _check(**{**given, name: given[name].to("meta")})
 
 
 @pytest.mark.parametrize(
