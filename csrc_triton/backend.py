@@ -8,6 +8,10 @@
   and shape as measured faster, else the reference. That file has no entry so far, because no
   kernel was timed on a GPU yet: auto means reference.
 
+Before an op's kernels are first launched on a GPU in half precision, they must get sums of small
+integers right (``canary.py``): ``auto`` keeps to the reference and warns when they do not,
+``triton`` raises.
+
 Nothing here imports triton; the ops import their kernels when told to use them.
 """
 
@@ -16,11 +20,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 
 import torch
 from torch import Tensor
 
-from csrc_triton import configs
+from csrc_triton import canary, configs
 
 VARIABLE = "V2L_BACKEND"
 BACKENDS = ("auto", "reference", "triton")
@@ -67,19 +72,54 @@ def choice() -> str:
     return found
 
 
+@functools.cache
+def _flaw(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What the kernels of an op get wrong on a GPU; None when they are right. Judged once."""
+    wrong = {name: canary.wrong_elements(name, dtype, device) for name in canary.of_op(op)}
+    found = ", ".join(f"{count} wrong in {name}" for name, count in wrong.items() if count)
+    if not found:
+        return None
+    gpu = torch.cuda.get_device_name(device)
+    return f"the kernels compiled for {gpu} fail their self-check in {dtype} ({found})"
+
+
+def _checked(op: str | None, tensor: Tensor) -> str | None:
+    """As :func:`_flaw`, where there is one to look for: products of half precision on a GPU."""
+    if op is None or tensor.device.type != "cuda" or tensor.dtype == torch.float32:
+        return None
+    # What a graph captures was launched, and judged, while warming up.
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return _flaw(op, tensor.dtype, tensor.device)
+
+
+@functools.cache
+def _warn(flaw: str) -> None:
+    warnings.warn(f"{flaw}; plain torch takes their place", RuntimeWarning, stacklevel=2)
+
+
+def measured_faster(op: str, tensor: Tensor, **shape: float | str) -> bool:
+    """Whether ``configs/faster.json`` sends this shape on this tensor's GPU to the fused path."""
+    if tensor.device.type != "cuda":
+        return False
+    inputs = "single" if tensor.dtype == torch.float32 else "half"
+    return configs.measured_faster(op, capability(tensor.device), inputs=inputs, **shape)
+
+
 def use_triton(*tensors: Tensor | None, op: str | None = None, **shape: float | str) -> bool:
     """Whether an op shall launch its Triton kernels for these inputs.
 
     Args:
         tensors: the op's inputs; None stands for one that is absent. Integer and bool tensors
             count for their device only.
-        op, shape: what ``auto`` looks up in ``configs/faster.json``; without ``op`` it takes the
-            reference.
+        op, shape: what ``auto`` looks up in ``configs/faster.json``, next to the word "inputs"
+            (half or single); without ``op`` it takes the reference.
 
     Raises:
         RuntimeError: ``V2L_BACKEND`` is none of auto, reference and triton, or it is triton and
             the kernels cannot serve the call: no triton, tensors not on a GPU without
-            ``TRITON_INTERPRET=1``, float64 or another dtype, bfloat16 in the interpreter.
+            ``TRITON_INTERPRET=1``, float64 or another dtype, bfloat16 in the interpreter, or
+            kernels that fail their self-check on this GPU.
     """
     wanted = choice()
     if wanted == "reference":
@@ -88,9 +128,14 @@ def use_triton(*tensors: Tensor | None, op: str | None = None, **shape: float | 
     if wanted == "triton":
         if obstacle := _obstacle(present):
             raise RuntimeError(f"{VARIABLE}=triton: {obstacle}, or set {VARIABLE}=auto")
+        if present and (flaw := _checked(op, present[0])):
+            raise RuntimeError(f"{VARIABLE}=triton: {flaw}; set {VARIABLE}=reference")
         return True
-    if op is None or not present or present[0].device.type != "cuda":
+    if op is None or not present or not measured_faster(op, present[0], **shape):
         return False
-    return configs.measured_faster(op, capability(present[0].device), **shape) and (
-        _obstacle(present) is None
-    )
+    if _obstacle(present) is not None:
+        return False
+    if flaw := _checked(op, present[0]):
+        _warn(flaw)
+        return False
+    return True

@@ -8,8 +8,9 @@ pass (15 KB a token and layer): both passes run in chunks of tokens and the back
 No Triton kernel. The products are plain GEMMs and belong to cuBLAS; fusing the elementwise part
 into a GEMM of ours saves what it moves, 22.5 KB a token (5.4 ns of 29 at the 500M shape and
 4.3 TB/s), and so pays only if that GEMM reaches 78% of cuBLAS on an H200, 82% on an A100, 88% and
-91% at the 2.2B shape. On a GPU torch.compile makes that part one pass instead. None of it was
-timed yet.
+91% at the 2.2B shape. On a GPU torch.compile can make that part one pass instead: with
+``V2L_BACKEND=triton``, and with ``auto`` where ``configs/faster.json`` marks the number of tokens
+as measured faster. None of it was timed yet.
 """
 
 from __future__ import annotations
@@ -95,7 +96,37 @@ def fused_backward(
 
 
 def _fuses(x: Tensor) -> bool:
-    return x.device.type == "cuda" and backend.choice() != "reference"
+    """Whether the elementwise part is compiled: never on a CPU."""
+    if x.device.type != "cuda" or backend.choice() == "reference":
+        return False
+    tokens = x.numel() // max(1, x.shape[-1])
+    return backend.choice() == "triton" or backend.measured_faster(
+        "gated_projection", x, tokens=tokens
+    )
+
+
+def _require(holds: bool, name: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"gated_projection: {name} must be {expected}, not {found}")
+
+
+def _check(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    _require(x.dim() > 0 and x.is_floating_point(), "x", "floating point [..., D]",
+             f"{x.dtype} {list(x.shape)}")  # fmt: skip
+    depth = x.shape[-1]
+    _require(gate.dim() == 2 and gate.shape[1] == depth, "gate", f"[H, {depth}]", list(gate.shape))
+    hidden = gate.shape[0]
+    _require(up.shape == gate.shape, "up", f"[{hidden}, {depth}]", list(up.shape))
+    _require(down.dim() == 2 and down.shape[1] == hidden, "down", f"[Z, {hidden}]",
+             list(down.shape))  # fmt: skip
+    for name, weight in (("gate", gate), ("up", up), ("down", down)):
+        _require(weight.dtype == x.dtype, name, f"of x's dtype {x.dtype}", weight.dtype)
+        _require(weight.device == x.device, name, f"on {x.device}", weight.device)
+    if visible is not None:
+        _require(visible.shape == x.shape[:-1], "visible", str(list(x.shape[:-1])),
+                 list(visible.shape))  # fmt: skip
+        _require(visible.dtype == torch.bool, "visible", "bool", visible.dtype)
+        _require(visible.device == x.device, "visible", f"on {x.device}", visible.device)
 
 
 def _chunks(rows: Tensor) -> list[slice]:
@@ -105,6 +136,7 @@ def _chunks(rows: Tensor) -> list[slice]:
 
 @torch.library.custom_op("v2l::gated_projection", mutates_args=())
 def _forward(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    _check(x, visible, gate, up, down)
     rows = x.reshape(-1, x.shape[-1])
     seen = None if visible is None else visible.reshape(-1)
     out = torch.empty(rows.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
@@ -179,7 +211,7 @@ def gated_projection(
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)), no biases; rows that are not visible are read as zeros.
 
-    On a GPU the elementwise part is compiled at the first call, which takes some seconds;
+    On a GPU the elementwise part may be compiled at the first call, which takes some seconds;
     ``V2L_BACKEND=reference`` keeps to plain torch.
 
     Args:
@@ -190,5 +222,8 @@ def gated_projection(
 
     Returns:
         [..., Z] of x's dtype. Differentiable in x and the weights; only the inputs are saved.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device does not fit.
     """
     return _forward(x, visible, gate, up, down)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from csrc_triton import backend, configs
+from csrc_triton import backend, canary, configs
 
 SMALL = torch.zeros(2)
 
@@ -15,6 +15,12 @@ def plain_environment(monkeypatch):
     monkeypatch.delenv("V2L_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for judged in (backend._flaw, backend._warn):
+        judged.cache_clear()
+    yield
+    for judged in (backend._flaw, backend._warn):
+        judged.cache_clear()
 
 
 class OnGpu:
@@ -36,17 +42,60 @@ def test_default_is_auto_and_auto_is_the_reference():
     assert not backend.use_triton()
 
 
-def test_auto_follows_the_measurements(monkeypatch):
+@pytest.fixture
+def measured(monkeypatch):
+    """A GPU for which 32 rows and more were measured faster in half precision; the self-check's
+    verdicts by canary, none wrong, and which were asked for."""
     monkeypatch.setattr(backend, "capability", lambda device: (9, 0))
-    rules = {"faster": {"sm_90": {"lora_linear": [{"rows": [32, None]}]}}}
+    rules = {"faster": {"sm_90": {"lora_linear": [{"rows": [32, None], "inputs": "half"}]}}}
     monkeypatch.setattr(configs, "table", rules.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    wrong, judged = {}, []
+
+    def judge(name, dtype, device):
+        judged.append((name, dtype))
+        return wrong.get(name, 0)
+
+    monkeypatch.setattr(canary, "wrong_elements", judge)
+    return wrong, judged
+
+
+def test_auto_follows_the_measurements(monkeypatch, measured):
     assert backend.use_triton(OnGpu(), None, op="lora_linear", rows=32)
     assert not backend.use_triton(OnGpu(), op="lora_linear", rows=31)
+    assert not backend.use_triton(OnGpu(torch.float32), op="lora_linear", rows=32)
     assert not backend.use_triton(OnGpu(), op="rank_projection", rows=32)
     assert not backend.use_triton(OnGpu(torch.float64), op="lora_linear", rows=32)
     assert not backend.use_triton(SMALL, op="lora_linear", rows=32)
     monkeypatch.setattr(backend, "_has_triton", lambda: False)
     assert not backend.use_triton(OnGpu(), op="lora_linear", rows=32)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "triton"])
+def test_kernels_are_judged_once_before_they_are_used(monkeypatch, measured, wanted):
+    monkeypatch.setenv("V2L_BACKEND", wanted)
+    names = ["lora_linear", "lora_linear decoding"]
+    for dtype in (torch.bfloat16, torch.float16):
+        for _ in range(2):
+            assert backend.use_triton(OnGpu(dtype), op="lora_linear", rows=32)
+    assert measured[1] == [(n, d) for d in (torch.bfloat16, torch.float16) for n in names]
+    monkeypatch.setenv("V2L_BACKEND", "triton")
+    assert backend.use_triton(OnGpu(torch.float32), op="lora_linear", rows=32)
+    assert len(measured[1]) == 4
+
+
+@pytest.mark.filterwarnings("error")
+def test_kernels_that_fail_their_self_check(monkeypatch, measured):
+    measured[0]["lora_linear decoding"] = 3
+    with pytest.warns(RuntimeWarning, match=r"a GPU fail .*\(3 wrong in lora_linear decoding\)"):
+        assert not backend.use_triton(OnGpu(), op="lora_linear", rows=32)
+    assert not backend.use_triton(OnGpu(), op="lora_linear", rows=32)
+    monkeypatch.setenv("V2L_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="^V2L_BACKEND=triton: the kernels .* fail their self"):
+        backend.use_triton(OnGpu(), op="lora_linear", rows=32)
+    # While a graph is captured nothing can wait for the device.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backend.use_triton(OnGpu(), op="lora_linear", rows=32)
 
 
 def test_reference_is_the_reference_anywhere(monkeypatch):

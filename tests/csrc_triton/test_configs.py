@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from importlib import resources
 
@@ -84,6 +85,14 @@ def test_measured_faster(capability, op, shape, faster):
     assert configs.measured_faster(op, capability, **shape) is faster
 
 
+def test_files_are_read_again_when_forgotten():
+    first = configs.lookup("product", (9, 0), kernel="expand")
+    configs.table = functools.cache(lambda name: {"default": [{"where": {}, "config": {"B": 9}}]})
+    assert configs.lookup("product", (9, 0), kernel="expand") == first
+    configs.forget()
+    assert configs.lookup("product", (9, 0), kernel="expand") == {"B": 9}
+
+
 def shipped() -> dict[str, dict]:
     files = resources.files(configs).iterdir()
     return {f.name: json.loads(f.read_text()) for f in files if f.name.endswith(".json")}
@@ -96,6 +105,9 @@ def test_shipped_files_are_well_formed():
             continue
         for entry in (entry for section in content.values() for entry in section):
             assert set(entry) == {"where", "config"}, name
+            if entry["where"].get("kernel") == "prefill":
+                assert entry["config"].keys() == {"form"}, name
+                continue
             assert {"num_warps", "num_stages"} <= set(entry["config"]), name
             assert entry["config"]["num_warps"] in (1, 2, 4, 8, 16), name
             assert all(isinstance(value, int) for value in entry["config"].values()), name

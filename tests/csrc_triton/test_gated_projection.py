@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,6 +11,9 @@ from torch.nn import functional as F
 from csrc_triton import gated_projection
 from tests.csrc_triton import checks
 from tests.csrc_triton.checks import random
+
+# The package exports the op under its module's name.
+module = importlib.import_module("csrc_triton.gated_projection")
 
 
 def weights(d: int, hidden: int, z: int) -> list[torch.Tensor]:
@@ -93,3 +98,33 @@ def test_compiles():
         [t.float() for t in (random(2, tokens, 4), *weights(4, 6, 3))] for tokens in (7, 13)
     )
     checks.assert_compiles(op, short, longer, "aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("x", torch.zeros(2, 7, 4, dtype=torch.long), r"x must be floating point \[..., D\]"),
+        ("x", torch.zeros(()), "x must be floating point"),
+        ("visible", torch.ones(2, 6, dtype=torch.bool), r"visible must be \[2, 7\], not \[2, 6\]"),
+        ("visible", torch.ones(2, 7), "visible must be bool, not torch.float32"),
+        ("gate", torch.zeros(6, 5), r"gate must be \[H, 4\], not \[6, 5\]"),
+        ("gate", torch.zeros(4), r"gate must be \[H, 4\], not \[4\]"),
+        ("up", torch.zeros(5, 4), r"up must be \[6, 4\], not \[5, 4\]"),
+        ("down", torch.zeros(3, 5), r"down must be \[Z, 6\], not \[3, 5\]"),
+        ("up", torch.zeros(6, 4).half(), "up must be of x's dtype torch.float32"),
+        *(
+            (name, torch.zeros(*shape, device="meta"), f"{name} must be on cpu, not meta")
+            for name, shape in (("gate", (6, 4)), ("up", (6, 4)), ("down", (3, 6)))
+        ),
+        ("visible", torch.ones(2, 7, device="meta").bool(), "visible must be on cpu, not meta"),
+    ],
+)
+def test_bad_input_names_the_argument(name, wrong, message):
+    x, *w = [t.float() for t in (random(2, 7, 4), *weights(4, 6, 3))]
+    given = dict(zip(("x", "gate", "up", "down"), (x, *w), strict=True))
+    given = {**given, "visible": torch.ones(2, 7, dtype=torch.bool), name: wrong}
+    with pytest.raises(ValueError, match=f"gated_projection: {message}"):
+        module._check(**given)
+    if name == "x" or wrong.device.type == "cpu":
+        with pytest.raises(ValueError, match=f"gated_projection: {message}"):
+            gated_projection(**given)

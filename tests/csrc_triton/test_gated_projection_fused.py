@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from csrc_triton import reference
 from tests.csrc_triton import checks
@@ -111,11 +112,15 @@ def test_compiled_once_for_every_length_training_and_inference(graphs):
     assert len(graphs) == 2  # forward and backward
 
 
-@pytest.mark.parametrize(("backend", "fuses"), [("auto", True), ("reference", False)])
-def test_only_a_gpu_fuses(monkeypatch, backend, fuses):
-    class OnGpu:
-        device = torch.device("cuda", 0)
-
+@pytest.mark.parametrize(
+    ("backend", "tokens", "fuses"),
+    [("auto", 831, False), ("auto", 832, True), ("reference", 832, False), ("triton", 1, True)],
+)
+def test_only_a_gpu_fuses_and_data_says_where(monkeypatch, backend, tokens, fuses):
+    rules = {"faster": {"sm_90": {"gated_projection": [{"tokens": [832, None]}]}}}
+    monkeypatch.setattr(module.backend.configs, "table", rules.__getitem__)
+    monkeypatch.setattr(module.backend, "capability", lambda device: (9, 0))
     monkeypatch.setenv("V2L_BACKEND", backend)
-    assert module._fuses(OnGpu()) is fuses
-    assert not module._fuses(torch.zeros(1))
+    with FakeTensorMode():
+        assert module._fuses(torch.zeros(1, tokens, 3, device="cuda")) is fuses
+    assert not module._fuses(torch.zeros(1, tokens, 3))

@@ -83,7 +83,16 @@ def test_lengths(s, variant, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("p", "z"), [(1, 1), (17, 48), (40, 100)])
+def test_long_ragged_batch(variant, dtype):
+    args = inputs(3, 5, 1023, 16, lengths=[1023, 0, 700])
+    wide = {**tiles(variant), "BLOCK_S": 128}
+    gradient = {**GRADIENT_TILES, "BLOCK_S": 128}
+    assert_equals_oracle(tiled(wide, 2, gradient), args, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("p", "z"), [(1, 1), (17, 48), (40, 100), (3, 257)])
 def test_widths(p, z, variant, dtype):
     assert_equals_oracle(tiled(tiles(variant), 2), inputs(2, p, 37, z), dtype)
 

@@ -174,6 +174,8 @@ def test_opcheck(bias):
         (2, torch.zeros(3, 5), r"scaler_a must be \[3, 4\], not \[3, 5\]"),
         (5, torch.zeros(3, 3, 6), r"bias_b must be \[3, 2, 6\], not \[3, 3, 6\]"),
         (5, None, "bias_b must be given with bias_a"),
+        (0, torch.zeros(2, 2, 3, 4, 5).long(), "latents must be floating point, not torch.int64"),
+        (3, torch.zeros(3, 4).long(), "scaler_b must be floating point, not torch.int64"),
     ],
 )
 def test_bad_input_names_the_argument(place, wrong, message):
