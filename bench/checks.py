@@ -1,9 +1,8 @@
 """Are the Triton kernels right on this device? Against float64 on the CPU, bit for bit twice.
 
 Odd sizes, ragged lengths and ranks, strided inputs, forward and backward, in memory filled with
-NaN. A canary of small integers, whose results every dtype represents, must be exact: it guards
-against a pipelined product that a compiler got wrong (ptxas before 13.3, triton#9433), at tiles
-and lengths of the real shapes. Nothing is timed here.
+NaN; and the canaries of small integers (csrc_triton/canary.py), at tiles and lengths of the real
+shapes. Nothing is timed here.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ import torch
 from torch import Tensor
 
 from bench.backends import backend
-from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
+from bench.forms import in_form
+from csrc_triton import canary, gated_projection, lora_linear, perceiver_attention, rank_projection
 
 Call = Callable[..., tuple[Tensor, ...]]
+FORMS = ("expand", "epilogue", "recompute")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ def cases(generator: torch.Generator) -> list[Case]:
         index, ranks, offsets = on(x, 1, 0, -1, 1, 0), on(x, 3, 9), on(x, 0, 17, 17, 20, 41, 46)
         return (lora_linear(x, *rest, index, 0.5, ranks=ranks, offsets=offsets),)
 
+    def formed(form: str) -> Call:
+        run = in_form(form)
+        return lambda x, *rest: (run(x, *rest, on(x, 1, -1, 0, 1), 0.5),)
+
     def gated(x: Tensor, *rest: Tensor) -> tuple[Tensor]:
         return (gated_projection(x, seen.to(x.device), *rest),)
 
@@ -107,6 +112,7 @@ def cases(generator: torch.Generator) -> list[Case]:
         Case("rank_projection without bias", project, head[:4]),
         Case("lora_linear", adapted, linear),
         Case("lora_linear strided", adapted, _strided(linear)),
+        *(Case(f"lora_linear {f} strided", formed(f), _strided(linear)) for f in FORMS[1:]),
         Case("lora_linear ragged packed", ragged, packed),
         Case("lora_linear decoding", adapted, decoding),
         Case("lora_linear decoding strided", adapted, _strided(decoding)),
@@ -127,24 +133,46 @@ def _strided(inputs: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def check(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:
-    """A row for each case and dtype: error, limit, and whether a second run gave the same bits."""
-    for case in cases(torch.Generator().manual_seed(0)):
-        for dtype in dtypes:
-            yield guarded(case.name, dtype, lambda c=case, d=dtype: _check(c, device, d))
+@dataclass(frozen=True)
+class Job:
+    """A case or a canary in one dtype; it can be sent to another process."""
+
+    name: str
+    dtype: torch.dtype
+    canary: bool = False
+
+    def __str__(self) -> str:
+        kind = "canary " if self.canary else ""
+        return f"{kind}{self.name} {str(self.dtype).removeprefix('torch.')}"
 
 
-def guarded(
-    name: str, dtype: torch.dtype, body: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """The row of ``body``; a kernel that does not compile or launch fails its own row only."""
-    row = {"name": name, "dtype": str(dtype).removeprefix("torch.")}
+def jobs(dtypes: Sequence[torch.dtype]) -> list[Job]:
+    """All checks, dtype by dtype; canaries first, in half precision, whose products they guard."""
+    names = [case.name for case in cases(torch.Generator().manual_seed(0))]
+    found = []
+    for dtype in dtypes:
+        if dtype != torch.float32:
+            found += [Job(name, dtype, canary=True) for name in canary.CANARIES]
+        found += [Job(name, dtype) for name in names]
+    return found
+
+
+def check(job: Job, device: str) -> dict[str, Any]:
+    """A job's row: what is wrong, or error, limit and whether a second run gave the same bits."""
+    row = {"name": str(job).rpartition(" ")[0], "dtype": str(job.dtype).removeprefix("torch.")}
+    if job.canary:
+        return row | guarded(lambda: _canary(job.name, device, job.dtype))
+    found = {case.name: case for case in cases(torch.Generator().manual_seed(0))}
+    return row | guarded(lambda: _check(found[job.name], device, job.dtype))
+
+
+def guarded(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``body`` finds; a kernel that does not compile or launch fails its own row only."""
     try:
-        row |= body()
+        return body()
     except Exception as error:
         text = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        row |= {"passed": False, "reason": f"{type(error).__name__}: {text}"}
-    return row
+        return {"passed": False, "reason": f"{type(error).__name__}: {text}"}
 
 
 def _check(case: Case, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -241,116 +269,7 @@ def json_number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# --- canary ----------------------------------------------------------------------------------
-
-# bfloat16 holds every integer up to here.
-LARGEST_INTEGER = 256
-
-
-def canary(device: str, dtypes: Sequence[torch.dtype], small: bool) -> Iterator[dict[str, Any]]:
-    """Sums of small integers at the 500M shape: every bit must be right.
-
-    For half precision, whose products run on tensor cores; ``small`` is for the interpreter.
-    """
-    bodies = {
-        "canary perceiver_attention": _attention_canary,
-        "canary rank_projection": _projection_canary,
-        "canary lora_linear": _linear_canary,
-        "canary lora_linear decoding": _decoding_canary,
-    }
-    for name, body in bodies.items():
-        for dtype in dtypes:
-            if dtype != torch.float32:
-                yield guarded(name, dtype, lambda b=body, d=dtype: _exact(b, device, d, small))
-
-
-def _exact(
-    body: Callable[[torch.Generator, bool], tuple[Call, list[Tensor]]],
-    device: str,
-    dtype: torch.dtype,
-    small: bool,
-) -> dict[str, Any]:
-    call, inputs = body(torch.Generator().manual_seed(1), small)
-    with backend("reference"):
-        exact = _integers(call, [t.double() for t in inputs], "cpu")
+def _canary(name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     with backend("triton"), poisoned():
-        found = _integers(call, [t.to(dtype) for t in inputs], device)
-    # A probability that is 0 in every narrower dtype is 1e-80 in float64.
-    wanted = [t.round() for t in exact]
-    for t, e in zip(wanted, exact, strict=True):
-        if (t - e).abs().max() > 1e-9 or t.abs().max() > LARGEST_INTEGER:
-            return {"passed": False, "reason": "the expected values are no small integers"}
-    wrong = sum(int((f != w).sum()) for f, w in zip(found, wanted, strict=True))
-    row: dict[str, Any] = {"limit": 0.0, "wrong_elements": wrong, "passed": wrong == 0}
-    # Absolute: a gradient here is 0 everywhere.
-    worst = max((f - w).abs().max().item() for f, w in zip(found, wanted, strict=True))
-    return {**row, "error": json_number(worst)}
-
-
-def _integers(call: Call, inputs: Sequence[Tensor], device: str) -> list[Tensor]:
-    """Outputs and gradients for a cotangent that is 1 in every 61st slot and 0 elsewhere."""
-    placed = [t.detach().to(device).requires_grad_() for t in inputs]
-    outputs = call(*placed)
-    ones = [(torch.arange(t.numel()) % 61 == 0).view(t.shape).to(t) for t in outputs]
-    grads = torch.autograd.grad(outputs, placed, ones, allow_unused=True)
-    return [t.detach().double().cpu() for t in (*outputs, *grads) if t is not None]
-
-
-def _signs(generator: torch.Generator, density: float, *shape: int) -> Tensor:
-    """-1, 0 and 1; the share of those that are not 0 is ``density``."""
-    drawn = torch.rand(*shape, generator=generator)
-    return (drawn < density / 2).float() - (drawn > 1 - density / 2).float()
-
-
-def _attention_canary(generator: torch.Generator, small: bool) -> tuple[Call, list[Tensor]]:
-    """Each query is a token of the context, whose score is so far above all others that its
-    probability is exactly 1 and theirs 0; tokens of all tiles are chosen."""
-    slices, rows, tokens, width = (1, 16, 64, 256) if small else (4, 128, 1024, 512)
-    context = _signs(generator, 1.0, slices, tokens, width)
-    chosen = torch.arange(rows) * (tokens // rows) + 1
-    query = context[:, chosen]
-
-    def call(q: Tensor, c: Tensor) -> tuple[Tensor]:
-        ones = torch.ones(slices, tokens, dtype=torch.promote_types(q.dtype, torch.float32),
-                          device=q.device)  # fmt: skip
-        return (perceiver_attention(q, c, ones)[0],)
-
-    return call, [query, context]
-
-
-def _projection_canary(generator: torch.Generator, small: bool) -> tuple[Call, list[Tensor]]:
-    """Latents of norm 4 and scalers of 4: sums of signs, forward only (the norm's gradient is
-    not integer)."""
-    layers, depth, d_in, d_out = (1, 64, 40, 24) if small else (8, 512, 2560, 960)
-    order = torch.rand(1, 1, layers, 16, depth, generator=generator).argsort(-1)
-    latents = (order < 16).float() * (1 - 2 * (order % 2)).float()
-    scaler = torch.full((layers, 16), 4.0)
-
-    def call(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        s = scaler.to(x)
-        return rank_projection(x.detach(), w, s, s, d_in=d_in, d_out=d_out)
-
-    return call, [latents, _signs(generator, 1.0, layers, depth, d_in + d_out)]
-
-
-def _linear_canary(generator: torch.Generator, small: bool) -> tuple[Call, list[Tensor]]:
-    return _linear_inputs(generator, small, 3 if small else 301)
-
-
-def _decoding_canary(generator: torch.Generator, small: bool) -> tuple[Call, list[Tensor]]:
-    return _linear_inputs(generator, small, 1)
-
-
-def _linear_inputs(
-    generator: torch.Generator, small: bool, tokens: int
-) -> tuple[Call, list[Tensor]]:
-    d_in, d_out, rank = (96, 40, 16) if small else (2560, 960, 32)
-    density = 0.1 if small else 0.03
-    x, w = _signs(generator, density, 4, tokens, d_in), _signs(generator, density, d_out, d_in)
-    a, b = _signs(generator, density, 3, rank, d_in), _signs(generator, 0.25, 3, rank, d_out)
-
-    def call(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
-        index = torch.tensor([2, 0, -1, 2], device=x.device)
-        return (lora_linear(x, w, None, a, b, index, 1.0),)
-
-    return call, [x, w, a, b]
+        wrong = canary.wrong_elements(name, dtype, device, small=device == "cpu")
+    return {"limit": 0.0, "wrong_elements": wrong, "passed": wrong == 0}

@@ -31,7 +31,7 @@ ALLOWED_ERROR = 1e-5
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512], metavar="T")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 832, 4096], metavar="T")
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8], metavar="N")
     parser.add_argument("--examples", type=int, default=8, metavar="E")
     parser.add_argument("--threads", type=int, default=1)

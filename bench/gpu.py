@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from bench import checks, end_to_end, ladder
-from bench.environment import ROOT, environment
+from bench.environment import environment
 from bench.records import write
 
 SECTIONS = ("checks", "micro", "end_to_end")
@@ -36,6 +36,8 @@ SECTIONS = ("checks", "micro", "end_to_end")
 DEADLINES = {"checks": 170, "micro": 370, "end_to_end": 450}
 # Compiling a baseline takes up to a minute.
 COMPILING = 60
+# Processes that check at once; each holds half a GB of the GPU.
+CHECKERS = 8
 
 Record = dict[str, Any]
 
@@ -101,40 +103,28 @@ def _keep(record: Record, section: str, name: str, row: Record) -> None:
 
 
 def _checks(record: Record, device: str, quick: bool, deadline: float) -> None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device == "cpu" and not interpreted:
-        _interpreted_checks(record)
-        return
-    dtypes = [torch.float16, torch.float32]
-    if device == "cuda":
-        dtypes.insert(0, torch.bfloat16)
-    for place, dtype in enumerate(dtypes):
-        for row in chain(checks.canary(device, [dtype], quick), checks.check(device, [dtype])):
-            _keep(record, "checks", f"{row['name']} {row['dtype']}", row)
-            if time.monotonic() > deadline:
-                unseen = ", ".join(str(d).removeprefix("torch.") for d in dtypes[place:])
-                record["left_out"].append(f"checks in {unseen} from {row['name']} on")
-                return
-
-
-def _interpreted_checks(record: Record) -> None:
-    """The same in a process whose kernels Triton interprets, which is decided at import."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "checks.json"
-        command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick"]
-        done = subprocess.run(
-            [*command, "--only", "checks", "--out", str(out)],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=ROOT,
-        )
-        if not out.exists():
-            name = "checks in Triton's interpreter"
-            reason = f"the process ended with status {done.returncode}"
-            _keep(record, "checks", name, {"name": name, "passed": False, "reason": reason})
-            return
-        found = json.loads(out.read_text())
-    for key in ("checks", "failed", "left_out"):
-        record[key] += found[key]
+    """In several processes: nearly all of the time goes into compiling some hundred kernels."""
+    on_gpu = device == "cuda"
+    # Without a GPU Triton interprets the kernels, which is decided when it is imported.
+    variables = {} if on_gpu else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    dtypes = [*([torch.bfloat16, torch.float32] if on_gpu else [torch.float32]), torch.float16]
+    workers = min(CHECKERS, os.cpu_count() or 1)
+    jobs = checks.jobs(dtypes)
+    with mock.patch.dict(os.environ, variables):
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            running = {pool.submit(checks.check, job, device): job for job in jobs}
+            for done in as_completed(running, timeout=max(0.0, deadline - time.monotonic())):
+                # A process that dies takes with it what was not yet checked.
+                row = checks.guarded(done.result)
+                job = running[done]
+                kept = {"name": str(job), "dtype": str(job.dtype).removeprefix("torch."), **row}
+                _keep(record, "checks", str(job), kept)
+        except TimeoutError:
+            late = [str(job) for future, job in running.items() if not future.done()]
+            record["left_out"] += late
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _micro(record: Record, device: str, quick: bool, deadline: float) -> None:

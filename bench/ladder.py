@@ -3,7 +3,8 @@
 The ladder: ``released`` (the op order of the released code, bench/released.py), ``reference``
 (csrc_triton/reference.py), ``plain`` (bench/plain.py), ``compiled`` (the same under torch.compile),
 ``merged`` and ``bare`` where they mean something (adapter merged into W; the linear layer without
-adapter), ``ours``. Rows of decoding are timed as CUDA graphs.
+adapter), the three forms of lora_linear in training, ``ours``. Rows of decoding are timed as CUDA
+graphs.
 
 Our result is first held against float64 on the same device; no speed-up follows a wrong one.
 """
@@ -21,7 +22,8 @@ from torch.nn import functional as F
 
 from bench import plain, released
 from bench.backends import backend
-from bench.checks import json_number, limit, relative_error
+from bench.checks import FORMS, json_number, limit, relative_error
+from bench.forms import in_form
 from bench.timing import captured, together
 from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
 from v2l_fast.config import HypernetConfig
@@ -365,6 +367,8 @@ class _Maker:
             "bare": lambda x, w, a, b: F.linear(x, w),
             "ours": lambda x, w, a, b: lora_linear(x, w, None, a, b, index, scale),
         }
+        if training and self.device == "cuda":
+            functions |= {form: _formed(form, index, scale) for form in FORMS}
         if adapters == 1 and not training:
             merged = (inputs[1].float() + scale * (b[0].float().mT @ a[0].float())).to(self.dtype)
             functions["merged"] = lambda x, w, a, b: F.linear(x, merged)
@@ -380,6 +384,7 @@ class _Maker:
             needs=(0, 2, 3) if training else (),
             # The reference looks for each adapter's rows.
             graphed=not training, eager=frozenset({"reference"}), tolerance=2.0,
+            compiled=name.startswith("500M"),
         )  # fmt: skip
 
     def gated(self, name: str, tokens: int, d: int, z: int) -> Row:
@@ -427,6 +432,11 @@ class _Maker:
             # Nine blocks and three more layers deep.
             [self.rand(1, 32, tokens, 960)], oracle=of(wide), tolerance=4.0,
         )  # fmt: skip
+
+
+def _formed(form: str, index: Tensor, scale: float) -> Function:
+    run = in_form(form)
+    return lambda x, w, a, b: run(x, w, None, a, b, index, scale)
 
 
 def _under_reference(function: Function) -> Function:

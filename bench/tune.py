@@ -2,8 +2,9 @@
 
 For each entry of ``csrc_triton/configs/<op>.json`` (a shape under ``where``) the candidates around
 its tile are timed on that shape. A candidate replaces the entry when its result is right and it is
-at least MARGIN faster. Then ``faster.json`` gets, for this architecture, the shapes at which the
-kernels beat the reference. Half precision only; nothing is tuned while a model runs.
+at least MARGIN faster; the forms of lora_linear are timed last, with the tiles found. Then
+``faster.json`` gets, for this architecture, the shapes at which the fused path beats the reference.
+Half precision only; nothing is tuned while a model runs.
 
     python -m bench.tune [--op lora_linear] [--dry-run]
 """
@@ -25,14 +26,22 @@ from torch import Tensor
 from bench.backends import backend
 from bench.checks import limit, relative_error
 from bench.timing import captured, together
-from csrc_triton import configs, lora_linear, perceiver_attention, rank_projection, reference
-from csrc_triton.backend import capability
+from csrc_triton import (
+    configs,
+    gated_projection,
+    lora_linear,
+    perceiver_attention,
+    rank_projection,
+    reference,
+)
 
-OPS = ("perceiver_attention", "rank_projection", "lora_linear")
+TUNED = ("perceiver_attention", "rank_projection", "lora_linear")
+OPS = (*TUNED, "gated_projection")
 # A replacement must be this much faster than what it replaces, more than times vary.
 MARGIN = 0.03
 # Keys of a tile and the values tried for them; each kernel has some of them.
-CHOICES: dict[str, Sequence[int]] = {
+CHOICES: dict[str, Sequence[int | str]] = {
+    "form": ("expand", "epilogue", "recompute"),
     "BLOCK_P": (16, 32, 64, 128),
     "BLOCK_S": (16, 32, 64, 128),
     "BLOCK_M": (16, 32, 64, 128),
@@ -45,22 +54,32 @@ CHOICES: dict[str, Sequence[int]] = {
 }
 FOLDER = Path(configs.__file__).parent
 D_IN, D_OUT, SCALE = 2560, 960, 128.0
+# d_out of the model whose d_in is the key.
+WIDTHS = {D_IN: D_OUT, 8192: 2048}
+# For tokens from the first number to the last, measured at the middle one: the slices measured.
+ATTENTION: dict[tuple[int, int, int | None], Sequence[int]] = {
+    (256, 832, 2047): (1, 8, 32, 256, 1536),
+    (2048, 4096, 16383): (1, 8, 32, 256),
+    (16384, 65536, None): (1, 32),
+}
 
 Entry = Mapping[str, Any]
-Tile = dict[str, int]
+Tile = dict[str, int | str]
 Trial = Callable[[Tile], list[Tensor]]
 
 
 def candidates(tile: Mapping[str, int]) -> Iterator[Tile]:
     """The tile itself, then its neighbors: up to two keys moved to the next value tried.
 
-    Keys without choices (BLOCK_R, programs, VAR) stay: VAR says which inner loop an architecture
-    compiles well, and one of the forms may be compiled wrong.
+    A word becomes any other. Keys without choices (BLOCK_R, programs, VAR) stay: VAR says which
+    inner loop an architecture compiles well, and one of them may be compiled wrong.
     """
-    steps: dict[str, list[int]] = {}
+    steps: dict[str, list[int | str]] = {}
     for key, now in tile.items():
         tried = CHOICES.get(key, ())
-        if now in tried:
+        if isinstance(now, str):
+            steps[key] = [other for other in tried if other != now]
+        elif now in tried:
             place = tried.index(now)
             steps[key] = [tried[p] for p in (place - 1, place + 1) if 0 <= p < len(tried)]
     yield dict(tile)
@@ -147,11 +166,14 @@ def _linear_trial(where: Mapping[str, Any], device: str) -> Trial:
 
     kernel, rank = where["kernel"], where.get("rank", 32)
     examples, tokens = where.get("examples", 32), where.get("tokens", 1)
-    d_out = where.get("d_out", D_OUT)
-    a, b = _rand(device, examples, rank, D_IN), _rand(device, examples, rank, d_out) / SCALE
+    d_in = where.get("width", D_IN)
+    d_out = where.get("d_out", WIDTHS[d_in])
+    a, b = _rand(device, examples, rank, d_in), _rand(device, examples, rank, d_out) / SCALE
     index = torch.arange(examples, device=device)
-    x = _rand(device, examples * tokens, D_IN)
+    x = _rand(device, examples * tokens, d_in)
     u = _rand(device, examples * tokens, rank)
+    weight = _rand(device, d_out, d_in)
+    at = index, SCALE, None, None
     if kernel == "shrink":
         return lambda tile: [kernels.shrink(x, a, index, 1.0, None, None, {kernel: tile})]
     if kernel == "expand":
@@ -165,23 +187,20 @@ def _linear_trial(where: Mapping[str, Any], device: str) -> Trial:
     if kernel == "reduce":
         order, bounds = kernels.examples_by_adapter(index, examples)
         return lambda tile: [kernels.reduce(u, x, a, order, bounds, None, None, {kernel: tile})]
-    weight = _rand(device, d_out, D_IN)
-    place = capability(x.device)
-    keys = {"inputs": "half", "examples": examples}
-    both = {
-        "decode_shrink": configs.lookup(
-            "lora_linear", place, kernel="decode_shrink", rank=rank, **keys
-        ),
-        "decode_linear": configs.lookup(
-            "lora_linear", place, kernel="decode_linear", d_out=d_out, **keys
-        ),
-    }
-    rows = x.view(examples, 1, D_IN)
-    return lambda tile: [
-        kernels.lora_linear(
-            rows, weight, None, a, b, index, SCALE, None, None, {**both, kernel: tile}
-        )
-    ]
+    if kernel == "epilogue":
+        args = x, weight, None, b, u, index, None, None
+        return lambda tile: [kernels.lora_gemm.epilogue(*args, {kernel: tile})]
+    if kernel == "recompute":
+        args = x, weight, None, a, b, *at, True
+        return lambda tile: list(kernels.lora_gemm.recompute(*args, {kernel: tile}))
+    if kernel == "prefill":
+        grad = _rand(device, examples * tokens, d_out)
+        forward = where["direction"] == "forward"
+        args = (x, weight, None, a, b) if forward else (grad, weight.mT, None, b, a)
+        rest = where["direction"], True
+        return lambda tile: list(kernels.product(*args, *at, *rest, {kernel: tile}))
+    args = x.view(examples, 1, d_in), weight, None, a, b, *at, False
+    return lambda tile: [kernels.lora_linear(*args, {kernel: tile})[0]]
 
 
 # --- tuning ----------------------------------------------------------------------------------
@@ -207,12 +226,15 @@ def best(run: Trial, tile: Tile) -> tuple[Tile, float]:
     return tiles[first], times[first] / times[json.dumps(dict(tile))]
 
 
-def tune(op: str, section: str) -> list[Entry]:
-    """The entries of a section of an op's file, better ones in place of those beaten."""
+def tune(op: str, section: str, forms: bool) -> list[Entry]:
+    """The entries of a section of an op's file, better ones in place of those beaten.
+
+    forms: only the entries that choose a form, else only the others.
+    """
     entries = list(configs.table(op)[section])
     for entry in list(entries):
         where = entry["where"]
-        run = trial(op, where)
+        run = trial(op, where) if ("form" in entry["config"]) == forms else None
         if run is None:
             continue
         tile, ratio = best(run, dict(entry["config"]))
@@ -226,51 +248,93 @@ def tune(op: str, section: str) -> list[Entry]:
 
 def wins(op: str) -> list[dict[str, Any]]:
     """Rules of faster.json for this GPU: one number of the shape measured at a time."""
-    rules: list[dict[str, Any]] = []
-    if op == "perceiver_attention":
-        for slices, tokens in ((1, (832, 4096, 65536)), (32, (832, 4096)), (1536, (832,))):
-            won = []
-            for count in tokens:
-                q, c = _rand("cuda", slices, 128, 512) * 0.1, _rand("cuda", slices, count, 512)
-                norm = torch.ones(slices, count, device="cuda")
-                # One rule serves both directions.
-                both = (_wins(perceiver_attention, [q, c, norm], n) for n in ((), (0, 1)))
-                won.append((count, all(both)))
-            fixed = {"slices": [slices, None if slices == 1536 else slices], "width": [512, 512]}
-            rules += [{**fixed, **rule} for rule in ranges("tokens", won)]
-    elif op == "rank_projection":
-        for layers in (1, 32):
-            won = []
-            for rows in (16, 64, 128, 1024):
-                latents = _rand("cuda", rows // 16, 1, layers, 16, 512)
+    rules = {
+        "perceiver_attention": _attention_wins,
+        "rank_projection": _projection_wins,
+        "lora_linear": _linear_wins,
+        "gated_projection": _gated_wins,
+    }[op]()
+    return [{"inputs": "half", **rule} for rule in rules]
+
+
+def _attention_wins() -> Iterator[dict[str, Any]]:
+    for (low, tokens, high), counts in ATTENTION.items():
+        won = []
+        for slices in counts:
+
+            def inputs(n: int = slices, s: int = tokens) -> list[Tensor]:
+                query, context = _rand("cuda", n, 128, 512) * 0.1, _rand("cuda", n, s, 512)
+                return [query, context, torch.ones(n, s, device="cuda")]
+
+            # One rule serves both directions.
+            both = (_wins(perceiver_attention, inputs, needs) for needs in ((), (0, 1)))
+            won.append((slices, all(both)))
+        fixed = {"tokens": [low, high], "width": [512, 512]}
+        yield from ({**fixed, **rule} for rule in ranges("slices", won))
+
+
+def _projection_wins() -> Iterator[dict[str, Any]]:
+    """Forward only: the backward is made of batched products on both paths."""
+    for layers in (1, 32):
+        won = []
+        for rows in (16, 64, 128, 1024):
+
+            def inputs(rows: int = rows, layers: int = layers) -> list[Tensor]:
                 scaler = _rand("cuda", layers, 16)
-                inputs = [latents, _rand("cuda", layers, 512, D_IN + D_OUT), scaler, scaler]
+                weight = _rand("cuda", layers, 512, D_IN + D_OUT)
+                return [_rand("cuda", rows // 16, 1, layers, 16, 512), weight, scaler, scaler]
 
-                def project(*t: Tensor) -> tuple[Tensor, Tensor]:
-                    return rank_projection(*t, d_in=D_IN, d_out=D_OUT)
+            def project(*t: Tensor) -> tuple[Tensor, Tensor]:
+                return rank_projection(*t, d_in=D_IN, d_out=D_OUT)
 
-                won.append((rows, _wins(project, inputs, ())))
-            fixed = {"direction": "forward", "layers": [layers, layers]}
-            rules += [{**fixed, **rule} for rule in ranges("rows", won)]
-    else:
-        weight = _rand("cuda", D_OUT, D_IN)
-        for direction, needs in (("forward", ()), ("backward", (0, 1, 2))):
+            won.append((rows, _wins(project, inputs, ())))
+        fixed = {"direction": "forward", "layers": [layers, layers]}
+        yield from ({**fixed, **rule} for rule in ranges("rows", won))
+
+
+def _linear_wins() -> Iterator[dict[str, Any]]:
+    """One token an example, up to 64 examples and more, and longer examples: each its kernels."""
+    decoding = [(1, 1), (8, 1), (32, 1), (64, 1), (65, 1)]
+    longer = [(1, 32), (1, 256), (32, 32), (32, 256)]
+    for direction, needs in (("forward", ()), ("backward", (0, 2, 3))):
+        for tokens, shapes in (([1, 1], decoding), ([2, None], longer)):
             won = []
-            for examples, tokens in ((1, 1), (32, 1), (32, 32), (32, 256)):
-                index = torch.arange(examples, device="cuda")
+            for examples, count in shapes:
 
-                def adapt(x: Tensor, a: Tensor, b: Tensor, index: Tensor = index) -> Tensor:
+                def inputs(e: int = examples, t: int = count) -> list[Tensor]:
+                    a, b = _rand("cuda", e, 32, D_IN), _rand("cuda", e, 32, D_OUT) / SCALE
+                    return [_rand("cuda", e, t, D_IN), _rand("cuda", D_OUT, D_IN), a, b]
+
+                def adapt(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+                    index = torch.arange(len(x), device=x.device)
                     return lora_linear(x, weight, None, a, b, index, SCALE)
 
-                inputs = [_rand("cuda", examples, tokens, D_IN), _rand("cuda", examples, 32, D_IN),
-                          _rand("cuda", examples, 32, D_OUT) / SCALE]  # fmt: skip
-                won.append((examples * tokens, _wins(adapt, inputs, needs)))
-            rules += [{"direction": direction, **rule} for rule in ranges("rows", won)]
-    return rules
+                won.append((examples * count, _wins(adapt, inputs, needs)))
+            fixed = {"direction": direction, "tokens": tokens}
+            yield from ({**fixed, **rule} for rule in ranges("rows", won))
 
 
-def _wins(function: Callable, inputs: Sequence[Tensor], needs: Sequence[int]) -> bool:
-    """Whether the kernels beat the reference, forward and (with ``needs``) backward."""
+def _gated_wins() -> Iterator[dict[str, Any]]:
+    won = []
+    for tokens in (832, 8192, 65536):
+
+        def inputs(tokens: int = tokens) -> list[Tensor]:
+            gate, up, down = (_rand("cuda", *s) / 32 for s in ((3840, 960),) * 2 + ((512, 3840),))
+            return [_rand("cuda", tokens, 960), gate, up, down]
+
+        def project(x: Tensor, *weights: Tensor) -> Tensor:
+            return gated_projection(x, None, *weights)
+
+        both = (_wins(project, inputs, needs) for needs in ((), (1, 2, 3)))
+        won.append((tokens, all(both)))
+    yield from ranges("tokens", won)
+
+
+def _wins(
+    function: Callable, make: Callable[[], Sequence[Tensor]], needs: Sequence[int]
+) -> bool:
+    """Whether the fused path beats the reference, forward and (with ``needs``) backward."""
+    inputs = make()
     for i in needs:
         inputs[i].requires_grad_()
 
@@ -312,12 +376,12 @@ def main() -> None:
     section = configs.architecture(torch.cuda.get_device_capability())
     faster = {name: dict(rules) for name, rules in configs.table("faster").items()}
     for op in options.op or OPS:
-        entries = tune(op, section)
-        if not options.dry_run:
-            save(op, dump({**configs.table(op), section: entries}))
-            # What follows is launched with the new tiles.
-            configs.table.cache_clear()
-            configs._nearest.cache_clear()
+        for forms in (False, True) if op in TUNED else ():
+            entries = tune(op, section, forms)
+            if not options.dry_run:
+                save(op, dump({**configs.table(op), section: entries}))
+                # What follows is launched with the new tiles.
+                configs.forget()
         faster.setdefault(section, {})[op] = wins(op)
         print(f"{op} beats the reference at {faster[section][op]}")
     if not options.dry_run:

@@ -33,8 +33,8 @@ class Instruction:
 class Sass:
     """Counts of a kernel; ``loop_`` ones inside any loop.
 
-    ``register_a`` counts warpgroup products whose left operand is in registers: before ptxas 13.3
-    a pipelined one can be miscompiled (triton-lang/triton#9433).
+    ``loop_register_a`` counts warpgroup products whose left operand is in registers: before ptxas
+    13.3 a pipelined one can be miscompiled (triton-lang/triton#9433).
     """
 
     instructions: int
@@ -42,7 +42,7 @@ class Sass:
     loop_local: int
     mma: int
     loop_mma: int
-    register_a: int
+    loop_register_a: int
 
 
 def disassemble(nvdisasm: str, cubin: Path) -> str:
@@ -100,7 +100,7 @@ def analyze(listing: str) -> Sass:
         loop_local=sum(op.opcode in _LOCAL for op in looped),
         mma=sum(op.opcode in _MMA for op in instructions),
         loop_mma=sum(op.opcode in _MMA for op in looped),
-        register_a=sum(
-            op.opcode == "HGMMA" and op.operands[1].startswith("R") for op in instructions
+        loop_register_a=sum(
+            op.opcode == "HGMMA" and op.operands[1].startswith("R") for op in looped
         ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -29,6 +30,27 @@ def test_whole_script(tmp_path):
     assert {row["op"] for row in record["micro"]} >= ops
     assert all(row["repeatable"] for row in record["checks"] if "repeatable" in row)
     assert "End to end" in report([record])
+
+
+@pytest.fixture
+def record(monkeypatch) -> dict:
+    """Of a run whose only check is of a case that does not exist."""
+    monkeypatch.setattr(gpu, "CHECKERS", 1)
+    monkeypatch.setattr(checks, "jobs", lambda dtypes: [checks.Job("nothing", torch.float16)])
+    return {"checks": [], "failed": [], "left_out": []}
+
+
+def test_a_failed_check_is_named(record):
+    gpu._checks(record, "cpu", True, time.monotonic() + 60)
+    assert record["failed"] == ["nothing float16"] and not record["left_out"]
+    (row,) = record["checks"]
+    assert row["name"] == "nothing" and row["dtype"] == "float16"
+    assert not row["passed"] and row["reason"].startswith("KeyError")
+
+
+def test_checks_that_come_too_late_are_named(record):
+    gpu._checks(record, "cpu", True, time.monotonic())
+    assert record == {"checks": [], "failed": [], "left_out": ["nothing float16"]}
 
 
 def test_needs_a_gpu_or_quick(monkeypatch):
@@ -70,11 +92,11 @@ def test_a_baseline_that_breaks_costs_its_own_column():
     assert set(found["speedups"]) == {"reference"}
 
 
-def test_a_check_that_breaks_fails_by_name():
+def test_a_check_that_breaks_fails_alone():
     def broken():
         raise RuntimeError("out of shared memory\nmore")
 
-    row = checks.guarded("op", torch.float16, broken)
+    row = checks.guarded(broken)
     assert not row["passed"] and row["reason"] == "RuntimeError: out of shared memory"
 
 
@@ -89,10 +111,3 @@ def test_memory_is_poisoned_inside_only():
         assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(2).isnan().all()
     assert torch.empty is not None and not hasattr(torch.empty, "__wrapped__")
     assert not torch.zeros(3).isnan().any()
-
-
-def test_canary_inputs_are_exact():
-    generator = torch.Generator().manual_seed(0)
-    drawn = checks._signs(generator, 0.5, 1000)
-    assert set(drawn.tolist()) == {-1.0, 0.0, 1.0}
-    assert 0.4 < drawn.abs().mean() < 0.6

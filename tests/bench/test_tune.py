@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import tune
-from csrc_triton import configs
+from csrc_triton import backend, configs, reference
 
 
 def entries():
-    return [(op, e) for op in tune.OPS for section in configs.table(op).values() for e in section]
+    return [(op, e) for op in tune.TUNED for section in configs.table(op).values() for e in section]
 
 
 def test_candidates_start_with_the_tile_and_stay_near():
@@ -33,6 +36,8 @@ def test_every_shipped_tile_has_candidates():
         found = list(tune.candidates(entry["config"]))
         assert found[0] == entry["config"], op
         assert 1 < len(found) < 80, op
+        if "form" in entry["config"]:
+            assert [c["form"] for c in found] == ["expand", "epilogue", "recompute"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +65,7 @@ def test_an_entry_is_replaced_in_place_or_added():
     assert old[0]["config"] == {"M": 1}
 
 
-@pytest.mark.parametrize("op", tune.OPS)
+@pytest.mark.parametrize("op", tune.TUNED)
 def test_a_file_is_written_as_it_is_read(op):
     assert json.loads(tune.dump(configs.table(op))) == configs.table(op)
 
@@ -76,3 +81,77 @@ def test_refuses_without_a_gpu(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tune"])
     with pytest.raises(SystemExit, match="needs a GPU"):
         tune.main()
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """``make tune`` on a pretended H200 where 32 examples or slices, half the heads' tiles and the
+    recomputing form win; what runs afterwards reads what it wrote."""
+    for name in (*tune.TUNED, "faster"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(configs.table(name)))
+    table = functools.cache(lambda name: json.loads((tmp_path / f"{name}.json").read_text()))
+
+    def best(run, tile):
+        if "form" in tile:
+            return {"form": "recompute"}, 0.5
+        return ({**tile, "num_warps": 8}, 0.5) if "BLOCK_M" in tile else (dict(tile), 1.0)
+
+    def wins(function, make, needs):
+        inputs = make()
+        return inputs[0].shape[0] >= 32 and not (needs and function is tune.perceiver_attention)
+
+    monkeypatch.setattr(configs, "table", table)
+    configs.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "FOLDER", tmp_path)
+        patch.setattr(tune, "trial", lambda op, where: where.get("inputs") == "half" or None)
+        patch.setattr(tune, "best", best)
+        patch.setattr(tune, "_wins", wins)
+        patch.setattr(tune, "_rand", lambda device, *shape: torch.zeros(()).expand(shape))
+        patch.setattr(torch, "ones", lambda *shape, device: torch.zeros(()).expand(shape))
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        patch.setattr(torch.cuda, "empty_cache", lambda: None)
+        patch.setattr(sys, "argv", ["tune"])
+        tune.main()
+    yield json.loads((tmp_path / "faster.json").read_text())["sm_90"]
+    configs._nearest.cache_clear()
+
+
+def test_what_is_written_is_what_runs(measured, monkeypatch):
+    """From the tuner's files through the tables to each op's own choice, on tensors of no GPU."""
+    monkeypatch.delenv("V2L_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(backend, "_flaw", lambda *judged: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert set(measured) == set(tune.OPS) and measured["perceiver_attention"] == []
+    assert all(rule["inputs"] == "half" for rules in measured.values() for rule in rules)
+    linear, projection, gated = (
+        importlib.import_module(f"csrc_triton.{name}")
+        for name in ("lora_linear", "rank_projection", "gated_projection")
+    )
+
+    def kernels_at(examples: int, tokens: int, dtype=torch.bfloat16, direction="forward") -> bool:
+        x, a = (torch.empty(examples, n, 64, device="cuda", dtype=dtype) for n in (tokens, 8))
+        index = torch.empty(examples, device="cuda", dtype=torch.long)
+        return linear._implementation(direction, x, a, index) is not reference
+
+    with FakeTensorMode():
+        for direction in ("forward", "backward"):
+            assert kernels_at(32, 1, direction=direction) and kernels_at(64, 1)
+            assert not kernels_at(8, 1, direction=direction)
+            assert kernels_at(32, 256, direction=direction) and kernels_at(64, 512)
+            assert not kernels_at(1, 256, direction=direction)
+            assert not kernels_at(32, 256, torch.float32, direction)
+        many, few = (
+            torch.empty(n, 1, 32, 16, 512, device="cuda", dtype=torch.bfloat16) for n in (64, 1)
+        )
+        assert projection._implementation("forward", many) is not reference
+        assert projection._implementation("backward", many) is reference
+        assert projection._implementation("forward", few) is reference
+        assert gated._fuses(torch.empty(9000, 4, device="cuda", dtype=torch.bfloat16))
+        assert not gated._fuses(torch.empty(9, 4, device="cuda", dtype=torch.bfloat16))
+    key = {"direction": "backward", "tokens": 512, "rank": 32, "inputs": "half", "width": 2560}
+    assert configs.lookup("lora_linear", (9, 0), kernel="prefill", **key) == {"form": "recompute"}
+    assert configs.lookup("lora_linear", (8, 0), kernel="prefill", **key) == {"form": "expand"}
+    assert configs.lookup("rank_projection", (9, 0), inputs="half", rows=16)["num_warps"] == 8

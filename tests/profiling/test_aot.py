@@ -95,6 +95,13 @@ def test_a_warning_of_the_assembler_is_seen():
     assert aot_report.violations(case, found)[0].endswith("(C7511) Potential Performance Loss")
 
 
+def test_a_product_that_may_be_miscompiled_is_seen():
+    case = product("sm_90")
+    found = aot_report.measure(case)
+    found = replace(found, sass=replace(found.sass, loop_register_a=2))
+    assert "2 products with A in registers in a loop" in aot_report.violations(case, found)[0]
+
+
 def test_a_case_must_name_every_argument():
     case = product("sm_90", constexprs={"ROWS": 128, "COLUMNS": 128})
     with pytest.raises(ValueError, match="product bf16 sm_90.*do not fit the arguments"):
@@ -153,5 +160,5 @@ main:
 
 def test_code_moved_behind_the_end_counts_in_its_loop():
     assert sass.analyze(LISTING) == sass.Sass(
-        instructions=11, loop_instructions=5, loop_local=1, mma=2, loop_mma=1, register_a=1
+        instructions=11, loop_instructions=5, loop_local=1, mma=2, loop_mma=1, loop_register_a=1
     )
