@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bench import released
+from bench import records, released
 from bench.environment import environment
 from v2l_fast.config import HypernetConfig
 from v2l_fast.files import save_tensors
@@ -55,10 +55,7 @@ def main() -> int:
     rows = [compare(tokens, options.threads) for tokens in options.tokens]
     record = {"benchmark": "hypernet_streaming", **environment(), "threads": options.threads}
     record["rows"] = rows
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    part = options.out.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(part, options.out)
+    records.write(record, options.out)
     print(f"written to {options.out}")
     return 0 if all(row["correct"] for row in rows) else 1
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from v2l_fast.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -13,6 +14,4 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def write(record: dict[str, Any], path: Path) -> None:
     """The record as indented JSON; an older file stays until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-    os.replace(part, path)
+    write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

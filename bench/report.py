@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.records import RESULTS
+from v2l_fast.files import write_text
 
 Record = Mapping[str, Any]
 FAILED = "failed"
@@ -27,9 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS.parent / "RESULTS.md")
     options = parser.parse_args()
     text = report([json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))])
-    part = options.out.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, options.out)
+    write_text(options.out, text)
     print(f"written to {options.out}")
 
 

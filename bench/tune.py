@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from csrc_triton import (
     rank_projection,
     reference,
 )
+from v2l_fast.files import write_text
 
 TUNED = ("perceiver_attention", "rank_projection", "lora_linear")
 OPS = (*TUNED, "gated_projection")
@@ -360,10 +360,7 @@ def dump(table: Mapping[str, Sequence[Entry]]) -> str:
 
 
 def save(name: str, text: str) -> None:
-    path = FOLDER / f"{name}.json"
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
+    write_text(FOLDER / f"{name}.json", text)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from v2l_fast import files
 from v2l_fast.errors import AdapterError, CheckpointError, V2LError
-from v2l_fast.files import load_tensors, save_tensors
+from v2l_fast.files import load_tensors, replacing, save_tensors, write_text
 
 
 def test_round_trip(tmp_path):
@@ -51,6 +51,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(step, tmp_path, mon
         save_tensors({"x": torch.ones(3)}, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(V2LError, match="cannot be written"):
+        write_text(tmp_path / "none" / "a", "new")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "a") as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.errors import ConfigError
+from v2l_fast.files import write_text
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -45,6 +46,7 @@ class HypernetConfig:
         scale: s, the LoRA scale used as it is; ``2 * rank ** 1.5`` when omitted.
         num_heads, num_kv_heads, head_dim: attention of both resamplers.
         base_model_name_or_path: the frozen VLM the hypernetwork was trained for.
+        chunk_position: the network knows which part of its video a chunk is.
         max_frames, longest_edge, target_fps: sampling and resolution (pixels) of training.
         instruction: the text that follows the video in the context pass.
 
@@ -68,6 +70,7 @@ class HypernetConfig:
     num_heads: int = 16
     num_kv_heads: int = 4
     head_dim: int = 128
+    chunk_position: bool = False
     base_model_name_or_path: str | None = None
     max_frames: int = 12
     longest_edge: int = 384
@@ -114,7 +117,7 @@ class HypernetConfig:
         fps = self.target_fps
         if not isinstance(fps, int | float) or not 0 < fps < math.inf:
             raise ConfigError(f"target_fps must be a positive number, not {fps!r}")
-        for name in ("shared_weights", "shared_head", "bias_adapter"):
+        for name in ("shared_weights", "shared_head", "bias_adapter", "chunk_position"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if not isinstance(self.instruction, str):
@@ -130,6 +133,9 @@ class HypernetConfig:
         """JSON-ready form; inverse of :meth:`from_dict`."""
         values = dataclasses.asdict(self)
         values["target_modules"] = {m: list(sizes) for m, sizes in self.target_modules.items()}
+        # Networks without it keep the record, and with it the fingerprint, they always had.
+        if not self.chunk_position:
+            del values["chunk_position"]
         return {"model_type": MODEL_TYPE, **values}
 
     @classmethod
@@ -158,10 +164,7 @@ class HypernetConfig:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write ``config.json`` into an existing directory, atomically."""
-        path = Path(directory) / CONFIG_NAME
-        part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        os.replace(part, path)
+        write_text(Path(directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> HypernetConfig:
