@@ -3,7 +3,8 @@
 Every failure to read a file is a `v2l_fast.errors.VideoError` of one line that names it.
 """
 
-from v2l_fast.video.clip import VideoClip, load_video
+from v2l_fast.video.clip import VideoClip
+from v2l_fast.video.fallbacks import fallbacks
 from v2l_fast.video.info import VideoInfo
 from v2l_fast.video.limits import Limits
 from v2l_fast.video.preprocess import (
@@ -16,6 +17,7 @@ from v2l_fast.video.preprocess import (
 )
 from v2l_fast.video.reading import decode, probe
 from v2l_fast.video.sampling import sample_indices
+from v2l_fast.video.spans import load_spans, load_video
 
 __all__ = [
     "PREPROCESSING_VERSION",
@@ -24,7 +26,9 @@ __all__ = [
     "VideoClip",
     "VideoInfo",
     "decode",
+    "fallbacks",
     "frame_views",
+    "load_spans",
     "load_video",
     "normalize",
     "probe",

@@ -1,29 +1,19 @@
 """A clip ready for a model: sampled frames, when they are shown, and what they were taken from.
 
-Responsible for the whole way from a file (or frames in memory) to a VideoClip; resizing for the
-vision tower is `preprocess`, the prompt is the backbone's.
+Responsible for what a clip is, and for clips of frames in memory; reading files is `spans`,
+resizing for the vision tower is `preprocess`, the prompt is the backbone's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from v2l_fast.errors import VideoError
-from v2l_fast.video.limits import Limits
-from v2l_fast.video.preprocess import resize_lanczos, resized_size
-from v2l_fast.video.reading import Backend, open_source
-from v2l_fast.video.sampling import sample_indices
-
-if TYPE_CHECKING:
-    from v2l_fast.video.pyav_source import Decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,61 +68,3 @@ class VideoClip:
             path=None,
             presentation_times=timestamps,
         )
-
-
-def _shrink(image: torch.Tensor, longest_edge: int) -> torch.Tensor:
-    """uint8 [H, W, 3] to the size `frame_views` would give it first, if that is smaller."""
-    height, width = image.shape[:2]
-    small = resized_size(height, width, longest_edge)
-    # Only where the size rule maps the small size to itself would frame_views agree.
-    if small[0] * small[1] >= height * width or resized_size(*small, longest_edge) != small:
-        return image
-    return resize_lanczos(image.permute(2, 0, 1), *small).permute(1, 2, 0)
-
-
-def load_video(
-    path: str | os.PathLike,
-    max_frames: int,
-    target_fps: float = 1.0,
-    exact_frames: bool = False,
-    limits: Limits | None = None,
-    backend: Backend = "auto",
-    longest_edge: int | None = None,
-) -> VideoClip:
-    """Sample (see `sample_indices`) and decode a file.
-
-    longest_edge: shrink each frame as it is decoded to `resized_size(.., longest_edge)`, the first
-    step of `frame_views`, whose result for the same longest_edge is unchanged; keeps memory small
-    when many frames are taken.
-
-    Where fewer frames decode than the file counts, sampling is done again over those that do.
-    Raises VideoError as `probe` and `decode` do, ConfigError as `sample_indices` does.
-    """
-    source = open_source(path, backend, limits or Limits())
-    info = source.info
-    transform = None if longest_edge is None else partial(_shrink, longest_edge=longest_edge)
-
-    def read(count: int) -> tuple[np.ndarray, Decoded]:
-        indices = sample_indices(
-            count, info.fps, count / info.fps, max_frames, target_fps, exact_frames=exact_frames
-        )
-        return indices, source.read(indices, transform)
-
-    count = info.num_frames
-    indices, decoded = read(count)
-    if decoded.available is not None:
-        count = decoded.available
-        indices, decoded = read(count)
-    with open(source.path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return VideoClip(
-        frames=decoded.frames.permute(0, 3, 1, 2).contiguous(),
-        indices=indices,
-        timestamps=tuple(float(i / info.fps) for i in indices),
-        fps=info.fps,
-        duration=count / info.fps,
-        num_frames=count,
-        sha256=sha256,
-        path=source.path,
-        presentation_times=decoded.times,
-    )
