@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from csrc_triton import rank_projection
 from v2l_fast.adapter import AdapterBatch, BiasAdapter
+from v2l_fast.compiling import compiled
 from v2l_fast.config import WEIGHTS_NAME, HypernetConfig
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import load_tensors, save_tensors
@@ -112,6 +113,7 @@ class HyperNetwork(nn.Module):
                     ),
                     len(modules) * rank,
                     (config.num_heads, config.num_kv_heads, config.head_dim),
+                    config.chunk_position,
                 )
             }
         )
@@ -133,14 +135,25 @@ class HyperNetwork(nn.Module):
         self.head = Head(config)
         std = 0.5 / (config.latent_size + config.head_width * rank) ** 0.5
         nn.init.normal_(self.head.weight, std=std)
+        self._run_layer = HyperNetwork._layer
 
-    def forward(self, features: Tensor, mask: Tensor | None = None) -> AdapterBatch:
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Run :meth:`layer` through one compiled graph, for every layer and length.
+
+        The first call (with and without gradients) then takes seconds.
+        """
+        self._run_layer = compiled(HyperNetwork._layer, backend)
+
+    def forward(
+        self, features: Tensor, mask: Tensor | None = None, place: Tensor | None = None
+    ) -> AdapterBatch:
         """Adapters of B videos or chunks.
 
         Args:
             features: [B, L, S, D] hidden states entering each decoder layer.
             mask: [B, S]; a token is visible where it is 1. What stands elsewhere, NaN too, reaches
                 neither the result nor a gradient. None: all visible.
+            place: [B, 2], see :meth:`layer`.
 
         Returns:
             :class:`AdapterBatch` with A [B, L, R, d_in] and B [B, L, R, d_out] per module, of the
@@ -160,15 +173,19 @@ class HyperNetwork(nn.Module):
         for index in range(self.config.num_layers):
             if recompute:
                 factors = checkpoint(
-                    self.layer, index, features[:, index], mask, use_reentrant=False
+                    self.layer, index, features[:, index], mask, place, use_reentrant=False
                 )
             else:
-                factors = self.layer(index, features[:, index], mask)
+                factors = self.layer(index, features[:, index], mask, place)
             per_layer.append(factors)
         return self.assemble(per_layer)
 
     def layer(
-        self, index: int, hidden: Tensor, mask: Tensor | None = None
+        self,
+        index: int,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        place: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adapters of one decoder layer, as soon as its input exists.
 
@@ -176,6 +193,8 @@ class HyperNetwork(nn.Module):
             index: the decoder layer, 0 to L - 1.
             hidden: [B, S, D] its input.
             mask: [B, S], 1 where visible, or None.
+            place: [B, 2] float32, where the context starts and ends in its video, as fractions;
+                None for whole videos. Only a network with ``chunk_position`` looks at it.
 
         Returns:
             A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of hidden's dtype.
@@ -184,8 +203,20 @@ class HyperNetwork(nn.Module):
             raise ValueError(
                 f"mask must be {list(hidden.shape[:2])}, not {list(mask.shape)}"
             )
+        if not self.config.chunk_position:
+            place = None
+        elif place is None:
+            place = torch.arange(2.0, device=hidden.device).expand(len(hidden), 2)
+        elif place.shape != (len(hidden), 2):
+            raise ValueError(f"place must be {[len(hidden), 2]}, not {list(place.shape)}")
+        return self._run_layer(self, index, hidden, mask, place)
+
+    def _layer(
+        self, index: int, hidden: Tensor, mask: Tensor | None, place: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """:meth:`layer`, as it is compiled."""
         visible = None if mask is None else mask == 1
-        latents = self.layers(self.aggregator["perceiver"](hidden, visible))
+        latents = self.layers(self.aggregator["perceiver"](hidden, visible, place))
         rank, compute = self.config.rank, attention_dtype(hidden.dtype)
         factors_a, factors_b = {}, {}
         for place, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):

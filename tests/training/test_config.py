@@ -1,0 +1,129 @@
+"""Settings: presets, overrides, and errors that say what to do."""
+
+import dataclasses
+
+import pytest
+
+from v2l_fast.config import INSTRUCTION
+from v2l_fast.errors import ConfigError
+from v2l_fast.training.config import OptimConfig, TrainConfig, load_config, preset_names
+from v2l_fast.training.trainer import step_options
+
+
+def test_presets_are_complete_and_valid():
+    assert preset_names() == ["shapes", "smolvlm2-2.2b", "smolvlm2-500m"]
+    for name in preset_names():
+        config = load_config(name)
+        assert config.data.instruction == INSTRUCTION
+        step_options(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "gpus", "micro", "accumulated", "batch"),
+    [("smolvlm2-500m", 9000, 4, 48, 2, 384), ("smolvlm2-2.2b", 7000, 6, 8, 5, 240)],
+)
+def test_paper_presets_are_table_6(name, steps, gpus, micro, accumulated, batch):
+    config = load_config(name)
+    optim, data = config.optim, config.data
+    assert (optim.steps, optim.batch_size, optim.micro_batch_size) == (steps, batch, micro)
+    assert optim.accumulation(gpus) == accumulated
+    assert (optim.lr, optim.warmup_ratio, optim.weight_decay) == (1e-4, 0.03, 0.01)
+    assert (data.max_frames, data.longest_edge) == (12, 384)
+    assert config.model.hypernet == {"rank": 16, "latent_size": 512}
+
+
+def test_the_batch_holds_for_any_number_of_processes():
+    config = OptimConfig(batch_size=24, micro_batch_size=4)
+    assert [config.accumulation(n) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(ConfigError, match="24 cannot be shared by 5 .*batch_size=20"):
+        config.accumulation(5)
+    with pytest.raises(ConfigError, match="=4 does not divide the 2 videos .*micro_batch_size=2"):
+        config.accumulation(12)
+    with pytest.raises(ConfigError, match="=5 does not divide the 24 videos .*micro_batch_size=4"):
+        dataclasses.replace(config, micro_batch_size=5).accumulation(1)
+
+
+def test_overrides_are_toml_literals(tmp_path):
+    config = load_config(
+        "shapes",
+        [
+            "optim.lr=3e-4", "optim.betas=[0.8, 0.9]", "data.chunks=[1, 2]", "run.folder=runs/a",
+            "model.recompute=true", "model.hypernet.rank=4", "loss.kind_weights={qa = 2}",
+            'data.manifests="a.jsonl"', "model.hypernet.chunk_position=true", "optim.clip=0",
+        ],
+    )  # fmt: skip
+    assert (config.optim.lr, config.optim.betas, config.optim.clip) == (3e-4, (0.8, 0.9), 0.0)
+    assert config.data.chunks == (1, 2) and config.data.manifests == ("a.jsonl",)
+    assert config.run.folder == "runs/a" and config.model.recompute is True
+    assert config.model.hypernet["rank"] == 4 and config.model.hypernet["latent_size"] == 128
+    assert config.model.hypernet["chunk_position"] is True
+    assert config.loss.kind_weights == {"caption": 0.5, "question": 0.5, "qa": 2}
+
+
+def test_a_file_builds_on_a_preset(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('preset = "smolvlm2-500m"\n[optim]\nlr = 3e-4\n')
+    config = load_config(path, ["optim.steps=5"])
+    assert (config.optim.lr, config.optim.steps, config.optim.batch_size) == (3e-4, 5, 384)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate=1", "unknown key optim.learning_rate in the command line"),
+        ("optim.warmup_step=1", "did you mean optim.warmup_steps"),
+        ("optm.lr=1", "did you mean optim.lr"),
+        ("optim.lr.x=1", "unknown key optim.lr.x"),
+        ("optim=1", "unknown key optim in"),
+        ("optim.lr=fast", "optim.lr in the command line must be a number, not 'fast'"),
+        ("optim.steps=1.5", "must be a whole number, not 1.5"),
+        ("optim.steps=true", "must be a whole number, not True"),
+        ("model.recompute=1", "must be true or false, not 1"),
+        ("optim.steps=0", "optim.steps must be at least 1, not 0"),
+        ("optim.lr=nan", "optim.lr must be at least 0, not nan"),
+        ("optim.betas=[0.9]", "must be two numbers"),
+        ("data.chunks=[]", "data.chunks is empty"),
+        ("data.chunks=[1, 0]", "data.chunks must be at least 1, not 0"),
+        ("data.val_share=0.9", "data.val_share must be at most 0.5"),
+        ("run.trackers=[\"mlflow\"]", "run.trackers must be one of tensorboard, wandb"),
+        ("data.source=shape", "data.source must be one of manifest, shapes"),
+        ("optim.schedule=linear", "optim.schedule must be one of cosine, trapezoid"),
+        ("loss.kind_weights.qa=heavy", "loss.kind_weights.qa must be a weight"),
+        ("loss.kind_weights=1", "must be a table"),
+        ("model.hypernet.rnk=1", "unknown key model.hypernet.rnk in the command line; did you"),
+        ("model.hypernet.max_frames=1", "is set by data.max_frames"),
+        ("model.hypernet.num_layers=1", "is the base's own"),
+        ("optim.lr", "is not section.key=value"),
+    ],
+)
+def test_wrong_settings_are_refused(override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config("shapes", [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_files_are_refused(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[optim]\nlearn = 1\n")
+    with pytest.raises(ConfigError, match=f"unknown key optim.learn in {path}"):
+        load_config(path)
+    path.write_text("[optim\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(path)
+    path.write_text('preset = "smolvlm2-500"\n')
+    with pytest.raises(ConfigError, match="did you mean smolvlm2-500m"):
+        load_config(path)
+    for missing in ("shaps", str(tmp_path)):
+        with pytest.raises(ConfigError, match="no such config file or preset"):
+            load_config(missing)
+
+
+def test_what_only_changes_the_running_does_not_change_the_identity():
+    plain = load_config("shapes").identity()
+    same = load_config(
+        "shapes", ["optim.micro_batch_size=12", "data.workers=2", "run.folder=x", "run.keep=9"]
+    )
+    assert same.identity() == plain
+    assert load_config("shapes", ["optim.lr=1"]).identity() != plain
+    assert load_config("shapes", ["run.seed=1"]).identity() != plain
+    assert TrainConfig().identity()["optim.steps"] == 1000
