@@ -137,3 +137,18 @@ def test_adapters_in_every_linear(backbone):
 def test_the_model_is_frozen(backbone):
     assert not any(p.requires_grad for p in backbone.model.parameters())
     assert not backbone.model.training
+
+
+@torch.no_grad()
+def test_a_merged_decoder_shares_all_other_weights(backbone, adapters):
+    decoder, adapter = backbone.decoder, adapters[0]
+    before = decoder.forward(decoder.embed(IDS))
+    merged = decoder.merged(adapter)
+    slots = AdapterSlots.pack([adapter] * 3, "cpu", torch.float32)
+    expected = decoder.forward(decoder.embed(IDS), adapters=slots)
+    assert relative(merged.forward(merged.embed(IDS)), expected) <= 3e-6
+    assert torch.equal(decoder.forward(decoder.embed(IDS)), before)
+    own = {id(p) for p in merged.text_model.parameters()}
+    own -= {id(p) for p in decoder.text_model.parameters()}
+    assert len(own) == decoder.num_layers
+    assert not any(p.requires_grad for p in merged.text_model.parameters())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.golden import relative
-from v2l_fast.backbones import load_backbone, smolvlm
+from v2l_fast.backbones import load_backbone, smolvlm, smolvlm_prompt
 from v2l_fast.errors import CheckpointError
 from v2l_fast.video.preprocess import frame_views, normalize
 
@@ -39,10 +39,10 @@ def test_prompt_with_video_equals_transformers(backbone, clips):
 
 
 def _ids_of(backbone, clip, text) -> torch.Tensor:
-    shown = smolvlm.video_text(
+    shown = smolvlm_prompt.video_text(
         len(clip.frames), clip.timestamps, clip.duration, 0, 0, backbone.tokens_per_view
     )
-    return backbone.tokenize(smolvlm.chat(shown + text, False))
+    return backbone.tokenize(smolvlm_prompt.chat(shown + text, False))
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def test_views_are_encoded_alone_and_in_bounded_chunks(monkeypatch, backbone, cl
         calls.append(len(pixels))
         return encode(self, pixels)
 
-    monkeypatch.setattr(type(backbone), "encode_pixels", counted)
+    monkeypatch.setattr(backbone, "_encode_pixels", counted)
     monkeypatch.setattr(smolvlm, "VIEWS_PER_CHUNK", 4)
     assert relative(backbone.encode_views(all_views), whole) <= 3e-6
     assert calls == [4, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,18 +10,84 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from v2l_fast.backbones.decoder import Decoder
+from v2l_fast.backbones.steps import Step
 from v2l_fast.video import VideoClip
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An embedded prompt [T, D] and how many of its tokens stand for pixels."""
+    """An embedded prompt.
+
+    Attributes:
+        embeddings: [T, D].
+        visual_tokens: how many of its tokens stand for pixels.
+        visual: [T] bool, which ones; None when there are none.
+    """
 
     embeddings: Tensor
     visual_tokens: int
+    visual: Tensor | None = None
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
+
+
+class PromptInputs(Protocol):
+    """Prompts as token ids, and what pixels they need; picklable, holds no weights.
+
+    Attributes:
+        tile_size: M, side of the square views of the vision tower.
+        tokens_per_view: image tokens, and features, of one view.
+    """
+
+    tile_size: int
+    tokens_per_view: int
+
+    def question(self, text: str) -> list[int]:
+        """A question without a video; the model's answer follows."""
+
+    def answer(self, text: str, finished: bool = True) -> list[int]:
+        """What the model says after a question; the stop token last when it is `finished`."""
+
+    def about(
+        self,
+        timestamps: Sequence[float],
+        duration: float,
+        rows: int,
+        cols: int,
+        text: str,
+        answer_follows: bool,
+    ) -> list[int]:
+        """Video and text in the user's turn, one image token for each feature of each view.
+
+        timestamps, duration: seconds, of the clip. rows, cols: tiles of a frame, 0 when not split.
+        """
+
+    def turn_opening(self) -> list[int]:
+        """What :meth:`question` begins with, whatever is asked."""
+
+    def video_opening(
+        self, timestamps: Sequence[float], duration: float, rows: int, cols: int
+    ) -> list[int]:
+        """What stands in place of :meth:`turn_opening` where the video is in context."""
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """A video once the vision tower has seen it: what a cache of vision features keeps.
+
+    Attributes:
+        features: [V, t, D] connector outputs of its views, frame by frame.
+        timestamps: seconds, one a frame.
+        duration: seconds of the source.
+        rows, cols: tiles of a frame, 0 when it is not split.
+    """
+
+    features: Tensor
+    timestamps: tuple[float, ...]
+    duration: float
+    rows: int
+    cols: int
 
 
 class Backbone(Protocol):
@@ -30,6 +97,7 @@ class Backbone(Protocol):
         model: transformers' model.
         tokenizer: its tokenizer.
         decoder: its text decoder, run layer by layer.
+        inputs: its prompts as token ids, without the model.
         name_or_path: where it came from.
         preprocessing: name and version of the rules that turn frames into prompts.
         stop_ids: token ids that end an answer.
@@ -38,6 +106,7 @@ class Backbone(Protocol):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoder: Decoder
+    inputs: PromptInputs
     name_or_path: str
     preprocessing: str
     stop_ids: tuple[int, ...]
@@ -45,6 +114,9 @@ class Backbone(Protocol):
     @property
     def hidden_size(self) -> int:
         """D, width of the decoder."""
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile vision encoding and decoder layers; numbers stay, to rounding."""
 
     def linear(self, layer: int, module: str) -> nn.Linear:
         """A decoder layer's linear layer by its name, e.g. ``down_proj``.
@@ -62,5 +134,23 @@ class Backbone(Protocol):
     def context(self, clip: VideoClip, instruction: str, longest_edge: int) -> Prompt:
         """The pass whose hidden states become the adapter: video and instruction, no answer."""
 
-    def decode(self, ids: list[int]) -> str:
-        """Ids of an answer -> text without special tokens and surrounding spaces."""
+    def encode(self, clip: VideoClip, longest_edge: int) -> EncodedVideo:
+        """Vision tower and connector, once for any number of prompts."""
+
+    def encode_steps(
+        self, clip: VideoClip, longest_edge: int
+    ) -> Generator[Step, None, EncodedVideo]:
+        """:meth:`encode` in units: resizing, on the CPU, then bounded chunks of views."""
+
+    def about(self, video: EncodedVideo, text: str, answer_follows: bool = True) -> Prompt:
+        """:meth:`question_about` of an encoded video: :meth:`opening`, then
+        :meth:`continuation`; or, where no answer follows, :meth:`context`."""
+
+    def opening(self, video: EncodedVideo) -> Prompt:
+        """What all questions about a video begin with, to the video's last token."""
+
+    def continuation(self, text: str) -> Prompt:
+        """The rest of the prompt: the question; the model's answer follows."""
+
+    def decode(self, ids: list[int], strip: bool = True) -> str:
+        """Ids of an answer -> text without special tokens and, with ``strip``, outer spaces."""

@@ -11,6 +11,7 @@ mask, and a row's next token overwrites the padding behind it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,18 +21,40 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from v2l_fast.adapted import AdapterSlots
+from v2l_fast.adapter import Adapter
+from v2l_fast.compiling import compiled
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's part of a :class:`Cache`: keys and values [rows, kv heads, capacity, head_dim].
+
+    A compiled layer takes this, not the whole: what it writes through a view of its own making it
+    copies back entirely.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass
 class Cache:
-    """Static key/value cache: keys and values [L, E, kv heads, capacity, head_dim]."""
+    """Static key/value cache: keys and values [L, rows, kv heads, capacity, head_dim].
+
+    ``rows`` [E] int64 says which row each example of a pass has; None: its first E rows.
+    """
 
     keys: Tensor
     values: Tensor
+    rows: Tensor | None = None
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
+
+    def layer(self, index: int) -> LayerCache:
+        return LayerCache(self.keys[index], self.values[index], self.rows)
 
 
 @dataclass(frozen=True)
@@ -63,6 +86,34 @@ class Decoder:
         self.lm_head = lm_head
         self.config = text_model.config
         self.num_layers = len(text_model.layers)
+        self._run_layer = Decoder.run_layer
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Run every layer through one compiled graph, whatever the length.
+
+        The first call of each kind (prefill, decoding, with adapters, ...) then takes seconds.
+        """
+        self._run_layer = compiled(Decoder.run_layer, backend)
+
+    def merged(self, adapter: Adapter) -> Decoder:
+        """A decoder with one adapter in its weights, W + s·BᵀA; it shares everything else.
+
+        The sum is rounded to the weights' dtype once. Answering costs what the plain model's does.
+        """
+        shared = [*self.text_model.parameters(), *self.text_model.buffers()]
+        twin = Decoder(copy.deepcopy(self.text_model, {id(t): t for t in shared}), self.lm_head)
+        twin._run_layer = self._run_layer
+        a, b = adapter.merged()
+        for index, layer in enumerate(twin.text_model.layers):
+            for name in a:
+                linear = getattr(layer.mlp, name, None) or getattr(layer.self_attn, name)
+                weight = linear.weight
+                wide = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
+                factors = (side[name][index].to(weight.device, **wide) for side in (b, a))
+                update = next(factors).mT @ next(factors)
+                total = (weight.to(**wide) + adapter.scale * update).to(weight.dtype)
+                linear.weight = nn.Parameter(total.detach(), requires_grad=False)
+        return twin
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +160,9 @@ class Decoder:
         adapters: AdapterSlots | None = None,
     ) -> Tensor:
         """One decoder layer: [E, T, D] -> [E, T, D]; writes keys and values into ``cache``."""
-        return self.run_layer(self.text_model.layers[index], index, hidden, span, cache, adapters)
+        module = self.text_model.layers[index]
+        part = None if cache is None else cache.layer(index)
+        return self._run_layer(self, module, index, hidden, span, part, adapters)
 
     def run_layer(
         self,
@@ -117,26 +170,27 @@ class Decoder:
         index: int,
         hidden: Tensor,
         span: Span,
-        cache: Cache | None = None,
+        cache: LayerCache | None = None,
         adapters: AdapterSlots | None = None,
     ) -> Tensor:
         """:meth:`layer` with the layer's module given: compiled, it is one graph for all layers."""
-        attention, mlp = layer.self_attn, layer.mlp
+        hidden = hidden + self.attention_part(layer, index, hidden, span, cache, adapters)
+        return hidden + self.mlp_part(layer, index, hidden, adapters)
 
-        def linear(name: str, module: nn.Linear, x: Tensor) -> Tensor:
-            if adapters is None or name not in adapters.A:
-                return module(x)
-            return adapters.apply(name, index, module, x)
-
-        x = layer.input_layernorm(hidden)
-        heads = (*x.shape[:2], -1, self._head_dim())
-        query, key, value = (
-            linear(name, getattr(attention, name), x).view(heads).transpose(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        query, key = apply_rotary_pos_emb(query, key, *span.rope)
+    def attention_part(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        span: Span,
+        cache: LayerCache | None = None,
+        adapters: AdapterSlots | None = None,
+    ) -> Tensor:
+        """What a layer's attention adds to the residual stream: [E, T, D] -> [E, T, D]."""
+        attention = layer.self_attn
+        query, key, value = self.heads(layer, index, hidden, span, adapters)
         if cache is not None:
-            key, value = _write(cache, index, span, key, value)
+            key, value = _write(cache, span, key, value)
         mixed = F.scaled_dot_product_attention(
             query,
             key,
@@ -147,12 +201,39 @@ class Decoder:
             # A comparison of shapes is symbolic to the compiler and no bool.
             enable_gqa=attention.num_key_value_groups != 1,
         )
-        mixed = mixed.transpose(1, 2).reshape(*x.shape[:2], -1)
-        hidden = hidden + linear("o_proj", attention.o_proj, mixed)
+        mixed = mixed.transpose(1, 2).reshape(*hidden.shape[:2], -1)
+        return _linear("o_proj", attention.o_proj, index, mixed, adapters)
+
+    def heads(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        span: Span,
+        adapters: AdapterSlots | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [E, heads, T, head_dim] (rotated), keys (rotated) and values
+        [E, kv heads, T, head_dim] of a layer's attention."""
+        x = layer.input_layernorm(hidden)
+        # The module's own number is a constant to the compiler; the config's would be a symbol.
+        shape = (*x.shape[:2], -1, layer.self_attn.head_dim)
+        query, key, value = (
+            _linear(name, getattr(layer.self_attn, name), index, x, adapters)
+            .view(shape)
+            .transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        return *apply_rotary_pos_emb(query, key, *span.rope), value
+
+    def mlp_part(
+        self, layer: nn.Module, index: int, hidden: Tensor, adapters: AdapterSlots | None = None
+    ) -> Tensor:
+        """What a layer's MLP adds to the residual stream: [E, T, D] -> [E, T, D]."""
+        mlp = layer.mlp
         x = layer.post_attention_layernorm(hidden)
-        gate = mlp.act_fn(linear("gate_proj", mlp.gate_proj, x))
-        up = linear("up_proj", mlp.up_proj, x)
-        return hidden + linear("down_proj", mlp.down_proj, gate * up)
+        gate = mlp.act_fn(_linear("gate_proj", mlp.gate_proj, index, x, adapters))
+        up = _linear("up_proj", mlp.up_proj, index, x, adapters)
+        return _linear("down_proj", mlp.down_proj, index, gate * up, adapters)
 
     def layer_inputs(self, embeddings: Tensor) -> Iterator[Tensor]:
         """What enters layers 0 to L - 1, one after the other: L tensors [E, T, D].
@@ -194,17 +275,28 @@ class Decoder:
         return self.text_model.rotary_emb(like, positions)
 
 
+def _linear(
+    name: str, module: nn.Linear, index: int, x: Tensor, adapters: AdapterSlots | None
+) -> Tensor:
+    """A linear layer with each example's adapter, where there is one."""
+    if adapters is None or name not in adapters.A:
+        return module(x)
+    return adapters.apply(name, index, module, x)
+
+
 def _write(
-    cache: Cache, layer: int, span: Span, key: Tensor, value: Tensor
+    cache: LayerCache, span: Span, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Store the pass's keys and values; return what the pass attends to."""
-    keys, values = cache.keys.select(0, layer), cache.values.select(0, layer)
+    keys, values = cache.keys, cache.values
+    count, length = key.shape[0], key.shape[2]
+    rows = torch.arange(count, device=key.device) if cache.rows is None else cache.rows
     if span.mask is None:
-        length = key.shape[2]
-        keys[:, :, :length], values[:, :, :length] = key, value
+        keys[rows, :, :length], values[rows, :, :length] = key, value
         return key, value
-    rows = torch.arange(key.shape[0], device=key.device)
-    keys[rows, :, span.positions[:, 0]] = key[:, :, 0]
-    values[rows, :, span.positions[:, 0]] = value[:, :, 0]
+    keys[rows[:, None], :, span.positions] = key.transpose(1, 2)
+    values[rows[:, None], :, span.positions] = value.transpose(1, 2)
     limit = span.mask.shape[-1]
-    return keys[:, :, :limit], values[:, :, :limit]
+    if cache.rows is None:
+        return keys[:count, :, :limit], values[:count, :, :limit]
+    return keys[rows, :, :limit], values[rows, :, :limit]

@@ -8,14 +8,18 @@ later processors sample, resize and word prompts differently, silently.
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolVLMForConditionalGeneration
 
-from v2l_fast.backbones.base import Prompt
+from v2l_fast.backbones.base import EncodedVideo, Prompt
 from v2l_fast.backbones.decoder import Decoder
-from v2l_fast.backbones.smolvlm_prompt import IMAGE_TOKEN, chat, video_text
+from v2l_fast.backbones.smolvlm_inputs import SmolVLMInputs
+from v2l_fast.backbones.smolvlm_prompt import FAKE_TOKEN, IMAGE_TOKEN, continuation
+from v2l_fast.backbones.steps import Step, finish
+from v2l_fast.compiling import compiled
 from v2l_fast.errors import CheckpointError
 from v2l_fast.video import VideoClip
 from v2l_fast.video.preprocess import PREPROCESSING_VERSION, frame_views, normalize
@@ -49,8 +53,15 @@ class SmolVLM:
         self.tile_size = vision.image_size
         side = vision.image_size // vision.patch_size
         self.tokens_per_view = side**2 // model.config.scale_factor**2
+        self.inputs = SmolVLMInputs(tokenizer, self.tile_size, self.tokens_per_view)
         self.image_token_id = model.config.image_token_id
         self.stop_ids = _stop_ids(model, tokenizer)
+        self._encode_pixels = SmolVLM.encode_pixels
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile vision tower, connector and decoder layers; see :meth:`Decoder.compile`."""
+        self._encode_pixels = compiled(SmolVLM.encode_pixels, backend)
+        self.decoder.compile(backend)
 
     @classmethod
     def from_pretrained(
@@ -102,41 +113,65 @@ class SmolVLM:
 
     def question(self, text: str) -> Prompt:
         """A question without a video; the model's answer follows."""
-        return self.embed(self.tokenize(chat(text, add_generation_prompt=True)))
+        return self.embed(self._tensor(self.inputs.question(text)))
 
     def question_about(self, clip: VideoClip, text: str, longest_edge: int) -> Prompt:
         """A question with the video in context: the direct baseline."""
-        return self._with_video(clip, text, longest_edge, add_generation_prompt=True)
+        return self.about(self.encode(clip, longest_edge), text)
 
     def context(self, clip: VideoClip, instruction: str, longest_edge: int) -> Prompt:
         """The pass whose hidden states become the adapter: video and instruction, no answer."""
-        return self._with_video(clip, instruction, longest_edge, add_generation_prompt=False)
+        return self.about(self.encode(clip, longest_edge), instruction, answer_follows=False)
 
-    def _with_video(
-        self, clip: VideoClip, text: str, longest_edge: int, add_generation_prompt: bool
-    ) -> Prompt:
+    def encode(self, clip: VideoClip, longest_edge: int) -> EncodedVideo:
+        """Vision tower and connector, once for any number of prompts."""
+        return finish(self.encode_steps(clip, longest_edge))
+
+    def encode_steps(
+        self, clip: VideoClip, longest_edge: int
+    ) -> Generator[Step, None, EncodedVideo]:
+        """:meth:`encode` in units: resizing, on the CPU, then bounded chunks of views."""
         views = frame_views(clip.frames, longest_edge, self.tile_size)
-        shown = video_text(
-            len(clip.frames),
-            clip.timestamps,
-            clip.duration,
-            views.rows,
-            views.cols,
-            self.tokens_per_view,
+        features = []
+        for chunk in views.views.split(VIEWS_PER_CHUNK):
+            yield "encode frames", len(features) * VIEWS_PER_CHUNK, len(views.views)
+            features.append(self.encode_views(chunk))
+        return EncodedVideo(
+            torch.cat(features), clip.timestamps, clip.duration, views.rows, views.cols
         )
-        ids = self.tokenize(chat(shown + text, add_generation_prompt))
-        return self.embed(ids, self.encode_views(views.views))
+
+    def about(self, video: EncodedVideo, text: str, answer_follows: bool = True) -> Prompt:
+        """:meth:`question_about` of an encoded video: :meth:`opening`, then
+        :meth:`continuation`; or, where no answer follows, :meth:`context`."""
+        return self.embed(self._ids_about(video, text, answer_follows), video.features)
+
+    def opening(self, video: EncodedVideo) -> Prompt:
+        """What all questions about a video begin with, to the video's last special token."""
+        ids = self._ids_about(video, "", False)
+        last = (ids == self.tokenizer.convert_tokens_to_ids(FAKE_TOKEN)).nonzero()[-1]
+        return self.embed(ids[: last + 1], video.features)
+
+    def continuation(self, text: str) -> Prompt:
+        """The rest of the prompt: the question; the model's answer follows."""
+        return self.embed(self.tokenize(continuation(text)))
+
+    def _ids_about(self, video: EncodedVideo, text: str, answer_follows: bool) -> Tensor:
+        clip = video.timestamps, video.duration, video.rows, video.cols
+        return self._tensor(self.inputs.about(*clip, text, answer_follows))
 
     # --- tensors --------------------------------------------------------------------------------
 
     def tokenize(self, text: str) -> Tensor:
         """Text with special tokens spelled out -> ids [T] on the model's device."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tensor(self.inputs.ids(text))
+
+    def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
 
-    def decode(self, ids: list[int]) -> str:
-        """Ids of an answer -> text without special tokens and surrounding spaces."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    def decode(self, ids: list[int], strip: bool = True) -> str:
+        """Ids of an answer -> text without special tokens and, with ``strip``, outer spaces."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip() if strip else text
 
     @torch.no_grad()
     def encode_views(self, views: Tensor) -> Tensor:
@@ -146,7 +181,7 @@ class SmolVLM:
             [V, tokens_per_view, D]. A view's result does not depend on the other views.
         """
         features = [
-            self.encode_pixels(normalize(chunk.to(self.decoder.device), self.decoder.dtype))
+            self._encode_pixels(self, normalize(chunk.to(self.decoder.device), self.decoder.dtype))
             for chunk in views.split(VIEWS_PER_CHUNK)
         ]
         return torch.cat(features)
@@ -174,7 +209,7 @@ class SmolVLM:
                 f"does the tokenizer know {IMAGE_TOKEN} as id {self.image_token_id}?"
             )
         embeddings[places] = rows.to(embeddings.dtype)
-        return Prompt(embeddings, len(rows))
+        return Prompt(embeddings, len(rows), places)
 
 
 def _stop_ids(

@@ -97,3 +97,10 @@ def chat(text: str, add_generation_prompt: bool) -> str:
     """One user turn around `text`, then the assistant's opening when an answer is to follow."""
     turn = f"<|im_start|>User: {text}{END_OF_UTTERANCE}\n"
     return turn + "Assistant:" if add_generation_prompt else turn
+
+
+def continuation(text: str) -> str:
+    """What follows a video's last special token when `text` is asked about it and an answer is to
+    follow. Tokenizers split at special tokens, so its ids are those it has in the whole prompt."""
+    start = chat("", False).removesuffix(f"{END_OF_UTTERANCE}\n")
+    return "\n\n" + chat(text, True).removeprefix(start)
