@@ -21,6 +21,19 @@ from v2l_fast.adapter import Adapter, AdapterBatch
 from v2l_fast.errors import AdapterError
 
 
+def one_rank(factors: Mapping[str, Tensor]) -> int:
+    """Rank of an adapter's A or B {module: [L, r, d]}.
+
+    Raises:
+        AdapterError: its modules have different ones, which slots cannot hold.
+    """
+    ranks = {factor.shape[1] for factor in factors.values()}
+    if len(ranks) > 1:
+        sizes = ", ".join(f"{m} {factor.shape[1]}" for m, factor in factors.items())
+        raise AdapterError(f"an adapter needs one rank for all modules, not {sizes}")
+    return ranks.pop()
+
+
 @dataclass(frozen=True)
 class AdapterSlots:
     """Distinct adapters of a batch.
@@ -63,11 +76,7 @@ class AdapterSlots:
         if any(set(a.A) != set(first.A) or a.scale != first.scale for a in distinct):
             raise AdapterError("adapters of different models or scales cannot share a batch")
         merged = [adapter.merged() for adapter in distinct]
-        for a, _ in merged:
-            if len({factor.shape[1] for factor in a.values()}) > 1:
-                sizes = ", ".join(f"{m} {factor.shape[1]}" for m, factor in a.items())
-                raise AdapterError(f"an adapter needs one rank for all modules, not {sizes}")
-        ranks = [next(iter(a.values())).shape[1] for a, _ in merged]
+        ranks = [one_rank(a) for a, _ in merged]
         packed = []
         for side in (0, 1):
             factors = {}

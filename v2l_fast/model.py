@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -19,11 +19,14 @@ from torch import Tensor
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import Adapter, AdapterBatch
 from v2l_fast.backbones import Backbone, Prompt, load_backbone
+from v2l_fast.backbones.steps import Step, finish
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
 from v2l_fast.generation import Sampling, generate
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.loading import load_hypernet, shipped
 from v2l_fast.video import VideoClip, load_video
+from v2l_fast.video.spans import load_spans
+from v2l_fast.video.splitting import split_clip
 
 # Questions answered in one forward pass; more are split.
 MAX_BATCH = 32
@@ -116,6 +119,7 @@ class Video2LoRA:
         base: str | os.PathLike | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        compile: bool | None = None,
     ) -> Video2LoRA:
         """Load a hypernetwork and its frozen VLM.
 
@@ -126,6 +130,7 @@ class Video2LoRA:
             base: the VLM; read from the hypernetwork's config when omitted.
             device: "cuda" when there is one, else "cpu".
             dtype: bfloat16 on a GPU, float32 on a CPU when omitted.
+            compile: see :meth:`compile`; on a GPU only when omitted.
 
         Raises:
             CheckpointError, ConfigError: something is missing, broken or does not fit.
@@ -137,7 +142,22 @@ class Video2LoRA:
         if base is None:
             raise CheckpointError(f"{name_or_path}: names no base model; pass base=...")
         backbone = load_backbone(shipped(base, "base") or base, device, dtype)
-        return cls(backbone, hypernet.to(device=device, dtype=dtype))
+        model = cls(backbone, hypernet.to(device=device, dtype=dtype))
+        if device.type == "cuda" if compile is None else compile:
+            model.compile()
+        return model
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile vision encoding, decoder layers and hypernetwork layers.
+
+        Answers and adapters stay the same, to rounding. Each kind of call takes seconds the first
+        time, then no length of video or question compiles anything again.
+
+        Args:
+            backend: as torch.compile's.
+        """
+        self.backbone.compile(backend)
+        self.hypernet.compile_layers(backend)
 
     # --- internalizing --------------------------------------------------------------------------
 
@@ -150,7 +170,8 @@ class Video2LoRA:
     ) -> VideoClip:
         """Sample and decode a video as the hypernetwork was trained to see it.
 
-        A :class:`VideoClip` passes through as it is.
+        A :class:`VideoClip` passes through as it is; a file's frames are on the model's device,
+        where a GPU decodes them if it can.
         """
         if isinstance(video, VideoClip):
             return video
@@ -160,6 +181,7 @@ class Video2LoRA:
             self.config.target_fps,
             exact_frames=exact_frames,
             longest_edge=self.config.longest_edge if longest_edge is None else longest_edge,
+            device=self.backbone.decoder.device,
         )
 
     @overload
@@ -176,6 +198,7 @@ class Video2LoRA:
         max_frames: int | None = None,
         longest_edge: int | None = None,
         exact_frames: bool = False,
+        chunks: int = 1,
         progress: Progress | None = None,
     ) -> Adapter | list[Adapter]:
         """Turn videos into adapters, one forward pass of encoder and hypernetwork each.
@@ -185,6 +208,9 @@ class Video2LoRA:
                 or clips.
             max_frames, longest_edge: frames and pixels; as in training when omitted.
             exact_frames: take exactly ``max_frames`` over the whole clip, whatever its duration.
+            chunks: take each video in so many parts of equal duration, each sampled like a video of
+                its own, and compose their adapters (paper Section 5.6). A network with
+                ``chunk_position`` is told each part's place.
             progress: called with (stage, done, total).
 
         Returns:
@@ -192,7 +218,10 @@ class Video2LoRA:
 
         Raises:
             VideoError: a file cannot be read or its features are not finite.
+            ConfigError: ``chunks`` is less than 1.
         """
+        if chunks < 1:
+            raise ConfigError(f"chunks={chunks} is no part of a video: use 1 or more")
         if isinstance(videos, Tensor):
             if fps is None:
                 raise VideoError("frames need fps: model.internalize(frames, fps=...)")
@@ -203,32 +232,84 @@ class Video2LoRA:
                 max_frames=max_frames,
                 longest_edge=longest_edge,
                 exact_frames=exact_frames,
+                chunks=chunks,
                 progress=progress,
             )[0]
-        report = progress or (lambda stage, done, total: None)
+        options = (max_frames, longest_edge, exact_frames, chunks)
+        return [finish(self.internalize_steps(video, *options), progress) for video in videos]
+
+    def internalize_steps(
+        self,
+        video: Video,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+        chunks: int = 1,
+    ) -> Generator[Step, None, Adapter]:
+        """:meth:`internalize` of one video in small units of work, for whoever does more than one
+        thing at a time.
+
+        Yields what comes next (stage, done, total), then does it when asked for the next: decoding
+        and resizing ("decode", without the model), then bounded chunks of frames ("encode frames"),
+        then one layer at a time ("generate adapter"). Units may run in different threads.
+
+        Returns:
+            The adapter, as the generator's value; see :func:`~v2l_fast.backbones.steps.finish`.
+        """
         edge = self.config.longest_edge if longest_edge is None else longest_edge
-        adapters = []
-        for video in videos:
-            report("decode", 0, 1)
-            clip = self.load_clip(video, max_frames, edge, exact_frames)
-            report("encode frames", 0, 1)
-            prompt = self.backbone.context(clip, self.config.instruction, edge)
-            batch = self._stream(prompt, report)
-            adapter = replace(
-                batch[0], bias=self._bias, provenance=self._provenance(clip, edge, exact_frames)
-            )
-            adapters.append(adapter)
-        return adapters
+        yield "decode", 0, 1
+        clips = self._load_chunks(video, chunks, max_frames, edge, exact_frames)
+        parts = []
+        for index, clip in enumerate(clips):
+            encoded = yield from self.backbone.encode_steps(clip, edge)
+            prompt = self.backbone.about(encoded, self.config.instruction, answer_follows=False)
+            place = (index / len(clips), (index + 1) / len(clips))
+            batch = yield from self._stream(prompt, place)
+            record = self._provenance(clip, place, edge, exact_frames)
+            parts.append(replace(batch[0], bias=self._bias, provenance=record))
+        return parts[0] if len(parts) == 1 else Adapter.compose(parts)
+
+    def question_steps(
+        self, clip: VideoClip, question: str, longest_edge: int | None = None
+    ) -> Generator[Step, None, Prompt]:
+        """The prompt of a question with the video in context, as :meth:`internalize_steps`."""
+        edge = self.config.longest_edge if longest_edge is None else longest_edge
+        yield "decode", 0, 1
+        return self.backbone.about((yield from self.backbone.encode_steps(clip, edge)), question)
+
+    def _load_chunks(
+        self, video: Video, chunks: int, max_frames: int | None, edge: int, exact_frames: bool
+    ) -> list[VideoClip]:
+        """:meth:`load_clip` of consecutive parts; a clip in memory is split as it is."""
+        if chunks == 1:
+            return [self.load_clip(video, max_frames, edge, exact_frames)]
+        if isinstance(video, VideoClip):
+            return split_clip(video, chunks)
+        return load_spans(
+            video,
+            None,
+            chunks,
+            self.config.max_frames if max_frames is None else max_frames,
+            self.config.target_fps,
+            exact_frames=exact_frames,
+            longest_edge=edge,
+            device=self.backbone.decoder.device,
+        )
 
     @torch.no_grad()
-    def _stream(self, prompt: Prompt, report: Progress) -> AdapterBatch:
+    def _stream(
+        self, prompt: Prompt, place: tuple[float, float]
+    ) -> Generator[Step, None, AdapterBatch]:
         """Generate each layer's factors as the decoder produces its input."""
         total = self.config.num_layers
         per_layer = []
-        for index, hidden in enumerate(self.backbone.decoder.layer_inputs(prompt.embeddings[None])):
-            report("generate adapter", index, total)
-            per_layer.append(self.hypernet.layer(index, hidden))
-        report("generate adapter", total, total)
+        where = torch.tensor([place], device=prompt.embeddings.device)
+        # Stacked, not viewed as a batch of one: a view would compile graphs of its own.
+        embeddings = torch.stack([prompt.embeddings])
+        for index, hidden in enumerate(self.backbone.decoder.layer_inputs(embeddings)):
+            yield "generate adapter", index, total
+            per_layer.append(self.hypernet.layer(index, hidden, None, where))
+        yield "generate adapter", total, total
         batch = self.hypernet.assemble(per_layer)
         # One wait for the device, after everything is enqueued.
         factors = [*batch.A.values(), *batch.B.values()]
@@ -239,7 +320,13 @@ class Video2LoRA:
             )
         return batch
 
-    def _provenance(self, clip: VideoClip, longest_edge: int, exact_frames: bool) -> dict:
+    def _provenance(
+        self,
+        clip: VideoClip,
+        place: tuple[float, float],
+        longest_edge: int,
+        exact_frames: bool,
+    ) -> dict:
         return {
             "source": {
                 "name": None if clip.path is None else Path(clip.path).name,
@@ -249,6 +336,7 @@ class Video2LoRA:
                 "fps": clip.fps,
                 "duration": clip.duration,
                 "num_frames": clip.num_frames,
+                "place": list(place),
             },
             "preprocessing": {
                 "version": self.backbone.preprocessing,

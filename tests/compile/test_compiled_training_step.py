@@ -1,4 +1,4 @@
-"""Features to loss compile to one graph, forward and backward, for every context and answer."""
+"""A training step with compiled layers: eager's numbers, no new graph for a new length."""
 
 from __future__ import annotations
 
@@ -7,41 +7,39 @@ from dataclasses import replace
 import torch
 
 from tests import tiny
-from tests.compile.graphs import LENGTHS, assert_one_graph, ramp
-from tests.compile.models import SIZE, decoder
-from v2l_fast.training.loss import answer_cross_entropy
-from v2l_fast.training.step import answer_logits, generate_adapters
-from v2l_fast.training.turns import PackedTurns, pack_turns
-
-VIDEOS, LAYERS, QUESTIONS = 2, 2, 3
+from tests.compile.graphs import assert_same
+from tests.training import plain
+from v2l_fast.training.contexts import visual_features
+from v2l_fast.training.samples import Sample
+from v2l_fast.training.step import TrainStep
 
 
-def packed(length: int) -> PackedTurns:
-    """Two rows, of two questions and of one; prefixes, questions and answers grow with length."""
-
-    def ids(count: int, start: int) -> list[int]:
-        return [10 + (start + i) % 20 for i in range(count)]
-
-    prefixes = [ids(length // 2, 0), ids(length // 2 + 1, 3)]
-    turns = [
-        [(ids(3, 5), ids(length // 3, 1)), (ids(2, 8), ids(3, 2))],
-        [(ids(2, 9), ids(4, 7))],
-    ]
-    return pack_turns(prefixes, turns, pad_id=0)
+def samples(backbone, frames: int) -> list[Sample]:
+    """Two videos of as many frames, encoded: vision is compiled in a test of its own."""
+    found = []
+    for seed in range(2):
+        one = plain.sample(backbone, seed, (frames,), 2)
+        (features,) = visual_features(backbone, one.chunks)
+        chunk = replace(one.chunks[0], pixels=None, features=features)
+        found.append(replace(one, chunks=(chunk,)))
+    return found
 
 
-def test_forward_and_backward():
-    hypernet = tiny.hypernetwork(replace(tiny.CONFIG, num_layers=LAYERS, num_blocks=1))
-    frozen = decoder(LAYERS)
+def test_recomputed_forward_and_backward():
+    config = replace(tiny.CONFIG, num_blocks=1, chunk_position=True)
+    network, backbone = tiny.hypernetwork(config), tiny.backbone()
+    parameters = list(network.parameters())
+    step = TrainStep(network, backbone)
 
-    def loss(features, mask, turns, index):
-        adapters = generate_adapters(hypernet, features, mask, recompute=False)
-        logits = answer_logits(frozen, turns, adapters, index)
-        return answer_cross_entropy(logits, turns.targets, turns.turns, QUESTIONS).mean()
+    def run(given: list[Sample]) -> list[torch.Tensor]:
+        loss = step(given).loss
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
-    cases = []
-    for length in LENGTHS:
-        features = ramp(VIDEOS, LAYERS, length, SIZE)
-        mask = (torch.arange(length) < torch.tensor([[length], [length // 2]])).long()
-        cases.append((features, mask, packed(length), torch.tensor([1, 0])))
-    assert_one_graph(loss, cases, list(hypernet.parameters()))
+    cases = [samples(backbone, frames) for frames in (3, 7, 5)]
+    expected = [run(case) for case in cases]
+    torch._dynamo.reset()
+    backbone.decoder.compile("aot_eager")
+    network.compile_layers("aot_eager")
+    for number, case in enumerate(cases):
+        with torch._dynamo.config.patch(error_on_recompile=number >= 1):
+            assert_same(run(case), expected[number])
