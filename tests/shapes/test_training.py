@@ -2,22 +2,17 @@
 
 import torch
 
-from v2l_fast.config import INSTRUCTION
-from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.shapes.augment import augment
 from v2l_fast.shapes.base import load_base, new_base, save_base
-from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.pretrain_vision import Stage, pretrain_vision, random_frames
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.scene import sample_scenes
-from v2l_fast.shapes.train_hypernet import ShapesTask, cache_contexts, shapes_hypernet_config
 from v2l_fast.shapes.train_language import (
     LanguageSettings,
     cache_visual_tokens,
     learning_rate,
     train_language,
 )
-from v2l_fast.training.trainer import TrainSettings, train
 
 
 def test_frames_for_the_tower_are_seeded_and_labeled():
@@ -97,32 +92,3 @@ def test_saved_base_is_the_same_model(tmp_path, prompts):
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "preprocessor_config.json"} <= names
     assert not [name for name in names if name.startswith(".")]
-
-
-def test_hypernetwork_loss_falls(tmp_path, base, prompts):
-    scenes = sample_scenes("train", 8, 0)
-    contexts = cache_contexts(base, scenes, 0)
-    assert contexts.shape == (8, 4, len(prompts.context), 96)
-    torch.manual_seed(0)
-    network = HyperNetwork(shapes_hypernet_config(base))
-    task = ShapesTask(base, prompts, scenes, contexts, 0, questions=1)
-    settings = TrainSettings(steps=12, batch=4, warmup=2, log_every=1, lr=2e-3)
-    losses = []
-
-    def step_loss(indices, step):
-        loss, numbers = task.loss(network, indices, step)
-        losses.append(loss.item())
-        return loss, numbers
-
-    train(network, step_loss, 8, settings, tmp_path, quiet=True)
-    assert sum(losses[-3:]) < sum(losses[:3])
-
-
-def test_cached_contexts_are_those_of_internalizing(base):
-    scenes = sample_scenes("train", 2, 0)
-    cached = cache_contexts(base, scenes, None)
-    for clip, expected in zip(rendered_clips(scenes), cached, strict=True):
-        prompt = base.context(clip, INSTRUCTION, 48)
-        with torch.no_grad():
-            states = torch.cat(list(base.decoder.layer_inputs(prompt.embeddings[None])))
-        assert torch.allclose(states, expected.float(), rtol=1e-2, atol=1e-2)

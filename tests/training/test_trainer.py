@@ -1,116 +1,264 @@
-"""The hypernetwork trainer: exact resume, atomic checkpoints, falling loss."""
+"""The loop in one process: what it learns, writes, says and refuses."""
 
+import io
 import json
+import signal
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
 
-from v2l_fast.config import HypernetConfig
-from v2l_fast.errors import CheckpointError
+from tests import tiny
+from tests.training.tiny_run import TinySource, run, settings
+from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.hypernet import HyperNetwork
-from v2l_fast.training.checkpoint import latest_checkpoint, load_checkpoint, named_parameters
-from v2l_fast.training.trainer import TrainSettings, make_optimizer, train, write_record
+from v2l_fast.training.checkpoint import latest_checkpoint, read_progress
+from v2l_fast.training.folder import RunFolder
+from v2l_fast.training.quarantine import Quarantine
+from v2l_fast.training.records import read_lines
+from v2l_fast.training.step import TrainStep
+from v2l_fast.training.stopping import Stopped
+from v2l_fast.training.trainer import TrainingError, train
 
-CONFIG = HypernetConfig(
-    hidden_size=8,
-    num_layers=2,
-    target_modules={"down_proj": (12, 8)},
-    rank=2,
-    latent_size=16,
-    num_latents=3,
-    num_blocks=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-)
-SETTINGS = TrainSettings(
-    steps=24, batch=4, lr=3e-3, warmup=4, checkpoint_every=5, log_every=4, keep_checkpoints=2
-)
+LEARNED = ("loss", "grad_norm", "captioning", "qa")
 
 
-def make():
-    """A nano network and a task: the update of a layer should be a fixed map of its context."""
-    torch.manual_seed(0)
-    network = HyperNetwork(CONFIG)
-    generator = torch.Generator().manual_seed(1)
-    features = torch.randn(10, 2, 5, 8, generator=generator)
-    wanted = features.mean(2) @ torch.randn(8, 8, generator=generator) * 0.3
-
-    def step_loss(indices, step):
-        picked = torch.tensor(indices)
-        # Noise from torch's own generator: a resume must restore it too.
-        noisy = features[picked] + 0.01 * torch.randn(len(indices), 2, 5, 8)
-        batch = network(noisy).composed()
-        update = torch.einsum(
-            "blrd,blro->blo", batch.A["down_proj"], batch.B["down_proj"]
-        )
-        loss = (update - wanted[picked]).square().mean()
-        return loss, {"update": update.abs().mean().item()}
-
-    return network, step_loss
+@pytest.fixture(scope="module")
+def base():
+    return tiny.backbone()
 
 
-def state(network):
-    return {name: value.clone() for name, value in network.state_dict().items()}
+def curve(folder):
+    """What a log says about learning, without times."""
+    lines = read_lines(folder / "log.jsonl")
+    return [{name: x.get(name) for name in ("step", "lr", "val_loss", *LEARNED)} for x in lines]
 
 
-def test_a_stopped_run_continues_bit_for_bit(tmp_path):
-    network, loss = make()
-    whole = train(network, loss, 10, SETTINGS, tmp_path / "whole", quiet=True)
-    expected = state(network)
-
-    for stop in (7, 9, None):
-        network, loss = make()
-        record = train(
-            network, loss, 10, SETTINGS, tmp_path / "parts", stop_after=stop, quiet=True
-        )
-    assert all(torch.equal(value, expected[name]) for name, value in state(network).items())
-    assert record["last"] == whole["last"]
-    curves = [
-        {x["step"]: x["loss"] for x in map(json.loads, (tmp_path / n / "log.jsonl").open())}
-        for n in ("whole", "parts")
-    ]
-    assert all(curves[1][step] == value for step, value in curves[0].items())
+def weights(folder):
+    return load_file(latest_checkpoint(folder / "checkpoints"))
 
 
-def test_loss_falls_and_old_checkpoints_go(tmp_path):
-    network, loss = make()
-    train(network, loss, 10, SETTINGS, tmp_path, quiet=True)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
-    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["log.jsonl", "step-00000020.safetensors", "step-00000024.safetensors"]
+def same(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_scalers_train_faster_and_without_decay():
-    network, _ = make()
-    others, scalers = make_optimizer(network, SETTINGS).param_groups
-    assert scalers["factor"] == 5.0 and scalers["weight_decay"] == 0.0
-    assert others["weight_decay"] == 0.01
-    assert len(scalers["params"]) == 2
-    total = len(scalers["params"]) + len(others["params"])
-    assert total == len(named_parameters(network))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, base):
+    """A run without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    summary = run(settings(folder), base)
+    return folder, summary
 
 
-def test_another_models_checkpoint_is_refused(tmp_path):
-    network, loss = make()
-    train(network, loss, 10, SETTINGS, tmp_path, stop_after=1, quiet=True)
-    other = torch.nn.Linear(2, 2)
-    with pytest.raises(CheckpointError, match="not this model's"):
-        load_checkpoint(
-            latest_checkpoint(tmp_path), named_parameters(other), torch.optim.AdamW([other.weight])
-        )
+def test_the_loss_falls(whole):
+    losses = [line["loss"] for line in curve(whole[0]) if line["loss"] is not None]
+    assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_broken_checkpoint_is_named(tmp_path):
-    path = tmp_path / "step-00000001.safetensors"
-    path.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    network, loss = make()
-    with pytest.raises(CheckpointError, match="step-00000001"):
-        train(network, loss, 10, SETTINGS, tmp_path, quiet=True)
+def test_the_first_step_is_the_steps_own(whole, base, tmp_path):
+    """Accumulated micro-batches, clipping off: the loss and gradient of one forward pass."""
+    config = settings(tmp_path, "optim.clip=0", "optim.steps=1", "optim.micro_batch_size=2")
+    run(config, base)
+    from v2l_fast.training.network import make_hypernet
+    from v2l_fast.training.sampler import EpochOrder
+
+    network = make_hypernet(config, base)
+    source = TinySource(base.inputs)
+    samples = [source.load(i, 0) for i in EpochOrder(13, 8, 0).batch(0)]
+    result = TrainStep(network, base)(samples)
+    result.loss.backward()
+    line = read_lines(tmp_path / "log.jsonl")[0]
+    assert line["loss"] == pytest.approx(result.loss.item(), rel=1e-6)
+    norm = torch.stack([p.grad.norm() for p in network.parameters()]).norm()
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_records_are_written_whole(tmp_path):
-    write_record(tmp_path / "a" / "record.json", {"x": 1})
-    assert json.loads((tmp_path / "a" / "record.json").read_text()) == {"x": 1}
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["record.json"]
+def test_what_a_run_leaves(whole):
+    folder, summary = whole
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".lock", "checkpoints", "hypernet", "log.jsonl", "summary.json"}
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["step-00000006.safetensors", "step-00000007.safetensors"]
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["steps"] == 7 and summary["quarantined"] == 0 and summary["seconds"] > 0
+    assert summary["last"]["loss"] == curve(folder)[-2]["loss"]
+    assert summary["validation"]["val_loss"] == curve(folder)[-1]["val_loss"]
+    assert summary["environment"]["processes"] == 1
+    exported = HyperNetwork.from_pretrained(folder / "hypernet")
+    saved = weights(folder)
+    for name, value in exported.state_dict().items():
+        assert torch.equal(value, saved[f"model.{name}"])
+    assert exported.config.max_frames == 2 and exported.config.longest_edge == 32
+
+
+def test_sigterm_finishes_the_step_saves_and_continues(whole, base, tmp_path):
+    with pytest.raises(Stopped) as stopped:
+        run(settings(tmp_path), base, events={3: signal.SIGTERM})
+    assert stopped.value.code == 143 and stopped.value.step == 4
+    assert read_progress(latest_checkpoint(tmp_path / "checkpoints"))["step"] == 4
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run(settings(tmp_path), base)
+    assert curve(tmp_path) == curve(whole[0])
+    assert same(weights(tmp_path), weights(whole[0]))
+
+
+def test_an_interrupt_is_no_crash_either(base, tmp_path):
+    with pytest.raises(Stopped) as stopped:
+        run(settings(tmp_path), base, events={0: signal.SIGINT})
+    assert stopped.value.code == 130
+    assert read_progress(latest_checkpoint(tmp_path / "checkpoints"))["step"] == 1
+
+
+def test_a_crash_between_checkpoints_changes_nothing(whole, base, tmp_path):
+    class Crashing(TinySource):
+        def load(self, index, step):
+            if step == 5:
+                raise RuntimeError("out of luck")
+            return super().load(index, step)
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        sources = Crashing(base.inputs), TinySource(base.inputs, videos=4)
+        train(settings(tmp_path), backbone=base, sources=sources)
+    # Later lines than the checkpoint's, and a file that was being written.
+    assert curve(tmp_path)[-1]["step"] == 4
+    (tmp_path / "checkpoints" / ".step-00000006.safetensors.1.part").write_bytes(b"half")
+    run(settings(tmp_path), base)
+    assert curve(tmp_path) == curve(whole[0])
+    assert same(weights(tmp_path), weights(whole[0]))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_workers_read_what_the_step_would(whole, base, tmp_path):
+    run(settings(tmp_path, "data.workers=2"), base)
+    assert curve(tmp_path) == curve(whole[0])
+    assert same(weights(tmp_path), weights(whole[0]))
+
+
+def test_a_finished_run_stays_as_it_is(whole, base):
+    folder, _ = whole
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    run(settings(folder), base)
+    after = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_other_settings_are_refused_and_fresh_starts_over(base, tmp_path):
+    run(settings(tmp_path, "optim.steps=3"), base)
+    first = weights(tmp_path)
+    with pytest.raises(CheckpointError, match="optim.lr=0.01, now it is 0.02"):
+        run(settings(tmp_path, "optim.steps=3", "optim.lr=2e-2"), base)
+    sources = TinySource(base.inputs), None
+    other = settings(tmp_path, "optim.steps=3", "optim.lr=2e-2")
+    train(other, resume=False, backbone=base, sources=sources)
+    assert not same(weights(tmp_path), first)
+    assert [line["step"] for line in curve(tmp_path)] == [2, 3]
+    with pytest.raises(CheckpointError, match="no checkpoint to resume"):
+        train(settings(tmp_path / "new"), resume=True, backbone=base, sources=sources)
+
+
+def test_one_run_at_a_time_writes_a_folder(base, tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.open(None)
+    with pytest.raises(CheckpointError, match="another run is writing here"):
+        run(settings(tmp_path), base)
+    folder.close()
+    run(settings(tmp_path, "optim.steps=1"), base)
+
+
+def test_broken_videos_are_quarantined_once_and_not_tried_again(base, tmp_path):
+    source = TinySource(base.inputs, broken=frozenset({2, 5}))
+    train(settings(tmp_path), backbone=base, sources=(source, None))
+    lines = read_lines(tmp_path / "quarantine.jsonl")
+    assert sorted((line["video"], line["reason"]) for line in lines) == [
+        ("video 2", "cannot be read"), ("video 5", "cannot be read"),
+    ]  # fmt: skip
+    tries = [index for _, index in source.loaded]
+    assert tries.count(2) == tries.count(5) == 1 < tries.count(3)
+    steps = {line["video"]: line["step"] for line in lines}
+    assert steps == {f"video {i}": step + 1 for step, i in source.loaded if i in (2, 5)}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["quarantined"] == 2
+
+
+def test_a_resumed_run_knows_the_broken_videos_of_its_past(base, tmp_path):
+    broken = frozenset(range(13)) - {1, 3, 4}
+    run(settings(tmp_path / "whole"), base, broken=broken)
+    with pytest.raises(Stopped):
+        run(settings(tmp_path / "parts"), base, broken=broken, events={2: signal.SIGTERM})
+    known = {line["index"] for line in read_lines(tmp_path / "parts" / "quarantine.jsonl")}
+    source = TinySource(base.inputs, broken=broken)
+    sources = source, TinySource(base.inputs, videos=4)
+    train(settings(tmp_path / "parts"), backbone=base, sources=sources)
+    assert known and not known & {index for _, index in source.loaded}
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_run_of_broken_videos_alone_ends(base, tmp_path):
+    run(settings(tmp_path, "optim.steps=2"), base, broken=frozenset(range(13)))
+    assert len(Quarantine(tmp_path / "quarantine.jsonl", 13)) == 13
+    assert curve(tmp_path)[0]["loss"] == 0.0
+
+
+def test_a_loss_that_is_not_finite_stops_before_saving(base, tmp_path):
+    class Poisoned(TinySource):
+        def load(self, index, step):
+            sample = super().load(index, step)
+            if step >= 4:
+                sample.chunks[0].features.fill_(float("nan"))
+            return sample
+
+    with pytest.raises(TrainingError, match="not finite in step 5"):
+        train(settings(tmp_path), backbone=base, sources=(Poisoned(base.inputs), None))
+    assert read_progress(latest_checkpoint(tmp_path / "checkpoints"))["step"] == 3
+
+
+def test_progress_without_a_terminal_is_lines(base, tmp_path):
+    said = io.StringIO()
+    config = settings(tmp_path, "run.sample_every=4", "run.val_every=4")
+    sources = TinySource(base.inputs), TinySource(base.inputs, videos=4)
+    train(config, backbone=base, sources=sources, console=Console(file=said))
+    text = said.getvalue()
+    assert "\x1b" not in text
+    assert "starting in" in text and "7 steps of 8 videos = 1 x 8 x 1" in text
+    for part in ("step 2/7", "loss", "videos/s", "frames/s", "wait", "MFU n/a", "GB", "left"):
+        assert part in text
+    assert "step 4 · val_captioning" in text and "done:" in text
+    rows = read_lines(tmp_path / "samples.jsonl")
+    assert len(rows) == 3 and all(row["step"] == 4 and row["reference"] for row in rows)
+
+
+def test_tensorboard_gets_the_numbers(base, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = settings(tmp_path, 'run.trackers=["tensorboard"]', "optim.steps=4")
+    run(config, base)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "v2l_fast"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    logged = [(line["step"], line["loss"]) for line in curve(tmp_path) if line["loss"]]
+    assert found == [(step, pytest.approx(value)) for step, value in logged]
+    assert events.Scalars("val_loss")
+
+
+def test_a_missing_tracker_is_named(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("v2l_fast.training.processes.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="names tensorboard, which is not installed: pip install"):
+        run(settings(tmp_path, 'run.trackers=["tensorboard"]'), base)
+
+
+def test_a_run_can_start_from_a_trained_network(whole, base, tmp_path):
+    folder, _ = whole
+    start = f'model.init="{folder / "hypernet"}"'
+    config = settings(
+        tmp_path, start, "optim.steps=1", "model.hypernet.chunk_position=true", "optim.lr=0"
+    )
+    run(config, base)
+    before = HyperNetwork.from_pretrained(folder / "hypernet").state_dict()
+    after = HyperNetwork.from_pretrained(tmp_path / "hypernet")
+    assert after.config.chunk_position
+    assert all(torch.equal(after.state_dict()[name], value) for name, value in before.items())
+    with pytest.raises(ConfigError, match="does not fit model.hypernet"):
+        run(settings(tmp_path / "b", start, "model.hypernet.latent_size=32"), base)

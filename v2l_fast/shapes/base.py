@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, SmolVLMForConditionalGeneration
 
 from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.files import write_text
 from v2l_fast.shapes.tokenizer import build_tokenizer
 from v2l_fast.shapes.vlm import IMAGE_SIZE, seeded_model, shapes_vlm_config
 
@@ -63,9 +63,7 @@ def save_base(
     model.to(torch.bfloat16).save_pretrained(folder)
     model.to(dtype)
     tokenizer.save_pretrained(folder)
-    part = folder / f".preprocessor_config.json.{os.getpid()}.part"
-    part.write_text(json.dumps(_PREPROCESSOR, indent=2) + "\n")
-    os.replace(part, folder / "preprocessor_config.json")
+    write_text(folder / "preprocessor_config.json", json.dumps(_PREPROCESSOR, indent=2) + "\n")
 
 
 def load_base(folder: str | Path = BASE_FOLDER) -> SmolVLM:

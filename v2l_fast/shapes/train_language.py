@@ -22,7 +22,7 @@ from transformers import SmolVLMForConditionalGeneration
 from v2l_fast.shapes.augment import augment
 from v2l_fast.shapes.language import PLACE_KINDS, Turn, ask, ask_several
 from v2l_fast.shapes.prompts import Prompts
-from v2l_fast.shapes.render import render
+from v2l_fast.shapes.render import FRAME_TIMES, render
 from v2l_fast.shapes.scene import Scene
 from v2l_fast.shapes.vlm import IMAGE_SIZE, freeze, video_tokens
 from v2l_fast.training.checkpoint import load_checkpoint, named_parameters, save_checkpoint
@@ -55,13 +55,15 @@ def cache_visual_tokens(
     model: SmolVLMForConditionalGeneration,
     scenes: Sequence[Scene],
     seed: int | None,
+    times: Sequence[float] = FRAME_TIMES,
     chunk: int = 64,
 ) -> Tensor:
-    """Visual tokens [B, F, T, D] of the scenes' sampled frames, augmented unless `seed` is None."""
+    """Visual tokens [B, F, T, D] of the scenes' frames at `times`, augmented unless `seed` is
+    None."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, len(scenes), chunk):
-        frames = render(scenes[start : start + chunk], IMAGE_SIZE)
+        frames = render(scenes[start : start + chunk], IMAGE_SIZE, times)
         if generator is not None:
             frames = augment(frames.flatten(0, 1).float(), generator).view(frames.shape)
         parts.append(video_tokens(model, frames))

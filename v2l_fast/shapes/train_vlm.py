@@ -18,22 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
-from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import load_tensors, save_tensors
 from v2l_fast.shapes.base import load_base, new_base, save_base
-from v2l_fast.shapes.evaluate import (
-    collect,
-    direct_answerer,
-    questions_for,
-    rendered_clips,
-    score,
-)
+from v2l_fast.shapes.evaluate import evaluate_direct
 from v2l_fast.shapes.pretrain_vision import SCHEDULE, pretrain_vision
 from v2l_fast.shapes.prompts import Prompts
-from v2l_fast.shapes.scene import Scene, sample_scenes
+from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.train_language import LanguageSettings, cache_visual_tokens, train_language
-from v2l_fast.training.trainer import write_record
+from v2l_fast.training.records import write_record
 
 _VAL_VIDEOS = 512
 
@@ -70,7 +63,8 @@ def train_vlm(
         )
 
     save_base(model, tokenizer, folder / "base")
-    validation = validate(load_base(folder / "base"), sample_scenes("val", _VAL_VIDEOS, seed))
+    scenes = sample_scenes("val", _VAL_VIDEOS, seed)
+    validation = evaluate_direct(load_base(folder / "base"), scenes)
     result = {
         "what": "tiny SmolVLM of the shapes world",
         "seed": seed,
@@ -84,15 +78,6 @@ def train_vlm(
     write_record(record, result)
     console.print_json(data=validation)
     return result
-
-
-def validate(backbone: SmolVLM, scenes: list[Scene]) -> dict[str, Any]:
-    """Scores of the direct answers on `scenes`."""
-    questions = questions_for(scenes, 0)
-    said = collect(direct_answerer(backbone, rendered_clips(scenes)), len(scenes), questions)
-    result = score(said, scenes, questions)
-    del result["per_video"]
-    return {"videos": len(scenes), "questions": len(questions), **result}
 
 
 def _vision_stage(

@@ -1,7 +1,8 @@
 """Atomic training checkpoints in one safetensors file: parameters, optimizer state, progress.
 
-Responsible for exact round trips and for never leaving half a file. What progress means (step,
-sampler position) is the caller's JSON. No pickle is read or written.
+Responsible for exact round trips, for never leaving half a file and for refusing to continue under
+other settings. What progress means (step, settings) is the caller's JSON. No pickle is read or
+written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from v2l_fast.errors import CheckpointError
@@ -35,6 +37,40 @@ def save_checkpoint(
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
     tensors[_RNG] = torch.get_rng_state()
     save_tensors(tensors, path, {_PROGRESS: json.dumps(progress)})
+
+
+def read_progress(path: str | Path) -> dict[str, Any]:
+    """The progress of a checkpoint, without its tensors.
+
+    Raises CheckpointError when the file is broken.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return json.loads((handle.metadata() or {})[_PROGRESS])
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as cause:
+        raise CheckpointError(
+            f"{path}: not a whole training checkpoint ({cause}); delete it to continue from the "
+            "one before"
+        ) from None
+
+
+def refuse_other_settings(
+    path: str | Path, saved: dict[str, Any], current: dict[str, Any]
+) -> None:
+    """Compare flat settings, JSON-ready, of a checkpoint and of now.
+
+    Raises CheckpointError naming the first difference and how many more there are.
+    """
+    current = json.loads(json.dumps(current))
+    changed = [k for k in sorted({*saved, *current}) if saved.get(k) != current.get(k)]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more settings differ)" if len(changed) > 1 else ""
+        raise CheckpointError(
+            f"{path}: made with {key}={json.dumps(saved.get(key))}, now it is "
+            f"{json.dumps(current.get(key))}{more}; set it back, name another run.folder, or "
+            "start over with --fresh"
+        )
 
 
 def load_checkpoint(

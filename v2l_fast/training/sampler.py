@@ -1,43 +1,40 @@
-"""Order of the training examples: seeded epochs without replacement, with a position to resume."""
+"""Order of the training videos: seeded epochs without replacement, any step's batch at any time."""
 
 from __future__ import annotations
 
 import torch
 
 
-class EpochSampler:
-    """Endless batches of example indices.
+class EpochOrder:
+    """Batches of video indices as a function of (seed, step) alone, so nothing must be restored.
 
-    Each epoch is a permutation that depends on (seed, epoch) alone. The last short batch of an
-    epoch is filled from the next one, so every batch has the same size.
+    Each epoch is a permutation that depends on (seed, epoch). The last short batch of an epoch is
+    filled from the next one, so every batch has the same size.
     """
 
-    def __init__(self, examples: int, batch: int, seed: int) -> None:
-        self.examples, self.batch, self.seed = examples, batch, seed
-        self.epoch, self.position = 0, 0
-        self._order = self._permutation(0)
+    def __init__(self, videos: int, batch_size: int, seed: int) -> None:
+        self.videos, self.batch_size, self.seed = videos, batch_size, seed
+        self._epoch, self._order = -1, []
 
-    def next(self) -> list[int]:
-        """The next batch of indices."""
+    def batch(self, step: int) -> list[int]:
+        """Indices of the batch of 0-based `step`."""
         picked: list[int] = []
-        while len(picked) < self.batch:
-            if self.position == self.examples:
-                self.epoch, self.position = self.epoch + 1, 0
-                self._order = self._permutation(self.epoch)
-            end = min(self.examples, self.position + self.batch - len(picked))
-            picked += self._order[self.position : end]
-            self.position = end
+        place = step * self.batch_size
+        while len(picked) < self.batch_size:
+            epoch, start = divmod(place, self.videos)
+            part = self._permutation(epoch)[start : start + self.batch_size - len(picked)]
+            picked += part
+            place += len(part)
         return picked
 
-    def state(self) -> dict[str, int]:
-        """What `restore` needs, JSON-ready."""
-        return {"epoch": self.epoch, "position": self.position}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken."""
-        self.epoch, self.position = state["epoch"], state["position"]
-        self._order = self._permutation(self.epoch)
+    def share(self, step: int, rank: int, processes: int) -> list[int]:
+        """One process's part of the batch; the parts in order of rank are the batch."""
+        size = self.batch_size // processes
+        return self.batch(step)[rank * size : (rank + 1) * size]
 
     def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.examples, generator=generator).tolist()
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.videos, generator=generator).tolist()
+            self._epoch, self._order = epoch, order
+        return self._order

@@ -1,160 +1,336 @@
-"""The training loop of a hypernetwork: optimizer, schedule, checkpoints, exact resume, progress.
+"""The training loop: one for CPU and GPUs, one process and many, every data source.
 
-Responsible for everything that does not depend on the task. The task is one callable from (batch of
-example indices, step) to a scalar loss and numbers to log; it must draw its randomness from the
-step or from torch's generator, both of which a checkpoint restores.
+Responsible for the order of things: load or resume, step, log, validate, save, stop. The step's
+forward pass is `step`'s, batches are `loader`'s, processes Accelerate's (`processes`), files
+`folder`'s. Everything a step depends on is a function of (settings, step), so a resumed run gives
+the same numbers to the last bit, and a run on other processes the same up to the rounding of sums.
+
+Nothing waits for the device in a step that is not logged, validated or saved.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from torch import Tensor, nn
+from rich.console import Console
+from torch import nn
 
+from v2l_fast.backbones import Backbone, load_backbone
+from v2l_fast.errors import V2LError
 from v2l_fast.training.checkpoint import (
     checkpoint_path,
-    latest_checkpoint,
     load_checkpoint,
     named_parameters,
+    read_progress,
+    refuse_other_settings,
     rotate_checkpoints,
     save_checkpoint,
 )
-from v2l_fast.training.sampler import EpochSampler
-from v2l_fast.training.schedule import trapezoid
+from v2l_fast.training.config import TrainConfig
+from v2l_fast.training.config_values import spread
+from v2l_fast.training.flops import StepCost, peak_flops
+from v2l_fast.training.folder import RunFolder
+from v2l_fast.training.loader import StepBatch, step_batches
+from v2l_fast.training.meter import Meter
+from v2l_fast.training.network import export, make_hypernet
+from v2l_fast.training.processes import Processes
+from v2l_fast.training.progress import Report, environment, memory_gb
+from v2l_fast.training.quarantine import Quarantine
+from v2l_fast.training.records import write_record
+from v2l_fast.training.sampler import EpochOrder
+from v2l_fast.training.schedule import make_optimizer, rate_factor, set_rate
+from v2l_fast.training.sources import Sources, base_model, open_sources
+from v2l_fast.training.speed import Speed
+from v2l_fast.training.step import StepOptions, StepResult, TrainStep
+from v2l_fast.training.stopping import Stopped, StopSignals
+from v2l_fast.training.validation import Validation
 
-StepLoss = Callable[[list[int], int], tuple[Tensor, dict[str, float]]]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Optimization settings. Scalers train at `scaler_lr_factor` times the rate, without decay."""
-
-    steps: int
-    batch: int
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    scaler_lr_factor: float = 5.0
-    clip: float = 1.0
-    warmup: int = 100
-    decay_share: float = 0.4
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 2
-    log_every: int = 20
-    seed: int = 0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW in two groups: the scalers (scaler_A.*, scaler_B.*), and all other parameters."""
-    parameters = named_parameters(module)
-    scalers = [p for n, p in parameters.items() if n.startswith("scaler_")]
-    others = [p for n, p in parameters.items() if not n.startswith("scaler_")]
-    return torch.optim.AdamW(
-        [
-            {"params": others, "factor": 1.0, "weight_decay": settings.weight_decay},
-            {"params": scalers, "factor": settings.scaler_lr_factor, "weight_decay": 0.0},
-        ],
-        lr=settings.lr,
-        betas=settings.betas,
-    )
+class TrainingError(V2LError):
+    """A run cannot go on."""
 
 
 def train(
-    module: nn.Module,
-    step_loss: StepLoss,
-    examples: int,
-    settings: TrainSettings,
-    folder: str | Path,
-    stop_after: int | None = None,
-    quiet: bool = False,
+    config: TrainConfig,
+    resume: bool | None = None,
+    backbone: Backbone | None = None,
+    sources: Sources | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train `module` in place for `settings.steps` steps and return the run's record.
+    """Train a hypernetwork and return the run's summary, which `summary.json` keeps.
 
-    Checkpoints lie in `folder`; training continues from the latest one there, bit for bit as if it
-    had never stopped. `log.jsonl` there gets one line every `log_every` steps.
+    Args:
+        resume: True continues from the last checkpoint of `run.folder` and fails without one,
+            False starts over, None continues where there is one.
+        backbone, sources: instead of those that the config names.
+        console: where progress is shown; standard error if omitted.
 
-    stop_after: leave after this many steps of this call, with a checkpoint.
-    Raises CheckpointError when a checkpoint there belongs to another model.
+    Raises:
+        ConfigError: settings that cannot work together.
+        CheckpointError: the folder's checkpoint is broken or of other settings, or another run
+            writes there.
+        TrainingError: the loss is not finite.
+        Stopped: a signal ended the run, after a checkpoint.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters = named_parameters(module)
-    optimizer = make_optimizer(module, settings)
-    sampler = EpochSampler(examples, settings.batch, settings.seed)
-    torch.manual_seed(settings.seed)
-    step, seconds = 0, 0.0
-    found = latest_checkpoint(folder)
-    if found is not None:
-        progress = load_checkpoint(found, parameters, optimizer)
-        step, seconds = progress["step"], progress["seconds"]
-        sampler.restore(progress["sampler"])
-    last = settings.steps if stop_after is None else min(settings.steps, step + stop_after)
-    started = time.perf_counter() - seconds
-    numbers: dict[str, float] = {}
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    processes, folder = Processes(config), RunFolder(config.run.folder)
+    try:
+        accumulation = config.optim.accumulation(processes.count)
+        with processes.main_first():
+            if processes.is_main:
+                folder.open(resume)
+            backbone = backbone or load_backbone(
+                base_model(config), processes.device, _dtype(config, processes.device)
+            )
+            sources = sources or open_sources(config, backbone)
+        run = _Run(config, processes, folder, backbone, sources)
+        return run.train(accumulation, console)
+    finally:
+        folder.close()
+        processes.close()
+
+
+class _Run:
+    """One call of `train`: what it holds, and the loop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        processes: Processes,
+        folder: RunFolder,
+        backbone: Backbone,
+        sources: Sources,
+    ) -> None:
+        self.config, self.processes, self.folder = config, processes, folder
+        self.hypernet = make_hypernet(config, backbone).to(processes.device)
+        wanted = config.run.compile
+        if wanted == "on" or (wanted == "auto" and processes.device.type == "cuda"):
+            backbone.compile()
+            self.hypernet.compile_layers()
+        self.step = TrainStep(self.hypernet, backbone, step_options(config))
+        self.parameters = named_parameters(self.hypernet)
+        self.optimizer = make_optimizer(self.hypernet, config.optim)
+        self.source, val = sources
+        self.quarantine = Quarantine(folder.quarantine, len(self.source))
+        self.validation = None
+        if val is not None and config.data.val_videos:
+            self.validation = Validation(
+                val, config, Quarantine(folder.val_quarantine, len(val)),
+                processes.rank, processes.count,
+            )  # fmt: skip
+        cost = StepCost.of(backbone, self.hypernet.config)
+        self.speed = Speed(cost, peak_flops(processes.device), processes.count)
+        self.meter = Meter(counts=processes.is_main)
+        self.start, self.seconds, self.began = 0, 0.0, time.perf_counter()
+        self.last: dict[str, float] = {}
+        self.val: dict[str, float] = {}
+
+    def train(self, accumulation: int, console: Console | None) -> dict[str, Any]:
+        """From the last checkpoint, or the start, to the last step."""
+        self._restore()
+        config, run, processes = self.config, self.config.run, self.processes
+        if self.start == config.optim.steps:
+            return self._summary()
+        model = processes.wrap(self.step)
+        processes.start_trackers(config, self.start)
+        report = Report(
+            self.folder, config.optim.steps, self.start, processes.track, processes.is_main, console
+        )
+        batches = step_batches(
+            self.source,
+            EpochOrder(len(self.source), config.optim.batch_size, run.seed),
+            range(self.start, config.optim.steps),
+            config.data,
+            self.quarantine,
+            rank=processes.rank,
+            processes=processes.count,
+            accumulation=accumulation,
+            pinned=processes.device.type == "cuda",
+        )
+        with StopSignals() as signals, report:
+            report.say(self._opening(accumulation))
+            for batch in batches:
+                examples = sum(len(sample.turns) for sample in batch.samples)
+                # Also how all processes learn that one of them is to stop.
+                total, stops = processes.total([examples, float(signals.received > 0)])
+                self._optimize(model, batch, int(total))
+                self.quarantine.refresh()
+                step = batch.step + 1
+                last = step == config.optim.steps
+                report.advance(step)
+                if last or step % run.log_every == 0:
+                    self._log(step, report)
+                if last or _due(step, run.val_every):
+                    self._validate(step, report)
+                if _due(step, run.sample_every):
+                    self._answer(step, report)
+                if last or stops or _due(step, run.checkpoint_every):
+                    self._save(step)
+                if stops and not last:
+                    report.say(
+                        f"stopped after step {step} of {config.optim.steps}, saved in "
+                        f"{self.folder.checkpoints}; the same command continues"
+                    )
+                    raise Stopped(signals.received or signal.SIGTERM, step)
+            summary = self._summary()
+            report.say(f"done: {self.folder.hypernet}, {self.folder.summary}")
+            return summary
+
+    # --- parts of a step --------------------------------------------------------------------------
+
+    def _optimize(self, model: nn.Module, batch: StepBatch, examples: int) -> None:
+        """Forward, backward and update of one step; nothing here waits for the device."""
+        config = self.config.optim
+        # What a step may draw depends on the step alone: a checkpoint needs no generator's state.
+        torch.manual_seed(self.config.run.seed * 1_000_003 + batch.step)
+        set_rate(self.optimizer, config, batch.step)
+        results = []
+        for place, samples in enumerate(batch.micro_batches):
+            with self.processes.exchange(model, place + 1 == len(batch.micro_batches)):
+                result = model(samples, example_total=max(examples, 1))
+                self.processes.backward(result.loss)
+            results.append(StepResult(result.loss.detach(), result.parts))
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meter.add(results, norm)
+        self.speed.add(batch)
+
+    def _merge(self, step: int) -> None:
+        self.meter.merge(self.processes.gather)
+        ago = self.meter.bad_step()
+        if ago is not None:
+            raise TrainingError(
+                f"{self.folder.path}: loss or gradient is not finite in step {step - ago}; the "
+                "last checkpoint is from before, lower optim.lr or look at the data of that step"
+            )
+
+    def _log(self, step: int, report: Report) -> None:
+        self._merge(step)
+        self.last = self.meter.means()
+        numbers: dict[str, float | None] = {
+            **self.last,
+            "lr": self.config.optim.lr * rate_factor(self.config.optim, step - 1),
+            **self.speed.take(self.processes.total),
+            "memory_gb": memory_gb(self.processes.device),
+            "seconds": round(self._elapsed(), 1),
+        }
+        report.log(step, numbers)
+
+    def _validate(self, step: int, report: Report) -> None:
+        if self.validation is not None:
+            with self.speed.paused():
+                self.val = self.validation.loss(self.step, self.processes.gather)
+                report.validation(step, self.val)
+
+    def _answer(self, step: int, report: Report) -> None:
+        if self.validation is not None and self.processes.is_main:
+            with self.speed.paused():
+                report.samples(step, self.validation.answers(self.step, self.config.run.samples))
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """Continue from the latest checkpoint, if there is one."""
+        found = self.folder.latest()
+        if found is None:
+            return
+        progress = read_progress(found)
+        refuse_other_settings(found, progress["settings"], self._settings())
+        load_checkpoint(found, self.parameters, self.optimizer)
+        self.start, self.seconds = progress["step"], progress["seconds"]
+        self.last, self.val = progress["last"], progress["val"]
+        self.meter.restore(progress["meter"])
+        self.quarantine.refresh()
+
+    def _save(self, step: int) -> None:
+        """A checkpoint and its loadable export, from the first process."""
+        self._merge(step)
+        if not self.processes.is_main:
+            return
+        progress = {
+            "step": step,
+            "seconds": self._elapsed(),
+            "last": self.last,
+            "val": self.val,
+            "meter": self.meter.state(),
+            "settings": self._settings(),
+        }
+        folder, run = self.folder, self.config.run
+        path = checkpoint_path(folder.checkpoints, step)
+        save_checkpoint(path, self.parameters, self.optimizer, progress)
+        rotate_checkpoints(folder.checkpoints, run.keep)
+        export(self.hypernet, folder.hypernet, DTYPES[run.export_dtype])
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with."""
+        network = spread(self.hypernet.config.to_dict(), "hypernetwork.")
+        return {**self.config.identity(), **network, "videos in the source": len(self.source)}
+
+    # --- words and records ------------------------------------------------------------------------
+
+    def _opening(self, accumulation: int) -> str:
+        optim, count = self.config.optim, sum(p.numel() for p in self.parameters.values())
+        start = f"continuing after step {self.start}" if self.start else "starting"
+        where = environment(self.processes.device, self.processes.count)["device"]
+        return (
+            f"{start} in {self.folder.path}: {count:,} parameters, {len(self.source)} videos, "
+            f"{optim.steps} steps of {optim.batch_size} videos = {self.processes.count} x "
+            f"{optim.micro_batch_size} x {accumulation} (processes, videos at once, accumulated), "
+            f"{where}"
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        """What the run was and what came out; written once, when it is complete."""
+        path = self.folder.summary
+        if path.is_file():
+            return json.loads(path.read_text())
+        summary = {
+            "what": f"hypernetwork trained on {self.config.data.source}",
+            "config": asdict(self.config),
+            "hypernetwork": self.hypernet.config.to_dict(),
+            "parameters": sum(p.numel() for p in self.parameters.values()),
+            "videos": len(self.source),
+            "steps": self.config.optim.steps,
+            "seconds": round(self._elapsed(), 1),
+            "last": self.last,
+            "validation": self.val,
+            "quarantined": len(self.quarantine),
+            "environment": environment(self.processes.device, self.processes.count),
+        }
+        if self.processes.is_main:
+            write_record(path, summary)
+        return summary
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.began
+
+
+def step_options(config: TrainConfig) -> StepOptions:
+    """What the step needs to know of the settings."""
+    loss = config.loss
+    return StepOptions(
+        recompute=config.model.recompute,
+        kind_weights=loss.kind_weights,
+        kl_weight=loss.kl_weight,
+        kl_temperature=loss.kl_temperature,
     )
-    with Progress(*columns, disable=quiet) as bar:
-        task = bar.add_task("training", total=settings.steps, completed=step, note="")
-        while step < last:
-            factor = trapezoid(step, settings.steps, settings.warmup, settings.decay_share)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * factor * group["factor"]
-            loss, numbers = step_loss(sampler.next(), step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
-            optimizer.step()
-            step += 1
-            if step % settings.log_every == 0 or step == last:
-                seconds = time.perf_counter() - started
-                numbers = {"loss": loss.item(), "grad_norm": norm.item(), **numbers}
-                _log(folder / "log.jsonl", {"step": step, "seconds": round(seconds, 1), **numbers})
-                note = " ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-                bar.update(task, completed=step, note=note)
-            if step % settings.checkpoint_every == 0 or step == last:
-                state = {"step": step, "seconds": time.perf_counter() - started}
-                save_checkpoint(
-                    checkpoint_path(folder, step), parameters, optimizer,
-                    {**state, "sampler": sampler.state()},
-                )
-                rotate_checkpoints(folder, settings.keep_checkpoints)
-    return {
-        "settings": asdict(settings),
-        "examples": examples,
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "steps": step,
-        "seconds": round(time.perf_counter() - started, 1),
-        "last": {k: round(v, 5) for k, v in numbers.items() if math.isfinite(v)},
-    }
 
 
-def _log(path: Path, line: dict[str, float]) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps({k: round(v, 5) for k, v in line.items()}) + "\n")
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
-def write_record(path: str | Path, record: dict[str, Any]) -> None:
-    """Write a JSON record atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(part, path)
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.model.dtype != "auto":
+        return DTYPES[config.model.dtype]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

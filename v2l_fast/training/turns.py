@@ -1,4 +1,4 @@
-"""Several turns about one video in one row, each seeing the video and itself only.
+"""Several turns about one video in one row, each seeing the shared prefix and itself only.
 
 Responsible for packing ids, positions and the block-diagonal mask. Every turn's positions restart
 after the shared prefix, so a packed turn computes what it would compute alone.
@@ -7,28 +7,43 @@ after the shared prefix, so a packed turn computes what it would compute alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from v2l_fast.training.transfer import send
+
 
 @dataclass(frozen=True)
 class PackedTurns:
-    """A batch of rows. `mask` is what attention may see; answers are listed flat, row-major.
+    """A batch of rows; answers are listed flat, row-major.
 
-    ids, positions: int64 [B, T]; mask: bool [B, 1, T, T]; rows, columns: int64 [N], where the token
-    before each answer token stands; targets: int64 [N], the answer token; turns: int64 [N], which
-    turn (counted over the whole batch) the answer token belongs to.
+    ids, positions: int64 [B, T]; segments: int64 [B, T], 0 for the prefix, 1, 2, ... for the row's
+    turns, -1 for padding; rows, columns: int64 [N], where the token before each answer token
+    stands; targets: int64 [N], the answer token; turns: int64 [N], which turn (counted over the
+    whole batch) the answer token belongs to.
     """
 
     ids: Tensor
     positions: Tensor
-    mask: Tensor
+    segments: Tensor
     rows: Tensor
     columns: Tensor
     targets: Tensor
     turns: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """What attention may see, bool [B, 1, T, T]; computed where the segments are."""
+        rows, columns = self.segments[:, :, None], self.segments[:, None, :]
+        shared = (columns == 0) & (rows >= 0)
+        places = torch.arange(self.segments.shape[1], device=self.segments.device)
+        return (((rows == columns) | shared) & (places <= places[:, None]))[:, None]
+
+    def to(self, device: torch.device) -> PackedTurns:
+        """The same on another device, without waiting for it."""
+        return PackedTurns(*(send(getattr(self, field.name), device) for field in fields(self)))
 
 
 def pack_turns(
@@ -64,13 +79,10 @@ def pack_turns(
         ids[b, : len(flat)] = torch.tensor(flat)
         positions[b, : len(flat)] = torch.tensor(places)
         segments[b, : len(flat)] = torch.tensor(marks)
-    same = segments[:, :, None] == segments[:, None, :]
-    shared = (segments == 0)[:, None, :] & (segments >= 0)[:, :, None]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
     return PackedTurns(
         ids=ids,
         positions=positions,
-        mask=((same | shared) & causal)[:, None],
+        segments=segments,
         rows=torch.tensor(rows),
         columns=torch.tensor(columns),
         targets=torch.tensor(targets),

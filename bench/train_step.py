@@ -1,0 +1,392 @@
+"""A training step: the released order against ours, on the same batch, with a split by stage.
+
+A batch is V videos with P prompts each, which makes V·P examples; a sample per second is an example
+per second. Both orders start from the same uint8 views and end after the AdamW update.
+
+``released``: every example carries its own video through the vision tower; contexts padded in one
+batch; transformers' whole decoder with the hidden states of all layers kept; the hypernetwork in
+float32 over all layers at once (``bench/released.py``), nothing recomputed; adapters, with the bias
+concatenated, applied by einsum; answers padded in one batch; float32 logits of all positions.
+``ours``: ``v2l_fast.training.step``, a video encoded once for all its prompts. On a GPU the frozen
+model is bfloat16 in both, ours compiled (``--no-compile`` to leave that out).
+
+Each order runs in a process of its own, whose peak memory is measured. Reading the video files
+happens in data workers in both and is no part of a step: ``decode_seconds`` are the CPU seconds for
+the batch's files, V for ours, V·P for the released order. Where the batch does not fit a GPU's
+memory it is halved and accumulated. Ratios are given only if loss and gradients agree. On one
+CPU thread, seconds are those of the process, not of the clock.
+
+    python -m bench.train_step
+    python -m bench.train_step --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.end_to_end import SHAPES, TINY, Shape
+from bench.environment import ROOT, environment
+from bench.models import random_backbone, random_context, random_ids
+from bench.records import RESULTS, write
+from bench.released_step import ReleasedStep, Stage, Step
+from v2l_fast.adapter import AdapterBatch
+from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.config import HypernetConfig
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.training.contexts import visual_features
+from v2l_fast.training.samples import ContextSample, Sample
+from v2l_fast.training.step import StepOptions, TrainStep
+from v2l_fast.video import frame_views, load_video
+
+ORDERS = ("released", "ours")
+QUESTION_TOKENS, ANSWER_TOKENS = 24, (16, 80)
+# Largest relative difference of loss and gradients (Frobenius norm over all parameters): float32
+# against float32, and a bfloat16 hypernetwork pass against a float32 one. A structural difference
+# is 0.2 or more.
+ALLOWED_ERROR = {"cpu": 1e-3, "cuda": 0.1}
+STAGES = (
+    "vision", "text encode", "hypernetwork forward", "answer forward", "answer backward",
+    "hypernetwork backward", "optimizer",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a model shape and a batch of `videos` x `prompts` of `frames` each."""
+
+    name: str
+    shape: Shape
+    hypernet: dict[str, int]
+    videos: int
+    prompts: int
+    frames: int
+    recompute: bool = True
+
+
+def _slice(shape: Shape, layers: int, vision_layers: int) -> Shape:
+    text = {**shape.text, "num_hidden_layers": layers}
+    vision = {**shape.vision, "num_hidden_layers": vision_layers}
+    return replace(shape, name=f"{shape.name}, {layers} layers", text=text, vision=vision)
+
+
+TOY = Shape(
+    "shapes",
+    {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
+     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24},
+    {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+     "num_attention_heads": 4, "image_size": 48, "patch_size": 8},
+    3, 48, 140,
+)  # fmt: skip
+TOY_NETWORK = {"rank": 8, "latent_size": 128, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2,
+               "head_dim": 32}  # fmt: skip
+CASES = {
+    "shapes": Case("shapes", TOY, TOY_NETWORK, 48, 4, 8, recompute=False),
+    "500M-4": Case("500M-4", _slice(SHAPES[0], 4, 1), {}, 2, 4, 4),
+    "500M": Case("500M", SHAPES[0], {}, 12, 4, 12),
+    "2.2B": Case("2.2B", SHAPES[1], {}, 12, 4, 12),
+    "tiny": Case("tiny", TINY, {"rank": 2, "latent_size": 32, "num_blocks": 1}, 2, 2, 2),
+}
+DEFAULT = {"cpu": ("shapes", "500M-4"), "cuda": ("500M", "2.2B")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: by device")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each order")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "train_step.json")
+    parser.add_argument("--run", choices=ORDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(measure(options)))
+        return 0
+    load = os.getloadavg()[0]
+    rows = [compare(name, options) for name in options.cases or DEFAULT[options.device]]
+    record = {"benchmark": "train_step", **environment(options.device), "threads": options.threads}
+    record |= {"load_average_before": load, "rows": rows}
+    write(record, options.out)
+    print(f"written to {options.out}")
+    return 0 if all(row["correct"] for row in rows) else 1
+
+
+def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Both orders of one case, and their ratios when they agree."""
+    case = CASES[name]
+    row: dict[str, Any] = {
+        "case": name, "videos": case.videos, "prompts": case.prompts, "frames": case.frames
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{order}.pt" for order in ORDERS]
+        for order, gradients in zip(ORDERS, files, strict=True):
+            command = [
+                sys.executable, "-m", "bench.train_step", "--run", order, "--cases", name,
+                "--device", options.device, "--repeats", str(options.repeats),
+                "--threads", str(options.threads), "--gradients", str(gradients),
+            ]  # fmt: skip
+            command += ["--no-compile"] if options.no_compile else []
+            threaded = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+            done = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=threaded, cwd=ROOT
+            )
+            row[order] = json.loads(done.stdout.splitlines()[-1])
+            print(line(name, order, row[order]), flush=True)
+        row |= difference(row, *files)
+    row["correct"] = max(row["loss_error"], row["gradient_error"]) <= ALLOWED_ERROR[options.device]
+    if row["correct"]:
+        old, new = (row[order] for order in ORDERS)
+        row["speedup"] = new["samples_per_second"] / old["samples_per_second"]
+        row["peak_bytes_ratio"] = new["peak_bytes"] / old["peak_bytes"]
+        print(
+            f"{name:8s} ours / released: {row['speedup']:.2f} x samples/s, peak memory "
+            f"{row['peak_bytes_ratio']:.3f}, gradient error {row['gradient_error']:.1e}"
+        )
+    else:
+        print(f"{name:8s} WRONG: gradient error {row['gradient_error']:.1e}, no ratios")
+    return row
+
+
+def difference(row: dict[str, Any], first: Path, second: Path) -> dict[str, float]:
+    """Relative difference of the losses, and of all gradients as one vector."""
+    one, other = (torch.load(path, mmap=True) for path in (first, second))
+    apart = sum((other[k].double() - one[k].double()).square().sum() for k in one)
+    size = sum(value.double().square().sum() for value in one.values())
+    losses = [row[order]["loss"] for order in ORDERS]
+    return {
+        "loss_error": abs(losses[1] - losses[0]) / abs(losses[0]),
+        "gradient_error": (apart / size).sqrt().item(),
+    }
+
+
+def line(name: str, order: str, found: dict[str, Any]) -> str:
+    split = "  ".join(f"{stage} {found['stages'][stage]:.3f}" for stage in STAGES)
+    return (
+        f"{name:8s} {order:9s} {found['samples_per_second']:8.2f} samples/s  "
+        f"peak {found['peak_bytes'] / 2**30:.2f} GiB  ({split} s)"
+    )
+
+
+# --- one order, in its own process ----------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Speed, memory and stages of one order; its gradients are written to a file."""
+    torch.set_num_threads(options.threads)
+    case, device = CASES[options.cases[0]], options.device
+    network, backbone = models(case, device)
+    samples = batch(case, backbone)
+    if options.run == "released":
+        # Examples with a video each.
+        samples = [
+            replace(one, turns=(turn,), kinds=("qa",)) for one in samples for turn in one.turns
+        ]
+        step: Step = ReleasedStep(network, backbone)
+    else:
+        if device == "cuda" and not options.no_compile:
+            backbone.compile()
+            network.compile_layers()
+        step = OurStep(TrainStep(network, backbone, StepOptions(recompute=case.recompute)))
+    before = peak_bytes(device)
+    # The weights stay, so every step is the same.
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, fused=device == "cuda")
+    run = Run(step, samples, optimizer, device)
+    # The first step compiles what is compiled, and finds a batch that fits.
+    loss, gradients = run.gradients(network)
+    # Not as safetensors, whose writer copies: the peak of a process is measured.
+    torch.save(gradients, options.gradients)
+    del gradients
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [run.timed() for _ in range(options.repeats)]
+    peak = peak_bytes(device)
+    splits = [run.split() for _ in range(options.repeats)]
+    return {
+        "loss": loss,
+        "micro_batch": run.micro,
+        "seconds": median(seconds),
+        "samples_per_second": case.videos * case.prompts / median(seconds),
+        "stages": {stage: median(split[stage] for split in splits) for stage in STAGES},
+        "decode_seconds": decode_seconds(case, backbone) * len(samples),
+        "peak_bytes": peak,
+        "before_bytes": before,
+    }
+
+
+class OurStep:
+    """TrainStep in the stages that are timed."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self.step = step
+
+    def __call__(self, samples: list[Sample], total: int, stage: Stage) -> Tensor:
+        step, decoder = self.step, self.step.backbone.decoder
+        contexts = [chunk for one in samples for chunk in one.chunks]
+        features = visual_features(step.backbone, contexts)
+        stage("vision")
+
+        def watched(embeddings: Tensor) -> Iterator[Tensor]:
+            for hidden in type(decoder).layer_inputs(decoder, embeddings):
+                stage("text encode")
+                yield hidden
+                stage("hypernetwork forward")
+
+        with mock.patch.object(decoder, "layer_inputs", watched):
+            adapters = step.adapters(samples, features)
+        stage("hypernetwork forward")
+        sides = (adapters.A, adapters.B)
+        leaves = [{m: t.detach().requires_grad_() for m, t in side.items()} for side in sides]
+        loss = step.loss(samples, features, AdapterBatch(*leaves, adapters.scale), total).loss
+        stage("answer forward")
+        loss.backward()
+        stage("answer backward")
+        factors = [side[m] for side in sides for m in side]
+        torch.autograd.backward(factors, [leaf[m].grad for leaf in leaves for m in leaf])
+        stage("hypernetwork backward")
+        return loss.detach()
+
+
+class Run:
+    """Whole steps over one batch, in micro-batches that fit."""
+
+    def __init__(
+        self, step: Step, samples: list[Sample], optimizer: torch.optim.Optimizer, device: str
+    ) -> None:
+        self.step, self.samples, self.optimizer, self.device = step, samples, optimizer, device
+        self.micro = len(samples)
+
+    def once(self, stage: Stage = lambda name: None, update: bool = True) -> float:
+        """The loss; the micro-batch is halved until the step fits."""
+        total = sum(len(one.turns) for one in self.samples)
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                losses = [
+                    self.step(self.samples[start : start + self.micro], total, stage)
+                    for start in range(0, len(self.samples), self.micro)
+                ]
+                break
+            except torch.OutOfMemoryError:
+                if self.micro == 1:
+                    raise
+            self.micro = (self.micro + 1) // 2
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        if update:
+            self.optimizer.step()
+        stage("optimizer")
+        return sum(losses).item()
+
+    def timed(self) -> float:
+        """Seconds of a step."""
+        start = self._now()
+        self.once()
+        return self._now() - start
+
+    def split(self) -> dict[str, float]:
+        """Seconds of each stage of a step that waits for the device after each."""
+        spent = dict.fromkeys(STAGES, 0.0)
+        last = self._now()
+
+        def stage(name: str) -> None:
+            nonlocal last
+            now = self._now()
+            spent[name] += now - last
+            last = now
+
+        self.once(stage)
+        return spent
+
+    def gradients(self, network: HyperNetwork) -> tuple[float, dict[str, Tensor]]:
+        """The loss, and the gradient of every parameter, on the CPU."""
+        loss = self.once(update=False)
+        return loss, {name: p.grad.cpu() for name, p in network.named_parameters()}
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        elif torch.get_num_threads() == 1:
+            # Other load on the machine does not count.
+            return time.process_time()
+        return time.perf_counter()
+
+
+def models(case: Case, device: str) -> tuple[HyperNetwork, SmolVLM]:
+    """Random weights; the hypernetwork in float32, with scalers that are not 0."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    text = case.shape.text
+    width, inner = text["hidden_size"], text["intermediate_size"]
+    config = HypernetConfig(
+        width, text["num_hidden_layers"], {"down_proj": (inner, width)}, **case.hypernet
+    )
+    torch.manual_seed(0)
+    network = HyperNetwork(config)
+    with torch.no_grad():
+        # A tenth of the size a trained network has: random adapters of full size saturate the
+        # frozen model, whose gradients then depend on the last bit.
+        network.scaler_B["down_proj"].fill_(1e-3)
+        network.bias_B["down_proj"].normal_(std=1e-4)
+    return network.to(device), random_backbone(case.shape, device, dtype)
+
+
+def batch(case: Case, backbone: SmolVLM) -> list[Sample]:
+    """Videos of random pixels, turns of random ids."""
+    generator = torch.Generator().manual_seed(0)
+
+    def text(count: int) -> list[int]:
+        return random_ids(backbone, count, generator).tolist()
+
+    side = backbone.tile_size
+    samples = []
+    for index in range(case.videos):
+        size = (case.frames, 3, side, side)
+        pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        chunk = ContextSample(random_context(backbone, case.frames, generator), pixels)
+        lengths = torch.randint(*ANSWER_TOKENS, (case.prompts,), generator=generator).tolist()
+        turns = tuple((text(QUESTION_TOKENS), text(length)) for length in lengths)
+        kinds = ("qa",) * case.prompts
+        samples.append(Sample(f"video {index}", (chunk,), text(5), turns, kinds, case.frames))
+    return samples
+
+
+def decode_seconds(case: Case, backbone: SmolVLM) -> float:
+    """CPU seconds to read an H.264 file of 8 s, 24 frames/s, and resize frames for the tower."""
+    from v2l_fast.shapes.render import write_clip
+    from v2l_fast.shapes.scene import sample_scenes
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_clip(sample_scenes("train", 1, 0)[0], Path(folder) / "clip.mp4", 384, 24)
+        start = time.process_time()
+        clip = load_video(path, case.frames, exact_frames=True)
+        frame_views(clip.frames, case.shape.longest_edge, backbone.tile_size)
+        return time.process_time() - start
+
+
+def peak_bytes(device: str) -> int:
+    """Of this process so far, or on the GPU since the last reset."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())

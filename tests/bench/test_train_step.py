@@ -1,0 +1,79 @@
+"""The training-step benchmark on a tiny shape: both orders agree, every stage is timed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import train_step
+from bench.released_step import ReleasedStep
+from v2l_fast.training.step import TrainStep
+
+CASE = train_step.CASES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, tuple[train_step.Run, torch.nn.Module]]:
+    found = {}
+    for order in train_step.ORDERS:
+        network, backbone = train_step.models(CASE, "cpu")
+        samples = train_step.batch(CASE, backbone)
+        step: train_step.Step = train_step.OurStep(TrainStep(network, backbone))
+        if order == "released":
+            step = ReleasedStep(network, backbone)
+            samples = [
+                replace(one, turns=(t,), kinds=("qa",)) for one in samples for t in one.turns
+            ]
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
+        found[order] = train_step.Run(step, samples, optimizer, "cpu"), network
+    return found
+
+
+def test_both_orders_agree(runs, tmp_path):
+    row, files = {}, []
+    for order, (run, network) in runs.items():
+        loss, gradients = run.gradients(network)
+        row[order] = {"loss": loss}
+        files.append(tmp_path / order)
+        torch.save(gradients, files[-1])
+    found = train_step.difference(row, *files)
+    assert found["loss_error"] < 1e-5 and found["gradient_error"] < 1e-4
+
+
+def test_micro_batches_give_the_same_gradients(runs):
+    for run, network in runs.values():
+        _, whole = run.gradients(network)
+        run.micro = 1
+        _, parts = run.gradients(network)
+        run.micro = len(run.samples)
+        for name, value in whole.items():
+            assert (parts[name] - value).norm() <= 1e-4 * value.norm(), name
+
+
+def test_every_stage_takes_time(runs):
+    for run, _ in runs.values():
+        assert all(seconds > 0 for seconds in run.split().values())
+
+
+def test_no_ratio_from_a_wrong_result(monkeypatch, tmp_path):
+    row = {
+        "loss": 1.0, "samples_per_second": 1.0, "peak_bytes": 1,
+        "stages": dict.fromkeys(train_step.STAGES, 0.0),
+    }  # fmt: skip
+
+    def fake(command, **_):
+        order = command[command.index("--run") + 1]
+        value = torch.ones(3) * (1 if order == "ours" else 2)
+        torch.save({"weight": value}, command[command.index("--gradients") + 1])
+        return SimpleNamespace(stdout=json.dumps(row))
+
+    monkeypatch.setattr(train_step.subprocess, "run", fake)
+    options = argparse.Namespace(device="cpu", repeats=1, threads=1, no_compile=True)
+    found = train_step.compare("tiny", options)
+    assert found["gradient_error"] == pytest.approx(0.5)
+    assert not found["correct"] and "speedup" not in found

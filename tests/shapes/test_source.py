@@ -1,0 +1,131 @@
+"""The shapes world as a data source: what it gives is what users' calls compute."""
+
+import pickle
+
+import pytest
+import torch
+
+from v2l_fast.config import INSTRUCTION
+from v2l_fast.errors import ConfigError
+from v2l_fast.shapes import source as module
+from v2l_fast.shapes.evaluate import rendered_clips
+from v2l_fast.shapes.render import SAMPLED_INDICES
+from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.source import clip_parts, prepare_base, shapes_sources
+from v2l_fast.training.config import load_config
+from v2l_fast.training.contexts import context_groups, visual_features
+from v2l_fast.training.network import make_hypernet
+from v2l_fast.training.step import TrainStep
+from v2l_fast.training.trainer import step_options, train
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(*overrides):
+        small = ("data.videos=8", "data.val_videos=4", "run.trackers=[]", "run.sample_every=0")
+        return load_config("shapes", [f'run.folder="{tmp_path}"', *small, *overrides])
+
+    return make
+
+
+def test_samples_are_seeded_and_differ_by_step(config, base):
+    training, unseen = shapes_sources(config(), base)
+    assert len(training) == 8 and len(unseen) == 4
+    first, again, later = training.load(3, 5), training.load(3, 5), training.load(3, 6)
+    assert first.turns == again.turns != later.turns
+    assert torch.equal(first.chunks[0].features, later.chunks[0].features)
+    assert len(first.turns) == 4 and first.frames == 8
+    assert first.kinds == ("caption", "question", "question", "question")
+    assert training.load(2, 5).turns != first.turns
+    assert pickle.loads(pickle.dumps(training)).load(3, 5).turns == first.turns
+
+
+def test_contexts_are_those_of_internalizing(config, base):
+    _, unseen = shapes_sources(config(), base)
+    chunks = [chunk for i in range(4) for chunk in unseen.load(i, 0).chunks]
+    (group,) = context_groups(base, chunks, visual_features(base, chunks), 0.0, 65536)
+    for clip, found in zip(rendered_clips(sample_scenes("val", 4, 0)), group.embeddings,
+                           strict=True):
+        expected = base.context(clip, INSTRUCTION, 48).embeddings
+        assert torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_parts_are_sampled_as_files_of_their_own(base):
+    (whole,) = clip_parts(base, 1, INSTRUCTION)
+    assert whole.frames == SAMPLED_INDICES and whole.place == (0.0, 1.0)
+    halves = clip_parts(base, 2, INSTRUCTION)
+    assert [part.place for part in halves] == [(0.0, 0.5), (0.5, 1.0)]
+    assert [len(part.frames) for part in halves] == [4, 4]
+    assert max(halves[0].frames) < 16 <= min(halves[1].frames)
+    assert torch.equal(halves[0].ids, halves[1].ids)
+    text = base.tokenizer.decode(halves[1].ids)
+    assert "four frames" in text and "0:00:04" in text and "00:00" in text
+
+
+def test_chunks_are_drawn_by_step(config, base):
+    wanted = config("data.chunks=[1, 2, 4, 8]", "model.hypernet.chunk_position=true")
+    training, _ = shapes_sources(wanted, base)
+    samples = [training.load(1, step) for step in range(24)]
+    assert {len(sample.chunks) for sample in samples} == {1, 2, 4, 8}
+    for sample in samples:
+        assert sum(len(chunk.features) for chunk in sample.chunks) == sample.frames == 8
+        assert sample.chunks[0].place[0] == 0.0 and sample.chunks[-1].place[1] == 1.0
+    network = make_hypernet(wanted, base)
+    result = TrainStep(network, base, step_options(wanted))(samples[:3])
+    result.loss.backward()
+    assert network.scaler_B["down_proj"].grad.abs().sum() > 0
+
+
+def test_a_caption_weighs_as_much_as_all_questions(config, base):
+    wanted = config()
+    training, _ = shapes_sources(wanted, base)
+    samples = [training.load(i, 0) for i in range(3)]
+    result = TrainStep(make_hypernet(wanted, base), base, step_options(wanted))(samples)
+    caption, question = (
+        (sum / number).item() for sum, number in (result.parts[k] for k in ("caption", "question"))
+    )
+    assert result.loss.item() == pytest.approx(0.5 * caption + 0.5 * question, rel=1e-5)
+
+
+def test_visual_tokens_are_kept_on_disk(config, base, monkeypatch):
+    first, _ = shapes_sources(config("data.val_videos=0"), base)
+    monkeypatch.setattr(module, "cache_visual_tokens", None)
+    again, unseen = shapes_sources(config("data.val_videos=0"), base)
+    assert unseen is None and torch.equal(first.features, again.features)
+    with pytest.raises(TypeError):
+        shapes_sources(config("data.val_videos=0", "run.seed=1"), base)
+
+
+@pytest.mark.parametrize(
+    "override", ["data.max_frames=4", "data.chunks=[3]", "data.prompts_per_video=1"]
+)
+def test_what_this_world_lacks_is_refused(config, base, override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        shapes_sources(config(override), base)
+
+
+def test_the_base_is_trained_where_it_is_missing(config, monkeypatch, tmp_path):
+    trained = []
+
+    def train_vlm(folder, record, seed, threads):
+        trained.append((folder, record, seed, threads))
+        (folder / "base").mkdir()
+        (folder / "base" / "preprocessor_config.json").touch()
+
+    monkeypatch.setattr("v2l_fast.shapes.train_vlm.train_vlm", train_vlm)
+    for _ in range(2):
+        assert prepare_base(config("run.seed=3")) == tmp_path / "base"
+    assert trained == [(tmp_path, tmp_path / "vlm.json", 3, 1)]
+
+
+def test_the_preset_trains(config, base, tmp_path):
+    wanted = config(
+        "optim.steps=6", "optim.batch_size=4", "optim.micro_batch_size=4", "optim.warmup_steps=1",
+        "optim.lr=3e-3", "run.log_every=1", "run.val_every=6",
+    )  # fmt: skip
+    summary = train(wanted, backbone=base, sources=shapes_sources(wanted, base))
+    assert summary["hypernetwork"]["base_model_name_or_path"] == "shapes"
+    assert summary["parameters"] == 1_188_160
+    assert summary["validation"].keys() == {"val_caption", "val_question", "val_loss"}
+    lines = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if "lr" in line]
+    assert len(lines) == 6

@@ -1,0 +1,355 @@
+"""What a trainer reads from a manifest: the ids and pixels that asking and internalizing use."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny
+from tests.training.broken import REASONS, write_folder
+from tests.video.clips import encode, shown_index
+from v2l_fast.backbones.smolvlm_inputs import SmolVLMInputs
+from v2l_fast.errors import ConfigError, VideoError
+from v2l_fast.training.config import DataConfig
+from v2l_fast.training.contexts import visual_features
+from v2l_fast.training.data import ManifestSource, manifest_sources
+from v2l_fast.training.length_tags import length_class, with_length
+from v2l_fast.training.manifest import (
+    Example,
+    VideoExamples,
+    group_by_video,
+    load_manifest,
+)
+from v2l_fast.training.manifest_checks import ManifestError
+from v2l_fast.training.reading import ClipReader, read_ahead
+from v2l_fast.training.samples import Failure, Sample
+from v2l_fast.training.step import StepOptions, TrainStep
+from v2l_fast.video import load_video
+from v2l_fast.video.spans import load_spans
+
+READER = ClipReader(max_frames=4, longest_edge=32)
+
+
+def example(number: int, path: str, task: str = "qa", **changes) -> Example:
+    fields = {
+        "id": str(number), "prompt": f"what is {number} ?", "target_text": f"it is {number} .",
+    }  # fmt: skip
+    return Example(video_path=path, path=path, task_type=task, **(fields | changes))
+
+
+def source(backbone, examples, **options) -> ManifestSource:
+    options = {"reader": READER} | options
+    return ManifestSource(
+        group_by_video(examples), backbone.inputs, instruction=tiny.CONFIG.instruction, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> str:
+    """60 frames at 10 a second; each shows its index."""
+    return str(encode(tmp_path_factory.mktemp("clips") / "a.mp4", 60, options={"g": "12"}))
+
+
+# --- equal to asking and internalizing ------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_ids_and_pixels_are_what_the_model_builds(backbone, model, video):
+    sample = source(backbone, [example(1, video), example(2, video)]).load(0, 0)
+    (chunk,) = sample.chunks
+    clip = model.load_clip(video, 4, 32)
+    prompt = backbone.context(clip, tiny.CONFIG.instruction, 32)
+    built = backbone.embed(chunk.ids, backbone.encode_views(chunk.pixels))
+    assert torch.equal(built.embeddings, prompt.embeddings)
+    assert chunk.place == (0.0, 1.0) and sample.frames == len(clip.frames) == 4
+    for (question, answer), words in zip(sample.turns, ("1", "2"), strict=True):
+        asked = backbone.question(f"what is {words} ?")
+        assert torch.equal(backbone.decoder.embed(torch.tensor(sample.prefix + question)),
+                           asked.embeddings)
+        assert answer[-1] in backbone.stop_ids
+        assert backbone.decode(answer[:-1]) == f"it is {words} ."
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_adapters_in_training_are_those_of_internalizing(backbone, hypernet, model, video, chunks):
+    sample = source(backbone, [example(1, video)], chunks=(chunks,)).load(0, 0)
+    step = TrainStep(hypernet, backbone)
+    batch = step.adapters([sample], visual_features(backbone, sample.chunks))
+    adapter = model.internalize(video, max_frames=4, longest_edge=32, chunks=chunks)
+    rank = adapter.rank
+    assert rank == chunks * hypernet.config.rank
+    for factors, expected in ((batch.A, adapter.A), (batch.B, adapter.B)):
+        torch.testing.assert_close(factors["down_proj"][0, :, :rank], expected["down_proj"])
+
+
+@torch.no_grad()
+def test_a_teacher_that_sees_the_video_can_be_learned_from(backbone, hypernet, video):
+    examples = [example(i, video) for i in range(3)]
+    sample = source(backbone, examples, teacher=True).load(0, 0)
+    found = TrainStep(hypernet, backbone, StepOptions(kl_weight=1.0))([sample])
+    assert found.parts["kl"][0] > 0 and found.loss.isfinite()
+    in_parts = source(backbone, examples, teacher=True, chunks=(2,)).load(0, 0)
+    assert in_parts.teacher_prefix is None
+
+
+def byte_pair_inputs() -> SmolVLMInputs:
+    """As SmolVLM2's own: byte-level pairs that join spaces with the words after them."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    text = ["User: What is the color?\nAssistant: The color is red.", "User: Describe it.\n\n The"]
+    core.train_from_iterator(
+        text * 4,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=list(tiny.SPECIAL), show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )  # fmt: skip
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<end_of_utterance>", pad_token="<pad>"
+    )
+    return SmolVLMInputs(words, 32, 4)
+
+
+@pytest.mark.parametrize("make", [byte_pair_inputs, lambda: tiny.backbone().inputs])
+def test_prefix_question_and_answer_are_the_whole_text_cut(video, make):
+    inputs = make()
+    prompts = ["What is the color?", "What is it?", "Describe it."]
+    examples = [example(i, video, prompt=p, target_text="The color is red.")
+                for i, p in enumerate(prompts)]
+    reads = ManifestSource(group_by_video(examples), inputs, READER, "", teacher=True)
+    sample = reads.load(0, 0)
+    found = set()
+    for question, answer in sample.turns:
+        assert question
+        whole = sample.prefix + question + answer
+        found.update(
+            p for p in prompts
+            if whole == inputs.ids(
+                f"<|im_start|>User: {p}<end_of_utterance>\nAssistant: The color is red."
+                "<end_of_utterance>"
+            )
+        )  # fmt: skip
+    assert found == set(prompts)
+    # A teacher that sees the video has the same turns behind its own opening.
+    shown = inputs.tokenizer.decode(sample.teacher_prefix + sample.turns[0][0])
+    assert inputs.tokenizer.decode(sample.prefix + sample.turns[0][0])[-20:] == shown[-20:]
+    assert sample.teacher_prefix.count(inputs.ids("<image>")[0]) == 4 * 4
+
+
+def test_one_turn_and_equal_prompts_keep_a_token_to_predict_from(backbone, video):
+    for examples in ([example(1, video)], [example(1, video), example(1, video, id="2")]):
+        sample = source(backbone, examples).load(0, 0)
+        for question, _ in sample.turns:
+            assert len(question) == 1
+            assert sample.prefix + question == backbone.inputs.question("what is 1 ?")
+
+
+def test_a_target_cut_short_has_no_stop_token(backbone, video):
+    whole = source(backbone, [example(1, video)]).load(0, 0).turns[0][1]
+    cut = example(1, video, metadata={"truncated": True})
+    assert source(backbone, [cut]).load(0, 0).turns[0][1] == whole[:-1]
+
+
+# --- which turns ----------------------------------------------------------------------------------
+
+
+def kinds_of(backbone, video, captions: int, questions: int, steps: int, **options) -> list[tuple]:
+    examples = [example(i, video, "caption" if i < captions else "qa")
+                for i in range(captions + questions)]
+    reads = source(backbone, examples, **options)
+    return [reads.load(0, step).kinds for step in range(steps)]
+
+
+def test_captions_and_questions_are_mixed_in_the_ratio_asked_for(backbone, video):
+    drawn = kinds_of(backbone, video, 5, 20, 32, prompts_per_video=4, caption_share=0.375)
+    assert all(len(kinds) == 4 and kinds.count("caption") in (1, 2) for kinds in drawn)
+    assert sum(k.count("caption") for k in drawn) / 128 == pytest.approx(0.375, abs=0.07)
+
+
+@pytest.mark.parametrize(("captions", "questions", "expected"), [(1, 9, 1), (9, 0, 4), (9, 1, 3)])
+def test_where_one_kind_runs_out_the_other_fills(backbone, video, captions, questions, expected):
+    for kinds in kinds_of(backbone, video, captions, questions, 3, prompts_per_video=4):
+        assert len(kinds) == 4
+        assert kinds.count("caption") == expected
+
+
+def test_choices_depend_on_seed_step_and_video_alone(backbone, video):
+    examples = [example(i, video) for i in range(9)]
+    reads = source(backbone, examples, chunks=(1, 2), seed=3)
+    again = pickle.loads(pickle.dumps(reads))
+    drawn = [reads.load(0, step) for step in range(5)]
+    assert [again.load(0, step).turns for step in (3, 1)] == [drawn[3].turns, drawn[1].turns]
+    assert len({s.turns for s in map(_hashable, drawn)}) == 5
+    assert {len(s.chunks) for s in drawn} == {1, 2}
+    other = [replace(reads, seed=4).load(0, step).turns for step in range(5)]
+    assert other != [s.turns for s in drawn]
+
+
+def _hashable(sample: Sample) -> Sample:
+    return replace(sample, turns=tuple((tuple(q), tuple(a)) for q, a in sample.turns))
+
+
+# --- answer lengths -------------------------------------------------------------------------------
+
+
+def test_length_tags_name_the_class_of_the_answer(backbone, video):
+    examples = [example(i, video, target_text="it " * (4 if i % 2 else 40)) for i in range(8)]
+    reads = source(backbone, examples, answer_length_tags=True, prompts_per_video=8)
+    tagged = 0
+    for step in range(8):
+        sample = reads.load(0, step)
+        for question, answer in sample.turns:
+            long = len(answer) > 20
+            asked = sample.prefix + question
+            for number in range(8):
+                prompt = f"what is {number} ?"
+                if asked == backbone.inputs.question(
+                    with_length(prompt, "medium" if long else "short")
+                ):
+                    tagged += 1
+                    break
+                if asked == backbone.inputs.question(prompt):
+                    break
+            else:
+                pytest.fail("a prompt that is neither plain nor tagged")
+    assert 16 <= tagged <= 48
+    assert [length_class(n) for n in (0, 16, 17, 64, 65, 999)] == [
+        "short", "short", "medium", "medium", "long", "long"
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="brief"):
+        with_length("what", "brief")
+
+
+# --- spans and chunks -----------------------------------------------------------------------------
+
+
+def shown(pixels: torch.Tensor) -> list[int]:
+    return [shown_index(frame.movedim(0, -1).numpy()) for frame in pixels]
+
+
+def test_a_span_reads_as_a_clip_cut_there(backbone, tmp_path, video):
+    spanned = example(1, video, metadata={"span": [1.5, 4.5]})
+    reads = source(backbone, [spanned], reader=ClipReader(30, 64, exact_frames=True))
+    (chunk,) = reads.load(0, 0).chunks
+    (clip,) = load_spans(video, (1.5, 4.5), 1, 30, exact_frames=True)
+    assert clip.indices.tolist() == list(range(15, 45))
+    assert shown(clip.frames) == list(range(15, 45))
+    assert clip.timestamps[0] == 0 and clip.duration == pytest.approx(3) and clip.num_frames == 30
+    cut = encode(tmp_path / "cut.mp4", 30)
+    (whole,) = source(backbone, [example(1, str(cut))], reader=reads.reader).load(0, 0).chunks
+    assert torch.equal(chunk.ids, whole.ids)
+
+
+def test_a_whole_file_in_one_part_is_load_video(video):
+    (part,) = load_spans(video, None, 1, 4, longest_edge=32)
+    clip = load_video(video, 4, longest_edge=32)
+    assert torch.equal(part.frames, clip.frames)
+    assert part.timestamps == clip.timestamps and part.sha256 == clip.sha256
+    assert (part.duration, part.num_frames, part.fps) == (clip.duration, clip.num_frames, clip.fps)
+    assert part.presentation_times == clip.presentation_times
+
+
+def test_chunks_cover_the_span_in_order(backbone, video):
+    spanned = example(1, video, metadata={"span": [1, 5.999]})
+    sample = source(backbone, [spanned], chunks=(3,)).load(0, 0)
+    assert [c.place for c in sample.chunks] == [(0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)]
+    assert sample.frames == sum(len(c.pixels) for c in sample.chunks)
+    parts = load_spans(video, (1, 5.999), 3, 100, exact_frames=True)
+    assert [i for p in parts for i in p.indices.tolist()] == list(range(10, 60))
+    assert [shown(p.frames) for p in parts] == [p.indices.tolist() for p in parts]
+    assert max(p.num_frames for p in parts) - min(p.num_frames for p in parts) <= 1
+
+
+def test_the_ends_of_spans(video):
+    assert load_spans(video, (5.5, 999.0), 1, 9, exact_frames=True)[0].indices[-1] == 59
+    assert load_spans(video, (0.1, 0.3), 1, 9, exact_frames=True)[0].indices.tolist() == [1, 2]
+    assert [p.num_frames for p in load_spans(video, (0.0, 0.3), 5, 9)] == [1, 1, 1]
+    with pytest.raises(VideoError, match="no frame is shown between 7 and 9 s; it has 60 frames"):
+        load_spans(video, (7, 9), 1, 9)
+
+
+def test_a_truncated_file_gives_its_spans_over_what_decodes(tmp_path):
+    front = {"movflags": "faststart"}
+    path = encode(tmp_path / "a.mp4", 60, options={"g": "10"}, mux_options=front)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    parts = load_spans(path, None, 2, 100, exact_frames=True)
+    counted = [i for p in parts for i in p.indices.tolist()]
+    assert counted == list(range(len(counted))) and 10 < len(counted) < 60
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def test_broken_videos_are_failures_with_their_reason(backbone, tmp_path):
+    manifest, broken = write_folder(tmp_path, 8, tuple(REASONS))
+    reads = source(backbone, load_manifest(manifest))
+    started = time.perf_counter()
+    loaded = [reads.load(index, 0) for index in range(len(reads))]
+    assert time.perf_counter() - started < 20
+    for video, found in zip(reads.videos, loaded, strict=True):
+        if video.name in broken:
+            assert isinstance(found, Failure) and found.video == video.name
+            assert REASONS[broken[video.name]] in found.reason and "\n" not in found.reason
+        else:
+            assert isinstance(found, Sample) and found.decode_seconds > 0
+
+
+def test_a_file_that_takes_too_long_is_a_failure(backbone, video):
+    found = source(backbone, [example(1, video)], reader=replace(READER, seconds=0.0)).load(0, 0)
+    assert isinstance(found, Failure) and "took more than 0 s" in found.reason
+
+
+def test_a_file_that_vanished_is_a_failure(backbone, tmp_path):
+    found = source(backbone, [example(1, str(tmp_path / "gone.mp4"))]).load(0, 0)
+    assert isinstance(found, Failure) and "no such file" in found.reason
+
+
+# --- manifests to sources -------------------------------------------------------------------------
+
+
+def test_sources_of_a_config_share_no_video(backbone, tmp_path):
+    manifest, _ = write_folder(tmp_path, 20)
+    data = DataConfig(manifests=(str(manifest),), val_share=0.3, max_frames=4, longest_edge=32)
+    train, val = manifest_sources(data, backbone, seed=1)
+    names = [{video.name for video in part.videos} for part in (train, val)]
+    assert len(names[0] | names[1]) == len(train) + len(val) == 20 and len(val) > 0
+    assert not names[0] & names[1]
+    assert isinstance(train.load(0, 0), Sample)
+    few, fewer = manifest_sources(replace(data, videos=3, val_videos=2), backbone, seed=1)
+    assert (len(few), len(fewer)) == (3, 2)
+    assert {v.name for v in few.videos} < names[0] and {v.name for v in fewer.videos} < names[1]
+    assert manifest_sources(replace(data, val_share=0.0), backbone, seed=1)[1] is None
+
+
+def test_a_video_must_not_be_in_both_manifests(backbone, tmp_path):
+    manifest, _ = write_folder(tmp_path, 4)
+    data = DataConfig(manifests=(str(manifest),), val_manifests=(str(manifest),))
+    with pytest.raises(ManifestError, match="4 of its videos are trained on"):
+        manifest_sources(data, backbone, seed=0)
+
+
+def test_read_ahead_keeps_order_and_raises_in_turn():
+    def slow(number: int) -> int:
+        time.sleep(0.002 * (5 - number % 5))
+        if number == 17:
+            raise VideoError("seventeen")
+        return number
+
+    found = []
+    with pytest.raises(VideoError, match="seventeen"):
+        for value in read_ahead(slow, range(30), 3):
+            found.append(value)
+    assert found == list(range(17))
+
+
+def test_names_tell_the_span():
+    cut = example(1, "/x/a.mp4", metadata={"span": [1, 2.5]})
+    assert VideoExamples("/x/a.mp4", cut.span, (cut,)).name == "/x/a.mp4#1-2.5"

@@ -1,0 +1,94 @@
+"""The commands that make training data: what they print, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.training.broken import write_folder
+from v2l_fast.cli import app
+from v2l_fast.errors import V2LError
+
+runner = CliRunner()
+SMALL = ("--max-frames", "8", "--longest-edge", "48", "--device", "cpu")
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    return write_folder(tmp_path / "videos", 3, ("text",))[0]
+
+
+def run(*arguments: object) -> dict:
+    done = runner.invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_teach_then_cache(manifest, tmp_path):
+    out = tmp_path / "taught"
+    taught = run("teach", "--manifest", manifest, "--out", out, *SMALL, "--max-new-tokens", 4)
+    assert taught["answers"] == 4 and len(taught["failures"]) == 1
+    cache = tmp_path / "features"
+    stored = run("cache", "--manifest", taught["manifest"], "--cache", cache, *SMALL,
+                 "--chunks", 1, "--chunks", 2)  # fmt: skip
+    assert stored == {"cache": str(cache), "videos": 2, "failures": []}
+    again = ["cache", "--manifest", str(manifest), "--cache", str(cache), *SMALL]
+    plain = runner.invoke(app, again)
+    assert "2 of 3 videos stored" in plain.stdout and "not a video" in plain.stderr
+
+
+def test_internalize_a_manifest(manifest, tmp_path):
+    store = tmp_path / "store"
+    made = run("internalize", "--manifest", manifest, "--out", store, "--device", "cpu")
+    assert made["adapters"] == 2 and len(made["failures"]) == 1
+    assert len(list((store / "adapters").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("internalize", "--out", "x"),
+        ("internalize", "a.mp4", "--manifest", "m.jsonl", "--out", "x"),
+        ("internalize", "--manifest", "m.jsonl", "--out", "x", "--engine", "spark"),
+        ("internalize", "--manifest", "m.jsonl", "--out", "x", "--dtype", "int8"),
+        ("teach", "--manifest", "m.jsonl", "--out", "x", "--engine", "spark"),
+        ("teach", "--manifest", "m.jsonl", "--out", "x", "--dtype", "float64"),
+        ("teach", "--manifest", "m.jsonl", "--out", "x", "--device", "tpu"),
+        ("cache", "--manifest", "m.jsonl"),
+        ("finevideo", "build", "f", "--out", "x", "--mix", "0", "0", "0"),
+        ("finevideo", "build", "f", "--out", "x", "--val-share", "1"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments):
+    assert runner.invoke(app, list(arguments)).exit_code == 2
+
+
+def test_a_manifest_with_faults_is_told_in_full(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("{}\n[]\n")
+    done = runner.invoke(app, ["teach", "--manifest", str(path), "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, V2LError)
+    assert "line 1: field 'id'" in str(done.exception) and "line 2" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_finevideo_build(tmp_path):
+    from tests.training.test_finevideo import metadata
+
+    for number in range(2):
+        (tmp_path / f"v{number}.mp4").touch()
+        (tmp_path / f"v{number}.json").write_text(json.dumps(metadata([(0, 1), (1, 2), (2, 3)])))
+    done = run("finevideo", "build", tmp_path, "--out", tmp_path / "spans.jsonl", "--total", 10)
+    assert done["pools"] == {"scene": 6, "adjacent": 3, "full": 1} and done["videos"] == 2
+    plain = runner.invoke(
+        app, ["finevideo", "build", str(tmp_path), "--out", str(tmp_path / "spans.jsonl")]
+    )
+    assert "10 rows (6 scene, 3 adjacent, 1 full) of 2 videos" in plain.stdout
+
+
+@pytest.mark.parametrize("command", [("teach",), ("cache",), ("finevideo", "build")])
+def test_help_has_examples(command):
+    done = runner.invoke(app, [*command, "--help"])
+    assert done.exit_code == 0 and f"v2l {' '.join(command)}" in done.stdout

@@ -1,0 +1,79 @@
+"""The bar in a terminal, and what MFU counts."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from csrc_triton import reference
+from tests import tiny
+from tests.training.tiny_run import TinySource, run, settings
+from v2l_fast import adapted, hypernet, perceiver
+from v2l_fast.training import flops
+from v2l_fast.training.flops import StepCost, peak_flops
+from v2l_fast.training.records import read_lines
+from v2l_fast.training.step import StepOptions, TrainStep
+from v2l_fast.training.trainer import train
+
+
+def test_a_terminal_shows_a_bar(tmp_path):
+    backbone = tiny.backbone()
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=True, width=160)
+    sources = TinySource(backbone.inputs), None
+    train(settings(tmp_path, "optim.steps=2"), backbone=backbone, sources=sources, console=console)
+    text = said.getvalue()
+    for part in ("training", "2/2", "loss", "videos/s", "wait", "MFU n/a"):
+        assert part in text
+
+
+def test_the_peak_is_that_of_the_longest_name(monkeypatch):
+    assert peak_flops(torch.device("cpu")) is None
+    for name, peak in (
+        ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+        ("NVIDIA GB200", 2.5e15), ("Another", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == peak
+    assert flops.PEAKS
+
+
+@pytest.fixture
+def visible_ops(monkeypatch):
+    """The package's ops as plain torch, into which torch's counter can look."""
+    monkeypatch.setattr(perceiver, "perceiver_attention", reference.perceiver_attention)
+    monkeypatch.setattr(perceiver, "gated_projection", reference.gated_projection)
+
+    def rank_projection(latents, weight, scaler_a, scaler_b, *, d_in, d_out):
+        return reference.rank_projection(
+            latents, weight, scaler_a, scaler_b, None, None, d_in, d_out
+        )
+
+    def lora_linear(x, weight, bias, a, b, index, scale, ranks=None, offsets=None):
+        return reference.lora_linear(x, weight, bias, a, b, index, scale, ranks, offsets, False)[0]
+
+    monkeypatch.setattr(hypernet, "rank_projection", rank_projection)
+    monkeypatch.setattr(adapted, "lora_linear", lora_linear)
+
+
+def test_operations_are_those_of_the_step(visible_ops):
+    """Counted by torch on a real step; what differs is the small change of the latents."""
+    backbone, network = tiny.backbone(), tiny.hypernetwork()
+    source = TinySource(backbone.inputs)
+    samples = [source.load(index, 0) for index in range(8)]
+    step = TrainStep(network, backbone, StepOptions(recompute=False))
+    with FlopCounterMode(display=False) as counter:
+        step(samples).loss.backward()
+    cost = StepCost.of(backbone, network.config)
+    estimated = sum(cost.sample(sample) for sample in samples)
+    assert estimated == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("v2l_fast.training.trainer.peak_flops", lambda device: 1e9)
+    run(settings(tmp_path, "optim.steps=2"))
+    line = read_lines(tmp_path / "log.jsonl")[0]
+    assert 0 < line["mfu"] < 1

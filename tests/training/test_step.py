@@ -1,0 +1,417 @@
+"""TrainStep against a plain training step in float64, and what it must not do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import tiny
+from tests.golden import relative
+from tests.training import plain
+from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.errors import ConfigError
+from v2l_fast.training import step as step_module
+from v2l_fast.training.contexts import similar_lengths, visual_features
+from v2l_fast.training.samples import ContextSample, Sample
+from v2l_fast.training.step import StepOptions, TrainStep, turn_weights
+
+# Relative errors against the plain step: transformers' norms are float32 in any dtype.
+LOSS, GRADIENT = 1e-7, 5e-6
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Hypernetwork and backbone in float64; tests must leave them as they are."""
+    return plain.models()
+
+
+@pytest.fixture(scope="module")
+def samples(pair) -> list[Sample]:
+    return plain.batch(pair[1])
+
+
+def measured(pair, samples, total=None, **options) -> tuple[Tensor, dict[str, Tensor], dict]:
+    """Loss, gradients and parts of one step."""
+    step = TrainStep(*pair, StepOptions(**options))
+    result = step(samples, total)
+    return result.loss.detach(), plain.gradients(pair[0], result.loss), result.parts
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().sum() > 0, name
+        assert relative(found[name], value) <= limit, name
+
+
+# --- against the plain step -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("max_padding", [0.0, 0.5])
+def test_equals_a_plain_step(pair, samples, recompute, max_padding):
+    losses = plain.turn_losses(*pair, samples)
+    each = [loss for mine in losses for loss in mine]
+    expected = torch.stack(each).mean()
+    found, gradients, parts = measured(
+        pair, samples, recompute=recompute, max_padding=max_padding
+    )
+    assert relative(found, expected) < LOSS
+    assert_same(gradients, plain.gradients(pair[0], expected), GRADIENT)
+    for kind in plain.KINDS:
+        of_kind = [
+            loss
+            for one, mine in zip(samples, losses, strict=True)
+            for name, loss in zip(one.kinds, mine, strict=True)
+            if name == kind
+        ]
+        total, count = parts[kind].tolist()
+        assert count == len(of_kind)
+        assert total == pytest.approx(sum(of_kind).item(), rel=1e-6)
+
+
+def test_kinds_weigh_what_they_are_given(pair, samples):
+    weights = {"captioning": 0.25, "qa": 0.75}
+    losses = plain.turn_losses(*pair, samples)
+    expected = 0.0
+    for one, mine in zip(samples, losses, strict=True):
+        by_kind = {
+            kind: torch.stack([x for k, x in zip(one.kinds, mine, strict=True) if k == kind]).mean()
+            for kind in set(one.kinds)
+        }
+        share = sum(weights[kind] for kind in by_kind)
+        mixed = sum(weights[kind] * value for kind, value in by_kind.items()) / share
+        expected = expected + len(mine) * mixed
+    expected = expected / sum(len(mine) for mine in losses)
+    found, gradients, _ = measured(pair, samples, kind_weights=weights)
+    assert relative(found, expected) < LOSS
+    assert_same(gradients, plain.gradients(pair[0], expected), GRADIENT)
+
+
+def test_parts_of_a_batch_add_up(pair, samples):
+    total = sum(len(one.turns) for one in samples)
+    whole, expected, _ = measured(pair, samples)
+    parts = [
+        measured(pair, samples[:1], total), measured(pair, samples[1:], torch.tensor(total))
+    ]
+    assert relative(sum(loss for loss, _, _ in parts), whole) < 1e-12
+    added = {name: parts[0][1][name] + parts[1][1][name] for name in expected}
+    assert_same(added, expected, 1e-9)
+
+
+def test_composition_counts_the_bias_once(pair, samples):
+    network, backbone = pair
+    one = samples[3]
+    step = TrainStep(*pair)
+    with torch.no_grad():
+        adapter = step.adapters([one], visual_features(backbone, one.chunks))
+    rank = tiny.CONFIG.rank
+    assert adapter.bias is None
+    for side, bias in (("A", network.bias_A), ("B", network.bias_B)):
+        rows = getattr(adapter, side)["down_proj"][0]
+        assert rows.shape[1] == (len(one.chunks) + 1) * rank
+        same = (rows.unflatten(1, (-1, rank)) == bias["down_proj"][:, None]).all(-1).all(-1)
+        assert same.sum(1).tolist() == [1] * tiny.CONFIG.num_layers
+        for place, chunk in enumerate(one.chunks):
+            with torch.no_grad():
+                alone = step.adapters(
+                    [replace(one, chunks=(chunk,))], visual_features(backbone, [chunk])
+                )
+            mine = getattr(alone, side)["down_proj"][0, :, :rank]
+            assert relative(rows[:, place * rank : (place + 1) * rank], mine) < 1e-12
+
+
+def encoded(backbone: SmolVLM, one: Sample) -> Sample:
+    """The same with connector outputs for pixels."""
+    found = visual_features(backbone, one.chunks)
+    chunks = [
+        replace(chunk, pixels=None, features=features)
+        for chunk, features in zip(one.chunks, found, strict=True)
+    ]
+    return replace(one, chunks=tuple(chunks))
+
+
+def test_stored_features_stand_for_pixels(pair, samples):
+    backbone = pair[1]
+    stored = [encoded(backbone, one) for one in samples]
+    mixed = [stored[0], samples[1], samples[2], stored[3]]
+    found, gradients, _ = measured(pair, mixed)
+    expected, wanted, _ = measured(pair, samples)
+    assert relative(found, expected) < 1e-12
+    assert_same(gradients, wanted, 1e-9)
+
+
+def test_the_order_of_chunks_reaches_a_network_that_knows_places():
+    pair = plain.models(replace(tiny.CONFIG, chunk_position=True))
+    one = plain.sample(pair[1], 0, (2, 3), 2)
+    places = [chunk.place for chunk in one.chunks]
+    turned = [replace(c, place=p) for c, p in zip(one.chunks, places[::-1], strict=True)]
+    loss, gradients, _ = measured(pair, [one])
+    other, _, _ = measured(pair, [replace(one, chunks=tuple(turned))])
+    assert abs(loss - other) > 1e-4
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+# --- KL -------------------------------------------------------------------------------------------
+
+
+def teacher_logits(backbone, one: Sample) -> list[Tensor]:
+    """transformers' own logits at each turn's answer tokens, the video in context."""
+    shown = visual_features(backbone, one.chunks)[0].flatten(0, 1)
+    found = []
+    for question, answer in one.turns:
+        ids = torch.tensor(one.teacher_prefix + question + answer)
+        embeddings = backbone.decoder.embed(ids)
+        embeddings[ids == backbone.image_token_id] = shown
+        hidden = backbone.model.model.text_model(inputs_embeds=embeddings[None]).last_hidden_state
+        found.append(backbone.model.lm_head(hidden[0, -len(answer) - 1 : -1]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def taught(pair) -> list[Sample]:
+    """Samples of one chunk with a prompt for a teacher that sees the video."""
+    backbone = pair[1]
+    samples = []
+    for seed, frames in enumerate((2, 1, 3)):
+        one = plain.sample(backbone, seed, (frames,), 2)
+        times = [float(i) for i in range(frames)]
+        opening = backbone.inputs.about(times, float(frames), 0, 0, "", False)
+        end = backbone.tokenizer("<end_of_utterance>\n", add_special_tokens=False)["input_ids"]
+        samples.append(replace(one, teacher_prefix=opening[: -len(end)]))
+    return samples
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_kl_to_the_model_that_sees_the_video(pair, taught, stored):
+    temperature, weight = 2.0, 0.7
+    logits = [teacher_logits(pair[1], one) for one in taught]
+    if stored:
+        taught = [
+            replace(one, teacher_prefix=None, teacher_logits=tuple(rows))
+            for one, rows in zip(taught, logits, strict=True)
+        ]
+    step = TrainStep(*pair)
+    plain_loss = step(taught).loss
+    options = {"kl_weight": weight, "kl_temperature": temperature}
+    found, gradients, parts = measured(pair, taught, **options)
+
+    # The student's logits, recovered from a step whose only task is one token at one place.
+    divergences = []
+    for one, rows in zip(taught, logits, strict=True):
+        for turn, wanted in zip(one.turns, rows, strict=True):
+            student = student_logits(step, one, turn)
+            teacher = (wanted / temperature).softmax(-1)
+            log_ratio = teacher.log() - (student / temperature).log_softmax(-1)
+            divergences.append(temperature**2 * (teacher * log_ratio).sum(-1).mean())
+    divergence = torch.stack(divergences).mean()
+    assert relative(found, plain_loss + weight * divergence) < LOSS
+    assert_same(gradients, plain.gradients(pair[0], plain_loss + weight * divergence), GRADIENT)
+    total, count = parts["kl"].tolist()
+    assert total / count == pytest.approx(divergence.item(), rel=1e-5)
+
+
+def student_logits(step: TrainStep, one: Sample, turn) -> Tensor:
+    """transformers' own logits at one turn's answer tokens, with the adapter added to W."""
+    backbone, network = step.backbone, step.hypernet
+    seen, mask = plain.features(backbone, list(one.chunks))
+    update = plain.updates(network, [one], seen, mask)[0]
+    text_model = backbone.model.model.text_model
+    changed = {
+        f"layers.{i}.mlp.down_proj.weight": layer.mlp.down_proj.weight + update[i]
+        for i, layer in enumerate(text_model.layers)
+    }
+    question, answer = turn
+    ids = torch.tensor([one.prefix + question + answer])
+    hidden = torch.func.functional_call(text_model, changed, (), {"input_ids": ids})
+    return backbone.model.lm_head(hidden.last_hidden_state[0, -len(answer) - 1 : -1])
+
+
+def test_kl_without_a_teacher_is_refused(pair, samples):
+    with pytest.raises(ConfigError, match="video 0: no teacher"):
+        TrainStep(*pair, StepOptions(kl_weight=1.0))(samples)
+
+
+# --- economies ------------------------------------------------------------------------------------
+
+
+def test_logits_in_chunks_change_nothing(pair, taught, monkeypatch):
+    options = {"kl_weight": 0.5}
+    expected, wanted, _ = measured(pair, taught, **options)
+    vocabulary = len(pair[1].tokenizer)
+    monkeypatch.setattr(step_module, "LOGITS_PER_CHUNK", 4 * vocabulary)
+    largest = LargestWith(vocabulary)
+    with largest:
+        found, gradients, _ = measured(pair, taught, **options)
+    assert largest.numbers == 4 * vocabulary
+    assert relative(found, expected) < 1e-12
+    assert_same(gradients, wanted, 1e-10)
+
+
+class LargestWith(TorchDispatchMode):
+    """The largest result whose last axis is of one size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.numbers = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        wide = isinstance(found, Tensor) and found.dim() > 1 and found.shape[-1] == self.size
+        # The LM head's weight is transposed for the product, not copied.
+        if wide and func.name() != "aten::t":
+            self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make a host wait for a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        if name.startswith(self.NAMES):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"recompute": False, "kind_weights": {"captioning": 1.0, "qa": 2.0}}, {"kl_weight": 1.0}],
+    ids=["recomputed", "kept", "taught"],
+)
+def test_nothing_waits_for_the_device(pair, samples, taught, options):
+    network, backbone = pair
+    given = [encoded(backbone, one) for one in (taught if "kl_weight" in options else samples)]
+    step = TrainStep(network, backbone, StepOptions(**options))
+    total = torch.tensor(9)
+    waits = Waits()
+    with waits:
+        step(given, total).loss.backward()
+    network.zero_grad()
+    assert not waits.found
+
+
+def test_waiting_would_be_noticed():
+    waits = Waits()
+    with waits:
+        torch.ones(2).sum().item()
+        torch.ones(2).nonzero()
+    assert set(waits.found) == {"_local_scalar_dense", "nonzero"}
+
+
+def deep_backbone(layers: int) -> SmolVLM:
+    """The tiny backbone with copies of its layers on top of each other."""
+    base = tiny.backbone()
+    text_model = base.model.model.text_model
+    stack = [copy.deepcopy(text_model.layers[i % len(text_model.layers)]) for i in range(layers)]
+    text_model.layers = torch.nn.ModuleList(stack)
+    return SmolVLM(base.model, base.tokenizer, "deep")
+
+
+def saved_bytes(layers: int, recompute: bool) -> int:
+    """Bytes kept for the backward pass of a network of some layers over the same context."""
+    config = replace(tiny.CONFIG, num_layers=layers)
+    backbone = deep_backbone(layers)
+    step = TrainStep(tiny.hypernetwork(config), backbone, StepOptions(recompute=recompute))
+    kept: dict[int, int] = {}
+    owned = {t.untyped_storage().data_ptr() for t in step.parameters()}
+    owned |= {t.untyped_storage().data_ptr() for t in backbone.model.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = step([plain.sample(backbone, 0, (30,), 2)])
+    result.loss.backward()
+    return sum(kept.values())
+
+
+def test_a_further_layer_keeps_its_input_and_factors_alone():
+    """Activations are at least four times the layer's input here, eighty times at 500M."""
+    config = tiny.CONFIG
+    tokens = len(plain.sample(tiny.backbone(), 0, (30,), 2).chunks[0].ids)
+    layer_input = 4 * tokens * config.hidden_size
+    grown = {r: saved_bytes(6, r) - saved_bytes(3, r) for r in (True, False)}
+    assert 3 * layer_input <= grown[True] < 1.1 * 3 * layer_input
+    assert grown[False] > 4 * 3 * layer_input
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+def test_no_samples_give_zero_gradients(pair):
+    loss, gradients, parts = measured(pair, [])
+    assert loss == 0 and parts == {}
+    assert all(g is not None and not g.any() for g in gradients.values())
+
+
+def test_master_weights_get_float32_gradients():
+    backbone = tiny.backbone()
+    backbone.model.bfloat16()
+    network = tiny.hypernetwork()
+    step = TrainStep(network, backbone)
+    result = step(plain.batch(backbone))
+    result.loss.backward()
+    assert result.loss.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in network.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+def test_only_the_hypernetwork_is_registered(pair):
+    step = TrainStep(*pair)
+    names = {name.partition(".")[0] for name, _ in step.named_parameters()}
+    assert names == {"hypernet"} == {name.partition(".")[0] for name in step.state_dict()}
+
+
+def test_samples_pickle_and_are_checked(samples):
+    copy = pickle.loads(pickle.dumps(samples[3]))
+    assert copy.turns == samples[3].turns
+    assert torch.equal(copy.chunks[2].pixels, samples[3].chunks[2].pixels)
+    with pytest.raises(ValueError, match="either pixels or features"):
+        ContextSample(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="at least one chunk"):
+        replace(samples[0], turns=(), kinds=())
+
+
+def test_prompts_of_another_model_are_refused(pair, samples):
+    chunk = replace(samples[0].chunks[0], pixels=samples[0].chunks[0].pixels[:1])
+    with pytest.raises(ConfigError, match="8 image tokens in the prompts for 4 visual features"):
+        TrainStep(*pair)([replace(samples[0], chunks=(chunk,))])
+
+
+def test_turn_weights(samples):
+    weights = turn_weights(samples[0], {"captioning": 0.5, "qa": 0.5})
+    assert weights == [0.75, 1.5, 0.75] and samples[0].kinds[0] == samples[0].kinds[2]
+    assert turn_weights(samples[1], {"captioning": 0.0, "qa": 1.0}) == [0.0]
+    with pytest.raises(ConfigError, match="no weight for turns of kind 'qa'"):
+        turn_weights(samples[0], {"captioning": 1.0})
+
+
+@pytest.mark.parametrize("options", [{"kl_weight": -1}, {"kl_temperature": 0}, {"group_tokens": 0},
+    {"max_padding": -0.1}, {"kind_weights": {"qa": -1}}])  # fmt: skip
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        StepOptions(**options)
+
+
+def test_groups_of_similar_length():
+    lengths = [10, 100, 9, 95, 10, 50]
+    assert similar_lengths(lengths, 0.0, 10**6) == [[2], [0, 4], [5], [3], [1]]
+    assert similar_lengths(lengths, 0.1, 10**6) == [[2, 0, 4], [5], [3, 1]]
+    assert similar_lengths(lengths, 0.1, 20) == [[2, 0], [4], [5], [3], [1]]

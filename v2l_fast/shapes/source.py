@@ -1,0 +1,188 @@
+"""The shapes world as a data source of the trainer: scenes as samples, on cached visual tokens.
+
+Responsible for what is special to this world; the loop, the loss and the schedule are
+`v2l_fast.training`'s. Targets are the scenes' true captions and answers, not a teacher's: the truth
+is known here, and the tiny teacher is wrong about a part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.errors import CheckpointError, ConfigError
+from v2l_fast.files import load_tensors, save_tensors
+from v2l_fast.shapes.language import Turn, ask, ask_several
+from v2l_fast.shapes.prompts import Prompts
+from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, NUM_FRAMES
+from v2l_fast.shapes.scene import Scene, sample_scenes
+from v2l_fast.shapes.train_language import cache_visual_tokens
+from v2l_fast.shapes.vlm import IMAGE_SIZE
+from v2l_fast.training.config import TrainConfig
+from v2l_fast.training.samples import ContextSample, Sample
+from v2l_fast.video import sample_indices
+
+DEFAULT_VIDEOS = 16384
+MAX_FRAMES = len(FRAME_TIMES)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the equal parts a clip is cut into, as if its frames were a file of their own.
+
+    Attributes:
+        ids: int64 [S], prompt of the context pass.
+        frames: indices of its sampled frames in the whole clip.
+        place: its start and end as fractions of the clip.
+    """
+
+    ids: Tensor
+    frames: tuple[int, ...]
+    place: tuple[float, float]
+
+
+def clip_parts(backbone: SmolVLM, count: int, instruction: str) -> tuple[Part, ...]:
+    """The `count` parts of any clip of this world, sampled as `v2l_fast.video` samples files."""
+    parts = []
+    for index in range(count):
+        first, stop = (NUM_FRAMES * i // count for i in (index, index + 1))
+        duration = (stop - first) / CLIP_FPS
+        shown = sample_indices(stop - first, CLIP_FPS, duration, MAX_FRAMES).tolist()
+        times = [frame / CLIP_FPS for frame in shown]
+        ids = backbone.inputs.about(times, duration, 0, 0, instruction, False)
+        frames = tuple(first + frame for frame in shown)
+        parts.append(Part(torch.tensor(ids), frames, (index / count, (index + 1) / count)))
+    return tuple(parts)
+
+
+@dataclass(frozen=True)
+class ShapesSource:
+    """Scenes with their visual tokens (see :class:`~v2l_fast.training.samples.Source`).
+
+    Attributes:
+        scenes: the videos.
+        features: bf16 [videos, frames, T, D], connector outputs.
+        columns: index of a frame in its clip -> its place in `features`.
+        parts: number of chunks -> the parts; each load draws a number.
+        prompts: ids of the base's tokenizer.
+        questions: asked beside one caption.
+        seed: of all choices, with the step and the video's index.
+    """
+
+    scenes: Sequence[Scene]
+    features: Tensor
+    columns: Mapping[int, int]
+    parts: Mapping[int, tuple[Part, ...]]
+    prompts: Prompts
+    questions: int = 3
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def load(self, index: int, step: int) -> Sample:
+        """Scene `index`: one caption and some questions; which ones depends on the step."""
+        rng = random.Random(f"{self.seed}/{step}/{index}")
+        turns = self.turns(index, rng)
+        parts = self.parts[rng.choice(sorted(self.parts))]
+        prompts = self.prompts
+        return Sample(
+            video=f"scene {index}",
+            chunks=tuple(
+                ContextSample(
+                    ids=part.ids,
+                    features=self.features[index, [self.columns[i] for i in part.frames]],
+                    place=part.place,
+                )
+                for part in parts
+            ),
+            prefix=prompts.text_prefix,
+            turns=tuple((prompts.question(t.question), prompts.answer(t.answer)) for t in turns),
+            kinds=tuple("caption" if t.kind == "caption" else "question" for t in turns),
+            frames=sum(len(part.frames) for part in parts),
+        )
+
+    def turns(self, index: int, rng: random.Random) -> list[Turn]:
+        """A caption, then questions of different kinds."""
+        scene = self.scenes[index]
+        return [ask(scene, "caption", rng), *ask_several(scene, self.questions, rng)]
+
+
+def shapes_sources(
+    config: TrainConfig, backbone: SmolVLM
+) -> tuple[ShapesSource, ShapesSource | None]:
+    """Scenes of the train split, disturbed a little, and clean ones of the val split.
+
+    The former's visual tokens are kept in `data.feature_cache`, or the run's folder.
+
+    Raises:
+        ConfigError: `data` asks for something this world does not have.
+    """
+    data, seed = config.data, config.run.seed
+    for name, value in (("max_frames", MAX_FRAMES), ("longest_edge", IMAGE_SIZE)):
+        if getattr(data, name) != value:
+            raise ConfigError(f"data.{name} is {value} in the shapes world, leave it so")
+    if data.prompts_per_video < 2:
+        raise ConfigError("data.prompts_per_video is at least 2 here: a caption and a question")
+    if any(count not in (1, 2, 4, 8) for count in data.chunks):
+        raise ConfigError(f"data.chunks can be 1, 2, 4 and 8 here, not {list(data.chunks)}")
+    parts = {count: clip_parts(backbone, count, data.instruction) for count in data.chunks}
+    frames = tuple(sorted({i for cut in parts.values() for part in cut for i in part.frames}))
+
+    def source(scenes: list[Scene], features: Tensor) -> ShapesSource:
+        return ShapesSource(
+            scenes=scenes,
+            features=features,
+            columns={frame: column for column, frame in enumerate(frames)},
+            parts=parts,
+            prompts=Prompts(backbone.tokenizer),
+            questions=data.prompts_per_video - 1,
+            seed=seed,
+        )
+
+    times = [frame / NUM_FRAMES for frame in frames]
+    scenes = sample_scenes("train", data.videos or DEFAULT_VIDEOS, seed)
+    folder = Path(data.feature_cache or Path(config.run.folder) / "features")
+    training = source(scenes, _kept_tokens(backbone, scenes, times, seed, folder))
+    if not data.val_videos:
+        return training, None
+    unseen = sample_scenes("val", data.val_videos, seed)
+    tokens = cache_visual_tokens(backbone.model, unseen, None, times).to(torch.bfloat16)
+    return training, source(unseen, tokens)
+
+
+def prepare_base(config: TrainConfig) -> Path:
+    """The folder of the run's own tiny VLM, which is trained first where it is missing."""
+    # The heaviest part of this world, not needed once the model is there.
+    from v2l_fast.shapes.train_vlm import train_vlm
+
+    folder = Path(config.run.folder)
+    # Written last, so the rest is there too.
+    if not (folder / "base" / "preprocessor_config.json").exists():
+        threads = config.run.threads or torch.get_num_threads()
+        train_vlm(folder, folder / "vlm.json", seed=config.run.seed, threads=threads)
+    return folder / "base"
+
+
+def _kept_tokens(
+    backbone: SmolVLM, scenes: list[Scene], times: list[float], seed: int, folder: Path
+) -> Tensor:
+    """Visual tokens of the scenes' disturbed frames, computed once and kept by what made them."""
+    made_by = hashlib.sha256(repr((len(scenes), times, seed)).encode())
+    for name, value in sorted(backbone.model.model.state_dict().items()):
+        if name.startswith(("vision_model.", "connector.")):
+            made_by.update(value.float().cpu().numpy().tobytes())
+    path = folder / f"{made_by.hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        return load_tensors(path, CheckpointError)[0]["features"]
+    tokens = cache_visual_tokens(backbone.model, scenes, seed, times).to(torch.bfloat16)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors({"features": tokens}, path)
+    return tokens

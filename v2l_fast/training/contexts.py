@@ -1,0 +1,117 @@
+"""The contexts of a batch as embedded prompts, grouped so that hardly anything is padded.
+
+Responsible for the frozen part before the decoder: vision tower and connector over the views of all
+videos together, image tokens into the prompts. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from v2l_fast.backbones import Backbone
+from v2l_fast.errors import ConfigError
+from v2l_fast.training.samples import ContextSample
+from v2l_fast.training.transfer import send
+
+
+@dataclass(frozen=True)
+class ContextGroup:
+    """Contexts of similar length.
+
+    members: which of the batch's contexts, [n]; embeddings: [n, S, D]; mask: [n, S], True where a
+    token is, or None when all are of length S; places: float32 [n, 2].
+    """
+
+    members: list[int]
+    embeddings: Tensor
+    mask: Tensor | None
+    places: Tensor
+
+
+def similar_lengths(
+    lengths: Sequence[int], max_padding: float, max_tokens: int
+) -> list[list[int]]:
+    """Indices in groups by length, shortest first.
+
+    At most the share `max_padding` of a group padded to its longest member is padding, and a group
+    of more than one holds at most `max_tokens` tokens with it.
+    """
+    groups: list[list[int]] = []
+    filled = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[index]
+        area = length * (len(groups[-1]) + 1) if groups else 0
+        if groups and area <= max_tokens and filled + length >= (1 - max_padding) * area:
+            groups[-1].append(index)
+            filled += length
+        else:
+            groups.append([index])
+            filled = length
+    return groups
+
+
+@torch.no_grad()
+def visual_features(backbone: Backbone, contexts: Sequence[ContextSample]) -> list[Tensor]:
+    """Connector outputs [V, t, D] of each context, on the model's device and in its dtype.
+
+    The vision tower sees the views of all contexts in chunks of the backbone's choice.
+    """
+    device, dtype = backbone.decoder.device, backbone.decoder.dtype
+    views = [send(c.pixels, device) for c in contexts if c.pixels is not None]
+    encoded = iter(())
+    if views:
+        encoded = iter(backbone.encode_views(torch.cat(views)).split([len(v) for v in views]))
+    return [
+        next(encoded) if c.features is None else send(c.features, device, dtype)
+        for c in contexts
+    ]
+
+
+@torch.no_grad()
+def embed_ids(backbone: Backbone, ids: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """CPU ids [n, S] to embeddings [n, S, D], the features in place of the image tokens in order.
+
+    Raises ConfigError when there are not as many image tokens as features.
+    """
+    rows = torch.cat([f.flatten(0, 1) for f in features])
+    # Counted on the CPU, where the ids come from.
+    count = np.count_nonzero(ids.numpy() == backbone.image_token_id)
+    if count != len(rows):
+        raise ConfigError(
+            f"{count} image tokens in the prompts for {len(rows)} visual features: were they made "
+            f"for {backbone.name_or_path}?"
+        )
+    ids = send(ids, backbone.decoder.device)
+    words = backbone.decoder.embed(ids)
+    return words.masked_scatter((ids == backbone.image_token_id)[..., None], rows.to(words.dtype))
+
+
+def context_groups(
+    backbone: Backbone,
+    contexts: Sequence[ContextSample],
+    features: Sequence[Tensor],
+    max_padding: float,
+    max_tokens: int,
+) -> Iterator[ContextGroup]:
+    """Embedded contexts in groups by `similar_lengths`; `features` as from `visual_features`."""
+    device = backbone.decoder.device
+    for members in similar_lengths([len(c.ids) for c in contexts], max_padding, max_tokens):
+        rows = [contexts[i].ids for i in members]
+        lengths = [len(row) for row in rows]
+        ids = pad_sequence(rows, batch_first=True, padding_value=backbone.tokenizer.pad_token_id)
+        mask = None
+        if min(lengths) < max(lengths):
+            mask = send(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None], device)
+        places = torch.tensor([contexts[i].place for i in members], dtype=torch.float32)
+        yield ContextGroup(
+            members,
+            embed_ids(backbone, ids, [features[i] for i in members]),
+            mask,
+            send(places, device),
+        )

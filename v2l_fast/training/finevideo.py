@@ -1,0 +1,219 @@
+"""Training spans from FineVideo: single scenes, runs of adjacent scenes, whole videos, mixed.
+
+Responsible for reading the data set's metadata and for which spans are trained on (Section 4.1 of
+the paper: 60 % scenes, 30 % adjacent scenes, 10 % whole videos); writing them down is
+`finevideo_manifest`'s.
+
+The folder holds the data set's two columns as files, as its card writes them
+(``videos/sample_0.mp4`` and ``metadata/sample_0.json``) or side by side (``a.mp4``, ``a.json``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from v2l_fast.errors import V2LError
+
+PUBLISHED = "https://huggingface.co/datasets/HuggingFaceFV/finevideo"
+MIX = {"scene": 0.6, "adjacent": 0.3, "full": 0.1}
+# Scenes of an adjacent span.
+ADJACENT = (2, 3)
+# A scene that begins later after the one before it is not adjacent to it, seconds.
+GAP = 1.0
+
+
+class FineVideoError(V2LError):
+    """A FineVideo folder cannot be used."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A candidate: `pool` is "scene", "adjacent" or "full"; start and end in seconds, None for
+    the whole video; scenes are positions in the metadata's list."""
+
+    video: str
+    pool: str
+    start: float | None = None
+    end: float | None = None
+    scenes: tuple[int, ...] = ()
+    questions: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        stem = Path(self.video).with_suffix("").as_posix().replace("/", "-")
+        places = f"-{self.scenes[0]}-{self.scenes[-1]}" if self.scenes else ""
+        return f"finevideo-{stem}-{self.pool}{places}"
+
+
+@dataclass(frozen=True)
+class Pools:
+    """All candidates of a folder.
+
+    Attributes:
+        spans: pool -> its candidates.
+        videos: number of videos read.
+        left_out: file name -> why a video gives nothing.
+    """
+
+    spans: Mapping[str, list[Span]]
+    videos: int = 0
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_pools(folder: str | os.PathLike) -> Pools:
+    """Candidates of every video of a folder and its subfolders, in the order of their names.
+
+    Raises:
+        FineVideoError: no such folder, or no video with metadata in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FineVideoError(
+            f"{folder}: no such folder; FineVideo is published at {PUBLISHED} (log in and accept "
+            "its terms); save each row's columns as videos/<name>.mp4 and metadata/<name>.json"
+        )
+    spans: dict[str, list[Span]] = {pool: [] for pool in MIX}
+    left_out: dict[str, str] = {}
+    videos = 0
+    for path, video in _pairs(folder):
+        name = video.relative_to(folder).as_posix()
+        videos += 1
+        try:
+            found = list(candidates(name, json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, OSError) as error:
+            left_out[name] = f"its metadata cannot be read ({error})"
+            continue
+        if not any(span.scenes for span in found):
+            left_out[name] = "its metadata names no scene with times; only the whole is used"
+        for span in found:
+            spans[span.pool].append(span)
+    if not videos:
+        raise FineVideoError(
+            f"{folder}: no <name>.json with a <name>.mp4 of its own; save each row's columns of "
+            f"{PUBLISHED} as videos/<name>.mp4 and metadata/<name>.json"
+        )
+    return Pools(spans, videos, left_out)
+
+
+def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """(metadata, video): the video beside it, else the only one of that name in the folder."""
+    named: dict[str, list[Path]] = {}
+    for video in sorted(folder.rglob("*.mp4")):
+        named.setdefault(video.stem, []).append(video)
+    for path in sorted(folder.rglob("*.json")):
+        videos = named.get(path.stem, [])
+        beside = path.with_suffix(".mp4")
+        if beside in videos:
+            yield path, beside
+        elif len(videos) == 1:
+            yield path, videos[0]
+
+
+def candidates(video: str, metadata: Any) -> Iterator[Span]:
+    """Every span of one video that its metadata gives.
+
+    Raises ValueError when the metadata is not FineVideo's.
+    """
+    content = metadata.get("content_metadata") if isinstance(metadata, dict) else None
+    if not isinstance(content, dict):
+        raise ValueError("it has no content_metadata")
+    times = list(_scene_times(content.get("scenes"), metadata.get("duration_seconds")))
+    for number, (start, end) in times:
+        yield Span(video, "scene", start, end, (number,))
+    for length in ADJACENT:
+        for first in range(len(times) - length + 1):
+            run = times[first : first + length]
+            if _adjacent(run):
+                numbers = tuple(number for number, _ in run)
+                yield Span(video, "adjacent", run[0][1][0], run[-1][1][1], numbers)
+    asked = [q.get("question") for q in content.get("qAndA") or [] if isinstance(q, dict)]
+    questions = tuple(q.strip() for q in asked if isinstance(q, str) and q.strip())
+    yield Span(video, "full", questions=questions)
+
+
+def seconds(timestamp: Any) -> float | None:
+    """ "H:MM:SS.mmm" (or MM:SS) in seconds; None for anything else."""
+    parts = str(timestamp).strip().split(":")
+    if len(parts) not in (2, 3):
+        return None
+    try:
+        *high, low = int(parts[0]), *map(int, parts[1:-1]), float(parts[-1])
+    except ValueError:
+        return None
+    if min(*high, low) < 0 or not low < 60:
+        return None
+    total = 0
+    for part in high:
+        total = 60 * total + part
+    return 60 * total + low
+
+
+def mix_spans(
+    pools: Pools, total: int | None = None, mix: Mapping[str, float] = MIX, seed: int = 0
+) -> list[Span]:
+    """Spans drawn from the pools in the ratio `mix`, without repeats, shuffled.
+
+    Args:
+        total: how many; as many as the ratio allows when None.
+
+    Raises:
+        FineVideoError: a pool is too small for its share of `total`.
+    """
+    shares = {pool: share / sum(mix.values()) for pool, share in mix.items() if share > 0}
+    if total is None:
+        total = min(_floor(len(pools.spans[pool]) / share) for pool, share in shares.items())
+        if not total:
+            sizes = ", ".join(f"{pool} {len(pools.spans[pool])}" for pool in shares)
+            raise FineVideoError(f"the pools are too small for the mix ({sizes}); change the mix")
+    counts = {pool: _floor(total * share) for pool, share in shares.items()}
+    # The largest remainders get what rounding down left over.
+    by_rest = sorted(shares, key=lambda pool: counts[pool] - total * shares[pool])
+    for pool in by_rest[: total - sum(counts.values())]:
+        counts[pool] += 1
+    rng = random.Random(seed)
+    chosen = []
+    for pool, count in counts.items():
+        there = pools.spans[pool]
+        if count > len(there):
+            raise FineVideoError(
+                f"{count} spans of {total} are to come from pool {pool!r}, which has {len(there)}; "
+                "ask for fewer, or change the mix"
+            )
+        chosen += rng.sample(there, count)
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _scene_times(scenes: Any, duration: Any) -> Iterator[tuple[int, tuple[float, float]]]:
+    """(position, (start, end)) of each scene whose times make sense, within the video."""
+    # The duration is in whole seconds.
+    limit = duration + 1 if isinstance(duration, int | float) and duration > 0 else math.inf
+    for number, scene in enumerate(scenes if isinstance(scenes, list) else []):
+        times = scene.get("timestamps") if isinstance(scene, dict) else None
+        if not isinstance(times, dict):
+            continue
+        start, end = seconds(times.get("start_timestamp")), seconds(times.get("end_timestamp"))
+        if start is None or end is None:
+            continue
+        if start < min(end, limit):
+            yield number, (start, min(end, limit))
+
+
+def _floor(value: float) -> int:
+    """Rounded down, but for what floating point lacks to a whole number."""
+    return math.floor(value + 1e-9)
+
+
+def _adjacent(run: Sequence[tuple[int, tuple[float, float]]]) -> bool:
+    """Scenes that follow each other, in the list and in time."""
+    return all(
+        after == before + 1 and first_end - GAP <= next_start <= first_end + GAP
+        for (before, (_, first_end)), (after, (next_start, _)) in zip(run, run[1:], strict=False)
+    )

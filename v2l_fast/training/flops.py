@@ -1,0 +1,106 @@
+"""Floating-point operations a step needs, and how many a device can do: model FLOPs utilization.
+
+Counted from sizes and token counts, products alone, a multiply-add as two; what is recomputed in
+the backward pass does not count, as is usual for MFU. Peaks are the makers' dense bfloat16 figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from v2l_fast.backbones import Backbone
+from v2l_fast.config import HypernetConfig
+from v2l_fast.training.samples import Sample
+
+# Longer names first: the first that is part of the device's name counts.
+PEAKS = {
+    "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "A10": 125e12, "L4": 121e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU, or None where it is not known (a CPU, another GPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Operations per token of each part of the step.
+
+    Attributes:
+        view: vision tower and connector, forward, of one view.
+        context: decoder layers before the last, forward, of one context token.
+        hypernet: all layer slices, forward and backward, of one context token.
+        chunk: the same, of what does not grow with the context.
+        answer: decoder, forward and the backward pass to its inputs, of one token.
+        logits: LM head, forward and backward to its input, of one answer token.
+        attention: of one pair of tokens in one decoder layer, forward.
+        layers: decoder layers.
+    """
+
+    view: float
+    context: float
+    hypernet: float
+    chunk: float
+    answer: float
+    logits: float
+    attention: float
+    layers: int
+
+    @classmethod
+    def of(cls, backbone: Backbone, config: HypernetConfig) -> StepCost:
+        """Costs of a frozen model and the hypernetwork of `config`."""
+        decoder = backbone.decoder
+        layer = sum(p.numel() for p in decoder.text_model.layers[0].parameters() if p.dim() == 2)
+        layers, dim, size = decoder.num_layers, config.hidden_size, config.latent_size
+        heads = config.num_heads * config.head_dim
+        rows = config.num_latents * config.num_heads
+        decoded = len(config.target_modules) * config.rank
+        # Per context token: gate and up (frozen input: no gradient to it), down, then scores and
+        # values of every latent row.
+        token = 2 * 2 * (2 * dim * 4 * dim)
+        token += 3 * (2 * 4 * dim * size + config.num_blocks * 4 * rows * size)
+        # Per slice: projections and MLPs of the latents, the head.
+        latent = 2 * (2 * size * heads + 3 * 4 * size * size)
+        head = sum(2 * config.rank * size * sum(s) for s in config.target_modules.values())
+        slice_ = config.num_blocks * config.num_latents * latent + decoded * latent + head
+        vision = backbone.model.model
+        tower = sum(p.numel() for p in vision.vision_model.encoder.parameters() if p.dim() == 2)
+        patches = backbone.tokens_per_view * backbone.model.config.scale_factor**2
+        connector = sum(p.numel() for p in vision.connector.parameters() if p.dim() == 2)
+        vision_layers = len(vision.vision_model.encoder.layers)
+        width = backbone.model.config.vision_config.hidden_size
+        return cls(
+            view=2 * tower * patches
+            + 4 * patches**2 * width * vision_layers
+            + 2 * connector * backbone.tokens_per_view,
+            context=2 * layer * (layers - 1),
+            hypernet=token * layers,
+            chunk=3 * slice_ * layers,
+            answer=4 * layer * layers,
+            logits=4 * dim * decoder.lm_head.out_features,
+            attention=4 * dim,
+            layers=layers,
+        )
+
+    def sample(self, sample: Sample) -> float:
+        """Operations of one video."""
+        total = 0.0
+        for chunk in sample.chunks:
+            tokens = len(chunk.ids)
+            views = 0 if chunk.pixels is None else len(chunk.pixels)
+            pairs = tokens * tokens / 2 * self.attention * (self.layers - 1)
+            total += views * self.view + tokens * (self.context + self.hypernet)
+            total += self.chunk + pairs
+        for question, answer in sample.turns:
+            tokens = len(question) + len(answer)
+            pairs = tokens * (len(sample.prefix) + tokens / 2) * self.attention * self.layers
+            total += tokens * self.answer + len(answer) * self.logits + 3 * pairs
+        return total + len(sample.prefix) * self.answer

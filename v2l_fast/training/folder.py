@@ -1,0 +1,78 @@
+"""The folder of a run: what lies where, starting over, and one run at a time.
+
+Several processes of one run share it, on one machine or over a shared file system; the first one
+writes, but for the quarantine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import TextIO
+
+from v2l_fast.errors import CheckpointError
+from v2l_fast.training.checkpoint import latest_checkpoint, read_progress
+from v2l_fast.training.records import cut_lines
+
+
+class RunFolder:
+    """Paths of a run's files.
+
+    Args:
+        path: the folder, made when it is opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.hypernet = self.path / "hypernet"
+        self.summary = self.path / "summary.json"
+        self.log = self.path / "log.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.quarantine = self.path / "quarantine.jsonl"
+        self.val_quarantine = self.path / "quarantine-val.jsonl"
+        self._lock: TextIO | None = None
+
+    def open(self, resume: bool | None) -> None:
+        """Take the folder for this run; remove what a run that starts over would contradict.
+
+        resume: True needs a checkpoint, False starts over, None continues where there is one.
+
+        Raises:
+            CheckpointError: another run writes here, or there is nothing to resume.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                f"{self.path}: another run is writing here; wait for it or name another run.folder"
+            ) from None
+        for folder in (self.path, self.checkpoints):
+            for part in folder.glob(".*.part"):
+                part.unlink()
+        found = self.latest()
+        if resume and found is None:
+            raise CheckpointError(f"{self.path}: no checkpoint to resume; leave out --resume")
+        if found is not None and resume is not False:
+            step = read_progress(found)["step"]
+            for lines in (self.log, self.samples, self.quarantine):
+                cut_lines(lines, step)
+            return
+        for path in self.checkpoints.glob("step-*.safetensors"):
+            path.unlink()
+        for path in (
+            self.log, self.samples, self.quarantine, self.val_quarantine, self.summary
+        ):  # fmt: skip
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let another run have it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def latest(self) -> Path | None:
+        """The checkpoint of the highest step."""
+        return latest_checkpoint(self.checkpoints)

@@ -1,0 +1,138 @@
+"""The processes of a run, on Accelerate: who this one is and what they decide together.
+
+Responsible for devices, for wrapping the step in DistributedDataParallel and for small numbers that
+all processes must agree on. Those travel between hosts over gloo, so no process waits for its GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from v2l_fast.errors import ConfigError
+from v2l_fast.training.config import TrainConfig
+from v2l_fast.training.config_values import spread
+
+T = TypeVar("T")
+
+
+class Processes:
+    """One process on CPU or GPU, or those that `accelerate launch` started.
+
+    Raises:
+        ConfigError: accelerate is missing, or a GPU is asked for where there is none.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        try:
+            from accelerate import Accelerator
+            from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+        except ImportError:
+            raise ConfigError(
+                'training needs accelerate: pip install "v2l_fast[train]"'
+            ) from None
+        wanted, gpu = config.run.device, torch.cuda.is_available()
+        if wanted == "cuda" and not gpu:
+            raise ConfigError("run.device=cuda: this machine has no usable GPU; see v2l doctor")
+        folder = Path(config.run.folder)
+        self.accelerator = Accelerator(
+            cpu=wanted == "cpu" or not gpu,
+            mixed_precision="no",
+            log_with=list(config.run.trackers) or None,
+            project_config=ProjectConfiguration(str(folder), str(folder / "tensorboard")),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        self.rank = self.accelerator.process_index
+        self.count = self.accelerator.num_processes
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        self._hosts = None
+        if self.count > 1:
+            self._hosts = torch.distributed.new_group(backend="gloo")
+
+    def wrap(self, step: nn.Module) -> nn.Module:
+        """The step with gradients averaged over the processes."""
+        return self.accelerator.prepare_model(step)
+
+    def exchange(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch: gradients travel after the last one."""
+        return nullcontext() if last else self.accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass of this process's part of the whole batch's loss."""
+        # Gradients are averaged over the processes; the sum over them is what is meant.
+        self.accelerator.backward(loss * self.count)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, known to each of them."""
+        if self._hosts is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(tensor, group=self._hosts)
+        return tensor.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in order of rank."""
+        if self._hosts is None:
+            return [value]
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value, group=self._hosts)
+        return found
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The first process runs the body, then the others do."""
+        if self._hosts is None:
+            yield
+            return
+        # It may train a base model meanwhile; in the training itself nobody waits so long.
+        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=6))
+        if not self.is_main:
+            torch.distributed.barrier(patient)
+        yield
+        if self.is_main:
+            torch.distributed.barrier(patient)
+
+    def start_trackers(self, config: TrainConfig, start: int) -> None:
+        """Open TensorBoard and others; points after `start` are those of a run cut off there.
+
+        Raises:
+            ConfigError: a tracker's package is missing.
+        """
+        remedies = {"tensorboard": '"v2l_fast[train]"', "wandb": "wandb"}
+        for name in config.run.trackers:
+            if find_spec(name) is None:
+                raise ConfigError(
+                    f"run.trackers names {name}, which is not installed: pip install "
+                    f"{remedies[name]}, or set run.trackers=[]"
+                )
+        flat = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in spread(asdict(config)).items()
+        }
+        name = config.run.name or Path(config.run.folder).name
+        self.accelerator.init_trackers(
+            "v2l_fast",
+            config=flat if start == 0 else None,
+            init_kwargs={
+                "tensorboard": {"purge_step": start + 1},
+                "wandb": {"name": name, "dir": config.run.folder, "resume": "allow"},
+            },
+        )
+
+    def track(self, numbers: dict[str, float | str], step: int) -> None:
+        """Numbers and texts to the trackers, from the first process."""
+        if self.accelerator.trackers:
+            self.accelerator.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flush the trackers and leave the group."""
+        self.accelerator.end_training()

@@ -1,0 +1,131 @@
+"""Long work over many items in shards: each shard's file is there whole, or not at all.
+
+Responsible for which shards there are, which are done, and for files a crash cannot leave half
+written. What a shard computes is its caller's: one function from item numbers to JSON lines, the
+same on one machine and on a cluster, so a shard does not depend on who computed it, nor when.
+
+Layout of the folder::
+
+    run.json                  what is being computed; a run with another meaning is refused
+    shards/00000.jsonl        one shard's lines
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from v2l_fast.errors import V2LError
+from v2l_fast.files import write_text
+
+Line = Mapping[str, Any]
+# Item numbers of one shard -> its lines.
+ShardWork = Callable[[Sequence[int]], list[Line]]
+# (items done, items in all)
+Progress = Callable[[int, int], None]
+
+
+class ShardError(V2LError):
+    """A folder of shards cannot be used, or shards are missing at the end."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """`items` items in shards of `size`, their files under `folder`. Picklable."""
+
+    folder: Path
+    items: int
+    size: int
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike, meaning: Mapping[str, Any], items: int, size: int
+    ) -> Shards:
+        """Begin or go on in a folder.
+
+        Args:
+            meaning: JSON of everything the result depends on.
+
+        Raises:
+            ShardError: the folder holds another run's shards, or cannot be written.
+        """
+        folder = Path(folder).resolve()
+        record = {**meaning, "items": items, "shard_size": size}
+        path = folder / "run.json"
+        try:
+            (folder / "shards").mkdir(parents=True, exist_ok=True)
+            found = json.loads(path.read_text()) if path.exists() else None
+        except OSError as error:
+            raise ShardError(f"{folder}: cannot be used ({error.strerror})") from None
+        except json.JSONDecodeError:
+            raise ShardError(f"{path}: not JSON; delete {folder} or take another folder") from None
+        if found is None:
+            write_text(path, json.dumps(record, indent=2) + "\n")
+        elif found != json.loads(json.dumps(record)):
+            names = sorted(k for k in record.keys() | found.keys() if record.get(k) != found.get(k))
+            raise ShardError(
+                f"{folder}: holds a run with another {', '.join(names)}; "
+                "repeat that run's settings or take another folder"
+            )
+        return cls(folder, items, size)
+
+    def __len__(self) -> int:
+        return -(-self.items // self.size)
+
+    def path(self, shard: int) -> Path:
+        return self.folder / "shards" / f"{shard:05d}.jsonl"
+
+    def numbers(self, shard: int) -> range:
+        """Items of a shard."""
+        return range(shard * self.size, min(self.items, (shard + 1) * self.size))
+
+    def missing(self) -> list[int]:
+        """Shards that are not done."""
+        return [shard for shard in range(len(self)) if not self.path(shard).exists()]
+
+    def items_done(self) -> int:
+        """Items of the shards that are done."""
+        return self.items - sum(len(self.numbers(shard)) for shard in self.missing())
+
+    def compute(self, shard: int, work: ShardWork) -> None:
+        """Do one shard unless it is done."""
+        if not self.path(shard).exists():
+            lines = work(self.numbers(shard))
+            write_text(
+                self.path(shard),
+                "".join(json.dumps(dict(line), ensure_ascii=False) + "\n" for line in lines),
+            )
+
+    def run(self, work: ShardWork, progress: Progress) -> None:
+        """Do the shards that are missing, one after the other, in this process."""
+        done = self.items_done()
+        progress(done, self.items)
+        for shard in self.missing():
+            self.compute(shard, work)
+            done += len(self.numbers(shard))
+            progress(done, self.items)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every line of every shard, in the order of the items.
+
+        Raises:
+            ShardError: a shard is missing.
+        """
+        if missing := self.missing():
+            raise ShardError(
+                f"{self.folder}: {len(missing)} of {len(self)} shards are not done; run it again"
+            )
+        for shard in range(len(self)):
+            with open(self.path(shard), encoding="utf-8") as file:
+                yield from map(json.loads, file)
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

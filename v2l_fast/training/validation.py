@@ -1,0 +1,106 @@
+"""Validation while training: the loss on videos kept apart, and answers one can read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from v2l_fast.adapted import AdapterSlots
+from v2l_fast.generation import Sampling, generate
+from v2l_fast.training.config import TrainConfig
+from v2l_fast.training.contexts import visual_features
+from v2l_fast.training.loader import Key, read
+from v2l_fast.training.meter import Sums, added, means
+from v2l_fast.training.quarantine import Quarantine
+from v2l_fast.training.samples import Failure, Sample, Source
+from v2l_fast.training.step import TrainStep
+
+MAX_NEW_TOKENS = 96
+
+
+class Validation:
+    """Passes over one source, the same videos and turns every time.
+
+    Args:
+        source: the videos; as many as `data.val_videos` are used.
+        config: of the run.
+        quarantine: where its broken videos are listed.
+        rank, processes: this process takes every `processes`-th video.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: TrainConfig,
+        quarantine: Quarantine,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.source, self.config, self.quarantine = source, config, quarantine
+        count = min(len(source), config.data.val_videos)
+        self.indices = range(rank, count, processes)
+
+    @torch.no_grad()
+    def loss(
+        self, step: TrainStep, gather: Callable[[Sums], list[Sums]]
+    ) -> dict[str, float]:
+        """`val_loss`, the mean over examples, and `val_KIND` of each kind of task."""
+        sums: Sums = {}
+        for samples in self._batches():
+            if samples:
+                result = step(samples, example_total=1)
+                examples = sum(len(sample.turns) for sample in samples)
+                found = {name: pair.tolist() for name, pair in result.parts.items()}
+                found["loss"] = [result.loss.item(), float(examples)]
+                sums = added([sums, found])
+        return {f"val_{name}": value for name, value in means(added(gather(sums))).items()}
+
+    @torch.no_grad()
+    def answers(self, step: TrainStep, count: int) -> list[dict[str, Any]]:
+        """Greedy answers to one question of each of the first `count` videos."""
+        samples: list[Sample] = []
+        for index in self.indices[:count]:
+            found = self.source.load(index, 0)
+            if not isinstance(found, Failure):
+                samples.append(found)
+        if not samples:
+            return []
+        backbone = step.backbone
+        contexts = [chunk for sample in samples for chunk in sample.chunks]
+        adapters = step.adapters(samples, visual_features(backbone, contexts))
+        decoder = backbone.decoder
+        rows = torch.arange(len(samples), device=decoder.device)
+        # Another question of each video, so that the samples show every kind.
+        turns = [s.turns[i % len(s.turns)] for i, s in enumerate(samples)]
+        prompts = [
+            decoder.embed(torch.tensor(sample.prefix + question, device=decoder.device))
+            for sample, (question, _) in zip(samples, turns, strict=True)
+        ]
+        said = generate(
+            decoder,
+            prompts,
+            backbone.stop_ids,
+            Sampling(max_new_tokens=MAX_NEW_TOKENS),
+            AdapterSlots.of_batch(adapters, rows),
+        )
+        return [
+            {
+                "video": sample.video,
+                "question": " ".join(backbone.decode(sample.prefix + question).split()),
+                "answer": backbone.decode(tokens),
+                "reference": backbone.decode(answer),
+            }
+            for sample, (question, answer), tokens in zip(
+                samples, turns, said.tokens, strict=True
+            )
+        ]
+
+    def _batches(self) -> Iterator[Sequence[Sample]]:
+        size = self.config.optim.micro_batch_size
+        keys: list[list[Key]] = [
+            [(0, index) for index in self.indices[start : start + size]]
+            for start in range(0, len(self.indices), size)
+        ]
+        return read(self.source, keys, self.config.data, self.quarantine)
