@@ -7,8 +7,10 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.statistics import (
     Interval,
     mean_interval,
+    mean_of_ratios,
     paired_difference,
     ratio_interval,
+    recovery,
 )
 
 
@@ -50,6 +52,39 @@ def test_ratio_weighs_examples_by_their_items():
     assert abs(found.low - low) < 0.1 and abs(found.high - high) < 0.1
 
 
+def test_mean_of_ratios_equals_a_loop_over_strata():
+    rng = np.random.default_rng(4)
+    strata = []
+    for size, mean in ((60, 0.3), (25, -0.1)):
+        totals = rng.integers(1, 6, size)
+        strata.append((rng.normal(mean, 0.4, size) * totals, totals))
+    found = mean_of_ratios(strata, resamples=4000)
+    expected = []
+    for _ in range(4000):
+        picks = [(rng.integers(len(t), size=len(t)), h, t) for h, t in strata]
+        expected.append(np.mean([h[i].sum() / t[i].sum() for i, h, t in picks]))
+    low, high = np.percentile(expected, [2.5, 97.5])
+    assert found.estimate == pytest.approx(np.mean([h.sum() / t.sum() for h, t in strata]))
+    assert abs(found.low - low) < 0.1 * (high - low)
+    assert abs(found.high - high) < 0.1 * (high - low)
+
+
+def test_strata_without_spread_shift_the_average():
+    varying = ([1.0, 2.0, 3.0, 2.0], [1.0] * 4)
+    alone = mean_of_ratios([varying])
+    for still in (([5.0], [1.0]), ([5.0, 5.0, 5.0], [1.0] * 3)):
+        both = mean_of_ratios([still, varying])
+        assert both.estimate == pytest.approx((5 + alone.estimate) / 2)
+        assert both.low == pytest.approx((5 + alone.low) / 2)
+        assert both.high == pytest.approx((5 + alone.high) / 2)
+    assert mean_of_ratios([([5.0], [1.0]), ([1.0], [1.0])]) == Interval(3.0, 3.0, 3.0)
+
+
+def test_recovery():
+    assert recovery(0.309, 0.367) == pytest.approx(0.842, abs=5e-4)
+    assert np.isnan(recovery(0.3, 0.0))
+
+
 def test_same_seed_same_interval(scores):
     assert mean_interval(scores[:, 0], seed=7) == mean_interval(scores[:, 0], seed=7)
 
@@ -83,5 +118,7 @@ def test_misuse_is_named():
         mean_interval([])
     with pytest.raises(ConfigError, match="empty or hold NaN"):
         mean_interval([1.0, float("nan")])
+    with pytest.raises(ConfigError, match="nothing to average"):
+        mean_of_ratios([])
     with pytest.raises(ConfigError, match="margin must be positive"):
         Interval(0, 0, 0).non_inferior(0)

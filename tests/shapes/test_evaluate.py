@@ -1,4 +1,4 @@
-"""Evaluation code on an untrained pair, and the commands' plumbing."""
+"""The shapes world's examples and attribute scores on an untrained pair, and its commands."""
 
 import json
 
@@ -6,81 +6,110 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from v2l_fast.config import HypernetConfig
+from v2l_fast.evaluation.answering import BASELINE, CONDITIONS, NONE, SYSTEM
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.cli import app
 from v2l_fast.shapes.evaluate import (
-    Answers,
-    direct_answerer,
+    CAPTIONS,
+    QUESTIONS,
+    attribute_share,
+    direct_answers,
     evaluate,
+    evaluate_direct,
     evaluate_files,
-    questions_for,
+    exact_share,
+    examples_for,
     rendered_clips,
-    score,
 )
 from v2l_fast.shapes.language import caption
 from v2l_fast.shapes.scene import sample_scenes
-from v2l_fast.shapes.train_hypernet import shapes_hypernet_config
-
-
-def test_perfect_and_wrong_answers_score_as_such():
-    scenes = sample_scenes("test", 20, 0)
-    questions = questions_for(scenes, 0)
-    assert len(questions) == 100 and questions == questions_for(scenes, 0)
-    perfect = Answers([caption(s) for s in scenes], [turn.answer for _, turn in questions])
-    scores = score(perfect, scenes, questions)
-    for name in ("caption_attributes", "caption_exact", "caption_token_f1", "qa_exact"):
-        assert scores[name]["estimate"] == 1.0
-    assert set(scores["qa_by_kind"].values()) == {1.0}
-
-    silent = score(Answers([""] * 20, ["nothing"] * 100), scenes, questions)
-    assert silent["caption_attributes"]["estimate"] == silent["qa_exact"]["estimate"] == 0.0
-
-    half = [turn.answer if video % 2 else "nothing" for video, turn in questions]
-    assert score(Answers(perfect.captions, half), scenes, questions)["qa_exact"]["estimate"] == 0.5
+from v2l_fast.shapes.vlm import IMAGE_SIZE
+from v2l_fast.training.manifest import load_manifest
 
 
 @pytest.fixture
 def fresh(base):
+    """An untrained pair of the shapes world's sizes."""
+    text = base.decoder.config
+    config = HypernetConfig(
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        target_modules={"down_proj": (text.intermediate_size, text.hidden_size)},
+        rank=4,
+        latent_size=32,
+        num_blocks=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_frames=8,
+        longest_edge=IMAGE_SIZE,
+    )
     torch.manual_seed(0)
-    return Video2LoRA(base, HyperNetwork(shapes_hypernet_config(base)))
+    return Video2LoRA(base, HyperNetwork(config))
+
+
+def test_examples_are_the_same_every_time():
+    scenes = sample_scenes("test", 20, 0)
+    examples = examples_for(scenes)
+    assert examples == examples_for(scenes)
+    assert examples != examples_for(scenes, seed=1)
+    captions = [e for e in examples if e.is_caption]
+    assert [e.target_text for e in captions] == [caption(scene) for scene in scenes]
+    assert {e.dataset for e in captions} == {CAPTIONS}
+    assert [e.dataset for e in examples].count(QUESTIONS) == 100
+    assert len({e.id for e in examples}) == 120
+
+
+def test_perfect_and_silent_captions_score_as_such():
+    scenes = sample_scenes("test", 20, 0)
+    right = [caption(scene) for scene in scenes]
+    assert attribute_share(right, scenes).estimate == exact_share(right, scenes).estimate == 1.0
+    assert attribute_share([""] * 20, scenes).estimate == 0.0
+    half = [text if i % 2 else "nothing" for i, text in enumerate(right)]
+    assert exact_share(half, scenes).estimate == 0.5
 
 
 def test_every_condition_is_measured(fresh):
     result = evaluate(fresh, sample_scenes("test", 4, 0))
-    assert list(result["conditions"]) == [
-        "direct", "adapter", "other video's adapter", "bias adapter only", "no adapter",
-    ]
+    assert tuple(result["conditions"]) == CONDITIONS
+    assert set(result["attributes"]) == set(result["caption_exact"]) == set(CONDITIONS)
     # A fresh network's B is zero and so is its bias: its adapters change nothing.
-    conditions = result["conditions"]
-    assert conditions["adapter"] == conditions["no adapter"]
-    assert set(result["adapter_minus_direct"]) == {"caption_token_f1", "qa_exact"}
+    assert all(sample[SYSTEM] == sample[NONE] for sample in result["samples"])
+    assert result["attributes"][SYSTEM] == result["attributes"][NONE]
+    assert {row["benchmark"] for row in result["metrics"]["token_f1"]["rows"]} == {
+        CAPTIONS, QUESTIONS, "Average",
+    }
     json.dumps(result)
 
 
 def test_files_are_compared_with_rendering(fresh):
     files = evaluate_files(fresh, sample_scenes("test", 2, 0))
-    assert {"direct, file", "adapter, rendered"} <= set(files)
+    assert {f"{BASELINE}, file", f"{SYSTEM}, rendered"} <= set(files)
 
 
-def test_batched_direct_answers_are_those_of_ask_direct(fresh):
+def test_direct_answers_without_a_hypernetwork_are_those_with_one(fresh):
     clips = rendered_clips(sample_scenes("test", 3, 0))
     texts = ["What happens?", "How many objects are there?", "What happens?"]
-    expected = [
-        fresh.ask_direct(text, clip, max_new_tokens=40)
-        for text, clip in zip(texts, clips, strict=True)
-    ]
-    assert direct_answerer(fresh.backbone, clips)(range(3), texts) == expected
+    expected = fresh.answer_direct(texts, clips, max_new_tokens=40)
+    assert direct_answers(fresh.backbone, clips, texts) == [a.text for a in expected]
 
 
-def test_render_command_writes_clips(tmp_path):
+def test_a_vlm_alone_is_scored(base):
+    result = evaluate_direct(base, sample_scenes("test", 3, 0))
+    assert result["videos"] == 3 and result["questions"] == 15
+    assert 0 <= result["qa_exact"] <= 1 and 0 <= result["caption_token_f1"] <= 1
+    json.dumps(result)
+
+
+def test_render_command_writes_clips_and_their_manifest(tmp_path):
     arguments = ["render", str(tmp_path), "--count", "2", "--size", "64"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    written = json.loads((tmp_path / "scenes.json").read_text())
-    scenes = sample_scenes("test", 2, 0)
-    assert list(written.values()) == [caption(scene) for scene in scenes]
-    assert all((tmp_path / name).stat().st_size > 500 for name in written)
+    examples = load_manifest(tmp_path / "manifest.jsonl", split="test")
+    expected = examples_for(sample_scenes("test", 2, 0))
+    assert [e.row() for e in examples] == [e.row() for e in expected]
 
 
 @pytest.mark.parametrize(

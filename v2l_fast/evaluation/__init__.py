@@ -1,1 +1,1 @@
-"""Evaluation: answer metrics and the statistics that compare two systems on the same examples."""
+"""Evaluation: a video in context against its adapter, with controls, a judge and intervals."""

@@ -67,12 +67,46 @@ def ratio_interval(
     seed: int = 0,
 ) -> Interval:
     """sum(hits) / sum(totals) over examples that carry several items each, resampling examples."""
-    first, second = _checked(hits, totals)
+    return mean_of_ratios([(hits, totals)], confidence, resamples, seed)
 
-    def ratio(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-        return x.sum(axis=axis) / y.sum(axis=axis)
 
-    return _bootstrap((first, second), ratio, confidence, resamples, seed)
+def mean_of_ratios(
+    strata: Sequence[tuple[Sequence[float], Sequence[float]]],
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> Interval:
+    """The mean over strata of :func:`ratio_interval`'s estimate, each stratum of equal weight.
+
+    Examples are resampled within their stratum, so that the strata's errors partly cancel. (The
+    paper's "Average" rows mostly print the mean of the rows' bounds instead, which is wider.)
+
+    Raises ConfigError as :func:`paired_difference`, and without strata.
+    """
+    pairs = [_checked(hits, totals) for hits, totals in strata]
+    if not pairs:
+        raise ConfigError("nothing to average: give at least one set of scores")
+    # A stratum whose resamples are all alike (or of one example) adds a constant.
+    fixed = [len(h) < 2 or (np.ptp(h) == 0 and np.ptp(t) == 0) for h, t in pairs]
+    constant = sum(h.sum() / t.sum() for (h, t), still in zip(pairs, fixed, strict=True) if still)
+    varying = [pair for pair, still in zip(pairs, fixed, strict=True) if not still]
+
+    def mean(*picks: np.ndarray, axis: int = -1) -> np.ndarray:
+        ratios = (
+            h[pick].sum(axis=axis) / t[pick].sum(axis=axis)
+            for pick, (h, t) in zip(picks, varying, strict=True)
+        )
+        return (constant + sum(ratios)) / len(pairs)
+
+    # Indices stand for examples, so that hits and totals of one example stay together.
+    return _bootstrap(
+        [np.arange(len(h)) for h, _ in varying], mean, confidence, resamples, seed, paired=False
+    )
+
+
+def recovery(system: float, baseline: float) -> float:
+    """Share of the baseline's score that the system keeps (1.0 is all of it); NaN of a zero one."""
+    return system / baseline if baseline else float("nan")
 
 
 def _positive(margin: float) -> float:
@@ -91,15 +125,17 @@ def _checked(*columns: Sequence[float]) -> list[np.ndarray]:
     return arrays
 
 
-def _bootstrap(data, statistic, confidence: float, resamples: int, seed: int) -> Interval:
+def _bootstrap(
+    data, statistic, confidence: float, resamples: int, seed: int, paired: bool = True
+) -> Interval:
     estimate = float(statistic(*data, axis=-1))
     # With no spread at all (or one example) every resample is the same: the interval is a point.
-    if len(data[0]) < 2 or all(np.ptp(column) == 0 for column in data):
+    if not data or len(data[0]) < 2 or all(np.ptp(column) == 0 for column in data):
         return Interval(estimate, estimate, estimate)
     found = bootstrap(
         data,
         statistic,
-        paired=len(data) > 1,
+        paired=paired and len(data) > 1,
         vectorized=True,
         confidence_level=confidence,
         n_resamples=resamples,

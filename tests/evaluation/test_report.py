@@ -1,0 +1,119 @@
+"""Rows, averages, controls and the Markdown table, from scores that are easy to check."""
+
+import json
+
+import pytest
+
+from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.answering import BASELINE, OTHER, SYSTEM
+from v2l_fast.evaluation.comparison import average, compare
+from v2l_fast.evaluation.plots import plot_distributions
+from v2l_fast.evaluation.report import markdown, summarize, text_scores
+from v2l_fast.training.manifest import Example
+
+
+def example(id_, dataset="D", task="caption", target="a red disc", **metadata):
+    return Example(id_, f"{id_}.mp4", f"{id_}.mp4", task, "?", target, dataset, "test", metadata)
+
+
+def table_of(summary, metric):
+    return {(row["benchmark"], row["subset"]): row for row in summary[metric]["rows"]}
+
+
+def test_a_row_counts_what_both_systems_have():
+    found = compare({"a": 0.5, "b": 0.7, "x": 1.0}, {"a": 0.4, "b": 0.4, "y": 0.0}, VIDEOS, 0.05)
+    assert (found.examples, found.videos) == (2, 2)
+    assert found.system == pytest.approx(0.6) and found.baseline == pytest.approx(0.4)
+    assert found.difference.estimate == pytest.approx(0.2)
+    assert found.non_inferior and not found.equivalent
+    assert found.as_json()["recovery"] == pytest.approx(1.5)
+    with pytest.raises(ConfigError, match="share no scored example"):
+        compare({"a": 1.0}, {"b": 1.0}, VIDEOS, 0.05)
+
+
+VIDEOS = dict.fromkeys("ab", "one") | {"b": "two", "x": "one", "y": "one", "c": "two"}
+
+
+def test_a_zero_baseline_has_no_recovery():
+    assert compare({"a": 0.5}, {"a": 0.0}, VIDEOS, 0.05).as_json()["recovery"] is None
+
+
+def test_an_average_weighs_benchmarks_and_not_examples():
+    small = ({"a": 1.0}, {"a": 0.0})
+    large = ({"b": 0.5, "c": 0.5}, {"b": 0.5, "c": 0.5})
+    found = average([small, large], VIDEOS, 0.05)
+    assert found.difference.estimate == pytest.approx(0.5)
+    assert (found.examples, found.videos) == (3, 2)
+    assert (found.baseline, found.system) == (0.25, 0.75)
+
+
+@pytest.fixture
+def found():
+    examples = [
+        *(example(f"s{i}", "VDC", subset="short") for i in range(4)),
+        *(example(f"c{i}", "VDC", subset="camera") for i in range(4)),
+        *(example(f"q{i}", "NExT-QA", task="qa", target="red") for i in range(4)),
+    ]
+    answers = {
+        BASELINE: {e.id: "red" for e in examples},
+        SYSTEM: {e.id: "a red disc" for e in examples if e.id != "s3"},
+        OTHER: {e.id: "nothing" for e in examples},
+    }
+    scores = text_scores(examples, answers)
+    scores["judge"] = {
+        BASELINE: {"s0": 0.5, "s1": 0.5, "q0": 1.0},
+        SYSTEM: {"s0": 0.75, "q0": 0.0, "q1": 1.0},
+        OTHER: {"s0": 0.0},
+    }
+    return examples, scores, summarize(examples, {e.id: e.path for e in examples}, scores)
+
+
+def test_rows_are_benchmarks_subsets_and_the_average(found):
+    _, scores, summary = found
+    rows = table_of(summary, "token_f1")
+    assert list(rows) == [
+        ("VDC", None), ("VDC", "short"), ("VDC", "camera"), ("NExT-QA", None), ("Average", None),
+    ]
+    # "red" against "red disc": precision 1, recall 1/2.
+    assert rows["VDC", None]["baseline"] == pytest.approx(2 / 3)
+    assert rows["VDC", None]["examples"] == 7 and rows["VDC", "short"]["examples"] == 3
+    assert rows["NExT-QA", None]["difference"] == pytest.approx(2 / 3 - 1)
+    assert rows["Average", None]["system"] == pytest.approx((1 + 2 / 3) / 2)
+    assert {row["controls"][OTHER] for row in rows.values()} == {0.0}
+    # Captions have no exact match.
+    assert list(table_of(summary, "exact_match")) == [("NExT-QA", None)]
+    assert set(scores["exact_match"][SYSTEM]) == {"q0", "q1", "q2", "q3"}
+
+
+def test_failed_judgments_are_left_out_and_not_zero(found):
+    rows = table_of(found[2], "judge")
+    assert rows["VDC", None]["examples"] == 1 and rows["NExT-QA", None]["examples"] == 1
+    assert rows["VDC", None]["system"] == 0.75
+    assert rows["VDC", None]["controls"] == {OTHER: 0.0} and rows["NExT-QA", None]["controls"] == {}
+    assert ("VDC", "camera") not in rows and rows["Average", None]["controls"] == {}
+    assert found[2]["judge"]["margin"] == 0.15
+
+
+def test_the_table_shows_every_number_and_marks_as_the_paper_does(found):
+    summary = found[2]
+    lines = markdown(summary, ["a note"]).splitlines()
+    assert lines[0] == "**Token-F1** (margin 0.05)"
+    assert lines[2] == (
+        "| Benchmark | n | Base | V2L | Δ | 95% CI | Eq | NI | kept | another video's adapter |"
+    )
+    row = "| VDC | 7 | 0.667 | 1.000 | +0.333 | [+0.333, +0.333] | – | Y | 150.0% | 0.000 |"
+    assert row in lines
+    assert any(line.startswith("| · short | 3 |") for line in lines)
+    assert lines[-1] == "- a note"
+    assert lines.count("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|") == 3
+    # A reading without the table says the same.
+    again = json.loads(json.dumps(summary))
+    assert markdown(again, ["a note"]) == "\n".join(lines) + "\n"
+
+
+def test_plots_are_drawn_for_what_was_compared(found, tmp_path):
+    examples, scores, _ = found
+    scores = {**scores, "judge": {BASELINE: {}, SYSTEM: {}}}
+    files = plot_distributions(examples, scores, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exact_match.png", "token_f1.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)

@@ -1,0 +1,1 @@
+"""Manifests of the paper's nine benchmarks from their published annotation files."""

@@ -1,0 +1,71 @@
+"""Append-only JSON lines by key: what an interrupted evaluation picks up again.
+
+Responsible for durability alone: an appended batch is on disk when ``append`` returns, and a line
+that was torn by a crash is dropped when the file is opened again. What the entries mean is the
+caller's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from v2l_fast.errors import ConfigError
+
+
+class Journal:
+    """A mapping that grows, kept in memory and, with a path, on disk. Safe for several threads.
+
+    Args:
+        path: the file, made with its folder at the first ``append``; None keeps entries in memory.
+
+    Raises:
+        ConfigError: a line other than the last is not an entry of a journal.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._entries: dict[str, Any] = {}
+        self._lock = Lock()
+        if path is not None and path.exists():
+            self._read(path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def __getitem__(self, key: str) -> Any:
+        return self._entries[key]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def append(self, entries: Mapping[str, Any]) -> None:
+        """Add entries (JSON values); a key that is there already is overwritten."""
+        with self._lock:
+            if self.path is not None:
+                lines = [json.dumps({"key": k, "value": v}) + "\n" for k, v in entries.items()]
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write("".join(lines))
+                    file.flush()
+                    os.fsync(file.fileno())
+            self._entries.update(entries)
+
+    def _read(self, path: Path) -> None:
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                self._entries[entry["key"]] = entry["value"]
+            except (ValueError, TypeError, KeyError):
+                raise ConfigError(
+                    f"{path}: line {number} is not an entry of an evaluation; delete the line to "
+                    "make it again"
+                ) from None

@@ -1,0 +1,213 @@
+"""LLM judge: an OpenAI-compatible endpoint that scores answers against references.
+
+Responsible for corrections, the cache and honest counts. Requests are `endpoint`'s, wording and the
+reading of replies `rubrics`'s.
+
+A judgment that cannot be had is a failure: named, counted and left out, never a score. Judgments
+are cached on disk by everything they depend on, so that a judging that was interrupted, or an
+answer that occurs twice, costs nothing twice; failures are not, and are tried again next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from v2l_fast.evaluation import rubrics
+from v2l_fast.evaluation.endpoint import Endpoint, Failure, JudgeSettings
+from v2l_fast.evaluation.journal import Journal
+from v2l_fast.evaluation.rubrics import Messages, ReplyError, Task
+
+Progress = Callable[[int, int], None]
+Reader = Callable[[str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Either what the judge found, or why there is no finding.
+
+    Attributes:
+        found: the reply's fields, scores checked; None after a failure.
+        failure: "timeout", "rate limited", "server error", "rejected", "refused", "malformed" or
+            "out of range"; None otherwise.
+        detail: of the failure.
+    """
+
+    found: Mapping[str, Any] | None
+    failure: str | None = None
+    detail: str = ""
+
+    @property
+    def score(self) -> float | None:
+        """0 to 1, None after a failure."""
+        return None if self.found is None else rubrics.rescaled(self.found["score"])
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one task judged side by side.
+
+    Attributes:
+        first, second: their scores, 0 to 1.
+        preferred: 1 for the first, -1 for the second, 0 for a tie.
+    """
+
+    first: float
+    second: float
+    preferred: int
+
+
+class Judge:
+    """Scores answers through one endpoint.
+
+    Args:
+        cache: file of judgments; None keeps them for this object's life.
+
+    Raises:
+        ConfigError: the openai package is missing.
+    """
+
+    def __init__(self, settings: JudgeSettings, cache: Path | None = None) -> None:
+        self.settings = settings
+        self._endpoint = Endpoint(settings)
+        self._cache = Journal(cache)
+        self._lock = Lock()
+        self._corrections = 0
+        self._cached = 0
+        self._failures: Counter[str] = Counter()
+
+    def score(
+        self,
+        tasks: Sequence[Task],
+        candidates: Sequence[str],
+        progress: Progress = lambda done, total: None,
+    ) -> list[Verdict]:
+        """Judge each candidate by itself (the paper's primary metric).
+
+        Raises:
+            JudgeError: the endpoint cannot be reached, or refuses the key or the model. What was
+                judged before is kept.
+        """
+        messages = [
+            rubrics.single_messages(task, text)
+            for task, text in zip(tasks, candidates, strict=True)
+        ]
+        return self._judge_all(messages, rubrics.single_verdict, progress)
+
+    def compare(
+        self,
+        tasks: Sequence[Task],
+        firsts: Sequence[str],
+        seconds: Sequence[str],
+        seed: int = 0,
+        progress: Progress = lambda done, total: None,
+    ) -> list[Preference | Verdict]:
+        """Judge pairs side by side, an audit of :meth:`score`.
+
+        The answers are called A and B; which is which is drawn for each pair from the seed and the
+        task, so that it depends neither on the order of the pairs nor on who is asked.
+
+        Returns:
+            A :class:`Preference`, or the failed :class:`Verdict`, for each pair.
+        """
+        swaps = [_swapped(task, seed) for task in tasks]
+        messages = [
+            rubrics.pair_messages(task, *((b, a) if swap else (a, b)))
+            for task, a, b, swap in zip(tasks, firsts, seconds, swaps, strict=True)
+        ]
+        verdicts = self._judge_all(messages, rubrics.pair_verdict, progress)
+        return [_preference(v, swap) for v, swap in zip(verdicts, swaps, strict=True)]
+
+    def report(self) -> dict[str, Any]:
+        """Requests, tokens, dollars and failures since this object was made."""
+        used, (price_in, price_out) = self._endpoint.usage, self.settings.prices
+        return {
+            "model": self.settings.model,
+            "url": self.settings.url,
+            "requests": used.requests,
+            "retries": used.retries,
+            "corrections": self._corrections,
+            "from_cache": self._cached,
+            "prompt_tokens": used.prompt_tokens,
+            "completion_tokens": used.completion_tokens,
+            "dollars": (used.prompt_tokens * price_in + used.completion_tokens * price_out) / 1e6,
+            "failures": dict(self._failures),
+        }
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def _judge_all(
+        self, batch: Sequence[Messages], read: Reader, progress: Progress
+    ) -> list[Verdict]:
+        keys = [self._key(messages) for messages in batch]
+        # Equal requests are sent once.
+        waiting = {k: m for k, m in zip(keys, batch, strict=True) if k not in self._cache}
+        self._cached += len(batch) - len(waiting)
+        failed: dict[str, Verdict] = {}
+        done = len(batch) - len(waiting)
+        progress(done, len(batch))
+        with ThreadPoolExecutor(self.settings.workers, thread_name_prefix="judge") as pool:
+            futures = {pool.submit(self._judge, k, m, read): k for k, m in waiting.items()}
+            try:
+                for future in as_completed(futures):
+                    verdict = future.result()
+                    if verdict.failure is not None:
+                        failed[futures[future]] = verdict
+                    done += 1
+                    progress(done, len(batch))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        verdicts = [failed.get(key) or Verdict(self._cache[key]) for key in keys]
+        self._failures.update(v.failure for v in verdicts if v.failure is not None)
+        return verdicts
+
+    def _judge(self, key: str, messages: Messages, read: Reader) -> Verdict:
+        try:
+            found = self._converse(messages, read, self.settings.corrections)
+        except Failure as failure:
+            return Verdict(None, failure.kind, str(failure))
+        self._cache.append({key: found})
+        return Verdict(found)
+
+    def _converse(self, messages: Messages, read: Reader, corrections: int) -> dict[str, Any]:
+        """Ask; send a reply that cannot be read back, `corrections` times at most."""
+        reply = self._endpoint.request(messages)
+        try:
+            return read(reply)
+        except ReplyError as error:
+            if corrections == 0:
+                raise Failure(error.kind, str(error)) from None
+        with self._lock:
+            self._corrections += 1
+        complaint = [
+            {"role": "assistant", "content": reply},
+            {"role": "user", "content": rubrics.CORRECTION},
+        ]
+        return self._converse([*messages, *complaint], read, corrections - 1)
+
+    def _key(self, messages: Messages) -> str:
+        """Hash of everything a judgment depends on."""
+        asked = [rubrics.VERSION, self.settings.model, self.settings.max_tokens, messages]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _swapped(task: Task, seed: int) -> bool:
+    digest = hashlib.sha256(f"{seed}/{task.prompt}/{task.reference}".encode()).digest()
+    return bool(digest[0] & 1)
+
+
+def _preference(verdict: Verdict, swapped: bool) -> Preference | Verdict:
+    if verdict.found is None:
+        return verdict
+    a, b = (rubrics.rescaled(verdict.found[name]) for name in ("score_a", "score_b"))
+    preferred = {"A": 1, "B": -1, "tie": 0}[verdict.found["preferred"]]
+    return Preference(b, a, -preferred) if swapped else Preference(a, b, preferred)
+

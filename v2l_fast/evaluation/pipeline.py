@@ -1,0 +1,226 @@
+"""An evaluation from examples to its record, table and plots.
+
+Responsible for the order of the steps and for the folder that holds them::
+
+    run.json                  what is evaluated; a folder of something else is refused
+    adapters/                 one file a video
+    answers/<condition>.jsonl appended to as answers come
+    judgments.jsonl           the judge's cache
+    result.json, table.md, <metric>.png
+
+Everything but the last line survives an interruption and is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.answering import BASELINE, SYSTEM, answer_all, conditions_for
+from v2l_fast.evaluation.journal import Journal
+from v2l_fast.evaluation.judge import Judge
+from v2l_fast.evaluation.judging import judge_all, judge_pairs
+from v2l_fast.evaluation.library import Library, Loader, Settings
+from v2l_fast.evaluation.plots import plot_distributions
+from v2l_fast.evaluation.report import markdown, summarize, text_scores
+from v2l_fast.files import write_text
+from v2l_fast.model import Video2LoRA
+from v2l_fast.training.manifest import Example, VideoExamples, group_by_video
+
+# (stage, done, total)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        record: JSON of everything below in short; see `evaluate`.
+        table: Markdown.
+        answers: condition -> example id -> text.
+        scores: metric -> condition -> example id -> score.
+        files: written ones, when there is a folder.
+    """
+
+    record: dict[str, Any]
+    table: str
+    answers: dict[str, dict[str, str]]
+    scores: dict[str, dict[str, dict[str, float]]]
+    files: tuple[Path, ...] = ()
+
+
+def evaluate(
+    model: Video2LoRA,
+    examples: Sequence[Example],
+    settings: Settings,
+    load: Loader,
+    folder: Path | None = None,
+    judge: Judge | None = None,
+    pairs: bool = False,
+    batch: int = 16,
+    progress: Progress = lambda stage, done, total: None,
+) -> Evaluation:
+    """Answer, score and compare; continue where a run into the same folder was interrupted.
+
+    Args:
+        load: reads a video.
+        folder: holds what outlives the process; None keeps everything in memory.
+        judge: scores every condition's answers besides token-F1.
+        pairs: let the judge also see baseline and system side by side, as an audit.
+        batch: examples answered at a time.
+
+    Returns:
+        The record's keys: "examples", "videos", "unreadable" (name -> reason), "conditions",
+        "settings", "model", "prompt_tokens" (mean by condition), "metrics"
+        (:func:`~v2l_fast.evaluation.report.summarize`) and, with a judge, "judge".
+
+    Raises:
+        ConfigError: the folder holds another evaluation, or no example could be answered.
+    """
+    videos = group_by_video(examples)
+    identity = _identity(model, settings, videos)
+    if folder is not None:
+        _open(folder, identity)
+    library = Library(model, settings, load, folder and folder / "adapters", clips=batch + 1)
+    journals = {
+        name: Journal(folder and folder / "answers" / f"{_file_name(name)}.jsonl")
+        for name in conditions_for(library, videos)
+    }
+    unreadable = _answer_all(library, videos, journals, batch, progress)
+    answers = {
+        name: {e.id: journal[e.id]["text"] for e in examples if e.id in journal}
+        for name, journal in journals.items()
+    }
+    if not any(id_ in answers[BASELINE] for id_ in answers[SYSTEM]):
+        reason = next(iter(unreadable.values()), "there is no example")
+        raise ConfigError(f"no video of the manifest could be read: {reason}")
+    scores = text_scores(examples, answers)
+    judged: dict[str, Any] = {}
+    if judge is not None:
+        scores["judge"] = judge_all(judge, examples, answers, progress)
+        if pairs:
+            judged["pairs"] = judge_pairs(judge, examples, answers, progress)
+        judged = {**judge.report(), **judged}
+    names = {e.id: v.path for v in videos for e in v.examples}
+    record = {
+        "examples": len(examples),
+        "videos": len(videos),
+        "unreadable": unreadable,
+        "conditions": list(journals),
+        **identity,
+        "prompt_tokens": {
+            name: _mean_tokens(journal, examples) for name, journal in journals.items()
+        },
+        "metrics": summarize(examples, names, scores),
+    }
+    if judge is not None:
+        record["judge"] = judged
+    table = markdown(record["metrics"], _notes(record))
+    files: tuple[Path, ...] = ()
+    if folder is not None:
+        write_text(folder / "result.json", json.dumps(record, indent=2) + "\n")
+        write_text(folder / "table.md", table)
+        plots = plot_distributions(examples, scores, folder)
+        files = (folder / "table.md", folder / "result.json", *plots)
+    return Evaluation(record, table, answers, scores, files)
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def _answer_all(
+    library: Library,
+    videos: Sequence[VideoExamples],
+    journals: Mapping[str, Journal],
+    batch: int,
+    progress: Progress,
+) -> dict[str, str]:
+    total = sum(len(video.examples) for video in videos) * len(journals)
+    done = 0
+
+    def report(condition: str, count: int) -> None:
+        nonlocal done
+        done += count
+        progress(condition, done, total)
+
+    return answer_all(library, videos, journals, batch, report)
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def _identity(
+    model: Video2LoRA, settings: Settings, videos: Sequence[VideoExamples]
+) -> dict[str, Any]:
+    """Everything that answers depend on."""
+    asked = [(v.name, e.id, e.prompt) for v in videos for e in v.examples]
+    return {
+        "settings": asdict(settings),
+        "model": {
+            "hypernetwork": model.hypernet.fingerprint,
+            "base": model.backbone.name_or_path,
+            "dtype": str(model.backbone.decoder.dtype).removeprefix("torch."),
+        },
+        "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+    }
+
+
+def _open(folder: Path, identity: Mapping[str, Any]) -> None:
+    path = folder / "run.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            raise ConfigError(f"{path}: not JSON; delete {folder} or take another --out") from None
+        if found != identity:
+            names = sorted(k for k in identity if found.get(k) != identity[k])
+            raise ConfigError(
+                f"{folder}: holds an evaluation with another {', '.join(names)}; repeat that one's "
+                "options or take another --out"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: not empty and no evaluation; take another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(identity, indent=2) + "\n")
+
+
+def _file_name(condition: str) -> str:
+    return condition.replace("'", "").replace(" ", "-")
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def _mean_tokens(journal: Journal, examples: Sequence[Example]) -> float | None:
+    counts = [journal[e.id]["prompt_tokens"] for e in examples if e.id in journal]
+    return sum(counts) / len(counts) if counts else None
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table must know."""
+    tokens = record["prompt_tokens"]
+    notes = [
+        f"{record['examples']} examples about {record['videos']} videos; Δ is V2L - Base with its "
+        "95% interval, paired bootstrap over videos; Eq: inside ± the margin; NI: above - the "
+        "margin; kept: V2L / Base.",
+        f"Prompt tokens a question: {tokens[BASELINE]:.0f} with the video in context, "
+        f"{tokens[SYSTEM]:.0f} with the adapter.",
+    ]
+    if unreadable := record["unreadable"]:
+        notes.append(f"{len(unreadable)} videos could not be read and are left out everywhere.")
+    if judged := record.get("judge"):
+        failures = judged["failures"]
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(failures.items()))
+        notes.append(
+            f"Judge {judged['model']}: {judged['requests']} requests, {judged['from_cache']} "
+            f"judgments from the cache, {judged['prompt_tokens']} + {judged['completion_tokens']} "
+            f"tokens, ${judged['dollars']:.2f}; failed and left out: {listed or 'none'}."
+        )
+    return notes
