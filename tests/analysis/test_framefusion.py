@@ -1,0 +1,167 @@
+"""FrameFusion: what is merged, what is pruned, what survives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests import tiny
+from v2l_fast.analysis.framefusion import FrameFusion, reduced_layers, reduced_prefix
+from v2l_fast.analysis.prefix import continue_greedily
+from v2l_fast.backbones import Prompt
+from v2l_fast.errors import ConfigError
+from v2l_fast.generation import Sampling, generate
+from v2l_fast.video import VideoClip
+
+
+@pytest.fixture(scope="module")
+def prompt(backbone) -> Prompt:
+    """Six frames of four visual tokens, all different."""
+    return backbone.opening(backbone.encode(tiny.clip(6, 3), 32))
+
+
+def repeated(backbone, frames: int) -> Prompt:
+    """The same frame over and over."""
+    one = tiny.clip(1, 0).frames
+    clip = VideoClip.from_frames(one.repeat(frames, 1, 1, 1), fps=1.0)
+    return backbone.opening(backbone.encode(clip, 32))
+
+
+def lengths(backbone, prompt, frames, settings) -> list[int]:
+    return [h.shape[1] for h in reduced_layers(backbone.decoder, prompt, frames, settings)]
+
+
+@torch.no_grad()
+def test_keeping_all_is_the_plain_decoder(backbone, prompt):
+    """Even where tokens are alike enough to merge."""
+    for given in (prompt, repeated(backbone, 6)):
+        found = list(reduced_layers(backbone.decoder, given, 6, FrameFusion(keep=1.0)))
+        expected = list(backbone.decoder.layer_inputs(given.embeddings[None]))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_equal_frames_merge_before_the_first_layer(backbone):
+    """Six equal frames of four tokens become one frame of four, their mean, at its place."""
+    prompt = repeated(backbone, 6)
+    settings = FrameFusion(keep=1 / 6, similarity=0.99)
+    first = next(iter(reduced_layers(backbone.decoder, prompt, 6, settings)))[0]
+    visual = prompt.visual.nonzero()[:, 0]
+    survivors = [i for i in range(len(prompt)) if i not in set(visual[4:].tolist())]
+    assert torch.allclose(first, prompt.embeddings[survivors], atol=1e-5)
+
+
+def test_a_merged_token_is_the_mean_of_its_run(backbone):
+    prompt = repeated(backbone, 3)
+    visual = prompt.visual.nonzero()[:, 0]
+    changed = prompt.embeddings.clone()
+    # The second frame's first token is scaled: as similar as before, but not the same.
+    changed[visual[4]] *= 3
+    given = Prompt(changed, prompt.visual_tokens, prompt.visual)
+    settings = FrameFusion(keep=1 / 3, similarity=0.99)
+    first = next(iter(reduced_layers(backbone.decoder, given, 3, settings)))[0]
+    expected = (changed[visual[0]] * 2 + changed[visual[4]]) / 3
+    assert torch.allclose(first[visual[0]], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_budget_limits_merging_to_the_most_similar(backbone):
+    prompt = repeated(backbone, 6)
+    settings = FrameFusion(keep=0.5, similarity=0.9)
+    assert lengths(backbone, prompt, 6, settings) == [len(prompt) - 12] * 3
+
+
+def test_different_frames_are_pruned_by_attention(backbone, prompt):
+    """Nothing merges, so the least attended tokens go behind the first layer, in one step."""
+    settings = FrameFusion(keep=0.25, similarity=2.0)
+    decoder = backbone.decoder
+    found = list(reduced_layers(decoder, prompt, 6, settings))
+    assert [h.shape[1] for h in found] == [len(prompt), len(prompt) - 18, len(prompt) - 18]
+    with torch.no_grad():
+        span = decoder.prefill_span(1, len(prompt))
+        layer = decoder.text_model.layers[0]
+        query, key, _ = decoder.heads(layer, 0, found[0], span)
+        key = key.repeat_interleave(2, 1)
+        scores = query @ key.mT * layer.self_attn.scaling
+        hidden = torch.ones(len(prompt), len(prompt)).triu(1).bool()
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        assert torch.allclose(weights.sum(-1), torch.ones_like(weights.sum(-1)), atol=1e-5)
+        received = weights[0].mean(0).sum(0)
+        output = decoder.layer(0, found[0], span)[0]
+    visual = prompt.visual.nonzero()[:, 0]
+    best = visual[received[visual].topk(6).indices]
+    kept = sorted([*best.tolist(), *(~prompt.visual).nonzero()[:, 0].tolist()])
+    assert torch.allclose(found[1][0], output[kept], atol=1e-6)
+
+
+def test_merging_goes_on_until_few_merge(backbone, prompt):
+    """With no least share, every layer may merge and none prunes."""
+    settings = FrameFusion(keep=0.25, similarity=2.0, stop_ratio=0.0)
+    assert lengths(backbone, prompt, 6, settings) == [len(prompt)] * 3
+
+
+def test_text_is_never_touched_and_answers_follow(backbone, prompt):
+    settings = FrameFusion(keep=0.01)
+    prefix = reduced_prefix(backbone.decoder, prompt, 6, settings, room=64)
+    text = len(prompt) - prompt.visual_tokens
+    assert all(text < length <= len(prompt) for length in prefix.lengths)
+    assert prefix.lengths[-1] == text + 1 and prefix.position == len(prompt)
+    rest = backbone.continuation("what happens?").embeddings
+    found = continue_greedily(backbone.decoder, prefix, rest, backbone.stop_ids, 8)
+    assert len(found.tokens[0]) == 8
+
+
+@torch.no_grad()
+def test_survivors_keep_their_positions(backbone, prompt):
+    """A reduced prefix answers as a decoder would that masks what was pruned."""
+    decoder = backbone.decoder
+    settings = FrameFusion(keep=0.25, similarity=2.0)
+    prefix = reduced_prefix(decoder, prompt, 6, settings, room=64)
+    rest = backbone.continuation("what happens?").embeddings
+    found = continue_greedily(decoder, prefix, rest, backbone.stop_ids, 1)
+    layers = list(reduced_layers(decoder, prompt, 6, settings))
+    # Layer 1's input tells which tokens survived.
+    output = decoder.layer(0, layers[0], decoder.prefill_span(1, len(prompt)))[0]
+    kept = [int((output - row).abs().sum(-1).argmin()) for row in layers[1][0]]
+    length, whole = len(prompt), torch.cat([prompt.embeddings, rest])[None]
+    causal = torch.ones(whole.shape[1], whole.shape[1], dtype=torch.bool).tril()
+    dropped = [i for i in range(length) if i not in kept]
+    masked = causal.clone()
+    masked[:, dropped] = False
+    # A dropped token still needs something to see.
+    masked[dropped, dropped] = True
+    positions = torch.arange(whole.shape[1])[None]
+    hidden = decoder.layer(0, whole, decoder.span(positions, causal[None, None]))
+    for index in (1, 2):
+        hidden = decoder.layer(index, hidden, decoder.span(positions, masked[None, None]))
+    expected = decoder.logits(decoder.text_model.norm(hidden[0, -1])).argmax().item()
+    assert found.tokens == [[expected]]
+
+
+def test_a_single_frame_is_only_pruned(backbone):
+    prompt = backbone.opening(backbone.encode(tiny.clip(1, 0), 32))
+    found = lengths(backbone, prompt, 1, FrameFusion(keep=0.5))
+    assert found == [len(prompt), len(prompt) - 2, len(prompt) - 2]
+
+
+def test_plain_generation_agrees_with_the_prefix(backbone, prompt):
+    rest = backbone.continuation("which color is it?").embeddings
+    whole = torch.cat([prompt.embeddings, rest])
+    limit = Sampling(max_new_tokens=8)
+    expected = generate(backbone.decoder, [whole], backbone.stop_ids, limit).tokens
+    prefix = reduced_prefix(backbone.decoder, prompt, 6, FrameFusion(keep=1.0), room=64)
+    found = continue_greedily(backbone.decoder, prefix, rest, backbone.stop_ids, 8)
+    assert found.tokens == expected
+
+
+@pytest.mark.parametrize("keep", [0.0, -1.0, 1.5])
+def test_impossible_shares(keep):
+    with pytest.raises(ConfigError, match="keep"):
+        FrameFusion(keep=keep)
+
+
+def test_frames_that_do_not_fit(backbone, prompt):
+    with pytest.raises(ConfigError, match="equal frames"):
+        lengths(backbone, prompt, 5, FrameFusion())
+    with pytest.raises(ConfigError, match="equal frames"):
+        lengths(backbone, backbone.question("what happens?"), 1, FrameFusion())

@@ -1,0 +1,99 @@
+"""Tables, records and plots of every analysis."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from v2l_fast.analysis import plots
+from v2l_fast.analysis.attribution import logit_attribution
+from v2l_fast.analysis.chunks import compare_chunks
+from v2l_fast.analysis.efficiency import compare_methods
+from v2l_fast.analysis.layers import layer_removal
+from v2l_fast.analysis.methods import Setting
+from v2l_fast.analysis.norms import adapter_norms
+from v2l_fast.analysis.rank import rank_ablation
+from v2l_fast.analysis.records import read_json, write_csv, write_json
+from v2l_fast.analysis.sweep import sweep
+from v2l_fast.analysis.tables import columns, markdown, terminal
+from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.metrics import token_f1
+
+ROWS = [
+    {"k": 1, "score": {"estimate": 0.5, "low": 0.25, "high": 0.75}, "by": {"a": 0.123456}},
+    {"k": 2, "by": {"a": 123456.7, "b": None}, "names": ["x", "y"]},
+]
+
+
+def test_columns():
+    assert columns(ROWS) == {
+        "k": ["1", "2"],
+        "score": ["0.500 [0.250, 0.750]", "-"],
+        "by.a": ["0.1235", "123457"],
+        "by.b": ["-", "-"],
+        "names": ["-", "x, y"],
+    }
+
+
+def test_markdown():
+    lines = markdown(ROWS).splitlines()
+    assert lines[0] == "| k | score | by.a | by.b | names |"
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: |"
+    assert lines[3] == "| 2 | - | 123457 | - | x, y |"
+    assert terminal(ROWS).row_count == 2
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    write_csv(path, ROWS)
+    with open(path, newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["score.low"] == "0.25" and second["score.low"] == ""
+    assert second["names"] == "x y" and second["by.a"] == "123456.7"
+    assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]
+
+
+def test_json(tmp_path):
+    path = tmp_path / "new" / "record.json"
+    write_json(path, {"rows": ROWS})
+    assert read_json(path) == json.loads(path.read_text()) == {"rows": ROWS}
+    path.write_text("[1")
+    with pytest.raises(ConfigError, match=r"record\.json: not a JSON record"):
+        read_json(path)
+
+
+def drawn(path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and 2000 < path.stat().st_size < 60_000
+
+
+def test_plots_are_written(model, examples, adapters, tmp_path):
+    own = [adapters[0], adapters[0], adapters[1], adapters[2]]
+    chunks = compare_chunks(model, examples[:2], token_f1, (2,), max_new_tokens=2)
+    setting = Setting(model, longest_edge=32, max_new_tokens=2)
+    costs = compare_methods(setting, examples[:2], token_f1, repeats=1)
+    cells = sweep(model, examples[:3], token_f1, tmp_path / "cells", (1, 3, 4), (32, 64), 2)
+    for plot, record in (
+        (plots.plot_rank, rank_ablation(model, examples, own, token_f1, max_new_tokens=2)),
+        (plots.plot_layers, layer_removal(model, examples, own)),
+        (plots.plot_logits, logit_attribution(model, examples, own)),
+        (plots.plot_norms, adapter_norms(model, adapters)),
+        (plots.plot_chunks, {"zero-shot": chunks, "trained": chunks}),
+        (plots.plot_amortized, costs),
+        (plots.plot_budgets, [costs, costs | {"visual_tokens": 99}]),
+        (plots.plot_sweep, cells),
+    ):
+        path = tmp_path / "plots" / f"{plot.__name__}.png"
+        plot(record, path)
+        assert drawn(path), plot.__name__
+    assert len(list((tmp_path / "plots").iterdir())) == 8
+
+
+def test_plots_leave_matplotlib_alone(adapters, model, tmp_path):
+    """No figure is registered, no backend chosen."""
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plots.plot_norms(adapter_norms(model, adapters), tmp_path / "norms.png")
+    assert dict(matplotlib.rcParams) == before

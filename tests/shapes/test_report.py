@@ -1,0 +1,119 @@
+"""The report: every piece measured once, one page with its plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from v2l_fast import cli
+from v2l_fast.errors import ConfigError
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.model import Video2LoRA
+from v2l_fast.shapes import report as module
+from v2l_fast.shapes.language import caption
+from v2l_fast.shapes.report import PIECES, SHARES, Report, measure, right
+from v2l_fast.shapes.report_page import SECTIONS, write_page
+from v2l_fast.shapes.scene import sample_scenes
+
+
+@pytest.fixture(scope="module")
+def pair() -> Video2LoRA:
+    return Video2LoRA.from_pretrained("shapes", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One cell, one budget, few chunks."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, "BUDGETS", ((4, 48),))
+    patch.setattr(module, "SWEEP_FRAMES", (4,))
+    patch.setattr(module, "SWEEP_EDGES", (48,))
+    patch.setattr(module, "CHUNKS", (1, 2))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def measured(pair, small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    return folder, measure(Report(pair, folder, videos=2))
+
+
+def test_every_piece(measured):
+    folder, records = measured
+    assert set(records) == set(PIECES) == set(SECTIONS) == set(SHARES)
+    for name, record in records.items():
+        assert record == json.loads((folder / f"{name}.json").read_text())
+        assert record["videos"] == 2 and "torch" in record["machine"]
+    full = records["rank"]["rows"][-1]
+    assert full["k"] == 8 and full["top"]["estimate"] > 0.8
+    assert records["rank"]["rows"][0]["top"]["estimate"] < 0.6
+    (single, *composed) = records["chunks"]["networks"]["zero-shot"]["rows"]
+    assert [row["rank"] for row in composed] == [16] and single["rank"] == 8
+    assert records["layers"]["score"]["estimate"] > records["layers"]["score_without_adapter"][
+        "estimate"
+    ]
+
+
+def test_a_network_told_of_chunks_stands_beside(pair, small, tmp_path):
+    config = dataclasses.replace(pair.config, chunk_position=True)
+    told = Video2LoRA(pair.backbone, HyperNetwork(config))
+    found = Report(pair, tmp_path, videos=2, trained=told).piece("chunks")["networks"]
+    assert {name: record["chunk_position"] for name, record in found.items()} == {
+        "zero-shot": False, "trained on chunks": True
+    }  # fmt: skip
+    page = write_page(Report(pair, tmp_path).made(), tmp_path / "page").read_text()
+    assert "**trained on chunks**" in page and "--only chunks --trained FOLDER`" in page
+    with pytest.raises(ConfigError, match="another model"):
+        measure(Report(pair, tmp_path, videos=2), ["chunks"])
+
+
+def test_pieces_are_not_made_again(pair, measured, monkeypatch):
+    folder, records = measured
+
+    def again(report, count):
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr(module, "PIECES", dict.fromkeys(PIECES, again))
+    assert measure(Report(pair, folder, videos=2)) == records
+    assert Report(pair, folder).made() == records
+    with pytest.raises(ConfigError, match="number of videos"):
+        measure(Report(pair, folder, videos=64), ["rank"])
+    other = Video2LoRA(pair.backbone, HyperNetwork(pair.config))
+    with pytest.raises(ConfigError, match="of another model"):
+        Report(other, folder).made()
+
+
+def test_page(measured, tmp_path):
+    _, records = measured
+    page = write_page(records, tmp_path / "page")
+    text = page.read_text()
+    for name in PIECES:
+        assert f"`v2l shapes report --only {name}`" in text
+    for image in (tmp_path / "page").glob("*.png"):
+        assert f"]({image.name})" in text and image.stat().st_size < 60_000
+    assert text.count("![") == len(list((tmp_path / "page").glob("*.png"))) == 8
+    only = write_page({"rank": records["rank"]}, tmp_path / "one").read_text()
+    assert only.count("## ") == 1 and "## Rank directions" in only
+
+
+def test_command(measured, tmp_path):
+    folder, _ = measured
+    arguments = ["shapes", "report", "--records", str(folder), "--out", str(tmp_path)]
+    found = CliRunner().invoke(cli.app, [*arguments, "--videos", "2", "--only", "norms"])
+    assert found.exit_code == 0, found.output
+    assert "## Efficiency" in (tmp_path / "README.md").read_text()
+    found = CliRunner().invoke(cli.app, [*arguments, "--only", "nothing"])
+    assert isinstance(found.exception, ConfigError) and "no piece" in str(found.exception)
+
+
+def test_right():
+    scene = sample_scenes("test", 1, 0)[0]
+    said = caption(scene)
+    assert right(said, said) == 1 and right("nothing", said) == 0
+    wrong = said.replace(scene.background, "black" if scene.background != "black" else "white")
+    assert 0 < right(wrong, said) < 1
+    assert right("Red.", "red") == 1 and right("blue", "red") == 0

@@ -1,0 +1,144 @@
+"""What each way of asking about a video costs and what its answers are worth (paper Section 5.5,
+Figures 2 and 4).
+
+A method prepares a video in P seconds and gives a question's first token after q seconds, so n
+questions cost (P + n·q) / n each. Against direct inference at d seconds a question it breaks even
+at the first n with P + n·q < n·d.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+from v2l_fast.analysis.examples import (
+    Example,
+    Metric,
+    Progress,
+    by_video,
+    control_scores,
+    internalize_each,
+    interval,
+    silent,
+)
+from v2l_fast.analysis.methods import DIRECT, METHODS, Method, Setting
+from v2l_fast.analysis.timing import timed
+
+
+def amortized(preparation: float, query: float, questions: int) -> float:
+    """Seconds a question when a video is asked ``questions`` questions, at least 1."""
+    return preparation / questions + query
+
+
+def break_even(preparation: float, query: float, direct: float) -> int | None:
+    """The first number of questions from which a method costs less than direct inference.
+
+    None when it never does.
+    """
+    if query >= direct:
+        return None
+    return math.floor(preparation / (direct - query)) + 1
+
+
+def compare_methods(
+    setting: Setting,
+    examples: Sequence[Example],
+    metric: Metric,
+    methods: Sequence[Method] = METHODS,
+    repeats: int = 3,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure every method on the same videos and questions.
+
+    Seconds are medians: preparation over videos, time to first token over questions and
+    ``repeats``. A warm-up on the first question is not counted. Direct inference always runs.
+
+    Returns:
+        "videos", "questions", "questions_per_video", "visual_tokens" (mean of direct prompts),
+        "controls" (condition -> interval of the score, see
+        :func:`~v2l_fast.analysis.examples.control_scores`) and "rows": for each method "method",
+        "preparation" and "first_token" (s), "bytes" (mean a video), "score" (interval over
+        questions), "amortized" (s a question at the mean number of questions), "break_even"
+        (questions; null: never) and "same_as_direct", the share of answers whose tokens are direct
+        inference's.
+    """
+    methods = (DIRECT, *(m for m in methods if m is not DIRECT))
+    groups = by_video(examples)
+    first = groups[0][0]
+    for method in methods:
+        method.ask(setting, method.prepare(setting, first.video), first.prompt)
+    tallies = {method.name: _Tally() for method in methods}
+    # One video after the other, so that a drift of the machine meets all methods alike.
+    for done, group in enumerate(groups):
+        progress("comparing methods", done, len(groups))
+        for method in methods:
+            _measure(tallies[method.name], setting, method, group, repeats)
+    progress("comparing methods", len(groups), len(groups))
+    per_video = len(examples) / len(groups)
+    ordered = [example for group in groups for example in group]
+    direct = tallies[DIRECT.name]
+    rows = []
+    for name, tally in tallies.items():
+        own = tally is not direct
+        preparation = median(tally.preparation) if own else 0.0
+        wait = median(tally.waits)
+        texts = [setting.model.backbone.decode(tokens) for tokens in tally.tokens]
+        scores = [e.score(text, metric) for e, text in zip(ordered, texts, strict=True)]
+        same = [a == b for a, b in zip(tally.tokens, direct.tokens, strict=True)]
+        rows.append(
+            {
+                "method": name,
+                "preparation": preparation,
+                "first_token": wait,
+                "bytes": sum(tally.bytes) / len(tally.bytes),
+                "score": interval(scores),
+                "amortized": amortized(preparation, wait, max(1, round(per_video))),
+                "break_even": break_even(preparation, wait, median(direct.waits)) if own else None,
+                "same_as_direct": sum(same) / len(same),
+            }
+        )
+    adapters = internalize_each(setting.model, ordered, **setting.sampling)
+    controls = control_scores(setting.model, ordered, adapters, metric, setting.max_new_tokens)
+    return {
+        "videos": len(groups),
+        "questions": len(examples),
+        "questions_per_video": per_video,
+        "visual_tokens": _visual_tokens(setting, groups),
+        "controls": {name: interval(scores) for name, scores in controls.items()},
+        "rows": rows,
+    }
+
+
+@dataclass
+class _Tally:
+    """What a method took and said: seconds, bytes and seconds a video or question, token ids."""
+
+    preparation: list[float] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+
+
+def _measure(
+    tally: _Tally, setting: Setting, method: Method, group: Sequence[Example], repeats: int
+) -> None:
+    """Prepare one video and ask all its questions."""
+    device = setting.model.backbone.decoder.device
+    prepared, taken = timed(device, lambda: method.prepare(setting, group[0].video))
+    tally.preparation.append(taken)
+    tally.bytes.append(prepared.bytes)
+    brief = replace(setting, max_new_tokens=1)
+    for example in group:
+        said = method.ask(setting, prepared, example.prompt)
+        again = [method.ask(brief, prepared, example.prompt) for _ in range(repeats - 1)]
+        tally.tokens.append(said.tokens)
+        tally.waits += [found.time_to_first_token for found in (said, *again)]
+
+
+def _visual_tokens(setting: Setting, groups: Sequence[Sequence[Example]]) -> float:
+    backbone = setting.model.backbone
+    counts = [backbone.opening(setting.encode(g[0].video)).visual_tokens for g in groups]
+    return sum(counts) / len(counts)

@@ -1,0 +1,136 @@
+"""What analyses run on: a video, a prompt and what should be answered, scored by any metric.
+
+Responsible for internalizing each video once, for answering many (prompt, adapter) pairs, and for
+means with their intervals. Where examples come from is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from v2l_fast.adapter import Adapter
+from v2l_fast.errors import ConfigError
+from v2l_fast.model import Video, Video2LoRA
+from v2l_fast.video import VideoClip
+
+# Score of an answer against one reference, higher is better.
+Metric = Callable[[str, str], float]
+# Called with (what is being done, done, total).
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A progress report that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt about one video.
+
+    Attributes:
+        video: a file or a clip.
+        prompt: what is asked.
+        references: at least one right answer.
+        kind: what scores are grouped by.
+    """
+
+    video: Video
+    prompt: str
+    references: tuple[str, ...]
+    kind: str = "all"
+
+    def __post_init__(self) -> None:
+        if not self.references:
+            raise ConfigError(f"{self.prompt!r} has no reference answer: give at least one")
+
+    @property
+    def video_key(self) -> Hashable:
+        """Equal for examples about the same video."""
+        return self.video.sha256 if isinstance(self.video, VideoClip) else Path(self.video)
+
+    @property
+    def video_name(self) -> str:
+        """For messages."""
+        source = self.video.path if isinstance(self.video, VideoClip) else self.video
+        return "frames in memory" if source is None else Path(source).name
+
+    def score(self, answer: str, metric: Metric) -> float:
+        """Score of the best-matching reference."""
+        return max(metric(answer, reference) for reference in self.references)
+
+
+def by_video(examples: Sequence[Example]) -> list[list[Example]]:
+    """Examples of the same video together, in the order in which the videos first appear."""
+    groups: dict[Hashable, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.video_key, []).append(example)
+    return list(groups.values())
+
+
+def internalize_each(
+    model: Video2LoRA, examples: Sequence[Example], progress: Progress = silent, **options: Any
+) -> list[Adapter]:
+    """The adapter of each example's video; a video is internalized once.
+
+    Args:
+        **options: of ``Video2LoRA.internalize`` (max_frames, longest_edge, chunks, ...).
+    """
+    groups = by_video(examples)
+    made: dict[Hashable, Adapter] = {}
+    for done, group in enumerate(groups):
+        progress("internalizing", done, len(groups))
+        made[group[0].video_key] = model.internalize(group[0].video, **options)
+    progress("internalizing", len(groups), len(groups))
+    return [made[example.video_key] for example in examples]
+
+
+def answer_scores(
+    model: Video2LoRA,
+    examples: Sequence[Example],
+    adapters: Sequence[Adapter | None],
+    metric: Metric,
+    max_new_tokens: int = 128,
+) -> list[float]:
+    """Score of each example's greedy answer through its adapter."""
+    said = model.ask(
+        [example.prompt for example in examples], list(adapters), max_new_tokens=max_new_tokens
+    )
+    return [example.score(text, metric) for example, text in zip(examples, said, strict=True)]
+
+
+def control_scores(
+    model: Video2LoRA,
+    examples: Sequence[Example],
+    adapters: Sequence[Adapter],
+    metric: Metric,
+    max_new_tokens: int = 128,
+) -> dict[str, list[float]]:
+    """Scores without an adapter and with another video's, which say what a score owes to the
+    video: condition -> one score an example; the second is absent when all are about one video."""
+    chosen: dict[str, list[Adapter | None]] = {"no adapter": [None] * len(examples)}
+    others = [_of_another_video(examples, adapters, index) for index in range(len(examples))]
+    if None not in others:
+        chosen["another video's adapter"] = others
+    return {
+        name: answer_scores(model, examples, given, metric, max_new_tokens)
+        for name, given in chosen.items()
+    }
+
+
+def _of_another_video(
+    examples: Sequence[Example], adapters: Sequence[Adapter], index: int
+) -> Adapter | None:
+    """The adapter of the next example about another video, from the first on behind the last."""
+    own = examples[index].video_key
+    order = (*range(index + 1, len(examples)), *range(index))
+    return next((adapters[i] for i in order if examples[i].video_key != own), None)
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean and 95% bootstrap interval: {"estimate", "low", "high"}."""
+    from v2l_fast.evaluation.statistics import mean_interval
+
+    return asdict(mean_interval(values))

@@ -1,0 +1,236 @@
+"""Ways to answer many questions about one video, each as preparation and questions.
+
+A method prepares a video once and keeps what it prepared; every question then pays for the rest.
+All use the same frames, prompts, greedy decoding and eager decoder, one question at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from v2l_fast.adapted import AdapterSlots
+from v2l_fast.adapter import Adapter
+from v2l_fast.analysis.framefusion import FrameFusion, reduced_layers, reduced_prefix
+from v2l_fast.analysis.prefix import continue_greedily, prefill
+from v2l_fast.backbones import Prompt
+from v2l_fast.backbones.base import EncodedVideo
+from v2l_fast.backbones.decoder import Decoder
+from v2l_fast.generation import Sampling, generate
+from v2l_fast.model import Video, Video2LoRA
+from v2l_fast.video import VideoClip
+
+# Cache slots kept free for a question.
+_QUESTION_ROOM = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share.
+
+    Attributes:
+        max_frames, longest_edge: frames and pixels; as in training when None.
+        exact_frames: exactly ``max_frames``, whatever the duration.
+        max_new_tokens: longest answer.
+        fusion: FrameFusion's settings.
+    """
+
+    model: Video2LoRA
+    max_frames: int | None = None
+    longest_edge: int | None = None
+    exact_frames: bool = False
+    max_new_tokens: int = 128
+    fusion: FrameFusion = FrameFusion()
+
+    @property
+    def edge(self) -> int:
+        config = self.model.config
+        return config.longest_edge if self.longest_edge is None else self.longest_edge
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What ``Video2LoRA.internalize`` takes for it."""
+        return {
+            "max_frames": self.max_frames,
+            "longest_edge": self.longest_edge,
+            "exact_frames": self.exact_frames,
+        }
+
+    def clip(self, video: Video) -> VideoClip:
+        """The frames all methods see."""
+        return self.model.load_clip(video, **self.sampling)
+
+    def encode(self, video: Video) -> EncodedVideo:
+        """Decoding, resizing and vision tower."""
+        return self.model.backbone.encode(self.clip(video), self.edge)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a method keeps of a video, and its size in bytes."""
+
+    kept: Any
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer's token ids, and seconds from the question's text to its first token."""
+
+    tokens: list[int]
+    time_to_first_token: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name: ``prepare`` a video, then ``ask`` what was prepared."""
+
+    name: str
+    prepare: Callable[[Setting, Video], Prepared]
+    ask: Callable[[Setting, Prepared, str], Said]
+
+
+def _answer(
+    setting: Setting,
+    make_prompt: Callable[[], Prompt],
+    adapters: AdapterSlots | None = None,
+    decoder: Decoder | None = None,
+) -> Said:
+    start = time.perf_counter()
+    prompt = make_prompt()
+    built = time.perf_counter() - start
+    backbone = setting.model.backbone
+    limit = Sampling(max_new_tokens=setting.max_new_tokens)
+    generated = generate(
+        decoder or backbone.decoder, [prompt.embeddings], backbone.stop_ids, limit, adapters
+    )
+    return Said(generated.tokens[0], built + generated.time_to_first_token)
+
+
+# --- the video in context -----------------------------------------------------------------------
+
+
+def _keep_nothing(setting: Setting, video: Video) -> Prepared:
+    return Prepared(video, 0)
+
+
+def _ask_video(setting: Setting, prepared: Prepared, question: str) -> Said:
+    backbone = setting.model.backbone
+    return _answer(setting, lambda: backbone.about(setting.encode(prepared.kept), question))
+
+
+def _keep_features(setting: Setting, video: Video) -> Prepared:
+    encoded = setting.encode(video)
+    return Prepared(encoded, _size(encoded.features))
+
+
+def _ask_features(setting: Setting, prepared: Prepared, question: str) -> Said:
+    return _answer(setting, lambda: setting.model.backbone.about(prepared.kept, question))
+
+
+def _keep_cache(setting: Setting, video: Video) -> Prepared:
+    backbone = setting.model.backbone
+    opening = backbone.opening(setting.encode(video))
+    prefix = prefill(backbone.decoder, opening.embeddings, _room(setting))
+    return Prepared(prefix, prefix.bytes)
+
+
+def _keep_fused_cache(setting: Setting, video: Video) -> Prepared:
+    backbone = setting.model.backbone
+    encoded = setting.encode(video)
+    opening, frames = backbone.opening(encoded), len(encoded.timestamps)
+    prefix = reduced_prefix(backbone.decoder, opening, frames, setting.fusion, _room(setting))
+    return Prepared(prefix, prefix.bytes)
+
+
+def _ask_cache(setting: Setting, prepared: Prepared, question: str) -> Said:
+    start = time.perf_counter()
+    backbone = setting.model.backbone
+    rest = backbone.continuation(question).embeddings
+    built = time.perf_counter() - start
+    generated = continue_greedily(
+        backbone.decoder, prepared.kept, rest, backbone.stop_ids, setting.max_new_tokens
+    )
+    return Said(generated.tokens[0], built + generated.time_to_first_token)
+
+
+def _room(setting: Setting) -> int:
+    return _QUESTION_ROOM + setting.max_new_tokens
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+def internalize(setting: Setting, video: Video) -> Adapter:
+    """The adapter as ``Video2LoRA.internalize`` makes it."""
+    return setting.model.internalize(video, **setting.sampling)
+
+
+@torch.inference_mode()
+def internalize_fused(setting: Setting, video: Video) -> Adapter:
+    """The adapter generated from a context whose visual tokens FrameFusion reduces."""
+    model, clip = setting.model, setting.clip(video)
+    prompt = model.backbone.context(clip, model.config.instruction, setting.edge)
+    layers = reduced_layers(model.backbone.decoder, prompt, len(clip.frames), setting.fusion)
+    factors = [model.hypernet.layer(index, hidden) for index, hidden in enumerate(layers)]
+    return model.hypernet.assemble(factors)[0]
+
+
+def _keep_adapter(
+    setting: Setting, video: Video, make: Callable[[Setting, Video], Adapter] = internalize
+) -> Prepared:
+    decoder = setting.model.backbone.decoder
+    adapter = make(setting, video)
+    slots = AdapterSlots.pack([adapter], decoder.device, decoder.dtype)
+    return Prepared(slots, _adapter_size(adapter))
+
+
+def _keep_merged(setting: Setting, video: Video) -> Prepared:
+    model = setting.model
+    decoder = model.backbone.decoder.merged(internalize(setting, video))
+    weights = (
+        model.backbone.linear(layer, module).weight
+        for module in model.config.target_modules
+        for layer in range(model.config.num_layers)
+    )
+    return Prepared(decoder, sum(_size(weight) for weight in weights))
+
+
+def _ask_adapter(setting: Setting, prepared: Prepared, question: str) -> Said:
+    return _answer(setting, lambda: setting.model.backbone.question(question), prepared.kept)
+
+
+def _ask_merged(setting: Setting, prepared: Prepared, question: str) -> Said:
+    backbone = setting.model.backbone
+    return _answer(setting, lambda: backbone.question(question), decoder=prepared.kept)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _adapter_size(adapter: Adapter) -> int:
+    """The generated factors; the bias adapter is the model's, shared by all videos."""
+    return sum(_size(t) for factors in (adapter.A, adapter.B) for t in factors.values())
+
+
+DIRECT = Method("direct", _keep_nothing, _ask_video)
+ADAPTER = Method("adapter", _keep_adapter, _ask_adapter)
+METHODS = (
+    DIRECT,
+    Method("vision-feature cache", _keep_features, _ask_features),
+    Method("KV-cache reuse", _keep_cache, _ask_cache),
+    Method("FrameFusion (ours)", _keep_fused_cache, _ask_cache),
+    Method(
+        "FrameFusion (ours) + adapter",
+        partial(_keep_adapter, make=internalize_fused),
+        _ask_adapter,
+    ),
+    ADAPTER,
+    Method("merged adapter", _keep_merged, _ask_merged),
+)

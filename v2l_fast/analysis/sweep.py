@@ -1,0 +1,201 @@
+"""Frames x resolution: what the adapter keeps and saves as a video grows (paper Section 5.4,
+Figure 3).
+
+Every cell takes exactly its number of frames from every video; a video that holds fewer is left out
+of the cell by name. Each cell is a file of its own, so an interrupted sweep goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from v2l_fast.adapter import Adapter
+from v2l_fast.analysis.examples import (
+    Example,
+    Metric,
+    Progress,
+    by_video,
+    control_scores,
+    interval,
+    silent,
+)
+from v2l_fast.analysis.records import read_json, write_json
+from v2l_fast.analysis.timing import PeakMemory, Stopwatch, timed
+from v2l_fast.errors import ConfigError
+from v2l_fast.model import Answer, Video2LoRA
+
+FRAMES = (8, 12, 24, 48, 128, 256, 512, 1024)
+RESOLUTIONS = (224, 336, 512, 1024)
+
+
+def sweep(
+    model: Video2LoRA,
+    examples: Sequence[Example],
+    metric: Metric,
+    folder: Path,
+    frames: Sequence[int] = FRAMES,
+    resolutions: Sequence[int] = RESOLUTIONS,
+    max_new_tokens: int = 128,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure every cell that ``folder`` does not hold yet.
+
+    Args:
+        frames: exact numbers of frames.
+        resolutions: longest edges, pixels.
+
+    Returns:
+        "rows": one dict a cell, see :func:`measure_cell`.
+
+    Raises:
+        ConfigError: the folder holds a sweep of other examples, another model or other settings.
+    """
+    key = _key(model, examples, max_new_tokens)
+    cells = [(count, edge) for count in frames for edge in resolutions]
+    rows = []
+    for done, (count, edge) in enumerate(cells):
+        progress(f"{count} frames, {edge} px", done, len(cells))
+        path = folder / f"{count}x{edge}.json"
+        if path.exists():
+            record = read_json(path)
+            if record.get("key") != key:
+                raise ConfigError(
+                    f"{path}: of another model, other examples or settings; "
+                    "choose another folder or delete this one"
+                )
+        else:
+            cell = measure_cell(model, examples, metric, count, edge, max_new_tokens)
+            record = {"key": key, **cell}
+            write_json(path, record)
+        rows.append({name: value for name, value in record.items() if name != "key"})
+    progress("swept", len(cells), len(cells))
+    return {"rows": rows}
+
+
+def measure_cell(
+    model: Video2LoRA,
+    examples: Sequence[Example],
+    metric: Metric,
+    frames: int,
+    longest_edge: int,
+    max_new_tokens: int = 128,
+) -> dict[str, Any]:
+    """One cell, one question at a time.
+
+    Returns:
+        "frames", "longest_edge", "videos", "questions", "left_out" (videos of fewer frames) and,
+        unless no video is left or memory ran out ("failed" says so):
+        "score_direct", "score_adapter", "score_change" (interval of adapter - direct, paired);
+        "controls" (condition -> score, see
+        :func:`~v2l_fast.analysis.examples.control_scores`);
+        "first_token_direct", "first_token_adapter" (s, medians, from decoded frames) and their
+        ratio "speedup"; "tokens_direct", "tokens_adapter" (prompt tokens, means) and their ratio
+        "token_reduction"; "internalization", stage -> s (medians over videos); "peak_direct",
+        "peak_internalization" (bytes, see :class:`~v2l_fast.analysis.timing.PeakMemory`).
+    """
+    cell = _Cell(model, frames, longest_edge, max_new_tokens)
+    shape: dict[str, Any] = {"frames": frames, "longest_edge": longest_edge}
+    try:
+        for group in by_video(examples):
+            cell.add(group)
+    except torch.OutOfMemoryError:
+        return shape | {"failed": "out of memory"}
+    shape |= {"videos": cell.videos, "questions": len(cell.examples), "left_out": cell.left_out}
+    if not cell.videos:
+        return shape | {"failed": f"no video holds {frames} frames"}
+    return shape | cell.summary(metric)
+
+
+class _Cell:
+    """Measurements of one cell, video by video."""
+
+    def __init__(self, model: Video2LoRA, frames: int, edge: int, max_new_tokens: int) -> None:
+        self.videos = 0
+        self.left_out: list[str] = []
+        self.examples: list[Example] = []
+        self._model, self._frames, self._edge = model, frames, edge
+        self._limit = max_new_tokens
+        self._direct: list[Answer] = []
+        self._adapter: list[Answer] = []
+        self._adapters: list[Adapter] = []
+        self._stages: dict[str, list[float]] = defaultdict(list)
+        self._peaks: dict[str, list[int]] = defaultdict(list)
+
+    def add(self, group: Sequence[Example]) -> None:
+        """Measure the examples of one video, unless it holds too few frames."""
+        model, edge, limit = self._model, self._edge, self._limit
+        device, video = model.backbone.decoder.device, group[0].video
+        clip, decoding = timed(device, lambda: model.load_clip(video, self._frames, edge, True))
+        if len(clip.frames) != self._frames:
+            self.left_out.append(f"{group[0].video_name} ({len(clip.frames)} frames)")
+            return
+        if not self.videos:
+            # Not counted: whatever happens once.
+            model.answer_direct(group[0].prompt, clip, edge, max_new_tokens=1)
+            model.answer(group[0].prompt, model.internalize(clip, longest_edge=edge))
+        self.videos += 1
+        self.examples += group
+        watch = Stopwatch(device)
+        with PeakMemory(device) as memory:
+            adapter = model.internalize(clip, longest_edge=edge, progress=watch)
+        watch.stop()
+        self._peaks["internalization"].append(memory.bytes or 0)
+        watch.seconds["decode"] += decoding
+        for stage, seconds in watch.seconds.items():
+            self._stages[stage].append(seconds)
+        self._adapters += [adapter] * len(group)
+        for example in group:
+            with PeakMemory(device) as memory:
+                self._direct += model.answer_direct(
+                    example.prompt, clip, edge, max_new_tokens=limit
+                )
+            self._peaks["direct"].append(memory.bytes or 0)
+            self._adapter += model.answer(example.prompt, adapter, max_new_tokens=limit)
+
+    def summary(self, metric: Metric) -> dict[str, Any]:
+        """The cell's numbers, see :func:`measure_cell`."""
+        direct, adapter = (
+            [e.score(a.text, metric) for e, a in zip(self.examples, said, strict=True)]
+            for said in (self._direct, self._adapter)
+        )
+        waits, tokens = (
+            [summarize(getattr(a, name) for a in said) for said in (self._direct, self._adapter)]
+            for name, summarize in (("time_to_first_token", median), ("prompt_tokens", fmean))
+        )
+        controls = control_scores(self._model, self.examples, self._adapters, metric, self._limit)
+        return {
+            "score_direct": fmean(direct),
+            "score_adapter": fmean(adapter),
+            "score_change": interval([a - d for a, d in zip(adapter, direct, strict=True)]),
+            "controls": {name: fmean(scores) for name, scores in controls.items()},
+            "first_token_direct": waits[0],
+            "first_token_adapter": waits[1],
+            "speedup": waits[0] / waits[1],
+            "tokens_direct": tokens[0],
+            "tokens_adapter": tokens[1],
+            "token_reduction": tokens[0] / tokens[1],
+            "internalization": {s: median(seconds) for s, seconds in self._stages.items()},
+            "peak_direct": max(self._peaks["direct"]) or None,
+            "peak_internalization": max(self._peaks["internalization"]) or None,
+        }
+
+
+def _key(model: Video2LoRA, examples: Sequence[Example], max_new_tokens: int) -> str:
+    decoder = model.backbone.decoder
+    described = [
+        model.hypernet.fingerprint,
+        model.backbone.name_or_path,
+        str(decoder.device),
+        str(decoder.dtype),
+        max_new_tokens,
+        [(str(e.video_key), e.prompt, e.references) for e in examples],
+    ]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

@@ -1,0 +1,285 @@
+"""Every result on the shapes world: measured piece by piece, each kept as a JSON record.
+
+Responsible for what is measured, on how many videos and with which scores; an interrupted report
+goes on with the piece it was at. The analyses are `v2l_fast.analysis`'s, the table of conditions
+`evaluate`'s, the page `report_page`'s.
+
+Scores are attribute accuracy for captions and exact match for questions: template captions share so
+many words that token-F1 is high for the caption of another video.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v2l_fast.adapter import Adapter
+from v2l_fast.analysis.attribution import logit_attribution
+from v2l_fast.analysis.chunks import compare_chunks
+from v2l_fast.analysis.efficiency import compare_methods
+from v2l_fast.analysis.examples import Example, Progress, internalize_each, silent
+from v2l_fast.analysis.layers import layer_removal
+from v2l_fast.analysis.methods import Setting
+from v2l_fast.analysis.norms import adapter_norms
+from v2l_fast.analysis.rank import rank_ablation
+from v2l_fast.analysis.records import read_json, write_json
+from v2l_fast.analysis.sweep import sweep
+from v2l_fast.errors import ConfigError
+from v2l_fast.model import Video2LoRA
+from v2l_fast.shapes.evaluate import (
+    MAX_NEW_TOKENS,
+    clip_name,
+    evaluate,
+    evaluate_files,
+    examples_for,
+    rendered_clips,
+)
+from v2l_fast.shapes.language import CAPTION_PROMPTS, caption, parse_caption
+from v2l_fast.shapes.render import write_clip
+from v2l_fast.shapes.scene import Scene, sample_scenes
+from v2l_fast.shapes.scoring import plain
+
+# Videos of a piece, as a share of the report's (512): the expensive ones take fewer.
+SHARES = {
+    "table": 1,
+    "chunks": 1 / 4,
+    "efficiency": 1 / 32,
+    "sweep": 1 / 64,
+    "rank": 1,
+    "layers": 1,
+    "logits": 1,
+    "norms": 1,
+}
+# Videos of the table that also come as H.264 files.
+_ENCODED_SHARE = 1 / 8
+# (exact frames, longest edge) of the efficiency comparison; the first is training's.
+BUDGETS = ((8, 48), (16, 48), (32, 48), (32, 96))
+SWEEP_FRAMES, SWEEP_EDGES = (4, 8, 16, 32), (48, 96, 144)
+CHUNKS = (1, 2, 4, 8, 16)
+
+
+def right(answer: str, reference: str) -> float:
+    """Share of a reference caption's attributes that the answer states; 1 or 0 for an answer."""
+    wanted = parse_caption(reference)
+    if not wanted:
+        return float(plain(answer) == plain(reference))
+    stated = parse_caption(answer)
+    return sum(stated.get(slot) == value for slot, value in wanted.items()) / len(wanted)
+
+
+@dataclass
+class Report:
+    """The pieces of a report on the test split.
+
+    Attributes:
+        model: the pair that is reported on.
+        folder: holds records, clips and the sweep's cells; a piece that is there is not made again.
+        videos: of the pieces that take all.
+        trained: another network for the same base, trained on chunks, to stand beside ``model`` in
+            the composition.
+        seed: of the scenes and questions.
+        progress: called with (what is being done, done, total).
+    """
+
+    model: Video2LoRA
+    folder: Path
+    videos: int = 512
+    trained: Video2LoRA | None = None
+    seed: int = 0
+    progress: Progress = silent
+
+    def piece(self, name: str) -> dict[str, Any]:
+        """A piece's record, measured unless the folder has it.
+
+        Raises:
+            ConfigError: the folder's record is of another model or number of videos.
+        """
+        path = self.folder / f"{name}.json"
+        key = self._key(name)
+        if path.exists():
+            record = read_json(path)
+            if record.get("key") != key:
+                raise ConfigError(
+                    f"{path}: of another model, seed or number of videos; choose another folder "
+                    "or delete it"
+                )
+            return record
+        found = PIECES[name](self, self.count(name))
+        about = {"key": key, "network": self.model.hypernet.fingerprint, "machine": machine()}
+        record = {**about, "videos": self.count(name), **found}
+        write_json(path, record)
+        return record
+
+    def made(self) -> dict[str, dict[str, Any]]:
+        """The records that the folder holds, whoever made them.
+
+        Raises:
+            ConfigError: one is of another model.
+        """
+        found = {}
+        for name in PIECES:
+            if (path := self.folder / f"{name}.json").exists():
+                found[name] = read_json(path)
+                if found[name].get("network") != self.model.hypernet.fingerprint:
+                    raise ConfigError(f"{path}: of another model; delete it to make it again")
+        return found
+
+    def count(self, name: str) -> int:
+        """Videos of a piece."""
+        return max(2, round(self.videos * SHARES[name]))
+
+    def scenes(self, count: int) -> list[Scene]:
+        """The first scenes of the test split."""
+        return sample_scenes("test", count, self.seed)
+
+    @cached_property
+    def captions(self) -> list[Example]:
+        """A caption of each video, from rendered frames."""
+        scenes = self.scenes(self.videos)
+        return [
+            Example(clip, CAPTION_PROMPTS[0], (caption(scene),), "caption")
+            for clip, scene in zip(rendered_clips(scenes), scenes, strict=True)
+        ]
+
+    @cached_property
+    def adapters(self) -> list[Adapter]:
+        """The adapter of each caption's video."""
+        return internalize_each(self.model, self.captions, self.progress)
+
+    def files(self, count: int) -> list[Example]:
+        """A caption and five questions about each of the first videos, as H.264 files."""
+        scenes = self.scenes(count)
+        clips = self.folder / "clips"
+        clips.mkdir(parents=True, exist_ok=True)
+        for index, scene in enumerate(scenes):
+            if not (path := clips / clip_name("test", index)).exists():
+                write_clip(scene, path)
+        return [
+            Example(
+                clips / line.video_path,
+                line.prompt,
+                (line.target_text,),
+                line.metadata.get("subset", "caption"),
+            )
+            for line in examples_for(scenes, seed=self.seed)
+        ]
+
+    def _key(self, name: str) -> str:
+        networks = [self.model] if self.trained is None else [self.model, self.trained]
+        used = networks if name == "chunks" else networks[:1]
+        parts = [name, self.count(name), self.seed, *(m.hypernet.fingerprint for m in used)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def machine() -> str:
+    """What a piece was measured on."""
+    threads = torch.get_num_threads()
+    used = "one thread" if threads == 1 else f"{threads} threads"
+    return f"{platform.machine()} CPU, {used}, torch {torch.__version__}"
+
+
+def _table(report: Report, count: int) -> dict[str, Any]:
+    found = evaluate(report.model, report.scenes(count), report.seed, report.progress)
+    encoded = report.scenes(max(2, round(count * _ENCODED_SHARE)))
+    return found | {"encoded_files": evaluate_files(report.model, encoded)}
+
+
+def _rank(report: Report, count: int) -> dict[str, Any]:
+    return rank_ablation(
+        report.model,
+        report.captions[:count],
+        report.adapters[:count],
+        right,
+        max_new_tokens=MAX_NEW_TOKENS,
+        progress=report.progress,
+    )
+
+
+def _layers(report: Report, count: int) -> dict[str, Any]:
+    examples, adapters = report.captions[:count], report.adapters[:count]
+    return layer_removal(report.model, examples, adapters, report.progress)
+
+
+def _logits(report: Report, count: int) -> dict[str, Any]:
+    examples, adapters = report.captions[:count], report.adapters[:count]
+    return logit_attribution(report.model, examples, adapters, report.progress)
+
+
+def _norms(report: Report, count: int) -> dict[str, Any]:
+    return adapter_norms(report.model, report.adapters[:count])
+
+
+def _chunks(report: Report, count: int) -> dict[str, Any]:
+    examples = report.files(count)
+    networks = {"zero-shot": report.model}
+    if report.model.config.chunk_position:
+        networks = {"trained on chunks": report.model}
+    if report.trained is not None:
+        networks["trained on chunks"] = report.trained
+    return {
+        "networks": {
+            name: compare_chunks(
+                model,
+                examples,
+                right,
+                CHUNKS,
+                MAX_NEW_TOKENS,
+                report.progress,
+            )
+            for name, model in networks.items()
+        }
+    }
+
+
+def _efficiency(report: Report, count: int) -> dict[str, Any]:
+    examples = report.files(count)
+    budgets = []
+    for frames, edge in BUDGETS:
+        setting = Setting(report.model, frames, edge, True, MAX_NEW_TOKENS)
+        found = compare_methods(setting, examples, right, progress=report.progress)
+        budgets.append({"frames": frames, "longest_edge": edge, **found})
+    return {"budgets": budgets}
+
+
+def _sweep(report: Report, count: int) -> dict[str, Any]:
+    return sweep(
+        report.model,
+        report.files(count),
+        right,
+        report.folder / f"sweep-{count}",
+        SWEEP_FRAMES,
+        SWEEP_EDGES,
+        MAX_NEW_TOKENS,
+        report.progress,
+    )
+
+
+PIECES: Mapping[str, Callable[[Report, int], dict[str, Any]]] = {
+    "table": _table,
+    "chunks": _chunks,
+    "efficiency": _efficiency,
+    "sweep": _sweep,
+    "rank": _rank,
+    "layers": _layers,
+    "logits": _logits,
+    "norms": _norms,
+}
+
+
+def measure(report: Report, names: Sequence[str] = tuple(PIECES)) -> dict[str, dict[str, Any]]:
+    """The named pieces' records.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    for name in names:
+        if name not in PIECES:
+            raise ConfigError(f"no piece is called {name!r}: name {', '.join(PIECES)}")
+    return {name: report.piece(name) for name in names}

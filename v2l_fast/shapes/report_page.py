@@ -1,0 +1,273 @@
+"""The report's records as one Markdown page with plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from v2l_fast.analysis.plots import (
+    plot_amortized,
+    plot_budgets,
+    plot_chunks,
+    plot_layers,
+    plot_logits,
+    plot_norms,
+    plot_rank,
+    plot_sweep,
+)
+from v2l_fast.analysis.tables import interval_text, markdown
+from v2l_fast.files import write_text
+
+Record = Mapping[str, Any]
+
+INTRODUCTION = """# Results on the shapes world
+
+What the paper measures, measured on the small pair that ships with the package: videos of moving
+colored shapes from the test split, whose scenes no training video shows. Captions score the share
+of the scene's attributes they state rightly, questions exact match, unless a table says otherwise;
+brackets are 95% bootstrap intervals. Times are this machine's CPU at toy model sizes: they compare
+methods with each other, and say little about real models.
+
+`v2l shapes report` makes the page; `--only NAME` measures one piece of it. `v2l evaluate`,
+`v2l analyze` and `v2l sweep` do the same for any model and any manifest.
+"""
+
+
+def write_page(records: Mapping[str, Record], folder: Path) -> Path:
+    """Write ``README.md`` and its plots into ``folder``; pieces that are not there are left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = [
+        section(records[name], folder) for name, section in SECTIONS.items() if name in records
+    ]
+    path = folder / "README.md"
+    write_text(path, "\n".join([INTRODUCTION, *sections]))
+    return path
+
+
+def _section(name: str, title: str, record: Record, *parts: str) -> str:
+    trained = " --trained FOLDER" if len(record.get("networks", ())) > 1 else ""
+    measured = (
+        f"`v2l shapes report --only {name}{trained}`: {record['videos']} videos, "
+        f"{record['machine']}."
+    )
+    return "\n\n".join([f"## {title}", measured, *parts]) + "\n"
+
+
+def _image(name: str, text: str) -> str:
+    return f"![{text}]({name}.png)"
+
+
+def _table(record: Record, folder: Path) -> str:
+    rows = [
+        {
+            "condition": name,
+            "attributes stated rightly": record["attributes"][name],
+            "captions right to the word": record["caption_exact"][name],
+        }
+        for name in record["attributes"]
+    ]
+    files = [
+        {"condition, source": name, "attributes stated rightly": share}
+        for name, share in record["encoded_files"].items()
+        if isinstance(share, Mapping)
+    ]
+    return _section(
+        "table",
+        "Direct, adapter and controls",
+        record,
+        markdown(rows),
+        record["table"].strip(),
+        f"The same scenes as H.264 files, {record['encoded_files']['videos']} of them:",
+        markdown(files),
+    )
+
+
+def _chunks(record: Record, folder: Path) -> str:
+    plot_chunks(record["networks"], folder / "chunks.png")
+    parts = []
+    for name, found in record["networks"].items():
+        rows = [
+            {
+                "chunks": row["chunks"],
+                "rank": row["rank"],
+                **{
+                    kind: f"{share['estimate']:.3f}" + _kept(row, kind)
+                    for kind, share in row["score"].items()
+                },
+            }
+            for row in found["rows"]
+        ]
+        rows += [
+            {"chunks": control, "rank": None}
+            | {kind: f"{share['estimate']:.3f}" for kind, share in scores.items()}
+            for control, scores in found["controls"].items()
+        ]
+        parts += [f"**{name}**", markdown(rows)]
+    return _section(
+        "chunks",
+        "Chunk composition",
+        record,
+        "Each chunk is internalized on its own; adapters are joined in rank, the bias adapter "
+        "once. In parentheses what is kept of the single adapter's score.",
+        *parts,
+        _image("chunks", "kept score against number of chunks"),
+    )
+
+
+def _control_rows(column: str, controls: Record) -> list[dict[str, Any]]:
+    return [{column: name, "score": score} for name, score in controls.items()]
+
+
+def _kept(row: Record, kind: str) -> str:
+    return f" ({row['kept'][kind]:.0%})" if kind in row["kept"] else ""
+
+
+def _efficiency(record: Record, folder: Path) -> str:
+    budgets = record["budgets"]
+    plot_amortized(budgets[0], folder / "amortized.png")
+    plot_budgets(budgets, folder / "budgets.png")
+    parts = []
+    for found in budgets:
+        rows = [
+            {
+                "method": row["method"],
+                "first token (ms)": f"{row['first_token'] * 1e3:.2f}",
+                "preparation (ms)": f"{row['preparation'] * 1e3:.1f}",
+                "stored (KB)": f"{row['bytes'] / 1e3:.0f}",
+                "score": row["score"],
+                "tokens as direct": f"{row['same_as_direct']:.0%}",
+                "break-even (questions)": row["break_even"],
+            }
+            for row in found["rows"]
+        ]
+        rows += _control_rows("method", found["controls"])
+        parts += [
+            f"**{found['frames']} frames, {found['longest_edge']} px, "
+            f"{found['visual_tokens']:.0f} visual tokens**",
+            markdown(rows),
+        ]
+    first = budgets[0]
+    return _section(
+        "efficiency",
+        "Efficiency",
+        record,
+        f"{first['questions']} questions, {first['questions_per_video']:.0f} a video, one at a "
+        "time. Direct inference decodes and encodes the file for every question; all others once, "
+        "as preparation. A method that prepares in P seconds and answers in q breaks even with "
+        "direct inference at d seconds a question at the first n with P + n·q < n·d. FrameFusion "
+        "is our own implementation, keeping a quarter of the visual tokens.",
+        *parts,
+        _image("amortized", "cost a question against questions a video"),
+        _image("budgets", "first token, preparation and score against visual tokens"),
+    )
+
+
+def _sweep(record: Record, folder: Path) -> str:
+    plot_sweep(record, folder / "sweep.png")
+    rows = [
+        {
+            "frames": row["frames"],
+            "px": row["longest_edge"],
+            "direct": f"{row['score_direct']:.3f}",
+            "adapter": f"{row['score_adapter']:.3f}",
+            "change": row["score_change"],
+            **{name: f"{score:.3f}" for name, score in row["controls"].items()},
+            "first token": f"{row['speedup']:.1f}x",
+            "prompt tokens": f"{row['token_reduction']:.0f}x",
+            **{f"{s} (ms)": f"{v * 1e3:.0f}" for s, v in row["internalization"].items()},
+            "peak (MB)": _megabytes(row["peak_internalization"]),
+        }
+        for row in record["rows"]
+        if "failed" not in row
+    ]
+    return _section(
+        "sweep",
+        "Frames and resolution",
+        record,
+        "The frames asked for are the frames encoded. The pair was trained with 8 frames of 48 "
+        "pixels: every other cell is outside what both models have seen. Peak memory is the whole "
+        "process's.",
+        markdown(rows),
+        _image("sweep", "score change, speed-up and token reduction"),
+    )
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.0f}"
+
+
+def _rank(record: Record, folder: Path) -> str:
+    plot_rank(record, folder / "rank.png")
+    return _section(
+        "rank",
+        "Rank directions",
+        record,
+        "Attribute accuracy of captions with k of the adapter's directions, chosen by "
+        "‖A_r‖·‖B_r‖ in every layer; random is the mean of three seeds. The bias adapter always "
+        "stays: k = 0 is the bias alone.",
+        markdown(record["rows"]),
+        "Controls, the whole adapter of another video and none at all:",
+        markdown(_control_rows("condition", record["controls"])),
+        _image("rank", "score against directions kept"),
+    )
+
+
+def _layers(record: Record, folder: Path) -> str:
+    plot_layers(record, folder / "layers.png")
+    score, without = (interval_text(record[k]) for k in ("score", "score_without_adapter"))
+    return _section(
+        "layers",
+        "Layer removal",
+        record,
+        f"S, the log-probability of the reference caption in nats a token, is {score} with the "
+        f"adapter and {without} without. Effect of removing one layer's generated update:",
+        markdown(record["rows"]),
+        _image("layers", "effect of removal and update norm by layer"),
+    )
+
+
+def _logits(record: Record, folder: Path) -> str:
+    plot_logits(record, folder / "logits.png")
+    return _section(
+        "logits",
+        "Direct logit attribution",
+        record,
+        "Shift of the residual stream at the prompt's last token, projected on the mean output "
+        "embedding of the reference caption; the whole is the running sum of the parts.",
+        markdown(record["rows"]),
+        _image("logits", "attribution by layer"),
+    )
+
+
+def _norms(record: Record, folder: Path) -> str:
+    plot_norms(record, folder / "norms.png")
+    rows = [
+        {
+            "module": module,
+            "direction": side,
+            "share of videos": ", ".join(f"{r} {share:.0%}" for r, share in norms[side].items()),
+        }
+        for module, norms in record["modules"].items()
+        for side in ("largest", "smallest")
+    ]
+    return _section(
+        "norms",
+        "Update norms",
+        record,
+        "Which direction has the largest or smallest norm product, averaged over layers:",
+        markdown(rows),
+        _image("norms", "norm products by layer and direction, relative layer norms"),
+    )
+
+
+SECTIONS: Mapping[str, Callable[[Record, Path], str]] = {
+    "table": _table,
+    "chunks": _chunks,
+    "efficiency": _efficiency,
+    "sweep": _sweep,
+    "rank": _rank,
+    "layers": _layers,
+    "logits": _logits,
+    "norms": _norms,
+}
