@@ -1,0 +1,41 @@
+"""Small pieces that the server's tests share."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+
+import httpx
+
+from tests.serving.conftest import Running
+
+QUESTION = {"model": "shapes", "messages": [{"role": "user", "content": "What happens?"}]}
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def refused(answer: httpx.Response, status: int, code: str | None = None) -> dict:
+    """Check the status and the shape of an error; its body."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert code is None or error["code"] == code
+    return error
+
+
+def raw(live: Running) -> socket.socket:
+    url = httpx.URL(live.url)
+    return socket.create_connection((url.host, url.port), timeout=10)
+
+
+def nothing_left(live: Running) -> None:
+    """No half-written file, no adapter, no video in use."""
+    eventually(lambda: not list(live.server.store.staging.folder.iterdir()))
+    assert live.server.store.list() == []
+    assert not live.server.videos._in_use

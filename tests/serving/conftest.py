@@ -1,0 +1,120 @@
+"""The shipped model, clips of scenes it never saw, and servers on a port of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from tests.serving.stand_in import StandInEngine
+from v2l_fast.model import Video2LoRA
+from v2l_fast.serving.app import create_app
+from v2l_fast.serving.auth import Keys
+from v2l_fast.serving.engine import Engine
+from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.server import Server
+from v2l_fast.serving.store import AdapterStore
+from v2l_fast.shapes.render import write_clip
+from v2l_fast.shapes.scene import sample_scenes
+
+
+@dataclass
+class Running:
+    """A server that listens, and what is inside it."""
+
+    url: str
+    server: Server
+    http: httpx.Client
+    stop: Callable[[], None]
+
+    @property
+    def engine(self):
+        return self.server.engine
+
+    def internalize(self, path: Path, **fields: object) -> dict:
+        """Upload a file and wait for its adapter."""
+        with open(path, "rb") as file:
+            answer = self.http.post("/v1/videos", files={"file": file}, data=fields)
+        assert answer.status_code in (200, 202), answer.text
+        video = answer.json()
+        while video["status"] not in ("completed", "failed"):
+            time.sleep(0.02)
+            video = self.http.get(f"/v1/videos/{video['id']}").json()
+        assert video["status"] == "completed", video
+        return video
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Video2LoRA:
+    """The shipped model; tests must leave it as it is."""
+    return Video2LoRA.from_pretrained("shapes", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three H.264 files."""
+    folder = tmp_path_factory.mktemp("videos")
+    scenes = sample_scenes("test", 3, 0)
+    return [write_clip(scene, folder / f"clip{i}.mp4") for i, scene in enumerate(scenes)]
+
+
+@contextlib.contextmanager
+def running(
+    model: Video2LoRA,
+    folder: Path,
+    limits: ServerLimits | None = None,
+    keys: tuple[str, ...] = (),
+    root: Path | None = None,
+    stand_in: dict[str, object] | None = None,
+    drain_seconds: float = 10.0,
+) -> Iterator[Running]:
+    """A server in a thread; with a StandInEngine of these options instead of the real one."""
+    store = AdapterStore(folder)
+    if stand_in is None:
+        engine = Engine(model, store, max_batch=8, adapter_slots=4)
+    else:
+        engine = StandInEngine(model, store, **stand_in)
+    server = Server(model, engine, store, "shapes", limits, Keys(keys), root)
+    listening = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    config = uvicorn.Config(
+        create_app(server, drain_seconds), log_config=None, access_log=False, lifespan="on"
+    )
+    web = uvicorn.Server(config)
+    thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]})
+    thread.start()
+
+    def stop() -> None:
+        web.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+    try:
+        while not web.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        with httpx.Client(base_url=url, headers=headers, timeout=30) as http:
+            yield Running(url, server, http, stop)
+    finally:
+        stop()
+        listening.close()
+
+
+@pytest.fixture
+def serve(shapes: Video2LoRA, tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """``serve(**options of running)``: a server of the shipped model with a store of its own."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder: Path = tmp_path / "store", **options: object) -> Running:
+            return stack.enter_context(running(shapes, folder, **options))
+
+        yield start

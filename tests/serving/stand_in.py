@@ -1,0 +1,123 @@
+"""An engine that answers one word at a time, as fast or slowly as a test wants.
+
+Same interface as the real one, which has tests of its own; here the server around it is tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from v2l_fast.adapter import Adapter
+from v2l_fast.errors import V2LError
+from v2l_fast.model import Video2LoRA
+from v2l_fast.serving.engine import EngineStats
+from v2l_fast.serving.requests import (
+    EngineClosed,
+    Generation,
+    GenerationRequest,
+    InternalizeJob,
+    QueueFull,
+    Usage,
+)
+from v2l_fast.serving.store import AdapterStore
+
+
+class StandInEngine:
+    """Answers with the model's own words, each after ``pause`` seconds.
+
+    Args:
+        words: what to answer instead of asking the model.
+        queue_limit: questions at the same time.
+    """
+
+    def __init__(
+        self,
+        model: Video2LoRA,
+        store: AdapterStore,
+        pause: float = 0.0,
+        words: list[str] | None = None,
+        queue_limit: int = 256,
+    ) -> None:
+        self.model, self.store, self.pause, self.words = model, store, pause, words
+        self.queue_limit = queue_limit
+        self.running: set[Generation] = set()
+        self.ended: list[str] = []
+        self.closed = False
+        self._threads = ThreadPoolExecutor(8)
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        if self.closed:
+            raise EngineClosed("closed")
+        if len(self.running) >= self.queue_limit:
+            raise QueueFull("full")
+        generation = Generation(request)
+        self.running.add(generation)
+        self._threads.submit(self._answer, generation)
+        return generation
+
+    def _answer(self, generation: Generation) -> None:
+        request, start = generation.request, time.perf_counter()
+        try:
+            words, prompt, visual = self.words, 3, 0
+            if words is None:
+                sampling = dataclasses.asdict(request.sampling)
+                if request.clip is not None:
+                    (answer,) = self.model.answer_direct(request.text, request.clip, **sampling)
+                else:
+                    adapters = [self.store.get(i) for i in request.adapters]
+                    adapter = Adapter.compose(adapters) if adapters else None
+                    (answer,) = self.model.answer(request.text, adapter, **sampling)
+                words = [word + " " for word in answer.text.split()]
+                words[-1:] = [words[-1].rstrip()] if words else []
+                prompt, visual = answer.prompt_tokens, answer.visual_tokens
+            for word in words:
+                time.sleep(self.pause)
+                if generation.cancelled:
+                    break
+                generation.put(word)
+            reason = "cancelled" if generation.cancelled else "stop"
+            usage = Usage(prompt, len(words), visual, time.perf_counter() - start)
+            generation.finish("", reason, usage)
+        except V2LError as error:
+            reason = "error"
+            generation.fail(error)
+        self.ended.append(reason)
+        self.running.discard(generation)
+
+    def internalize(self, path, **options) -> InternalizeJob:
+        job = InternalizeJob(uuid.uuid4().hex)
+
+        def work() -> None:
+            try:
+                job.update("decoding", 0.1)
+                time.sleep(self.pause)
+                adapter = self.model.internalize(path, **options)
+                job.update("generating", 0.9)
+                job.update("done", 1.0, adapter_id=self.store.put(adapter))
+            except V2LError as error:
+                job.update("failed", job.progress, error=error)
+
+        self._threads.submit(work)
+        return job
+
+    def forget(self, adapter_id: str) -> None:
+        """Nothing is kept here."""
+
+    def stats(self) -> EngineStats:
+        fields = {f.name: 0 for f in dataclasses.fields(EngineStats)} | {"requests": {}}
+        return EngineStats(**fields | {"running": len(self.running)})
+
+    def close(self, drain: bool = True, timeout: float = 30.0) -> None:
+        self.closed = True
+        if not drain:
+            for generation in list(self.running):
+                generation.cancel()
+        waited = threading.Event()
+        end = time.monotonic() + timeout
+        while self.running and time.monotonic() < end:
+            waited.wait(0.01)
+        self._threads.shutdown(wait=drain)

@@ -1,0 +1,74 @@
+"""Captured passes on a CPU: what is captured is called again instead of replayed.
+
+Shows that everything a graph reads lies where it lay when it was captured, and that padded rows,
+lengths and prompts change no answer; the capture itself needs a GPU.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
+from v2l_fast.generation import Row, Sampling
+from v2l_fast.serving import engine as engine_module
+from v2l_fast.serving import graphs
+from v2l_fast.serving.engine import Engine
+from v2l_fast.serving.graphs import GraphBatch
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list[str]:
+    """Every capture; a replay writes where the first run did."""
+    made = []
+
+    def capture(self, run, inputs, adapters):
+        made.append("")
+        output = run()
+        graph = SimpleNamespace(replay=lambda: output.copy_(run()))
+        return graphs._Captured(graph, inputs, output, adapters)
+
+    monkeypatch.setattr(GraphBatch, "_capture", capture)
+    monkeypatch.setattr(graphs, "LEAST_LIMIT", 16)
+    monkeypatch.setattr(engine_module, "Batch", GraphBatch)
+    return made
+
+
+def test_answers_are_the_same(captures, model, adapters):
+    store = MemoryStore(adapters)
+    asked, expected = [], []
+    for ids in ((), ("a0",), ("a1",)):
+        for question in QUESTIONS:
+            asked.append(request(question, *ids, max_new_tokens=9))
+            adapter = store.adapters[ids[0]] if ids else None
+            expected.append(model.ask(question, adapter, max_new_tokens=9))
+    with Engine(model, store, max_batch=6, max_context=100) as engine:
+        assert isinstance(engine._batch, GraphBatch)
+        for one, wanted in zip(asked, expected, strict=True):
+            assert engine.submit(one).result(WAIT)[0] == wanted
+        many = [engine.submit(one) for one in asked * 3]
+        assert [g.result(WAIT)[0] for g in many] == expected * 3
+        known = len(captures)
+        again = [engine.submit(one).result(WAIT)[0] for one in asked]
+        assert again == expected and len(captures) == known
+
+
+@torch.inference_mode()
+def test_a_graph_for_each_power_of_two(captures, backbone):
+    batch = GraphBatch(backbone.decoder, 6, 60, ())
+    prompts = [backbone.decoder.embed(torch.arange(3, 3 + n)) for n in (4, 7, 12, 5, 9)]
+    for prompt in prompts:
+        batch.join([Row(Sampling(40))], [prompt])
+    assert len(captures) == 1  # prompts of up to 16 tokens
+    for _ in range(3):
+        batch.step()
+    assert len(captures) == 2  # 8, but at most 6 rows; attention to 16 tokens
+    for _ in range(3):
+        batch.step()
+    assert len(captures) == 3  # attention to 32
+    batch.rows[1].finished = "stop"
+    batch.drop_finished()
+    batch.step()
+    assert len(captures) == 4  # 4 rows

@@ -1,0 +1,253 @@
+"""What must not hurt the server: clients that leave or flood, damaged files, full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import struct
+import threading
+from contextlib import closing
+
+import httpx
+import pytest
+
+from tests.serving.checks import QUESTION, eventually, nothing_left, raw, refused
+from tests.serving.conftest import running
+from v2l_fast.serving.limits import ServerLimits
+
+SLOW = {"pause": 0.02, "words": ["word "] * 500}
+
+
+# --- clients that leave -------------------------------------------------------------------------
+
+
+def test_leaving_a_stream_frees_the_row(serve):
+    live = serve(stand_in=SLOW)
+    with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
+        lines = s.iter_lines()
+        assert any("word" in next(lines) for _ in range(10))
+        assert len(live.engine.running) == 1
+    eventually(lambda: live.engine.ended == ["cancelled"] and not live.engine.running)
+    assert 'v2l_answers_total{end="cancelled",source="plain"} 1.0' in live.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("words", [None, 500])
+def test_leaving_while_waiting_frees_the_row(serve, reset, words):
+    """Before the first word (a long prefill), and while a whole answer is awaited."""
+    live = serve(stand_in={"pause": 0.02 if words else 0.3, "words": ["word "] * (words or 2)})
+    body = json.dumps(QUESTION).encode()
+    with closing(raw(live)) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        eventually(lambda: len(live.engine.running) == 1)
+        if reset:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    eventually(lambda: live.engine.ended == ["cancelled"])
+
+
+def test_leaving_frees_a_row_of_the_real_engine(model, tmp_path):
+    """A random model that rambles until its limit, unless it is told to stop."""
+    asked = {**QUESTION, "stream": True, "max_tokens": 1500}
+    with running(model, tmp_path / "store", ServerLimits(new_tokens=1500)) as live:
+        with live.http.stream("POST", "/v1/chat/completions", json=asked) as answer:
+            lines = answer.iter_lines()
+            assert any("content" in next(lines) for _ in range(20))
+        eventually(lambda: live.engine.stats().requests["cancelled"] == 1)
+        stats = live.engine.stats()
+        assert stats.running == stats.waiting == 0 and stats.completion_tokens < 1500
+
+
+def test_leaving_an_upload_leaves_nothing(serve, videos):
+    live = serve()
+    data = videos[0].read_bytes()
+    with closing(raw(live)) as client:
+        client.sendall(
+            b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
+            b'form-data; name="file"; filename="a.mp4"\r\n\r\n' + data
+        )
+        eventually(lambda: len(list(live.server.store.staging.folder.iterdir())) == 1)
+    nothing_left(live)
+    assert live.internalize(videos[0])["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "begins"),
+    [
+        ("videos", "multipart/form-data; boundary=b", "--b\r\n"),
+        ("videos", "application/json", "{"),
+        ("chat/completions", "application/json", "{"),
+    ],
+)
+def test_a_client_that_stops_sending(serve, path, kind, begins):
+    live = serve(limits=ServerLimits(idle_seconds=0.2), stand_in={})
+    with closing(raw(live)) as client:
+        client.sendall(
+            f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+            f"Content-Type: {kind}\r\n\r\n{begins}".encode()
+        )
+        assert b" 408 " in client.recv(4096)
+    nothing_left(live)
+
+
+# --- limits -------------------------------------------------------------------------------------
+
+
+def test_an_oversized_upload(serve, videos):
+    live = serve(limits=ServerLimits(upload_bytes=1000))
+    data = videos[0].read_bytes()
+    assert len(data) > 1000
+    refused(live.http.post("/v1/videos", files={"file": ("a.mp4", data)}), 413)
+    endless = httpx.post(
+        live.url + "/v1/videos",
+        content=(b"\0" * 65536 for _ in range(64)),
+        headers={"Content-Type": "multipart/form-data; boundary=b"},
+    )
+    assert endless.status_code in (400, 413)
+    root = serve(folder=live.server.store.folder.parent / "other", root=videos[0].parent,
+                 limits=ServerLimits(upload_bytes=1000))  # fmt: skip
+    refused(root.http.post("/v1/videos", json={"path": videos[0].name}), 413)
+    nothing_left(live)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_an_oversized_question(serve, announced):
+    live = serve(limits=ServerLimits(body_bytes=1000), stand_in={"words": ["a"]})
+    body = json.dumps({**QUESTION, "user": "x" * 2000}).encode()
+    content = body if announced else iter([body[:500], body[500:]])
+    headers = {"Content-Type": "application/json"}
+    refused(live.http.post("/v1/chat/completions", content=content, headers=headers), 413)
+
+
+@pytest.mark.parametrize(
+    ("limit", "word"),
+    [
+        ({"pixels": 1000}, "pixels"),
+        ({"duration": 1.0}, "s long"),
+        ({"frames": 4}, "max_frames"),
+        ({"longest_edge": 4}, "longest_edge"),
+    ],
+)
+def test_a_video_beyond_the_limits(serve, videos, limit, word):
+    live = serve(limits=ServerLimits(**limit))
+    with open(videos[0], "rb") as file:
+        answer = live.http.post(
+            "/v1/videos", files={"file": file}, data={"max_frames": 8, "longest_edge": 8}
+        )
+    assert word in refused(answer, 400)["message"]
+    nothing_left(live)
+
+
+def test_an_answer_that_takes_too_long(serve):
+    live = serve(limits=ServerLimits(answer_seconds=0.3), stand_in=SLOW)
+    refused(live.http.post("/v1/chat/completions", json=QUESTION), 503, "timeout")
+    answer = live.http.post("/v1/chat/completions", json={**QUESTION, "stream": True})
+    *_, last, end = answer.text.split("\n\n")
+    assert answer.status_code == 200 and end == ""
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+    eventually(lambda: live.engine.ended == ["cancelled"] * 2)
+
+
+def test_full_queues(serve, videos):
+    engine = {"pause": 1.0, "queue_limit": 1, "words": ["a"]}
+    live = serve(limits=ServerLimits(jobs=1, uploads=1), stand_in=engine)
+    waiting = threading.Thread(
+        target=live.http.post, args=("/v1/chat/completions",), kwargs={"json": QUESTION}
+    )
+    waiting.start()
+    eventually(lambda: len(live.engine.running) == 1)
+    answer = live.http.post("/v1/chat/completions", json=QUESTION)
+    refused(answer, 503, "queue_full")
+    assert int(answer.headers["retry-after"]) > 0
+    with open(videos[0], "rb") as file:
+        assert live.http.post("/v1/videos", files={"file": file}).status_code == 202
+    with open(videos[1], "rb") as file:
+        refused(live.http.post("/v1/videos", files={"file": file}), 503, "queue_full")
+    with closing(raw(live)) as client:
+        client.sendall(
+            b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+        )
+        eventually(lambda: len(list(live.server.store.staging.folder.iterdir())) == 1)
+        with open(videos[1], "rb") as file:
+            refused(live.http.post("/v1/videos", files={"file": file}), 503, "queue_full")
+    waiting.join()
+
+
+# --- damage and full disks ----------------------------------------------------------------------
+
+
+def test_a_damaged_adapter_is_not_served(serve, videos):
+    live = serve()
+    video = live.internalize(videos[0])["adapter_id"]
+    path = live.server.store.file(video)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    live.stop()
+    live = serve()
+    for _ in range(2):
+        answer = live.http.post("/v1/chat/completions", json={**QUESTION, "model": video})
+        assert str(path.parent) not in refused(answer, 404)["message"]
+    assert live.http.get("/v1/videos").json()["data"] == []
+    healed = live.internalize(videos[0])
+    assert healed["adapter_id"] == video and not healed["cached"]
+    assert live.http.post("/v1/chat/completions", json={**QUESTION, "model": video}).is_success
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "step", ["v2l_fast.serving.upload.Form.write", "v2l_fast.serving.videos.os.rename"]
+)
+def test_no_space_for_an_upload(serve, videos, monkeypatch, step):
+    live = serve()
+    with monkeypatch.context() as patch, open(videos[0], "rb") as file:
+        patch.setattr(step, full)
+        answer = live.http.post("/v1/videos", files={"file": file})
+        assert answer.headers["retry-after"]
+        refused(answer, 503, "storage")
+    nothing_left(live)
+    assert live.internalize(videos[0])["status"] == "completed"
+
+
+def test_no_space_for_an_adapter(serve, videos, monkeypatch):
+    live = serve()
+    with monkeypatch.context() as patch, open(videos[0], "rb") as file:
+        patch.setattr("v2l_fast.files.save_file", full)
+        job = live.http.post("/v1/videos", files={"file": file}).json()
+        eventually(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
+    failed = live.http.get(f"/v1/videos/{job['id']}").json()
+    assert failed["error"]["code"] == "storage"
+    eventually(lambda: not live.server.videos._in_use)
+    nothing_left(live)
+    assert live.internalize(videos[0])["status"] == "completed"
+
+
+# --- the end ----------------------------------------------------------
+
+
+def test_stopping_finishes_what_is_under_way(serve, videos):
+    live = serve(stand_in={"pause": 0.05, "words": ["word "] * 20})
+    with open(videos[0], "rb") as file:
+        job = live.http.post("/v1/videos", files={"file": file}).json()
+    with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
+        lines = s.iter_lines()
+        next(lines)
+        stopping = threading.Thread(target=live.stop)
+        stopping.start()
+        rest = "\n".join(lines)
+    stopping.join()
+    assert rest.count("word ") >= 19 and rest.rstrip().endswith("data: [DONE]")
+    assert live.engine.closed and live.engine.ended == ["stop"]
+    assert job["id"] and not live.server.store.staging.folder.exists()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(live.url + "/health")
+    assert len(serve().http.get("/v1/videos").json()["data"]) == 1

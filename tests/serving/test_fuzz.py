@@ -1,0 +1,117 @@
+"""Generated requests against the server's own OpenAPI document: no 5xx but 503 when it is full.
+
+What schemathesis checks of every answer: its status is declared, its content type and its body are
+as the document says, wrong data is refused, and keys and methods are enforced.
+"""
+
+from __future__ import annotations
+
+import socket
+import urllib.parse
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from tests.serving.conftest import running
+from v2l_fast.serving.limits import ServerLimits
+
+KEY = {"Authorization": "Bearer key"}
+
+
+@pytest.fixture(scope="module")
+def document(shapes, videos, tmp_path_factory):
+    """The document of a server with an adapter, a root and a key."""
+    limits = ServerLimits(upload_bytes=1 << 20, body_bytes=1 << 16)
+    with running(
+        shapes,
+        tmp_path_factory.mktemp("store"),
+        limits,
+        keys=("key",),
+        root=videos[0].parent,
+        stand_in={"words": ["yes"]},
+    ) as live:
+        live.internalize(videos[0])
+        yield schemathesis.openapi.from_url(live.url + "/openapi.json")
+
+
+# Nothing about these can be wrong but the key.
+PLAIN = ("GET /", "GET /health", "GET /metrics", "GET /v1/models")
+OPERATIONS = (
+    "GET /v1/models/{model}",
+    "POST /v1/chat/completions",
+    "GET /v1/videos",
+    "POST /v1/videos",
+    "GET /v1/videos/{video_id}",
+    "DELETE /v1/videos/{video_id}",
+    "GET /v1/videos/{video_id}/peft",
+    "GET /v1/videos/{video_id}/adapter",
+)
+# A conversation, or a file that is no video, is well-formed and refused nevertheless.
+NOT_CHECKED = [positive_data_acceptance]
+PROFILE = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def operations(document) -> dict:
+    return {found.ok().label: found.ok() for found in document.get_all_operations()}
+
+
+def test_every_operation_is_here(document):
+    assert set(operations(document)) == {*PLAIN, *OPERATIONS}
+
+
+@pytest.mark.parametrize(
+    ("label", "mode"),
+    [
+        *((label, GenerationMode.POSITIVE) for label in (*PLAIN, *OPERATIONS)),
+        *((label, GenerationMode.NEGATIVE) for label in OPERATIONS),
+    ],
+)
+def test_generated_requests(document, label, mode):
+    operation = operations(document)[label]
+
+    @PROFILE
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case):
+        case.call_and_validate(headers=KEY, excluded_checks=NOT_CHECKED)
+
+    check()
+
+
+NAME = st.one_of(
+    st.sampled_from(["Authorization", "Content-Type", "Content-Length", "Transfer-Encoding", "Host",
+                     "Range", "Accept", "Connection", "Expect", "Cookie", "X-Request-ID"]),
+    st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20),
+)  # fmt: skip
+VALUE = st.one_of(
+    st.binary(max_size=40).map(lambda value: value.replace(b"\n", b"")),
+    st.sampled_from([b"Bearer key", b"application/json", b"multipart/form-data; boundary=",
+                     b"-1", b"99999999999999999999", b"chunked", b"bytes=9-1,5-", b"100-continue"]),
+)  # fmt: skip
+
+
+def test_generated_headers(document):
+    url = urllib.parse.urlsplit(document.location)
+
+    @PROFILE
+    @given(
+        line=st.sampled_from(
+            ["GET /health", "GET /v1/videos", "POST /v1/videos", "POST /v1/chat/completions"]
+        ),
+        headers=st.lists(st.tuples(NAME, VALUE), max_size=6),
+        body=st.binary(max_size=50),
+    )
+    def check(line, headers, body):
+        lines = [f"{line} HTTP/1.1".encode(), b"Connection: close"]
+        lines += [name.encode() + b": " + value for name, value in headers]
+        with socket.create_connection((url.hostname, url.port), timeout=10) as client:
+            client.sendall(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+            client.shutdown(socket.SHUT_WR)
+            answer = client.recv(1 << 16)
+        # What is no HTTP at all, or a body that ends before its length, may get no answer.
+        assert not answer.startswith(b"HTTP/1.1 5"), answer
+
+    check()

@@ -1,0 +1,198 @@
+"""Input that is wrong or meant to do harm: files, forms, JSON, names, paths and ids."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+
+from tests.serving.checks import QUESTION, eventually, nothing_left, raw, refused
+from tests.serving.conftest import running
+
+# --- files that are no videos -------------------------------------------------------------------
+
+PLAYLIST = b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
+NOT_VIDEOS = {
+    "empty": b"",
+    "one byte": b"\0",
+    "text": b"hello " * 100,
+    "html": b"<html><script>alert(1)</script></html>",
+    "noise": bytes(range(256)) * 64,
+    "playlist": PLAYLIST,
+    "concat": b"ffconcat version 1.0\nfile /etc/passwd\n",
+    "elf": b"\x7fELF" + b"\0" * 512,
+    "mp4 header only": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + b"\0" * 64,
+    "huge box": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom\xff\xff\xff\xffmoov" + b"\0" * 64,
+    "wav": b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0\x44\xac\0\0\x88\x58\x01\0\x02\0\x10\0"
+    b"data\0\0\0\0",
+}
+
+
+@pytest.fixture(scope="module")
+def patient(shapes, tmp_path_factory):
+    """One server for all the requests that leave nothing behind."""
+    root, store = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("store")
+    with running(shapes, store, root=root, stand_in={"words": ["yes"]}) as live:
+        yield live
+        nothing_left(live)
+
+
+@pytest.mark.parametrize("kind", NOT_VIDEOS)
+def test_not_a_video(patient, kind):
+    answer = patient.http.post("/v1/videos", files={"file": ("a.mp4", NOT_VIDEOS[kind])})
+    message = refused(answer, 400, "invalid_video")["message"]
+    assert str(patient.server.store.folder) not in message
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
+def test_a_truncated_video(patient, videos, share):
+    data = videos[0].read_bytes()
+    answer = patient.http.post("/v1/videos", files={"file": data[: int(len(data) * share)]})
+    refused(answer, 400, "invalid_video")
+
+
+def test_a_video_that_fails_later(serve, videos, monkeypatch):
+    """What the first look does not see fails the job, with its reason; it can be sent again."""
+    monkeypatch.setattr("v2l_fast.serving.jobs.probe", lambda path, limits: None)
+    live = serve()
+    job = live.http.post("/v1/videos", files={"file": ("a.mp4", b"hello")}).json()
+    eventually(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
+    failed = live.http.get(f"/v1/videos/{job['id']}").json()
+    assert failed["error"]["code"] == "invalid_video" and failed["adapter_id"] is None
+    assert str(live.server.store.folder) not in failed["error"]["message"]
+    refused(live.http.post("/v1/chat/completions", json={**QUESTION, "model": job["id"]}), 409)
+    refused(live.http.delete(f"/v1/videos/{job['id']}"), 409, "video_failed")
+    eventually(lambda: not live.server.videos._in_use)
+    again = live.http.post("/v1/videos", files={"file": ("a.mp4", b"hello")}).json()
+    assert again["id"] != job["id"]
+
+
+def part(name: str, text: str = "x", file: str | None = None) -> bytes:
+    label = f'; filename="{file}"' if file is not None else ""
+    return (
+        f'--b\r\nContent-Disposition: form-data; name="{name}"{label}\r\n\r\n{text}\r\n'
+    ).encode()
+
+
+FILE = part("file", file="a.mp4")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"--b--\r\n",
+        b"not a form",
+        b"--other\r\n",
+        FILE,
+        FILE[:40],
+        FILE + FILE + b"--b--\r\n",
+        part("other", file="a.mp4") + b"--b--\r\n",
+        part("max_frames", "3") + b"--b--\r\n",
+        FILE + part("max_frames", "many") + b"--b--\r\n",
+        FILE + part("max_frames", "0") + b"--b--\r\n",
+        FILE + part("max_frames", "9" * 5000) + b"--b--\r\n",
+        FILE + part("exact_frames", "\xff") + b"--b--\r\n",
+        FILE + part("path", "/etc/passwd") + b"--b--\r\n",
+        FILE + part("max_frames", "3") * 50 + b"--b--\r\n",
+        b"--b\r\nX: " + b"y" * 20000 + b"\r\n\r\nx\r\n--b--\r\n",
+        b"--b\r\n\r\nx\r\n--b--\r\n",
+    ],
+)
+def test_a_malformed_form(patient, body):
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    refused(patient.http.post("/v1/videos", content=body, headers=headers), 400)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("multipart/form-data", 400),
+        ("multipart/form-data; boundary=", 400),
+        (f"multipart/form-data; boundary={'b' * 300}", 400),
+        ("multipart/mixed; boundary=b", 415),
+        ("text/plain", 415),
+        ("", 415),
+    ],
+)
+def test_another_kind_of_body(patient, kind, status):
+    headers = {"Content-Type": kind}
+    refused(patient.http.post("/v1/videos", content=FILE, headers=headers), status)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{}", b'{"path": 1}', b'{"path": ""}',
+        b'{"path": "\\ud800"}', b'{"path": "a", "max_frames": 1e999}', b"[" * 100_000,
+        b'{"path": "a", "other": 1}', b'{"path": "a", "max_frames": ' + b"9" * 5000 + b"}",
+    ],
+)  # fmt: skip
+def test_malformed_json(patient, body):
+    headers = {"Content-Type": "application/json"}
+    for path in ("/v1/videos", "/v1/chat/completions"):
+        refused(patient.http.post(path, content=body, headers=headers), 400)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("../../etc/passwd", "passwd"),
+        ("..\\\\..\\\\evil.mp4", "evil.mp4"),
+        ("\x1b[2Ja\x07.mp4", "[2Ja.mp4"),
+        ("x" * 3000, "x" * 200),
+        ("dir/", "video"),
+        ("\u00fcber \U0001f600.mp4", "\u00fcber \U0001f600.mp4"),
+    ],
+)
+def test_a_name_is_for_display_only(serve, videos, name, shown):
+    live = serve(stand_in={})
+    header = f'form-data; name="file"; filename="{name}"'.encode()
+    body = b"--b\r\nContent-Disposition: " + header + b"\r\n\r\n"
+    body += videos[0].read_bytes() + b"\r\n--b--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = live.http.post("/v1/videos", content=body, headers=headers)
+    assert answer.status_code == 202 and answer.json()["name"] == shown
+    eventually(lambda: not live.server.jobs.unfinished())
+    (stored,) = live.server.store.list()
+    (kept,) = (live.server.store.folder / "videos").iterdir()
+    assert kept.name == stored.video and stored.name == "video"
+    assert sorted(file.name for file in kept.iterdir()) == ["name", "video"]
+
+
+# --- paths and ids ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../../../../etc/passwd", "missing.mp4", ".", "", "link", "folder/../link",
+     "a\0b", "~/x", "/proc/self/mem", "x" * 4000, "file:///etc/passwd"],
+)  # fmt: skip
+def test_paths_outside_the_root(patient, path):
+    link = patient.server.root / "link"
+    if not link.is_symlink():
+        link.symlink_to("/etc/passwd")
+    answer = patient.http.post("/v1/videos", json={"path": path})
+    error = refused(answer, 400)
+    assert not path or "no such file under the folder" in error["message"]
+
+
+def test_no_root_no_paths(serve, videos):
+    answer = serve().http.post("/v1/videos", json={"path": str(videos[0])})
+    assert "takes no paths" in refused(answer, 400)["message"]
+
+
+@pytest.mark.parametrize(
+    "video",
+    ["..", "../..", "..%2f..%2fetc%2fpasswd", "%2e%2e%2fx", "a" * 32, "A" * 32, "x" * 500, "%00",
+     "%ff", "é", "0" * 31 + "%0a"],
+)  # fmt: skip
+def test_ids_that_are_none(patient, video):
+    for method, tail in (("GET", ""), ("DELETE", ""), ("GET", "/peft"), ("GET", "/adapter")):
+        with closing(raw(patient)) as client:
+            # As it stands: a client library would tidy the dots away.
+            line = f"{method} /v1/videos/{video}{tail} HTTP/1.1\r\nHost: x\r\n\r\n"
+            client.sendall(line.encode())
+            assert client.recv(4096)[:12] in (b"HTTP/1.1 404", b"HTTP/1.1 400", b"HTTP/1.1 405")
+    answer = patient.http.post("/v1/chat/completions", json={**QUESTION, "model": video})
+    refused(answer, 404, "model_not_found")

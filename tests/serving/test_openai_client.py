@@ -1,0 +1,178 @@
+"""The official ``openai`` client, unmodified, against a live server with the shipped model."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+
+from tests.serving.conftest import running
+from v2l_fast.serving.limits import ServerLimits
+
+QUESTION = "What happens in the video?"
+
+
+@pytest.fixture(scope="module")
+def live(shapes, videos, tmp_path_factory):
+    """A server with a key and three internalized videos, and their ids."""
+    limits = ServerLimits(new_tokens=64)
+    with running(shapes, tmp_path_factory.mktemp("store"), limits, keys=("secret",)) as server:
+        yield server, [server.internalize(path)["adapter_id"] for path in videos]
+
+
+@pytest.fixture
+def client(live):
+    with openai.OpenAI(base_url=live[0].url + "/v1", api_key="secret", max_retries=0) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, model: str, text: str = QUESTION, **options):
+    return client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": text}], **options
+    )
+
+
+def test_chat_answers_as_the_model_does(client, live, shapes, videos):
+    server, ids = live
+    for path, adapter_id in zip(videos, ids, strict=True):
+        (expected,) = shapes.answer(QUESTION, shapes.internalize(path))
+        answer = ask(client, adapter_id)
+        (choice,) = answer.choices
+        assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
+        assert choice.finish_reason == "stop" and answer.model == adapter_id
+        assert answer.usage.prompt_tokens == expected.prompt_tokens
+        assert answer.usage.total_tokens == expected.prompt_tokens + answer.usage.completion_tokens
+        assert answer.usage.prompt_tokens_details.visual_tokens == 0
+
+
+def test_streaming_gives_the_same_answer(client, live):
+    adapter_id = live[1][0]
+    whole = ask(client, adapter_id)
+    chunks = list(ask(client, adapter_id, stream=True, stream_options={"include_usage": True}))
+    *pieces, last = chunks
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert pieces[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in pieces)
+    assert text == whole.choices[0].message.content
+    assert len(pieces) > 3 and [c.choices[0].finish_reason for c in pieces][-2:] == [None, "stop"]
+    assert last.choices == [] and last.usage.prompt_tokens == whole.usage.prompt_tokens
+    assert last.usage.prompt_tokens_details.visual_tokens == 0
+    without = list(ask(client, adapter_id, stream=True))
+    assert all(chunk.choices and chunk.usage is None for chunk in without)
+
+
+def test_video_ids_compose(client, live, shapes):
+    server, ids = live
+    store, base = server.server.store, server.server.name
+    composed = shapes.attach(type(store.get(ids[0])).compose([store.get(i) for i in ids[:2]]))
+    (expected,) = shapes.answer(QUESTION, composed)
+    answer = ask(client, base, extra_body={"video_ids": ids[:2]})
+    assert answer.choices[0].message.content == expected.text
+    (single,) = shapes.answer(QUESTION, shapes.attach(store.get(ids[2])))
+    answer = ask(client, base, extra_body={"video_ids": [ids[2]]})
+    assert answer.choices[0].message.content == single.text
+
+
+def test_the_video_in_context_to_compare(client, live, shapes, videos):
+    (expected,) = shapes.answer_direct(QUESTION, shapes.load_clip(videos[1]))
+    answer = ask(client, live[1][1], extra_body={"video_mode": "context"})
+    assert answer.choices[0].message.content == expected.text
+    details = answer.usage.prompt_tokens_details
+    assert details.visual_tokens == expected.visual_tokens > 0
+    assert answer.usage.prompt_tokens == expected.prompt_tokens
+
+
+def test_the_plain_model(client, live, shapes):
+    (expected,) = shapes.answer(QUESTION)
+    assert ask(client, live[0].server.name).choices[0].message.content == expected.text
+
+
+def test_text_parts_and_system_messages(client, live):
+    parts = [{"type": "text", "text": "What happens "}, {"type": "text", "text": "in the video?"}]
+    answer = client.chat.completions.create(
+        model=live[1][0],
+        messages=[{"role": "system", "content": ""}, {"role": "user", "content": parts}],
+    )
+    expected = ask(client, live[1][0]).choices[0].message.content
+    assert answer.choices[0].message.content == expected
+
+
+def test_models(client, live):
+    server, ids = live
+    listed = client.models.list().data
+    assert {model.id for model in listed} == {server.server.name, *ids}
+    assert client.models.retrieve(ids[0]).parent == server.server.name
+    assert client.models.retrieve(server.server.name).owned_by == "v2l_fast"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("0" * 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 65}, "max_tokens"),
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"frequency_penalty": 1}, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"extra_body": {"video_mode": "telepathy"}}, "video_mode"),
+        ({"extra_body": {"video_ids": ["x"]}}, "model"),
+        ({"text": ""}, "messages"),
+    ],
+)
+def test_bad_values_are_named(client, live, options, param):
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, live[1][0], **options)
+    assert refused.value.param.startswith(param)
+    assert refused.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+         {"role": "user", "content": "c"}],
+        [{"role": "assistant", "content": "b"}],
+        [{"role": "user", "content": "a"}, {"role": "user", "content": "c"}],
+        [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}]}],
+        [],
+    ],
+)  # fmt: skip
+def test_conversations_are_refused_not_cut(client, live, messages):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=live[1][0], messages=messages)
+    assert refused.value.param.startswith("messages")
+
+
+def test_an_unknown_model(client):
+    for stream in (False, True):
+        with pytest.raises(openai.NotFoundError) as refused:
+            ask(client, "nobody", stream=stream)
+        assert refused.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("key", ["wrong", "secre", "secret2", "SECRET"])
+def test_a_wrong_key(live, key):
+    with openai.OpenAI(base_url=live[0].url + "/v1", api_key=key, max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
+
+
+def test_it_retries_a_full_server(shapes, videos, serve):
+    """503 with Retry-After is what the client waits for by itself."""
+    full = serve(stand_in={"queue_limit": 0})
+    with openai.OpenAI(base_url=full.url + "/v1", api_key="-", max_retries=0) as client:
+        with pytest.raises(openai.InternalServerError) as refused:
+            ask(client, full.server.name)
+    assert refused.value.status_code == 503 and refused.value.code == "queue_full"
+    assert int(refused.value.response.headers["retry-after"]) > 0
+    full.engine.queue_limit = 256
+    with openai.OpenAI(base_url=full.url + "/v1", api_key="-", max_retries=2) as client:
+        assert ask(client, full.server.name).choices[0].message.content

@@ -1,0 +1,100 @@
+"""Running it: keys, logs, metrics, the page and what comes with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import httpx
+
+from tests.serving.checks import QUESTION, refused
+from v2l_fast.serving.app import PAGE
+
+PROTECTED = (
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/shapes"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/videos"),
+    ("POST", "/v1/videos"),
+    ("GET", "/v1/videos/x"),
+    ("DELETE", "/v1/videos/x"),
+    ("GET", "/v1/videos/x/peft"),
+    ("GET", "/v1/videos/x/adapter"),
+    ("GET", "/metrics"),
+)
+
+
+def test_keys(serve):
+    live = serve(keys=("first", "second"), stand_in={"words": ["yes"]})
+    client = httpx.Client(base_url=live.url)
+    bad = (b"", b"Bearer", b"Bearer wrong", b"bearer first x", b"Basic first", b"Bearer \xff\xfe")
+    for value in (None, *bad):
+        headers = {} if value is None else {"Authorization": value}
+        for method, path in PROTECTED:
+            answer = client.request(method, path, headers=headers)
+            refused(answer, 401, "invalid_api_key")
+            assert answer.headers["www-authenticate"] == "Bearer"
+    for key in ("first", "second"):
+        headers = {"Authorization": f"Bearer {key}"}
+        for method, path in PROTECTED:
+            assert client.request(method, path, headers=headers).status_code != 401
+    for path in ("/", "/health", "/docs", "/openapi.json"):
+        assert client.get(path).status_code == 200
+    # Every route is in one of the two lists.
+    routes = {
+        (method.upper(), path)
+        for path, methods in client.get("/openapi.json").json()["paths"].items()
+        for method in methods
+    }
+    assert len(routes) == len(PROTECTED) + 2
+
+
+def test_logs_hold_no_user_content(serve, videos, caplog):
+    live = serve(keys=("hidden-key",))
+    with caplog.at_level(logging.INFO):
+        with open(videos[0], "rb") as file:
+            live.http.post("/v1/videos", files={"file": ("hidden name.mp4", file)})
+        live.http.post("/v1/videos", files={"file": ("hidden name.mp4", b"hidden bytes")})
+        video = live.internalize(videos[0])["adapter_id"]
+        chat = {"model": video, "messages": [{"role": "user", "content": "hidden question"}]}
+        answer = live.http.post("/v1/chat/completions", json=chat).json()
+        live.http.post("/v1/chat/completions", json={**chat, "model": "hidden model"})
+        live.http.get("/hidden/path")
+    text = answer["choices"][0]["message"]["content"]
+    lines = [json.dumps([r.getMessage(), getattr(r, "fields", {})]) for r in caplog.records]
+    lines = [line for line, r in zip(lines, caplog.records, strict=True) if r.name != "httpx"]
+    assert len(lines) > 6
+    assert not any("hidden" in line or text in line for line in lines)
+    ended = [r.fields for r in caplog.records if r.getMessage() == "answer"]
+    assert ended[0]["source"] == "adapter" and ended[0]["visual_tokens"] == 0
+    requests = [r.fields for r in caplog.records if r.getMessage() == "request"]
+    assert {"request_id", "route", "status", "seconds"} <= set(requests[0])
+
+
+def test_metrics(serve, videos):
+    live = serve()
+    video = live.internalize(videos[0])["adapter_id"]
+    live.http.post("/v1/chat/completions", json={**QUESTION, "model": video})
+    live.http.post("/v1/chat/completions", json=QUESTION)
+    text = live.http.get("/metrics").text
+    for line in (
+        'v2l_answers_total{end="stop",source="adapter"} 1.0',
+        'v2l_answers_total{end="stop",source="plain"} 1.0',
+        'v2l_time_to_first_token_seconds_count{source="adapter"} 1.0',
+        'v2l_inter_token_seconds_count{source="adapter"} 1.0',
+        'v2l_videos_total{result="internalized"} 1.0',
+        'v2l_internalize_seconds_count{stage="decoding"} 1.0',
+        "v2l_engine_running 0.0",
+        "v2l_store_adapters 1.0",
+    ):
+        assert line in text.splitlines(), line
+
+
+def test_the_page_asks_nobody_else(serve):
+    answer = serve(stand_in={}).http.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "connect-src 'self'" in answer.headers["content-security-policy"]
+    assert answer.text == PAGE.read_text()
+    for outside in ("://", "@import", "src=", "<link", "import("):
+        assert outside not in answer.text, outside
+    assert "url(" not in answer.text.partition("</style>")[0]

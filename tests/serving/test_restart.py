@@ -1,0 +1,154 @@
+"""``v2l serve`` killed at any moment, and started again on the same folder."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serving.checks import QUESTION, eventually
+from v2l_fast.adapter import Adapter
+from v2l_fast.serving.store import content_id
+from v2l_fast.serving.videos import file_hash
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.tiny", "tests.serving.test_restart"])
+LIVES = 3
+
+
+def serve_forever(folder: Path, port: int) -> None:
+    """What the command does."""
+    import torch
+
+    from v2l_fast.serving.cli import serve
+
+    torch.set_num_threads(1)
+    serve(store=folder, port=port, device="cpu", log_level="error", drain_seconds=5.0)
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[tuple[multiprocessing.Process, httpx.Client]]:
+    """The command in a process of its own, answering."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = PROCESSES.Process(target=serve_forever, args=(folder, port))
+    process.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            while True:
+                assert process.is_alive()
+                with contextlib.suppress(httpx.ConnectError):
+                    http.get("/health")
+                    break
+                time.sleep(0.02)
+            yield process, http
+    finally:
+        process.kill()
+        process.join()
+
+
+def variant(data: bytes, number: int) -> bytes:
+    """The same MP4 with another content: a free box at its end."""
+    return data + (16).to_bytes(4) + b"free" + number.to_bytes(8)
+
+
+def upload_until_it_dies(
+    http: httpx.Client, data: bytes, numbers: Iterator[int], finished: list[str]
+) -> None:
+    """Internalize one video after the other; note each that the server says is there."""
+    with contextlib.suppress(httpx.TransportError):
+        for number in numbers:
+            files = {"file": ("clip.mp4", variant(data, number))}
+            video = http.post("/v1/videos", files=files).raise_for_status().json()
+            while video["status"] != "completed":
+                assert video["status"] != "failed", video
+                video = http.get(f"/v1/videos/{video['id']}").raise_for_status().json()
+            finished.append(video["adapter_id"])
+
+
+def half_an_upload(http: httpx.Client, data: bytes) -> socket.socket:
+    """An upload that never ends."""
+    client = socket.create_connection((http.base_url.host, http.base_url.port))
+    client.sendall(
+        b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+        b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
+        b'form-data; name="file"; filename="a.mp4"\r\n\r\n' + data
+    )
+    return client
+
+
+def check(http: httpx.Client, folder: Path, finished: list[str], expected: str) -> None:
+    """Everything finished is there and right, and nothing else is half there."""
+    listed = http.get("/v1/videos", params={"limit": 1000}).json()["data"]
+    assert {video["status"] for video in listed} <= {"completed"}
+    ids = {video["id"] for video in listed}
+    assert set(finished) <= ids
+    for adapter_id in ids:
+        stored = folder / "adapters" / f"{adapter_id}.safetensors"
+        assert content_id(Adapter.load(stored)) == adapter_id
+    assert {path.stem for path in (folder / "adapters").iterdir()} == ids
+    assert not any((folder / "corrupt").iterdir())
+    for video in (folder / "videos").iterdir():
+        assert file_hash(video / "video") == video.name
+    # Of all that was under construction, only the living process's empty folder is left.
+    (staging,) = (p for p in (folder / "staging").iterdir() if p.is_dir())
+    assert not any(staging.iterdir())
+    for adapter_id in finished[-3:]:
+        answer = http.post("/v1/chat/completions", json={**QUESTION, "model": adapter_id})
+        assert answer.json()["choices"][0]["message"]["content"] == expected
+
+
+def test_killed_at_any_moment(shapes, videos, tmp_path):
+    rng = random.Random(0)
+    folder = tmp_path / "store"
+    data = videos[0].read_bytes()
+    text = QUESTION["messages"][0]["content"]
+    expected = shapes.ask(text, shapes.internalize(videos[0]))
+    finished: list[str] = []
+    for life in range(LIVES):
+        with served(folder) as (process, http):
+            check(http, folder, finished, expected)
+            enough = len(finished) + 2
+            numbers = iter(range(1000 * life, 1000 * life + 1000))
+            threads = [
+                threading.Thread(target=upload_until_it_dies, args=(http, data, numbers, finished))
+                for _ in range(2)
+            ]
+            with half_an_upload(http, data):
+                for thread in threads:
+                    thread.start()
+                while len(finished) < enough:
+                    assert process.is_alive()
+                    time.sleep(0.005)
+                time.sleep(rng.uniform(0.0, 0.1))
+                process.kill()
+                process.join()
+                assert process.exitcode == -signal.SIGKILL
+            for thread in threads:
+                thread.join()
+    assert len(set(finished)) == len(finished) >= 2 * LIVES
+    with served(folder) as (process, http):
+        check(http, folder, finished, expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_finishes(videos, tmp_path, number):
+    folder = tmp_path / "store"
+    with served(folder) as (process, http):
+        with open(videos[0], "rb") as file:
+            http.post("/v1/videos", files={"file": file}).raise_for_status()
+        os.kill(process.pid, number)
+        eventually(lambda: not process.is_alive(), 20)
+    with served(folder) as (process, http):
+        (video,) = http.get("/v1/videos").json()["data"]
+        assert video["status"] == "completed"

@@ -1,0 +1,49 @@
+"""``v2l serve``: what is wrong with its options is said before a model is loaded."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from v2l_fast import cli
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["v2l", "serve", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code, " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--port", "70000"], 2, "--port"),
+        (["--max-batch", "0"], 2, "--max-batch"),
+        (["--log-level", "loud"], 2, "debug, info, warning, error"),
+        (["--dtype", "int4"], 2, "float32, bfloat16, float16"),
+        (["--allowed-root", "nowhere"], 1, "no such folder"),
+        (["--api-key-file", "nowhere"], 1, "cannot be read"),
+        (["--api-key", "two words"], 1, "ASCII"),
+        (["--model", "nowhere"], 1, "nowhere: no such folder or file"),
+    ],
+)
+def test_wrong_options(monkeypatch, capsys, tmp_path, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    found, text = run(monkeypatch, capsys, *arguments)
+    assert found == code and message in text.replace("│ ", ""), text
+
+
+def test_an_empty_key_file(monkeypatch, capsys, tmp_path):
+    (tmp_path / "keys").write_text("# nothing yet\n\n")
+    code, text = run(monkeypatch, capsys, "--api-key-file", str(tmp_path / "keys"))
+    assert code == 1 and "holds no key" in text
+
+
+def test_a_port_that_is_taken(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, text = run(monkeypatch, capsys, "--port", str(taken.getsockname()[1]))
+    assert code == 1 and "Address already in use; choose another address" in text

@@ -1,0 +1,119 @@
+"""The FastAPI application: routes and middleware around a :class:`Server`, start and end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
+from starlette.concurrency import run_in_threadpool
+
+import v2l_fast
+from v2l_fast.serving import http_errors, logs, openai_routes, video_routes
+from v2l_fast.serving.auth import authorized
+from v2l_fast.serving.limits import BodyLimit
+from v2l_fast.serving.schemas import Health
+from v2l_fast.serving.server import Server
+
+PAGE = Path(__file__).parent / "page" / "index.html"
+# The page needs nothing from elsewhere, and nothing that gets into it may call elsewhere.
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_POLL_SECONDS = 0.1
+
+router = APIRouter(tags=["Server"])
+
+
+def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
+    """The application; it closes the engine and the store when it ends.
+
+    Args:
+        drain_seconds: time for answers and jobs to finish when the server is stopped.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        following = asyncio.create_task(_follow_jobs(server))
+        logs.event("ready", model=server.name, adapters=len(server.adapters()))
+        yield
+        logs.event("draining")
+        await run_in_threadpool(server.engine.close, drain=True, timeout=drain_seconds)
+        following.cancel()
+        server.jobs.collect()
+        server.store.close()
+        logs.event("stopped")
+
+    app = FastAPI(
+        title="v2l_fast",
+        version=v2l_fast.__version__,
+        description="Videos become LoRA adapters; questions are answered without visual tokens.",
+        lifespan=lifespan,
+    )
+    app.state.server = server
+    app.state.started = int(time.time())
+    app.state.uploads = asyncio.Semaphore(server.limits.uploads)
+    http_errors.install(app)
+    for part in (router, openai_routes.router, video_routes.router):
+        app.include_router(part)
+    app.add_middleware(BodyLimit, limits=server.limits)
+    app.add_middleware(logs.RequestLog)
+    _document(app)
+    return app
+
+
+async def _follow_jobs(server: Server) -> None:
+    while True:
+        await asyncio.sleep(_POLL_SECONDS)
+        await run_in_threadpool(server.jobs.collect)
+
+
+def _document(app: FastAPI) -> None:
+    """FastAPI announces its own 422 for every route; ours answer 400 in OpenAI's shape."""
+    generate = app.openapi
+
+    def openapi() -> dict:
+        document = generate()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        return document
+
+    app.openapi = openapi
+
+
+@router.get("/", response_class=HTMLResponse)
+def page() -> HTMLResponse:
+    """The page for people."""
+    return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": PAGE_POLICY})
+
+
+@router.get("/health")
+def health(request: Request) -> Health:
+    """The server answers; no key needed."""
+    server: Server = request.app.state.server
+    return Health(
+        model=server.name, version=v2l_fast.__version__, key_required=server.keys.required
+    )
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    dependencies=[Depends(authorized)],
+    responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format"}}
+    | http_errors.responses(401),
+)
+def metrics(request: Request) -> Response:
+    """Metrics for Prometheus."""
+    server: Server = request.app.state.server
+    return Response(server.metrics.render(), media_type=METRICS_TYPE)

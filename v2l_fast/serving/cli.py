@@ -1,0 +1,170 @@
+"""``v2l serve``: parses options, puts a server together, runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from v2l_fast.errors import ConfigError
+from v2l_fast.options import Base, Device, Dtype, Model, load_model, log, out
+
+
+def serve(
+    store: Annotated[
+        Path, typer.Option(help="Folder for adapters and uploaded videos; made when missing.")
+    ] = Path("v2l-store"),
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    model: Model = "shapes",
+    base: Base = None,
+    name: Annotated[
+        str | None, typer.Option(help="What callers name the base model; from --model if omitted.")
+    ] = None,
+    served_base: Annotated[
+        str | None,
+        typer.Option(help="Base named in downloaded PEFT adapters: what vLLM serves it under."),
+    ] = None,
+    vllm_folder: Annotated[
+        Path | None,
+        typer.Option(help="Also write every adapter here as PEFT, for vLLM replicas to answer."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="V2L_API_KEY", help="Key callers must send; prefer the variable."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with a key on each line; # starts a comment.")
+    ] = None,
+    allowed_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder from which callers may name videos; none if omitted."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
+    max_context: Annotated[int, typer.Option(min=16, help="Prompt and answer, in tokens.")] = 2048,
+    adapter_slots: Annotated[
+        int, typer.Option(min=1, help="Adapters kept on the device; others are loaded.")
+    ] = 16,
+    max_queue: Annotated[int, typer.Option(min=1, help="Questions waiting; more get 503.")] = 256,
+    max_jobs: Annotated[int, typer.Option(min=1, help="Videos waiting; more get 503.")] = 64,
+    max_upload_mb: Annotated[int, typer.Option(min=1, help="Size of a video, in MB.")] = 1024,
+    max_duration: Annotated[float, typer.Option(min=0.1, help="Seconds of a video.")] = 7200.0,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a frame.")] = 7680 * 4320,
+    max_frames: Annotated[int, typer.Option(min=1, help="Frames of one video.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer.")] = 1024,
+    keep_videos_gb: Annotated[
+        float,
+        typer.Option(min=0, help="Uploaded videos kept to compare with; the oldest go first."),
+    ] = 20.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="Time to finish answers and jobs when stopped.")
+    ] = 30.0,
+    merged: Annotated[
+        str | None, typer.Option(help="Merge this one adapter into the weights; serve it alone.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve videos and questions over HTTP: OpenAI's interface, a page at /, Prometheus metrics.
+
+    \b
+    v2l serve
+    v2l serve --model hypernet-500m/ --store /data/store --host 0.0.0.0 --api-key-file keys.txt
+    """
+    import uvicorn
+
+    from v2l_fast.serving import logs
+    from v2l_fast.serving.app import create_app
+    from v2l_fast.serving.auth import Keys
+    from v2l_fast.serving.engine import Engine
+    from v2l_fast.serving.limits import ServerLimits
+    from v2l_fast.serving.server import Server
+    from v2l_fast.serving.store import AdapterStore
+    from v2l_fast.serving.vllm import PublishingStore, VllmFolder
+
+    levels = ("debug", "info", "warning", "error")
+    if log_level not in levels:
+        raise typer.BadParameter(f"--log-level is one of {', '.join(levels)}, not {log_level}")
+    keys = Keys.read(api_key, api_key_file)
+    if allowed_root is not None and not allowed_root.is_dir():
+        raise ConfigError(f"--allowed-root {allowed_root}: no such folder")
+    bound = _bind(host, port)
+    limits = ServerLimits(
+        upload_bytes=max_upload_mb * 1_000_000,
+        duration=max_duration,
+        pixels=max_pixels,
+        frames=max_frames,
+        new_tokens=max_new_tokens,
+        jobs=max_jobs,
+        kept_video_bytes=int(keep_videos_gb * 1e9),
+    )
+    loaded = load_model(model, base, device, dtype)
+    peft_base = served_base or loaded.config.base_model_name_or_path or loaded.backbone.name_or_path
+    if vllm_folder is None:
+        adapters = AdapterStore(store)
+    else:
+        adapters = PublishingStore(store, VllmFolder(vllm_folder, peft_base))
+    engine = Engine(
+        loaded,
+        adapters,
+        max_batch=max_batch,
+        max_context=max_context,
+        adapter_slots=adapter_slots,
+        queue_limit=max_queue,
+        merged=merged,
+    )
+    server = Server(
+        loaded,
+        engine,
+        adapters,
+        name or (Path(model).name if Path(model).exists() else model),
+        limits,
+        keys,
+        None if allowed_root is None else allowed_root.resolve(),
+        peft_base,
+    )
+    if not keys.required and not _is_loopback(host):
+        log.print(
+            f"[yellow]warning:[/] everybody who reaches {host}:{port} may use this server; "
+            "set V2L_API_KEY",
+            highlight=False,
+        )
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{bound.getsockname()[1]}/"
+    out.print(f"v2l_fast serves {server.name} at {address}", highlight=False)
+    logs.configure(log_level)
+    uvicorn.Server(
+        uvicorn.Config(
+            create_app(server, drain_seconds),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        )
+    ).run([bound])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the address, before a model is loaded in vain; listening begins when it is ready."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"--host {host} --port {port}: {error.strerror}; choose another address"
+        ) from None
+    return bound
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

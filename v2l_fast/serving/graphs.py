@@ -1,0 +1,107 @@
+"""A running batch whose passes are replayed CUDA graphs.
+
+Launching a decode step from Python takes longer than computing it. A step is captured once for each
+number of rows (a power of two), reach of the attention (a power of two) and set of adapter tables;
+a prefill for a single short prompt, the common case of a first token. Everything that changes lies
+in tensors that stay where they are. What a step computes is :class:`Batch`'s alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from v2l_fast.adapted import AdapterSlots
+from v2l_fast.backbones.decoder import Decoder
+from v2l_fast.generation.batch import Batch
+
+LEAST_LIMIT = 256
+LEAST_PROMPT, MOST_PROMPT = 16, 128
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, what it reads and what it writes; the adapters are kept so that none replaces them.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    adapters: AdapterSlots | None
+
+
+class GraphBatch(Batch):
+    """See the module; arguments as :class:`Batch`'s."""
+
+    def __init__(
+        self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]
+    ) -> None:
+        super().__init__(decoder, size, context, stop_ids)
+        self._graphs: dict[tuple, _Captured] = {}
+        self._pool: tuple[int, int] | None = None
+
+    def _decode(self, count: int, limit: int, adapters: AdapterSlots | None) -> Tensor:
+        rows = min(_power(count), self.size)
+        reach = min(max(_power(limit), LEAST_LIMIT), self.cache.capacity)
+        # Rows beyond the last are free: a token without an adapter at their first position.
+        self._positions[count:rows] = 0
+        self._slots[count:rows] = -1
+        key = ("decode", rows, reach, id(adapters))
+        if key not in self._graphs:
+            run = super()._decode
+            self._graphs[key] = self._capture(lambda: run(rows, reach, adapters), (), adapters)
+        captured = self._graphs[key]
+        captured.graph.replay()
+        return captured.output[:count]
+
+    def _prefill(
+        self, embeddings: Tensor, rows: Tensor, last: Tensor, adapters: AdapterSlots | None
+    ) -> Tensor:
+        run = super()._prefill
+        count, longest, width = embeddings.shape
+        length = max(_power(longest), LEAST_PROMPT)
+        if count > 1 or length > min(MOST_PROMPT, self.cache.capacity):
+            return run(embeddings, rows, last, adapters)
+        key = ("prefill", length, id(adapters))
+        if key not in self._graphs:
+            inputs = (embeddings.new_zeros(1, length, width), rows.clone(), last.clone())
+            self._graphs[key] = self._capture(lambda: run(*inputs, adapters), inputs, adapters)
+        captured = self._graphs[key]
+        held, held_rows, held_last = captured.inputs
+        # What stands behind the prompt is never attended to.
+        held[:, :longest] = embeddings
+        held_rows.copy_(rows)
+        held_last.copy_(last)
+        captured.graph.replay()
+        return captured.output
+
+    def _capture(
+        self, run: Callable[[], Tensor], inputs: tuple[Tensor, ...], adapters: AdapterSlots | None
+    ) -> _Captured:
+        """Passes that run before and during the capture write what they would have written."""
+        if adapters is not None:
+            # Tables that have been replaced are never used again.
+            outdated = [k for k, c in self._graphs.items() if c.adapters not in (None, adapters)]
+            for key in outdated:
+                del self._graphs[key]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # Compiles, and lets libraries allocate what they keep.
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads encode prompts meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = run()
+        self._pool = graph.pool()
+        return _Captured(graph, inputs, output, adapters)
+
+
+def _power(count: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,261 @@
+"""What one server consists of and knows about videos and questions; nothing of HTTP itself."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from v2l_fast.errors import AdapterError
+from v2l_fast.generation import Sampling
+from v2l_fast.model import Video2LoRA
+from v2l_fast.serving.auth import Keys
+from v2l_fast.serving.engine import Engine
+from v2l_fast.serving.http_errors import ApiError, body, translate
+from v2l_fast.serving.index import StoredAdapter
+from v2l_fast.serving.jobs import Job, Jobs
+from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.metrics import Metrics
+from v2l_fast.serving.requests import GenerationRequest
+from v2l_fast.serving.schemas import ChatRequest, VideoBody
+from v2l_fast.serving.settings import InternalizeSettings
+from v2l_fast.serving.store import AdapterStore
+from v2l_fast.serving.videos import VideoFolder
+from v2l_fast.video import VideoClip, load_video
+
+DEFAULT_NEW_TOKENS = 256
+_CLIPS = 4
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question on its way to the engine; ``source``: "adapter", "context" or "plain"."""
+
+    request: GenerationRequest
+    source: str
+
+
+class Server:
+    """Engine, store and kept videos of one model under one set of limits.
+
+    Args:
+        name: what the base model is called in ``/v1/models``.
+        root: folder from which callers may name files, None for none.
+        peft_base: name a downloaded PEFT adapter carries for its base.
+    """
+
+    def __init__(
+        self,
+        model: Video2LoRA,
+        engine: Engine,
+        store: AdapterStore,
+        name: str,
+        limits: ServerLimits | None = None,
+        keys: Keys | None = None,
+        root: Path | None = None,
+        peft_base: str | None = None,
+    ) -> None:
+        self.model, self.engine, self.store, self.name = model, engine, store, name
+        self.limits = limits or ServerLimits()
+        self.keys = keys or Keys([])
+        self.root = root
+        self.peft_base = peft_base or model.config.base_model_name_or_path or name
+        self.settings = InternalizeSettings.of(model)
+        self.metrics = Metrics(engine.stats, lambda: len(self.adapters()))
+        self.videos = VideoFolder(
+            store.folder / "videos", store.staging, self.limits.kept_video_bytes
+        )
+        self.jobs = Jobs(
+            engine, store, self.videos, self.settings, self.limits, self.metrics
+        )
+        self._clips: OrderedDict[str, VideoClip] = OrderedDict()
+        self._decoding = threading.Semaphore(2)
+
+    # --- adapters -----------------------------------------------------------------------------
+
+    def adapters(self) -> list[StoredAdapter]:
+        """Those that this model made, the newest first; the folder may hold others' too."""
+        mine = self.settings.hypernetwork
+        return [r for r in self.store.list() if r.hypernetwork in (mine, None)]
+
+    def resolve(self, video_id: str) -> str:
+        """The adapter's id for an adapter's or a job's id.
+
+        Raises:
+            ApiError: 404 when there is none, 409 when its job has not finished or has failed.
+        """
+        job = self.jobs.get(video_id)
+        if job is not None:
+            if job.work.state == "failed":
+                raise ApiError(409, "internalizing this video failed", "video_failed")
+            if job.work.adapter_id is None:
+                raise ApiError(409, "this video is still being internalized", "video_not_ready")
+            video_id = job.work.adapter_id
+        if video_id not in self.store:
+            raise ApiError(404, "there is no such video or model here", "model_not_found", "model")
+        return video_id
+
+    def describe(self, video_id: str) -> VideoBody:
+        """What is known of an adapter or job.
+
+        Raises:
+            ApiError: 404 when there is neither.
+        """
+        job = self.jobs.get(video_id)
+        if job is not None and job.work.adapter_id is None:
+            return self.describe_job(job)
+        adapter_id = self.resolve(video_id)
+        try:
+            stored = self.store.describe(adapter_id)
+        except AdapterError as error:
+            raise translate(error) from None
+        return self.describe_adapter(stored, job)
+
+    def describe_adapter(self, record: StoredAdapter, job: Job | None = None) -> VideoBody:
+        """An adapter, and the job it came from when that is remembered."""
+        return VideoBody(
+            id=record.id if job is None else job.id,
+            status="completed",
+            progress=1.0,
+            adapter_id=record.id,
+            created=int(record.created),
+            name=self.videos.name(record.video) or record.name,
+            frames=record.frames,
+            duration=record.duration,
+            bytes=record.bytes,
+            rank=record.rank,
+            seconds=None if job is None else dict(job.work.seconds),
+            in_context=self.videos.has(record.video),
+        )
+
+    def describe_job(self, job: Job) -> VideoBody:
+        """A job without an adapter yet."""
+        work = job.work
+        failed = None if work.error is None else body(translate(work.error))
+        return VideoBody(
+            id=job.id,
+            status="generating" if work.state == "done" else work.state,
+            progress=min(max(work.progress, 0.0), 1.0),
+            adapter_id=None,
+            error=failed,
+            created=int(job.created),
+            name=self.videos.name(job.sha256),
+            seconds=dict(work.seconds),
+            in_context=False,
+        )
+
+    def delete(self, video_id: str) -> str:
+        """Remove an adapter, and its video when no other adapter was made from it.
+
+        Raises:
+            ApiError: 404 or 409 as :meth:`resolve`.
+            StoreError: the folder cannot be written.
+        """
+        adapter_id = self.resolve(video_id)
+        try:
+            video = self.store.describe(adapter_id).video
+            self.store.delete(adapter_id)
+        except AdapterError as error:
+            raise translate(error) from None
+        self.engine.forget(adapter_id)
+        self._clips.pop(adapter_id, None)
+        if video is not None and all(record.video != video for record in self.store.list()):
+            self.videos.delete(video)
+        return adapter_id
+
+    # --- questions ----------------------------------------------------------------------------
+
+    def question(self, chat: ChatRequest) -> Asked:
+        """What to ask the engine for a chat request; decodes the video if it goes into context.
+
+        Raises:
+            ApiError: what is asked cannot be answered.
+        """
+        text = question_text(chat)
+        ids = list(chat.video_ids)
+        if chat.model != self.name:
+            if ids:
+                raise ApiError(
+                    400, f"with video_ids the model is {self.name}", "invalid_value", "model"
+                )
+            ids = [chat.model]
+        adapters = tuple(self.resolve(i) for i in ids)
+        sampling = self._sampling(chat)
+        if chat.video_mode == "context":
+            if len(adapters) != 1:
+                raise ApiError(
+                    400, "name one video to put in context", "invalid_value", "video_ids"
+                )
+            clip = self._clip(adapters[0])
+            request = GenerationRequest(text, clip=clip, sampling=sampling, stop=chat.stop)
+            return Asked(request, "context")
+        request = GenerationRequest(text, adapters, sampling=sampling, stop=chat.stop)
+        return Asked(request, "adapter" if adapters else "plain")
+
+    def _sampling(self, chat: ChatRequest) -> Sampling:
+        limit = self.limits.new_tokens
+        wanted = chat.max_completion_tokens or chat.max_tokens or min(DEFAULT_NEW_TOKENS, limit)
+        if wanted > limit:
+            raise ApiError(400, f"at most {limit} tokens are generated here", "invalid_value",
+                           "max_tokens")  # fmt: skip
+        return Sampling(
+            max_new_tokens=wanted,
+            temperature=chat.temperature or 0.0,
+            top_p=1.0 if chat.top_p is None else chat.top_p,
+            top_k=chat.top_k or 0,
+            seed=chat.seed or 0,
+        )
+
+    def _clip(self, adapter_id: str) -> VideoClip:
+        """The frames an adapter was made from, decoded again; the last few stay in memory."""
+        clip = self._clips.get(adapter_id)
+        if clip is not None:
+            return clip
+        gone = ApiError(409, "this video's file is no longer kept; upload it again", "video_gone")
+        provenance = self.store.get(adapter_id).provenance
+        source = provenance.get("source", {})
+        video = self.videos.use(source.get("sha256"))
+        if video is None:
+            raise gone
+        try:
+            with self._decoding:
+                clip = load_video(
+                    video.path,
+                    len(source["frame_indices"]),
+                    self.settings.target_fps,
+                    exact_frames=provenance["preprocessing"]["exact_frames"],
+                    limits=self.limits.video,
+                    longest_edge=provenance["preprocessing"]["longest_edge"],
+                )
+        finally:
+            self.videos.release(video.sha256)
+        if clip.sha256 != video.sha256:
+            # A linked file that was replaced where it lies.
+            raise gone
+        self._clips[adapter_id] = clip
+        while len(self._clips) > _CLIPS:
+            self._clips.popitem(last=False)
+        return clip
+
+
+def question_text(chat: ChatRequest) -> str:
+    """The question, after the system messages if there are any.
+
+    Raises:
+        ApiError: a conversation: the model was trained to answer single questions, and to leave
+            out what was said before would answer another one.
+    """
+    *before, last = chat.messages
+    if last.role != "user" or any(m.role not in ("system", "developer") for m in before):
+        raise ApiError(
+            400,
+            "send one user message, with system messages before it at most: every question is "
+            "answered from the video alone, without earlier turns",
+            "unsupported_conversation",
+            "messages",
+        )
+    text = "\n\n".join(m.text for m in chat.messages if m.text)
+    if not last.text.strip():
+        raise ApiError(400, "the question is empty", "invalid_value", "messages")
+    return text

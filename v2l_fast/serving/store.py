@@ -1,0 +1,266 @@
+"""Adapters on disk: content-addressed, immutable, durable, shared by any number of processes.
+
+One safetensors file an adapter, named by a hash of what is in it, visible only when it is whole and
+on the disk. The index (``index``) is a cache of their headers; files under construction are
+``staging``'s; what an adapter is, and how it is made or used, is left to others.
+
+Layout of the folder::
+
+    adapters/<id>.safetensors   what is served
+    staging/                    what is being written; a dead process's part is removed at start
+    corrupt/                    files that failed their check, kept for inspection, never served
+    index.jsonl                 one line an adapter, for a fast start
+    lock                        held for the moment in which a name appears or disappears
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, uint8
+
+from v2l_fast.adapter import Adapter
+from v2l_fast.errors import AdapterError, V2LError
+from v2l_fast.serving.index import ID, NO_HEADER, SUFFIX, Index, StoredAdapter, read_header
+from v2l_fast.serving.settings import InternalizeSettings
+from v2l_fast.serving.staging import Staging, exclusive, sync_folder
+
+log = logging.getLogger(__name__)
+
+INDEX_NAME = "index.jsonl"
+
+
+class StoreError(V2LError):
+    """The store's folder cannot be read or written."""
+
+
+class AdapterStore:
+    """Adapters of one model (or of several) in a folder.
+
+    Threads of one process and processes of several machines may use one folder at the same time.
+
+    Args:
+        folder: made when missing.
+
+    Raises:
+        StoreError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        self._adapters = self.folder / "adapters"
+        self._corrupt = self.folder / "corrupt"
+        self._lock_path = self.folder / "lock"
+        self._mutex = threading.RLock()
+        try:
+            for path in (self._adapters, self._corrupt):
+                path.mkdir(parents=True, exist_ok=True)
+            self.staging = Staging(self.folder / "staging")
+        except OSError as error:
+            raise self._failure("cannot be used", error) from None
+        self._index = Index(
+            self.folder / INDEX_NAME, self._adapters, self._lock_path, self._set_aside
+        )
+        self._records()
+
+    def close(self) -> None:
+        """Give up this process's staging folder; the store must not be written to afterwards."""
+        self.staging.close()
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def put(self, adapter: Adapter) -> str:
+        """Store an adapter; when this returns it is on the disk.
+
+        Its shared bias is named in the file, not stored.
+
+        Returns:
+            Its id; the same adapter put twice has one id and one file.
+
+        Raises:
+            AdapterError: a factor is not finite.
+            StoreError: the disk is full or the folder not writable; nothing is left behind.
+        """
+        adapter_id = content_id(adapter)
+        path = self._path(adapter_id)
+        part = self.staging.new_path(SUFFIX)
+        try:
+            adapter.save(part)
+            with exclusive(self._lock_path):
+                os.replace(part, path)
+                sync_folder(self._adapters)
+        except (OSError, SafetensorError) as error:
+            raise self._failure("the adapter was not stored", error) from None
+        finally:
+            with suppress(OSError):
+                self.staging.remove(part)
+        with self._mutex:
+            self._index.learn(adapter_id)
+        return adapter_id
+
+    def delete(self, adapter_id: str) -> None:
+        """Remove an adapter for good.
+
+        Raises:
+            AdapterError: there is none with this id.
+            StoreError: the folder cannot be written.
+        """
+        path = self._path(adapter_id)
+        try:
+            with exclusive(self._lock_path):
+                path.unlink()
+                sync_folder(self._adapters)
+        except FileNotFoundError:
+            raise _unknown(adapter_id) from None
+        except OSError as error:
+            raise self._failure("the adapter was not deleted", error) from None
+        finally:
+            with self._mutex:
+                self._index.forget(adapter_id)
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def get(self, adapter_id: str) -> Adapter:
+        """Read an adapter (on the CPU, its bias not attached) and check it against its id.
+
+        Raises:
+            AdapterError: the id is malformed or unknown, or the file is damaged; it is then moved
+                to ``corrupt/`` so that internalizing the video again replaces it.
+        """
+        path = self._path(adapter_id)
+        try:
+            inode = path.stat().st_ino
+            adapter = Adapter.load(path)
+        except FileNotFoundError:
+            raise _unknown(adapter_id) from None
+        except OSError as error:
+            raise self._failure(f"{path.name} cannot be read", error) from None
+        except AdapterError as error:
+            if not path.exists():
+                raise _unknown(adapter_id) from None
+            if isinstance(error.__context__, OSError):
+                # Too many open files or a network failure say nothing about the content.
+                raise
+            self._set_aside(adapter_id, inode, str(error))
+            raise AdapterError(
+                f"{path}: damaged, moved to {self._corrupt}; internalize the video again"
+            ) from None
+        if content_id(adapter) != adapter_id:
+            self._set_aside(adapter_id, inode, "its content is not what its name says")
+            raise AdapterError(
+                f"{path}: its content is not what its name says, moved to {self._corrupt}; "
+                "internalize the video again"
+            )
+        return adapter
+
+    def list(self) -> list[StoredAdapter]:
+        """All adapters, the newest first."""
+        return sorted(self._records().values(), key=lambda r: (-r.created, r.id))
+
+    def describe(self, adapter_id: str) -> StoredAdapter:
+        """What the index knows of one adapter.
+
+        Raises:
+            AdapterError: there is none with this id.
+        """
+        self._path(adapter_id)
+        record = self._records().get(adapter_id)
+        if record is None:
+            raise _unknown(adapter_id)
+        return record
+
+    def __contains__(self, adapter_id: str) -> bool:
+        return ID.fullmatch(adapter_id) is not None and self._path(adapter_id).is_file()
+
+    def file(self, adapter_id: str) -> Path:
+        """Path of an adapter's file; it may be read, never changed.
+
+        Raises:
+            AdapterError: the id is malformed.
+        """
+        return self._path(adapter_id)
+
+    def find(self, video: str, settings: InternalizeSettings) -> str | None:
+        """Id of the adapter that a video has become with these settings, or None.
+
+        Args:
+            video: sha256 of the file's bytes, hexadecimal.
+        """
+        for record in self.list():
+            if record.video == video and record.hypernetwork == settings.hypernetwork:
+                with suppress(OSError, *NO_HEADER):
+                    if settings.made(read_header(self._path(record.id))[0]):
+                        return record.id
+        return None
+
+    def _records(self) -> dict[str, StoredAdapter]:
+        with self._mutex:
+            try:
+                return dict(self._index.records())
+            except OSError as error:
+                raise self._failure("cannot be read", error) from None
+
+    # --- files --------------------------------------------------------------------------------
+
+    def _path(self, adapter_id: str) -> Path:
+        if not isinstance(adapter_id, str) or not ID.fullmatch(adapter_id):
+            raise AdapterError(
+                f"{str(adapter_id)[:80]!r} is no adapter id: 32 hexadecimal digits, "
+                "as internalizing returned them"
+            )
+        return self._adapters / f"{adapter_id}{SUFFIX}"
+
+    def _set_aside(self, adapter_id: str, inode: int, why: str) -> None:
+        """Move a damaged file away, unless a sound one has taken its place meanwhile."""
+        path = self._path(adapter_id)
+        log.error("%s: %s", path, why)
+        with suppress(FileNotFoundError), exclusive(self._lock_path):
+            if path.stat().st_ino == inode:
+                os.replace(path, self._corrupt / f"{path.stem}.{uuid.uuid4().hex[:8]}{SUFFIX}")
+                sync_folder(self._adapters)
+        with self._mutex:
+            self._index.forget(adapter_id)
+
+    def _failure(self, what: str, error: Exception) -> StoreError:
+        reason = getattr(error, "strerror", None) or str(error)
+        return StoreError(
+            f"{self.folder}: {what} ({reason}); check its free space and permissions"
+        )
+
+
+def content_id(adapter: Adapter) -> str:
+    """Hash of an adapter's factors, scale, bias and provenance; its video's file name aside."""
+    provenance = dict(adapter.provenance)
+    if "source" in provenance:
+        provenance["source"] = {k: v for k, v in provenance["source"].items() if k != "name"}
+    record = {"scale": adapter.scale, "bias": adapter.bias_id, "provenance": provenance}
+    digest = hashlib.sha256(_canonical(record).encode())
+    for letter, factors in (("A", adapter.A), ("B", adapter.B)):
+        for module in sorted(factors):
+            digest.update(_canonical([letter, module]).encode())
+            _update(digest, factors[module])
+    return digest.hexdigest()[:32]
+
+
+def _update(digest: Any, factor: Tensor) -> None:
+    factor = factor.detach().cpu().contiguous()
+    digest.update(f"{factor.dtype}{list(factor.shape)}".encode())
+    # NumPy has no bfloat16; the bytes are the same.
+    digest.update(factor.flatten().view(uint8).numpy().data)
+
+
+def _canonical(values: Any) -> str:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def _unknown(adapter_id: str) -> AdapterError:
+    return AdapterError(f"no adapter {adapter_id}; internalize its video first")

@@ -1,0 +1,186 @@
+"""Videos: internalize, follow, list, download, delete."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import ValidationError
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+
+from v2l_fast.serving import upload
+from v2l_fast.serving.auth import authorized
+from v2l_fast.serving.http_errors import ApiError, from_validation, responses
+from v2l_fast.serving.jobs import Job
+from v2l_fast.serving.requests import QueueFull
+from v2l_fast.serving.schemas import (
+    Deleted,
+    InternalizeOptions,
+    ListQuery,
+    PathRequest,
+    PeftQuery,
+    VideoBody,
+    VideoList,
+)
+from v2l_fast.serving.server import Server
+from v2l_fast.serving.videos import KeptVideo, allowed_path
+
+router = APIRouter(prefix="/v1/videos", tags=["Videos"], dependencies=[Depends(authorized)])
+
+_FORM = {
+    "type": "object",
+    "required": ["file"],
+    "additionalProperties": False,
+    "properties": {
+        "file": {"type": "string", "format": "binary", "description": "The video."},
+        **InternalizeOptions.model_json_schema()["properties"],
+    },
+}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": _FORM},
+            "application/json": {"schema": PathRequest.model_json_schema()},
+        },
+    }
+}
+_ACCEPTED = {
+    200: {"model": VideoBody, "description": "The store has this video's adapter already"},
+    202: {"model": VideoBody, "description": "A job internalizes it; ask for it by its id"},
+}
+
+
+@router.post(
+    "",
+    response_model=VideoBody,
+    responses=_ACCEPTED | responses(400, 401, 408, 413, 415, 503),
+    openapi_extra=_BODY,
+)
+async def create(request: Request, response: Response) -> VideoBody:
+    """Internalize a video: uploaded, or by a path under the folder the operator allowed.
+
+    The same bytes with the same options are never internalized twice.
+    """
+    server: Server = request.app.state.server
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        video, options = await _uploaded(request, server)
+    elif kind == "application/json":
+        video, options = await _linked(request, server)
+    else:
+        raise ApiError(415, "send multipart/form-data, or application/json with a path")
+    job = await run_in_threadpool(server.jobs.start, video, options)
+    if isinstance(job, Job):
+        response.status_code = 202
+        return server.describe_job(job)
+    known = await run_in_threadpool(server.describe, job)
+    return known.model_copy(update={"cached": True})
+
+
+async def _uploaded(request: Request, server: Server) -> tuple[KeptVideo, InternalizeOptions]:
+    uploads = request.app.state.uploads
+    if uploads.locked():
+        raise QueueFull("as many uploads as are allowed are being received; try again later")
+    part = server.store.staging.new_path()
+    async with uploads:
+        try:
+            name, options = await upload.receive(request, part, server.limits.upload_bytes)
+            return await run_in_threadpool(server.videos.keep, part, name), options
+        finally:
+            server.store.staging.remove(part)
+
+
+async def _linked(request: Request, server: Server) -> tuple[KeptVideo, InternalizeOptions]:
+    try:
+        asked = PathRequest.model_validate(json.loads(await request.body()))
+    except ValidationError as error:
+        raise from_validation(error.errors(include_context=False)) from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON", "invalid_json") from None
+    path = await run_in_threadpool(allowed_path, asked.path, server.root)
+    if path.stat().st_size > server.limits.upload_bytes:
+        limit = server.limits.upload_bytes
+        raise ApiError(413, f"the video is larger than {limit} bytes", "too_large")
+    return await run_in_threadpool(server.videos.link, path), asked
+
+
+@router.get("", responses=responses(400, 401, 503))
+def videos(request: Request, page: Annotated[ListQuery, Query()]) -> VideoList:
+    """Unfinished and failed jobs, then adapters, each the newest first."""
+    server: Server = request.app.state.server
+    found: list[Any] = [*server.jobs.unfinished(), *server.adapters()]
+    return VideoList(
+        data=[
+            server.describe_job(item) if isinstance(item, Job) else server.describe_adapter(item)
+            for item in found[page.offset : page.offset + page.limit]
+        ]
+    )
+
+
+@router.get("/{video_id}", responses=responses(401, 404, 503))
+def video(video_id: str, request: Request) -> VideoBody:
+    """A job with its progress, or an adapter."""
+    server: Server = request.app.state.server
+    return server.describe(video_id)
+
+
+@router.delete("/{video_id}", responses=responses(401, 404, 409, 503))
+def delete(video_id: str, request: Request) -> Deleted:
+    """Remove an adapter, and the video when nothing else was made from it."""
+    server: Server = request.app.state.server
+    return Deleted(id=server.delete(video_id))
+
+
+@router.get(
+    "/{video_id}/adapter",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {"application/octet-stream": {}}, "description": "A safetensors file"}
+    }
+    | responses(401, 404, 409, 503),
+)
+def adapter(video_id: str, request: Request) -> FileResponse:
+    """The adapter's file, as ``v2l ask`` reads it."""
+    server: Server = request.app.state.server
+    adapter_id = server.resolve(video_id)
+    path = server.store.file(adapter_id)
+    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+
+
+@router.get(
+    "/{video_id}/peft",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/zip": {}}, "description": "A PEFT directory, zipped"}
+    }
+    | responses(400, 401, 404, 409, 503),
+)
+def peft(
+    video_id: str, request: Request, wanted: Annotated[PeftQuery, Query()]
+) -> FileResponse:
+    """The adapter as PEFT, vLLM and SGLang read it."""
+    from v2l_fast.interop.peft import TEXT_LAYERS, VLM_LAYERS, save_peft
+
+    server: Server = request.app.state.server
+    adapter_id = server.resolve(video_id)
+    attached = server.model.attach(server.store.get(adapter_id))
+    folder, archive = server.store.staging.new_path(), server.store.staging.new_path(".zip")
+    try:
+        layers = TEXT_LAYERS if wanted.text_only else VLM_LAYERS
+        save_peft(attached, folder, wanted.base or server.peft_base, layers=layers)
+        with zipfile.ZipFile(archive, "w") as zipped:
+            for file in sorted(folder.iterdir()):
+                zipped.write(file, f"{adapter_id}/{file.name}")
+    finally:
+        server.store.staging.remove(folder)
+    return FileResponse(
+        archive,
+        media_type="application/zip",
+        filename=f"{adapter_id}.zip",
+        background=BackgroundTask(server.store.staging.remove, archive),
+    )
