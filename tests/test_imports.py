@@ -19,14 +19,18 @@ PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 # a module of v2l_fast or a package with all its modules. What is imported inside a function is
 # loaded when it is needed and may point anywhere.
 LAYERS = (
-    ("csrc_triton", "errors"),
-    ("files", "config", "video"),
+    ("csrc_triton", "errors", "compiling"),
+    ("files", "video"),
+    ("config",),
     ("perceiver", "adapter"),
     ("hypernet", "adapted"),
     ("backbones", "loading"),
     ("generation",),
     ("model",),
-    ("training", "serving", "evaluation", "analysis", "interop"),
+    ("options",),
+    ("training", "serving", "interop"),
+    ("evaluation", "corpus"),
+    ("analysis",),
     ("shapes", "doctor"),
     ("demo",),
     ("cli",),

@@ -7,18 +7,46 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import v2l_fast
+from v2l_fast.analysis.cli import app as analyze_app
+from v2l_fast.analysis.cli import sweep
 from v2l_fast.errors import ConfigError, V2LError
+from v2l_fast.evaluation.cli import app as evaluation_app
+from v2l_fast.options import (
+    Base,
+    Device,
+    Dtype,
+    ExactFrames,
+    Json,
+    LongestEdge,
+    MaxFrames,
+    MaxNewTokens,
+    Model,
+    load_model,
+    log,
+    out,
+    progress_bar,
+    quiet_transformers,
+)
+from v2l_fast.serving.cli import serve
 from v2l_fast.shapes.cli import app as shapes_app
+from v2l_fast.training.cli import train_command
+from v2l_fast.training.data_cli import (
+    cache_command,
+    finevideo_app,
+    print_outcome,
+    teach_command,
+)
+
+if TYPE_CHECKING:
+    from v2l_fast.corpus import CorpusSettings
 
 app = typer.Typer(
     name="v2l",
@@ -27,38 +55,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-analyze_app = typer.Typer(help="Look into adapters.", no_args_is_help=True)
 app.add_typer(analyze_app, name="analyze")
+app.add_typer(evaluation_app)
 app.add_typer(shapes_app, name="shapes")
+app.add_typer(finevideo_app, name="finevideo")
+app.command("train")(train_command)
+app.command("teach")(teach_command)
+app.command("cache")(cache_command)
+app.command()(serve)
+app.command()(sweep)
 
-out = Console()
-log = Console(stderr=True)
-
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        envvar="V2L_MODEL",
-        help="Hypernetwork: 'shapes' (shipped), a folder, a hub id or a released .pt file.",
-    ),
-]
-Base = Annotated[
-    str | None, typer.Option(help="Frozen VLM; from the hypernetwork's config if omitted.")
-]
-Device = Annotated[str | None, typer.Option(help="cuda or cpu; a GPU is used when there is one.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; by device if omitted.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-MaxFrames = Annotated[int | None, typer.Option(help="Frames to sample; as in training if omitted.")]
-LongestEdge = Annotated[
-    int | None, typer.Option(help="Longest frame edge in pixels; as in training if omitted.")
-]
-ExactFrames = Annotated[
-    bool, typer.Option("--exact-frames", help="Take exactly --max-frames, whatever the duration.")
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Nucleus of the sampled distribution.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
@@ -96,11 +102,25 @@ def root(
 
 @app.command()
 def internalize(
-    videos: Annotated[list[Path], typer.Argument(help="Video files.")],
     out_path: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Adapter file; a folder for several videos."),
+        typer.Option(
+            "--out", "-o", help="Adapter file; a folder for several videos; with --manifest, "
+            "an adapter store."
+        ),
     ],
+    videos: Annotated[list[Path] | None, typer.Argument(help="Video files.")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Videos of a JSONL manifest, instead of files.")
+    ] = None,
+    video_root: Annotated[
+        Path | None,
+        typer.Option("--root", help="What the manifest's paths start from; its folder if omitted."),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="With --manifest: local, or ray for a Ray cluster.")
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Processes of --engine ray.")] = 1,
     model: Model = "shapes",
     base: Base = None,
     max_frames: MaxFrames = None,
@@ -115,16 +135,31 @@ def internalize(
     \b
     v2l internalize clip.mp4 --out clip.safetensors
     v2l internalize a.mp4 b.mp4 --out adapters/ --model path/to/hypernetwork
+    v2l internalize --manifest corpus.jsonl --out store/
+    v2l internalize --manifest corpus.jsonl --out /shared/store --engine ray --workers 8
+
+    With --manifest, repeat the same command to go on after an interruption; videos that cannot be
+    read are left out and named. Servers may use the store at the same time.
     """
+    if (manifest is None) == (not videos):
+        raise typer.BadParameter("name video files, or a manifest with --manifest")
+    if manifest is not None:
+        from v2l_fast.corpus import CorpusSettings
+
+        settings = CorpusSettings(
+            model, base, device, dtype, max_frames, longest_edge, exact_frames
+        )
+        _internalize_manifest(manifest, out_path, settings, video_root, engine, workers, as_json)
+        return
     several = len(videos) > 1 or out_path.is_dir()
     targets = [out_path / f"{v.stem}.safetensors" if several else out_path for v in videos]
     if len(set(targets)) < len(targets):
         raise ConfigError("two videos have the same name: internalize them into different folders")
-    loaded = _load(model, base, device, dtype)
+    loaded = load_model(model, base, device, dtype)
     targets[0].parent.mkdir(parents=True, exist_ok=True)
     written = []
     for video, target in zip(videos, targets, strict=True):
-        with _progress(video.name) as report:
+        with progress_bar(video.name) as report:
             adapter = loaded.internalize(
                 video,
                 max_frames=max_frames,
@@ -187,7 +222,7 @@ def ask(
         raise typer.BadParameter("name at least one adapter file (.safetensors)")
     if not questions:
         raise typer.BadParameter("ask at least one question")
-    loaded = _load(model, base, device, dtype)
+    loaded = load_model(model, base, device, dtype)
     names = [*files, *(["(no adapter)"] if plain else [])]
     adapters = [*(loaded.load_adapter(file) for file in files), *([None] if plain else [])]
     answers = loaded.answer(
@@ -230,7 +265,7 @@ def chat(
 
     Every question is answered from the adapter alone, without the earlier ones.
     """
-    loaded = _load(model, base, device, dtype)
+    loaded = load_model(model, base, device, dtype)
     internalized = loaded.load_adapter(adapter)
     interactive = sys.stdin.isatty()
     while True:
@@ -292,6 +327,10 @@ def export(
     llama: Annotated[
         Path | None, typer.Option(help="Write the VLM's text decoder here, as a plain Llama.")
     ] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(help="Write a PEFT folder in this one and print the vLLM command."),
+    ] = None,
     served_base: Annotated[
         str | None,
         typer.Option(help="Name or path the base is served under; --base if omitted."),
@@ -308,21 +347,31 @@ def export(
 
     \b
     v2l export clip.safetensors --peft clip-peft/
+    v2l export clip.safetensors --vllm adapters/ --served-base org/model
     v2l export --llama text-decoder/
     """
     from v2l_fast.interop.llama import export_text_decoder
     from v2l_fast.interop.peft import TEXT_LAYERS, VLM_LAYERS, save_peft
 
-    if peft is None and llama is None:
-        raise typer.BadParameter("say what to write: --peft FOLDER or --llama FOLDER")
-    if (peft is None) != (adapter is None):
-        raise typer.BadParameter("--peft exports an adapter file: name it first")
-    loaded = _load(model, base, device, dtype)
+    if peft is None and llama is None and vllm is None:
+        raise typer.BadParameter("name --peft FOLDER, --vllm FOLDER or --llama FOLDER to write")
+    if (peft is None and vllm is None) != (adapter is None):
+        raise typer.BadParameter("--peft and --vllm export an adapter file: name it first")
+    loaded = load_model(model, base, device, dtype)
     if llama is not None:
         export_text_decoder(loaded.backbone.model, llama, loaded.backbone.tokenizer)
         out.print(f"{llama}: the text decoder as LlamaForCausalLM", highlight=False)
+    name = served_base or base or loaded.backbone.name_or_path
+    if vllm is not None:
+        from v2l_fast.serving.vllm import VllmFolder
+
+        target, attached = VllmFolder(vllm, name, text_only), loaded.load_adapter(adapter)
+        target.write(adapter.stem, attached)
+        rank = next(iter(attached.merged()[0].values())).shape[1]
+        out.print(f"{vllm / adapter.stem}: PEFT adapter for {name}. Serve and ask for it with:")
+        out.print(target.command(rank), soft_wrap=True, highlight=False, markup=False)
+        out.print(f'"model": "{adapter.stem}"', highlight=False, markup=False)
     if peft is not None:
-        name = served_base or base or loaded.backbone.name_or_path
         layers = TEXT_LAYERS if text_only else VLM_LAYERS
         save_peft(loaded.load_adapter(adapter), peft, name, layers=layers)
         out.print(f"{peft}: PEFT adapter for {name}", highlight=False)
@@ -357,73 +406,37 @@ def doctor(as_json: Json = False) -> None:
     out.print(table)
 
 
-@analyze_app.command()
-def effect(
-    adapter: Annotated[Path, typer.Argument(help="Adapter file.")],
-    question: Annotated[str, typer.Argument(help="A question to answer with and without it.")],
-    model: Model = "shapes",
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Did the adapter do anything? Update norms, logit shift, both answers.
-
-    \b
-    v2l analyze effect clip.safetensors "What happens in the video?"
-    """
-    loaded = _load(model, base, device, dtype)
-    found = loaded.effect(loaded.load_adapter(adapter), question)
-    if as_json:
-        out.print_json(data=dataclasses.asdict(found))
-        return
-    table = Table("module", "layer", "update norm", "relative to the weight")
-    for module, norms in found.update_norms.items():
-        for layer, (norm, relative) in enumerate(
-            zip(norms, found.relative_norms[module], strict=True)
-        ):
-            table.add_row(module, str(layer), f"{norm:.4g}", f"{relative:.2%}")
-    out.print(table)
-    out.print(f"first answer token: largest logit change {found.logit_shift:.3g}, "
-              f"divergence {found.divergence:.3g} nats", highlight=False)
-    out.print(f"with the adapter:    {found.answer}", highlight=False, markup=False)
-    out.print(f"without the adapter: {found.answer_without}", highlight=False, markup=False)
-
-
 # --- shared by the commands ---------------------------------------------------------------------
 
 
-def _load(model: str, base: str | None, device: str | None, dtype: str | None):
-    with log.status(f"loading {model}"):
-        import torch
-        import transformers
+def _internalize_manifest(
+    manifest: Path,
+    store: Path,
+    settings: CorpusSettings,
+    video_root: Path | None,
+    engine: str,
+    workers: int,
+    as_json: bool,
+) -> None:
+    from v2l_fast.corpus import internalize_corpus
 
-        from v2l_fast.model import Video2LoRA
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype is not None and dtype not in dtypes:
-            raise typer.BadParameter(f"--dtype is one of {', '.join(dtypes)}, not {dtype}")
-        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"--device {device}: this machine has no usable GPU; see v2l doctor")
-        return Video2LoRA.from_pretrained(
-            model, base=base, device=device, dtype=None if dtype is None else dtypes[dtype]
+    if engine not in ("local", "ray"):
+        raise typer.BadParameter(f"--engine is local or ray, not {engine}")
+    if settings.dtype not in (None, "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(
+            f"--dtype is float32, bfloat16 or float16, not {settings.dtype}"
         )
-
-
-@contextmanager
-def _progress(name: str) -> Iterator:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=log, transient=True) as bar:
-        task = bar.add_task(name)
-
-        def report(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{name}: {stage}", completed=done, total=total)
-
-        yield report
+    quiet_transformers()
+    with progress_bar("internalizing") as report:
+        made = internalize_corpus(
+            manifest, store, settings, video_root, engine, workers, partial(report, "videos")
+        )
+    print_outcome(
+        f"{store}: {made.adapters} adapters, listed in {made.listing}",
+        {"store": str(store), "listing": str(made.listing), "adapters": made.adapters},
+        made.failures,
+        as_json,
+    )
 
 
 def _escape(text: str) -> str:

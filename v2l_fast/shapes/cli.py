@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from v2l_fast.options import out as console
+from v2l_fast.options import progress_bar
 
 app = typer.Typer(
     help="The shapes world: a tiny model pair that shows learning on any CPU.",
@@ -27,23 +29,28 @@ def render(
     size: Annotated[int, typer.Option(help="Side in pixels (even).")] = 192,
     seed: Seed = 0,
 ) -> None:
-    """Write H.264 clips and scenes.json with their captions."""
+    """Write H.264 clips and manifest.jsonl: a caption and five questions about each.
+
+    \b
+    v2l shapes render clips --count 64 && v2l evaluate --manifest clips/manifest.jsonl
+    """
+    from v2l_fast.shapes.evaluate import clip_name, examples_for
     from v2l_fast.shapes.language import caption
     from v2l_fast.shapes.render import write_clip
     from v2l_fast.shapes.scene import SPLITS, sample_scenes
-    from v2l_fast.training.trainer import write_record
+    from v2l_fast.training.manifest import write_manifest
 
     if split not in SPLITS:
         raise typer.BadParameter(f"split must be one of {', '.join(SPLITS)}, not {split}")
     if size % 2 or size < 16:
         raise typer.BadParameter(f"size must be even and at least 16, not {size}")
     folder.mkdir(parents=True, exist_ok=True)
-    captions = {}
-    for index, scene in enumerate(sample_scenes(split, count, seed)):
-        path = write_clip(scene, folder / f"{split}_{index:04d}.mp4", size=size)
-        captions[path.name] = caption(scene)
-        typer.echo(f"{path}  {captions[path.name]}")
-    write_record(folder / "scenes.json", captions)
+    scenes = sample_scenes(split, count, seed)
+    for index, scene in enumerate(scenes):
+        path = write_clip(scene, folder / clip_name(split, index), size=size)
+        typer.echo(f"{path}  {caption(scene)}")
+    rows = (example.row() for example in examples_for(scenes, split, seed))
+    write_manifest(folder / "manifest.jsonl", rows)
 
 
 @app.command("train-vlm")
@@ -57,27 +64,6 @@ def train_vlm_command(
     from v2l_fast.shapes.train_vlm import train_vlm
 
     train_vlm(folder, record, seed=seed, threads=threads)
-
-
-@app.command("train-hypernet")
-def train_hypernet_command(
-    folder: RunFolder = Path("runs/shapes"),
-    base: Annotated[Path | None, typer.Option(help="The VLM; FOLDER/base if omitted.")] = None,
-    record: Annotated[Path, typer.Option(help="The run's record.")] = Path(
-        "runs/shapes-hypernet.json"
-    ),
-    steps: Annotated[int, typer.Option(help="Optimization steps.")] = 2000,
-    videos: Annotated[int, typer.Option(help="Training videos.")] = 16384,
-    batch: Annotated[int, typer.Option(help="Videos a step.")] = 48,
-    seed: Seed = 0,
-    threads: Threads = 1,
-) -> None:
-    """Train the hypernetwork (about 25 minutes on one core); continues where it was stopped."""
-    from v2l_fast.shapes.train_hypernet import train_hypernet
-    from v2l_fast.training.trainer import TrainSettings
-
-    settings = TrainSettings(steps=steps, batch=batch, seed=seed)
-    train_hypernet(base or folder / "base", folder, record, settings, videos, threads=threads)
 
 
 @app.command()
@@ -100,27 +86,68 @@ def evaluate(
     from v2l_fast.shapes.evaluate import evaluate as run
     from v2l_fast.shapes.evaluate import evaluate_files
     from v2l_fast.shapes.scene import sample_scenes
-    from v2l_fast.training.trainer import write_record
+    from v2l_fast.training.records import write_record
 
     torch.set_num_threads(threads)
-    console = Console()
     model = Video2LoRA.from_pretrained(folder or "shapes", device="cpu")
     scenes = sample_scenes("test", videos, seed)
-    with console.status("loading") as status:
-        result = run(model, scenes, seed, report=status.update)
+    with progress_bar("evaluating") as progress:
+        result = run(model, scenes, seed, progress)
         if encoded:
-            status.update("H.264 files")
+            progress("H.264 files", 0, 1)
             result["encoded_files"] = evaluate_files(model, scenes[:encoded])
     write_record(record, result)
-    table = Table(title=f"{videos} unseen videos, {result['questions']} questions, 95% intervals")
-    for name in ("condition", "attributes", "caption exact", "token-F1", "QA exact"):
+    table = Table(title=f"{videos} unseen videos, 95% intervals")
+    for name in ("condition", "attributes stated rightly", "captions right to the word"):
         table.add_column(name)
-    for name, scores in result["conditions"].items():
-        cells = [
-            "{estimate:.3f}\n{low:.3f}-{high:.3f}".format(**scores[key])
-            for key in ("caption_attributes", "caption_exact", "caption_token_f1", "qa_exact")
-        ]
-        table.add_row(name, *cells)
+    for name in result["conditions"]:
+        shares = (result[key][name] for key in ("attributes", "caption_exact"))
+        table.add_row(name, *("{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**x) for x in shares))
     console.print(table)
-    shown = ("adapter_minus_direct", "encoded_files")
-    console.print_json(data={name: result[name] for name in shown if name in result})
+    console.print(result["table"], markup=False, highlight=False, soft_wrap=True)
+    if encoded:
+        console.print_json(data=result["encoded_files"])
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of the page and its plots.")] = Path(
+        "docs/shapes"
+    ),
+    records: Annotated[
+        Path, typer.Option(help="Folder of the records; pieces that are there are not made again.")
+    ] = Path("runs/shapes-report"),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure this piece alone, repeatable; the page has all that is there."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Has base/ and hypernet/; the shipped pair if omitted.")
+    ] = None,
+    trained: Annotated[
+        Path | None, typer.Option(help="Hypernetwork trained on chunks, to compose beside it.")
+    ] = None,
+    videos: Annotated[int, typer.Option(help="Unseen videos; expensive pieces take fewer.")] = 512,
+    seed: Seed = 0,
+    threads: Threads = 1,
+) -> None:
+    """Measure everything on the shapes world and write one page about it.
+
+    \b
+    v2l shapes report
+    v2l shapes report --only rank --only layers --videos 64 --records runs/small --out runs/page
+    """
+    import torch
+
+    from v2l_fast.model import Video2LoRA
+    from v2l_fast.shapes.report import PIECES, Report, measure
+    from v2l_fast.shapes.report_page import write_page
+
+    torch.set_num_threads(threads)
+    base = None if folder is None else folder / "base"
+    pair = Video2LoRA.from_pretrained(folder or "shapes", base, device="cpu")
+    chunked = trained and Video2LoRA.from_pretrained(trained, base, device="cpu")
+    with progress_bar("report") as progress:
+        made = Report(pair, records, videos, chunked, seed, progress)
+        measure(made, only or tuple(PIECES))
+    typer.echo(write_page(made.made(), out))
