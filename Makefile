@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench aot gpu tune train-shapes evaluate-shapes wheel clean
+.PHONY: demo test lint bench aot gpu tune train-shapes evaluate-shapes report page-test wheel clean
 
 demo: $(VENV)/.core
 	@$(BIN)/v2l demo
@@ -18,6 +18,10 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.hypernet_streaming
 	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.train_step
+	$(BIN)/python -m bench.decode
+	$(BIN)/python -m bench.serve
+	$(BIN)/python -m bench.serve --load
 	$(BIN)/python -m bench.report
 
 aot: $(VENV)/.dev
@@ -31,11 +35,16 @@ tune: $(VENV)/.dev
 	$(BIN)/python -m bench.tune
 
 train-shapes: $(VENV)/.dev
-	$(BIN)/v2l shapes train-vlm
-	$(BIN)/v2l shapes train-hypernet
+	$(BIN)/v2l train --config shapes
 
 evaluate-shapes: $(VENV)/.dev
 	$(BIN)/v2l shapes evaluate
+
+report: $(VENV)/.dev
+	$(BIN)/v2l shapes report
+
+page-test: $(VENV)/.dev
+	$(BIN)/python -m tests.browser.check_page
 
 wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .

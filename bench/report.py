@@ -76,6 +76,82 @@ def _lora_linear_cpu(record: Record) -> str:
     return sizes + _table(header, rows)
 
 
+def _train_step(record: Record) -> str:
+    rows, stages = [], []
+    for row in record["rows"]:
+        old, new, right = row["released"], row["ours"], row["correct"]
+        batch = f"{row['videos']} x {row['prompts']} x {row['frames']}"
+        rows.append([
+            row["case"], batch, f"{old['samples_per_second']:.2f}",
+            f"{new['samples_per_second']:.2f}",
+            f"{row['speedup']:.2f}x" if right else FAILED,
+            _gib(old["peak_bytes"]), _gib(new["peak_bytes"]),
+            _ratio(row.get("peak_bytes_ratio"), right), f"{row['gradient_error']:.1e}",
+        ])  # fmt: skip
+        for order in ("released", "ours"):
+            split = (_ms(row[order]["stages"][stage]) for stage in row[order]["stages"])
+            stages.append([row["case"], order, *split, _ms(row[order]["decode_seconds"])])
+    names = list(record["rows"][0]["ours"]["stages"])
+    return "\n\n".join([
+        "A batch is videos x prompts x frames; a sample is one prompt.",
+        _table(["case", "batch", "released samples/s", "ours samples/s", "speed-up",
+                "released GiB", "ours GiB", "peak memory ratio", "gradient error"], rows),
+        "Milliseconds by stage; decoding is done ahead of the step, by data workers.",
+        _table(["case", "order", *names, "decoding, CPU"], stages),
+    ])  # fmt: skip
+
+
+def _decode(record: Record) -> str:
+    rows = [
+        [
+            row["case"], row["codec"], f"{row['size'][0]} x {row['size'][1]}", backend,
+            _count(found.get("frames_per_second")),
+            f"{found['error']['mean']:.2f}" if "error" in found else "not there",
+        ]
+        for row in record["rows"]
+        for backend, found in row["backends"].items()
+    ]  # fmt: skip
+    return "Errors are mean absolute differences from PyAV's frames, of 255.\n\n" + _table(
+        ["frames", "codec", "size", "decoder", "frames/s", "error"], rows
+    )
+
+
+def _serve(record: Record) -> str:
+    note = (
+        f"One question of {record['question_tokens']} tokens, {record['visual_tokens']} visual "
+        f"tokens where the video is in context, {record['new_tokens']} new tokens."
+    )
+    if not record["passed"]:
+        return f"{note} {FAILED}: answers of {', '.join(record['disagree'])} differ."
+    rows = [
+        [way, _ms(found["time_to_first_token"]), f"{found['tokens_per_second']:.0f}"]
+        for way, found in record["ways"].items()
+    ]
+    return f"{note}\n\n" + _table(["way", "time to first token, ms", "tokens/s"], rows)
+
+
+def _serve_load(record: Record) -> str:
+    load, alone = record["load"], record["one_at_a_time"]
+    first, between = load["time_to_first_token"], load["between_pieces"]
+    memory = record["resident_bytes"]
+    return _table(
+        ["what", "value"],
+        [
+            ["clients, adapters", f"{record['clients']}, {record['adapters']}"],
+            ["minutes", f"{load['seconds'] / 60:.1f}"],
+            ["requests", load["requests"]],
+            ["errors, wrong answers", f"{load['error_count']}, {load['wrong_answers']}"],
+            ["requests/s, one at a time", f"{alone['requests_per_second']:.2f}"],
+            ["requests/s, together", f"{load['requests_per_second']:.2f}"],
+            ["ratio", f"{record['speedup']:.2f}x"],
+            ["time to first token, p50 and p95, ms", f"{_ms(first['p50'])}, {_ms(first['p95'])}"],
+            ["between tokens, p50 and p95, ms", f"{_ms(between['p50'])}, {_ms(between['p95'])}"],
+            ["resident memory at the end", f"{_gib(memory['end'])} GiB"],
+            ["its growth after settling", f"{memory['growth']:.2%}"],
+        ],
+    )
+
+
 def _gpu(record: Record) -> str:
     checks = record["checks"]
     wrong = [c for c in checks if not c["passed"]]
@@ -133,6 +209,12 @@ def _unknown(record: Record) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "hypernet_streaming": ("Internalizing on a CPU: released and ours", _hypernet_streaming),
     "lora_linear_cpu": ("lora_linear on a CPU: released op order and ours", _lora_linear_cpu),
+    "train_step": ("A training step: released order and ours", _train_step),
+    "decode": ("Decoding video", _decode),
+    "serve_shapes_cpu": ("Answering a question, shipped model on a CPU", _serve),
+    "serve_500M_cuda": ("Answering a question, 500M shape on a GPU", _serve),
+    "serve_2.2B_cuda": ("Answering a question, 2.2B shape on a GPU", _serve),
+    "serve_load": ("The engine under load, shipped model", _serve_load),
     "gpu": ("On a GPU", _gpu),
 }
 
@@ -175,6 +257,10 @@ def _ms(seconds: float | None) -> str:
 
 def _gib(count: float) -> str:
     return f"{count / 2**30:.2f}"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 def _number(value: float | None) -> str:

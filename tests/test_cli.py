@@ -57,6 +57,15 @@ def test_internalize_one(folder, tmp_path):
     assert found.provenance["source"]["name"] == "0.mp4"
 
 
+def test_internalize_in_chunks(folder, tmp_path):
+    target = tmp_path / "clip.safetensors"
+    (row,) = json.loads(
+        run("internalize", folder / "0.mp4", "--out", target, "--chunks", 4, "--json")
+    )
+    assert (row["chunks"], row["frames"], row["duration"]) == (4, 8, 8.0)
+    assert Adapter.load(target).rank == 4 * Adapter.load(folder / "adapters" / "0.safetensors").rank
+
+
 def test_ask_every_question_about_every_adapter(folder):
     files = [folder / "adapters" / f"{i}.safetensors" for i in (0, 1)]
     questions = ["What color is the background?", "Describe the video."]

@@ -121,6 +121,9 @@ def internalize(
         str, typer.Option(help="With --manifest: local, or ray for a Ray cluster.")
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Processes of --engine ray.")] = 1,
+    chunks: Annotated[
+        int, typer.Option(min=1, help="Parts of a video, internalized apart and composed.")
+    ] = 1,
     model: Model = "shapes",
     base: Base = None,
     max_frames: MaxFrames = None,
@@ -135,6 +138,7 @@ def internalize(
     \b
     v2l internalize clip.mp4 --out clip.safetensors
     v2l internalize a.mp4 b.mp4 --out adapters/ --model path/to/hypernetwork
+    v2l internalize lecture.mp4 --out lecture.safetensors --chunks 4
     v2l internalize --manifest corpus.jsonl --out store/
     v2l internalize --manifest corpus.jsonl --out /shared/store --engine ray --workers 8
 
@@ -143,6 +147,8 @@ def internalize(
     """
     if (manifest is None) == (not videos):
         raise typer.BadParameter("name video files, or a manifest with --manifest")
+    if manifest is not None and chunks > 1:
+        raise typer.BadParameter("--chunks goes with video files, not with --manifest")
     if manifest is not None:
         from v2l_fast.corpus import CorpusSettings
 
@@ -165,16 +171,18 @@ def internalize(
                 max_frames=max_frames,
                 longest_edge=longest_edge,
                 exact_frames=exact_frames,
+                chunks=chunks,
                 progress=report,
             )
         adapter.save(target)
-        source = adapter.provenance["source"]
+        parts = adapter.provenance.get("chunks", [adapter.provenance])
         written.append(
             {
                 "video": str(video),
                 "adapter": str(target),
-                "frames": len(source["frame_indices"]),
-                "duration": source["duration"],
+                "chunks": len(parts),
+                "frames": sum(len(part["source"]["frame_indices"]) for part in parts),
+                "duration": sum(part["source"]["duration"] for part in parts),
                 "bytes": target.stat().st_size,
             }
         )

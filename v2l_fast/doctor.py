@@ -25,8 +25,12 @@ PARTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("accelerate",), "train", "training on several GPUs"),
     (("tensorboard",), "train", "training curves"),
     (("fastapi",), "serve", "the HTTP server"),
+    (("uvicorn",), "serve", "its listener"),
+    (("prometheus-client",), "serve", "its metrics"),
+    (("python-multipart",), "serve", "its uploads"),
     (("scipy",), "eval", "confidence intervals"),
     (("matplotlib",), "eval", "plots"),
+    (("openai",), "eval", "the judge's client"),
     (("ray",), "ray", "teacher generation and internalizing on a cluster"),
     (("peft",), "dev", "checks of the PEFT export"),
 )
