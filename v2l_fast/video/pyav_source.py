@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import av
@@ -32,7 +33,7 @@ from v2l_fast.video.orientation import Orientation
 log = logging.getLogger(__name__)
 
 # Here a packet is one shown frame and carries its presentation time, so times locate frames.
-_SEEKABLE_CODECS = {"h264", "hevc", "vp9", "av1"}
+_SEEKABLE_CODECS = {"h264", "hevc", "vp9", "av1", "mjpeg"}
 _SEEKABLE_FORMATS = {"mov", "matroska"}
 # Skipping fewer frames than this costs more (decoder restart) than decoding them.
 _SEEK_GAIN = 24
@@ -57,6 +58,12 @@ class _Timeline:
 
     frames: np.ndarray
     keyframes: np.ndarray
+    time_base: Fraction  # seconds of a tick
+
+    def seconds(self, indices: np.ndarray) -> tuple[float, ...]:
+        """When each frame is shown, counted from the first."""
+        ticks = (self.frames[indices] - self.frames[0]).tolist()
+        return tuple(float(tick * self.time_base) for tick in ticks)
 
     def key_of(self, indices: np.ndarray) -> np.ndarray:
         """Time of the last keyframe not later than each frame."""
@@ -78,6 +85,7 @@ class _Packets:
     count: int
     fps: float
     codec: str
+    plain: bool  # every packet of the only video stream is a frame that is shown
     timeline: _Timeline | None  # None when times do not locate frames
 
 
@@ -149,7 +157,8 @@ class PyAVSource:
     ) -> Decoded:
         """Decode frames `indices` (int64, sorted, unique, >= 0), upright.
 
-        transform: applied to each frame, uint8 [H, W, 3] -> uint8 [H', W', 3], before it is kept.
+        transform: applied to each frame or several, uint8 [..., H, W, 3] -> uint8 [..., H', W', 3],
+        before they are kept.
         Frames far apart are reached by seeking, which gives the same pixels as decoding from the
         start (the fallback wherever a file does not lend itself to it).
         """
@@ -236,6 +245,7 @@ class PyAVSource:
         keyframes: list[int | None] = []
         duration = 0
         with self._open() as (container, stream):
+            plain = len(container.streams.video) == 1
             codec, claimed = stream.codec_context.name, stream.frames
             declared = float(stream.average_rate or stream.guessed_rate or 0)
             exact = codec in _SEEKABLE_CODECS and not _SEEKABLE_FORMATS.isdisjoint(
@@ -245,7 +255,10 @@ class PyAVSource:
             try:
                 for packet in container.demux(stream):
                     self.deadline.check()
-                    if packet.size == 0 or packet.is_discard or _is_hidden(codec, packet):
+                    if packet.size == 0:
+                        continue
+                    if packet.is_discard or _is_hidden(codec, packet):
+                        plain = False
                         continue
                     count += 1
                     times.append(packet.pts)
@@ -272,10 +285,18 @@ class PyAVSource:
         fps = _frame_rate(count, declared, span)
         exact = exact and known.size == count and bool((np.diff(known) > 0).all())
         if not exact or not keyframes:
-            return _Packets(count, fps, codec, None)
-        return _Packets(
-            count, fps, codec, _Timeline(known, np.sort(np.array(keyframes, dtype=np.int64)))
-        )
+            return _Packets(count, fps, codec, plain, None)
+        keys = np.sort(np.array(keyframes, dtype=np.int64))
+        return _Packets(count, fps, codec, plain, _Timeline(known, keys, time_base))
+
+    @property
+    def _timeline(self) -> _Timeline | None:
+        """The stream's timeline if its index of a frame is that frame's place in it."""
+        line = self._packets.timeline
+        # A stream that does not begin with a frame it can show has its indices shifted.
+        if line is None or not line.keyframes[0] == line.frames[0] == self._first_frame.pts:
+            return None
+        return line
 
     @cached_property
     def _first_frame(self) -> av.VideoFrame:
@@ -340,13 +361,10 @@ class PyAVSource:
 
     def _seekable(self, indices: np.ndarray) -> _Timeline | None:
         """The stream's timeline where seeking to some of `indices` is exact and pays."""
-        packets, line = self._packets, self._packets.timeline
-        if line is None or len(indices) == 0 or indices[-1] >= packets.count:
+        if len(indices) == 0 or indices[-1] >= self._packets.count:
             return None
-        # A stream that does not begin with a frame it can show has its indices shifted.
-        if not line.keyframes[0] == line.frames[0] == self._first_frame.pts:
-            return None
-        return line if line.worth_a_jump(indices).any() else None
+        line = self._timeline
+        return line if line is not None and line.worth_a_jump(indices).any() else None
 
     def _seek_through(self, timeline: _Timeline, indices: np.ndarray) -> Iterator[av.VideoFrame]:
         """As `_decode_through`, jumping over groups of pictures that hold nothing wanted.

@@ -1,0 +1,65 @@
+"""Answering: a batch of prompts, each with an adapter of its own or none, token by token.
+
+Works on embedded prompts and a :class:`~v2l_fast.backbones.decoder.Decoder`; tokenizers, videos
+and threads are other files' business. ``sampling`` chooses tokens, ``batch`` keeps the running
+answers, and this file runs one batch from its prompts to its end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from v2l_fast.adapted import AdapterSlots
+from v2l_fast.backbones.decoder import Decoder
+from v2l_fast.generation.batch import Batch, Row
+from v2l_fast.generation.sampling import Sampling
+
+__all__ = ["Batch", "Generated", "Row", "Sampling", "generate"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Generated token ids per example, without the stop token, and the time to first token (s)."""
+
+    tokens: list[list[int]]
+    time_to_first_token: float
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    adapters: AdapterSlots | None = None,
+) -> Generated:
+    """Answer E prompts.
+
+    Args:
+        prompts: E tensors [T_e, D], embedded; lengths may differ.
+        stop_ids: token ids that end an answer.
+        sampling: of all; prompt i draws with ``seed + i``.
+        adapters: slots whose ``index`` has E entries, or None.
+
+    Returns:
+        :class:`Generated`. ``time_to_first_token`` is that of the whole batch, from embedded
+        prompts to chosen tokens.
+    """
+    start = time.perf_counter()
+    slots = [-1] * len(prompts) if adapters is None else adapters.index.tolist()
+    rows = [
+        Row(replace(sampling, seed=sampling.seed + place), slot)
+        for place, slot in enumerate(slots)
+    ]
+    longest = max(len(prompt) for prompt in prompts)
+    batch = Batch(decoder, len(rows), longest + sampling.max_new_tokens, stop_ids)
+    batch.join(rows, prompts, adapters)
+    first = time.perf_counter() - start
+    while batch.drop_finished():
+        batch.step(adapters)
+    return Generated([row.tokens for row in rows], first)
