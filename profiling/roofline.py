@@ -1,0 +1,240 @@
+"""Rooflines of an A100 and an H200 with every op of the 500M and 2.2B models on them.
+
+FLOPs and bytes of an op are those of bench/ladder.py, whose rows are built here without data; the
+roofs are its PEAKS. Open marks lie on the roof: the best an op can reach. Given a record of
+``bench.gpu``, filled marks show what was measured on its card, for the rows that passed their check
+alone. The printed table numbers the ops as the plot does and gives each one's floor.
+
+    python -m profiling.roofline --out roofline.png
+    python -m profiling.roofline bench/results/gpu.json --out roofline.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import ladder
+from v2l_fast.errors import V2LError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKS = {"forward": "o", "forward+backward": "s"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """An op at one shape: operations and bytes of device memory it cannot do without."""
+
+    op: str
+    shape: str
+    direction: str
+    flops: float
+    bytes: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.shape} {self.direction}"
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte."""
+        return self.flops / self.bytes
+
+    def floor(self, card: str) -> float:
+        """Seconds below which no kernel gets on a card of ``ladder.PEAKS``."""
+        bandwidth, rate = ladder.PEAKS[card]
+        return max(self.bytes / bandwidth, self.flops / rate)
+
+
+def analytic(tiny: bool = False) -> list[Point]:
+    """The ladder's rows in bfloat16 whose FLOPs and bytes are known, without data."""
+    with torch.device("meta"):
+        rows = [make() for make in ladder.rows("meta", torch.bfloat16, tiny)]
+    return [
+        Point(row.op, row.shape, row.direction, row.flops, row.bytes) for row in rows if row.flops
+    ]
+
+
+def measured(record: Mapping[str, Any], source: str) -> tuple[str, dict[Point, float]]:
+    """Card and seconds of ours of a ``bench.gpu`` record's ops that are right.
+
+    Raises:
+        V2LError: it is another benchmark's, of another card, or has no such op.
+    """
+    if record.get("benchmark") != "gpu":
+        raise V2LError(f"{source}: benchmark {record.get('benchmark')!r}; make one: make gpu")
+    device = str(record.get("device"))
+    card = next((card for card in ladder.PEAKS if card in device), None)
+    if card is None:
+        raise V2LError(f"{source}: measured on {device}; peaks of {', '.join(ladder.PEAKS)} alone")
+    seconds = {
+        Point(*(row[field] for field in ("op", "shape", "direction", "flops", "bytes"))):
+        row["seconds"]["ours"]
+        for row in record["micro"]
+        if row["passed"] and row.get("flops")
+    }  # fmt: skip
+    if not seconds:
+        raise V2LError(f"{source}: no op with FLOPs passed its check; see its `failed`")
+    return card, seconds
+
+
+# --- plot and table --------------------------------------------------------------------------
+
+
+def plot(
+    points: Sequence[Point], card: str | None, seconds: Mapping[Point, float], path: Path
+) -> None:
+    """A panel a card; ``seconds`` measured on ``card``. PNG, whole or not at all."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure((12, 5.5), dpi=110, layout="constrained")
+    colors = {op: f"C{i}" for i, op in enumerate(dict.fromkeys(point.op for point in points))}
+    panels = figure.subplots(1, len(ladder.PEAKS), sharey=True)
+    for axes, panel in zip(panels, ladder.PEAKS, strict=True):
+        _panel(axes, panel, points, seconds if panel == card else {}, colors)
+    # Room for the numbers above the higher roof.
+    panels[0].set_ylim(top=4 * max(rate for _, rate in ladder.PEAKS.values()))
+    panels[0].set_ylabel("FLOP/s")
+    marks = [
+        Line2D([], [], color=color, marker="o", ls="", label=op) for op, color in colors.items()
+    ]
+    marks += [
+        Line2D([], [], color="gray", marker=mark, ls="", mfc="none", label=direction)
+        for direction, mark in MARKS.items()
+    ]
+    marks += [Line2D([], [], color="gray", marker="o", ls="", label="measured")] * bool(seconds)
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, format="png")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _panel(
+    axes: Axes,
+    card: str,
+    points: Sequence[Point],
+    seconds: Mapping[Point, float],
+    colors: Mapping[str, str],
+) -> None:
+    bandwidth, rate = ladder.PEAKS[card]
+    ridge = rate / bandwidth
+    found = [point.intensity for point in points]
+    low, high = min(*found, ridge) / 2, max(*found, ridge) * 2
+    axes.plot([low, ridge, high], [low * bandwidth, rate, rate], color="black", linewidth=1)
+    for number, point in enumerate(points, 1):
+        style = {"color": colors[point.op], "marker": MARKS[point.direction], "markersize": 6}
+        best = point.flops / point.floor(card)
+        axes.plot(point.intensity, best, mfc="none", **style)
+        if point in seconds:
+            reached = point.flops / seconds[point]
+            axes.plot([point.intensity] * 2, [reached, best], color=style["color"], linewidth=0.5)
+            axes.plot(point.intensity, reached, **style)
+            at = (point.intensity, reached)
+            axes.annotate(str(number), at, (5, -3), textcoords="offset points", fontsize=6)
+    for intensity, numbers in _neighbors(points):
+        at = (intensity, min(intensity * bandwidth, rate))
+        axes.annotate(", ".join(map(str, numbers)), at, (0, 5), textcoords="offset points",
+                      fontsize=7, rotation=-45, ha="right", va="bottom")  # fmt: skip
+    title = f"{card}: {rate / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.1f} TB/s"
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", title=title)
+    axes.grid(alpha=0.3, which="major")
+
+
+def _neighbors(points: Sequence[Point]) -> list[tuple[float, list[int]]]:
+    """Numbers of the points that lie so close on the roof that one label has to name them all."""
+    groups: list[tuple[float, list[int]]] = []
+    for point, number in sorted(zip(points, range(1, len(points) + 1), strict=True),
+                                key=lambda pair: pair[0].intensity):  # fmt: skip
+        if not groups or point.intensity > 1.25 * groups[-1][0]:
+            groups.append((point.intensity, []))
+        groups[-1][1].append(number)
+    return groups
+
+
+def _records(
+    points: Sequence[Point], card: str | None, seconds: Mapping[Point, float]
+) -> list[dict[str, Any]]:
+    rows = []
+    for number, point in enumerate(points, 1):
+        row = {"number": number, **asdict(point), "intensity": point.intensity}
+        row["floor_seconds"] = {name: point.floor(name) for name in ladder.PEAKS}
+        if card is not None and point in seconds:
+            row["seconds"] = seconds[point]
+            row["roofline_share"] = point.floor(card) / seconds[point]
+        rows.append(row)
+    return rows
+
+
+def _table(rows: Sequence[Mapping[str, Any]], card: str | None) -> Table:
+    table = Table(title="Floors in microseconds")
+    headings = ["#", "op", "GFLOP", "MB", "FLOP/B", *ladder.PEAKS]
+    headings += [f"measured on {card}", "roofline"] if card else []
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "op" else "right")
+    for row in rows:
+        cells = [
+            row["number"], f"{row['op']} {row['shape']} {row['direction']}",
+            f"{row['flops'] / 1e9:,.3f}", f"{row['bytes'] / 1e6:,.1f}", f"{row['intensity']:,.0f}",
+            *(f"{floor * 1e6:,.1f}" for floor in row["floor_seconds"].values()),
+        ]  # fmt: skip
+        if "seconds" in row:
+            cells += [f"{row['seconds'] * 1e6:,.1f}", f"{row['roofline_share']:.0%}"]
+        table.add_row(*map(str, cells))
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("record", nargs="?", type=Path, help="of bench.gpu")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    options = parser.parse_args(arguments)
+    try:
+        card, seconds = _read(options.record) if options.record else (None, {})
+    except V2LError as problem:
+        sys.exit(str(problem))
+    # Numbers stay the same with and without a record; what it alone knows comes last.
+    points = list(dict.fromkeys([*analytic(), *seconds]))
+    plot(points, card, seconds, options.out)
+    rows = _records(points, card, seconds)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        # A file or a pipe has no width of its own, and a folded table cannot be read.
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(_table(rows, card))
+        console.print(f"written to {options.out}")
+    return 0
+
+
+def _read(path: Path) -> tuple[str, dict[Point, float]]:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        raise V2LError(f"{path}: no JSON record ({problem}); make one: make gpu") from None
+    return measured(record, str(path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

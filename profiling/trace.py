@@ -1,0 +1,307 @@
+"""Where the time of internalizing, of an answer or of a training step goes, op by op.
+
+Runs the job once to warm up and once under torch.profiler, on models of random weights and videos
+of random pixels (bench/models.py, bench/train_step.py). Writes into a folder:
+
+    trace.json.gz   the Chrome trace; ui.perfetto.dev opens it as it is
+    profile.json    ranges and ops with calls, seconds and, with --memory, bytes
+    memory.png      with --memory: bytes allocated over time, above those at the start
+    memory.pickle   with --memory on a GPU: every block with its stack, for pytorch.org/memory_viz
+
+The videos are frames in memory: reading and resizing files is left out. Profiling itself costs
+time; how fast something is, bench/ says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.environment import environment
+from bench.models import random_ids
+from bench.records import write
+from bench.train_step import CASES, QUESTION_TOKENS, Case, batch, models
+from v2l_fast.adapted import AdapterSlots
+from v2l_fast.adapter import AdapterBatch
+from v2l_fast.backbones.decoder import Decoder
+from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.generation import Batch, Row, Sampling
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.training.samples import ContextSample, Sample
+from v2l_fast.training.step import StepOptions, TrainStep
+
+MODELS = {name.lower(): case for name, case in CASES.items()}
+# The first token and three more: a step is like the next, and each adds thousands of events.
+NEW_TOKENS = 4
+EXAMPLES = """examples:
+  python -m profiling.trace internalize --out trace
+  python -m profiling.trace ask --model 500m --device cuda --out trace
+  python -m profiling.trace train --model 2.2b --device cuda --videos 12 --memory --out trace"""
+
+Job = Callable[[], object]
+
+
+# --- what is profiled ------------------------------------------------------------------------
+
+
+def internalize(network: HyperNetwork, backbone: SmolVLM, video: ContextSample) -> AdapterBatch:
+    """Views to an adapter, with ranges around the vision tower and around each layer's two parts.
+
+    ``network`` has the backbone's dtype.
+    """
+    with record_function("vision"):
+        features = backbone.encode_views(video.pixels)
+    ids = video.ids.to(features.device)
+    states = backbone.decoder.layer_inputs(backbone.embed(ids, features).embeddings[None])
+    per_layer = []
+    for index in range(backbone.decoder.num_layers):
+        with record_function("decoder layer"):
+            hidden = next(states)
+        with record_function("hypernetwork layer"):
+            per_layer.append(network.layer(index, hidden))
+    return network.assemble(per_layer)
+
+
+def job(name: str, case: Case, device: str, compile: bool) -> Job:
+    """What to profile, ready to be called again and again.
+
+    Args:
+        name: "internalize" (one video), "ask" (a question with the adapter of one) or "train" (a
+            step over ``case.videos``, forward, backward and update, with a learning rate of 0).
+    """
+    network, backbone = models(case, device)
+    samples = batch(case, backbone)
+    if compile:
+        backbone.compile()
+        network.compile_layers()
+    if name == "train":
+        options = StepOptions(recompute=case.recompute)
+        return _training(TrainStep(network, backbone, options), samples)
+    network = network.to(backbone.decoder.dtype).eval().requires_grad_(False)
+    make = torch.inference_mode()(lambda: internalize(network, backbone, samples[0].chunks[0]))
+    if name == "internalize":
+        return make
+    decoder = backbone.decoder
+    slots = AdapterSlots.pack([make()[0]], decoder.device, decoder.dtype)
+    question = random_ids(backbone, QUESTION_TOKENS, torch.Generator().manual_seed(1))
+    prompt = backbone.embed(question.to(decoder.device)).embeddings
+    return torch.inference_mode()(lambda: _answer(decoder, prompt, slots))
+
+
+def _answer(decoder: Decoder, prompt: Tensor, slots: AdapterSlots) -> None:
+    running = Batch(decoder, 1, len(prompt) + NEW_TOKENS, ())
+    with record_function("first token"):
+        running.join([Row(Sampling(NEW_TOKENS), slot=0)], [prompt], slots)
+    for _ in range(NEW_TOKENS - 1):
+        with record_function("further token"):
+            running.step(slots)
+
+
+def _training(step: TrainStep, samples: Sequence[Sample]) -> Job:
+    fused = step.backbone.decoder.device.type == "cuda"
+    optimizer = torch.optim.AdamW(step.hypernet.parameters(), lr=0.0, fused=fused)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with record_function("forward"):
+            loss = step(samples).loss
+        with record_function("backward"):
+            loss.backward()
+        # torch gives the optimizer's step a range of its own.
+        optimizer.step()
+
+    return run
+
+
+# --- profiling -------------------------------------------------------------------------------
+
+
+def profiled(call: Job, device: str, memory: bool, folder: Path) -> dict[str, Any]:
+    """Call once to warm up and once under the profiler; write the trace, and memory if asked.
+
+    Returns:
+        "seconds" of the profiled call; "ranges", whose times include what runs inside; "ops" and,
+        on a GPU, "kernels" with their own times, the costliest first; with ``memory``
+        "peak_bytes" above those at the start. On a GPU the backward pass runs in a thread of its
+        own, so its kernels count in their ops and in no range.
+    """
+    call()
+    on_gpu = device == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    if on_gpu:
+        torch.cuda.synchronize()
+        if memory:
+            torch.cuda.memory._record_memory_history()
+    with profile(activities=activities, record_shapes=True, profile_memory=memory) as profiler:
+        start = time.perf_counter()
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    folder.mkdir(parents=True, exist_ok=True)
+    _whole(folder / "trace.json.gz", lambda part: profiler.export_chrome_trace(str(part)))
+    found = {"seconds": seconds, **summary(profiler.key_averages(), memory)}
+    if memory:
+        points = memory_timeline(folder / "trace.json.gz", device)
+        found["peak_bytes"] = max((total for _, total in points), default=0)
+        _whole(folder / "memory.png", lambda part: _plot(points, device, part))
+        if on_gpu:
+            _whole(
+                folder / "memory.pickle",
+                lambda part: torch.cuda.memory._dump_snapshot(str(part)),
+            )
+            torch.cuda.memory._record_memory_history(enabled=None)
+    return found
+
+
+def summary(events: Iterable[FunctionEventAvg], memory: bool) -> dict[str, list[dict[str, Any]]]:
+    """The profiler's averages in seconds and bytes (allocated less freed), the costliest first."""
+    found: dict[str, list[dict[str, Any]]] = {"ranges": [], "ops": [], "kernels": []}
+    for event in events:
+        on_cpu = event.device_type == DeviceType.CPU
+        row = {"name": event.key, "calls": event.count}
+        if event.is_user_annotation:
+            if on_cpu:
+                row |= _seconds(event.cpu_time_total, event.device_time_total)
+                found["ranges"].append(row)
+        elif event.key != "[memory]":
+            row |= _seconds(event.self_cpu_time_total, event.self_device_time_total)
+            if memory and on_cpu:
+                row["cpu_bytes"] = event.self_cpu_memory_usage
+                row["device_bytes"] = event.self_device_memory_usage
+            found["ops" if on_cpu else "kernels"].append(row)
+    for rows in found.values():
+        rows.sort(key=lambda row: (row["device_seconds"], row["cpu_seconds"]), reverse=True)
+    return found
+
+
+def _seconds(cpu: float, device: float) -> dict[str, float]:
+    """From the profiler's microseconds."""
+    return {"cpu_seconds": cpu / 1e6, "device_seconds": device / 1e6}
+
+
+def memory_timeline(trace: Path, device: str) -> list[tuple[float, int]]:
+    """(seconds, bytes) after every allocation and release in a trace, both above the first's."""
+    kind = 1 if device == "cuda" else 0
+    with gzip.open(trace, "rt") as text:
+        events = [
+            (event["ts"], event["args"])
+            for event in json.load(text)["traceEvents"]
+            if event["name"] == "[memory]" and event["args"]["Device Type"] == kind
+        ]
+    events.sort(key=lambda event: event[0])
+    if not events:
+        return []
+    start, first = events[0]
+    before = first["Total Allocated"] - first["Bytes"]
+    return [((ts - start) / 1e6, args["Total Allocated"] - before) for ts, args in events]
+
+
+def _plot(points: Sequence[tuple[float, int]], device: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 3), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.step([at * 1e3 for at, _ in points], [size / 2**20 for _, size in points], where="post")
+    axes.set(xlabel="ms", ylabel=f"MiB allocated ({device})")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
+def _whole(path: Path, writer: Callable[[Path], object]) -> None:
+    """Let ``writer`` write a file beside ``path``, then put it there."""
+    # The profiler compresses what ends in .gz.
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        writer(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- command line ----------------------------------------------------------------------------
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]], device: str, seconds: float) -> Table:
+    clock = "device_seconds" if device == "cuda" else "cpu_seconds"
+    table = Table(title=title)
+    table.add_column("name", overflow="fold", max_width=100)
+    for heading in ("calls", "ms", "of the run"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        share = row[clock] / seconds
+        table.add_row(row["name"], str(row["calls"]), f"{row[clock] * 1e3:,.2f}", f"{share:.1%}")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling.trace",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", choices=("internalize", "ask", "train"))
+    parser.add_argument("--model", choices=MODELS, default="shapes", help="default: shapes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--frames", type=int, help="of each video; default: the model's")
+    parser.add_argument("--videos", type=int, default=1, help="of a training step; default: 1")
+    parser.add_argument("--compile", action="store_true", help="as on a GPU in production")
+    parser.add_argument("--memory", action="store_true", help="memory over time as well")
+    parser.add_argument("--top", type=int, default=15, help="ops to print; default: 15")
+    parser.add_argument("--json", action="store_true", help="print profile.json, no tables")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    case = MODELS[options.model]
+    case = replace(
+        case,
+        frames=case.frames if options.frames is None else options.frames,
+        videos=options.videos if options.job == "train" else 1,
+    )
+    if min(case.frames, case.videos, options.top) < 1:
+        parser.error("--frames, --videos and --top must be at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible to torch; use --device cpu")
+
+    with Console(stderr=True).status(f"{options.job}, {options.model}: warming up, then profiling"):
+        call = job(options.job, case, options.device, options.compile)
+        found = profiled(call, options.device, options.memory, options.out)
+    record = {
+        "profile": options.job, "model": options.model, "frames": case.frames,
+        "videos": case.videos, "compiled": options.compile, "threads": torch.get_num_threads(),
+        **environment(options.device), **found,
+    }  # fmt: skip
+    write(record, options.out / "profile.json")
+    if options.json:
+        print(json.dumps(record, indent=2))
+        return 0
+    # A file or a pipe has no width of its own, and a folded table cannot be read.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for title, key in (("Ranges", "ranges"), ("Ops", "ops"), ("Kernels", "kernels")):
+        if found[key]:
+            rows = found[key][: options.top]
+            console.print(_table(title, rows, options.device, found["seconds"]))
+    if options.memory:
+        console.print(f"peak {found['peak_bytes'] / 2**20:,.1f} MiB above the start")
+    console.print(f"{found['seconds']:.3f} s under the profiler; written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Rooflines: the ladder's own FLOPs and bytes, floors from its peaks, and only what was right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import ladder
+from profiling import roofline
+from v2l_fast.errors import V2LError
+
+
+def test_points_are_those_of_the_ladder():
+    with torch.inference_mode():
+        made = [make() for make in ladder.rows("cpu", torch.bfloat16, True)]
+    points = roofline.analytic(tiny=True)
+    known = [(row.name, row.flops, row.bytes) for row in made if row.flops]
+    assert known == [(point.name, point.flops, point.bytes) for point in points]
+
+
+def test_released_shapes_take_no_memory():
+    points = roofline.analytic()
+    shapes = {point.shape.split()[0] for point in points}
+    assert {"500M", "2.2B"} <= shapes and len(set(points)) == len(points)
+
+
+def test_floor_is_the_slower_of_memory_and_compute():
+    bandwidth, rate = ladder.PEAKS["A100"]
+    moving = roofline.Point("op", "s", "forward", flops=rate, bytes=2 * bandwidth)
+    computing = roofline.Point("op", "s", "forward", flops=3 * rate, bytes=bandwidth)
+    assert (moving.floor("A100"), computing.floor("A100")) == (2.0, 3.0)
+
+
+def micro(**changes) -> dict:
+    return {
+        "op": "lora_linear", "shape": "s", "direction": "forward", "passed": True,
+        "flops": 1e9, "bytes": 4.3e9, "seconds": {"ours": 2e-3, "plain": 1.0}, **changes,
+    }  # fmt: skip
+
+
+def record(*rows: dict, device: str = "NVIDIA H200") -> dict:
+    return {"benchmark": "gpu", "device": device, "micro": list(rows)}
+
+
+def test_measured_ops_that_are_right():
+    wrong = micro(shape="wrong", passed=False, seconds={})
+    unknown = {k: v for k, v in micro(shape="unknown").items() if k not in ("flops", "bytes")}
+    card, seconds = roofline.measured(record(micro(), wrong, unknown), "gpu.json")
+    ((point, taken),) = seconds.items()
+    assert (card, point.shape, taken) == ("H200", "s", 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"benchmark": "train_step"}, "gpu.json: benchmark 'train_step'"),
+        (record(micro(), device="some CPU"), "gpu.json: measured on some CPU; peaks of H200"),
+        (record(micro(passed=False)), "gpu.json: no op with FLOPs passed"),
+    ],
+)
+def test_records_without_measurements_are_refused(given, message):
+    with pytest.raises(V2LError, match=message):
+        roofline.measured(given, "gpu.json")
+
+
+def test_one_command(tmp_path, capsys, monkeypatch):
+    tiny = roofline.analytic(tiny=True)
+    monkeypatch.setattr(roofline, "analytic", lambda: tiny)
+    source, out = tmp_path / "gpu.json", tmp_path / "plots" / "roofline.png"
+    assert roofline.main(["--out", str(out)]) == 0
+    empty = out.read_bytes()
+    assert empty.startswith(b"\x89PNG") and "measured" not in capsys.readouterr().out
+    source.write_text(json.dumps(record(micro())))
+    assert roofline.main([str(source), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "measured on H200" in printed and "2,000.0" in printed and "50%" in printed
+    assert out.read_bytes() != empty and [p.name for p in out.parent.iterdir()] == [out.name]
+    assert roofline.main([str(source), "--out", str(out), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["number"] for row in rows] == list(range(1, len(tiny) + 2))
+    # 4.3 GB at 4.3 TB/s.
+    assert rows[-1]["floor_seconds"]["H200"] == pytest.approx(1e-3)
+    assert rows[-1]["roofline_share"] == pytest.approx(0.5)
+    assert "seconds" not in rows[0]
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_record_that_cannot_be_read(content, tmp_path):
+    source = tmp_path / "gpu.json"
+    if content:
+        source.write_text(content)
+    with pytest.raises(SystemExit, match="gpu.json: no JSON record") as ended:
+        roofline.main([str(source), "--out", str(tmp_path / "roofline.png")])
+    assert ended.value.code != 2 and not (tmp_path / "roofline.png").exists()
