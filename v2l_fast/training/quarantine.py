@@ -17,7 +17,8 @@ class Quarantine:
     """The broken videos of a source.
 
     Args:
-        path: the list, JSON lines of video, reason, step and index.
+        path: the list, JSON lines of video, reason, step (the one whose read failed; workers read
+            ahead of each other) and index.
         videos: number of videos of the source.
 
     Attributes:
