@@ -188,7 +188,13 @@ class SmolVLM:
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalized pixels [V, 3, M, M] -> [V, tokens_per_view, D]."""
-        hidden = self.model.model.vision_model(pixel_values=pixels).last_hidden_state
+        tower = self.model.model.vision_model
+        # Also tells the compiler that views vary in number alone: with every size a symbol it
+        # takes three times as long.
+        side = tower.embeddings.image_size
+        if (pixels.shape[1], pixels.shape[2], pixels.shape[3]) != (3, side, side):
+            raise ValueError(f"views must be [V, 3, {side}, {side}], not {list(pixels.shape)}")
+        hidden = tower(pixel_values=pixels).last_hidden_state
         return self.model.model.connector(hidden)
 
     @torch.no_grad()

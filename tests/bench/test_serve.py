@@ -1,0 +1,52 @@
+"""The serving benchmarks run and judge: tiny weights, a second of load."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import serve_load, serve_ways
+from bench.end_to_end import TINY
+from bench.latency import Latencies
+
+
+def test_every_way_answers_alike_and_is_timed():
+    asked = serve_ways.random_weights(TINY, "cpu", torch.float32, compile=False)
+    found = serve_ways.compare(asked, new_tokens=4, seconds=0.01)
+    assert found["passed"] and found["question_tokens"] == 32
+    assert set(found["ways"]) == {name for group in serve_ways.AGREE for name in group}
+    assert all(min(times.values()) > 0 for times in found["ways"].values())
+
+
+def test_no_times_where_answers_differ(monkeypatch):
+    ways = {name: lambda count: [1] for group in serve_ways.AGREE for name in group}
+    ways["adapter, merged"] = lambda count: [2]
+    monkeypatch.setattr(serve_ways, "_ways", lambda *_: ways)
+    asked = serve_ways.random_weights(TINY, "cpu", torch.float32, compile=False)
+    found = serve_ways.compare(asked, new_tokens=2, seconds=0.01)
+    assert found["disagree"] == ["adapter, merged"]
+    assert not found["passed"] and not found["ways"]
+
+
+def test_load_is_checked_answer_by_answer(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(serve_load, "QUESTIONS_PER_VIDEO", 2)
+    monkeypatch.setattr(serve_load, "ROUNDS", 1)
+    found = serve_load.run(0.02, clients=6, videos=2, seed=0, say=said.append)
+    assert found["load"]["requests"] > 6 and said
+    assert found["passed"]["no_error"] and found["passed"]["no_wrong_answer"]
+    assert found["load"]["time_to_first_token"]["count"] == found["load"]["requests"]
+    alone = serve_load.alone
+    monkeypatch.setattr(serve_load, "alone", lambda *asked: alone(*asked) + "!")
+    wrong = serve_load.run(0.01, clients=2, videos=2, seed=0, say=said.append)
+    assert wrong["load"]["wrong_answers"] == wrong["load"]["requests"] > 0
+    assert not wrong["passed"]["no_wrong_answer"]
+
+
+def test_percentiles_within_a_percent():
+    latencies = Latencies()
+    for value in range(1, 1001):
+        latencies.add(value / 1e3)
+    for share in (0.5, 0.95):
+        assert latencies.percentile(share) == pytest.approx(share, rel=0.02)
+    assert latencies.summary()["count"] == 1000
