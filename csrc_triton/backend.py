@@ -5,8 +5,7 @@
 - ``reference``: plain torch everywhere.
 - ``triton``: the kernels everywhere; a call they cannot serve raises.
 - ``auto`` (default): the kernels on a GPU where ``csrc_triton/configs/faster.json`` marks the op
-  and shape as measured faster, else the reference. That file has no entry so far, because no
-  kernel was timed on a GPU yet: auto means reference.
+  and shape (by the roofline until ``bench/tune.py`` has measured that GPU), else the reference.
 
 Before an op's kernels are first launched on a GPU in half precision, they must get sums of small
 integers right (``canary.py``): ``auto`` keeps to the reference and warns when they do not,
@@ -98,12 +97,12 @@ def _warn(flaw: str) -> None:
     warnings.warn(f"{flaw}; plain torch takes their place", RuntimeWarning, stacklevel=2)
 
 
-def measured_faster(op: str, tensor: Tensor, **shape: float | str) -> bool:
+def prefers_fused(op: str, tensor: Tensor, **shape: float | str) -> bool:
     """Whether ``configs/faster.json`` sends this shape on this tensor's GPU to the fused path."""
     if tensor.device.type != "cuda":
         return False
     inputs = "single" if tensor.dtype == torch.float32 else "half"
-    return configs.measured_faster(op, capability(tensor.device), inputs=inputs, **shape)
+    return configs.prefers_fused(op, capability(tensor.device), inputs=inputs, **shape)
 
 
 def use_triton(*tensors: Tensor | None, op: str | None = None, **shape: float | str) -> bool:
@@ -131,7 +130,7 @@ def use_triton(*tensors: Tensor | None, op: str | None = None, **shape: float | 
         if present and (flaw := _checked(op, present[0])):
             raise RuntimeError(f"{VARIABLE}=triton: {flaw}; set {VARIABLE}=reference")
         return True
-    if op is None or not present or not measured_faster(op, present[0], **shape):
+    if op is None or not present or not prefers_fused(op, present[0], **shape):
         return False
     if _obstacle(present) is not None:
         return False

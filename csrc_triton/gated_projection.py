@@ -9,8 +9,8 @@ No Triton kernel. The products are plain GEMMs and belong to cuBLAS; fusing the 
 into a GEMM of ours saves what it moves, 22.5 KB a token (5.4 ns of 29 at the 500M shape and
 4.3 TB/s), and so pays only if that GEMM reaches 78% of cuBLAS on an H200, 82% on an A100, 88% and
 91% at the 2.2B shape. On a GPU torch.compile can make that part one pass instead: with
-``V2L_BACKEND=triton``, and with ``auto`` where ``configs/faster.json`` marks the number of tokens
-as measured faster. None of it was timed yet.
+``V2L_BACKEND=triton``, and with ``auto`` where ``configs/faster.json`` marks the number of tokens.
+None of it was timed yet.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _fuses(x: Tensor) -> bool:
     if x.device.type != "cuda" or backend.choice() == "reference":
         return False
     tokens = x.numel() // max(1, x.shape[-1])
-    return backend.choice() == "triton" or backend.measured_faster(
+    return backend.choice() == "triton" or backend.prefers_fused(
         "gated_projection", x, tokens=tokens
     )
 

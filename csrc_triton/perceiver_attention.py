@@ -13,7 +13,7 @@ Against the same form in plain torch (two batched products around a softmax) the
 of the bytes, 27 of 53 GB over those nine blocks, 6 of 12 ms at 4.3 TB/s. It cannot win in float32,
 where no tensor core helps and its tiles of 16 rows read the context P / 16 times, nor above
 Z = 512, which it refuses; below some hundred tokens launches decide.
-``csrc_triton/configs/faster.json`` says where it does, as measured.
+``csrc_triton/configs/faster.json`` draws the line.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ GEMM and belongs in its epilogue, as do the scalers.
 
 Where the kernel cannot win: far above 180 rows the product is all that counts and cuBLAS is as
 fast or faster; the backward is batched products and nothing else, on both paths. The rules of
-``csrc_triton/configs/faster.json`` say from which row on, as measured.
+``csrc_triton/configs/faster.json`` say up to which row.
 """
 
 from __future__ import annotations

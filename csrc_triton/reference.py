@@ -10,6 +10,8 @@ E examples, T tokens, D input width, n adapters, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -173,11 +175,23 @@ def rank_projection_backward(
 # --- lora linear -----------------------------------------------------------------------------
 
 
-def _rows_by_adapter(adapter_index: Tensor, offsets: Tensor | None, tokens: int) -> Tensor:
-    """Adapter of every token: [E * T] for dense input, [T] for packed input."""
-    if offsets is None:
-        return adapter_index.repeat_interleave(tokens // max(1, adapter_index.numel()))
-    return adapter_index.repeat_interleave(offsets.diff().to(adapter_index.dtype))
+def _chosen(
+    lora_a: Tensor, adapter_index: Tensor, ranks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Adapter of each example, [E], any where it has none; the rank slots it uses, [E, 1, r]."""
+    adapters, rank, _ = lora_a.shape
+    has_one = (adapter_index >= 0) & (adapter_index < adapters)
+    index = torch.where(has_one, adapter_index, 0)
+    used = has_one[:, None, None].expand(-1, 1, rank)
+    if ranks is None:
+        return index, used
+    slots = torch.arange(rank, device=ranks.device)
+    return index, used & (slots < ranks[index][:, None, None])
+
+
+def _by_example(factors: Tensor, index: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, r, d] -> [E, r, d], zero in slots that are not used, whatever stands there."""
+    return torch.where(used.mT, factors[index].to(dtype), 0)
 
 
 def lora_linear(
@@ -194,24 +208,21 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T (+ bias) + u B_i, u = scale x A_i^T, i the adapter of each example, -1 for none.
 
+    Waits for no device, but for packed input, whose examples are computed one by one.
+
     Returns y and u [tokens, r] of x's dtype, which the backward needs, zero in slots that are not
     used; [0, r] unless ``keep``.
     """
-    y = torch.nn.functional.linear(x, weight, bias)
-    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    owner = _rows_by_adapter(adapter_index, offsets, rows.shape[0])
-    wide = _accumulate_dtype(x.dtype)
-    u = rows.new_zeros(rows.shape[0] if keep else 0, lora_a.shape[1])
-    for i in range(lora_a.shape[0]):
-        used = (owner == i).nonzero()[:, 0]
-        if used.numel() == 0:
-            continue
-        r = lora_a.shape[1] if ranks is None else int(ranks[i])
-        shrunk = ((rows[used] @ lora_a[i, :r].to(x.dtype).T).to(wide) * scale).to(x.dtype)
-        out.index_add_(0, used, shrunk @ lora_b[i, :r].to(x.dtype))
-        if keep:
-            u[:, :r].index_copy_(0, used, shrunk)
-    return y, u
+    if offsets is not None:
+        return _packed_lora_linear(
+            x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets, keep
+        )
+    rank, wide = lora_a.shape[1], _accumulate_dtype(x.dtype)
+    index, used = _chosen(lora_a, adapter_index, ranks)
+    a, b = (_by_example(t, index, used, x.dtype) for t in (lora_a, lora_b))
+    u = (torch.bmm(x, a.mT).to(wide) * scale).to(x.dtype)
+    y = torch.baddbmm(torch.nn.functional.linear(x, weight, bias), u, b)
+    return y, u.reshape(-1, rank) if keep else u.new_empty(0, rank)
 
 
 def lora_linear_backward(
@@ -227,20 +238,76 @@ def lora_linear_backward(
     u: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, lora_a and lora_b; the weight is frozen; ``u`` as the forward kept it."""
-    d_x = (grad @ weight).reshape(-1, x.shape[-1])
-    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    owner = _rows_by_adapter(adapter_index, offsets, rows.shape[0])
-    d_a, d_b = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
+    if offsets is not None:
+        return _packed_lora_linear_backward(
+            grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets, u
+        )
+    index, used = _chosen(lora_a, adapter_index, ranks)
+    a, b = (_by_example(t, index, used, x.dtype) for t in (lora_a, lora_b))
+    d_u = (torch.bmm(grad, b.mT).to(_accumulate_dtype(x.dtype)) * scale).to(x.dtype)
+    d_x = torch.baddbmm(grad @ weight, d_u, a)
+    # A product, because adding up by index has no fixed order on a GPU.
+    owners = adapter_index == torch.arange(lora_a.shape[0], device=x.device)[:, None]
+
+    def by_adapter(per_example: Tensor, like: Tensor) -> Tensor:
+        summed = owners.to(per_example.dtype) @ per_example.flatten(1)
+        return summed.view(like.shape).to(like.dtype)
+
+    d_a = by_adapter(torch.bmm(d_u.mT, x), lora_a)
+    d_b = by_adapter(torch.bmm(u.view(d_u.shape).mT, grad), lora_b)
+    return d_x, d_a, d_b
+
+
+def _packed_rows(
+    lora_a: Tensor, adapter_index: Tensor, ranks: Tensor | None, offsets: Tensor
+) -> Iterator[tuple[int, int, slice]]:
+    """Adapter, its rank and the tokens of each packed example that has an adapter and tokens."""
+    bounds = offsets.tolist()
+    limits = [lora_a.shape[1]] * lora_a.shape[0] if ranks is None else ranks.tolist()
+    for i, first, stop in zip(adapter_index.tolist(), bounds, bounds[1:], strict=False):
+        if i >= 0 and stop > first:
+            yield i, limits[i], slice(first, stop)
+
+
+def _packed_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    offsets: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    y = torch.nn.functional.linear(x, weight, bias)
+    u = x.new_zeros(x.shape[0], lora_a.shape[1])
     wide = _accumulate_dtype(x.dtype)
-    for i in range(lora_a.shape[0]):
-        used = (owner == i).nonzero()[:, 0]
-        if used.numel() == 0:
-            continue
-        r = lora_a.shape[1] if ranks is None else int(ranks[i])
+    for i, r, rows in _packed_rows(lora_a, adapter_index, ranks, offsets):
+        u[rows, :r] = ((x[rows] @ lora_a[i, :r].to(x.dtype).T).to(wide) * scale).to(x.dtype)
+        y[rows] += u[rows, :r] @ lora_b[i, :r].to(x.dtype)
+    return y, u if keep else u[:0].clone()
+
+
+def _packed_lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    offsets: Tensor,
+    u: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_x, d_a, d_b = grad @ weight, torch.zeros_like(lora_a), torch.zeros_like(lora_b)
+    wide = _accumulate_dtype(x.dtype)
+    for i, r, rows in _packed_rows(lora_a, adapter_index, ranks, offsets):
         a, b = lora_a[i, :r].to(x.dtype), lora_b[i, :r].to(x.dtype)
-        inputs, outputs = rows[used], grads[used]
-        d_shrunk = ((outputs @ b.T).to(wide) * scale).to(x.dtype)
-        d_x.index_add_(0, used, d_shrunk @ a)
-        d_a[i, :r] = d_shrunk.T @ inputs
-        d_b[i, :r] = u[used, :r].T @ outputs
-    return d_x.view(x.shape), d_a, d_b
+        d_u = ((grad[rows] @ b.T).to(wide) * scale).to(x.dtype)
+        d_x[rows] += d_u @ a
+        d_a[i, :r] += d_u.T @ x[rows]
+        d_b[i, :r] += u[rows, :r].T @ grad[rows]
+    return d_x, d_a, d_b

@@ -10,10 +10,11 @@ sm_89 and whatever is unknown; at most 99 KB of shared memory a block)::
 does not name does not matter to it. ``config`` goes to the launch as it is; under the kernel
 "prefill" it is ``{"form": ...}``, which of lora_linear's forms to take.
 
-``faster.json`` lists, by architecture and op, where the fused path was measured faster than the
+``faster.json`` lists, by architecture and op, where the fused path is taken instead of the
 reference: ``{"sm_90": {"perceiver_attention": [{"slices": [32, 4096]}]}}`` gives the inclusive
-range of each number, null for an open end, or the word it must equal. ``bench/tune.py`` writes
-all of these files on a GPU.
+range of each number, null for an open end, or the word it must equal. No GPU has timed an op yet:
+the rules that ship follow from the roofline at the head of each op's file. ``bench/tune.py`` writes
+all of these files anew from what it measures on a GPU.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def _within(wanted: str | list[float | None], found: float | str | None) -> bool
     return (low is None or low <= found) and (high is None or found <= high)
 
 
-def measured_faster(op: str, capability: Capability, **shape: float | str) -> bool:
-    """Whether ``faster.json`` says that the op's kernels beat the reference at this shape."""
+def prefers_fused(op: str, capability: Capability, **shape: float | str) -> bool:
+    """Whether ``faster.json`` sends the op to its kernels at this shape."""
     rules = table("faster").get(architecture(capability), {}).get(op, ())
     return any(
         all(_within(wanted, shape.get(name)) for name, wanted in rule.items()) for rule in rules

@@ -81,8 +81,8 @@ def test_no_entry_for_a_word(key):
         ((9, 0), "sum", {"rows": 4096}, False),
     ],
 )
-def test_measured_faster(capability, op, shape, faster):
-    assert configs.measured_faster(op, capability, **shape) is faster
+def test_prefers_fused(capability, op, shape, faster):
+    assert configs.prefers_fused(op, capability, **shape) is faster
 
 
 def test_files_are_read_again_when_forgotten():
