@@ -94,11 +94,12 @@ def test_what_a_run_leaves(whole):
 
 
 def test_sigterm_finishes_the_step_saves_and_continues(whole, base, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped) as stopped:
         run(settings(tmp_path), base, events={3: signal.SIGTERM})
     assert stopped.value.code == 143 and stopped.value.step == 4
     assert read_progress(latest_checkpoint(tmp_path / "checkpoints"))["step"] == 4
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     run(settings(tmp_path), base)
     assert curve(tmp_path) == curve(whole[0])
     assert same(weights(tmp_path), weights(whole[0]))
