@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import released
 from tests import tiny
@@ -168,6 +169,30 @@ def test_saved_tensors_do_not_grow_with_activations():
         network(inputs)
     context = BASE.num_layers * 64 * BASE.latent_size
     assert inside < context
+
+
+def test_the_heads_gradient_is_filled_once():
+    """Not once a layer, as it is for a selection from the whole."""
+    network = tiny.hypernetwork(replace(BASE, num_blocks=1))
+    batch = network(features().float())
+    loss = sum(t.sin().sum() for side in (batch.A, batch.B) for t in side.values())
+    with ResultsOf(network.head.weight.shape) as found:
+        loss.backward()
+    assert found.count == 1
+
+
+class ResultsOf(TorchDispatchMode):
+    """Counts the tensors of one shape that operations make."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.shape == self.shape:
+            self.count += not func.is_view
+        return found
 
 
 def test_initialization_changes_nothing():

@@ -77,13 +77,23 @@ class Head(nn.Module):
             shape.append(len(config.target_modules))
         shape += [config.latent_size, config.head_width]
         self.weight = nn.Parameter(torch.empty(shape))
-        self.shared = config.shared_head
+        self.shared, self.num_layers = config.shared_head, config.num_layers
 
-    def of(self, layer: int, module: int) -> Tensor:
-        """Weight [1, Z, W] of one layer and one target module."""
+    def of(self, layer: int) -> Tensor:
+        """Weight [M, Z, W] of one layer."""
         # select, not [layer], which would compile a graph of its own for every layer.
-        weight = self.weight if self.shared else self.weight.select(0, layer)
-        return (weight[module] if weight.dim() == 3 else weight)[None]
+        return self._by_module(self.weight if self.shared else self.weight.select(0, layer))
+
+    def slices(self) -> list[Tensor]:
+        """Weights [M, Z, W] of all layers, for gradients: theirs are stacked once.
+
+        The gradient of :meth:`of` is as large as the whole head, and L of them would be added.
+        """
+        each = [self.weight] * self.num_layers if self.shared else self.weight.unbind(0)
+        return [self._by_module(weight) for weight in each]
+
+    def _by_module(self, weight: Tensor) -> Tensor:
+        return weight if weight.dim() == 3 else weight[None]
 
 
 class HyperNetwork(nn.Module):
@@ -170,13 +180,12 @@ class HyperNetwork(nn.Module):
             )
         recompute = torch.is_grad_enabled()
         per_layer = []
-        for index in range(self.config.num_layers):
+        for index, head in enumerate(self.head.slices()):
+            given = index, features[:, index], mask, place, head
             if recompute:
-                factors = checkpoint(
-                    self.layer, index, features[:, index], mask, place, use_reentrant=False
-                )
+                factors = checkpoint(self.layer, *given, use_reentrant=False)
             else:
-                factors = self.layer(index, features[:, index], mask, place)
+                factors = self.layer(*given)
             per_layer.append(factors)
         return self.assemble(per_layer)
 
@@ -186,6 +195,7 @@ class HyperNetwork(nn.Module):
         hidden: Tensor,
         mask: Tensor | None = None,
         place: Tensor | None = None,
+        head: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adapters of one decoder layer, as soon as its input exists.
 
@@ -195,6 +205,8 @@ class HyperNetwork(nn.Module):
             mask: [B, S], 1 where visible, or None.
             place: [B, 2] float32, where the context starts and ends in its video, as fractions;
                 None for whole videos. Only a network with ``chunk_position`` looks at it.
+            head: this layer's of :meth:`Head.slices`, taken once for all layers by who wants
+                gradients; None: the same weight, selected here.
 
         Returns:
             A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of hidden's dtype.
@@ -209,21 +221,27 @@ class HyperNetwork(nn.Module):
             place = torch.arange(2.0, device=hidden.device).expand(len(hidden), 2)
         elif place.shape != (len(hidden), 2):
             raise ValueError(f"place must be {[len(hidden), 2]}, not {list(place.shape)}")
-        return self._run_layer(self, index, hidden, mask, place)
+        return self._run_layer(self, index, hidden, mask, place, head)
 
     def _layer(
-        self, index: int, hidden: Tensor, mask: Tensor | None, place: Tensor | None
+        self,
+        index: int,
+        hidden: Tensor,
+        mask: Tensor | None,
+        place: Tensor | None,
+        head: Tensor | None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """:meth:`layer`, as it is compiled."""
         visible = None if mask is None else mask == 1
         latents = self.layers(self.aggregator["perceiver"](hidden, visible, place))
         rank, compute = self.config.rank, attention_dtype(hidden.dtype)
         factors_a, factors_b = {}, {}
+        weights = (self.head.of(index) if head is None else head).split(1)
         for place, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):
             rows = latents[:, None, None, place * rank : (place + 1) * rank]
             a, b = rank_projection(
                 rows.to(compute),
-                self.head.of(index, place).to(compute),
+                weights[place].to(compute),
                 self.scaler_A[module].select(1, index)[..., 0],
                 self.scaler_B[module].select(1, index)[..., 0],
                 d_in=d_in,

@@ -6,10 +6,10 @@ not trained on, always with the right step. `python -m tests.training.test_conve
 step in every way and prints what each reaches. After 240 steps (from 0.70, 1.06, 0.69):
 
                                 background   color   shape
-    right                          0.029     0.010   0.009
+    right                          0.111     0.015   0.024
     another video's adapter        0.698     1.042   0.692
     context masked                 0.699     1.040   0.694
-    turns see each other           0.700     1.050   0.318
+    rows mixed up                  0.697     1.039   0.693
     gradient of layer 1 flipped    0.382     0.366   0.070
     gradient of layer 3 detached   0.670     0.008   0.099
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -39,9 +40,10 @@ from v2l_fast.shapes.language import ask
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.train_language import cache_visual_tokens
+from v2l_fast.training import step as step_module
 from v2l_fast.training.samples import ContextSample, Sample
 from v2l_fast.training.step import StepOptions, TrainStep
-from v2l_fast.training.turns import PackedTurns
+from v2l_fast.training.turns import TurnRows, turn_rows
 
 KINDS = ("background", "color", "shape")
 STEPS, SHORT, BATCH, RATE = 240, 60, 16, 3e-3
@@ -151,28 +153,28 @@ def unseen_context() -> AbstractContextManager:
     """The hypernetwork's mask hides what it should show."""
     right = HyperNetwork.layer
 
-    def wrong(self: HyperNetwork, index: int, hidden: Tensor, mask, place):
-        return right(self, index, hidden, torch.zeros(hidden.shape[:2]), place)
+    def wrong(self: HyperNetwork, index: int, hidden: Tensor, mask, place, head):
+        return right(self, index, hidden, torch.zeros(hidden.shape[:2]), place, head)
 
     return mock.patch.object(HyperNetwork, "layer", wrong)
 
 
-def turns_see_each_other() -> AbstractContextManager:
-    """Plain causal attention over a row of packed turns."""
+def mixed_up_rows() -> AbstractContextManager:
+    """Within a group of turns, rows answer with each other's adapters."""
 
-    def wrong(self: PackedTurns) -> Tensor:
-        rows, width = self.segments.shape
-        return torch.ones(width, width, dtype=torch.bool).tril().expand(rows, 1, width, width)
+    def wrong(*arguments) -> TurnRows:
+        rows = turn_rows(*arguments)
+        return replace(rows, groups=[(ids, owners.flip(0)) for ids, owners in rows.groups])
 
-    return mock.patch.object(PackedTurns, "mask", property(wrong))
+    return mock.patch.object(step_module, "turn_rows", wrong)
 
 
 def scaled_gradient(layer: int, factor: float) -> AbstractContextManager:
     """The gradient of one layer's factors is multiplied."""
     right = HyperNetwork.layer
 
-    def wrong(self: HyperNetwork, index: int, hidden: Tensor, mask, place):
-        sides = right(self, index, hidden, mask, place)
+    def wrong(self: HyperNetwork, index: int, hidden: Tensor, mask, place, head):
+        sides = right(self, index, hidden, mask, place, head)
         if index != layer:
             return sides
         return tuple(
@@ -185,7 +187,7 @@ def scaled_gradient(layer: int, factor: float) -> AbstractContextManager:
 BROKEN: dict[str, Breaking] = {
     "another video's adapter": others_adapter,
     "context masked": unseen_context,
-    "turns see each other": turns_see_each_other,
+    "rows mixed up": mixed_up_rows,
     "gradient of layer 1 flipped": partial(scaled_gradient, 1, -1.0),
     "gradient of layer 3 detached": partial(scaled_gradient, 3, 0.0),
 }

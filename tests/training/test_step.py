@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from tests.golden import relative
 from tests.training import plain
+from v2l_fast.adapter import AdapterBatch
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.errors import ConfigError
 from v2l_fast.training import step as step_module
@@ -268,6 +269,38 @@ class LargestWith(TorchDispatchMode):
         # The LM head's weight is transposed for the product, not copied.
         if wide and func.name() != "aten::t":
             self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("max_padding", [0.0, 1.0], ids=["many groups", "one group"])
+def test_the_factors_gradient_is_filled_once(pair, samples, max_padding):
+    """Not once a layer and group, as it is for a selection from all layers' factors."""
+    step = TrainStep(*pair, StepOptions(max_padding=max_padding))
+    features = visual_features(pair[1], [chunk for one in samples for chunk in one.chunks])
+    adapters = step.adapters(samples, features)
+    leaves = [
+        {m: t.detach().requires_grad_() for m, t in side.items()}
+        for side in (adapters.A, adapters.B)
+    ]
+    loss = step.loss(samples, features, AdapterBatch(*leaves, adapters.scale)).loss
+    made = Results(leaves[0]["down_proj"])
+    with made:
+        loss.backward()
+    assert made.found == {"aten::stack": 1}
+
+
+class Results(TorchDispatchMode):
+    """Counts the operations whose result has as many numbers as a tensor, leaving out views."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.numbers = like.numel()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.numel() == self.numbers and not func.is_view:
+            self.found[func.name()] += 1
         return found
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from csrc_triton import lora_linear
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import AdapterBatch
 from v2l_fast.backbones import Backbone
@@ -30,7 +31,7 @@ from v2l_fast.training.distillation import Teacher, teacher_of
 from v2l_fast.training.loss import example_means, token_kl
 from v2l_fast.training.samples import Sample
 from v2l_fast.training.transfer import send
-from v2l_fast.training.turns import PackedTurns, pack_turns
+from v2l_fast.training.turns import TurnRows, turn_rows
 
 # Float32 logits kept at a time: 256 MiB, 1,361 answer tokens of a vocabulary of 49,280.
 LOGITS_PER_CHUNK = 2**26
@@ -86,6 +87,18 @@ class StepResult:
     parts: dict[str, Tensor]
 
 
+class LayerSlots(AdapterSlots):
+    """One layer's adapters, A and B [n, r, d], for that layer alone.
+
+    The gradient of a selection from all layers' factors is of the size of all of them.
+    """
+
+    def apply(self, module: str, layer: int, linear: nn.Linear, x: Tensor) -> Tensor:
+        """As `AdapterSlots.apply`, without a selection."""
+        a, b = self.A[module], self.B[module]
+        return lora_linear(x, linear.weight, linear.bias, a, b, self.index, self.scale)
+
+
 class TrainStep(nn.Module):
     """Samples to loss. The hypernetwork is its only submodule; the frozen model is not registered.
 
@@ -132,10 +145,11 @@ class TrainStep(nn.Module):
         contexts = [chunk for sample in samples for chunk in sample.chunks]
         options = self.options
         parts, order = [], []
+        heads = self.hypernet.head.slices()
         for group in context_groups(
             self.backbone, contexts, features, options.max_padding, options.group_tokens
         ):
-            parts.append(self._generate(group))
+            parts.append(self._generate(group, heads))
             order += group.members
         back = sorted(range(len(order)), key=order.__getitem__)
         index = send(torch.tensor(back), self.backbone.decoder.device)
@@ -158,23 +172,19 @@ class TrainStep(nn.Module):
         """The samples' loss under their `adapters`; see :meth:`forward`."""
         options, backbone = self.options, self.backbone
         device = backbone.decoder.device
-        packed = pack_turns(
-            [sample.prefix for sample in samples],
-            [sample.turns for sample in samples],
-            backbone.tokenizer.pad_token_id,
-        ).to(device)
+        bounds = options.max_padding, options.group_tokens
+        rows = turn_rows(samples, backbone.tokenizer.pad_token_id, *bounds).to(device)
         teacher = None
         if options.kl_weight:
-            bounds = options.max_padding, options.group_tokens
             teacher = teacher_of(backbone, samples, features, *bounds)
-        states = self._answer_states(packed, adapters)
-        per_token = self._token_losses(states, packed.targets, teacher)
+        states = self._answer_states(rows, adapters)
+        per_token = self._token_losses(states, rows.targets, teacher)
 
         kinds = [kind for sample in samples for kind in sample.kinds]
-        losses = example_means(per_token[:, 0], packed.turns, len(kinds))
+        losses = example_means(per_token[:, 0], rows.turns, len(kinds))
         parts = _by_kind(losses.detach(), kinds)
         if teacher is not None:
-            divergence = example_means(per_token[:, 1], packed.turns, len(kinds))
+            divergence = example_means(per_token[:, 1], rows.turns, len(kinds))
             parts |= _by_kind(divergence.detach(), ["kl"] * len(kinds))
             losses = losses + options.kl_weight * divergence
         if options.kind_weights:
@@ -183,25 +193,29 @@ class TrainStep(nn.Module):
         total = len(kinds) if example_total is None else example_total
         return StepResult(losses.sum() / total, parts)
 
-    def _generate(self, group: ContextGroup) -> AdapterBatch:
+    def _generate(self, group: ContextGroup, heads: Sequence[Tensor]) -> AdapterBatch:
         """Each layer's factors as the decoder produces its input."""
         states = self.backbone.decoder.layer_inputs(group.embeddings)
         per_layer = [
-            self._run(self.hypernet.layer, index, hidden, group.mask, group.places)
-            for index, hidden in enumerate(states)
+            self._run(self.hypernet.layer, index, hidden, group.mask, group.places, head)
+            for index, (hidden, head) in enumerate(zip(states, heads, strict=True))
         ]
         return self.hypernet.assemble(per_layer)
 
-    def _answer_states(self, packed: PackedTurns, adapters: AdapterBatch) -> Tensor:
-        """Normed hidden states [N, D] before each answer token; row i runs with adapter i."""
+    def _answer_states(self, rows: TurnRows, adapters: AdapterBatch) -> Tensor:
+        """Normed hidden states [N, D] before each answer token, each row with its adapter."""
         decoder = self.backbone.decoder
-        rows = torch.arange(len(packed.ids), device=decoder.device)
-        slots = AdapterSlots.of_batch(adapters, rows)
-        span = decoder.span(packed.positions, packed.mask)
-        hidden = decoder.embed(packed.ids)
-        for index in range(decoder.num_layers):
-            hidden = self._run(decoder.layer, index, hidden, span, None, slots)
-        return decoder.text_model.norm(hidden[packed.rows, packed.columns])
+        sides = [{m: t.unbind(1) for m, t in f.items()} for f in (adapters.A, adapters.B)]
+        states = []
+        for ids, owners in rows.groups:
+            span = decoder.prefill_span(*ids.shape)
+            hidden = decoder.embed(ids)
+            for index in range(decoder.num_layers):
+                a, b = ({m: layers[index] for m, layers in side.items()} for side in sides)
+                slots = LayerSlots(a, b, owners, adapters.scale)
+                hidden = self._run(decoder.layer, index, hidden, span, None, slots)
+            states.append(hidden.flatten(0, 1))
+        return decoder.text_model.norm(torch.cat(states).index_select(0, rows.places))
 
     def _run(self, function: Callable, *arguments: Any) -> Any:
         """Call a function; with `recompute`, keep its arguments alone for the backward pass."""

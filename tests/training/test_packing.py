@@ -1,0 +1,67 @@
+"""Packed turns compute what single turns compute, with a video and without."""
+
+import pytest
+import torch
+
+from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.train_language import answer_logits, cache_visual_tokens
+from v2l_fast.training.packing import pack_turns
+
+TURNS = (
+    [("What happens?", "a small red bar moves up"), ("What color is the bar?", "red")],
+    [("How many objects are there?", "two"), ("What happens?", "yes"), ("Yes?", "no")],
+)
+
+
+@pytest.fixture
+def turns(prompts):
+    return [[(prompts.question(q), prompts.answer(a)) for q, a in row] for row in TURNS]
+
+
+@torch.no_grad()
+def test_packed_turns_equal_single_turns(base, prompts, turns):
+    visual = cache_visual_tokens(base.model, sample_scenes("train", 1, 0), None)[0]
+    prefixes = [prompts.video_prefix, prompts.text_prefix]
+    pad = prompts.tokenizer.pad_token_id
+    packed = pack_turns(prefixes, turns, pad)
+    together = answer_logits(base.model, packed, visual.flatten(0, 1))
+    parts = []
+    for prefix, row in zip(prefixes, turns, strict=True):
+        for turn in row:
+            shown = visual if prefix is prompts.video_prefix else visual[:0]
+            single = pack_turns([prefix], [[turn]], pad)
+            parts.append(answer_logits(base.model, single, shown.flatten(0, 1)))
+    assert torch.allclose(together, torch.cat(parts), atol=1e-4)
+    assert packed.targets.tolist() == [i for row in turns for _, answer in row for i in answer]
+    assert packed.turns.unique_consecutive().tolist() == [0, 1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_the_backbones_decoder_agrees_with_transformers(base, prompts, turns):
+    packed = pack_turns([prompts.text_prefix] * 2, turns, prompts.tokenizer.pad_token_id)
+    decoder = base.decoder
+    span = decoder.span(packed.positions, packed.mask)
+    hidden = decoder.forward(decoder.embed(packed.ids), span)
+    found = decoder.logits(hidden[packed.rows, packed.columns])
+    empty = torch.zeros(0, base.hidden_size)
+    assert torch.allclose(found, answer_logits(base.model, packed, empty), atol=1e-4)
+
+
+def test_a_token_sees_the_prefix_and_its_own_turn():
+    packed = pack_turns([[1, 2], [1]], [[([3], [4, 5]), ([6], [7])], [([8], [9])]], pad_id=0)
+    assert packed.to(torch.device("cpu")).segments.tolist() == [
+        [0, 0, 1, 1, 1, 2, 2],
+        [0, 1, 1, -1, -1, -1, -1],
+    ]
+    seen = [
+        [[j for j in range(7) if row[i, j]] for i in range(7)] for row in packed.mask[:, 0]
+    ]
+    assert seen[0] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 5],
+                       [0, 1, 5, 6]]  # fmt: skip
+    assert seen[1][:3] == [[0], [0, 1], [0, 1, 2]]
+    # Padding sees padding: a row of nothing would be NaN.
+    assert seen[1][3:] == [[3], [3, 4], [3, 4, 5], [3, 4, 5, 6]]
+    assert packed.positions[0].tolist() == [0, 1, 2, 3, 4, 2, 3]
+    assert list(zip(packed.rows.tolist(), packed.columns.tolist(), strict=True)) == [
+        (0, 2), (0, 3), (0, 5), (1, 1)
+    ]  # fmt: skip
