@@ -18,6 +18,12 @@ def shipped(name: str | os.PathLike, part: str) -> Path | None:
     return folder if not Path(name).exists() and folder.is_dir() else None
 
 
+def recorded_name(name_or_path: str | os.PathLike) -> str:
+    """What records call a model: a shipped one by its pair's name, wherever the package lies."""
+    path = Path(name_or_path)
+    return path.parent.name if path.is_relative_to(ASSETS) else str(name_or_path)
+
+
 def load_hypernet(name_or_path: str | os.PathLike) -> tuple[HyperNetwork, Path | None]:
     """The hypernetwork (on the CPU) and the base model that lies beside it, if one does."""
     path = Path(name_or_path)

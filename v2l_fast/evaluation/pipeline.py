@@ -29,6 +29,7 @@ from v2l_fast.evaluation.library import Library, Loader, Settings
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import markdown, summarize, text_scores
 from v2l_fast.files import write_text
+from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
 from v2l_fast.training.manifest import Example, VideoExamples, group_by_video
 
@@ -164,7 +165,7 @@ def _identity(
         "settings": asdict(settings),
         "model": {
             "hypernetwork": model.hypernet.fingerprint,
-            "base": model.backbone.name_or_path,
+            "base": recorded_name(model.backbone.name_or_path),
             "dtype": str(model.backbone.decoder.dtype).removeprefix("torch."),
         },
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
