@@ -73,7 +73,7 @@ def test_operations_are_those_of_the_step(visible_ops):
 
 
 def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr("v2l_fast.training.trainer.peak_flops", lambda device: 1e9)
+    monkeypatch.setattr("v2l_fast.training.trainer.peak_flops", lambda device: 1e13)
     run(settings(tmp_path, "optim.steps=2"))
     line = read_lines(tmp_path / "log.jsonl")[0]
     assert 0 < line["mfu"] < 1
