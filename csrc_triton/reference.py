@@ -219,9 +219,17 @@ def lora_linear(
         )
     rank, wide = lora_a.shape[1], _accumulate_dtype(x.dtype)
     index, used = _chosen(lora_a, adapter_index, ranks)
-    a, b = (_by_example(t, index, used, x.dtype) for t in (lora_a, lora_b))
-    u = (torch.bmm(x, a.mT).to(wide) * scale).to(x.dtype)
-    y = torch.baddbmm(torch.nn.functional.linear(x, weight, bias), u, b)
+    if ranks is not None:
+        slots = torch.arange(rank, device=ranks.device)
+        lora_b = torch.where((slots < ranks[:, None])[:, :, None], lora_b, 0)
+    if lora_a.shape[0] > 1:
+        # One adapter is not gathered: for a token that costs more than the product with it.
+        lora_a, lora_b = lora_a[index], lora_b[index]
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    u = torch.where(used, ((x @ a.mT).to(wide) * scale).to(x.dtype), 0)
+    # Chosen, not added as zeros: what an adapter holds cannot reach an example without one.
+    added = torch.where(used.any(-1, keepdim=True), u @ b, 0)
+    y = torch.nn.functional.linear(x, weight, bias) + added
     return y, u.reshape(-1, rank) if keep else u.new_empty(0, rank)
 
 
