@@ -218,6 +218,9 @@ def lora_linear(
             x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets, keep
         )
     rank, wide = lora_a.shape[1], _accumulate_dtype(x.dtype)
+    y = torch.nn.functional.linear(x, weight, bias)
+    if lora_a.shape[0] == 0:
+        return y, y.new_zeros(x[..., 0].numel() if keep else 0, rank)
     index, used = _chosen(lora_a, adapter_index, ranks)
     if ranks is not None:
         slots = torch.arange(rank, device=ranks.device)
@@ -228,8 +231,7 @@ def lora_linear(
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     u = torch.where(used, ((x @ a.mT).to(wide) * scale).to(x.dtype), 0)
     # Chosen, not added as zeros: what an adapter holds cannot reach an example without one.
-    added = torch.where(used.any(-1, keepdim=True), u @ b, 0)
-    y = torch.nn.functional.linear(x, weight, bias) + added
+    y = y + torch.where(used.any(-1, keepdim=True), u @ b, 0)
     return y, u.reshape(-1, rank) if keep else u.new_empty(0, rank)
 
 
@@ -250,6 +252,8 @@ def lora_linear_backward(
         return _packed_lora_linear_backward(
             grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets, u
         )
+    if lora_a.shape[0] == 0:
+        return grad @ weight, torch.zeros_like(lora_a), torch.zeros_like(lora_b)
     index, used = _chosen(lora_a, adapter_index, ranks)
     a, b = (_by_example(t, index, used, x.dtype) for t in (lora_a, lora_b))
     d_u = (torch.bmm(grad, b.mT).to(_accumulate_dtype(x.dtype)) * scale).to(x.dtype)

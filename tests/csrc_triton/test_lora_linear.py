@@ -280,3 +280,15 @@ def test_compiles():
 
     short, longer = ([t.float() for t in inputs(t=tokens)] for tokens in (5, 9))
     checks.assert_compiles(op, short, longer, "aot_eager")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_without_any_adapter(packed):
+    x = torch.randn(6, 16, requires_grad=True)
+    weight, a, b = torch.randn(8, 16), torch.randn(0, 4, 16), torch.randn(0, 4, 8)
+    offsets = torch.tensor([0, 3, 6]) if packed else None
+    rows = x if packed else x.view(2, 3, 16)
+    y = lora_linear(rows, weight, None, a, b, torch.tensor([-1, -1]), 0.5, offsets=offsets)
+    torch.testing.assert_close(y.reshape(6, 8), x @ weight.T)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(6, 16))
