@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import Adapter
+from v2l_fast.backbones import flash
 from v2l_fast.compiling import compiled
 
 
@@ -36,25 +37,28 @@ class LayerCache:
     keys: Tensor
     values: Tensor
     rows: Tensor | None = None
+    flash: bool = False
 
 
 @dataclass
 class Cache:
     """Static key/value cache: keys and values [L, rows, kv heads, capacity, head_dim].
 
-    ``rows`` [E] int64 says which row each example of a pass has; None: its first E rows.
+    ``rows`` [E] int64 says which row each example of a pass has; None: its first E rows. ``flash``:
+    one-token steps attend to it by FlashAttention 2.
     """
 
     keys: Tensor
     values: Tensor
     rows: Tensor | None = None
+    flash: bool = False
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
 
     def layer(self, index: int) -> LayerCache:
-        return LayerCache(self.keys[index], self.values[index], self.rows)
+        return LayerCache(self.keys[index], self.values[index], self.rows, self.flash)
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,14 @@ class Span:
         mask: [E, 1, T, K] bool over the first K cache slots (without a cache: over the pass's own
             tokens), or None for plain causal attention among the pass's own tokens.
         rope: cos and sin [E, T, head_dim].
+        lengths: of a one-token step, [E] int32: the mask says the same, that many cache slots of
+            each row from its first.
     """
 
     positions: Tensor
     mask: Tensor | None
     rope: tuple[Tensor, Tensor]
+    lengths: Tensor | None = None
 
 
 class Decoder:
@@ -132,10 +139,10 @@ class Decoder:
         heads, size = self.config.num_key_value_heads, self._head_dim()
         shape = (self.num_layers, batch, heads, capacity, size)
         # Zeros, not empty: masked slots are read with weight 0, and 0 * NaN is NaN.
-        return Cache(
-            torch.zeros(shape, dtype=self.dtype, device=self.device),
-            torch.zeros(shape, dtype=self.dtype, device=self.device),
+        keys, values = (
+            torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)
         )
+        return Cache(keys, values, flash=flash.usable(keys))
 
     def span(self, positions: Tensor, mask: Tensor | None) -> Span:
         """A pass over tokens at any ``positions`` [E, T] under any ``mask``."""
@@ -149,7 +156,8 @@ class Decoder:
         """One token a row at ``positions`` [E], all below ``limit``; sees slots up to its own."""
         slots = torch.arange(limit, device=self.device)
         mask = (slots <= positions[:, None])[:, None, None, :]
-        return self.span(positions[:, None], mask)
+        lengths = (positions + 1).to(torch.int32)
+        return replace(self.span(positions[:, None], mask), lengths=lengths)
 
     def layer(
         self,
@@ -190,17 +198,25 @@ class Decoder:
         attention = layer.self_attn
         query, key, value = self.heads(layer, index, hidden, span, adapters)
         if cache is not None:
-            key, value = _write(cache, span, key, value)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=span.mask,
-            is_causal=span.mask is None,
-            scale=attention.scaling,
-            # A comparison of shapes is symbolic to the compiler and no bool.
-            enable_gqa=attention.num_key_value_groups != 1,
-        )
+            _write(cache, span, key, value)
+        if cache is not None and cache.flash and span.lengths is not None:
+            rows = None if cache.rows is None else cache.rows.to(torch.int32)
+            mixed = flash.flash_step(
+                query, cache.keys, cache.values, span.lengths, rows, attention.scaling
+            )
+        else:
+            if cache is not None and span.mask is not None:
+                key, value = _read(cache, len(key), span.mask.shape[-1])
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=span.mask,
+                is_causal=span.mask is None,
+                scale=attention.scaling,
+                # A comparison of shapes is symbolic to the compiler and no bool.
+                enable_gqa=attention.num_key_value_groups != 1,
+            )
         mixed = mixed.transpose(1, 2).reshape(*hidden.shape[:2], -1)
         return _linear("o_proj", attention.o_proj, index, mixed, adapters)
 
@@ -284,19 +300,18 @@ def _linear(
     return adapters.apply(name, index, module, x)
 
 
-def _write(
-    cache: LayerCache, span: Span, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Store the pass's keys and values; return what the pass attends to."""
-    keys, values = cache.keys, cache.values
+def _write(cache: LayerCache, span: Span, key: Tensor, value: Tensor) -> None:
+    """Store the pass's keys and values."""
     count, length = key.shape[0], key.shape[2]
     rows = torch.arange(count, device=key.device) if cache.rows is None else cache.rows
     if span.mask is None:
-        keys[rows, :, :length], values[rows, :, :length] = key, value
-        return key, value
-    keys[rows[:, None], :, span.positions] = key.transpose(1, 2)
-    values[rows[:, None], :, span.positions] = value.transpose(1, 2)
-    limit = span.mask.shape[-1]
-    if cache.rows is None:
-        return keys[:count, :, :limit], values[:count, :, :limit]
-    return keys[rows, :, :limit], values[rows, :, :limit]
+        cache.keys[rows, :, :length], cache.values[rows, :, :length] = key, value
+    else:
+        cache.keys[rows[:, None], :, span.positions] = key.transpose(1, 2)
+        cache.values[rows[:, None], :, span.positions] = value.transpose(1, 2)
+
+
+def _read(cache: LayerCache, count: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [E, kv heads, limit, head_dim] of a pass's ``count`` rows."""
+    rows = slice(0, count) if cache.rows is None else cache.rows
+    return cache.keys[rows, :, :limit], cache.values[rows, :, :limit]
