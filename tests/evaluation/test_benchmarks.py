@@ -7,9 +7,9 @@ import pytest
 
 from tests.video.clips import encode
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.benchmarks.annotations import BenchmarkError
 from v2l_fast.evaluation.benchmarks.build import build
 from v2l_fast.evaluation.benchmarks.catalog import BENCHMARKS
-from v2l_fast.evaluation.benchmarks.formats import BenchmarkError
 from v2l_fast.training.manifest import load_manifest
 
 
@@ -34,8 +34,8 @@ def activitynet_captions(folder):
     json_file(
         folder / "val_1.json",
         {
-            "v_aa": {"duration": 20.0, "timestamps": [[0, 9], [8, 20]],
-                     "sentences": ["A man sits. ", " He stands up."]},
+            "v_aa": {"duration": 20.0, "timestamps": [[4.39, 9], [4.17, 20]],
+                     "sentences": ["A man sits.", "  He stands up."]},
             "v_bb": {"duration": 5.0, "timestamps": [[0, 5]], "sentences": ["A dog runs."]},
         },
     )  # fmt: skip
@@ -47,32 +47,32 @@ def plm_rdcap(folder):
         {"start_frame": 51, "end_frame": 90, "caption": "She waves."},
         {"start_frame": 0, "end_frame": 50, "caption": "She walks in."},
     ]
-    row = {"uid": 7, "video": "sav_1.mp4", "masklet_id": 2, "total_frames": 91}
+    row = {"uid": 7, "video": "sav_000001.mp4", "masklet_id": 2, "total_frames": 91}
     lines_file(folder / "rdcap" / "plm_rdcap_test.jsonl", [{**row, "dense_captions": parts}])
-    videos(folder, "sav_1.mp4")
+    videos(folder, "sav_000001.mp4")
 
 
 def plm_rcap(folder):
-    row = {"uid": 8, "video": "sav_1.mp4", "masklet_id": 0, "total_frames": 40}
+    row = {"uid": 8, "video": "sav_000001.mp4", "masklet_id": 0, "total_frames": 40}
     last = {**row, "uid": 9, "start_frame": 30, "end_frame": 39, "caption": "He leaves."}
     first = {**row, "start_frame": 0, "end_frame": 9, "caption": "He comes."}
     lines_file(folder / "rcap" / "plm_rcap_test.jsonl", [first, last])
     folder.joinpath("sav").mkdir()
-    encode(folder / "sav" / "sav_1.mp4", 20, fps=5)
+    encode(folder / "sav" / "sav_000001.mp4", 20, fps=5)
 
 
 def plm_sgqa(folder):
-    row = {"uid": "q1", "video": "a_1_2.mp4", "question": "Is it on?", "answer": "Yes, it is."}
+    row = {"uid": "1", "video": "9a_4_31.mp4", "question": "Is it on?", "answer": "Yes, it is."}
     lines_file(folder / "sgqa" / "plm_sgqa_test.jsonl", [{**row, "domain": "cooking"}])
-    videos(folder / "videos" / "sgqa", "a_1_2.mp4")
+    videos(folder / "videos" / "sgqa", "9a_4_31.mp4")
 
 
 def vdc(folder):
     styles = ("short", "detailed", "camera", "background", "main_object")
     rows = [
-        {"video_id": str(i), "video_name": f"clip.{i}"}
+        {"video_id": name[:-4], "video_source": "mixkit", "video_name": name}
         | {f"{style}_caption": f"{style} of {i}" for style in styles}
-        for i in range(3)
+        for i, name in enumerate(("clip.0.mp4", "clip.1.MP4", "clip.2.mp4"))
     ]
     lines_file(folder / "VDC_1k.jsonl", rows)
     videos(folder, "clip.0.mp4", "clip.1.MP4", "clip.2.mkv")
@@ -80,12 +80,14 @@ def vdc(folder):
 
 def carebench(folder):
     row = {
-        "video": "v_1_0.mp4", "caption": "A boy waters plants.",
+        "video": "v_00000001_0.mp4", "caption": "A boy waters plants.",
         "events": ["pouring water", "setting down the can"], "objects": ["a boy", "a can"],
         "spatial_caption": "The boy is left.", "temporal_caption": "He pours, then stops.",
+        "category": "Household Activities", "subcategory": "water_plants",
     }  # fmt: skip
-    json_file(folder / "json" / "metadata.json", [row])
-    videos(folder / "videos", "v_1_0.mp4")
+    texts = {"video": "v_00000001_3.mp4", "events": "pouring water; leaving", "objects": "a can"}
+    json_file(folder / "json" / "metadata.json", [row, {**row, **texts}])
+    videos(folder / "videos", "v_00000001_0.mp4", "v_00000001_3.mp4")
 
 
 def nextqa(folder):
@@ -116,11 +118,15 @@ def activitynet_qa(folder):
 
 def vidcapbench(folder):
     pairs = [
-        {"question": "What is the weather like?", "answer": "Rainy.", "sub_category": "background"},
-        {"question": "Who is there?", "answer": "A man.", "sub_category": "subjects"},
-    ]
-    rows = [{"video_dir": f"videos/clip_{i}.mp4", "QA_pairs": pairs} for i in range(4)]
-    lines_file(folder / "VidCapBench-AE_QA.jsonl", rows)
+        {"question": "What is the weather like?", "answer": "Rainy.", "sub_category": "background",
+         "primary_category": "video content"},
+        {"question": "Which lens?", "answer": "A wide one.", "sub_category": "cinematography",
+         "primary_category": "video aesthetics"},
+    ]  # fmt: skip
+    names = ("clip_0.mp4", "clip_1.mp4", "/authors/videos/clip_2.mp4", "/authors/videos/clip_3.mp4")
+    rows = [{"video_dir": name, "QA_pairs": pairs} for name in names]
+    unasked = {"video_dir": "clip_4.mp4", "QA_pairs": []}
+    lines_file(folder / "VidCapBench-AE_QA.jsonl", [*rows, unasked])
     videos(folder / "videos", *(f"clip_{i}.mp4" for i in range(4)))
 
 
@@ -137,7 +143,7 @@ MAKERS = {
 }
 EXAMPLES = {
     "activitynet-captions": 2, "plm-rdcap": 1, "plm-rcap": 2, "plm-sgqa": 1, "vdc": 15,
-    "carebench": 5, "nextqa": 2, "activitynet-qa": 2, "vidcapbench": 8,
+    "carebench": 10, "nextqa": 2, "activitynet-qa": 2, "vidcapbench": 8,
 }  # fmt: skip
 
 
@@ -203,8 +209,10 @@ def test_styles_and_subsets_have_their_prompts(built):
 
 
 def test_lists_become_one_reference(built):
-    by_subset = {e.metadata["subset"]: e for e in built("carebench")}
+    examples = built("carebench")
+    by_subset = {e.metadata["subset"]: e for e in examples[:5]}
     assert by_subset["events"].target_text == "pouring water; setting down the can"
+    assert examples[6].target_text == "pouring water; leaving"
     assert by_subset["objects"].target_text == "a boy; a can"
     assert by_subset["caption"].target_text == "A boy waters plants."
     assert len({e.prompt for e in by_subset.values()}) == 5
@@ -279,7 +287,7 @@ def test_missing_videos_are_named_with_their_source(tmp_path, name):
     [
         ("vdc", "VDC_1k.jsonl", '{"video_name": "a"}\n', "line 1 has no 'short_caption'"),
         ("vdc", "VDC_1k.jsonl", '{"video_name": "a"\n', "line 1 is not JSON"),
-        ("carebench", "metadata.json", "{}", "holds a JSON dict, not the published list"),
+        ("carebench", "metadata.json", "{}", "holds a JSON dict, a list is published"),
         ("carebench", "metadata.json", '[{"video": "a.mp4"}]', "entry 1 has no 'caption'"),
         ("activitynet-captions", "val_1.json", "[]", "holds a JSON list"),
         ("activitynet-captions", "val_1.json", '{"v_a": {}}', "v_a has no 'sentences'"),

@@ -20,7 +20,8 @@ class Benchmark:
         videos: where the videos are.
         split: the split the files belong to.
         read: the files -> items.
-        limit: examples taken (of each subset), or videos where `limit_videos`.
+        limit: examples taken (of each subset), or videos where `limit_videos`. Which ones the
+            paper took is not published.
     """
 
     title: str
@@ -56,7 +57,7 @@ BENCHMARKS = {
         "VDC",
         ("VDC_1k.jsonl",),
         "https://huggingface.co/datasets/wchai/Video-Detailed-Caption",
-        "https://huggingface.co/datasets/wchai/Video-Detailed-Caption",
+        "https://huggingface.co/datasets/wchai/Video-Detailed-Caption/tree/main/videos",
         "test",
         formats.vdc,
     ),
@@ -64,7 +65,7 @@ BENCHMARKS = {
         "CaReBench",
         ("json/metadata.json",),
         "https://huggingface.co/datasets/MCG-NJU/CaReBench",
-        "https://huggingface.co/datasets/MCG-NJU/CaReBench",
+        "https://huggingface.co/datasets/MCG-NJU/CaReBench (videos/videos.zip)",
         "test",
         formats.carebench,
     ),

@@ -1,6 +1,8 @@
 """What each benchmark asks: the prompts of the paper's Appendix B.
 
-They are part of the measurement: with another wording the numbers are another benchmark's.
+They are part of the measurement: with another wording the numbers are another benchmark's. The
+appendix prints a question and its instruction as two paragraphs; here a space joins them, as in the
+examples on the authors' page (where PLM-SGQA's questions stand without the instruction).
 """
 
 from __future__ import annotations

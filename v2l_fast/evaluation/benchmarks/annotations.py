@@ -1,0 +1,82 @@
+"""Reading annotation files: JSON, JSON lines, CSV and their fields.
+
+Responsible for errors that name the file, the place in it and the remedy. What the fields of each
+benchmark mean is `formats`'s.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from v2l_fast.errors import V2LError
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
+
+
+class BenchmarkError(V2LError, ValueError):
+    """An annotation file or a video of a benchmark is missing or not as published."""
+
+
+def read_json(path: Path) -> Any:
+    """The whole file. Raises BenchmarkError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BenchmarkError(f"{path}: not JSON ({error}); download it again") from None
+
+
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """A file that holds one JSON object. Raises BenchmarkError."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise BenchmarkError(f"{path}: holds a JSON {type(found).__name__}, an object is published")
+    return found
+
+
+def read_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """("entry N", row) of a file that holds one JSON list. Raises BenchmarkError."""
+    found = read_json(path)
+    if not isinstance(found, list):
+        raise BenchmarkError(f"{path}: holds a JSON {type(found).__name__}, a list is published")
+    for number, row in enumerate(found, start=1):
+        yield f"entry {number}", row
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """("line N", row) of a file of JSON lines. Raises BenchmarkError."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line)
+                except ValueError as error:
+                    raise BenchmarkError(
+                        f"{path}: line {number} is not JSON ({error}); download it again"
+                    ) from None
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    """("line N", row) of a CSV file with a header."""
+    with open(path, newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            yield f"line {number}", row
+
+
+def get(path: Path, where: str, row: Any, name: str) -> Any:
+    """A field that every row must have and fill. Raises BenchmarkError."""
+    value = row.get(name) if isinstance(row, dict) else None
+    if value is None or value == "":
+        raise BenchmarkError(
+            f"{path}: {where} has no {name!r}; is it the file that the benchmark publishes?"
+        )
+    return value
+
+
+def stem(name: str) -> str:
+    """A video's name without folder and video suffix ("a.b" is not a suffix)."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name
