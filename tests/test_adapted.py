@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.golden import relative
 from v2l_fast import adapted_linear
-from v2l_fast.adapted import AdapterSlots
+from v2l_fast.adapted import AdapterSlots, LayerSlots
 from v2l_fast.adapter import Adapter, AdapterBatch, BiasAdapter
 from v2l_fast.errors import AdapterError
 
@@ -145,11 +146,18 @@ def test_gradients_reach_generated_adapters():
     a, b = factors(4, 0)
     leaves = [t["down_proj"][None].repeat(2, 1, 1, 1).requires_grad_() for t in (a, b)]
     batch = AdapterBatch({"down_proj": leaves[0]}, {"down_proj": leaves[1]}, 1.5, BIAS)
-    slots = AdapterSlots.of_batch(batch.composed(), torch.tensor([0, 1, 1]))
+    layers = LayerSlots.of_batch(batch.composed())
+    assert all(slots.index.tolist() == [0, 1] for slots in layers)
     x = torch.randn(3, 5, D_IN)
-    for index, linear in enumerate(linears):
-        slots.apply("down_proj", index, linear, x).square().sum().backward()
+    found = [
+        replace(slots, index=torch.tensor([0, 1, 1])).apply("down_proj", index, linear, x)
+        for index, (slots, linear) in enumerate(zip(layers, linears, strict=True))
+    ]
+    torch.stack(found).square().sum().backward()
     assert all(leaf.grad.flatten(2).any(-1).all() for leaf in leaves)
+    packed = AdapterSlots.pack([batch[0], batch[1], batch[1]], "cpu", torch.float32)
+    for index, (linear, expected) in enumerate(zip(linears, found, strict=True)):
+        assert relative(packed.apply("down_proj", index, linear, x), expected) <= 1e-6
 
 
 def test_packing_gives_an_adapter_one_slot_however_often_it_is_used():

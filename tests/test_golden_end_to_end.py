@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import SmolVLMForConditionalGeneration
 
 from tests.golden import FOLDER, load, network, relative
-from v2l_fast.adapted import AdapterSlots
+from v2l_fast.adapted import AdapterSlots, LayerSlots
 from v2l_fast.adapter import Adapter
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.generation import Sampling, generate
@@ -77,8 +78,16 @@ def test_context_features_and_adapter(video, padding, vlm, net, golden):
     assert relative(found.B[M][0], golden[f"{case}.B.{M}"][video]) <= 1e-5
 
 
-def logits(vlm: SmolVLM, ids: torch.Tensor, slots: AdapterSlots | None) -> torch.Tensor:
-    return vlm.decoder.logits(vlm.decoder.forward(vlm.decoder.embed(ids), adapters=slots))
+def logits(
+    vlm: SmolVLM, ids: torch.Tensor, slots: AdapterSlots | list[LayerSlots] | None
+) -> torch.Tensor:
+    """slots: for all layers, as when answering, or one for each, as in training."""
+    decoder = vlm.decoder
+    hidden, span = decoder.embed(ids), decoder.prefill_span(*ids.shape)
+    for index in range(decoder.num_layers):
+        chosen = slots[index] if isinstance(slots, list) else slots
+        hidden = decoder.layer(index, hidden, span, None, chosen)
+    return decoder.logits(decoder.text_model.norm(hidden))
 
 
 @torch.no_grad()
@@ -87,7 +96,7 @@ def test_logits(vlm, batch, golden):
     plain = logits(vlm, ids, None)
     assert relative(plain[real], golden["text.logits_base"][real]) <= 1e-5
     by_adapter = AdapterSlots.pack(list(batch), "cpu", torch.float32)
-    by_batch = AdapterSlots.of_batch(batch.composed(), torch.arange(2))
+    by_batch = LayerSlots.of_batch(batch.composed())
     for slots in (by_adapter, by_batch):
         found = logits(vlm, ids, slots)
         assert relative(found[real], golden["train.logits"][real]) <= 1e-5
@@ -99,7 +108,7 @@ def test_several_questions_to_a_video(vlm, batch, golden):
     real = golden["multiq.attention_mask"] == 1
     videos = list(batch)
     for slots in (
-        AdapterSlots.of_batch(batch.composed(), owner),
+        [replace(one, index=owner) for one in LayerSlots.of_batch(batch.composed())],
         AdapterSlots.pack([videos[i] for i in owner], "cpu", torch.float32),
     ):
         found = logits(vlm, golden["multiq.input_ids"], slots)
@@ -112,7 +121,7 @@ def test_two_chunks_of_one_video(vlm, batch, golden):
     ids = golden["text.input_ids"][:1]
     for slots in (
         AdapterSlots.pack([Adapter.compose(list(batch))], "cpu", torch.float32),
-        AdapterSlots.of_batch(batch.composed([2]), torch.tensor([0])),
+        LayerSlots.of_batch(batch.composed([2])),
     ):
         found = logits(vlm, ids, slots)
         assert relative(found[0, real], golden["chunks2.logits"][0, real]) <= 1e-5
@@ -152,7 +161,7 @@ def answers(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, .
 def test_loss_and_gradients(vlm, golden):
     net = network("a")
     batch = net(golden["ctx_right.ctx_features"], golden["ctx_right.attention_mask"])
-    slots = AdapterSlots.of_batch(batch.composed(), torch.arange(2))
+    slots = LayerSlots.of_batch(batch.composed())
     student = logits(vlm, golden["text.input_ids"], slots)
     rows, targets, owner = answers(student, golden["text.labels"])
     teacher, teacher_targets, _ = answers(golden["teacher.logits"], golden["teacher.labels"])

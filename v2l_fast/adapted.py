@@ -94,12 +94,6 @@ class AdapterSlots:
             ragged = torch.tensor(ranks, device=device)
         return cls(*packed, torch.tensor(index, device=device), first.scale, ragged)
 
-    @classmethod
-    def of_batch(cls, batch: AdapterBatch, index: Tensor) -> AdapterSlots:
-        """Generated adapters as slots, differentiable; ``index`` [E]: the slot of each example."""
-        a, b = ({m: t.transpose(0, 1) for m, t in f.items()} for f in (batch.A, batch.B))
-        return cls(a, b, index, batch.scale)
-
     def apply(self, module: str, layer: int, linear: nn.Linear, x: Tensor) -> Tensor:
         """``linear`` with each example's adapter: [E, T, d_in] -> [E, T, d_out].
 
@@ -111,16 +105,39 @@ class AdapterSlots:
                 f"a batch of {x.shape[0]} runs with adapters chosen for {self.index.shape[0]} "
                 "examples; give one adapter (or None) for each"
             )
+        a, b = self.factors(module, layer)
         return lora_linear(
-            x,
-            linear.weight,
-            linear.bias,
-            self.A[module].select(0, layer),
-            self.B[module].select(0, layer),
-            self.index,
-            self.scale,
-            ranks=self.ranks,
+            x, linear.weight, linear.bias, a, b, self.index, self.scale, ranks=self.ranks
         )
+
+    def factors(self, module: str, layer: int) -> tuple[Tensor, Tensor]:
+        """A [n, r, d_in] and B [n, r, d_out] of a layer."""
+        return self.A[module].select(0, layer), self.B[module].select(0, layer)
+
+
+class LayerSlots(AdapterSlots):
+    """One layer's adapters, A and B [n, r, d]: the slots to train with, one for each layer.
+
+    The gradient of a selection from all layers' factors is of the size of all of them.
+    """
+
+    @classmethod
+    def of_batch(cls, batch: AdapterBatch) -> list[LayerSlots]:
+        """Generated and composed adapters, differentiable, layer by layer; example i has the i-th.
+
+        Other examples: ``dataclasses.replace(slots, index=...)``.
+        """
+        like = next(iter(batch.A.values()))
+        index = torch.arange(len(batch), device=like.device)
+        sides = [{m: t.unbind(1) for m, t in f.items()} for f in (batch.A, batch.B)]
+        return [
+            cls(*({m: t[layer] for m, t in side.items()} for side in sides), index, batch.scale)
+            for layer in range(like.shape[1])
+        ]
+
+    def factors(self, module: str, layer: int) -> tuple[Tensor, Tensor]:
+        """The only ones it has."""
+        return self.A[module], self.B[module]
 
 
 class AdaptedLinear(nn.Linear):

@@ -3,19 +3,20 @@ training step does not.
 
 Rendered scenes of one object, three questions each, AdamW; the loss is measured on scenes that were
 not trained on, always with the right step. `python -m tests.training.test_convergence` breaks the
-step in every way and prints what each reaches. After 240 steps (from 0.70, 1.06, 0.69):
+step in every way and prints the three kinds' losses, the lowest first; they start from 0.69, 0.70
+and 1.06.
 
-                                background   color   shape
-    right                          0.111     0.015   0.024
-    another video's adapter        0.698     1.042   0.692
-    context masked                 0.699     1.040   0.694
-    rows mixed up                  0.697     1.039   0.693
-    gradient of layer 1 flipped    0.382     0.366   0.070
-    gradient of layer 3 detached   0.670     0.008   0.099
+                                   after 60 steps           after 240 steps
+    right                          0.031  0.691  0.761      0.015  0.024  0.111
+    another video's adapter        0.692  0.697  1.049      0.692  0.698  1.042
+    context masked                 0.691  0.699  1.053      0.694  0.699  1.040
+    rows mixed up                  0.690  0.700  1.052      0.693  0.697  1.039
+    gradient of layer 1 flipped    2.592  2.904  3.461      0.034  0.220  0.348
+    gradient of layer 3 detached   0.152  0.611  0.730      0.006  0.118  0.684
 
-The bound asks for two kinds below 0.3 (with another seed they are at 0.003 and 0.174), which all
-but the last miss: the other layers make up for one that gets no gradient. That one fails in
-`test_step`, which compares gradients.
+The bound asks for one kind below 0.3 after 60 steps and for two after 240. All but the last miss
+it: the other layers make up for one that gets no gradient. That one fails in `test_step`, which
+compares gradients.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ def test_a_hypernetwork_learns(backbone, videos):
         assert losses(step, held_out)[-1] > 1.0
 
 
-@pytest.mark.parametrize("name", list(BROKEN)[:3])
+@pytest.mark.parametrize("name", list(BROKEN)[:-1])
 def test_a_broken_step_does_not(backbone, videos, name):
     train, held_out = videos
     (step,) = training(backbone, train, (SHORT,), BROKEN[name])

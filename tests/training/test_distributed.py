@@ -14,6 +14,7 @@ from tests import tiny
 from tests.training.test_trainer import curve, same, weights
 from tests.training.tiny_run import run, settings
 from v2l_fast.training.checkpoint import checkpoint_path, latest_checkpoint, read_progress
+from v2l_fast.training.folder import RunFolder
 from v2l_fast.training.records import read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +108,16 @@ def test_one_process_that_is_told_to_stop_stops_all(start, tmp_path):
     folder = tmp_path / "run"
     assert launch(folder, 2, start, [], ["--stop-at", "2"]) == [143, 143]
     assert read_progress(latest_checkpoint(folder / "checkpoints"))["step"] == 3
+
+
+def test_an_error_of_the_first_process_is_that_of_all(start, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open(None)
+    assert launch(folder.path, 2, start) == [1, 1]
+    folder.close()
+    for rank in range(2):
+        last = (tmp_path / f"run-{rank}.log").read_text().splitlines()[-1]
+        assert "another run is writing here" in last
 
 
 def test_one_killed_process_continues_bit_for_bit(start, tmp_path):

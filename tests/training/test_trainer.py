@@ -139,10 +139,15 @@ def test_workers_read_what_the_step_would(whole, base, tmp_path):
 
 def test_a_finished_run_stays_as_it_is(whole, base):
     folder, _ = whole
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+    def written():
+        # The lock says who has the folder now.
+        files = [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
+        return {p: p.stat().st_mtime_ns for p in files}
+
+    before = written()
     run(settings(folder), base)
-    after = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    assert after == before
+    assert written() == before
 
 
 def test_other_settings_are_refused_and_fresh_starts_over(base, tmp_path):
@@ -166,6 +171,26 @@ def test_one_run_at_a_time_writes_a_folder(base, tmp_path):
         run(settings(tmp_path), base)
     folder.close()
     run(settings(tmp_path, "optim.steps=1"), base)
+
+
+def test_another_machines_folder_is_refused(tmp_path):
+    first, alike, other = (RunFolder(tmp_path / name) for name in ("a", "a", "b"))
+    first.open(None)
+    seen = []
+
+    def gather(value):
+        seen.append(value)
+        return [seen[0], value]
+
+    first.refuse_another(gather)
+    alike.refuse_another(gather)
+    with pytest.raises(CheckpointError, match="b: on .* not the folder that the first process"):
+        other.refuse_another(gather)
+    other.open(None)
+    with pytest.raises(CheckpointError, match="all machines of the run share"):
+        other.refuse_another(gather)
+    first.close()
+    other.close()
 
 
 def test_broken_videos_are_quarantined_once_and_not_tried_again(base, tmp_path):
@@ -245,9 +270,13 @@ def test_tensorboard_gets_the_numbers(base, tmp_path):
 
 
 def test_a_missing_tracker_is_named(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("v2l_fast.training.processes.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="names tensorboard, which is not installed: pip install"):
-        run(settings(tmp_path, 'run.trackers=["tensorboard"]'), base)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    for name, package in (("tensorboard", r'"v2l_fast\[train\]"'), ("wandb", "wandb")):
+        named = f"names {name}, which is not installed: pip install {package},"
+        with pytest.raises(ConfigError, match=named):
+            train(settings(tmp_path / "run", f'run.trackers=["{name}"]'), backbone=base)
+    # Before anything is read or written.
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_can_start_from_a_trained_network(whole, base, tmp_path):

@@ -1,8 +1,8 @@
 """Long work beside answering: one unit of it between two decode steps.
 
-A worker thread decodes a video and hands the rest, a generator of units, to the thread that owns
-the device, which runs them in turn with its own work. Neither starves: a decode step waits for one
-unit at most, and every step does one.
+A worker thread does what needs no model, decoding and resizing, and hands the rest, a generator of
+units, to the engine's thread, which runs them in turn with its own work. Neither starves: a decode
+step waits for one unit at most, and every step does one.
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ class Background:
         steps: Generator[Step, None, Result],
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Result:
-        """In a worker thread: decode, then wait until the other thread has done the rest.
+        """In a worker thread: the "decode" stage, then wait until the engine's thread has done the
+        rest.
 
         Raises:
             V2LError: what a unit raised, or the reason of :meth:`close`.
         """
-        # Decoding and resizing need no device.
+        # Frames that are on a GPU are resized there from this thread, beside the engine's passes:
+        # both use the device's default stream, so what the engine reads afterwards is complete.
         progress = progress or (lambda stage, done, total: None)
         stage = "decode"
         while stage == "decode":
@@ -68,7 +70,7 @@ class Background:
         return task.done.result()
 
     def step(self) -> bool:
-        """In the device's thread: one unit of the task whose turn it is; whether there was one."""
+        """In the engine's thread: one unit of the task whose turn it is; whether there was one."""
         with self._lock:
             if not self._tasks:
                 return False
@@ -84,7 +86,11 @@ class Background:
             return True
         task.progress(*step)
         with self._lock:
-            self._tasks.append(task)
+            if self._closed is None:
+                self._tasks.append(task)
+                return True
+        # It was not among the tasks when they were ended.
+        task.done.set_exception(self._closed)
         return True
 
     def close(self, reason: V2LError) -> None:

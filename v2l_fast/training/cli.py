@@ -50,6 +50,9 @@ def train_command(
     \b
     accelerate launch --num_processes 8 -m v2l_fast train --config my.toml
     torchrun --nproc-per-node 2 -m v2l_fast train --config shapes    (two CPU processes)
+    torchrun --nnodes 2 --node-rank 0 --master-addr FIRST --nproc-per-node 8 -m v2l_fast train ...
+
+    Machines share run.folder: name one on a file system that all of them mount.
 
     The folder of the run holds checkpoints/, hypernet/ (the latest one, loadable at any time),
     log.jsonl, samples.jsonl, quarantine.jsonl (videos that could not be read) and, at the end,

@@ -39,10 +39,13 @@ class StepCost:
         context: decoder layers before the last, forward, of one context token.
         hypernet: all layer slices, forward and backward, of one context token.
         chunk: the same, of what does not grow with the context.
-        answer: decoder, forward and the backward pass to its inputs, of one token.
+        answer: decoder, forward and backward to the inputs of all layers but the first, of one
+            token of a turn.
+        update: the ranks that a chunk, or the bias adapter, adds to it, forward and backward.
         logits: LM head, forward and backward to its input, of one answer token.
         attention: of one pair of tokens in one decoder layer, forward.
         layers: decoder layers.
+        shared: 1 with a bias adapter, else 0.
     """
 
     view: float
@@ -50,9 +53,11 @@ class StepCost:
     hypernet: float
     chunk: float
     answer: float
+    update: float
     logits: float
     attention: float
     layers: int
+    shared: int
 
     @classmethod
     def of(cls, backbone: Backbone, config: HypernetConfig) -> StepCost:
@@ -63,13 +68,14 @@ class StepCost:
         heads = config.num_heads * config.head_dim
         rows = config.num_latents * config.num_heads
         decoded = len(config.target_modules) * config.rank
+        widths = sum(sum(sizes) for sizes in config.target_modules.values())
         # Per context token: gate and up (frozen input: no gradient to it), down, then scores and
         # values of every latent row.
         token = 2 * 2 * (2 * dim * 4 * dim)
         token += 3 * (2 * 4 * dim * size + config.num_blocks * 4 * rows * size)
         # Per slice: projections and MLPs of the latents, the head.
         latent = 2 * (2 * size * heads + 3 * 4 * size * size)
-        head = sum(2 * config.rank * size * sum(s) for s in config.target_modules.values())
+        head = 2 * config.rank * size * widths
         slice_ = config.num_blocks * config.num_latents * latent + decoded * latent + head
         vision = backbone.model.model
         tower = sum(p.numel() for p in vision.vision_model.encoder.parameters() if p.dim() == 2)
@@ -84,14 +90,20 @@ class StepCost:
             context=2 * layer * (layers - 1),
             hypernet=token * layers,
             chunk=3 * slice_ * layers,
-            answer=4 * layer * layers,
+            answer=2 * layer * (2 * layers - 1),
+            update=6 * config.rank * widths * layers,
             logits=4 * dim * decoder.lm_head.out_features,
             attention=4 * dim,
             layers=layers,
+            shared=int(config.bias_adapter),
         )
 
     def sample(self, sample: Sample) -> float:
         """Operations of one video."""
+        return self.contexts(sample) + self.turns(sample)
+
+    def contexts(self, sample: Sample) -> float:
+        """Operations of its adapter: encoding of every chunk, and the hypernetwork."""
         total = 0.0
         for chunk in sample.chunks:
             tokens = len(chunk.ids)
@@ -99,8 +111,15 @@ class StepCost:
             pairs = tokens * tokens / 2 * self.attention * (self.layers - 1)
             total += views * self.view + tokens * (self.context + self.hypernet)
             total += self.chunk + pairs
+        return total
+
+    def turns(self, sample: Sample) -> float:
+        """Operations of its loss: each turn is a row of its own, without its last token."""
+        token = self.answer + self.update * (len(sample.chunks) + self.shared)
+        # The backward pass needs two products for each of the forward's.
+        pair = self.attention * (self.layers + 2 * (self.layers - 1))
+        total = 0.0
         for question, answer in sample.turns:
-            tokens = len(question) + len(answer)
-            pairs = tokens * (len(sample.prefix) + tokens / 2) * self.attention * self.layers
-            total += tokens * self.answer + len(answer) * self.logits + 3 * pairs
-        return total + len(sample.prefix) * self.answer
+            tokens = len(sample.prefix) + len(question) + len(answer) - 1
+            total += tokens * token + tokens * tokens / 2 * pair + len(answer) * self.logits
+        return total

@@ -1,12 +1,16 @@
 """The folder of a run: what lies where, starting over, and one run at a time.
 
-Several processes of one run share it, on one machine or over a shared file system; the first one
-writes, but for the quarantine.
+Several processes of one run share it, on one machine or over a file system that all machines mount:
+all read its checkpoints and list broken videos in it, the first one writes the rest.
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
+import socket
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -31,6 +35,7 @@ class RunFolder:
         self.samples = self.path / "samples.jsonl"
         self.quarantine = self.path / "quarantine.jsonl"
         self.val_quarantine = self.path / "quarantine-val.jsonl"
+        self._lock_path = self.path / ".lock"
         self._lock: TextIO | None = None
 
     def open(self, resume: bool | None) -> None:
@@ -42,13 +47,18 @@ class RunFolder:
             CheckpointError: another run writes here, or there is nothing to resume.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "a")
+        self._lock = open(self._lock_path, "a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(
                 f"{self.path}: another run is writing here; wait for it or name another run.folder"
             ) from None
+        # What the other processes know it by.
+        self._lock.truncate(0)
+        self._lock.write(uuid.uuid4().hex)
+        self._lock.flush()
+        os.fsync(self._lock.fileno())
         for folder in (self.path, self.checkpoints):
             for part in folder.glob(".*.part"):
                 part.unlink()
@@ -66,6 +76,26 @@ class RunFolder:
             self.log, self.samples, self.quarantine, self.val_quarantine, self.summary
         ):  # fmt: skip
             path.unlink(missing_ok=True)
+
+    def refuse_another(self, gather: Callable[[tuple[str, ...]], list[tuple[str, ...]]]) -> None:
+        """All processes look whether they see what the first one has opened before.
+
+        gather: a value to the list of every process's, in order of rank.
+
+        Raises:
+            CheckpointError: in every process, naming the machines that see something else.
+        """
+        latest = self.latest()
+        mark = self._lock_path.read_text() if self._lock_path.is_file() else ""
+        seen = gather((socket.gethostname(), mark, latest.name if latest else ""))
+        first, *opened = seen[0]
+        strangers = sorted({host for host, *other in seen if other != opened})
+        if strangers:
+            raise CheckpointError(
+                f"{self.path}: on {', '.join(strangers)} this is not the folder that the first "
+                f"process opened on {first}; name a run.folder on a file system that all "
+                "machines of the run share, by its full path"
+            )
 
     def close(self) -> None:
         """Let another run have it."""

@@ -6,34 +6,37 @@ all processes must agree on. Those travel between hosts over gloo, so no process
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from v2l_fast.errors import ConfigError
+from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.training.config import TrainConfig
 from v2l_fast.training.config_values import spread
 
 T = TypeVar("T")
+
+REMEDIES = {"tensorboard": '"v2l_fast[train]"', "wandb": "wandb"}
 
 
 class Processes:
     """One process on CPU or GPU, or those that `accelerate launch` started.
 
     Raises:
-        ConfigError: accelerate is missing, or a GPU is asked for where there is none.
+        ConfigError: accelerate or a tracker is missing, or a GPU is asked for where there is none.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         try:
             from accelerate import Accelerator
+            from accelerate.tracking import get_available_trackers
             from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
         except ImportError:
             raise ConfigError(
@@ -42,6 +45,13 @@ class Processes:
         wanted, gpu = config.run.device, torch.cuda.is_available()
         if wanted == "cuda" and not gpu:
             raise ConfigError("run.device=cuda: this machine has no usable GPU; see v2l doctor")
+        installed = {str(tracker) for tracker in get_available_trackers()}
+        for name in config.run.trackers:
+            if name not in installed:
+                raise ConfigError(
+                    f"run.trackers names {name}, which is not installed: pip install "
+                    f"{REMEDIES[name]}, or set run.trackers=[]"
+                )
         folder = Path(config.run.folder)
         self.accelerator = Accelerator(
             cpu=wanted == "cpu" or not gpu,
@@ -87,6 +97,22 @@ class Processes:
         torch.distributed.all_gather_object(found, value, group=self._hosts)
         return found
 
+    def on_first(self, action: Callable[[], None]) -> None:
+        """The first process acts, and no other goes on before; its error is that of all.
+
+        Raises:
+            V2LError: that of the action.
+        """
+        failure: V2LError | None = None
+        if self.is_main:
+            try:
+                action()
+            except V2LError as error:
+                failure = error
+        failure = self.gather(failure)[0]
+        if failure is not None:
+            raise failure
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The first process runs the body, then the others do."""
@@ -101,32 +127,33 @@ class Processes:
         if self.is_main:
             torch.distributed.barrier(patient)
 
-    def start_trackers(self, config: TrainConfig, start: int) -> None:
+    def start_trackers(self, config: TrainConfig, start: int, run_id: str) -> None:
         """Open TensorBoard and others; points after `start` are those of a run cut off there.
 
+        run_id: the same for all parts of an interrupted run.
+
         Raises:
-            ConfigError: a tracker's package is missing.
+            ConfigError: W&B does not start, as without a login.
         """
-        remedies = {"tensorboard": '"v2l_fast[train]"', "wandb": "wandb"}
-        for name in config.run.trackers:
-            if find_spec(name) is None:
-                raise ConfigError(
-                    f"run.trackers names {name}, which is not installed: pip install "
-                    f"{remedies[name]}, or set run.trackers=[]"
-                )
         flat = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in spread(asdict(config)).items()
         }
         name = config.run.name or Path(config.run.folder).name
-        self.accelerator.init_trackers(
-            "v2l_fast",
-            config=flat if start == 0 else None,
-            init_kwargs={
-                "tensorboard": {"purge_step": start + 1},
-                "wandb": {"name": name, "dir": config.run.folder, "resume": "allow"},
-            },
-        )
+        wandb = {"id": run_id, "name": name, "dir": config.run.folder, "resume": "allow"}
+        try:
+            self.accelerator.init_trackers(
+                "v2l_fast",
+                config=flat if start == 0 else None,
+                init_kwargs={"tensorboard": {"purge_step": start + 1}, "wandb": wandb},
+            )
+        except _wandb_errors() as error:
+            # Accelerate would finish what has not started.
+            self.accelerator.trackers.clear()
+            raise ConfigError(
+                f"run.trackers names wandb, which does not start ({error}); set "
+                "WANDB_MODE=offline, which needs no account, or leave it out"
+            ) from None
 
     def track(self, numbers: dict[str, float | str], step: int) -> None:
         """Numbers and texts to the trackers, from the first process."""
@@ -136,3 +163,9 @@ class Processes:
     def close(self) -> None:
         """Flush the trackers and leave the group."""
         self.accelerator.end_training()
+
+
+def _wandb_errors() -> tuple[type[Exception], ...]:
+    """W&B's own, where it is in use."""
+    wandb = sys.modules.get("wandb")
+    return () if wandb is None else (wandb.Error,)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from csrc_triton import lora_linear
-from v2l_fast.adapted import AdapterSlots
+from v2l_fast.adapted import LayerSlots
 from v2l_fast.adapter import AdapterBatch
 from v2l_fast.backbones import Backbone
 from v2l_fast.errors import ConfigError
@@ -85,18 +84,6 @@ class StepResult:
 
     loss: Tensor
     parts: dict[str, Tensor]
-
-
-class LayerSlots(AdapterSlots):
-    """One layer's adapters, A and B [n, r, d], for that layer alone.
-
-    The gradient of a selection from all layers' factors is of the size of all of them.
-    """
-
-    def apply(self, module: str, layer: int, linear: nn.Linear, x: Tensor) -> Tensor:
-        """As `AdapterSlots.apply`, without a selection."""
-        a, b = self.A[module], self.B[module]
-        return lora_linear(x, linear.weight, linear.bias, a, b, self.index, self.scale)
 
 
 class TrainStep(nn.Module):
@@ -205,15 +192,14 @@ class TrainStep(nn.Module):
     def _answer_states(self, rows: TurnRows, adapters: AdapterBatch) -> Tensor:
         """Normed hidden states [N, D] before each answer token, each row with its adapter."""
         decoder = self.backbone.decoder
-        sides = [{m: t.unbind(1) for m, t in f.items()} for f in (adapters.A, adapters.B)]
+        layers = LayerSlots.of_batch(adapters)
         states = []
         for ids, owners in rows.groups:
             span = decoder.prefill_span(*ids.shape)
             hidden = decoder.embed(ids)
-            for index in range(decoder.num_layers):
-                a, b = ({m: layers[index] for m, layers in side.items()} for side in sides)
-                slots = LayerSlots(a, b, owners, adapters.scale)
-                hidden = self._run(decoder.layer, index, hidden, span, None, slots)
+            for index, slots in enumerate(layers):
+                chosen = replace(slots, index=owners)
+                hidden = self._run(decoder.layer, index, hidden, span, None, chosen)
             states.append(hidden.flatten(0, 1))
         return decoder.text_model.norm(torch.cat(states).index_select(0, rows.places))
 

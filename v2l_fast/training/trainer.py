@@ -14,6 +14,7 @@ import json
 import math
 import signal
 import time
+import uuid
 from dataclasses import asdict
 from typing import Any
 
@@ -85,9 +86,9 @@ def train(
     processes, folder = Processes(config), RunFolder(config.run.folder)
     try:
         accumulation = config.optim.accumulation(processes.count)
+        processes.on_first(lambda: folder.open(resume))
+        folder.refuse_another(processes.gather)
         with processes.main_first():
-            if processes.is_main:
-                folder.open(resume)
             backbone = backbone or load_backbone(
                 base_model(config), processes.device, _dtype(config, processes.device)
             )
@@ -131,6 +132,7 @@ class _Run:
         self.speed = Speed(cost, peak_flops(processes.device), processes.count)
         self.meter = Meter(counts=processes.is_main)
         self.start, self.seconds, self.began = 0, 0.0, time.perf_counter()
+        self.run_id = uuid.uuid4().hex
         self.last: dict[str, float] = {}
         self.val: dict[str, float] = {}
 
@@ -141,7 +143,7 @@ class _Run:
         if self.start == config.optim.steps:
             return self._summary()
         model = processes.wrap(self.step)
-        processes.start_trackers(config, self.start)
+        processes.start_trackers(config, self.start, self.run_id)
         report = Report(
             self.folder, config.optim.steps, self.start, processes.track, processes.is_main, console
         )
@@ -250,6 +252,7 @@ class _Run:
         self.start, self.seconds = progress["step"], progress["seconds"]
         self.last, self.val = progress["last"], progress["val"]
         self.meter.restore(progress["meter"])
+        self.run_id = progress.get("run_id", self.run_id)
         self.quarantine.refresh()
 
     def _save(self, step: int) -> None:
@@ -263,6 +266,7 @@ class _Run:
             "last": self.last,
             "val": self.val,
             "meter": self.meter.state(),
+            "run_id": self.run_id,
             "settings": self._settings(),
         }
         folder, run = self.folder, self.config.run

@@ -71,7 +71,6 @@ class Validation:
         contexts = [chunk for sample in samples for chunk in sample.chunks]
         adapters = step.adapters(samples, visual_features(backbone, contexts))
         decoder = backbone.decoder
-        rows = torch.arange(len(samples), device=decoder.device)
         # Another question of each video, so that the samples show every kind.
         turns = [s.turns[i % len(s.turns)] for i, s in enumerate(samples)]
         prompts = [
@@ -83,7 +82,7 @@ class Validation:
             prompts,
             backbone.stop_ids,
             Sampling(max_new_tokens=MAX_NEW_TOKENS),
-            AdapterSlots.of_batch(adapters, rows),
+            AdapterSlots.pack(list(adapters), decoder.device, decoder.dtype),
         )
         return [
             {
