@@ -49,7 +49,8 @@ def fails(monkeypatch, capsys, *arguments) -> tuple[int, str]:
 
 def test_internalize_one(folder, tmp_path):
     target = tmp_path / "new" / "clip.safetensors"
-    (row,) = json.loads(run("internalize", folder / "0.mp4", "--out", target, "--json"))
+    options = ("--out", target, "--decoder", "pyav", "--json")
+    (row,) = json.loads(run("internalize", folder / "0.mp4", *options))
     assert row["frames"] == 8 and row["duration"] == 8.0 and row["bytes"] == target.stat().st_size
     same = Adapter.load(folder / "adapters" / "0.safetensors")
     found = Adapter.load(target)
@@ -137,6 +138,8 @@ def test_version():
     [
         (("ask", "nowhere.safetensors", "What happens?"), 1, "nowhere.safetensors: no such file"),
         (("internalize", "nowhere.mp4", "--out", "x.safetensors"), 1, "nowhere.mp4: no such file"),
+        (("internalize", "a.mp4", "--out", "x", "--decoder", "vlc"), 2, "auto, pyav"),
+        (("internalize", "--manifest", "m", "--out", "x", "--batch-size", "0"), 2, "batch-size"),
         (("convert", "nowhere.pt", "out"), 1, "nowhere.pt"),
         (("ask", "What happens?"), 2, "adapter file"),
         (("ask", "a.safetensors"), 2, "at least one question"),

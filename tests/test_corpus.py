@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.golden import relative
 from tests.training.broken import REASONS, write_folder
 from v2l_fast import corpus as corpora
+from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.corpus import CorpusSettings, internalize_corpus
+from v2l_fast.errors import ConfigError
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.settings import InternalizeSettings
 from v2l_fast.serving.store import AdapterStore
+from v2l_fast.video import frame_views
 
 SETTINGS = CorpusSettings("shapes", device="cpu", videos_per_shard=2)
 
@@ -41,9 +44,10 @@ def test_each_video_becomes_the_models_adapter_once(manifest, tmp_path):
     for row in rows:
         alone = model.internalize(manifest.parent / row["video_path"])
         stored = store.get(row["adapter"])
-        assert torch.equal(stored.A["down_proj"], alone.A["down_proj"])
+        assert relative(stored.A["down_proj"], alone.A["down_proj"]) <= 1e-5
         assert stored.provenance == alone.provenance
-        # A server that is given the same file answers from this adapter.
+        # A server that is given the same file answers from this adapter: the record decides, not
+        # the factors' last bits, which depend on the batch.
         sha256 = alone.provenance["source"]["sha256"]
         assert store.find(sha256, InternalizeSettings.of(model)) == row["adapter"]
 
@@ -87,3 +91,57 @@ def test_a_span_is_not_taken_for_the_whole_video(tmp_path):
     model = Video2LoRA.from_pretrained("shapes", device="cpu")
     found = store.find(source["sha256"], InternalizeSettings.of(model))
     assert found == whole["adapter"]
+
+
+def test_batches_across_an_interruption(tmp_path, monkeypatch):
+    """A folder begun with one batch size goes on with another."""
+    path, _ = write_folder(tmp_path / "videos", 7, ("text",), different=7)
+    settings = replace(SETTINGS, videos_per_shard=4, batch_size=3)
+    taken = []
+    steps = Video2LoRA._batch_steps
+
+    def watched(self, videos, *given):
+        taken.append(len(videos))
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return steps(self, videos, *given)
+
+    monkeypatch.setattr(Video2LoRA, "_batch_steps", watched)
+    with pytest.raises(KeyboardInterrupt):
+        internalize_corpus(path, tmp_path / "store", settings)
+    assert taken == [3, 1, 3]
+    corpus = internalize_corpus(path, tmp_path / "store", replace(settings, batch_size=2))
+    assert taken == [3, 1, 3, 2, 1]
+    assert [failure.video for failure in corpus.failures] == ["clip-0006.mp4"]
+    model = Video2LoRA.from_pretrained("shapes", device="cpu")
+    store = AdapterStore(tmp_path / "store")
+    for number, row in enumerate(listed(corpus)):
+        assert row["video_path"] == f"clip-{number:04d}.mp4"
+        alone = model.internalize(path.parent / row["video_path"])
+        assert relative(store.get(row["adapter"]).B["down_proj"], alone.B["down_proj"]) <= 1e-5
+    assert corpus.adapters == number + 1 == 6
+
+
+def test_a_video_without_finite_features_costs_its_batch_nothing(tmp_path, monkeypatch):
+    path, _ = write_folder(tmp_path / "videos", 4)
+    model = Video2LoRA.from_pretrained("shapes", device="cpu")
+    clip = model.load_clip(path.parent / "clip-0001.mp4")
+    views = frame_views(clip.frames, model.config.longest_edge, model.backbone.inputs.tile_size)
+    encode = SmolVLM.encode_views
+
+    def overflowing(self, seen):
+        features = encode(self, seen)
+        features[(seen == views.views[0]).flatten(1).all(1)] = float("inf")
+        return features
+
+    monkeypatch.setattr(SmolVLM, "encode_views", overflowing)
+    corpus = internalize_corpus(path, tmp_path / "store", replace(SETTINGS, videos_per_shard=4))
+    assert [row["video_path"][-5] for row in listed(corpus)] == ["0", "2", "3"]
+    (failure,) = corpus.failures
+    assert failure.video == "clip-0001.mp4" and "clip-0001.mp4: the context" in failure.reason
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"decoder": "vlc"}])
+def test_impossible_settings(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        CorpusSettings("shapes", **wrong)

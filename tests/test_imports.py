@@ -19,13 +19,13 @@ PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 # a module of v2l_fast or a package with all its modules. What is imported inside a function is
 # loaded when it is needed and may point anywhere.
 LAYERS = (
-    ("csrc_triton", "errors", "compiling"),
+    ("csrc_triton", "errors", "compiling", "lengths"),
     ("files", "video"),
     ("config",),
     ("perceiver", "adapter"),
     ("hypernet", "adapted"),
     ("backbones", "loading"),
-    ("generation",),
+    ("generation", "internalizing"),
     ("model",),
     ("options",),
     ("training", "serving", "interop"),

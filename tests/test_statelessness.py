@@ -78,8 +78,8 @@ def test_different_adapters_in_one_batch(model, choices, alone):
             assert found == [alone[c][place] for c in order]
 
 
-def test_two_threads(model, clips, adapters, choices, alone):
-    logits = plain_logits(model)
+def test_two_threads(model, clips, choices, alone):
+    logits, adapter = plain_logits(model), model.internalize(clips[0])
 
     def work(choice: int) -> object:
         if choice == 5:
@@ -90,8 +90,8 @@ def test_two_threads(model, clips, adapters, choices, alone):
     with ThreadPoolExecutor(2) as pool:
         for choice, found in zip(order, pool.map(work, order), strict=True):
             if choice == 5:
-                assert torch.equal(found.A["down_proj"], adapters[0].A["down_proj"])
-                assert torch.equal(found.B["down_proj"], adapters[0].B["down_proj"])
+                assert torch.equal(found.A["down_proj"], adapter.A["down_proj"])
+                assert torch.equal(found.B["down_proj"], adapter.B["down_proj"])
             else:
                 assert found == alone[choice]
     assert torch.equal(plain_logits(model), logits)

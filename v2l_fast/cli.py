@@ -70,6 +70,25 @@ TopP = Annotated[float, typer.Option(help="Nucleus of the sampled distribution."
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 
 
+def _known_decoder(name: str) -> str:
+    # Its module loads torch: help must come at once.
+    if name != "auto":
+        from v2l_fast.video.reading import BACKENDS
+
+        if name not in BACKENDS:
+            raise typer.BadParameter(f"use one of {', '.join(BACKENDS)}, not {name}")
+    return name
+
+
+Decoder = Annotated[
+    str,
+    typer.Option(
+        help="What decodes: auto (DALI on a GPU, else PyAV), pyav, torchcodec or dali.",
+        callback=_known_decoder,
+    ),
+]
+
+
 def main() -> None:
     """Entry point of ``v2l`` and ``python -m v2l_fast``."""
     try:
@@ -121,6 +140,9 @@ def internalize(
         str, typer.Option(help="With --manifest: local, or ray for a Ray cluster.")
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Processes of --engine ray.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="With --manifest: videos that go through the model together.")
+    ] = 8,
     chunks: Annotated[
         int, typer.Option(min=1, help="Parts of a video, internalized apart and composed.")
     ] = 1,
@@ -129,6 +151,7 @@ def internalize(
     max_frames: MaxFrames = None,
     longest_edge: LongestEdge = None,
     exact_frames: ExactFrames = False,
+    decoder: Decoder = "auto",
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -153,7 +176,15 @@ def internalize(
         from v2l_fast.corpus import CorpusSettings
 
         settings = CorpusSettings(
-            model, base, device, dtype, max_frames, longest_edge, exact_frames
+            model,
+            base,
+            device,
+            dtype,
+            max_frames,
+            longest_edge,
+            exact_frames,
+            decoder=decoder,
+            batch_size=batch_size,
         )
         _internalize_manifest(manifest, out_path, settings, video_root, engine, workers, as_json)
         return
@@ -172,6 +203,7 @@ def internalize(
                 longest_edge=longest_edge,
                 exact_frames=exact_frames,
                 chunks=chunks,
+                decoder=decoder,
                 progress=report,
             )
         adapter.save(target)

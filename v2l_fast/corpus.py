@@ -1,8 +1,8 @@
 """A whole manifest of videos internalized into an adapter store, on one machine or a cluster.
 
 Responsible for going through the videos: reading ahead, shards that resume, failures set aside. How
-a video becomes an adapter is the model's, how adapters are kept the store's, how shards are spread
-over workers `v2l_fast.training.shards_ray`'s.
+videos become adapters is the model's, how adapters are kept the store's, how shards are spread over
+workers `v2l_fast.training.shards_ray`'s.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from v2l_fast.adapter import Adapter
-from v2l_fast.errors import VideoError
+from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.files import write_text
-from v2l_fast.model import Video2LoRA
+from v2l_fast.model import BATCH_SIZE, Video2LoRA
 from v2l_fast.serving.store import AdapterStore
 from v2l_fast.training.manifest import VideoExamples, group_by_video, load_manifest
 from v2l_fast.training.reading import ClipReader, read_ahead
 from v2l_fast.training.samples import Failure
 from v2l_fast.training.shards import Line, Progress, Shards
 from v2l_fast.video import VideoClip
-from v2l_fast.video.reading import Backend
+from v2l_fast.video.reading import BACKENDS, Backend
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class CorpusSettings:
         threads: that read videos ahead; on a GPU they share its decoder's batches.
         decoder: as `backend` of :func:`~v2l_fast.video.load_video`; "auto" is the GPU where it
             can. Files it leaves to the CPU are counted in ``v2l_fast.video.fallbacks``.
+        batch_size: videos that go through the model together.
+
+    Raises:
+        ConfigError: an unknown decoder, or ``batch_size`` is less than 1.
     """
 
     model: str
@@ -58,10 +62,18 @@ class CorpusSettings:
     videos_per_shard: int = 64
     threads: int = 4
     decoder: Backend = "auto"
+    batch_size: int = BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        # Each video would fail for it, and be left out.
+        if self.decoder not in BACKENDS:
+            raise ConfigError(f"decoder={self.decoder!r}: use one of {', '.join(BACKENDS)}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size} is no number of videos: use 1 or more")
 
     def meaning(self) -> dict[str, Any]:
         """What the adapters depend on."""
-        around = {"device", "seconds", "videos_per_shard", "threads", "decoder"}
+        around = {"device", "seconds", "videos_per_shard", "threads", "decoder", "batch_size"}
         return {k: v for k, v in asdict(self).items() if k not in around}
 
 
@@ -100,41 +112,40 @@ class Internalizer:
 
     def __call__(self, numbers: Sequence[int]) -> list[Line]:
         videos = [self.videos[number] for number in numbers]
-        clips = read_ahead(self._read, videos, self.settings.threads)
-        return [self._line(*pair) for pair in zip(videos, clips, strict=True)]
+        threads, batch_size = self.settings.threads, self.settings.batch_size
+        # While one batch is computed, the next is read.
+        clips = read_ahead(self._read, videos, threads, max(2 * threads, batch_size))
+        adapters = self.model.internalize_each(
+            clips,
+            longest_edge=self.reader.longest_edge,
+            exact_frames=self.reader.exact_frames,
+            batch_size=batch_size,
+        )
+        return [self._line(*pair) for pair in zip(videos, adapters, strict=True)]
 
     def close(self) -> None:
         self.store.close()
 
-    def _read(self, video: VideoExamples) -> VideoClip | Failure:
+    def _read(self, video: VideoExamples) -> VideoClip | VideoError:
         try:
             return self.reader.read(video)[0]
         except VideoError as error:
-            return Failure(video.name, str(error))
+            return error
 
-    def _line(self, video: VideoExamples, clip: VideoClip | Failure) -> Line:
-        if isinstance(clip, Failure):
-            return {"failure": asdict(clip)}
-        try:
-            adapter = self._internalize(video, clip)
-        except VideoError as error:
-            return {"failure": asdict(Failure(video.name, str(error)))}
+    def _line(self, video: VideoExamples, adapter: Adapter | VideoError) -> Line:
+        if isinstance(adapter, VideoError):
+            return {"failure": asdict(Failure(video.name, str(adapter)))}
+        if video.span is not None:
+            # Whoever asks for the whole file must not be given a part of it.
+            told = {**adapter.provenance["preprocessing"], "span": list(video.span)}
+            record = {**adapter.provenance, "preprocessing": told}
+            adapter = replace(adapter, provenance=record)
         return {
             "video_path": video.examples[0].video_path,
             "span": video.span,
             "ids": [example.id for example in video.examples],
             "adapter": self.store.put(adapter),
         }
-
-    def _internalize(self, video: VideoExamples, clip: VideoClip) -> Adapter:
-        adapter = self.model.internalize(
-            clip, longest_edge=self.reader.longest_edge, exact_frames=self.reader.exact_frames
-        )
-        if video.span is None:
-            return adapter
-        # Whoever asks for the whole file must not be given a part of it.
-        told = {**adapter.provenance["preprocessing"], "span": list(video.span)}
-        return replace(adapter, provenance={**adapter.provenance, "preprocessing": told})
 
 
 def internalize_corpus(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,21 +18,23 @@ import torch
 from torch import Tensor
 
 from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import Adapter, AdapterBatch
+from v2l_fast.adapter import Adapter
 from v2l_fast.backbones import Backbone, Prompt, load_backbone
 from v2l_fast.backbones.steps import Step, finish
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
 from v2l_fast.generation import Sampling, generate
 from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.internalizing.batches import BATCH_TOKENS, generate_steps
+from v2l_fast.internalizing.parts import Part, Reading, Video
 from v2l_fast.loading import load_hypernet, shipped
-from v2l_fast.video import VideoClip, load_video
-from v2l_fast.video.spans import load_spans
-from v2l_fast.video.splitting import split_clip
+from v2l_fast.video import VideoClip
+from v2l_fast.video.reading import Backend
 
 # Questions answered in one forward pass; more are split.
 MAX_BATCH = 32
+# Videos internalized together, as far as their tokens allow it.
+BATCH_SIZE = 8
 
-Video = str | os.PathLike | VideoClip
 Progress = Callable[[str, int, int], None]
 
 
@@ -167,22 +170,16 @@ class Video2LoRA:
         max_frames: int | None = None,
         longest_edge: int | None = None,
         exact_frames: bool = False,
+        decoder: Backend = "auto",
     ) -> VideoClip:
         """Sample and decode a video as the hypernetwork was trained to see it.
 
         A :class:`VideoClip` passes through as it is; a file's frames are on the model's device,
-        where a GPU decodes them if it can.
+        where a GPU decodes them if it can. ``decoder`` is ``backend`` of
+        :func:`~v2l_fast.video.load_video`.
         """
-        if isinstance(video, VideoClip):
-            return video
-        return load_video(
-            video,
-            self.config.max_frames if max_frames is None else max_frames,
-            self.config.target_fps,
-            exact_frames=exact_frames,
-            longest_edge=self.config.longest_edge if longest_edge is None else longest_edge,
-            device=self.backbone.decoder.device,
-        )
+        reading = self._reading(max_frames, longest_edge, exact_frames, decoder=decoder)
+        return reading.clips(video)[0]
 
     @overload
     def internalize(self, videos: Video | Tensor, **options: Any) -> Adapter: ...
@@ -199,9 +196,11 @@ class Video2LoRA:
         longest_edge: int | None = None,
         exact_frames: bool = False,
         chunks: int = 1,
+        decoder: Backend = "auto",
+        batch_size: int = BATCH_SIZE,
         progress: Progress | None = None,
     ) -> Adapter | list[Adapter]:
-        """Turn videos into adapters, one forward pass of encoder and hypernetwork each.
+        """Turn videos into adapters, one forward pass of encoder and hypernetwork for a batch.
 
         Args:
             videos: a file, a clip, or uint8 frames [F, 3, H, W] with ``fps``; or a list of files
@@ -211,32 +210,71 @@ class Video2LoRA:
             chunks: take each video in so many parts of equal duration, each sampled like a video of
                 its own, and compose their adapters (paper Section 5.6). A network with
                 ``chunk_position`` is told each part's place.
+            decoder: as of :meth:`load_clip`.
+            batch_size: videos whose frames are held at a time, and whose contexts (those of all
+                chunks) go through the model together as far as memory is bounded. Adapters do not
+                depend on it, to rounding.
             progress: called with (stage, done, total).
 
         Returns:
             An :class:`Adapter`, or a list of them for a list.
 
         Raises:
-            VideoError: a file cannot be read or its features are not finite.
-            ConfigError: ``chunks`` is less than 1.
+            VideoError: a file cannot be read or its factors are not finite.
+            ConfigError: ``chunks`` or ``batch_size`` is less than 1.
         """
-        if chunks < 1:
-            raise ConfigError(f"chunks={chunks} is no part of a video: use 1 or more")
         if isinstance(videos, Tensor):
             if fps is None:
                 raise VideoError("frames need fps: model.internalize(frames, fps=...)")
             videos = VideoClip.from_frames(videos, fps)
-        if not isinstance(videos, Sequence) or isinstance(videos, str):
-            return self.internalize(
-                [videos],
-                max_frames=max_frames,
-                longest_edge=longest_edge,
-                exact_frames=exact_frames,
-                chunks=chunks,
-                progress=progress,
-            )[0]
-        options = (max_frames, longest_edge, exact_frames, chunks)
-        return [finish(self.internalize_steps(video, *options), progress) for video in videos]
+        single = not isinstance(videos, Sequence) or isinstance(videos, str)
+        adapters = []
+        for outcome in self.internalize_each(
+            [videos] if single else videos,
+            max_frames=max_frames,
+            longest_edge=longest_edge,
+            exact_frames=exact_frames,
+            chunks=chunks,
+            decoder=decoder,
+            batch_size=batch_size,
+            progress=progress,
+        ):
+            if isinstance(outcome, VideoError):
+                raise outcome
+            adapters.append(outcome)
+        return adapters[0] if single else adapters
+
+    def internalize_each(
+        self,
+        videos: Iterable[Video | VideoError],
+        *,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+        chunks: int = 1,
+        decoder: Backend = "auto",
+        batch_size: int = BATCH_SIZE,
+        progress: Progress | None = None,
+    ) -> Iterator[Adapter | VideoError]:
+        """:meth:`internalize` of any number of videos, where one that fails costs the others
+        nothing.
+
+        Args:
+            videos: ``batch_size`` of them are taken when the adapters before them have been. Who
+                reads files ahead gives the error in place of a clip that there is not.
+
+        Yields:
+            For each video, in order, its adapter or the error that names it.
+
+        Raises:
+            ConfigError: ``chunks`` or ``batch_size`` is less than 1.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is no number of videos: use 1 or more")
+        reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
+        videos = iter(videos)
+        while batch := list(islice(videos, batch_size)):
+            yield from finish(self._batch_steps(batch, reading, BATCH_TOKENS), progress)
 
     def internalize_steps(
         self,
@@ -245,29 +283,80 @@ class Video2LoRA:
         longest_edge: int | None = None,
         exact_frames: bool = False,
         chunks: int = 1,
+        decoder: Backend = "auto",
     ) -> Generator[Step, None, Adapter]:
         """:meth:`internalize` of one video in small units of work, for whoever does more than one
         thing at a time.
 
         Yields what comes next (stage, done, total), then does it when asked for the next: decoding
         and resizing ("decode", without the model), then bounded chunks of frames ("encode frames"),
-        then one layer at a time ("generate adapter"). Units may run in different threads.
+        then one layer at a time ("generate adapter"); chunks one after the other, so that no unit
+        is longer for their number. Units may run in different threads.
 
         Returns:
             The adapter, as the generator's value; see :func:`~v2l_fast.backbones.steps.finish`.
         """
-        edge = self.config.longest_edge if longest_edge is None else longest_edge
-        yield "decode", 0, 1
-        clips = self._load_chunks(video, chunks, max_frames, edge, exact_frames)
-        parts = []
-        for index, clip in enumerate(clips):
-            encoded = yield from self.backbone.encode_steps(clip, edge)
-            prompt = self.backbone.about(encoded, self.config.instruction, answer_follows=False)
-            place = (index / len(clips), (index + 1) / len(clips))
-            batch = yield from self._stream(prompt, place)
-            record = self._provenance(clip, place, edge, exact_frames)
-            parts.append(replace(batch[0], bias=self._bias, provenance=record))
-        return parts[0] if len(parts) == 1 else Adapter.compose(parts)
+        reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
+        (outcome,) = yield from self._batch_steps([video], reading, 0)
+        if isinstance(outcome, VideoError):
+            raise outcome
+        return outcome
+
+    def _batch_steps(
+        self, videos: Sequence[Video | VideoError], reading: Reading, batch_tokens: int
+    ) -> Generator[Step, None, list[Adapter | VideoError]]:
+        """What became of each video; their parts go through the model together."""
+        parts: list[Part] = []
+        owners: list[int] = []
+        failed: dict[int, VideoError] = {}
+        for number, video in enumerate(videos):
+            if isinstance(video, VideoError):
+                failed[number] = video
+                continue
+            yield "decode", number, len(videos)
+            try:
+                found = reading.parts(video)
+            except VideoError as error:
+                failed[number] = error
+                continue
+            parts += found
+            owners += [number] * len(found)
+        adapters = yield from generate_steps(
+            self.backbone, self.hypernet, parts, reading.longest_edge, batch_tokens
+        )
+        made: list[list[Adapter]] = [[] for _ in videos]
+        for number, part, adapter in zip(owners, parts, adapters, strict=True):
+            if adapter is None:
+                failed[number] = VideoError(
+                    f"{part.clip.path or 'frames in memory'}: the context gives NaN or infinite "
+                    "factors; are the base model's weights and dtype sound? float16 overflows: "
+                    "use bfloat16 or float32"
+                )
+                continue
+            record = self._provenance(part, reading)
+            made[number].append(replace(adapter, bias=self._bias, provenance=record))
+        return [
+            failed[number] if number in failed else _whole(own) for number, own in enumerate(made)
+        ]
+
+    def _reading(
+        self,
+        max_frames: int | None,
+        longest_edge: int | None,
+        exact_frames: bool,
+        chunks: int = 1,
+        decoder: Backend = "auto",
+    ) -> Reading:
+        config = self.config
+        return Reading(
+            config.max_frames if max_frames is None else max_frames,
+            config.target_fps,
+            config.longest_edge if longest_edge is None else longest_edge,
+            exact_frames,
+            chunks,
+            decoder,
+            self.backbone.decoder.device,
+        )
 
     def question_steps(
         self, clip: VideoClip, question: str, longest_edge: int | None = None
@@ -277,56 +366,8 @@ class Video2LoRA:
         yield "decode", 0, 1
         return self.backbone.about((yield from self.backbone.encode_steps(clip, edge)), question)
 
-    def _load_chunks(
-        self, video: Video, chunks: int, max_frames: int | None, edge: int, exact_frames: bool
-    ) -> list[VideoClip]:
-        """:meth:`load_clip` of consecutive parts; a clip in memory is split as it is."""
-        if chunks == 1:
-            return [self.load_clip(video, max_frames, edge, exact_frames)]
-        if isinstance(video, VideoClip):
-            return split_clip(video, chunks)
-        return load_spans(
-            video,
-            None,
-            chunks,
-            self.config.max_frames if max_frames is None else max_frames,
-            self.config.target_fps,
-            exact_frames=exact_frames,
-            longest_edge=edge,
-            device=self.backbone.decoder.device,
-        )
-
-    @torch.no_grad()
-    def _stream(
-        self, prompt: Prompt, place: tuple[float, float]
-    ) -> Generator[Step, None, AdapterBatch]:
-        """Generate each layer's factors as the decoder produces its input."""
-        total = self.config.num_layers
-        per_layer = []
-        where = torch.tensor([place], device=prompt.embeddings.device)
-        # Stacked, not viewed as a batch of one: a view would compile graphs of its own.
-        embeddings = torch.stack([prompt.embeddings])
-        for index, hidden in enumerate(self.backbone.decoder.layer_inputs(embeddings)):
-            yield "generate adapter", index, total
-            per_layer.append(self.hypernet.layer(index, hidden, None, where))
-        yield "generate adapter", total, total
-        batch = self.hypernet.assemble(per_layer)
-        # One wait for the device, after everything is enqueued.
-        factors = [*batch.A.values(), *batch.B.values()]
-        if not torch.isfinite(torch.stack([t.sum(dtype=torch.float32) for t in factors])).all():
-            raise VideoError(
-                "the context gives NaN or infinite factors; are the base model's weights and "
-                "dtype sound? float16 overflows: use bfloat16 or float32"
-            )
-        return batch
-
-    def _provenance(
-        self,
-        clip: VideoClip,
-        place: tuple[float, float],
-        longest_edge: int,
-        exact_frames: bool,
-    ) -> dict:
+    def _provenance(self, part: Part, reading: Reading) -> dict:
+        clip = part.clip
         return {
             "source": {
                 "name": None if clip.path is None else Path(clip.path).name,
@@ -336,12 +377,12 @@ class Video2LoRA:
                 "fps": clip.fps,
                 "duration": clip.duration,
                 "num_frames": clip.num_frames,
-                "place": list(place),
+                "place": list(part.place),
             },
             "preprocessing": {
                 "version": self.backbone.preprocessing,
-                "longest_edge": longest_edge,
-                "exact_frames": exact_frames,
+                "longest_edge": reading.longest_edge,
+                "exact_frames": reading.exact_frames,
                 "instruction": self.config.instruction,
             },
             "hypernetwork": self._fingerprint,
@@ -571,6 +612,10 @@ class Video2LoRA:
     def _weight_norms(self, module: str) -> Tensor:
         linears = (self.backbone.linear(i, module) for i in range(self.config.num_layers))
         return torch.stack([linear.weight.float().norm().cpu() for linear in linears])
+
+
+def _whole(parts: list[Adapter]) -> Adapter:
+    return parts[0] if len(parts) == 1 else Adapter.compose(parts)
 
 
 def _texts(questions: str | Sequence[str], answers: list[Answer]) -> str | list[str]:

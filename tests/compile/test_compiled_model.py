@@ -86,6 +86,22 @@ def test_every_kind_of_question(pair_of_models):
     assert graphs() > 8
 
 
+def test_batches_of_videos_share_graphs(pair_of_models):
+    eager, compiled = pair_of_models
+
+    def check(*frames: int) -> None:
+        clips = [tiny.clip(count, seed) for seed, count in enumerate(frames)]
+        expected = [eager.internalize(clip) for clip in clips]
+        for found, wanted in zip(compiled.internalize(clips), expected, strict=True):
+            assert_near(found, wanted)
+
+    check(2, 2)
+    check(3, 4)  # padded
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        check(4, 4, 4)
+        check(3, 2, 4, 5, 5)
+
+
 def test_threads_share_compiled_graphs(pair_of_models):
     eager, compiled = pair_of_models
     clip = tiny.clip(2, 0)

@@ -19,7 +19,7 @@ from v2l_fast.adapter import AdapterBatch
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.errors import ConfigError
 from v2l_fast.training import step as step_module
-from v2l_fast.training.contexts import similar_lengths, visual_features
+from v2l_fast.training.contexts import visual_features
 from v2l_fast.training.samples import ContextSample, Sample
 from v2l_fast.training.step import StepOptions, TrainStep, turn_weights
 
@@ -441,10 +441,3 @@ def test_turn_weights(samples):
 def test_impossible_options_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         StepOptions(**options)
-
-
-def test_groups_of_similar_length():
-    lengths = [10, 100, 9, 95, 10, 50]
-    assert similar_lengths(lengths, 0.0, 10**6) == [[2], [0, 4], [5], [3], [1]]
-    assert similar_lengths(lengths, 0.1, 10**6) == [[2, 0, 4], [5], [3, 1]]
-    assert similar_lengths(lengths, 0.1, 20) == [[2, 0], [4], [5], [3], [1]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.adapter import Adapter
-from v2l_fast.errors import ConfigError
+from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.model import Video, Video2LoRA
 from v2l_fast.video import VideoClip
 
@@ -78,12 +78,14 @@ def internalize_each(
     Args:
         **options: of ``Video2LoRA.internalize`` (max_frames, longest_edge, chunks, ...).
     """
-    groups = by_video(examples)
+    first = [group[0] for group in by_video(examples)]
     made: dict[Hashable, Adapter] = {}
-    for done, group in enumerate(groups):
-        progress("internalizing", done, len(groups))
-        made[group[0].video_key] = model.internalize(group[0].video, **options)
-    progress("internalizing", len(groups), len(groups))
+    adapters = model.internalize_each((example.video for example in first), **options)
+    for example, adapter in zip(first, adapters, strict=True):
+        if isinstance(adapter, VideoError):
+            raise adapter
+        made[example.video_key] = adapter
+        progress("internalizing", len(made), len(first))
     return [made[example.video_key] for example in examples]
 
 

@@ -137,6 +137,9 @@ class Backbone(Protocol):
     def encode(self, clip: VideoClip, longest_edge: int) -> EncodedVideo:
         """Vision tower and connector, once for any number of prompts."""
 
+    def encode_views(self, views: Tensor) -> Tensor:
+        """Vision tower and connector over views of any videos: uint8 [V, 3, M, M] -> [V, t, D]."""
+
     def encode_steps(
         self, clip: VideoClip, longest_edge: int
     ) -> Generator[Step, None, EncodedVideo]:

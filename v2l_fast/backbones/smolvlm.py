@@ -130,7 +130,7 @@ class SmolVLM:
     def encode_steps(
         self, clip: VideoClip, longest_edge: int
     ) -> Generator[Step, None, EncodedVideo]:
-        """:meth:`encode` in units: resizing, on the CPU, then bounded chunks of views."""
+        """:meth:`encode` in units: resizing where the frames are, then bounded chunks of views."""
         views = frame_views(clip.frames, longest_edge, self.tile_size)
         features = []
         for chunk in views.views.split(VIEWS_PER_CHUNK):

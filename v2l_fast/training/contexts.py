@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from v2l_fast.backbones import Backbone
 from v2l_fast.errors import ConfigError
+from v2l_fast.lengths import right_padded, similar_lengths
 from v2l_fast.training.samples import ContextSample
 from v2l_fast.training.transfer import send
 
@@ -32,28 +32,6 @@ class ContextGroup:
     embeddings: Tensor
     mask: Tensor | None
     places: Tensor
-
-
-def similar_lengths(
-    lengths: Sequence[int], max_padding: float, max_tokens: int
-) -> list[list[int]]:
-    """Indices in groups by length, shortest first.
-
-    At most the share `max_padding` of a group padded to its longest member is padding, and a group
-    of more than one holds at most `max_tokens` tokens with it.
-    """
-    groups: list[list[int]] = []
-    filled = 0
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        length = lengths[index]
-        area = length * (len(groups[-1]) + 1) if groups else 0
-        if groups and area <= max_tokens and filled + length >= (1 - max_padding) * area:
-            groups[-1].append(index)
-            filled += length
-        else:
-            groups.append([index])
-            filled = length
-    return groups
 
 
 @torch.no_grad()
@@ -103,15 +81,11 @@ def context_groups(
     device = backbone.decoder.device
     for members in similar_lengths([len(c.ids) for c in contexts], max_padding, max_tokens):
         rows = [contexts[i].ids for i in members]
-        lengths = [len(row) for row in rows]
-        ids = pad_sequence(rows, batch_first=True, padding_value=backbone.tokenizer.pad_token_id)
-        mask = None
-        if min(lengths) < max(lengths):
-            mask = send(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None], device)
+        ids, mask = right_padded(rows, backbone.tokenizer.pad_token_id)
         places = torch.tensor([contexts[i].place for i in members], dtype=torch.float32)
         yield ContextGroup(
             members,
             embed_ids(backbone, ids, [features[i] for i in members]),
-            mask,
+            None if mask is None else send(mask, device),
             send(places, device),
         )

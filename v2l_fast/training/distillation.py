@@ -14,7 +14,8 @@ from torch import Tensor
 
 from v2l_fast.backbones import Backbone
 from v2l_fast.errors import ConfigError
-from v2l_fast.training.contexts import embed_ids, similar_lengths
+from v2l_fast.lengths import similar_lengths
+from v2l_fast.training.contexts import embed_ids
 from v2l_fast.training.packing import pack_turns
 from v2l_fast.training.samples import Sample
 from v2l_fast.training.transfer import send

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from v2l_fast.training.contexts import similar_lengths
+from v2l_fast.lengths import similar_lengths
 from v2l_fast.training.samples import Sample
 from v2l_fast.training.transfer import send
 

@@ -1,0 +1,194 @@
+"""Videos and chunks internalized together are what each is alone, and fail alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.golden import relative
+from tests.video.clips import encode
+from v2l_fast import model as model_module
+from v2l_fast.adapter import Adapter
+from v2l_fast.backbones.steps import finish
+from v2l_fast.errors import ConfigError, VideoError
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.model import Video2LoRA
+from v2l_fast.video import VideoClip
+
+M = "down_proj"
+
+
+@pytest.fixture(scope="module")
+def knowing(backbone) -> Video2LoRA:
+    """Its network is told each chunk's place."""
+    return Video2LoRA(backbone, tiny.hypernetwork(replace(tiny.CONFIG, chunk_position=True)))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> list[VideoClip]:
+    """An odd number of clips of 1 to 5 frames and several sizes: contexts of 58 to 122 tokens."""
+    shapes = [(3, 24), (1, 24), (4, 32), (5, 20), (3, 16), (4, 24), (5, 24)]
+    return [tiny.clip(frames, seed, height) for seed, (frames, height) in enumerate(shapes)]
+
+
+def alone(model: Video2LoRA, video: object, **options) -> Adapter:
+    """Unit by unit, each chunk by itself."""
+    return finish(model.internalize_steps(video, **options))
+
+
+def assert_near(found: Adapter, expected: Adapter) -> None:
+    """The same record, the same numbers but for the rounding of float32."""
+    for one, other in ((found.A, expected.A), (found.B, expected.B)):
+        assert relative(one[M], other[M]) <= 1e-5
+    assert json.dumps(dict(found.provenance)) == json.dumps(dict(expected.provenance))
+    assert found.bias is expected.bias
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[int, int, bool]]]:
+    """Of each batch that layer 0 of a hypernetwork sees: contexts, length, whether masked."""
+    seen = []
+    layer = HyperNetwork.layer
+
+    def call(self, index, hidden, mask=None, place=None, head=None):
+        if index == 0:
+            seen.append((*hidden.shape[:2], mask is not None))
+        return layer(self, index, hidden, mask, place, head)
+
+    with patch.object(HyperNetwork, "layer", call):
+        yield seen
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+def test_videos_do_not_depend_on_their_neighbors(model, mixed, batch_size):
+    with watched() as seen:
+        found = model.internalize(mixed, batch_size=batch_size)
+    assert sum(count for count, _, _ in seen) == len(mixed) == len(found)
+    if batch_size >= 7:
+        assert seen == [(1, 58, False), (2, 90, False), (4, 122, True)]
+    for adapter, clip in zip(found, mixed, strict=True):
+        assert_near(adapter, alone(model, clip))
+    assert relative(found[0].A[M], found[4].A[M]) > 1e-2
+
+
+def test_chunks_go_together_with_those_of_other_videos(knowing, mixed):
+    with watched() as seen:
+        found = knowing.internalize(mixed, chunks=3)
+    assert sum(count for count, _, _ in seen) == 19 and len(seen) < 4
+    for adapter, clip in zip(found, mixed, strict=True):
+        assert_near(adapter, alone(knowing, clip, chunks=3))
+        assert adapter.rank == min(3, len(clip.frames)) * tiny.CONFIG.rank
+
+
+def test_chunks_of_one_file_go_together(knowing, tmp_path):
+    path = encode(tmp_path / "clip.mp4", 8, fps=2)
+    with watched() as seen:
+        found = knowing.internalize(path, chunks=4, max_frames=2)
+    assert [count for count, _, _ in seen] == [4]
+    assert_near(found, alone(knowing, path, chunks=4, max_frames=2))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batches"),
+    [
+        (250, [(1, 58), (2, 90), (2, 106), (2, 122)]),
+        # No more are held ready than have 30 visual tokens, and none fit together.
+        (30, [(1, length) for length in (58, 90, 106, 90, 122, 106, 122)]),
+    ],
+)
+def test_tokens_bound_a_batch(tokens, batches, model, mixed, monkeypatch):
+    expected = model.internalize(mixed)
+    monkeypatch.setattr(model_module, "BATCH_TOKENS", tokens)
+    with watched() as seen:
+        found = model.internalize(mixed)
+    assert seen == [(*batch, False) for batch in batches]
+    for one, other in zip(found, expected, strict=True):
+        assert_near(one, other)
+
+
+def test_units_of_one_video_stay_small(model, mixed):
+    steps = model.internalize_steps(mixed[3], chunks=2)
+    layers = [("generate adapter", done, 3) for done in range(4)]
+    with watched() as seen:
+        found = list(steps)
+    assert found == [
+        ("decode", 0, 1), ("encode frames", 0, 3), *layers, ("encode frames", 0, 2), *layers
+    ]  # fmt: skip
+    assert [count for count, _, _ in seen] == [1, 1]
+
+
+def test_one_video_has_the_same_bits_either_way(model, mixed):
+    for clip in mixed[:3]:
+        found, expected = model.internalize(clip), alone(model, clip)
+        assert torch.equal(found.A[M], expected.A[M])
+        assert torch.equal(found.B[M], expected.B[M])
+
+
+def test_one_that_fails_costs_the_others_nothing(model, mixed, tmp_path, monkeypatch):
+    encode_views = model.backbone.encode_views
+
+    def overflowing(views):
+        features = encode_views(views)
+        features[(views == 255).flatten(1).all(1)] = float("nan")
+        return features
+
+    monkeypatch.setattr(model.backbone, "encode_views", overflowing)
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("a letter")
+    white = VideoClip.from_frames(torch.full((3, 3, 24, 32), 255, dtype=torch.uint8), fps=1.0)
+    unread = VideoError("gone.mp4: no such file")
+    good = mixed[0]
+    videos = [good, broken, replace(white, path="white.mp4"), unread, white, good]
+    with watched() as seen:
+        found = list(model.internalize_each(iter(videos)))
+    assert [count for count, _, _ in seen] == [4]
+    names = ("broken.mp4", "white.mp4: the context gives NaN", "gone.mp4", "frames in memory: the")
+    for name, error in zip(names, found[1:5], strict=True):
+        assert isinstance(error, VideoError) and name in str(error) and "\n" not in str(error)
+    for adapter in (found[0], found[5]):
+        assert_near(adapter, alone(model, good))
+    # A video of which one part fails has failed.
+    half = torch.cat([good.frames, white.frames])
+    for chunks in (2, 1):
+        with pytest.raises(VideoError, match="NaN or infinite"):
+            model.internalize([good, VideoClip.from_frames(half, 1.0)], chunks=chunks)
+
+
+def test_videos_are_taken_batch_by_batch(model, mixed):
+    taken = []
+
+    def reading():
+        for number, clip in enumerate(mixed):
+            taken.append(number)
+            yield clip
+
+    outcomes = model.internalize_each(reading(), batch_size=3)
+    assert taken == []
+    next(outcomes)
+    assert taken == [0, 1, 2]
+    assert len(list(outcomes)) == 6 and len(taken) == 7
+    assert model.internalize([]) == []
+
+
+def test_no_batch_is_refused(model, mixed):
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        model.internalize(mixed, batch_size=0)
+
+
+def test_the_decoder_is_chosen(model, tmp_path):
+    path = encode(tmp_path / "clip.mp4", 12)
+    assert_near(model.internalize(path, decoder="pyav"), model.internalize(path))
+    for call in (
+        lambda: model.internalize(path, decoder="vlc"),
+        lambda: model.internalize(path, decoder="vlc", chunks=2),
+        lambda: model.load_clip(path, decoder="vlc"),
+    ):
+        with pytest.raises(VideoError, match="clip.mp4: unknown backend 'vlc'; use one of auto"):
+            call()

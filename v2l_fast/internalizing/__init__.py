@@ -1,0 +1,1 @@
+"""From videos to adapters: parts of videos, and several of them through the model in one batch."""

@@ -1,0 +1,143 @@
+"""Parts to adapters: the contexts of several together through the frozen VLM and the hypernetwork.
+
+Responsible for which contexts share a batch and for its units of work, each bounded. Which parts
+there are, what is recorded about them and how they make up a video are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from v2l_fast.adapter import Adapter, AdapterBatch
+from v2l_fast.backbones import Backbone, Prompt
+from v2l_fast.backbones.base import EncodedVideo
+from v2l_fast.backbones.steps import Step
+from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.internalizing.parts import Part
+from v2l_fast.lengths import right_padded, similar_lengths
+from v2l_fast.video import FrameViews, frame_views
+
+# Tokens of contexts that are computed together; a longer context is alone. Eight videos of twelve
+# frames are 7,000. At the widest decoder (MLP of 8,192) a layer then needs 2 GB in bfloat16.
+BATCH_TOKENS = 32768
+# Share of a batch that may be padding: clips of the same number of frames differ by a few words.
+MAX_PADDING = 0.1
+# Views of one unit of work.
+UNIT_VIEWS = 64
+
+
+@dataclass(frozen=True)
+class _Context:
+    """A part, resized; `index` among all parts."""
+
+    index: int
+    part: Part
+    views: FrameViews
+
+
+def generate_steps(
+    backbone: Backbone,
+    hypernet: HyperNetwork,
+    parts: Sequence[Part],
+    longest_edge: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Generator[Step, None, list[Adapter | None]]:
+    """The adapter of each part, in units of work (see :mod:`v2l_fast.backbones.steps`).
+
+    Parts of a batch see each other in nothing but the rounding of shared matrix products. Resizing
+    precedes each batch's first unit.
+
+    Args:
+        longest_edge: pixels.
+        batch_tokens: context tokens computed together; 0 takes each part alone.
+
+    Returns:
+        For each part its adapter, or None where a factor is NaN or infinite.
+    """
+    made: list[Adapter | None] = [None] * len(parts)
+    for contexts in _batches(backbone, parts, longest_edge, batch_tokens):
+        videos = yield from _encode_steps(backbone, contexts)
+        instruction = hypernet.config.instruction
+        prompts = [backbone.about(video, instruction, answer_follows=False) for video in videos]
+        lengths = [len(prompt) for prompt in prompts]
+        for members in similar_lengths(lengths, MAX_PADDING, batch_tokens):
+            batch = yield from _layer_steps(
+                backbone,
+                hypernet,
+                [prompts[i] for i in members],
+                [contexts[i].part.place for i in members],
+            )
+            for member, adapter in zip(members, _finite(batch), strict=True):
+                made[contexts[member].index] = adapter
+    return made
+
+
+def _batches(
+    backbone: Backbone, parts: Iterable[Part], longest_edge: int, tokens: int
+) -> Iterator[list[_Context]]:
+    """Consecutive parts up to (and with the one that reaches) so many visual tokens."""
+    inputs = backbone.inputs
+    batch, filled = [], 0
+    for index, part in enumerate(parts):
+        views = frame_views(part.clip.frames, longest_edge, inputs.tile_size)
+        batch.append(_Context(index, part, views))
+        filled += len(views.views) * inputs.tokens_per_view
+        if filled >= tokens:
+            yield batch
+            batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_steps(
+    backbone: Backbone, contexts: Sequence[_Context]
+) -> Generator[Step, None, list[EncodedVideo]]:
+    """Vision tower and connector over the views of all contexts."""
+    counts = [len(context.views.views) for context in contexts]
+    # One long video's views are not copied.
+    views = contexts[0].views.views
+    if len(contexts) > 1:
+        views = torch.cat([context.views.views for context in contexts])
+    features = []
+    for chunk in views.split(UNIT_VIEWS):
+        yield "encode frames", len(features) * UNIT_VIEWS, len(views)
+        features.append(backbone.encode_views(chunk))
+    encoded = torch.cat(features).split(counts)
+    return [
+        EncodedVideo(mine, c.part.clip.timestamps, c.part.clip.duration, c.views.rows, c.views.cols)
+        for mine, c in zip(encoded, contexts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _layer_steps(
+    backbone: Backbone,
+    hypernet: HyperNetwork,
+    prompts: Sequence[Prompt],
+    places: Sequence[tuple[float, float]],
+) -> Generator[Step, None, AdapterBatch]:
+    """Each layer's factors as the decoder produces its input."""
+    # The decoder needs no mask: what follows a token does not reach it.
+    embeddings, mask = right_padded([prompt.embeddings for prompt in prompts])
+    where = torch.tensor(places, device=embeddings.device)
+    total = hypernet.config.num_layers
+    per_layer = []
+    for index, hidden in enumerate(backbone.decoder.layer_inputs(embeddings)):
+        yield "generate adapter", index, total
+        per_layer.append(hypernet.layer(index, hidden, mask, where))
+    yield "generate adapter", total, total
+    return hypernet.assemble(per_layer)
+
+
+def _finite(batch: AdapterBatch) -> list[Adapter | None]:
+    """The batch's adapters, None for one with a factor that is NaN or infinite."""
+    sums = [
+        factor.flatten(1).sum(1, dtype=torch.float32)
+        for factor in (*batch.A.values(), *batch.B.values())
+    ]
+    # One wait for the device, after everything is enqueued.
+    sound = torch.stack(sums).isfinite().all(0).tolist()
+    return [adapter if fine else None for adapter, fine in zip(batch, sound, strict=True)]
