@@ -123,11 +123,16 @@ def _serve(record: Record) -> str:
     )
     if not record["passed"]:
         return f"{note} {FAILED}: answers of {', '.join(record['disagree'])} differ."
+    head = ["way", "time to first token, ms", "tokens/s"]
     rows = [
         [way, _ms(found["time_to_first_token"]), f"{found['tokens_per_second']:.0f}"]
         for way, found in record["ways"].items()
     ]
-    return f"{note}\n\n" + _table(["way", "time to first token, ms", "tokens/s"], rows)
+    if all("weight_floor_share" in found for found in record["ways"].values()):
+        head.append("of the weight-bandwidth floor's")
+        for row, found in zip(rows, record["ways"].values(), strict=True):
+            row.append(f"{found['weight_floor_share']:.0%}")
+    return f"{note}\n\n" + _table(head, rows)
 
 
 def _serve_load(record: Record) -> str:

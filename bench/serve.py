@@ -77,9 +77,11 @@ def _ways(options: argparse.Namespace, record: dict) -> bool:
     if not found["passed"]:
         print(f"WRONG: {', '.join(found['disagree'])} answer differently; no times")
     for name, times in found["ways"].items():
+        share = times.get("weight_floor_share")
         print(
             f"{name:32s} first token {times['time_to_first_token'] * 1e3:8.2f} ms  "
             f"then {times['tokens_per_second']:8.1f} tokens/s"
+            + ("" if share is None else f"  {share:.0%} of what reading the weights allows")
         )
     return found["passed"]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.end_to_end import Shape, _Bench
+from bench.ladder import PEAKS
 from bench.timing import together
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import Adapter
@@ -105,6 +106,9 @@ def random_weights(shape: Shape, device: str, dtype: torch.dtype, compile: bool)
 def compare(asked: Asked, new_tokens: int, seconds: float) -> dict[str, Any]:
     """Every way's answer, then its times.
 
+    On a GPU of known bandwidth ``weight_floor_share`` is what part of the tokens a second a way
+    reaches that reading the weights alone would allow.
+
     Args:
         new_tokens: of every answer, no end token before; 2 at least.
         seconds: to spend on each measurement.
@@ -141,7 +145,18 @@ def compare(asked: Asked, new_tokens: int, seconds: float) -> dict[str, Any]:
             "time_to_first_token": first[name],
             "tokens_per_second": (new_tokens - 1) / rest,
         }
+    bandwidth = _bandwidth(device)
+    if bandwidth is not None:
+        floor = weight_floor(asked.backbone.decoder, bandwidth)
+        for times in found["ways"].values():
+            times["weight_floor_share"] = floor * times["tokens_per_second"]
     return found
+
+
+def _bandwidth(device: str) -> float | None:
+    """Bytes/s that this GPU reaches, if it is one that was measured."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((peak for part, (peak, _) in PEAKS.items() if part in name), None)
 
 
 def weight_floor(decoder: Decoder, bytes_per_second: float) -> float:

@@ -28,6 +28,7 @@ PARTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("uvicorn",), "serve", "its listener"),
     (("prometheus-client",), "serve", "its metrics"),
     (("python-multipart",), "serve", "its uploads"),
+    (("fastapi-offline",), "serve", "its API documents"),
     (("scipy",), "eval", "confidence intervals"),
     (("matplotlib",), "eval", "plots"),
     (("openai",), "eval", "the judge's client"),

@@ -18,6 +18,18 @@ def test_every_way_answers_alike_and_is_timed():
     assert all(min(times.values()) > 0 for times in found["ways"].values())
 
 
+def test_tokens_a_second_against_the_weights(monkeypatch):
+    asked = serve_ways.random_weights(TINY, "cpu", torch.float32, compile=False)
+    monkeypatch.setattr(serve_ways, "_bandwidth", lambda device: 1e9)
+    found = serve_ways.compare(asked, new_tokens=2, seconds=0.01)
+    decoder = asked.backbone.decoder
+    count = sum(p.numel() for p in decoder.text_model.layers.parameters())
+    count += decoder.lm_head.weight.numel()
+    for times in found["ways"].values():
+        reached = times["tokens_per_second"] * 4 * count / 1e9
+        assert times["weight_floor_share"] == pytest.approx(reached)
+
+
 def test_no_times_where_answers_differ(monkeypatch):
     ways = {name: lambda count: [1] for group in serve_ways.AGREE for name in group}
     ways["adapter, merged"] = lambda count: [2]

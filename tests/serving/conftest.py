@@ -16,14 +16,21 @@ import uvicorn
 
 from tests.serving.stand_in import StandInEngine
 from v2l_fast.model import Video2LoRA
+from v2l_fast.serving import isolation, reading
 from v2l_fast.serving.app import create_app
 from v2l_fast.serving.auth import Keys
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.reading import VideoReader
 from v2l_fast.serving.server import Server
 from v2l_fast.serving.store import AdapterStore
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.scene import sample_scenes
+
+
+def start_forking() -> None:
+    """One process is forked from, by servers and tests alike; whoever is first starts it."""
+    isolation.prepare((*reading.PRELOAD, "tests.tiny", "tests.serving.test_restart"))
 
 
 @dataclass
@@ -78,11 +85,15 @@ def running(
 ) -> Iterator[Running]:
     """A server in a thread; with a StandInEngine of these options instead of the real one."""
     store = AdapterStore(folder)
+    start_forking()
+    reader = VideoReader(model, limits or ServerLimits())
     if stand_in is None:
-        engine = Engine(model, store, max_batch=8, adapter_slots=4)
+        engine = Engine(
+            model, store, max_batch=8, adapter_slots=4, load_clip=reader.load_clip
+        )
     else:
         engine = StandInEngine(model, store, **stand_in)
-    server = Server(model, engine, store, "shapes", limits, Keys(keys), root)
+    server = Server(model, engine, store, reader, "shapes", limits, Keys(keys), root)
     listening = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     config = uvicorn.Config(

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from v2l_fast.adapter import Adapter
 from v2l_fast.errors import V2LError
 from v2l_fast.model import Video2LoRA
-from v2l_fast.serving.engine import EngineStats
 from v2l_fast.serving.requests import (
     EngineClosed,
     Generation,
@@ -23,6 +22,7 @@ from v2l_fast.serving.requests import (
     QueueFull,
     Usage,
 )
+from v2l_fast.serving.stats import EngineStats
 from v2l_fast.serving.store import AdapterStore
 
 
@@ -32,6 +32,9 @@ class StandInEngine:
     Args:
         words: what to answer instead of asking the model.
         queue_limit: questions at the same time.
+
+    Attributes:
+        ready: as the test sets it.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class StandInEngine:
         self.running: set[Generation] = set()
         self.ended: list[str] = []
         self.closed = False
+        self.ready = True
         self._threads = ThreadPoolExecutor(8)
 
     def submit(self, request: GenerationRequest) -> Generation:

@@ -308,7 +308,8 @@ def test_internalizing_and_answering_take_turns(model, store, tmp_path, monkeypa
     path = encode(tmp_path / "clip.mp4", 12)
     with Engine(model, store, max_batch=2, max_context=160) as engine:
         events: list[str] = []
-        step, unit = engine._batch.step, engine._background.step
+        batch = engine._answering.batch
+        step, unit = batch.step, engine._background.step
 
         def logged_step(adapters=None):
             events.append("step")
@@ -319,7 +320,7 @@ def test_internalizing_and_answering_take_turns(model, store, tmp_path, monkeypa
             events.extend(["unit"] * found)
             return found
 
-        monkeypatch.setattr(engine._batch, "step", logged_step)
+        monkeypatch.setattr(batch, "step", logged_step)
         monkeypatch.setattr(engine._background, "step", logged_unit)
         asked = request(QUESTIONS[0], "a0", max_new_tokens=140)
         generation = engine.submit(asked)

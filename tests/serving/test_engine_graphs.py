@@ -13,8 +13,7 @@ import torch
 
 from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
 from v2l_fast.generation import Row, Sampling
-from v2l_fast.serving import engine as engine_module
-from v2l_fast.serving import graphs
+from v2l_fast.serving import answering, graphs
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.graphs import GraphBatch
 
@@ -32,7 +31,7 @@ def captures(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(GraphBatch, "_capture", capture)
     monkeypatch.setattr(graphs, "LEAST_LIMIT", 16)
-    monkeypatch.setattr(engine_module, "Batch", GraphBatch)
+    monkeypatch.setattr(answering, "Batch", GraphBatch)
     return made
 
 
@@ -45,7 +44,7 @@ def test_answers_are_the_same(captures, model, adapters):
             adapter = store.adapters[ids[0]] if ids else None
             expected.append(model.ask(question, adapter, max_new_tokens=9))
     with Engine(model, store, max_batch=6, max_context=100) as engine:
-        assert isinstance(engine._batch, GraphBatch)
+        assert isinstance(engine._answering.batch, GraphBatch)
         for one, wanted in zip(asked, expected, strict=True):
             assert engine.submit(one).result(WAIT)[0] == wanted
         many = [engine.submit(one) for one in asked * 3]
@@ -53,6 +52,23 @@ def test_answers_are_the_same(captures, model, adapters):
         known = len(captures)
         again = [engine.submit(one).result(WAIT)[0] for one in asked]
         assert again == expected and len(captures) == known
+
+
+@pytest.mark.parametrize("rows", [1, 6, 8])
+def test_short_questions_find_their_graphs_captured(captures, model, adapters, monkeypatch, rows):
+    monkeypatch.setattr(graphs, "LEAST_LIMIT", 64)
+    store = MemoryStore(adapters)
+    asked = [request(q, *ids, max_new_tokens=9) for q in QUESTIONS for ids in ((), ("a0",))]
+    with Engine(model, store, max_batch=rows, max_context=64) as engine:
+        engine.submit(asked[0]).result(WAIT)
+        assert engine.ready
+        known = len(captures)
+        for made in [engine.submit(one) for one in asked * 3]:
+            made.result(WAIT)
+        assert len(captures) == known > 0
+    with Engine(model, store, max_batch=rows, max_context=64, warm_up=False) as engine:
+        engine.submit(asked[0]).result(WAIT)
+        assert engine.ready and len(captures) == known + 2
 
 
 @torch.inference_mode()

@@ -53,8 +53,8 @@ def test_a_truncated_video(patient, videos, share):
 
 def test_a_video_that_fails_later(serve, videos, monkeypatch):
     """What the first look does not see fails the job, with its reason; it can be sent again."""
-    monkeypatch.setattr("v2l_fast.serving.jobs.probe", lambda path, limits: None)
     live = serve()
+    monkeypatch.setattr(live.server.reader, "probe", lambda path: None)
     job = live.http.post("/v1/videos", files={"file": ("a.mp4", b"hello")}).json()
     eventually(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
     failed = live.http.get(f"/v1/videos/{job['id']}").json()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import httpx
 
@@ -81,13 +82,53 @@ def test_metrics(serve, videos):
         'v2l_answers_total{end="stop",source="adapter"} 1.0',
         'v2l_answers_total{end="stop",source="plain"} 1.0',
         'v2l_time_to_first_token_seconds_count{source="adapter"} 1.0',
-        'v2l_inter_token_seconds_count{source="adapter"} 1.0',
         'v2l_videos_total{result="internalized"} 1.0',
         'v2l_internalize_seconds_count{stage="decoding"} 1.0',
         "v2l_engine_running 0.0",
         "v2l_store_adapters 1.0",
     ):
         assert line in text.splitlines(), line
+
+
+def test_the_time_between_tokens_is_a_distribution(serve):
+    """Every gap of every answer, streamed or not; 20 ms each here, then one of 300 ms."""
+    words = ["word "] * 6
+    live = serve(stand_in={"pause": 0.02, "words": words})
+    for stream in (False, True):
+        body = {**QUESTION, "stream": stream}
+        assert live.http.post("/v1/chat/completions", json=body).is_success
+    live.engine.pause, live.engine.words = 0.3, words[:2]
+    assert live.http.post("/v1/chat/completions", json=QUESTION).is_success
+    gaps = {}
+    for line in live.http.get("/metrics").text.splitlines():
+        name, _, value = line.rpartition(" ")
+        gaps[name] = float(value) if name.startswith("v2l_inter_token_seconds") else 0.0
+    bucket = 'v2l_inter_token_seconds_bucket{le="%s",source="plain"}'
+    assert gaps['v2l_inter_token_seconds_count{source="plain"}'] == 11
+    assert gaps[bucket % "0.015"] == 0 and gaps[bucket % "0.2"] == 10
+    assert gaps[bucket % "+Inf"] == 11
+    assert gaps['v2l_inter_token_seconds_sum{source="plain"}'] >= 10 * 0.02 + 0.3
+
+
+def test_not_ready_until_the_engine_is(serve):
+    live = serve(stand_in={})
+    live.engine.ready = False
+    answer = live.http.get("/health")
+    assert answer.status_code == 503 and answer.json()["status"] == "starting"
+    live.engine.ready = True
+    answer = live.http.get("/health")
+    assert answer.status_code == 200 and answer.json()["status"] == "ok"
+
+
+def test_the_documents_ask_nobody_else(serve):
+    live = serve(stand_in={})
+    answer = live.http.get("/docs")
+    named = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", answer.text)
+    assert len(named) >= 4 and "://" not in "".join(named)
+    for address in named:
+        assert live.http.get(address).is_success, address
+    assert "cdn" not in answer.text
+    assert live.http.get("/redoc").status_code == 404
 
 
 def test_the_page_asks_nobody_else(serve):

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
+from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
 import v2l_fast
 from v2l_fast.serving import http_errors, logs, openai_routes, video_routes
 from v2l_fast.serving.auth import authorized
 from v2l_fast.serving.limits import BodyLimit
+from v2l_fast.serving.requests import EngineClosed
 from v2l_fast.serving.schemas import Health
 from v2l_fast.serving.server import Server
 
@@ -41,17 +43,21 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        following = asyncio.create_task(_follow_jobs(server))
-        logs.event("ready", model=server.name, adapters=len(server.adapters()))
+        following = asyncio.create_task(_follow(server))
+        logs.event("listening", model=server.name, adapters=len(server.adapters()))
         yield
         logs.event("draining")
         await run_in_threadpool(server.engine.close, drain=True, timeout=drain_seconds)
+        server.reader.close(EngineClosed("the server is shutting down; try again later"))
         following.cancel()
         server.jobs.collect()
         server.store.close()
         logs.event("stopped")
 
-    app = FastAPI(
+    # Swagger UI's files come from the package, not from elsewhere.
+    app = FastAPIOffline(
+        redoc_url=None,
+        swagger_ui_parameters={"validatorUrl": None},
         title="v2l_fast",
         version=v2l_fast.__version__,
         description="Videos become LoRA adapters; questions are answered without visual tokens.",
@@ -69,8 +75,13 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
     return app
 
 
-async def _follow_jobs(server: Server) -> None:
+async def _follow(server: Server) -> None:
+    """Account for finished jobs, and say when the engine is ready."""
+    ready = False
     while True:
+        if server.engine.ready and not ready:
+            ready = True
+            logs.event("ready")
         await asyncio.sleep(_POLL_SECONDS)
         await run_in_threadpool(server.jobs.collect)
 
@@ -97,12 +108,18 @@ def page() -> HTMLResponse:
     return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": PAGE_POLICY})
 
 
-@router.get("/health")
-def health(request: Request) -> Health:
-    """The server answers; no key needed."""
+@router.get("/health", responses={503: {"model": Health, "description": "Not ready yet"}})
+def health(request: Request, response: Response) -> Health:
+    """Whether the server is ready; no key needed. What is asked before is answered then."""
     server: Server = request.app.state.server
+    ready = server.engine.ready
+    if not ready:
+        response.status_code = 503
     return Health(
-        model=server.name, version=v2l_fast.__version__, key_required=server.keys.required
+        status="ok" if ready else "starting",
+        model=server.name,
+        version=v2l_fast.__version__,
+        key_required=server.keys.required,
     )
 
 

@@ -54,6 +54,12 @@ def serve(
     max_duration: Annotated[float, typer.Option(min=0.1, help="Seconds of a video.")] = 7200.0,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a frame.")] = 7680 * 4320,
     max_frames: Annotated[int, typer.Option(min=1, help="Frames of one video.")] = 1024,
+    max_decode_seconds: Annotated[
+        float, typer.Option(min=1, help="Time for decoding one video.")
+    ] = 600.0,
+    max_decode_gb: Annotated[
+        float, typer.Option(min=0.1, help="Memory for decoding one video on the CPU.")
+    ] = 8.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer.")] = 1024,
     keep_videos_gb: Annotated[
         float,
@@ -65,6 +71,9 @@ def serve(
     merged: Annotated[
         str | None, typer.Option(help="Merge this one adapter into the weights; serve it alone.")
     ] = None,
+    warm_up: Annotated[
+        bool, typer.Option(help="Compile before the first question; /health says when it is done.")
+    ] = True,
     device: Device = None,
     dtype: Dtype = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
@@ -82,6 +91,7 @@ def serve(
     from v2l_fast.serving.auth import Keys
     from v2l_fast.serving.engine import Engine
     from v2l_fast.serving.limits import ServerLimits
+    from v2l_fast.serving.reading import VideoReader
     from v2l_fast.serving.server import Server
     from v2l_fast.serving.store import AdapterStore
     from v2l_fast.serving.vllm import PublishingStore, VllmFolder
@@ -101,13 +111,17 @@ def serve(
         new_tokens=max_new_tokens,
         jobs=max_jobs,
         kept_video_bytes=int(keep_videos_gb * 1e9),
+        decode_seconds=max_decode_seconds,
+        decode_bytes=int(max_decode_gb * 1e9),
     )
+    VideoReader.prepare()
     loaded = load_model(model, base, device, dtype)
     peft_base = served_base or loaded.config.base_model_name_or_path or loaded.backbone.name_or_path
     if vllm_folder is None:
         adapters = AdapterStore(store)
     else:
         adapters = PublishingStore(store, VllmFolder(vllm_folder, peft_base))
+    reader = VideoReader(loaded, limits)
     engine = Engine(
         loaded,
         adapters,
@@ -116,11 +130,14 @@ def serve(
         adapter_slots=adapter_slots,
         queue_limit=max_queue,
         merged=merged,
+        warm_up=warm_up,
+        load_clip=reader.load_clip,
     )
     server = Server(
         loaded,
         engine,
         adapters,
+        reader,
         name or (Path(model).name if Path(model).exists() else model),
         limits,
         keys,

@@ -43,6 +43,17 @@ class GraphBatch(Batch):
         self._graphs: dict[tuple, _Captured] = {}
         self._pool: tuple[int, int] | None = None
 
+    def captured_sizes(self) -> list[tuple[int, int]]:
+        """Rows and tokens of prompts that together have every pass up to LEAST_LIMIT captured."""
+        counts = {min(_power(n), self.size) for n in range(1, self.size + 1)}
+        sizes = [(count, 2) for count in sorted(counts)]
+        length = LEAST_PROMPT
+        while length <= min(MOST_PROMPT, self.cache.capacity):
+            # One token less: the step that follows needs a place.
+            sizes.append((1, length - 1))
+            length *= 2
+        return sizes
+
     def _decode(self, count: int, limit: int, adapters: AdapterSlots | None) -> Tensor:
         rows = min(_power(count), self.size)
         reach = min(max(_power(limit), LEAST_LIMIT), self.cache.capacity)

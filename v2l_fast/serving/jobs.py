@@ -16,12 +16,12 @@ from v2l_fast.serving import logs
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.metrics import Metrics
+from v2l_fast.serving.reading import VideoReader
 from v2l_fast.serving.requests import InternalizeJob, QueueFull
 from v2l_fast.serving.schemas import InternalizeOptions
 from v2l_fast.serving.settings import InternalizeSettings
 from v2l_fast.serving.store import AdapterStore
 from v2l_fast.serving.videos import KeptVideo, VideoFolder
-from v2l_fast.video import probe
 
 _REMEMBERED = 1024
 
@@ -51,6 +51,7 @@ class Jobs:
         self,
         engine: Engine,
         store: AdapterStore,
+        reader: VideoReader,
         videos: VideoFolder,
         settings: InternalizeSettings,
         limits: ServerLimits,
@@ -58,6 +59,7 @@ class Jobs:
     ) -> None:
         self._engine = engine
         self._store = store
+        self._reader = reader
         self._videos = videos
         self._settings = settings
         self._limits = limits
@@ -89,7 +91,7 @@ class Jobs:
                 if key in self._active:
                     return self._active[key]
             # Decoding a whole queue of files only to refuse them would be the costly way.
-            probe(video.path, self._limits.video)
+            self._reader.probe(video.path)
             with self._mutex:
                 if key in self._active:
                     return self._active[key]

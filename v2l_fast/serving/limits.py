@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,6 +33,8 @@ class ServerLimits:
             recently used go first.
         answer_seconds: time for one answer.
         probe_seconds: time for looking into one video before it is accepted.
+        decode_seconds: time for decoding the frames of one video.
+        decode_bytes: memory that looking into one video, or decoding it on the CPU, may take.
         idle_seconds: longest silence of a client that is sending a body.
     """
 
@@ -48,16 +50,25 @@ class ServerLimits:
     kept_video_bytes: int = 20 << 30
     answer_seconds: float = 300.0
     probe_seconds: float = 60.0
+    decode_seconds: float = 600.0
+    decode_bytes: int = 8 << 30
     idle_seconds: float = 30.0
 
     @property
-    def video(self) -> Limits:
+    def probing(self) -> Limits:
         """The bounds for looking into a video file."""
         return Limits(
             max_pixels=self.pixels,
             max_duration=self.duration,
             max_frames=self.frames,
             max_seconds=self.probe_seconds,
+        )
+
+    @property
+    def decoding(self) -> Limits:
+        """The bounds for decoding one; its frames are copied once, and decoders hold some, too."""
+        return replace(
+            self.probing, max_seconds=self.decode_seconds, max_bytes=self.decode_bytes // 4
         )
 
 

@@ -11,9 +11,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from v2l_fast.serving.engine import EngineStats
+from v2l_fast.serving.stats import EngineStats
 
-_TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_FIRST_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_GAP_SECONDS = (
+    0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2,
+    0.5, 1, 2, 5,
+)  # fmt: skip
 _STAGE_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 _GAUGES = {
@@ -47,14 +51,15 @@ class Metrics:
             "From the arrival of a question to the first piece of its answer, by what is asked: "
             "an adapter, the video in context, or the plain model.",
             ["source"],
-            buckets=_TOKEN_SECONDS,
+            buckets=_FIRST_SECONDS,
             registry=self.registry,
         )
         self._between = Histogram(
             "v2l_inter_token_seconds",
-            "Mean time between the tokens of an answer after the first.",
+            "Between each token of an answer and the next one, as its reader gets them; tokens "
+            "without text of their own come with the next.",
             ["source"],
-            buckets=_TOKEN_SECONDS,
+            buckets=_GAP_SECONDS,
             registry=self.registry,
         )
         self._answers = Counter(
@@ -82,11 +87,13 @@ class Metrics:
         """A question was answered, cancelled or refused."""
         self._answers.labels(source, end).inc()
 
-    def timed(self, source: str, first: float, total: float, tokens: int) -> None:
-        """Times of an answer in seconds from its arrival, and how many tokens it has."""
-        self._first_token.labels(source).observe(first)
-        if tokens > 1:
-            self._between.labels(source).observe((total - first) / (tokens - 1))
+    def first_token(self, source: str, seconds: float) -> None:
+        """An answer was completed; seconds from its arrival to its first piece."""
+        self._first_token.labels(source).observe(seconds)
+
+    def next_token(self, source: str, seconds: float) -> None:
+        """A piece of an answer came so many seconds after the one before it."""
+        self._between.labels(source).observe(seconds)
 
     def internalized(self, result: str, seconds: Mapping[str, float]) -> None:
         """A video is done; ``seconds`` by stage."""

@@ -107,6 +107,7 @@ class _Answer:
         self._arrived = time.perf_counter()
         self._deadline = self._arrived + server.limits.answer_seconds
         self._first: float | None = None
+        self._latest = self._arrived
         self._source = "plain"
         self._generation: Generation | None = None
         self._chunks: AsyncIterator[Chunk] | None = None
@@ -122,7 +123,7 @@ class _Answer:
             self._generation = await run_in_threadpool(self._submit)
             self._chunks = self._generation.chunks()
             self._opening = await self._next()
-            self._first = time.perf_counter()
+            self._first = self._latest = time.perf_counter()
         except BaseException as error:
             self._end(error)
             raise
@@ -185,6 +186,9 @@ class _Answer:
             if piece.finish_reason is not None:
                 return
             piece = await self._next()
+            if piece.text:
+                before, self._latest = self._latest, time.perf_counter()
+                self._server.metrics.next_token(self._source, self._latest - before)
 
     async def _next(self) -> Chunk:
         """The next piece; TimeoutError when the answer's time is over."""
@@ -225,7 +229,7 @@ class _Answer:
         fields = {"source": self._source, "end": reason, "seconds": round(now - self._arrived, 6)}
         if usage is not None and self._first is not None:
             first = self._first - self._arrived
-            metrics.timed(self._source, first, now - self._arrived, usage.completion_tokens)
+            metrics.first_token(self._source, first)
             fields |= {
                 "first_token": round(first, 6),
                 "prompt_tokens": usage.prompt_tokens,

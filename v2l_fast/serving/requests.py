@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 import weakref
@@ -20,6 +21,8 @@ from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.generation import Sampling
 from v2l_fast.video import VideoClip
 
+log = logging.getLogger(__name__)
+
 
 class QueueFull(V2LError):
     """More requests or jobs are waiting than the engine was told to hold; try again later."""
@@ -31,6 +34,14 @@ class PromptTooLong(ConfigError):
 
 class EngineClosed(V2LError):
     """The engine is shutting down, or has stopped after an error."""
+
+
+def told(error: Exception) -> V2LError:
+    """What the user is told; a bug is logged with its traceback."""
+    if isinstance(error, V2LError):
+        return error
+    log.error("unexpected error in the engine", exc_info=error)
+    return V2LError(f"internal error: {type(error).__name__}; see the server's log")
 
 
 @dataclass(frozen=True)

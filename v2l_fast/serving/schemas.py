@@ -250,9 +250,9 @@ class Deleted(BaseModel):
 
 
 class Health(BaseModel):
-    """The server answers."""
+    """Whether the server is ready: "starting" while it compiles what the first questions need."""
 
-    status: Literal["ok"] = "ok"
+    status: Literal["ok", "starting"]
     model: str
     version: str
     key_required: bool

@@ -17,12 +17,13 @@ from v2l_fast.serving.index import StoredAdapter
 from v2l_fast.serving.jobs import Job, Jobs
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.metrics import Metrics
+from v2l_fast.serving.reading import VideoReader
 from v2l_fast.serving.requests import GenerationRequest
 from v2l_fast.serving.schemas import ChatRequest, VideoBody
 from v2l_fast.serving.settings import InternalizeSettings
 from v2l_fast.serving.store import AdapterStore
 from v2l_fast.serving.videos import VideoFolder
-from v2l_fast.video import VideoClip, load_video
+from v2l_fast.video import VideoClip
 
 DEFAULT_NEW_TOKENS = 256
 _CLIPS = 4
@@ -40,6 +41,7 @@ class Server:
     """Engine, store and kept videos of one model under one set of limits.
 
     Args:
+        reader: of the videos; the engine's, too.
         name: what the base model is called in ``/v1/models``.
         root: folder from which callers may name files, None for none.
         peft_base: name a downloaded PEFT adapter carries for its base.
@@ -50,6 +52,7 @@ class Server:
         model: Video2LoRA,
         engine: Engine,
         store: AdapterStore,
+        reader: VideoReader,
         name: str,
         limits: ServerLimits | None = None,
         keys: Keys | None = None,
@@ -57,6 +60,7 @@ class Server:
         peft_base: str | None = None,
     ) -> None:
         self.model, self.engine, self.store, self.name = model, engine, store, name
+        self.reader = reader
         self.limits = limits or ServerLimits()
         self.keys = keys or Keys([])
         self.root = root
@@ -67,7 +71,7 @@ class Server:
             store.folder / "videos", store.staging, self.limits.kept_video_bytes
         )
         self.jobs = Jobs(
-            engine, store, self.videos, self.settings, self.limits, self.metrics
+            engine, store, reader, self.videos, self.settings, self.limits, self.metrics
         )
         self._clips: OrderedDict[str, VideoClip] = OrderedDict()
         self._decoding = threading.Semaphore(2)
@@ -220,13 +224,11 @@ class Server:
             raise gone
         try:
             with self._decoding:
-                clip = load_video(
+                clip = self.reader.load(
                     video.path,
                     len(source["frame_indices"]),
-                    self.settings.target_fps,
-                    exact_frames=provenance["preprocessing"]["exact_frames"],
-                    limits=self.limits.video,
-                    longest_edge=provenance["preprocessing"]["longest_edge"],
+                    provenance["preprocessing"]["longest_edge"],
+                    provenance["preprocessing"]["exact_frames"],
                 )
         finally:
             self.videos.release(video.sha256)

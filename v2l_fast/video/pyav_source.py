@@ -266,6 +266,8 @@ class PyAVSource:
                     if packet.is_keyframe:
                         keyframes.append(packet.pts)
                     duration = packet.duration or duration
+            except MemoryError:
+                raise
             except av.FFmpegError as error:
                 self.deadline.check()
                 exact = False
@@ -324,13 +326,18 @@ class PyAVSource:
         self._end = count
 
     def _decoded(self, container, stream) -> Iterator[av.VideoFrame]:
-        """Frames from where `container` stands; a packet that does not decode is passed over."""
+        """Frames from where `container` stands; a packet that does not decode is passed over.
+
+        Raises MemoryError where FFmpeg runs out of memory: that is no fault of the file's.
+        """
         damaged = 0
         packets = container.demux(stream)
         while True:
             self.deadline.check()
             try:
                 packet = next(packets, None)
+            except MemoryError:
+                raise
             except av.FFmpegError:
                 self.deadline.check()
                 # The rest of the file cannot be read; what the decoder still holds can.
@@ -339,6 +346,8 @@ class PyAVSource:
                 frames = stream.codec_context.decode(None) if packet is None else packet.decode()
             except av.EOFError:
                 frames = []
+            except MemoryError:
+                raise
             except av.FFmpegError:
                 damaged += 1
                 frames = []

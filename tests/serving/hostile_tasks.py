@@ -1,0 +1,78 @@
+"""What a crafted file may do to the process that reads it; run there in place of probing it.
+
+Imported by such processes, so it imports what they have.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from v2l_fast.serving import reading
+from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.video import Limits
+
+
+def read_or_suffer(path: str, limits: Limits) -> tuple[dict[str, Any], None]:
+    """Probe a file, unless it says what is to happen instead."""
+    told = Path(path).read_bytes()[:32].strip()
+    if told in HARM:
+        HARM[told]()
+    return reading._probe(path, limits)
+
+
+def read_slowly(path: Path, begun: Path, end: bool) -> None:
+    """A program that has a slow file read, and ends meanwhile or waits."""
+    path.write_bytes(b"slow")
+    reading._probe = read_or_suffer
+    decoder = SimpleNamespace(device=torch.device("cpu"))
+    model = SimpleNamespace(config=None, backbone=SimpleNamespace(decoder=decoder))
+    reader = reading.VideoReader(model, ServerLimits(probe_seconds=2.0))
+    threading.Thread(target=reader.probe, args=(path,), daemon=True).start()
+    while not reader._isolation._running:
+        time.sleep(0.01)
+    begun.touch()
+    if not end:
+        time.sleep(600)
+
+
+def abort() -> None:
+    os.abort()
+
+
+def read_nowhere() -> None:
+    ctypes.string_at(0)
+
+
+def hang() -> None:
+    # The interpreter's lock is held, as native code may: no Python thread could end this.
+    ctypes.PyDLL(None).sleep(600)
+
+
+def take_memory() -> None:
+    bytearray(3 << 30)
+
+
+def take_tensor_memory() -> None:
+    torch.zeros(3 << 30, dtype=torch.uint8)
+
+
+def leave() -> None:
+    os._exit(0)
+
+
+def slowly() -> None:
+    time.sleep(600)
+
+
+HARM = {
+    b"abort": abort, b"segfault": read_nowhere, b"hang": hang, b"memory": take_memory,
+    b"tensor": take_tensor_memory, b"exit": leave, b"slow": slowly,
+}  # fmt: skip

@@ -1,0 +1,230 @@
+"""A file that harms whoever reads it: the process that does ends, the server answers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.serving import hostile_tasks
+from tests.serving.checks import QUESTION, eventually, nothing_left, refused
+from tests.serving.conftest import running, start_forking
+from v2l_fast.errors import VideoError
+from v2l_fast.serving import reading
+from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.reading import VideoReader
+from v2l_fast.serving.requests import EngineClosed
+from v2l_fast.video import Limits, VideoClip, load_video, probe
+from v2l_fast.video.fallbacks import Fallbacks
+
+HARMS = {
+    "abort": "crashed the decoder (SIGABRT)",
+    "segfault": "crashed the decoder (SIGSEGV)",
+    "exit": "crashed the decoder (exit code 0)",
+    "memory": "takes more than 2 GB of memory",
+    "tensor": "takes more than 2 GB of memory",
+}
+LIMITS = ServerLimits(decode_bytes=2_000_000_000)
+
+
+def children() -> set[int]:
+    """Processes of this one, and theirs."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    found, last = {os.getpid()}, set()
+    while found != last:
+        last = set(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found - {os.getpid()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forking():
+    start_forking()
+
+
+@pytest.fixture
+def reader(shapes):
+    reader = VideoReader(shapes, ServerLimits())
+    yield reader
+    reader.close(EngineClosed("closed"))
+
+
+def test_the_same_as_in_this_process(reader, videos):
+    assert reader.probe(videos[0]) == probe(videos[0])
+    for options in ((8, 64, False), (20, 48, True)):
+        found = reader.load(videos[0], *options)
+        frames, edge, exact = options
+        wanted = load_video(videos[0], frames, exact_frames=exact, longest_edge=edge)
+        for name in VideoClip.__dataclass_fields__:
+            one, other = getattr(found, name), getattr(wanted, name)
+            if name == "frames":
+                assert torch.equal(one, other) and one.is_contiguous()
+            elif name == "indices":
+                assert one.dtype == other.dtype and (one == other).all()
+            else:
+                assert type(one) is type(other) and one == other, name
+
+
+def test_its_errors_are_the_same(reader, tmp_path):
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    for call in (probe, reader.probe):
+        with pytest.raises(VideoError, match="bad.mp4: not a video that can be read"):
+            call(bad)
+    with pytest.raises(VideoError, match=r"nowhere.mp4: no such file"):
+        reader.load(tmp_path / "nowhere.mp4", 8, 64, False)
+
+
+def test_a_gpu_decodes_here_and_leaves_the_rest_to_the_others(reader, videos, monkeypatch):
+    decoded = []
+
+    def by_the_gpu(path, *sampling, **options) -> VideoClip:
+        assert options["backend"] == "dali"
+        if path == videos[1]:
+            raise VideoError(f"{path}: DALI does not decode it")
+        decoded.append(path)
+        return load_video(path, *sampling, **{**options, "backend": "pyav"})
+
+    monkeypatch.setattr(reading, "resolved", lambda backend, device: "dali")
+    monkeypatch.setattr(reading, "load_video", by_the_gpu)
+    monkeypatch.setattr(reading, "fallbacks", Fallbacks())
+    for path in videos[:2]:
+        wanted = load_video(path, 3, exact_frames=True, longest_edge=64)
+        assert torch.equal(reader.load_clip(path, 3, 64, True).frames, wanted.frames)
+    assert decoded == videos[:1] and reading.fallbacks.reasons() == {"not by the GPU": 1}
+
+
+@pytest.fixture(scope="module")
+def hurt(shapes, tmp_path_factory):
+    """A server whose files may say what they do to their reader."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "_probe", hostile_tasks.read_or_suffer)
+        folder = tmp_path_factory.mktemp("store")
+        with running(shapes, folder, LIMITS, stand_in={"words": ["yes"]}) as live:
+            yield live
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_harmful_file_is_refused(hurt, videos, harm):
+    answer = hurt.http.post("/v1/videos", files={"file": ("a.mp4", harm.encode())})
+    message = refused(answer, 400, "invalid_video")["message"]
+    assert message.startswith("reading it") and HARMS[harm] in message
+    nothing_left(hurt)
+    assert hurt.server.reader.probe(videos[0]) == probe(videos[0])
+    assert hurt.http.post("/v1/chat/completions", json=QUESTION).is_success
+
+
+@pytest.mark.parametrize("harm", ["hang", "slow"])
+def test_a_file_that_takes_too_long(shapes, tmp_path, monkeypatch, harm):
+    monkeypatch.setattr(reading, "_probe", hostile_tasks.read_or_suffer)
+    (tmp_path / "a.mp4").write_bytes(harm.encode())
+    reader = VideoReader(shapes, ServerLimits(probe_seconds=0.1))
+    with pytest.raises(VideoError, match=r"a.mp4: reading it takes more than 0.1 s"):
+        reader.probe(tmp_path / "a.mp4")
+
+
+def test_others_do_not_notice(hurt, videos):
+    """Harmful files and a sound one, all at the same time."""
+    def upload(content: bytes) -> int:
+        return hurt.http.post("/v1/videos", files={"file": ("a.mp4", content)}).status_code
+
+    sound = videos[0].read_bytes()
+    sent = [b"abort", sound, b"segfault", sound, b"exit"]
+    with ThreadPoolExecutor(len(sent)) as threads:
+        codes = list(threads.map(upload, sent))
+    assert [code in (200, 202) for code in codes] == [content is sound for content in sent]
+    for record in hurt.server.store.list():
+        hurt.server.delete(record.id)
+
+
+def test_a_crash_while_decoding_fails_the_job(serve, videos, monkeypatch):
+    live = serve()
+    with monkeypatch.context() as patch, open(videos[0], "rb") as file:
+        patch.setattr(reading, "_load", crash)
+        job = live.http.post("/v1/videos", files={"file": file}).json()
+        eventually(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
+    error = live.http.get(f"/v1/videos/{job['id']}").json()["error"]
+    assert error["code"] == "invalid_video" and "SIGABRT" in error["message"]
+    eventually(lambda: not live.server.videos._in_use)
+    assert live.internalize(videos[0])["status"] == "completed"
+
+
+def crash(path: str, limits: Limits, *options: object) -> None:
+    hostile_tasks.abort()
+
+
+def test_a_crash_for_the_context(serve, videos, monkeypatch):
+    live = serve()
+    video = live.internalize(videos[0])["adapter_id"]
+    direct = {**QUESTION, "model": video, "video_mode": "context"}
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "_load", crash)
+        refused(live.http.post("/v1/chat/completions", json=direct), 400, "invalid_video")
+    assert live.http.post("/v1/chat/completions", json=direct).is_success
+
+
+def test_closing_ends_what_is_read(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_probe", hostile_tasks.read_or_suffer)
+    slow = tmp_path / "slow.mp4"
+    slow.write_bytes(b"slow")
+    reader = VideoReader(shapes, ServerLimits())
+    before = children()
+    ended = []
+
+    def read() -> None:
+        with pytest.raises(EngineClosed):
+            reader.probe(slow)
+        ended.append(time.monotonic())
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    eventually(lambda: bool(reader._isolation._running) and bool(children() - before))
+    reader.close(EngineClosed("closed"))
+    thread.join(10)
+    assert ended
+    eventually(lambda: not children() - before)
+    with pytest.raises(EngineClosed):
+        reader.probe(slow)
+
+
+def test_the_process_they_are_forked_from_is_started_again(reader, videos):
+    expected = reader.probe(videos[0])
+    dying = forkserver._forkserver._forkserver_pid
+    os.kill(dying, signal.SIGKILL)
+    os.waitid(os.P_PID, dying, os.WEXITED | os.WNOWAIT)
+    assert reader.probe(videos[0]) == expected
+
+
+@pytest.mark.parametrize("how", ["kill", "end"])
+def test_no_process_is_left(tmp_path, how):
+    """After kill -9, and after an end that closes nothing, with a file being read."""
+    begun = tmp_path / "begun"
+    before = children()
+    process = multiprocessing.get_context("forkserver").Process(
+        target=hostile_tasks.read_slowly, args=(tmp_path / "slow.mp4", begun, how == "end")
+    )
+    process.start()
+    eventually(begun.exists, 60)
+    started = children() - before - {process.pid}
+    assert len(started) >= 2
+    if how == "kill":
+        process.kill()
+    process.join(60)
+    assert process.exitcode == (-signal.SIGKILL if how == "kill" else 0)
+    # The one that reads is bound by its own time.
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), 60)

@@ -1,0 +1,120 @@
+"""Videos on their way to adapters: workers read them, the engine's thread runs the model on them.
+
+Responsible for a job from its start to its end; what runs when in the engine's thread is
+``background``'s, how the server follows jobs ``jobs``'.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from v2l_fast.errors import V2LError
+from v2l_fast.model import Video2LoRA
+from v2l_fast.serving.background import Background
+from v2l_fast.serving.requests import InternalizeJob, QueueFull, told
+from v2l_fast.serving.slots import HostAdapters, Store
+from v2l_fast.video import VideoClip
+
+# Videos read at the same time.
+WORKERS = 2
+# Stage of the work -> state of the job, and the part of its progress that is this stage's.
+STATES = {
+    "decode": ("decoding", 0.0, 0.2),
+    "encode frames": ("encoding", 0.2, 0.6),
+    "generate adapter": ("generating", 0.6, 1.0),
+}
+
+# As Video2LoRA.internalize: max_frames, longest_edge, exact_frames.
+Options = tuple[int | None, int | None, bool]
+LoadClip = Callable[[str | os.PathLike, int | None, int | None, bool], VideoClip]
+
+
+class Internalization:
+    """The jobs of one engine.
+
+    Args:
+        store: where adapters go.
+        host: gets them too, for the questions that follow.
+        background: runs what needs the model.
+        changed: the engine's lock, notified when a job ends.
+        limit: jobs that may be unfinished.
+        load_clip: reads a video, in a worker; :meth:`Video2LoRA.load_clip` or one like it.
+
+    Attributes:
+        unfinished: jobs that wait or run; guarded by ``changed``.
+        ended: finished jobs, "done" and "failed".
+    """
+
+    def __init__(
+        self,
+        model: Video2LoRA,
+        store: Store,
+        host: HostAdapters,
+        background: Background,
+        changed: threading.Condition,
+        limit: int,
+        load_clip: LoadClip,
+    ) -> None:
+        self.unfinished: set[InternalizeJob] = set()
+        self.ended = {"done": 0, "failed": 0}
+        self._model, self._store, self._host = model, store, host
+        self._background, self._changed = background, changed
+        self._limit, self._load_clip = limit, load_clip
+        self._workers = ThreadPoolExecutor(WORKERS, "v2l-internalize")
+
+    def start(self, path: str | os.PathLike, options: Options) -> InternalizeJob:
+        """Queue a video; call with the lock.
+
+        Raises:
+            QueueFull: too many jobs are unfinished.
+        """
+        if len(self.unfinished) >= self._limit:
+            raise QueueFull(f"{len(self.unfinished)} videos are waiting; try again later")
+        job = InternalizeJob(uuid.uuid4().hex)
+        self.unfinished.add(job)
+        self._workers.submit(self._work, job, path, options)
+        return job
+
+    def stop(self) -> None:
+        """Begin no other job."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def fail(self, reason: V2LError) -> None:
+        """End what is unfinished."""
+        with self._changed:
+            left = list(self.unfinished)
+        for job in left:
+            self._end(job, error=reason)
+
+    def _work(self, job: InternalizeJob, path: str | os.PathLike, options: Options) -> None:
+        def progress(stage: str, done: int, total: int) -> None:
+            state, begins, ends = STATES[stage]
+            job.update(state, begins + (ends - begins) * done / total)
+
+        try:
+            progress("decode", 0, 1)
+            clip = self._load_clip(path, *options)
+            steps = self._model.internalize_steps(clip, *options)
+            adapter = self._background.run(steps, progress)
+            adapter_id = self._store.put(adapter)
+            self._host.keep(adapter_id, adapter)
+        except Exception as error:
+            self._end(job, error=told(error))
+        else:
+            self._end(job, adapter_id)
+
+    def _end(
+        self, job: InternalizeJob, adapter_id: str | None = None, error: V2LError | None = None
+    ) -> None:
+        with self._changed:
+            if job not in self.unfinished:
+                return
+            self.unfinished.discard(job)
+            state = "done" if error is None else "failed"
+            self.ended[state] += 1
+            job.update(state, 1.0 if error is None else job.progress, adapter_id, error)
+            self._changed.notify_all()
