@@ -29,7 +29,8 @@ def load_hypernet(name_or_path: str | os.PathLike) -> tuple[HyperNetwork, Path |
     path = Path(name_or_path)
     packaged = shipped(name_or_path, "hypernet")
     if packaged is not None:
-        return HyperNetwork.from_pretrained(packaged), packaged.parent / "base"
+        # A network without a base of its own names that of another shipped pair.
+        return HyperNetwork.from_pretrained(packaged), shipped(name_or_path, "base")
     if path.is_file():
         # Released checkpoints are read by a layer above this one; only here is it needed.
         from v2l_fast.interop.frames2lora import load
@@ -53,5 +54,5 @@ def _download(name: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{name}: no such folder or file, and not to be had from the hub ({reason}); "
-            "give a path, a hub id, or the shipped 'shapes'"
+            "give a path, a hub id, or the shipped 'shapes' or 'shapes-chunks'"
         ) from None

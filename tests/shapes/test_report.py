@@ -66,7 +66,7 @@ def test_a_network_told_of_chunks_stands_beside(pair, small, tmp_path):
         "zero-shot": False, "trained on chunks": True
     }  # fmt: skip
     page = write_page(Report(pair, tmp_path).made(), tmp_path / "page").read_text()
-    assert "**trained on chunks**" in page and "--only chunks --trained FOLDER`" in page
+    assert "**trained on chunks**" in page and "`v2l shapes report --only chunks`" in page
     with pytest.raises(ConfigError, match="another model"):
         measure(Report(pair, tmp_path, videos=2), ["chunks"])
 
@@ -95,7 +95,11 @@ def test_page(measured, tmp_path):
         assert f"`v2l shapes report --only {name}`" in text
     for image in (tmp_path / "page").glob("*.png"):
         assert f"]({image.name})" in text and image.stat().st_size < 60_000
-    assert text.count("![") == len(list((tmp_path / "page").glob("*.png"))) == 8
+    assert text.count("![") == len(list((tmp_path / "page").glob("*.png"))) == 9
+    failed = {"frames": 64, "longest_edge": 48, "failed": "no video holds 64 frames"}
+    sweep = records["sweep"] | {"rows": [*records["sweep"]["rows"], failed]}
+    swept = write_page({"sweep": sweep}, tmp_path / "sweep").read_text()
+    assert "64 frames, 48 px: no video holds 64 frames." in swept
     only = write_page({"rank": records["rank"]}, tmp_path / "one").read_text()
     assert only.count("## ") == 1 and "## Rank directions" in only
 

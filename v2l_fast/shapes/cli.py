@@ -125,7 +125,11 @@ def report(
         Path | None, typer.Option(help="Has base/ and hypernet/; the shipped pair if omitted.")
     ] = None,
     trained: Annotated[
-        Path | None, typer.Option(help="Hypernetwork trained on chunks, to compose beside it.")
+        str | None,
+        typer.Option(
+            help="Hypernetwork trained on chunks, to compose beside it; for the shipped pair, the "
+            "shipped one if omitted."
+        ),
     ] = None,
     videos: Annotated[int, typer.Option(help="Unseen videos; expensive pieces take fewer.")] = 512,
     seed: Seed = 0,
@@ -146,6 +150,7 @@ def report(
     torch.set_num_threads(threads)
     base = None if folder is None else folder / "base"
     pair = Video2LoRA.from_pretrained(folder or "shapes", base, device="cpu")
+    trained = trained or ("shapes-chunks" if folder is None else None)
     chunked = trained and Video2LoRA.from_pretrained(trained, base, device="cpu")
     with progress_bar("report") as progress:
         made = Report(pair, records, videos, chunked, seed, progress)

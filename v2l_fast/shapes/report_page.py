@@ -10,6 +10,7 @@ from v2l_fast.analysis.plots import (
     plot_amortized,
     plot_budgets,
     plot_chunks,
+    plot_conditions,
     plot_layers,
     plot_logits,
     plot_norms,
@@ -26,8 +27,10 @@ INTRODUCTION = """# Results on the shapes world
 What the paper measures, measured on the small pair that ships with the package: videos of moving
 colored shapes from the test split, whose scenes no training video shows. Captions score the share
 of the scene's attributes they state rightly, questions exact match, unless a table says otherwise;
-brackets are 95% bootstrap intervals. Times are this machine's CPU at toy model sizes: they compare
-methods with each other, and say little about real models.
+the first section pools the attributes of all videos, elsewhere every caption counts the same.
+Brackets are 95% bootstrap intervals over videos; layers and directions count from 0. Times are this
+machine's CPU at toy model sizes: they compare methods with each other, and say little about real
+models.
 
 `v2l shapes report` makes the page; `--only NAME` measures one piece of it. `v2l evaluate`,
 `v2l analyze` and `v2l sweep` do the same for any model and any manifest.
@@ -46,11 +49,7 @@ def write_page(records: Mapping[str, Record], folder: Path) -> Path:
 
 
 def _section(name: str, title: str, record: Record, *parts: str) -> str:
-    trained = " --trained FOLDER" if len(record.get("networks", ())) > 1 else ""
-    measured = (
-        f"`v2l shapes report --only {name}{trained}`: {record['videos']} videos, "
-        f"{record['machine']}."
-    )
+    measured = f"`v2l shapes report --only {name}`: {record['videos']} videos, {record['machine']}."
     return "\n\n".join([f"## {title}", measured, *parts]) + "\n"
 
 
@@ -59,12 +58,13 @@ def _image(name: str, text: str) -> str:
 
 
 def _table(record: Record, folder: Path) -> str:
+    shares = {
+        "attributes stated rightly": record["attributes"],
+        "captions right to the word": record["caption_exact"],
+    }
+    plot_conditions(shares, folder / "conditions.png")
     rows = [
-        {
-            "condition": name,
-            "attributes stated rightly": record["attributes"][name],
-            "captions right to the word": record["caption_exact"][name],
-        }
+        {"condition": name, **{measure: found[name] for measure, found in shares.items()}}
         for name in record["attributes"]
     ]
     files = [
@@ -77,6 +77,7 @@ def _table(record: Record, folder: Path) -> str:
         "Direct, adapter and controls",
         record,
         markdown(rows),
+        _image("conditions", "shares stated rightly by condition"),
         record["table"].strip(),
         f"The same scenes as H.264 files, {record['encoded_files']['videos']} of them:",
         markdown(files),
@@ -109,7 +110,8 @@ def _chunks(record: Record, folder: Path) -> str:
         "Chunk composition",
         record,
         "Each chunk is internalized on its own; adapters are joined in rank, the bias adapter "
-        "once. In parentheses what is kept of the single adapter's score.",
+        "once. In parentheses what is kept of the single adapter's score; the goal is 95% at 8 "
+        "chunks. Training on chunks goes up to 8 of them.",
         *parts,
         _image("chunks", "kept score against number of chunks"),
     )
@@ -137,6 +139,7 @@ def _efficiency(record: Record, folder: Path) -> str:
                 "stored (KB)": f"{row['bytes'] / 1e3:.0f}",
                 "score": row["score"],
                 "tokens as direct": f"{row['same_as_direct']:.0%}",
+                "on average (ms)": f"{row['amortized'] * 1e3:.1f}",
                 "break-even (questions)": row["break_even"],
             }
             for row in found["rows"]
@@ -155,10 +158,15 @@ def _efficiency(record: Record, folder: Path) -> str:
         f"{first['questions']} questions, {first['questions_per_video']:.0f} a video, one at a "
         "time. Direct inference decodes and encodes the file for every question; all others once, "
         "as preparation. A method that prepares in P seconds and answers in q breaks even with "
-        "direct inference at d seconds a question at the first n with P + n·q < n·d. FrameFusion "
-        "is our own implementation, keeping a quarter of the visual tokens.",
+        "direct inference at d seconds a question at the first n with P + n·q < n·d; on average it "
+        f"costs P / n + q at n = {first['questions_per_video']:.0f}. First tokens are medians over "
+        "questions, preparations over videos. FrameFusion is our own implementation, keeping a "
+        'quarter of the visual tokens. "Tokens as direct" is the share of answers that equal '
+        "direct inference's.",
         *parts,
+        f"At {first['frames']} frames, {first['longest_edge']} px:",
         _image("amortized", "cost a question against questions a video"),
+        "All of them; a line that cannot be seen lies under another:",
         _image("budgets", "first token, preparation and score against visual tokens"),
     )
 
@@ -173,22 +181,31 @@ def _sweep(record: Record, folder: Path) -> str:
             "adapter": f"{row['score_adapter']:.3f}",
             "change": row["score_change"],
             **{name: f"{score:.3f}" for name, score in row["controls"].items()},
-            "first token": f"{row['speedup']:.1f}x",
-            "prompt tokens": f"{row['token_reduction']:.0f}x",
+            "first token, direct / adapter": f"{row['speedup']:.1f}x",
+            "prompt tokens, direct / adapter": f"{row['token_reduction']:.0f}x",
             **{f"{s} (ms)": f"{v * 1e3:.0f}" for s, v in row["internalization"].items()},
-            "peak (MB)": _megabytes(row["peak_internalization"]),
+            "peak, direct (MB)": _megabytes(row["peak_direct"]),
+            "peak, internalizing (MB)": _megabytes(row["peak_internalization"]),
         }
         for row in record["rows"]
         if "failed" not in row
+    ]
+    failed = [
+        f"{row['frames']} frames, {row['longest_edge']} px: {row['failed']}."
+        for row in record["rows"]
+        if "failed" in row
     ]
     return _section(
         "sweep",
         "Frames and resolution",
         record,
         "The frames asked for are the frames encoded. The pair was trained with 8 frames of 48 "
-        "pixels: every other cell is outside what both models have seen. Peak memory is the whole "
+        "pixels: every other cell is outside what both models have seen. The change is adapter - "
+        "direct. First tokens are timed from decoded frames, so direct inference does not pay for "
+        "decoding here, as it does in the efficiency comparison. Peak memory is the whole "
         "process's.",
         markdown(rows),
+        *failed,
         _image("sweep", "score change, speed-up and token reduction"),
     )
 
@@ -216,13 +233,20 @@ def _rank(record: Record, folder: Path) -> str:
 def _layers(record: Record, folder: Path) -> str:
     plot_layers(record, folder / "layers.png")
     score, without = (interval_text(record[k]) for k in ("score", "score_without_adapter"))
+    rows = [
+        {"layer": row["layer"], "effect": row["effect"]}
+        | {f"‖ΔW‖, {module}": norm for module, norm in row["norm"].items()}
+        for row in record["rows"]
+    ]
     return _section(
         "layers",
         "Layer removal",
         record,
         f"S, the log-probability of the reference caption in nats a token, is {score} with the "
-        f"adapter and {without} without. Effect of removing one layer's generated update:",
-        markdown(record["rows"]),
+        f"adapter and {without} without. Effect is S without one layer's generated update - S "
+        "with all of them: negative where the update helps; the bias adapter stays. The norm is "
+        "the mean ‖ΔW‖ of the generated updates (Frobenius, their scale included).",
+        markdown(rows),
         _image("layers", "effect of removal and update norm by layer"),
     )
 
@@ -233,8 +257,11 @@ def _logits(record: Record, folder: Path) -> str:
         "logits",
         "Direct logit attribution",
         record,
-        "Shift of the residual stream at the prompt's last token, projected on the mean output "
-        "embedding of the reference caption; the whole is the running sum of the parts.",
+        "What the adapter changes in the residual stream behind each layer, at the prompt's last "
+        "token, projected on the direction (of length one) of the mean output embedding of the "
+        "reference caption's tokens; attention and mlp are what the layer's own two parts change. "
+        "The whole is the running sum of the parts. All captions share most of their words, so "
+        "the direction is mostly that of any caption.",
         markdown(record["rows"]),
         _image("logits", "attribution by layer"),
     )
@@ -255,8 +282,10 @@ def _norms(record: Record, folder: Path) -> str:
         "norms",
         "Update norms",
         record,
-        "Which direction has the largest or smallest norm product, averaged over layers:",
+        "Which direction has the largest or smallest norm product ‖A_r‖·‖B_r‖, averaged over "
+        "layers:",
         markdown(rows),
+        "Right, ‖ΔW‖ of the generated update (its scale included) over the frozen weight's ‖W‖:",
         _image("norms", "norm products by layer and direction, relative layer norms"),
     )
 
