@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from tests.training.broken import REASONS, write_folder
 from tests.video.clips import encode, shown_index
 from v2l_fast.backbones.smolvlm_inputs import SmolVLMInputs
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.training.config import DataConfig
+from v2l_fast.training.config import DataConfig, LossConfig, TrainConfig
 from v2l_fast.training.contexts import visual_features
 from v2l_fast.training.data import ManifestSource, manifest_sources
 from v2l_fast.training.length_tags import length_class, with_length
@@ -29,6 +30,7 @@ from v2l_fast.training.manifest import (
 from v2l_fast.training.manifest_checks import ManifestError
 from v2l_fast.training.reading import ClipReader, read_ahead
 from v2l_fast.training.samples import Failure, Sample
+from v2l_fast.training.sources import open_sources
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import load_video
 from v2l_fast.video.spans import load_spans
@@ -334,6 +336,39 @@ def test_a_video_must_not_be_in_both_manifests(backbone, tmp_path):
     data = DataConfig(manifests=(str(manifest),), val_manifests=(str(manifest),))
     with pytest.raises(ManifestError, match="4 of its videos are trained on"):
         manifest_sources(data, backbone, seed=0)
+
+
+def test_manifests_that_name_the_same_video_are_told_apart_by_the_file(backbone, tmp_path):
+    """Written in two ways, from two folders; and two files of one name."""
+    manifest, _ = write_folder(tmp_path / "videos", 4)
+    other, _ = write_folder(tmp_path / "others", 4)
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    outside = tmp_path / "val.jsonl"
+
+    def sources(split: str | None, **more):
+        rows = [r | {"split": split, "video_path": f"videos/{r['video_path']}"} for r in lines]
+        outside.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return manifest_sources(DataConfig(**more), backbone, seed=0)
+
+    with pytest.raises(ManifestError, match="val.jsonl: 4 of its videos are trained on"):
+        sources(None, manifests=(str(manifest),), val_manifests=(str(outside),))
+    with pytest.raises(ManifestError, match="4 of its videos are trained on"):
+        sources("val", manifests=(str(manifest), str(outside)))
+    train, val = sources(None, manifests=(str(manifest),), val_manifests=(str(other),))
+    assert len(train) == len(val) == 4
+    # A hash decides, once for each file.
+    both = sources(None, manifests=(str(manifest), str(outside)), val_share=0.5)
+    assert sum(len(part) for part in both if part) == 4
+
+
+def test_a_kind_without_a_weight_is_told_before_the_first_step(backbone, tmp_path):
+    manifest, _ = write_folder(tmp_path, 2)
+    data = DataConfig(manifests=(str(manifest),), val_share=0.0)
+    config = TrainConfig(data=data, loss=LossConfig(kind_weights={"caption": 1.0}))
+    with pytest.raises(ConfigError, match="no weight for task_type qa .*loss.kind_weights.qa=1"):
+        open_sources(config, backbone)
+    loss = LossConfig(kind_weights={"caption": 1.0, "qa": 0.0})
+    assert len(open_sources(replace(config, loss=loss), backbone)[0]) == 2
 
 
 def test_read_ahead_keeps_order_and_raises_in_turn():

@@ -35,7 +35,9 @@ def start(tmp_path_factory):
     return f'model.init="{folder}"'
 
 
-def launch(folder: Path, processes: int, start: str, *events: list[str]) -> list[int]:
+def launch(
+    folder: Path, processes: int, start: str, *events: list[str], batch: int = 8
+) -> list[int]:
     """Exit codes of the processes of one run; events[r] are arguments of process r."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -50,7 +52,7 @@ def launch(folder: Path, processes: int, start: str, *events: list[str]) -> list
         extra = events[rank] if events else []
         command = [
             sys.executable, "-m", "tests.training.tiny_run", f'run.folder="{folder}"', *SETTINGS,
-            start, f"--broken={BROKEN}", *extra,
+            start, f"optim.batch_size={batch}", f"--broken={BROKEN}", *extra,
         ]  # fmt: skip
         with open(folder.parent / f"{folder.name}-{rank}.log", "ab") as output:
             started.append(
@@ -73,11 +75,9 @@ def pair(tmp_path_factory, start):
     return folder
 
 
-def test_two_processes_learn_what_one_does(pair, start, tmp_path):
-    """Micro-batches of 2 on two processes and of 8 on one, a broken video in one share."""
-    one = settings(tmp_path, *SETTINGS, start, "optim.micro_batch_size=8")
-    run(one, tiny.backbone(), broken=frozenset({BROKEN}))
-    firsts = [load_file(checkpoint_path(f / "checkpoints", 1)) for f in (tmp_path, pair)]
+def assert_same_gradients(one: Path, other: Path) -> None:
+    """Of the first step, as AdamW saw them."""
+    firsts = [load_file(checkpoint_path(f / "checkpoints", 1)) for f in (one, other)]
     moments = [n for n in firsts[0] if n.endswith(".exp_avg")]
     assert len(moments) == len(list(tiny.hypernetwork().parameters()))
     for name in moments:
@@ -85,6 +85,13 @@ def test_two_processes_learn_what_one_does(pair, start, tmp_path):
         # The same terms in another order, each good to float32.
         assert (alone - shared).norm() <= 1e-5 * alone.norm(), name
         assert alone.norm() > 0
+
+
+def test_two_processes_learn_what_one_does(pair, start, tmp_path):
+    """Micro-batches of 2 on two processes and of 8 on one, a broken video in one share."""
+    one = settings(tmp_path, *SETTINGS, start, "optim.micro_batch_size=8")
+    run(one, tiny.backbone(), broken=frozenset({BROKEN}))
+    assert_same_gradients(tmp_path, pair)
     for alone, shared in zip(curve(tmp_path), curve(pair), strict=True):
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
         assert shared["qa"] == pytest.approx(alone["qa"], rel=1e-4)
@@ -105,9 +112,15 @@ def test_killed_processes_continue_bit_for_bit(pair, start, tmp_path):
 
 
 def test_one_process_that_is_told_to_stop_stops_all(start, tmp_path):
+    """With shares of 3 and 4 of a batch of 7, whose sum is still what one process computes."""
     folder = tmp_path / "run"
-    assert launch(folder, 2, start, [], ["--stop-at", "2"]) == [143, 143]
+    assert launch(folder, 2, start, [], ["--stop-at", "2"], batch=7) == [143, 143]
     assert read_progress(latest_checkpoint(folder / "checkpoints"))["step"] == 3
+    whole = settings(
+        tmp_path / "one", *SETTINGS, start, "optim.batch_size=7", "optim.micro_batch_size=7"
+    )
+    run(whole, tiny.backbone(), broken=frozenset({BROKEN}))
+    assert_same_gradients(tmp_path / "one", folder)
 
 
 def test_an_error_of_the_first_process_is_that_of_all(start, tmp_path):

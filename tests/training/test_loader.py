@@ -39,6 +39,15 @@ def test_shares_and_micro_batches_are_the_batch(inputs, tmp_path):
     assert names(inputs, tmp_path, steps=range(2, 3)) == whole[2:]
 
 
+def test_what_does_not_divide_the_batch_differs_by_one(inputs, tmp_path):
+    whole = names(inputs, tmp_path)
+    parts = [names(inputs, tmp_path, rank=r, processes=3, accumulation=3) for r in range(3)]
+    for step in range(3):
+        sizes = [[len(micro) for micro in part[step]] for part in parts]
+        assert sizes == [[0, 1, 1], [1, 1, 1], [1, 1, 1]]
+        assert [[v for part in parts for micro in part[step] for v in micro]] == whole[step]
+
+
 def test_a_failure_costs_its_own_place_only(inputs, tmp_path):
     whole = names(inputs, tmp_path, processes=2, accumulation=2)
     left = names(inputs, tmp_path, broken=(1, 6), processes=2, accumulation=2)

@@ -57,9 +57,10 @@ def test_the_loss_falls(whole):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_the_first_step_is_the_steps_own(whole, base, tmp_path):
+@pytest.mark.parametrize("micro", [2, 3])
+def test_the_first_step_is_the_steps_own(whole, base, tmp_path, micro):
     """Accumulated micro-batches, clipping off: the loss and gradient of one forward pass."""
-    config = settings(tmp_path, "optim.clip=0", "optim.steps=1", "optim.micro_batch_size=2")
+    config = settings(tmp_path, "optim.clip=0", "optim.steps=1", f"optim.micro_batch_size={micro}")
     run(config, base)
     from v2l_fast.training.network import make_hypernet
     from v2l_fast.training.sampler import EpochOrder
@@ -135,6 +136,16 @@ def test_workers_read_what_the_step_would(whole, base, tmp_path):
     run(settings(tmp_path, "data.workers=2"), base)
     assert curve(tmp_path) == curve(whole[0])
     assert same(weights(tmp_path), weights(whole[0]))
+
+
+@pytest.mark.parametrize(("wanted", "compiled"), [("auto", 0), ("off", 0), ("on", 1)])
+def test_layers_are_compiled_when_asked_for(base, tmp_path, monkeypatch, wanted, compiled):
+    """On a CPU only then; what is compiled computes is another test's."""
+    calls = []
+    monkeypatch.setattr(type(base), "compile", lambda self: calls.append("backbone"))
+    monkeypatch.setattr(HyperNetwork, "compile_layers", lambda self: calls.append("hypernet"))
+    run(settings(tmp_path, "optim.steps=1", f"run.compile={wanted}"), base)
+    assert calls == ["backbone", "hypernet"] * compiled
 
 
 def test_a_finished_run_stays_as_it_is(whole, base):
@@ -248,7 +259,7 @@ def test_progress_without_a_terminal_is_lines(base, tmp_path):
     train(config, backbone=base, sources=sources, console=Console(file=said))
     text = said.getvalue()
     assert "\x1b" not in text
-    assert "starting in" in text and "7 steps of 8 videos = 1 x 8 x 1" in text
+    assert "starting in" in text and "7 steps of 8 videos (processes: 1," in text
     for part in ("step 2/7", "loss", "videos/s", "frames/s", "wait", "MFU n/a", "GB", "left"):
         assert part in text
     assert "step 4 · val_captioning" in text and "done:" in text

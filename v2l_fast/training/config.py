@@ -98,7 +98,7 @@ class OptimConfig:
     Attributes:
         steps: optimizer steps.
         batch_size: videos of one step over all processes and accumulated micro-batches.
-        micro_batch_size: videos of one forward pass on one process.
+        micro_batch_size: most videos of one forward pass on one process.
         lr, betas, eps, weight_decay: of AdamW.
         scaler_lr_factor, scaler_weight_decay: the scalers' own rate (times `lr`) and decay.
         schedule: "cosine" to `final_lr_ratio`, or "trapezoid" (flat, then linear to it).
@@ -124,26 +124,20 @@ class OptimConfig:
     clip: float = 1.0
 
     def accumulation(self, processes: int) -> int:
-        """Micro-batches a process adds up in one step.
+        """Micro-batches a process adds up in one step, the same number for all.
+
+        Shares and micro-batches that do not divide the batch differ by one video.
 
         Raises:
-            ConfigError: the batch cannot be cut into equal micro-batches.
+            ConfigError: more processes than videos in a batch.
         """
-        share, rest = divmod(self.batch_size, processes)
-        if rest:
+        if processes > self.batch_size:
             raise ConfigError(
                 f"optim.batch_size={self.batch_size} cannot be shared by {processes} processes; "
-                f"start as many as divide it, or set optim.batch_size={share * processes or 1}"
+                f"start at most {self.batch_size}"
             )
-        micro = self.micro_batch_size
-        if share % micro:
-            fit = max(m for m in range(1, min(micro, share) + 1) if share % m == 0)
-            raise ConfigError(
-                f"optim.micro_batch_size={micro} does not divide the {share} videos that each of "
-                f"{processes} processes takes of optim.batch_size={self.batch_size}; "
-                f"set optim.micro_batch_size={fit}"
-            )
-        return share // micro
+        share = -(-self.batch_size // processes)
+        return -(-share // self.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -259,6 +253,11 @@ class TrainConfig:
         for name, weight in self.loss.kind_weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
                 raise ConfigError(f"loss.kind_weights.{name} must be a weight, not {weight!r}")
+        if self.loss.kl_weight and (self.data.source != "manifest" or max(self.data.chunks) > 1):
+            raise ConfigError(
+                f"loss.kl_weight={self.loss.kl_weight} needs a teacher that sees each video in one "
+                "piece: data.source=manifest and data.chunks=[1]; or set it to 0"
+            )
         _check_hypernet(dict.fromkeys(self.model.hypernet, ""))
 
     def identity(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from v2l_fast.training.manifest import (
     group_by_video,
     load_manifest,
     split_by_video,
-    video_key,
+    trained_on,
     video_share,
 )
 from v2l_fast.training.manifest_checks import ManifestError
@@ -178,14 +178,14 @@ def manifest_sources(
     if data.val_manifests:
         train = [e for e in examples if e.split in ("train", None)]
         val = [e for path in data.val_manifests for e in load_manifest(path)]
-        shared = {video_key(e) for e in train} & {video_key(e) for e in val}
-        if shared:
-            raise ManifestError(
-                f"{data.val_manifests[0]}: {len(shared)} of its videos are trained on, "
-                f"{min(shared)} among them; a video belongs to one split"
-            )
     else:
         train, val = split_by_video(examples, data.val_share, seed)
+    # Each manifest is sound by itself; several may disagree.
+    if shared := trained_on(train, val):
+        raise ManifestError(
+            f"{', '.join(data.val_manifests or data.manifests)}: {len(shared)} of its videos are "
+            f"trained on, {shared[0]} among them; a video belongs to one split"
+        )
     if not train:
         raise ManifestError(f"{', '.join(data.manifests)}: no example to train on; lower val_share")
     device = backbone.decoder.device

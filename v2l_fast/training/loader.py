@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from v2l_fast.training.config import DataConfig
 from v2l_fast.training.quarantine import Quarantine
 from v2l_fast.training.reading import read_ahead
-from v2l_fast.training.sampler import EpochOrder
+from v2l_fast.training.sampler import EpochOrder, even_part
 from v2l_fast.training.samples import Failure, Sample, Source
 
 # 0-based step and index of a video.
@@ -121,13 +121,12 @@ def step_batches(
     pinned: bool = False,
 ) -> Iterator[StepBatch]:
     """The batches of `steps` for one of several processes."""
-    size = order.batch_size // processes // accumulation
 
     def keys() -> Iterator[list[Key]]:
         for step in steps:
             share = order.share(step, rank, processes)
-            for start in range(0, len(share), size):
-                yield [(step, index) for index in share[start : start + size]]
+            for place in range(accumulation):
+                yield [(step, index) for index in even_part(share, place, accumulation)]
 
     samples = read(source, keys(), config, quarantine, pinned)
     for step in steps:

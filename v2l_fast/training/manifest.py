@@ -170,7 +170,7 @@ def split_by_video(
     A manifest that names splits is taken at its word ("val" and "test" are not trained on);
     otherwise a hash of each video decides, so that adding lines moves nobody. The video is
     ``metadata["video_id"]`` where given (spans and re-encodings of one video then stay together),
-    else the path as written.
+    else the path as written; one file in several manifests is the video of its first line.
     """
     if any(example.split is not None for example in examples):
         return (
@@ -179,15 +179,29 @@ def split_by_video(
         )
     train: list[Example] = []
     val: list[Example] = []
+    keys: dict[str, str] = {}
     for example in examples:
-        chosen = video_share(video_key(example), seed) < val_share
+        key = keys.setdefault(example.path, video_key(example))
+        chosen = video_share(key, seed) < val_share
         (val if chosen else train).append(example)
     return train, val
 
 
 def video_key(example: Example) -> str:
-    """What decides whether two examples are about the same video."""
+    """A name of the video that does not depend on where the data lies."""
     return str(example.metadata.get("video_id") or os.path.normpath(example.video_path))
+
+
+def video_names(example: Example) -> tuple[str, ...]:
+    """Two examples that share one of these are about the same video, whatever their manifests."""
+    named = example.metadata.get("video_id")
+    return (example.path, f"video_id {named}") if named else (example.path,)
+
+
+def trained_on(train: Iterable[Example], val: Iterable[Example]) -> list[str]:
+    """Files of `val` whose video is in `train` too."""
+    known = {name for example in train for name in video_names(example)}
+    return sorted({e.path for e in val if not known.isdisjoint(video_names(e))})
 
 
 def video_share(key: str, seed: int) -> float:
@@ -215,9 +229,11 @@ def _shared_videos(examples: Sequence[Example]) -> Iterator[str]:
     """A video that is trained on and validated on."""
     seen: dict[str, Example] = {}
     for example in examples:
-        first = seen.setdefault(video_key(example), example)
-        if first.split != example.split:
-            yield (
-                f"field 'split': {example.video_path} is in {first.split} (id {first.id!r}) and in "
-                f"{example.split} (id {example.id!r}); a video belongs to one split"
-            )
+        for name in video_names(example):
+            first = seen.setdefault(name, example)
+            if first.split != example.split:
+                yield (
+                    f"field 'split': {example.video_path} is in {first.split} (id {first.id!r}) "
+                    f"and in {example.split} (id {example.id!r}); a video belongs to one split"
+                )
+                break

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+
+T = TypeVar("T")
 
 
 class EpochOrder:
@@ -29,8 +33,7 @@ class EpochOrder:
 
     def share(self, step: int, rank: int, processes: int) -> list[int]:
         """One process's part of the batch; the parts in order of rank are the batch."""
-        size = self.batch_size // processes
-        return self.batch(step)[rank * size : (rank + 1) * size]
+        return even_part(self.batch(step), rank, processes)
 
     def _permutation(self, epoch: int) -> list[int]:
         if epoch != self._epoch:
@@ -38,3 +41,8 @@ class EpochOrder:
             order = torch.randperm(self.videos, generator=generator).tolist()
             self._epoch, self._order = epoch, order
         return self._order
+
+
+def even_part(items: list[T], index: int, parts: int) -> list[T]:
+    """Part `index` of `parts` whose lengths differ by at most one; in order they are `items`."""
+    return items[len(items) * index // parts : len(items) * (index + 1) // parts]

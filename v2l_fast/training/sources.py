@@ -37,7 +37,7 @@ def open_sources(config: TrainConfig, backbone: Backbone) -> Sources:
     """The videos of `config.data`.
 
     Raises:
-        ConfigError: no manifest is named.
+        ConfigError: no manifest is named, or a kind of task in them has no weight.
         V2LError: the source's own errors.
     """
     if config.data.source == "shapes":
@@ -48,5 +48,13 @@ def open_sources(config: TrainConfig, backbone: Backbone) -> Sources:
         raise ConfigError('data.manifests is empty; give data.manifests=["train.jsonl"]')
     from v2l_fast.training.data import manifest_sources
 
-    teacher = config.loss.kl_weight > 0
-    return manifest_sources(config.data, backbone, config.run.seed, teacher)
+    loss = config.loss
+    train, val = manifest_sources(config.data, backbone, config.run.seed, loss.kl_weight > 0)
+    videos = [*train.videos, *(val.videos if val is not None else ())]
+    kinds = {example.task_type for video in videos for example in video.examples}
+    if loss.kind_weights and (without := sorted(kinds - loss.kind_weights.keys())):
+        raise ConfigError(
+            f"loss.kind_weights has no weight for task_type {', '.join(without)} of the manifests; "
+            f"add loss.kind_weights.{without[0]}=1, or leave kind_weights out"
+        )
+    return train, val

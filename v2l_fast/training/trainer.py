@@ -288,9 +288,8 @@ class _Run:
         where = environment(self.processes.device, self.processes.count)["device"]
         return (
             f"{start} in {self.folder.path}: {count:,} parameters, {len(self.source)} videos, "
-            f"{optim.steps} steps of {optim.batch_size} videos = {self.processes.count} x "
-            f"{optim.micro_batch_size} x {accumulation} (processes, videos at once, accumulated), "
-            f"{where}"
+            f"{optim.steps} steps of {optim.batch_size} videos (processes: {self.processes.count}, "
+            f"micro-batches of each: {accumulation}), {where}"
         )
 
     def _summary(self) -> dict[str, Any]:
