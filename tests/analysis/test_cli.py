@@ -46,7 +46,6 @@ def manifest(folder) -> Path:
         ("layers", []),
         ("logits", ["--max-frames", 4]),
         ("chunks", ["-c", 2, "--max-new-tokens", 4]),
-        ("efficiency", ["--repeats", 1, "--max-new-tokens", 4]),
     ],
 )
 def test_analyses(name, options, manifest, tmp_path):
@@ -61,6 +60,23 @@ def test_analyses(name, options, manifest, tmp_path):
         assert [row["k"] for row in record["rows"]] == [0, 1, 4, 8]
     if name == "chunks":
         assert [row["rank"] for row in record["rows"]] == [8, 16]
+
+
+def test_efficiency(manifest, tmp_path):
+    """Several budgets are one command (Figure 4)."""
+    arguments = ("analyze", "efficiency", "--manifest", manifest, "--limit", 1, "--out", tmp_path,
+                 "--repeats", 1, "--max-new-tokens", 4, "--max-frames", 4, "--json")  # fmt: skip
+    (one,) = json.loads(run(*arguments))["budgets"]
+    assert (one["frames"], one["longest_edge"]) == (4, None) and len(one["rows"]) == 7
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "efficiency.csv", "efficiency.json", "efficiency.png"
+    ]  # fmt: skip
+    found = json.loads(run(*arguments, "--max-frames", 8, "--longest-edge", 48))["budgets"]
+    assert [(b["frames"], b["longest_edge"], b["visual_tokens"]) for b in found] == [
+        (4, 48, 16), (8, 48, 32)
+    ]  # fmt: skip
+    assert (tmp_path / "budgets.png").stat().st_size > 2000
+    assert (tmp_path / "efficiency.csv").read_text().count("\n") == 2 * 7 + 1
 
 
 def test_norms(folder, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from tests.analysis.plain import log_probability, with_update
 from v2l_fast.analysis.layers import layer_removal, removal_effects
 from v2l_fast.analysis.norms import adapter_norms
+from v2l_fast.analysis.scores import diagnostic_scores
 from v2l_fast.errors import ConfigError
 
 
@@ -39,6 +40,13 @@ def test_record(model, examples, adapters):
         [removal_effects(model, e, a) for e, a in zip(examples, own, strict=True)]
     ).mean(0)
     assert found["score"]["estimate"] == pytest.approx(each[0].item(), rel=1e-5)
+    others = [adapters[i] for i in (1, 1, 2, 0)]
+    for name, given in (("no adapter", [None] * 4), ("another video's adapter", others)):
+        scores = [
+            diagnostic_scores(model, e.prompt, e.references, [a]).item()
+            for e, a in zip(examples, given, strict=True)
+        ]
+        assert found["controls"][name]["estimate"] == pytest.approx(sum(scores) / 4, rel=1e-5)
     for layer, row in enumerate(found["rows"]):
         assert row["effect"]["estimate"] == pytest.approx(each[1 + layer].item(), abs=1e-5)
         norms = [

@@ -83,11 +83,12 @@ def test_plots_are_written(model, examples, adapters, tmp_path):
         (plots.plot_amortized, costs),
         (plots.plot_budgets, [costs, costs | {"visual_tokens": 99}]),
         (plots.plot_sweep, cells),
+        (plots.plot_conditions, {"share": {"direct": ROWS[0]["score"]}}),
     ):
         path = tmp_path / "plots" / f"{plot.__name__}.png"
         plot(record, path)
         assert drawn(path), plot.__name__
-    assert len(list((tmp_path / "plots").iterdir())) == 8
+    assert len(list((tmp_path / "plots").iterdir())) == 9
 
 
 def test_plots_leave_matplotlib_alone(adapters, model, tmp_path):

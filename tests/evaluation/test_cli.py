@@ -78,7 +78,7 @@ def test_judging(options, tmp_path):
         record = json.loads(
             run(
                 *options, "--out", tmp_path / "out", "--judge", stub.url, "--judge-model", "stub",
-                "--judge-prices", 1, 2, "--no-judge-json", "--json",
+                "--judge-prices", 1, 2, "--judge-tokens", 4096, "--no-judge-json", "--json",
             )
         )
     finally:
@@ -86,6 +86,7 @@ def test_judging(options, tmp_path):
     assert record["metrics"]["judge"]["rows"][0]["system"] == 0.25
     assert record["judge"]["model"] == "stub" and record["judge"]["dollars"] > 0
     assert all("response_format" not in request for request in stub.requests)
+    assert all(request["max_tokens"] == 4096 for request in stub.requests)
 
 
 def test_failures_are_one_line(options, tmp_path, monkeypatch, capsys):

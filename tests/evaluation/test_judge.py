@@ -72,6 +72,8 @@ def test_every_kind_of_misbehavior(serve):
         ),
         "down": lambda attempt: Reply(status=500, headers={"Retry-After": "0.05"}),
         "rejected": lambda attempt: Reply(status=400),
+        "cut off": lambda attempt: Reply('Is it {"score": 5}? No,', finish_reason="length"),
+        "cut off behind it": lambda attempt: Reply('{"score": 5, "r', finish_reason="length"),
         "refused": lambda attempt: Reply(refusal="I cannot help with that."),
         "filtered": lambda attempt: Reply("...", finish_reason="content_filter"),
         "silent": lambda attempt: Reply(""),
@@ -83,6 +85,7 @@ def test_every_kind_of_misbehavior(serve):
     assert all((v.found is None) == (v.failure is not None) for v in found.values())
     assert {name for name, v in found.items() if v.score == 1.0} == {
         "fenced", "malformed once", "out of range once", "slow once", "limited once", "down once",
+        "cut off behind it",
     }
     failed = {name: v.failure for name, v in found.items() if v.failure is not None}
     assert failed == {
@@ -96,6 +99,7 @@ def test_every_kind_of_misbehavior(serve):
         "limited": "rate limited",
         "down": "server error",
         "rejected": "rejected",
+        "cut off": "malformed",
         "refused": "refused",
         "filtered": "refused",
         "silent": "refused",
@@ -104,7 +108,7 @@ def test_every_kind_of_misbehavior(serve):
     assert len(found) == len(bad) and all(found[name].score is None for name in failed)
     counted = client.report()["failures"]
     assert sum(counted.values()) == len(failed)
-    assert counted["malformed"] == 5 and counted["refused"] == 3
+    assert counted["malformed"] == 6 and counted["refused"] == 3
 
 
 def test_retry_after_is_obeyed(serve):

@@ -42,7 +42,7 @@ def test_repaired(reply):
     [
         "", "4", "Score: 4", "[4]", '{"rationale": "no score"}', '{"score": null}',
         '{"score": true}', '{"score": "good"}', '{"score": [4]}', '{"score": 4', "{", "}{",
-        '{"rationale": "the score is 4", "sco',
+        '{"rationale": "the score is 4", "sco', '<think>{"score": 4} would be kind, but',
     ],
 )  # fmt: skip
 def test_malformed(reply):

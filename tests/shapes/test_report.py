@@ -53,9 +53,9 @@ def test_every_piece(measured):
     assert records["rank"]["rows"][0]["top"]["estimate"] < 0.6
     (single, *composed) = records["chunks"]["networks"]["zero-shot"]["rows"]
     assert [row["rank"] for row in composed] == [16] and single["rank"] == 8
-    assert records["layers"]["score"]["estimate"] > records["layers"]["score_without_adapter"][
-        "estimate"
-    ]
+    layers = records["layers"]
+    assert len(layers["controls"]) == 2
+    assert all(layers["score"]["estimate"] > s["estimate"] for s in layers["controls"].values())
 
 
 def test_a_network_told_of_chunks_stands_beside(pair, small, tmp_path):

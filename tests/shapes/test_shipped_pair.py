@@ -1,12 +1,14 @@
 """What comes with the package: small, complete, and right about videos it never saw."""
 
 import json
+import random
 
 import pytest
 
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.base import ASSETS, BASE_FOLDER, HYPERNET_FOLDER
 from v2l_fast.shapes.evaluate import encoded_clips
+from v2l_fast.shapes.language import question_of_kind
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.scoring import attribute_hits, plain
 
@@ -84,8 +86,14 @@ def test_a_network_trained_on_chunks_composes(model, scenes, clips):
     chunked = Video2LoRA.from_pretrained("shapes-chunks", device="cpu")
     assert chunked.config.chunk_position and not model.config.chunk_position
     questions = ["Describe the video."] * VIDEOS
-    composed = chunked.internalize(clips, chunks=8)
-    assert attribute_share(chunked.ask(questions, composed), scenes) >= 0.9
+    single, composed = (chunked.internalize(clips, chunks=n) for n in (1, 8))
+    kept = attribute_share(chunked.ask(questions, composed), scenes)
+    assert kept >= 0.95 * attribute_share(chunked.ask(questions, single), scenes) >= 0.9
     assert counted(chunked, composed, scenes) >= 0.9
+    twos = [i for i, scene in enumerate(scenes) if len(scene.objects) == 2]
+    asked = [question_of_kind(scenes[i], "order", random.Random(i)) for i in twos]
+    said = chunked.ask([turn.question for turn in asked], [composed[i] for i in twos])
+    right = [plain(text) == plain(turn.answer) for text, turn in zip(said, asked, strict=True)]
+    assert sum(right) >= 0.95 * len(twos)
     blended = model.internalize(clips, chunks=8)
     assert attribute_share(model.ask(questions, blended), scenes) < 0.5

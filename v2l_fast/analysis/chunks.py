@@ -52,6 +52,7 @@ def compare_chunks(
     if any(count < 1 for count in counts):
         raise ConfigError(f"chunks must be at least 1, not {min(counts)}")
     kinds = list(dict.fromkeys(example.kind for example in examples))
+    members = {kind: [e for e in examples if e.kind == kind] for kind in kinds}
 
     def by_kind(scores: Sequence[float]) -> dict[str, list[float]]:
         paired = list(zip(scores, examples, strict=True))
@@ -70,9 +71,11 @@ def compare_chunks(
             {
                 "chunks": count,
                 "rank": adapters[0].rank,
-                "score": {kind: interval(values) for kind, values in scores.items()},
+                "score": {kind: interval(values, members[kind]) for kind, values in scores.items()},
                 "change": {
-                    kind: interval([a - b for a, b in zip(values, single[kind], strict=True)])
+                    kind: interval(
+                        [a - b for a, b in zip(values, single[kind], strict=True)], members[kind]
+                    )
                     for kind, values in scores.items()
                 },
                 "kept": {
@@ -86,7 +89,9 @@ def compare_chunks(
         "examples": len(examples),
         "chunk_position": model.config.chunk_position,
         "controls": {
-            name: {kind: interval(values) for kind, values in by_kind(scores).items()}
+            name: {
+                kind: interval(values, members[kind]) for kind, values in by_kind(scores).items()
+            }
             for name, scores in controls.items()
         },
         "rows": rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -273,8 +274,14 @@ def efficiency(
     root: Root = None,
     split: Split = None,
     limit: Limit = None,
-    max_frames: MaxFrames = None,
-    longest_edge: LongestEdge = None,
+    max_frames: Annotated[
+        list[int] | None,
+        typer.Option(help="Frames to sample, repeatable; as in training if omitted.", min=1),
+    ] = None,
+    longest_edge: Annotated[
+        list[int] | None,
+        typer.Option(help="Longest frame edge, repeatable; as in training if omitted.", min=2),
+    ] = None,
     exact_frames: ExactFrames = False,
     max_new_tokens: MaxNewTokens = 128,
     model: Model = "shapes",
@@ -284,26 +291,42 @@ def efficiency(
     as_json: Json = False,
 ) -> None:
     """Direct inference, caches, FrameFusion (our implementation) and adapters: first token,
-    preparation, bytes stored, token-F1 and break-even (Figures 2 and 4).
+    preparation, bytes stored, token-F1 and break-even (Figure 2).
+
+    Several frame counts or edges also give budgets.png, all of it by visual tokens (Figure 4).
 
     \b
     v2l analyze efficiency --manifest clips/manifest.jsonl --limit 16
-    v2l analyze efficiency --manifest vdc.jsonl --max-frames 128 --exact-frames
+    v2l analyze efficiency --manifest vdc.jsonl --exact-frames --max-frames 8 --max-frames 128
     """
-    from v2l_fast.analysis.efficiency import compare_methods
+    from v2l_fast.analysis.efficiency import compare_budgets
     from v2l_fast.analysis.framefusion import FrameFusion
     from v2l_fast.analysis.inputs import manifest_examples
     from v2l_fast.analysis.methods import Setting
-    from v2l_fast.analysis.plots import plot_amortized
+    from v2l_fast.analysis.plots import plot_amortized, plot_budgets
     from v2l_fast.evaluation.metrics import token_f1
+
+    def draw(found: Mapping[str, Any], path: Path) -> None:
+        plot_amortized(found["budgets"][0], path)
+        if len(found["budgets"]) > 1:
+            plot_budgets(found["budgets"], path.with_name("budgets.png"))
 
     fusion = FrameFusion(keep)
     examples = manifest_examples(manifest, None, root, split, limit)
     loaded = load_model(model, base, device, dtype)
-    setting = Setting(loaded, max_frames, longest_edge, exact_frames, max_new_tokens, fusion)
+    setting = Setting(
+        loaded, exact_frames=exact_frames, max_new_tokens=max_new_tokens, fusion=fusion
+    )
+    budgets = itertools.product(max_frames or [None], longest_edge or [None])
     with progress_bar("analyzing") as progress:
-        record = compare_methods(setting, examples, token_f1, repeats=repeats, progress=progress)
-    _write("efficiency", folder, record, record["rows"], plot_amortized, as_json)
+        record = compare_budgets(setting, examples, token_f1, budgets, repeats, progress)
+    shared = ("frames", "longest_edge", "visual_tokens")
+    rows = [
+        {name: budget[name] for name in shared} | row
+        for budget in record["budgets"]
+        for row in budget["rows"]
+    ]
+    _write("efficiency", folder, record, rows, draw, as_json)
 
 
 def sweep(

@@ -9,7 +9,7 @@ at the first n with P + n·q < n·d.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -61,7 +61,7 @@ def compare_methods(
         "controls" (condition -> interval of the score, see
         :func:`~v2l_fast.analysis.examples.control_scores`) and "rows": for each method "method",
         "preparation" and "first_token" (s), "bytes" (mean a video), "score" (interval over
-        questions), "amortized" (s a question at the mean number of questions), "break_even"
+        videos), "amortized" (s a question at the mean number of questions), "break_even"
         (questions; null: never) and "same_as_direct", the share of answers whose tokens are direct
         inference's.
     """
@@ -94,7 +94,7 @@ def compare_methods(
                 "preparation": preparation,
                 "first_token": wait,
                 "bytes": sum(tally.bytes) / len(tally.bytes),
-                "score": interval(scores),
+                "score": interval(scores, ordered),
                 "amortized": amortized(preparation, wait, max(1, round(per_video))),
                 "break_even": break_even(preparation, wait, median(direct.waits)) if own else None,
                 "same_as_direct": sum(same) / len(same),
@@ -107,9 +107,34 @@ def compare_methods(
         "questions": len(examples),
         "questions_per_video": per_video,
         "visual_tokens": _visual_tokens(setting, groups),
-        "controls": {name: interval(scores) for name, scores in controls.items()},
+        "controls": {name: interval(scores, ordered) for name, scores in controls.items()},
         "rows": rows,
     }
+
+
+def compare_budgets(
+    setting: Setting,
+    examples: Sequence[Example],
+    metric: Metric,
+    budgets: Iterable[tuple[int | None, int | None]],
+    repeats: int = 3,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """All methods at several numbers of visual tokens (Figure 4).
+
+    Args:
+        budgets: frames and longest edge of each, instead of the setting's.
+
+    Returns:
+        "budgets": for each "frames", "longest_edge" (null: as in training) and what
+        :func:`compare_methods` returns.
+    """
+    records = []
+    for frames, edge in budgets:
+        own = replace(setting, max_frames=frames, longest_edge=edge)
+        found = compare_methods(own, examples, metric, repeats=repeats, progress=progress)
+        records.append({"frames": frames, "longest_edge": edge, **found})
+    return {"budgets": records}
 
 
 @dataclass

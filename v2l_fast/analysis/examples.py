@@ -6,6 +6,7 @@ means with their intervals. Where examples come from is the caller's business.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from v2l_fast.video import VideoClip
 
 # Score of an answer against one reference, higher is better.
 Metric = Callable[[str, str], float]
+# Conditions that stand beside every score.
+NONE, ANOTHER = "no adapter", "another video's adapter"
 # Called with (what is being done, done, total).
 Progress = Callable[[str, int, int], None]
 
@@ -112,27 +115,39 @@ def control_scores(
 ) -> dict[str, list[float]]:
     """Scores without an adapter and with another video's, which say what a score owes to the
     video: condition -> one score an example; the second is absent when all are about one video."""
-    chosen: dict[str, list[Adapter | None]] = {"no adapter": [None] * len(examples)}
-    others = [_of_another_video(examples, adapters, index) for index in range(len(examples))]
-    if None not in others:
-        chosen["another video's adapter"] = others
+    chosen: dict[str, list[Adapter | None]] = {NONE: [None] * len(examples)}
+    if others := other_adapters(examples, adapters):
+        chosen[ANOTHER] = list(others)
     return {
         name: answer_scores(model, examples, given, metric, max_new_tokens)
         for name, given in chosen.items()
     }
 
 
-def _of_another_video(
-    examples: Sequence[Example], adapters: Sequence[Adapter], index: int
-) -> Adapter | None:
-    """The adapter of the next example about another video, from the first on behind the last."""
-    own = examples[index].video_key
-    order = (*range(index + 1, len(examples)), *range(index))
-    return next((adapters[i] for i in order if examples[i].video_key != own), None)
+def other_adapters(examples: Sequence[Example], adapters: Sequence[Adapter]) -> list[Adapter]:
+    """For each example the adapter of the next one about another video, from the first on behind
+    the last; empty when all are about one video."""
+    keys = [example.video_key for example in examples]
+    if len(set(keys)) < 2:
+        return []
+
+    def following(index: int) -> Adapter:
+        order = (*range(index + 1, len(keys)), *range(index))
+        return next(adapters[i] for i in order if keys[i] != keys[index])
+
+    return [following(index) for index in range(len(keys))]
 
 
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean and 95% bootstrap interval: {"estimate", "low", "high"}."""
-    from v2l_fast.evaluation.statistics import mean_interval
+def interval(values: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
+    """Mean of one value an example and its 95% bootstrap interval: {"estimate", "low", "high"}.
 
-    return asdict(mean_interval(values))
+    Examples of one video are resampled together, since their values are not independent.
+    """
+    from v2l_fast.evaluation.statistics import ratio_interval
+
+    sums: dict[Hashable, float] = defaultdict(float)
+    counts: dict[Hashable, int] = defaultdict(int)
+    for value, example in zip(values, examples, strict=True):
+        sums[example.video_key] += value
+        counts[example.video_key] += 1
+    return asdict(ratio_interval(list(sums.values()), list(counts.values())))

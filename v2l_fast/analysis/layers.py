@@ -8,7 +8,15 @@ from typing import Any
 import torch
 
 from v2l_fast.adapter import Adapter
-from v2l_fast.analysis.examples import Example, Progress, interval, silent
+from v2l_fast.analysis.examples import (
+    ANOTHER,
+    NONE,
+    Example,
+    Progress,
+    interval,
+    other_adapters,
+    silent,
+)
 from v2l_fast.analysis.scores import diagnostic_scores
 from v2l_fast.model import Video2LoRA
 
@@ -34,8 +42,8 @@ def layer_removal(
     """Effects over examples, with the update norms they are to be seen beside.
 
     Returns:
-        "examples"; "score" and "score_without_adapter": intervals of S, nats a token; "rows": for
-        each layer "effect" (interval) and "norm", module -> mean Frobenius norm of s·Bᵀ A.
+        "examples"; "score": interval of S, nats a token; "controls": condition -> the same; "rows":
+        for each layer "effect" (interval) and "norm", module -> mean Frobenius norm of s·Bᵀ A.
     """
     found = []
     for done, (example, adapter) in enumerate(zip(examples, adapters, strict=True)):
@@ -43,19 +51,25 @@ def layer_removal(
         found.append(removal_effects(model, example, adapter))
     progress("removing layers", len(examples), len(examples))
     table = torch.stack(found)
+    controls = {NONE: table[:, -1].tolist()}
+    if others := other_adapters(examples, adapters):
+        controls[ANOTHER] = [
+            diagnostic_scores(model, example.prompt, example.references, [other]).item()
+            for example, other in zip(examples, others, strict=True)
+        ]
     norms = mean_layer_norms(adapters)
     rows = [
         {
             "layer": layer,
-            "effect": interval(table[:, 1 + layer].tolist()),
+            "effect": interval(table[:, 1 + layer].tolist(), examples),
             "norm": {module: values[layer] for module, values in norms.items()},
         }
         for layer in range(table.shape[1] - 2)
     ]
     return {
         "examples": len(examples),
-        "score": interval(table[:, 0].tolist()),
-        "score_without_adapter": interval(table[:, -1].tolist()),
+        "score": interval(table[:, 0].tolist(), examples),
+        "controls": {name: interval(scores, examples) for name, scores in controls.items()},
         "rows": rows,
     }
 

@@ -23,6 +23,21 @@ if TYPE_CHECKING:
 _PANEL, _DPI, _COLORS = (3.6, 2.9), 90, 128
 
 
+def plot_conditions(shares: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
+    """Measure -> condition -> interval: a panel a measure, a bar a condition."""
+    panels = []
+    for measure, found in shares.items():
+
+        def draw(axes: Axes, measure: str = measure, found: Mapping = found) -> None:
+            estimates, errors = _errors(list(found.values()))
+            axes.barh(list(found), estimates, xerr=errors, capsize=2)
+            axes.invert_yaxis()
+            axes.set(xlabel=measure, xlim=(0, 1.02), xticks=(0, 0.25, 0.5, 0.75, 1))
+
+        panels.append(draw)
+    _save(panels, path, "Conditions")
+
+
 def plot_rank(record: Mapping[str, Any], path: Path) -> None:
     """Score against kept directions, a line a strategy (Figure 6)."""
     rows = record["rows"]
@@ -86,6 +101,7 @@ def plot_norms(record: Mapping[str, Any], path: Path) -> None:
         def directions(axes: Axes, norms: Mapping[str, Any] = norms, name: str = module) -> None:
             image = axes.imshow(norms["rank_norms"], aspect="auto", cmap="viridis")
             axes.figure.colorbar(image, ax=axes)
+            axes.set_yticks(range(len(norms["rank_norms"])))
             axes.set(xlabel="direction", ylabel="layer", title=f"{name}: ‖A_r‖·‖B_r‖")
 
         def layers(axes: Axes, norms: Mapping[str, Any] = norms, name: str = module) -> None:
@@ -109,10 +125,9 @@ def plot_chunks(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axes.set_xticks(places, [str(row["chunks"]) for row in rows])
             axes.set(xlabel="chunks", ylabel="kept of the single adapter's", title=name)
             axes.set_ylim(0, 1.1)
-            axes.legend(fontsize=7)
 
         panels.append(draw)
-    _save(panels, path, "Chunk composition")
+    _save(panels, path, "Chunk composition (dotted: 95%)", legend=True)
 
 
 def plot_amortized(record: Mapping[str, Any], path: Path, questions: int = 20) -> None:
@@ -224,10 +239,16 @@ def _plain_log(axis: Axis) -> None:
 
 
 def _bars(axes: Axes, x: Sequence[float], intervals: Sequence[Mapping]) -> None:
+    estimates, errors = _errors(intervals)
+    axes.bar(x, estimates, yerr=errors, capsize=2)
+
+
+def _errors(intervals: Sequence[Mapping]) -> tuple[list[float], list[list[float]]]:
+    """Estimates, and their distances to the lower and the upper bounds."""
     estimates = [i["estimate"] for i in intervals]
     down = [i["estimate"] - i["low"] for i in intervals]
     up = [i["high"] - i["estimate"] for i in intervals]
-    axes.bar(x, estimates, yerr=[down, up], capsize=2)
+    return estimates, [down, up]
 
 
 def _save(

@@ -63,7 +63,7 @@ def rank_ablation(
     Returns:
         "rank", "examples", "seeds", "controls" (condition -> interval, see
         :func:`~v2l_fast.analysis.examples.control_scores`) and "rows": for each k a dict of
-        strategy -> interval over examples (random: over the mean of its seeds).
+        strategy -> interval over videos (random: over the mean of its seeds).
 
     Raises:
         ConfigError: adapters of several ranks.
@@ -87,13 +87,14 @@ def rank_ablation(
         row: dict[str, Any] = {"k": k}
         for strategy in STRATEGIES:
             runs = [scores[choice] for choice in plan[k, strategy]]
-            row[strategy] = interval([sum(run) / len(run) for run in zip(*runs, strict=True)])
+            means = [sum(run) / len(run) for run in zip(*runs, strict=True)]
+            row[strategy] = interval(means, examples)
         rows.append(row)
     controls = control_scores(model, examples, adapters, metric, max_new_tokens)
     return {
         "rank": rank,
         "examples": len(examples),
         "seeds": list(seeds),
-        "controls": {name: interval(values) for name, values in controls.items()},
+        "controls": {name: interval(values, examples) for name, values in controls.items()},
         "rows": rows,
     }

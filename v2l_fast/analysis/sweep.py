@@ -170,11 +170,12 @@ class _Cell:
             [summarize(getattr(a, name) for a in said) for said in (self._direct, self._adapter)]
             for name, summarize in (("time_to_first_token", median), ("prompt_tokens", fmean))
         )
+        changes = [a - d for a, d in zip(adapter, direct, strict=True)]
         controls = control_scores(self._model, self.examples, self._adapters, metric, self._limit)
         return {
             "score_direct": fmean(direct),
             "score_adapter": fmean(adapter),
-            "score_change": interval([a - d for a, d in zip(adapter, direct, strict=True)]),
+            "score_change": interval(changes, self.examples),
             "controls": {name: fmean(scores) for name, scores in controls.items()},
             "first_token_direct": waits[0],
             "first_token_adapter": waits[1],

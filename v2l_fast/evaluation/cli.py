@@ -28,7 +28,6 @@ from v2l_fast.options import (
 app = typer.Typer()
 
 
-
 @app.command()
 def manifest(
     benchmark: Annotated[
@@ -98,6 +97,9 @@ def evaluate(
     judge_pairs: Annotated[
         bool, typer.Option("--judge-pairs", help="Also judge both answers side by side.")
     ] = False,
+    judge_tokens: Annotated[
+        int, typer.Option(help="Longest reply of the judge, its thoughts included.", min=1)
+    ] = 1024,
     judge_workers: Annotated[int, typer.Option(help="Requests to the judge at a time.")] = 8,
     judge_json: Annotated[
         bool, typer.Option(help="Ask the judge's server for JSON; some do not know that.")
@@ -137,7 +139,12 @@ def evaluate(
     judging = None
     if judge is not None:
         settings = JudgeSettings(
-            judge, judge_model, workers=judge_workers, json_mode=judge_json, prices=judge_prices
+            judge,
+            judge_model,
+            max_tokens=judge_tokens,
+            workers=judge_workers,
+            json_mode=judge_json,
+            prices=judge_prices,
         )
         judging = Judge(settings, folder / "judgments.jsonl")
     loaded = load_model(model, base, device, dtype)

@@ -161,4 +161,8 @@ def _content(completion: Any) -> str:
         raise Failure("malformed", f"the response is not a completion: {str(completion)[:80]!r}")
     if not message.content or message.refusal or choices[0].finish_reason == "content_filter":
         raise Failure("refused", message.refusal or "an empty reply")
+    # Thoughts may stand there without a mark; a score drafted in them is no judgment.
+    begun = message.content.lstrip().startswith(("{", "```")) or "</think>" in message.content
+    if choices[0].finish_reason == "length" and not begun:
+        raise Failure("malformed", "cut off before the judgment, allow more tokens")
     return message.content

@@ -210,4 +210,3 @@ def _preference(verdict: Verdict, swapped: bool) -> Preference | Verdict:
     a, b = (rubrics.rescaled(verdict.found[name]) for name in ("score_a", "score_b"))
     preferred = {"A": 1, "B": -1, "tie": 0}[verdict.found["preferred"]]
     return Preference(b, a, -preferred) if swapped else Preference(a, b, preferred)
-

@@ -148,7 +148,8 @@ def _scale(found: Mapping[str, Any], name: str) -> int:
 
 # --- repair ---------------------------------------------------------------------------------------
 
-_THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>", re.DOTALL)
+# The last kind was cut off: a score in it is a draft.
+_THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>|^\s*<think>.*", re.DOTALL)
 _TRAILING_COMMA = re.compile(r",(\s*[}\]])")
 _FIELD = re.compile(r'"(score|score_a|score_b|preferred)"\s*:\s*("?[\w./-]+"?)\s*[,}\n]')
 

@@ -23,7 +23,7 @@ import torch
 from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.attribution import logit_attribution
 from v2l_fast.analysis.chunks import compare_chunks
-from v2l_fast.analysis.efficiency import compare_methods
+from v2l_fast.analysis.efficiency import compare_budgets
 from v2l_fast.analysis.examples import Example, Progress, internalize_each, silent
 from v2l_fast.analysis.layers import layer_removal
 from v2l_fast.analysis.methods import Setting
@@ -239,13 +239,8 @@ def _chunks(report: Report, count: int) -> dict[str, Any]:
 
 
 def _efficiency(report: Report, count: int) -> dict[str, Any]:
-    examples = report.files(count)
-    budgets = []
-    for frames, edge in BUDGETS:
-        setting = Setting(report.model, frames, edge, True, MAX_NEW_TOKENS)
-        found = compare_methods(setting, examples, right, progress=report.progress)
-        budgets.append({"frames": frames, "longest_edge": edge, **found})
-    return {"budgets": budgets}
+    setting = Setting(report.model, exact_frames=True, max_new_tokens=MAX_NEW_TOKENS)
+    return compare_budgets(setting, report.files(count), right, BUDGETS, progress=report.progress)
 
 
 def _sweep(report: Report, count: int) -> dict[str, Any]:

@@ -232,7 +232,9 @@ def _rank(record: Record, folder: Path) -> str:
 
 def _layers(record: Record, folder: Path) -> str:
     plot_layers(record, folder / "layers.png")
-    score, without = (interval_text(record[k]) for k in ("score", "score_without_adapter"))
+    controls = ", ".join(
+        f"{interval_text(score)} with {name}" for name, score in record["controls"].items()
+    )
     rows = [
         {"layer": row["layer"], "effect": row["effect"]}
         | {f"‖ΔW‖, {module}": norm for module, norm in row["norm"].items()}
@@ -242,10 +244,11 @@ def _layers(record: Record, folder: Path) -> str:
         "layers",
         "Layer removal",
         record,
-        f"S, the log-probability of the reference caption in nats a token, is {score} with the "
-        f"adapter and {without} without. Effect is S without one layer's generated update - S "
-        "with all of them: negative where the update helps; the bias adapter stays. The norm is "
-        "the mean ‖ΔW‖ of the generated updates (Frobenius, their scale included).",
+        "S, the log-probability of the reference caption in nats a token, is "
+        f"{interval_text(record['score'])} with the adapter, {controls}. Effect is S without one "
+        "layer's generated update - S with all of them: negative where the update helps; the bias "
+        "adapter stays. The norm is the mean ‖ΔW‖ of the generated updates (Frobenius, their scale "
+        "included).",
         markdown(rows),
         _image("layers", "effect of removal and update norm by layer"),
     )
