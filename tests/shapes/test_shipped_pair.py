@@ -8,7 +8,7 @@ import pytest
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.base import ASSETS, BASE_FOLDER, HYPERNET_FOLDER
 from v2l_fast.shapes.evaluate import encoded_clips
-from v2l_fast.shapes.language import question_of_kind
+from v2l_fast.shapes.language import ask
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.scoring import attribute_hits, plain
 
@@ -91,7 +91,7 @@ def test_a_network_trained_on_chunks_composes(model, scenes, clips):
     assert kept >= 0.95 * attribute_share(chunked.ask(questions, single), scenes) >= 0.9
     assert counted(chunked, composed, scenes) >= 0.9
     twos = [i for i, scene in enumerate(scenes) if len(scene.objects) == 2]
-    asked = [question_of_kind(scenes[i], "order", random.Random(i)) for i in twos]
+    asked = [ask(scenes[i], "order", random.Random(i)) for i in twos]
     said = chunked.ask([turn.question for turn in asked], [composed[i] for i in twos])
     right = [plain(text) == plain(turn.answer) for text, turn in zip(said, asked, strict=True)]
     assert sum(right) >= 0.95 * len(twos)
