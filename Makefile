@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench aot gpu tune train-shapes evaluate-shapes report page-test wheel clean
+.PHONY: demo test lint bench aot gpu bench-gpu tune train-shapes evaluate-shapes report page-test wheel clean
 
 demo: $(VENV)/.core
 	@$(BIN)/v2l demo
@@ -30,6 +30,15 @@ aot: $(VENV)/.dev
 gpu: $(VENV)/.dev
 	$(BIN)/python -m bench.gpu --out bench/results/gpu.json; \
 	status=$$?; $(BIN)/python -m bench.report; exit $$status
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -m bench.train_step --device cuda
+	$(BIN)/python -m bench.decode --device cuda
+	for shape in 500M 2.2B; do \
+		$(BIN)/python -m bench.serve --shape $$shape --device cuda && \
+		$(BIN)/python -m bench.serve --video --shape $$shape --device cuda || exit 1; \
+	done
+	$(BIN)/python -m bench.report
 
 tune: $(VENV)/.dev
 	$(BIN)/python -m bench.tune

@@ -40,6 +40,18 @@ def test_no_times_where_answers_differ(monkeypatch):
     assert not found["passed"] and not found["ways"]
 
 
+def test_rounding_is_no_error_once_the_ways_have_agreed(monkeypatch):
+    asked = serve_ways.random_weights(TINY, "cpu", torch.float32, compile=False)
+    assert serve_ways.disagreeing(asked, 12) == []
+    ways = {name: lambda count: [1] for group in serve_ways.AGREE for name in group}
+    ways["adapter, merged"] = lambda count: [2]
+    monkeypatch.setattr(serve_ways, "_ways", lambda *_: ways)
+    assert serve_ways.disagreeing(asked, 12) == ["adapter, merged"]
+    found = serve_ways.compare(asked, new_tokens=2, seconds=0.01, checked=True)
+    assert found["passed"] and found["disagree"] == ["adapter, merged"]
+    assert len(found["ways"]) == len(ways)
+
+
 def test_load_is_checked_answer_by_answer(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(serve_load, "QUESTIONS_PER_VIDEO", 2)

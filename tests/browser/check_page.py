@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -47,13 +48,18 @@ def check(tab: Tab, live: Running, clips: list[Path], pictures: Path) -> None:
     tab.open(live.url + "/")
     give_the_key(tab)
     refuse_what_is_no_video(tab, pictures)
-    stages = internalize(tab, clips[0])
-    expect({"Decoding frames", "Internalized"} & stages, f"stages seen: {sorted(stages)}")
+    stages = internalize(tab, clips[0], drop)
+    expect({"Uploading", "Internalized"} <= stages, f"stages seen: {sorted(stages)}")
     ask(tab, live, QUESTION)
-    internalize(tab, clips[1])
+    for mode in ("adapter", "context"):
+        pieces = tab.evaluate(f"document.querySelector('.turn .{mode} .text').childNodes.length")
+        expect(pieces > 3, f"{mode}: the answer came in {pieces} pieces")
+    tab.device(*SCREENS["phone-light"])
+    internalize(tab, clips[1], choose)
     expect(tab.evaluate("document.querySelectorAll('#videos li').length") == 2, "two videos")
     ask(tab, live, "How many objects are there?")
-    internalize(tab, clips[0])
+    tab.device(*SCREENS["desktop-light"])
+    internalize(tab, clips[0], choose)
     expect(tab.evaluate("$text('#percent')") == "was there already", "the store answers")
     everything_has_a_name(tab)
     for name, screen in SCREENS.items():
@@ -87,8 +93,25 @@ def refuse_what_is_no_video(tab: Tab, folder: Path) -> None:
     text.unlink()
 
 
-def internalize(tab: Tab, clip: Path) -> set[str]:
-    """Choose a file; the stages that were shown until it was internalized."""
+def choose(tab: Tab, clip: Path) -> None:
+    tab.choose_file("#file", clip)
+
+
+def drop(tab: Tab, clip: Path) -> None:
+    """Drag a file from the desktop onto the page's place for it, and let go."""
+    x, y = tab.evaluate(
+        "(({x, y, width, height}) => [x + width / 2, y + height / 2])"
+        "(document.querySelector('#drop').getBoundingClientRect())"
+    )
+    data = {"items": [], "files": [str(clip)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        tab.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+        over = tab.evaluate("document.querySelector('#drop').classList.contains('over')")
+        expect(over == (kind != "drop"), f"{kind}: where it falls is shown")
+
+
+def internalize(tab: Tab, clip: Path, give: Callable[[Tab, Path], None]) -> set[str]:
+    """Give the page a file; the stages that were shown until it was internalized."""
     tab.evaluate(
         """{
           globalThis.stages = new Set();
@@ -98,7 +121,7 @@ def internalize(tab: Tab, clip: Path) -> set[str]:
           new MutationObserver(note).observe(stage, {childList: true});
         }"""
     )
-    tab.choose_file("#file", clip)
+    give(tab, clip)
     tab.wait("$text('#stage') === 'Internalized' && !document.querySelector('#send').disabled")
     expect(tab.evaluate("document.querySelector('#progress').value") == 1, "progress is complete")
     chosen = tab.evaluate("$text('#videos input:checked + label .name')")

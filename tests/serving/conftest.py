@@ -81,6 +81,7 @@ def running(
     keys: tuple[str, ...] = (),
     root: Path | None = None,
     stand_in: dict[str, object] | None = None,
+    merged: str | None = None,
     drain_seconds: float = 10.0,
 ) -> Iterator[Running]:
     """A server in a thread; with a StandInEngine of these options instead of the real one."""
@@ -89,7 +90,7 @@ def running(
     reader = VideoReader(model, limits or ServerLimits())
     if stand_in is None:
         engine = Engine(
-            model, store, max_batch=8, adapter_slots=4, load_clip=reader.load_clip
+            model, store, max_batch=8, adapter_slots=4, merged=merged, load_clip=reader.load_clip
         )
     else:
         engine = StandInEngine(model, store, **stand_in)

@@ -19,7 +19,13 @@ from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.errors import AdapterError, ConfigError, V2LError
 from v2l_fast.generation import Sampling
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.requests import EngineClosed, GenerationRequest, PromptTooLong, QueueFull
+from v2l_fast.serving.requests import (
+    EngineClosed,
+    GenerationRequest,
+    OtherAdapter,
+    PromptTooLong,
+    QueueFull,
+)
 
 
 @pytest.fixture
@@ -233,7 +239,7 @@ def test_merged_mode(model, store):
         for one, generation in zip(asked, [engine.submit(one) for one in asked], strict=True):
             assert generation.result(WAIT)[0] == alone(model, store, one)
         for other in (request("what?"), request("what?", "a0"), request("what?", "a1", "a0")):
-            with pytest.raises(AdapterError, match="adapter a1 alone"):
+            with pytest.raises(OtherAdapter, match="adapter a1 alone"):
                 engine.submit(other)
         assert engine.stats().adapter_hits + engine.stats().adapter_misses == 0
         assert [alone(model, store, request(q)) for q in QUESTIONS] == before

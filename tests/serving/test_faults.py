@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 
 from tests.serving.checks import QUESTION, eventually, nothing_left, raw, refused
 from tests.serving.conftest import running
+from v2l_fast.errors import VideoError
 from v2l_fast.serving.limits import ServerLimits
 
 SLOW = {"pause": 0.02, "words": ["word "] * 500}
@@ -151,6 +153,46 @@ def test_an_answer_that_takes_too_long(serve):
     assert answer.status_code == 200 and end == ""
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
     eventually(lambda: live.engine.ended == ["cancelled"] * 2)
+
+
+def test_a_video_that_takes_too_long_for_its_question(serve, monkeypatch):
+    """The time for an answer counts from its arrival, whatever it is spent on."""
+    live = serve(limits=ServerLimits(answer_seconds=0.3), stand_in=SLOW)
+    question, asked = live.server.question, threading.Event()
+
+    def slowly(chat):
+        asked.wait(10)
+        return question(chat)
+
+    monkeypatch.setattr(live.server, "question", slowly)
+    refused(live.http.post("/v1/chat/completions", json=QUESTION), 503, "timeout")
+    asked.set()
+    eventually(lambda: live.engine.ended == ["cancelled"])
+
+
+def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch):
+    """More questions and files than the web server has threads, all waiting for a decoder."""
+    live = serve(root=videos[0].parent, stand_in={"words": ["a"]})
+    video = live.internalize(videos[0])["adapter_id"]
+    gate = threading.Event()
+
+    def stuck(*_):
+        gate.wait(20)
+        raise VideoError("not a video")
+
+    for way in ("load", "probe"):
+        monkeypatch.setattr(live.server.reader, way, stuck)
+    direct = {**QUESTION, "model": video, "video_mode": "context"}
+    sent = [("/v1/chat/completions", direct), ("/v1/videos", {"path": videos[1].name})] * 40
+    with ThreadPoolExecutor(len(sent)) as threads:
+        calls = [threads.submit(live.http.post, path, json=body) for path, body in sent]
+        eventually(lambda: sum(call.done() for call in calls) >= len(sent) - 8 - 16)
+        assert all(refused(call.result(), 503, "queue_full") for call in calls if call.done())
+        for path in ("/health", "/metrics", "/v1/models"):
+            assert live.http.get(path).is_success
+        assert live.http.post("/v1/chat/completions", json=QUESTION).is_success
+        gate.set()
+    assert {call.result().status_code for call in calls} == {400, 503}
 
 
 def test_full_queues(serve, videos):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+
 import openai
 import pytest
 
 from tests.serving.conftest import running
+from v2l_fast.adapter import Adapter
 from v2l_fast.serving.limits import ServerLimits
 
 QUESTION = "What happens in the video?"
@@ -84,6 +88,44 @@ def test_the_video_in_context_to_compare(client, live, shapes, videos):
 def test_the_plain_model(client, live, shapes):
     (expected,) = shapes.answer(QUESTION)
     assert ask(client, live[0].server.name).choices[0].message.content == expected.text
+
+
+def test_many_clients_at_once(live, shapes):
+    """Each asks about another video, two composed, or without an adapter; half of them stream."""
+    server, ids = live
+    store, base = server.server.store, server.server.name
+    pair = (ids[0], ids[2])
+    # Model and video_ids of a request, and the adapters it is answered from.
+    ways = {(base, ()): (), (base, pair): pair, **{(one, ()): (one,) for one in ids}}
+
+    def alone(parts: tuple[str, ...], question: str) -> str:
+        adapter = Adapter.compose([store.get(one) for one in parts]) if parts else None
+        return shapes.ask(question, adapter and shapes.attach(adapter))
+
+    expected = {
+        (way, question): alone(parts, question)
+        for way, parts in ways.items()
+        for question in (QUESTION, "How many objects are there?")
+    }
+    asked = list(itertools.islice(itertools.cycle(expected), 64))
+
+    async def answer(client: openai.AsyncOpenAI, number: int) -> str:
+        (model, composed), question = asked[number]
+        options = {"extra_body": {"video_ids": list(composed)}} if composed else {}
+        message = [{"role": "user", "content": question}]
+        create = client.chat.completions.create
+        if number // len(expected) % 2:
+            whole = await create(model=model, messages=message, **options)
+            return whole.choices[0].message.content
+        stream = await create(model=model, messages=message, stream=True, **options)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def everybody() -> list[str]:
+        url = server.url + "/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="secret", max_retries=0) as client:
+            return await asyncio.gather(*(answer(client, n) for n in range(len(asked))))
+
+    assert asyncio.run(everybody()) == [expected[one] for one in asked]
 
 
 def test_text_parts_and_system_messages(client, live):

@@ -9,7 +9,9 @@ import re
 import httpx
 
 from tests.serving.checks import QUESTION, refused
+from v2l_fast.serving import metrics
 from v2l_fast.serving.app import PAGE
+from v2l_fast.video.fallbacks import Fallbacks
 
 PROTECTED = (
     ("GET", "/v1/models"),
@@ -108,6 +110,16 @@ def test_the_time_between_tokens_is_a_distribution(serve):
     assert gaps[bucket % "0.015"] == 0 and gaps[bucket % "0.2"] == 10
     assert gaps[bucket % "+Inf"] == 11
     assert gaps['v2l_inter_token_seconds_sum{source="plain"}'] >= 10 * 0.02 + 0.3
+
+
+def test_files_left_to_the_cpu_are_counted(serve, monkeypatch):
+    counted = Fallbacks()
+    monkeypatch.setattr(metrics, "fallbacks", counted)
+    live = serve(stand_in={})
+    for path in ("a.mp4", "b.mp4", "a.mp4"):
+        counted.add(path, "codec av1 on cuda")
+    line = 'v2l_decoder_fallbacks_total{reason="codec av1 on cuda"} 2.0'
+    assert line in live.http.get("/metrics").text.splitlines()
 
 
 def test_not_ready_until_the_engine_is(serve):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.serving.checks import eventually
+from tests.serving.checks import eventually, refused
 from v2l_fast.adapter import Adapter
 from v2l_fast.interop.peft import load_peft
 from v2l_fast.serving.limits import ServerLimits
@@ -204,6 +204,19 @@ def test_adapters_of_another_model_are_not_offered(serve, shapes, videos):
     assert [v["id"] for v in live.http.get("/v1/videos").json()["data"]] == [mine]
     answer = live.http.post("/v1/chat/completions", json={"model": other, **QUESTION})
     assert answer.status_code == 404
+
+
+def test_a_merged_adapter_is_answered_from_alone(serve, videos):
+    live = serve()
+    one, other = (live.internalize(path)["adapter_id"] for path in videos[:2])
+    expected = ask(live, one)
+    live.stop()
+    live = serve(merged=one)
+    assert ask(live, one) == expected
+    for asked in ({"model": other}, {"model": "shapes"}, {"model": one, "video_mode": "context"}):
+        answer = live.http.post("/v1/chat/completions", json={**asked, **QUESTION})
+        error = refused(answer, 400, "other_adapter")
+        assert error["param"] == "model" and f"adapter {one} alone" in error["message"]
 
 
 @pytest.mark.parametrize("mode", ["adapter", "context"])

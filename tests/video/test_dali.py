@@ -301,6 +301,13 @@ def test_auto_on_the_cpu_is_pyav(clip):
     assert torch.equal(decode(path, [3]), decode(path, [3], "pyav"))
 
 
+def test_auto_for_a_gpu_is_dali(clip):
+    path = clip("a.webm", 5, **FAST_VP9)
+    source = reading.open_source(path, "auto", Limits(), "cuda")
+    assert isinstance(source, DaliSource) and source.fallback
+    assert not reading.open_source(path, "dali", Limits(), "cuda").fallback
+
+
 def test_without_dali(clip, monkeypatch, caplog):
     monkeypatch.setattr(reading, "find_spec", lambda name: None)
     reading._has_dali.cache_clear()

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from v2l_fast.errors import AdapterError, V2LError
+from v2l_fast.errors import V2LError
 from v2l_fast.generation import Sampling
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.answering import Answering, Waiting
@@ -31,6 +31,7 @@ from v2l_fast.serving.requests import (
     Generation,
     GenerationRequest,
     InternalizeJob,
+    OtherAdapter,
     PromptTooLong,
     QueueFull,
     told,
@@ -119,13 +120,14 @@ class Engine:
         Raises:
             QueueFull: too many are waiting.
             AdapterError: an adapter is unknown or belongs to another model.
+            OtherAdapter: one is merged, and something else is asked for.
             PromptTooLong: question and answer limit exceed the context. With a video in context
                 that is known later, and raised by the :class:`Generation`.
             EngineClosed: the engine has been closed.
         """
         generation = Generation(request)
         if self._merged is not None and (request.adapters != (self._merged,) or request.clip):
-            raise AdapterError(
+            raise OtherAdapter(
                 f"this engine answers from adapter {self._merged} alone, merged into the weights; "
                 "start one without merged= for other adapters, none, or a video in context"
             )

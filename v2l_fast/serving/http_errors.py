@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from v2l_fast.errors import AdapterError, ConfigError, V2LError, VideoError
-from v2l_fast.serving.requests import EngineClosed, PromptTooLong, QueueFull
+from v2l_fast.serving.requests import EngineClosed, OtherAdapter, PromptTooLong, QueueFull
 from v2l_fast.serving.schemas import ErrorBody, ErrorResponse
 from v2l_fast.serving.store import StoreError
 
@@ -67,6 +67,8 @@ def translate(error: Exception) -> ApiError:
         return ApiError(400, reason if colon and "/" in path else str(error), "invalid_video")
     if isinstance(error, ConfigError):
         return ApiError(400, str(error), "invalid_value")
+    if isinstance(error, OtherAdapter):
+        return ApiError(400, str(error), "other_adapter", "model")
     if isinstance(error, AdapterError):
         log.warning("adapter: %s", error)
         message = "this adapter cannot be used here; internalize its video again"

@@ -17,13 +17,15 @@ from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.metrics import Metrics
 from v2l_fast.serving.reading import VideoReader
-from v2l_fast.serving.requests import InternalizeJob, QueueFull
+from v2l_fast.serving.requests import InternalizeJob, QueueFull, room
 from v2l_fast.serving.schemas import InternalizeOptions
 from v2l_fast.serving.settings import InternalizeSettings
 from v2l_fast.serving.store import AdapterStore
 from v2l_fast.serving.videos import KeptVideo, VideoFolder
 
 _REMEMBERED = 1024
+# Files looked into, or waiting for it, at the same time: each holds a thread of the web server's.
+_LOOKS = 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Jobs:
         self._limits = limits
         self._metrics = metrics
         self._mutex = threading.Lock()
+        self._looks = threading.Semaphore(_LOOKS)
         self._active: dict[tuple[str, InternalizeSettings], Job] = {}
         self._by_id: OrderedDict[str, Job] = OrderedDict()
 
@@ -77,7 +80,7 @@ class Jobs:
         Raises:
             VideoError: it is no video, or beyond the limits.
             ConfigError: an option is beyond the limits.
-            QueueFull: too many jobs are waiting.
+            QueueFull: too many jobs are waiting, or files being looked into.
         """
         started = False
         try:
@@ -91,7 +94,8 @@ class Jobs:
                 if key in self._active:
                     return self._active[key]
             # Decoding a whole queue of files only to refuse them would be the costly way.
-            self._reader.probe(video.path)
+            with room(self._looks):
+                self._reader.probe(video.path)
             with self._mutex:
                 if key in self._active:
                     return self._active[key]

@@ -27,7 +27,7 @@ class ServerLimits:
         frames: frames one video is internalized from.
         longest_edge: pixels to which frames may be resized.
         new_tokens: tokens of one answer.
-        uploads: uploads received at the same time; more get 503.
+        uploads: files received, or hashed where they lie, at the same time; more get 503.
         jobs: videos waiting or being internalized at the same time; more get 503.
         kept_video_bytes: uploaded videos kept for questions with the video in context; the least
             recently used go first.

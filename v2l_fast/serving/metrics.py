@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from v2l_fast.serving.stats import EngineStats
+from v2l_fast.video import fallbacks
 
 _FIRST_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _GAP_SECONDS = (
@@ -123,4 +124,12 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"v2l_engine_{name}", text, getattr(stats, name))
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"v2l_engine_{name}", text, getattr(stats, name))
+        left = CounterMetricFamily(
+            "v2l_decoder_fallbacks",
+            "Videos that the GPU left to the CPU's decoder, by reason.",
+            labels=["reason"],
+        )
+        for reason, count in fallbacks.reasons().items():
+            left.add_metric([reason], count)
+        yield left
         yield GaugeMetricFamily("v2l_store_adapters", "Adapters in the store.", self._stored())

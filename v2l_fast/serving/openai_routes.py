@@ -120,7 +120,8 @@ class _Answer:
         """Submit the question and wait for the first piece, so that a refusal has its status."""
         try:
             # Tokenizes, reads an adapter that is not in memory, decodes a video.
-            self._generation = await run_in_threadpool(self._submit)
+            async with self._in_time():
+                self._generation = await run_in_threadpool(self._submit)
             self._chunks = self._generation.chunks()
             self._opening = await self._next()
             self._first = self._latest = time.perf_counter()
@@ -133,7 +134,7 @@ class _Answer:
         self._source = asked.source
         generation = self._server.engine.submit(asked.request)
         if self._counted:
-            # The client left meanwhile, and nobody waits for this thread.
+            # The client left or time ran out meanwhile, and nobody waits for this thread.
             generation.cancel()
         return generation
 
@@ -192,11 +193,14 @@ class _Answer:
 
     async def _next(self) -> Chunk:
         """The next piece; TimeoutError when the answer's time is over."""
-        async with asyncio.timeout(self._deadline - time.perf_counter()):
+        async with self._in_time():
             piece = await anext(self._chunks, None)
         if piece is None or piece.finish_reason == "cancelled":
             raise ApiError(503, "the answer was stopped", "cancelled")
         return piece
+
+    def _in_time(self) -> asyncio.Timeout:
+        return asyncio.timeout(self._deadline - time.perf_counter())
 
     def _event(self, delta: dict[str, str], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}

@@ -13,11 +13,11 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from v2l_fast.errors import ConfigError, V2LError
+from v2l_fast.errors import AdapterError, ConfigError, V2LError
 from v2l_fast.generation import Sampling
 from v2l_fast.video import VideoClip
 
@@ -32,8 +32,24 @@ class PromptTooLong(ConfigError):
     """Prompt and answer limit together do not fit the engine's context."""
 
 
+class OtherAdapter(AdapterError):
+    """The engine answers from the one adapter merged into its weights, and this is another."""
+
+
 class EngineClosed(V2LError):
     """The engine is shutting down, or has stopped after an error."""
+
+
+@contextmanager
+def room(places: threading.Semaphore) -> Iterator[None]:
+    """One of so many places for work that holds a thread, or QueueFull: who waits holds one, too.
+    """
+    if not places.acquire(blocking=False):
+        raise QueueFull("too many videos are being read; try again later")
+    try:
+        yield
+    finally:
+        places.release()
 
 
 def told(error: Exception) -> V2LError:

@@ -18,7 +18,7 @@ from v2l_fast.serving.jobs import Job, Jobs
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.metrics import Metrics
 from v2l_fast.serving.reading import VideoReader
-from v2l_fast.serving.requests import GenerationRequest
+from v2l_fast.serving.requests import GenerationRequest, room
 from v2l_fast.serving.schemas import ChatRequest, VideoBody
 from v2l_fast.serving.settings import InternalizeSettings
 from v2l_fast.serving.store import AdapterStore
@@ -27,6 +27,9 @@ from v2l_fast.video import VideoClip
 
 DEFAULT_NEW_TOKENS = 256
 _CLIPS = 4
+# Videos decoded for their questions at the same time, and those with the ones waiting for it: each
+# holds a thread of the web server's.
+_DECODING, _CONTEXTS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Server:
             engine, store, reader, self.videos, self.settings, self.limits, self.metrics
         )
         self._clips: OrderedDict[str, VideoClip] = OrderedDict()
-        self._decoding = threading.Semaphore(2)
+        self._decoding = threading.Semaphore(_DECODING)
+        self._contexts = threading.Semaphore(_CONTEXTS)
 
     # --- adapters -----------------------------------------------------------------------------
 
@@ -175,6 +179,8 @@ class Server:
 
         Raises:
             ApiError: what is asked cannot be answered.
+            VideoError: the video cannot be decoded.
+            QueueFull: too many videos are being decoded for their questions.
         """
         text = question_text(chat)
         ids = list(chat.video_ids)
@@ -223,7 +229,7 @@ class Server:
         if video is None:
             raise gone
         try:
-            with self._decoding:
+            with room(self._contexts), self._decoding:
                 clip = self.reader.load(
                     video.path,
                     len(source["frame_indices"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import zipfile
 from typing import Annotated, Any
@@ -83,11 +84,8 @@ async def create(request: Request, response: Response) -> VideoBody:
 
 
 async def _uploaded(request: Request, server: Server) -> tuple[KeptVideo, InternalizeOptions]:
-    uploads = request.app.state.uploads
-    if uploads.locked():
-        raise QueueFull("as many uploads as are allowed are being received; try again later")
     part = server.store.staging.new_path()
-    async with uploads:
+    async with _receiving(request):
         try:
             name, options = await upload.receive(request, part, server.limits.upload_bytes)
             return await run_in_threadpool(server.videos.keep, part, name), options
@@ -106,7 +104,16 @@ async def _linked(request: Request, server: Server) -> tuple[KeptVideo, Internal
     if path.stat().st_size > server.limits.upload_bytes:
         limit = server.limits.upload_bytes
         raise ApiError(413, f"the video is larger than {limit} bytes", "too_large")
-    return await run_in_threadpool(server.videos.link, path), asked
+    async with _receiving(request):
+        return await run_in_threadpool(server.videos.link, path), asked
+
+
+def _receiving(request: Request) -> asyncio.Semaphore:
+    """Held while a file arrives or is hashed."""
+    uploads: asyncio.Semaphore = request.app.state.uploads
+    if uploads.locked():
+        raise QueueFull("as many uploads as are allowed are being received; try again later")
+    return uploads
 
 
 @router.get("", responses=responses(400, 401, 503))
