@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -17,7 +18,9 @@ import pytest
 from tests.serving.checks import QUESTION, eventually, nothing_left, raw, refused
 from tests.serving.conftest import running
 from v2l_fast.errors import VideoError
+from v2l_fast.serving import openai_routes
 from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.schemas import ChatRequest
 
 SLOW = {"pause": 0.02, "words": ["word "] * 500}
 
@@ -49,6 +52,21 @@ def test_leaving_while_waiting_frees_the_row(serve, reset, words):
         eventually(lambda: len(live.engine.running) == 1)
         if reset:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    eventually(lambda: live.engine.ended == ["cancelled"])
+
+
+def test_leaving_as_the_question_is_submitted_frees_the_row(serve, monkeypatch):
+    """The thread is through, and its result is lost with the task that awaits it."""
+    live = serve(stand_in=SLOW)
+
+    async def lost(function):
+        function()
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(openai_routes, "run_in_threadpool", lost)
+    answer = openai_routes._Answer(live.server, ChatRequest(**QUESTION))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(answer.begin())
     eventually(lambda: live.engine.ended == ["cancelled"])
 
 

@@ -121,7 +121,7 @@ class _Answer:
         try:
             # Tokenizes, reads an adapter that is not in memory, decodes a video.
             async with self._in_time():
-                self._generation = await run_in_threadpool(self._submit)
+                await run_in_threadpool(self._submit)
             self._chunks = self._generation.chunks()
             self._opening = await self._next()
             self._first = self._latest = time.perf_counter()
@@ -129,14 +129,14 @@ class _Answer:
             self._end(error)
             raise
 
-    def _submit(self) -> Generation:
+    def _submit(self) -> None:
         asked = self._server.question(self._chat)
         self._source = asked.source
-        generation = self._server.engine.submit(asked.request)
+        # Set here and not from a result, which is lost when the client leaves as it is returned.
+        self._generation = self._server.engine.submit(asked.request)
         if self._counted:
-            # The client left or time ran out meanwhile, and nobody waits for this thread.
-            generation.cancel()
-        return generation
+            # The client left or time ran out meanwhile.
+            self._generation.cancel()
 
     def close(self) -> None:
         """Nobody reads the rest, if there is one."""
@@ -221,9 +221,10 @@ class _Answer:
         """Free the engine's row if it still runs, and count once how this ended."""
         if self._counted:
             return
+        # Before the look at the generation: the thread that submits it looks the other way round.
+        self._counted = True
         if error is not None and self._generation is not None:
             self._generation.cancel()
-        self._counted = True
         if isinstance(error, V2LError | ApiError | TimeoutError):
             reason = translate(error).code or "error"
         elif error is not None:
@@ -262,12 +263,14 @@ async def _leaving(request: Request, answer: _Answer) -> AsyncIterator[None]:
     except asyncio.CancelledError:
         if not left:
             raise
-        working.uncancel()
-        raise _Gone from None
     finally:
         watching.cancel()
+        # Its end, or the cancellation of a block that was through already.
         with suppress(asyncio.CancelledError):
             await watching
+    if left:
+        working.uncancel()
+        raise _Gone
 
 
 def _usage(usage: Usage) -> UsageBody:
