@@ -137,7 +137,7 @@ class DaliSource(PyAVSource):
             if len(images):
                 images = _upright(images, self.orientation)
                 kept.append(images if transform is None else transform(images))
-                self.check_memory(len(indices), kept[0][0])
+                self.check_memory(len(indices), kept[0][0].shape)
         self.deadline.check()
         frames = kept[0] if len(kept) == 1 else torch.cat(kept)
         return Decoded(frames.contiguous(), self._timeline.seconds(indices), None)

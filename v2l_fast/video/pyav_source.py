@@ -10,8 +10,9 @@ follows the stream's color tags and assumes BT.601 where there are none.
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -177,6 +178,8 @@ class PyAVSource:
         found: Iterator[av.VideoFrame],
         transform: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> Decoded:
+        # Copied by NumPy, in this thread: PyTorch's threads wait for more work actively, beside the
+        # decoder's, and a frame then takes several times as long.
         kept = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
         times: list[float] = []
         size: tuple[int, ...] = ()
@@ -196,13 +199,13 @@ class PyAVSource:
                     "re-encode it"
                 )
             size = upright.shape
-            image = torch.from_numpy(np.ascontiguousarray(upright))
+            image = upright
             if transform is not None:
-                image = transform(image)
+                image = transform(torch.from_numpy(np.ascontiguousarray(upright))).numpy()
             if position == 0:
-                self.check_memory(len(indices), image)
+                self.check_memory(len(indices), image.shape)
                 kept = torch.empty(len(indices), *image.shape, dtype=torch.uint8)
-            kept[position] = image
+            kept.numpy()[position] = image
             times.append(self._seconds(frame))
         available = None if len(times) == len(indices) else self._end
         if available == 0:
@@ -223,13 +226,14 @@ class PyAVSource:
             f"{self.path}: not one frame can be decoded; the file is damaged, re-encode it"
         )
 
-    def check_memory(self, num_frames: int, frame: torch.Tensor) -> None:
-        """Raise VideoError when `num_frames` of that size pass Limits.max_bytes."""
-        if num_frames * frame.numel() > self.limits.max_bytes:
+    def check_memory(self, num_frames: int, shape: Sequence[int]) -> None:
+        """Raise VideoError when `num_frames` of `shape` (H, W, 3) pass Limits.max_bytes."""
+        size = num_frames * math.prod(shape)
+        if size > self.limits.max_bytes:
             raise VideoError(
-                f"{self.path}: {num_frames} frames of {frame.shape[1]}x{frame.shape[0]} take "
-                f"{num_frames * frame.numel()} bytes, more than {self.limits.max_bytes}; pass "
-                "longest_edge, ask for fewer frames or raise Limits.max_bytes"
+                f"{self.path}: {num_frames} frames of {shape[1]}x{shape[0]} take {size} bytes, "
+                f"more than {self.limits.max_bytes}; pass longest_edge, ask for fewer frames or "
+                "raise Limits.max_bytes"
             )
 
     def _open(self) -> AbstractContextManager[tuple[InputContainer, VideoStream]]:

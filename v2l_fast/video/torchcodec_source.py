@@ -45,7 +45,7 @@ class TorchcodecSource(PyAVSource):
                 for image in batch.data:
                     image = self._upright(image, decoder)
                     frames.append(image if transform is None else transform(image))
-                    self.check_memory(len(indices), frames[0])
+                    self.check_memory(len(indices), frames[0].shape)
                 times.extend(batch.pts_seconds.tolist())
         except VideoError:
             raise
