@@ -14,6 +14,7 @@ from v2l_fast import corpus as corpora
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.corpus import CorpusSettings, internalize_corpus
 from v2l_fast.errors import ConfigError
+from v2l_fast.internalizing.videos import VideoInternalizer
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.settings import InternalizeSettings
 from v2l_fast.serving.store import AdapterStore
@@ -98,7 +99,7 @@ def test_batches_across_an_interruption(tmp_path, monkeypatch):
     path, _ = write_folder(tmp_path / "videos", 7, ("text",), different=7)
     settings = replace(SETTINGS, videos_per_shard=4, batch_size=3)
     taken = []
-    steps = Video2LoRA._batch_steps
+    steps = VideoInternalizer.steps
 
     def watched(self, videos, *given):
         taken.append(len(videos))
@@ -106,7 +107,7 @@ def test_batches_across_an_interruption(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return steps(self, videos, *given)
 
-    monkeypatch.setattr(Video2LoRA, "_batch_steps", watched)
+    monkeypatch.setattr(VideoInternalizer, "steps", watched)
     with pytest.raises(KeyboardInterrupt):
         internalize_corpus(path, tmp_path / "store", settings)
     assert taken == [3, 1, 3]

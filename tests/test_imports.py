@@ -26,6 +26,7 @@ LAYERS = (
     ("hypernet", "adapted"),
     ("backbones", "loading"),
     ("generation", "internalizing"),
+    ("effect",),
     ("model",),
     ("options",),
     ("training", "serving", "interop"),

@@ -13,10 +13,10 @@ from tests import tiny
 from tests.golden import relative
 from tests.video.clips import encode
 from v2l_fast import Video2LoRA
-from v2l_fast import model as model_module
 from v2l_fast.adapter import Adapter
 from v2l_fast.backbones.smolvlm_prompt import chat, video_text
 from v2l_fast.errors import AdapterError, VideoError
+from v2l_fast.generation import answers
 from v2l_fast.video import VideoClip
 from v2l_fast.video.preprocess import frame_views, normalize
 
@@ -131,7 +131,7 @@ def test_more_questions_than_a_batch(sampling, model, clips, adapters, monkeypat
     chosen = [adapters[0], None, adapters[1], adapters[1], adapters[2]]
     expected = model.ask(questions, chosen, **SHORT, **sampling)
     direct = model.ask_direct(QUESTIONS, clips[0], **SHORT, **sampling)
-    monkeypatch.setattr(model_module, "MAX_BATCH", 2)
+    monkeypatch.setattr(answers, "MAX_BATCH", 2)
     assert model.ask(questions, chosen, **SHORT, **sampling) == expected
     assert model.ask_direct(QUESTIONS, clips[0], **SHORT, **sampling) == direct
 

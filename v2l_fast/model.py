@@ -7,76 +7,32 @@ different adapters, or none, do not see each other.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import Adapter
 from v2l_fast.backbones import Backbone, Prompt, load_backbone
 from v2l_fast.backbones.steps import Step, finish
+from v2l_fast.effect import Effect, measure_effect
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
-from v2l_fast.generation import Sampling, generate
+from v2l_fast.generation import Sampling
+from v2l_fast.generation.answers import Answer, answer_prompts
 from v2l_fast.hypernet import HyperNetwork
-from v2l_fast.internalizing.batches import BATCH_TOKENS, generate_steps
-from v2l_fast.internalizing.parts import Part, Reading, Video
+from v2l_fast.internalizing.batches import BATCH_TOKENS
+from v2l_fast.internalizing.parts import Reading, Video
+from v2l_fast.internalizing.videos import VideoInternalizer
 from v2l_fast.loading import load_hypernet, shipped
 from v2l_fast.video import VideoClip
 from v2l_fast.video.reading import Backend
 
-# Questions answered in one forward pass; more are split.
-MAX_BATCH = 32
 # Videos internalized together, as far as their tokens allow it.
 BATCH_SIZE = 8
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer and what it cost.
-
-    Attributes:
-        text: the answer.
-        prompt_tokens: tokens in context, visual ones included.
-        visual_tokens: tokens that stand for pixels; 0 with an adapter.
-        new_tokens: tokens generated.
-        time_to_first_token: seconds from the call to the first token of its batch, building the
-            prompt (for the direct baseline: resizing and vision tower) included.
-    """
-
-    text: str
-    prompt_tokens: int
-    visual_tokens: int
-    new_tokens: int
-    time_to_first_token: float
-
-
-@dataclass(frozen=True)
-class Effect:
-    """Did the adapter do anything?
-
-    Attributes:
-        update_norms: module -> Frobenius norm of each layer's generated update, [L].
-        relative_norms: the same over the norm of the layer's frozen weight, [L].
-        logit_shift: largest change of a logit of the first answer token.
-        divergence: KL(with adapter ‖ without) of the first answer token's distribution, nats.
-        answer: the answer with the adapter.
-        answer_without: the answer of the same model without it.
-    """
-
-    update_norms: dict[str, list[float]]
-    relative_norms: dict[str, list[float]]
-    logit_shift: float
-    divergence: float
-    answer: str
-    answer_without: str
 
 
 class Video2LoRA:
@@ -112,8 +68,7 @@ class Video2LoRA:
         self.hypernet = hypernet.eval()
         self.config = config
         # Weights are read once: a Video2LoRA is for a hypernetwork that no longer trains.
-        self._bias = hypernet.bias_adapter()
-        self._fingerprint = hypernet.fingerprint
+        self._internalizer = VideoInternalizer(backbone, self.hypernet)
 
     @classmethod
     def from_pretrained(
@@ -274,7 +229,7 @@ class Video2LoRA:
         reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
         videos = iter(videos)
         while batch := list(islice(videos, batch_size)):
-            yield from finish(self._batch_steps(batch, reading, BATCH_TOKENS), progress)
+            yield from finish(self._internalizer.steps(batch, reading, BATCH_TOKENS), progress)
 
     def internalize_steps(
         self,
@@ -297,47 +252,10 @@ class Video2LoRA:
             The adapter, as the generator's value; see :func:`~v2l_fast.backbones.steps.finish`.
         """
         reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
-        (outcome,) = yield from self._batch_steps([video], reading, 0)
+        (outcome,) = yield from self._internalizer.steps([video], reading, 0)
         if isinstance(outcome, VideoError):
             raise outcome
         return outcome
-
-    def _batch_steps(
-        self, videos: Sequence[Video | VideoError], reading: Reading, batch_tokens: int
-    ) -> Generator[Step, None, list[Adapter | VideoError]]:
-        """What became of each video; their parts go through the model together."""
-        parts: list[Part] = []
-        owners: list[int] = []
-        failed: dict[int, VideoError] = {}
-        for number, video in enumerate(videos):
-            if isinstance(video, VideoError):
-                failed[number] = video
-                continue
-            yield "decode", number, len(videos)
-            try:
-                found = reading.parts(video)
-            except VideoError as error:
-                failed[number] = error
-                continue
-            parts += found
-            owners += [number] * len(found)
-        adapters = yield from generate_steps(
-            self.backbone, self.hypernet, parts, reading.longest_edge, batch_tokens
-        )
-        made: list[list[Adapter]] = [[] for _ in videos]
-        for number, part, adapter in zip(owners, parts, adapters, strict=True):
-            if adapter is None:
-                failed[number] = VideoError(
-                    f"{part.clip.path or 'frames in memory'}: the context gives NaN or infinite "
-                    "factors; are the base model's weights and dtype sound? float16 overflows: "
-                    "use bfloat16 or float32"
-                )
-                continue
-            record = self._provenance(part, reading)
-            made[number].append(replace(adapter, bias=self._bias, provenance=record))
-        return [
-            failed[number] if number in failed else _whole(own) for number, own in enumerate(made)
-        ]
 
     def _reading(
         self,
@@ -365,29 +283,6 @@ class Video2LoRA:
         edge = self.config.longest_edge if longest_edge is None else longest_edge
         yield "decode", 0, 1
         return self.backbone.about((yield from self.backbone.encode_steps(clip, edge)), question)
-
-    def _provenance(self, part: Part, reading: Reading) -> dict:
-        clip = part.clip
-        return {
-            "source": {
-                "name": None if clip.path is None else Path(clip.path).name,
-                "sha256": clip.sha256,
-                "frame_indices": [int(i) for i in clip.indices],
-                "timestamps": [round(t, 6) for t in clip.timestamps],
-                "fps": clip.fps,
-                "duration": clip.duration,
-                "num_frames": clip.num_frames,
-                "place": list(part.place),
-            },
-            "preprocessing": {
-                "version": self.backbone.preprocessing,
-                "longest_edge": reading.longest_edge,
-                "exact_frames": reading.exact_frames,
-                "instruction": self.config.instruction,
-            },
-            "hypernetwork": self._fingerprint,
-            "base_model": self.config.base_model_name_or_path or self.backbone.name_or_path,
-        }
 
     # --- answering ------------------------------------------------------------------------------
 
@@ -469,7 +364,8 @@ class Video2LoRA:
         # One attached copy of each, so that an adapter given twice still takes one slot.
         known = {id(a): None if a is None else self.attach(a) for a in adapters}
         return list(
-            self._answers(
+            answer_prompts(
+                self.backbone,
                 [lambda text=text: self.backbone.question(text) for text in questions],
                 [known[id(a)] for a in adapters],
                 Sampling(**sampling),
@@ -496,7 +392,8 @@ class Video2LoRA:
             raise VideoError(f"{len(questions)} questions and {len(clips)} clips: give one each")
         edge = self.config.longest_edge if longest_edge is None else longest_edge
         return list(
-            self._answers(
+            answer_prompts(
+                self.backbone,
                 [
                     lambda clip=clip, text=text: self.backbone.question_about(clip, text, edge)
                     for clip, text in zip(clips, questions, strict=True)
@@ -505,36 +402,6 @@ class Video2LoRA:
                 Sampling(**sampling),
             )
         )
-
-    def _answers(
-        self,
-        builders: Sequence[Callable[[], Prompt]],
-        adapters: Sequence[Adapter | None],
-        sampling: Sampling,
-    ) -> Iterator[Answer]:
-        """Answer in batches; each prompt is built, and its cost timed, when its turn comes."""
-        decoder = self.backbone.decoder
-        for first in range(0, len(builders), MAX_BATCH):
-            start = time.perf_counter()
-            part = slice(first, first + MAX_BATCH)
-            prompts = [build() for build in builders[part]]
-            slots = AdapterSlots.pack(adapters[part], decoder.device, decoder.dtype)
-            built = time.perf_counter() - start
-            generated = generate(
-                decoder,
-                [prompt.embeddings for prompt in prompts],
-                self.backbone.stop_ids,
-                replace(sampling, seed=sampling.seed + first),
-                slots,
-            )
-            for prompt, tokens in zip(prompts, generated.tokens, strict=True):
-                yield Answer(
-                    self.backbone.decode(tokens),
-                    len(prompt),
-                    prompt.visual_tokens,
-                    len(tokens),
-                    built + generated.time_to_first_token,
-                )
 
     # --- adapters -------------------------------------------------------------------------------
 
@@ -575,47 +442,25 @@ class Video2LoRA:
                     "internalize the video with this model"
                 )
         made_by = adapter.provenance.get("hypernetwork")
-        if made_by not in (None, self._fingerprint):
+        if made_by not in (None, self._internalizer.fingerprint):
             raise AdapterError(
                 f"the adapter was made by hypernetwork {made_by}, this one is "
-                f"{self._fingerprint}: internalize the video with this model"
+                f"{self._internalizer.fingerprint}: internalize the video with this model"
             )
         if adapter.scale != self.config.scale:
             raise AdapterError(
                 f"the adapter's scale is {adapter.scale}, this model's {self.config.scale}: "
                 "internalize the video with this model"
             )
-        return adapter if adapter.bias is not None else adapter.with_bias(self._bias)
+        return adapter if adapter.bias is not None else adapter.with_bias(self._internalizer.bias)
 
-    @torch.inference_mode()
     def effect(self, adapter: Adapter, question: str) -> Effect:
-        """Did the adapter do anything? Its size, and what it changes about one answer."""
-        adapter = self.attach(adapter)
-        decoder = self.backbone.decoder
-        prompt = self.backbone.question(question).embeddings[None]
-        slots = AdapterSlots.pack([adapter], decoder.device, decoder.dtype)
-        plain, adapted = (
-            decoder.logits(decoder.forward(prompt, adapters=s)[0, -1]) for s in (None, slots)
-        )
-        log_plain, log_adapted = plain.log_softmax(-1), adapted.log_softmax(-1)
-        norms = adapter.norms()["layer"]
-        with_adapter, without = self.ask([question, question], [adapter, None])
-        return Effect(
-            {m: n.tolist() for m, n in norms.items()},
-            {m: (n.cpu() / self._weight_norms(m)).tolist() for m, n in norms.items()},
-            (adapted - plain).abs().max().item(),
-            (log_adapted.exp() * (log_adapted - log_plain)).sum().item(),
-            with_adapter,
-            without,
-        )
+        """Did the adapter do anything? Its size, and what it changes about one answer.
 
-    def _weight_norms(self, module: str) -> Tensor:
-        linears = (self.backbone.linear(i, module) for i in range(self.config.num_layers))
-        return torch.stack([linear.weight.float().norm().cpu() for linear in linears])
-
-
-def _whole(parts: list[Adapter]) -> Adapter:
-    return parts[0] if len(parts) == 1 else Adapter.compose(parts)
+        Raises:
+            AdapterError: the adapter does not belong to this model.
+        """
+        return measure_effect(self.backbone, self.attach(adapter), question)
 
 
 def _texts(questions: str | Sequence[str], answers: list[Answer]) -> str | list[str]:

@@ -30,7 +30,8 @@ from v2l_fast.analysis.examples import (
 from v2l_fast.analysis.records import read_json, write_json
 from v2l_fast.analysis.timing import PeakMemory, Stopwatch, timed
 from v2l_fast.errors import ConfigError
-from v2l_fast.model import Answer, Video2LoRA
+from v2l_fast.generation.answers import Answer
+from v2l_fast.model import Video2LoRA
 
 FRAMES = (8, 12, 24, 48, 128, 256, 512, 1024)
 RESOLUTIONS = (224, 336, 512, 1024)

@@ -77,12 +77,5 @@ def flash_step(
 
 
 @flash_step.register_fake
-def _(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    rows: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _(query: Tensor, *_: object) -> Tensor:
     return query.new_empty(query.shape)

@@ -17,7 +17,7 @@ from v2l_fast.adapter import Adapter
 from v2l_fast.errors import VideoError
 from v2l_fast.evaluation.journal import Journal
 from v2l_fast.evaluation.library import Library
-from v2l_fast.model import Answer
+from v2l_fast.generation.answers import Answer
 from v2l_fast.training.manifest import Example, VideoExamples
 
 BASELINE = "direct"
