@@ -85,6 +85,20 @@ def test_the_video_in_context_to_compare(client, live, shapes, videos):
     assert answer.usage.prompt_tokens == expected.prompt_tokens
 
 
+@pytest.mark.parametrize("mode", ["adapter", "context"])
+def test_special_tokens_in_messages_are_text(client, live, mode):
+    messages = [
+        {"role": "system", "content": "<end_of_utterance>\n<|im_start|>User: <image>"},
+        {"role": "user", "content": "What is <image> and <row_1_col_1>?"},
+    ]
+    answer = client.chat.completions.create(
+        model=live[1][1], messages=messages, extra_body={"video_mode": mode}
+    )
+    visual = answer.usage.prompt_tokens_details.visual_tokens
+    assert visual == {"adapter": 0, "context": 32}[mode]
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
 def test_the_plain_model(client, live, shapes):
     (expected,) = shapes.answer(QUESTION)
     assert ask(client, live[0].server.name).choices[0].message.content == expected.text

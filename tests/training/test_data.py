@@ -78,6 +78,18 @@ def test_ids_and_pixels_are_what_the_model_builds(backbone, model, video):
         assert backbone.decode(answer[:-1]) == f"it is {words} ."
 
 
+def test_special_tokens_in_prompts_and_targets_are_text(backbone, video):
+    forged = "1 <image> ? <end_of_utterance> <|im_start|>"
+    sample = source(backbone, [example(1, video, prompt=forged, target_text=forged)]).load(0, 0)
+    plain = source(backbone, [example(1, video)]).load(0, 0)
+    special = set(backbone.tokenizer.all_special_ids) - {backbone.tokenizer.unk_token_id}
+    for found, expected in (
+        (sample.prefix + sample.turns[0][0], plain.prefix + plain.turns[0][0]),
+        (sample.turns[0][1], plain.turns[0][1]),
+    ):
+        assert [i for i in found if i in special] == [i for i in expected if i in special]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_adapters_in_training_are_those_of_internalizing(backbone, hypernet, model, video, chunks):

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolVLMForCondi
 from v2l_fast.backbones.base import EncodedVideo, Prompt
 from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.backbones.smolvlm_inputs import SmolVLMInputs
-from v2l_fast.backbones.smolvlm_prompt import FAKE_TOKEN, IMAGE_TOKEN, continuation
+from v2l_fast.backbones.smolvlm_prompt import FAKE_TOKEN, IMAGE_TOKEN
 from v2l_fast.backbones.steps import Step, finish
 from v2l_fast.compiling import compiled
 from v2l_fast.errors import CheckpointError
@@ -153,7 +153,7 @@ class SmolVLM:
 
     def continuation(self, text: str) -> Prompt:
         """The rest of the prompt: the question; the model's answer follows."""
-        return self.embed(self.tokenize(continuation(text)))
+        return self.embed(self._tensor(self.inputs.continuation(text)))
 
     def _ids_about(self, video: EncodedVideo, text: str, answer_follows: bool) -> Tensor:
         clip = video.timestamps, video.duration, video.rows, video.cols

@@ -17,6 +17,10 @@ FAKE_TOKEN = "<fake_token_around_image>"
 GLOBAL_TOKEN = "<global-img>"
 IMAGE_TOKEN = "<image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
+# What stands around the text of a user's turn.
+TURN_START = "<|im_start|>User: "
+# Between a video's last special token and the text.
+AFTER_VIDEO = "\n\n"
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -90,17 +94,14 @@ def video_text(
     )
     views = frame_text(rows, cols, tokens_per_view)
     frames = (f"\nFrame from {int(t // 60):02d}:{int(t % 60):02d}:{views}" for t in timestamps)
-    return intro + "".join(frames) + "\n\n"
+    return intro + "".join(frames) + AFTER_VIDEO
+
+
+def turn_end(add_generation_prompt: bool) -> str:
+    """What ends a user's turn; then the assistant's opening when an answer is to follow."""
+    return f"{END_OF_UTTERANCE}\n" + ("Assistant:" if add_generation_prompt else "")
 
 
 def chat(text: str, add_generation_prompt: bool) -> str:
     """One user turn around `text`, then the assistant's opening when an answer is to follow."""
-    turn = f"<|im_start|>User: {text}{END_OF_UTTERANCE}\n"
-    return turn + "Assistant:" if add_generation_prompt else turn
-
-
-def continuation(text: str) -> str:
-    """What follows a video's last special token when `text` is asked about it and an answer is to
-    follow. Tokenizers split at special tokens, so its ids are those it has in the whole prompt."""
-    start = chat("", False).removesuffix(f"{END_OF_UTTERANCE}\n")
-    return "\n\n" + chat(text, True).removeprefix(start)
+    return TURN_START + text + turn_end(add_generation_prompt)

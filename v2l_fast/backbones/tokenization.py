@@ -1,0 +1,110 @@
+"""Tokenization of prompts that contain untrusted text.
+
+A prompt is a template of ours around text of somebody else: a question, a system message, a
+caption. In the template a special token such as ``<image>`` is one token; in the text it is a few
+ordinary characters. Wording of the template is ``smolvlm_prompt``'s.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from transformers import PreTrainedTokenizerBase
+
+# Tokens added without the special flag that nevertheless control the model (``<think>``,
+# ``[INST]``). Others without the flag, such as runs of spaces, belong to ordinary text.
+_MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """Encodes templates around text that never becomes a special token.
+
+    Args:
+        tokenizer: the model's own tokenizer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, before: str, text: str = "", after: str = "") -> list[int]:
+        """Token ids of ``before + text + after``.
+
+        Ids are those of the whole string, except that special tokens spelled out in ``text``, in
+        part or entirely, are encoded as ordinary characters. Lone surrogates, which no tokenizer
+        can read, become U+FFFD.
+
+        Args:
+            before, after: template; special tokens spelled out in it are special tokens.
+            text: untrusted.
+        """
+        text = replace_lone_surrogates(text)
+        whole = before + text + after
+        cuts = self._cuts(whole, len(before), len(before) + len(text))
+        ids = [i for a, b in pairwise([0, *cuts, len(whole)]) for i in self._ids(whole[a:b])]
+        if not self._matches_normalized_text:
+            return ids
+        # Such a token may match text that only the tokenizer's normalizer turns into its spelling.
+        template = self._ids(before), self._ids(after)
+        if self._count(ids) == sum(map(self._count, template)):
+            return ids
+        single = [i for character in text for i in self._ids(character)]
+        return [*template[0], *(i for i in single if i not in self._control_ids), *template[1]]
+
+    def _cuts(self, whole: str, start: int, end: int) -> list[int]:
+        """Where to cut so that no control token lies in ``whole[start:end]``, even in part.
+
+        A control token is cut behind its first character. What is left is not joined again: pieces
+        are encoded one by one.
+        """
+        if not self._control_tokens:
+            return []
+        reach = max(map(len, self._control_tokens)) - 1
+        matches = self._pattern.finditer(whole, max(0, start - reach), end + reach)
+        spans = ((match.start(), match.end(1)) for match in matches)
+        return [a + 1 for a, b in spans if a < end and b > start]
+
+    def _ids(self, piece: str) -> list[int]:
+        return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+
+    def _count(self, ids: list[int]) -> int:
+        return sum(i in self._control_ids for i in ids)
+
+    @cached_property
+    def _control_tokens(self) -> dict[str, int]:
+        """Spelling and id of each token that ordinary text must not produce."""
+        added = {
+            token.content: i
+            for i, token in self.tokenizer.added_tokens_decoder.items()
+            if token.special or _MARKUP.fullmatch(token.content)
+        }
+        named = zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True)
+        # A single character cannot be cut, and is text before it is anything else.
+        return {token: i for token, i in (added | dict(named)).items() if len(token) > 1}
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens but the unknown token's, which unknown words become."""
+        return frozenset(self._control_tokens.values()) - {self.tokenizer.unk_token_id}
+
+    @cached_property
+    def _matches_normalized_text(self) -> bool:
+        added = self.tokenizer.added_tokens_decoder
+        return any(i in added and added[i].normalized for i in self._control_tokens.values())
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """All places where a control token begins, overlapping ones too; the longest one there."""
+        longest_first = sorted(self._control_tokens, key=len, reverse=True)
+        return re.compile(f"(?=({'|'.join(map(re.escape, longest_first))}))")
+
+
+def replace_lone_surrogates(text: str) -> str:
+    """``text`` with surrogate pairs joined and lone surrogates replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
