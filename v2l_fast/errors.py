@@ -5,9 +5,72 @@ The command line prints it as it is and exits with code 1; anything else is a bu
 traceback.
 """
 
+from __future__ import annotations
+
+import re
+import reprlib
+from typing import Any
+
+# Longest line of a message, in characters. A path may have 4,096, a value in a file millions.
+LINE_LENGTH = 1000
+# Of a line that is too long, the start says what is wrong and the end how to go on.
+_HEAD, _TAIL = 600, 380
+# Most lines of a message that lists problems.
+_LINES = 40
+# Control characters, line and paragraph separators, marks that reorder a line, lone surrogates:
+# a terminal or a log would act on them, or fail.
+_CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel = 3
+
+
+def excerpt(value: Any) -> str:
+    """``repr`` of a value in at most 80 characters, whatever its size and depth."""
+    try:
+        text = _short.repr(value)
+    except ValueError:
+        # Python does not print integers of more than 4,300 digits.
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def one_line(text: str) -> str:
+    """The text as one line of bounded length, with control characters as escapes."""
+    if len(text) > LINE_LENGTH:
+        text = f"{text[:_HEAD]} ... {text[-_TAIL:]}"
+    return _CONTROL.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")
+
 
 class V2LError(Exception):
-    """Base of all errors that v2l_fast raises on purpose."""
+    """Base of all errors that v2l_fast raises on purpose.
+
+    The message is cut to one line of at most about `LINE_LENGTH` characters, whatever the input.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(self._bounded(str(message)))
+
+    @staticmethod
+    def _bounded(message: str) -> str:
+        return one_line(message)
+
+
+class ListError(V2LError):
+    """An error whose message lists several problems, one a line."""
+
+    @staticmethod
+    def _bounded(message: str) -> str:
+        lines = message.split("\n")
+        more = [f"  and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
+        return "\n".join([*map(one_line, lines[:_LINES]), *more])
 
 
 class ConfigError(V2LError, ValueError):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.errors import V2LError
+from v2l_fast.errors import ListError
 
 SPLITS = ("train", "val", "test")
 TEXT_FIELDS = ("id", "video_path", "task_type", "prompt", "target_text")
@@ -21,7 +21,7 @@ _IGNORED = ("clip_start_sec", "clip_end_sec")
 _FIELDS = (*TEXT_FIELDS, *_OPTIONAL, *_IGNORED)
 
 
-class ManifestError(V2LError, ValueError):
+class ManifestError(ListError, ValueError):
     """A manifest cannot be used. The message lists its problems, one a line."""
 
 
