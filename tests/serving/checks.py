@@ -35,7 +35,8 @@ def raw(live: Running) -> socket.socket:
 
 
 def nothing_left(live: Running) -> None:
-    """No half-written file, no adapter, no video in use."""
+    """No half-written file, no adapter, no video."""
     eventually(lambda: not list(live.server.store.staging.folder.iterdir()))
     assert live.server.store.list() == []
+    eventually(lambda: not list(live.server.videos.folder.iterdir()))
     assert not live.server.videos._in_use

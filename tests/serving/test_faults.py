@@ -11,12 +11,13 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.serving.checks import QUESTION, eventually, nothing_left, raw, refused
-from tests.serving.conftest import running
+from tests.serving.conftest import Running, running
 from v2l_fast.errors import VideoError
 from v2l_fast.serving import openai_routes
 from v2l_fast.serving.limits import ServerLimits
@@ -188,9 +189,9 @@ def test_a_video_that_takes_too_long_for_its_question(serve, monkeypatch):
     eventually(lambda: live.engine.ended == ["cancelled"])
 
 
-def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch):
+def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch, tmp_path):
     """More questions and files than the web server has threads, all waiting for a decoder."""
-    live = serve(root=videos[0].parent, stand_in={"words": ["a"]})
+    live = serve(root=Path("/"), stand_in={"words": ["a"]})
     video = live.internalize(videos[0])["adapter_id"]
     gate = threading.Event()
 
@@ -201,10 +202,15 @@ def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch
     for way in ("load", "probe"):
         monkeypatch.setattr(live.server.reader, way, stuck)
     direct = {**QUESTION, "model": video, "video_mode": "context"}
-    sent = [("/v1/chat/completions", direct), ("/v1/videos", {"path": videos[1].name})] * 40
+    paths = [*videos[1:], *(tmp_path / f"{number}.mp4" for number in range(38))]
+    for number, path in enumerate(paths[2:]):
+        path.write_bytes(b"%d" % number)
+    sent = [("/v1/chat/completions", direct)] * 40
+    sent += [("/v1/videos", {"path": str(path)}) for path in paths]
     with ThreadPoolExecutor(len(sent)) as threads:
         calls = [threads.submit(live.http.post, path, json=body) for path, body in sent]
-        eventually(lambda: sum(call.done() for call in calls) >= len(sent) - 8 - 16)
+        # Questions beyond the first eight are refused, videos wait their turn.
+        eventually(lambda: sum(call.done() for call in calls) >= 40 - 8)
         assert all(refused(call.result(), 503, "queue_full") for call in calls if call.done())
         for path in ("/health", "/metrics", "/v1/models"):
             assert live.http.get(path).is_success
@@ -215,7 +221,8 @@ def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch
 
 def test_full_queues(serve, videos):
     engine = {"pause": 1.0, "queue_limit": 1, "words": ["a"]}
-    live = serve(limits=ServerLimits(jobs=1, uploads=1), stand_in=engine)
+    limits = ServerLimits(jobs=1, uploads=1, uploads_waiting=0)
+    live = serve(limits=limits, stand_in=engine)
     waiting = threading.Thread(
         target=live.http.post, args=("/v1/chat/completions",), kwargs={"json": QUESTION}
     )
@@ -237,6 +244,68 @@ def test_full_queues(serve, videos):
         with open(videos[1], "rb") as file:
             refused(live.http.post("/v1/videos", files={"file": file}), 503, "queue_full")
     waiting.join()
+
+
+def post(live: Running, data: bytes, name: str = "a.mp4", **fields: object) -> httpx.Response:
+    return live.http.post("/v1/videos", files={"file": (name, data)}, data=fields)
+
+
+@pytest.mark.parametrize("uploads", [64, 2])
+def test_equal_uploads_at_once_are_one_job(serve, videos, uploads):
+    """Fifty clients send one file: none is refused, and all follow the same job."""
+    live = serve(limits=ServerLimits(uploads=uploads), stand_in={"pause": 0.5})
+    data = videos[0].read_bytes()
+    with ThreadPoolExecutor(50) as threads:
+        answers = list(threads.map(lambda _: post(live, data), range(50)))
+    assert {answer.status_code for answer in answers} <= {200, 202}
+    assert len({answer.json()["id"] for answer in answers if answer.status_code == 202}) == 1
+    live.internalize(videos[0])
+    assert len(live.server.store.list()) == 1
+    made = live.server.metrics._videos.labels("internalized")._value
+    eventually(lambda: made.get() == 1)
+
+
+def test_different_uploads_at_once_all_get_in(serve, videos):
+    live = serve(stand_in={})
+    data = videos[0].read_bytes()
+    with ThreadPoolExecutor(40) as threads:
+        box = (16).to_bytes(4) + b"free"
+        sent = [data + box + number.to_bytes(8) for number in range(40)]
+        answers = list(threads.map(lambda content: post(live, content), sent))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 40
+
+
+def test_equal_uploads_at_once_are_refused_alike(serve):
+    live = serve()
+    with ThreadPoolExecutor(20) as threads:
+        answers = list(threads.map(lambda _: post(live, b"no video"), range(20)))
+    assert {refused(answer, 400, "invalid_video")["message"] for answer in answers}
+    nothing_left(live)
+
+
+def test_a_refused_upload_pushes_no_video_out(serve, videos, monkeypatch):
+    """The space is full of the user's video; what is no video, or fails later, takes none."""
+    size = videos[0].stat().st_size
+    live = serve(limits=ServerLimits(kept_video_bytes=size + 100))
+    video = live.internalize(videos[0])["adapter_id"]
+    refused(post(live, b"no video" * 50), 400, "invalid_video")
+    refused(post(live, videos[1].read_bytes(), max_frames=10**6), 400)
+    monkeypatch.setattr(live.server.reader, "probe", lambda path: None)
+    job = post(live, b"fails later").json()
+    eventually(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
+    eventually(lambda: len(list(live.server.videos.folder.iterdir())) == 1)
+    assert live.http.get(f"/v1/videos/{job['id']}").json()["name"] == "a.mp4"
+    assert live.http.get(f"/v1/videos/{video}").json()["in_context"]
+
+
+def test_the_last_name_of_a_video_counts(serve, videos):
+    live = serve(stand_in={})
+    data = videos[0].read_bytes()
+    video = live.internalize(videos[0])["adapter_id"]
+    answer = post(live, data, "another name.mp4").json()
+    assert answer["cached"] and (answer["id"], answer["name"]) == (video, "another name.mp4")
+    assert live.http.get(f"/v1/videos/{video}").json()["name"] == "another name.mp4"
 
 
 # --- damage and full disks ----------------------------------------------------------------------

@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 import v2l_fast
 from v2l_fast.serving import http_errors, logs, openai_routes, video_routes
+from v2l_fast.serving.admission import Admission
 from v2l_fast.serving.auth import authorized
 from v2l_fast.serving.limits import BodyLimit
 from v2l_fast.serving.requests import EngineClosed
@@ -65,7 +66,7 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
     )
     app.state.server = server
     app.state.started = int(time.time())
-    app.state.uploads = asyncio.Semaphore(server.limits.uploads)
+    app.state.admission = Admission(server.jobs, server.limits)
     http_errors.install(app)
     for part in (router, openai_routes.router, video_routes.router):
         app.include_router(part)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from v2l_fast.errors import ConfigError
@@ -17,24 +18,23 @@ from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.metrics import Metrics
 from v2l_fast.serving.reading import VideoReader
-from v2l_fast.serving.requests import InternalizeJob, QueueFull, room
+from v2l_fast.serving.requests import InternalizeJob, QueueFull
 from v2l_fast.serving.schemas import InternalizeOptions
 from v2l_fast.serving.settings import InternalizeSettings
-from v2l_fast.serving.store import AdapterStore
-from v2l_fast.serving.videos import KeptVideo, VideoFolder
+from v2l_fast.serving.store import AdapterStore, StoreError
+from v2l_fast.serving.videos import ReceivedVideo, VideoFolder, clean_name
 
 _REMEMBERED = 1024
-# Files looked into, or waiting for it, at the same time: each holds a thread of the web server's.
-_LOOKS = 16
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job and the video it is about."""
+    """A job and the video it is about; ``name`` is the one the video was sent with."""
 
     work: InternalizeJob
     sha256: str
     settings: InternalizeSettings
+    name: str
     created: float = field(default_factory=time.time)
 
     @property
@@ -67,12 +67,13 @@ class Jobs:
         self._limits = limits
         self._metrics = metrics
         self._mutex = threading.Lock()
-        self._looks = threading.Semaphore(_LOOKS)
         self._active: dict[tuple[str, InternalizeSettings], Job] = {}
         self._by_id: OrderedDict[str, Job] = OrderedDict()
 
-    def start(self, video: KeptVideo, options: InternalizeOptions) -> Job | str:
-        """Internalize a video that is in use; releases it when that is over.
+    def start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | str:
+        """Internalize a video; it is kept from the moment it is known to be one.
+
+        A refused video leaves nothing behind and pushes no other one out.
 
         Returns:
             The job, also when it runs already; or the adapter's id when the store has it.
@@ -80,40 +81,59 @@ class Jobs:
         Raises:
             VideoError: it is no video, or beyond the limits.
             ConfigError: an option is beyond the limits.
-            QueueFull: too many jobs are waiting, or files being looked into.
+            QueueFull: too many jobs are waiting.
         """
+        settings = self._checked(options)
+        known = self._store.find(video.sha256, settings)
+        if known is not None:
+            self._videos.release(self._videos.keep(video).sha256)
+            self._metrics.internalized("cached", {})
+            return known
+        key = (video.sha256, settings)
+        with self._mutex:
+            running = self._running(key)
+        if running is not None:
+            return running
+        self._reader.probe(video.path)
+        kept = self._videos.keep(video)
         started = False
         try:
-            settings = self._checked(options)
-            found = self._store.find(video.sha256, settings)
-            if found is not None:
-                self._metrics.internalized("cached", {})
-                return found
-            key = (video.sha256, settings)
             with self._mutex:
-                if key in self._active:
-                    return self._active[key]
-            # Decoding a whole queue of files only to refuse them would be the costly way.
-            with room(self._looks):
-                self._reader.probe(video.path)
-            with self._mutex:
-                if key in self._active:
-                    return self._active[key]
-                if len(self._active) >= self._limits.jobs:
-                    raise QueueFull(f"{self._limits.jobs} videos are waiting; try again later")
+                running = self._running(key)
+                if running is not None:
+                    return running
                 work = self._engine.internalize(
-                    video.path,
+                    kept.path,
                     max_frames=settings.max_frames,
                     longest_edge=settings.longest_edge,
                     exact_frames=settings.exact_frames,
                 )
-                job = Job(work, video.sha256, settings)
+                job = Job(work, video.sha256, settings, clean_name(video.name))
                 self._active[key] = self._by_id[job.id] = job
                 started = True
             return job
         finally:
             if not started:
-                self._videos.release(video.sha256)
+                self._discard(video.sha256)
+
+    def _running(self, key: tuple[str, InternalizeSettings]) -> Job | None:
+        """The job of the same video and settings, if there is one; call with the mutex held.
+
+        Raises:
+            QueueFull: there is none, and no room for another.
+        """
+        job = self._active.get(key)
+        if job is None and len(self._active) >= self._limits.jobs:
+            raise QueueFull(f"{self._limits.jobs} videos are waiting; try again later")
+        return job
+
+    def _discard(self, sha256: str) -> None:
+        """End a use of a video; it goes when no adapter was made from it and nobody uses it."""
+        self._videos.release(sha256)
+        # A store that cannot be read says nothing about the video.
+        with suppress(StoreError):
+            if all(record.video != sha256 for record in self._store.list()):
+                self._videos.delete(sha256)
 
     def _checked(self, options: InternalizeOptions) -> InternalizeSettings:
         given = {k: v for k, v in options.model_dump().items() if v is not None}
@@ -148,8 +168,12 @@ class Jobs:
                 del self._by_id[oldest]
         for _, job in finished:
             work = job.work
-            self._videos.release(job.sha256)
-            result = "failed" if work.adapter_id is None else "internalized"
+            if work.adapter_id is None:
+                result = "failed"
+                self._discard(job.sha256)
+            else:
+                result = "internalized"
+                self._videos.release(job.sha256)
             self._metrics.internalized(result, work.seconds)
             logs.event(
                 "video",

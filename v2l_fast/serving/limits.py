@@ -27,7 +27,8 @@ class ServerLimits:
         frames: frames one video is internalized from.
         longest_edge: pixels to which frames may be resized.
         new_tokens: tokens of one answer.
-        uploads: files received, or hashed where they lie, at the same time; more get 503.
+        uploads: files received, or hashed where they lie, at the same time; others wait.
+        uploads_waiting: files that wait for that; more get 503.
         jobs: videos waiting or being internalized at the same time; more get 503.
         kept_video_bytes: uploaded videos kept for questions with the video in context; the least
             recently used go first.
@@ -45,7 +46,8 @@ class ServerLimits:
     frames: int = 1024
     longest_edge: int = 2048
     new_tokens: int = 1024
-    uploads: int = 8
+    uploads: int = 64
+    uploads_waiting: int = 256
     jobs: int = 64
     kept_video_bytes: int = 20 << 30
     answer_seconds: float = 300.0

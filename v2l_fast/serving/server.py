@@ -148,7 +148,7 @@ class Server:
             adapter_id=None,
             error=failed,
             created=int(job.created),
-            name=self.videos.name(job.sha256),
+            name=job.name,
             seconds=dict(work.seconds),
             in_context=False,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import zipfile
 from typing import Annotated, Any
@@ -14,10 +13,10 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from v2l_fast.serving import upload
+from v2l_fast.serving.admission import Admission
 from v2l_fast.serving.auth import authorized
 from v2l_fast.serving.http_errors import ApiError, from_validation, responses
 from v2l_fast.serving.jobs import Job
-from v2l_fast.serving.requests import QueueFull
 from v2l_fast.serving.schemas import (
     Deleted,
     InternalizeOptions,
@@ -28,7 +27,7 @@ from v2l_fast.serving.schemas import (
     VideoList,
 )
 from v2l_fast.serving.server import Server
-from v2l_fast.serving.videos import KeptVideo, allowed_path
+from v2l_fast.serving.videos import allowed_path
 
 router = APIRouter(prefix="/v1/videos", tags=["Videos"], dependencies=[Depends(authorized)])
 
@@ -70,12 +69,11 @@ async def create(request: Request, response: Response) -> VideoBody:
     server: Server = request.app.state.server
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        video, options = await _uploaded(request, server)
+        job = await _uploaded(request, server)
     elif kind == "application/json":
-        video, options = await _linked(request, server)
+        job = await _linked(request, server)
     else:
         raise ApiError(415, "send multipart/form-data, or application/json with a path")
-    job = await run_in_threadpool(server.jobs.start, video, options)
     if isinstance(job, Job):
         response.status_code = 202
         return server.describe_job(job)
@@ -83,37 +81,34 @@ async def create(request: Request, response: Response) -> VideoBody:
     return known.model_copy(update={"cached": True})
 
 
-async def _uploaded(request: Request, server: Server) -> tuple[KeptVideo, InternalizeOptions]:
-    part = server.store.staging.new_path()
-    async with _receiving(request):
-        try:
-            name, options = await upload.receive(request, part, server.limits.upload_bytes)
-            return await run_in_threadpool(server.videos.keep, part, name), options
-        finally:
-            server.store.staging.remove(part)
-
-
-async def _linked(request: Request, server: Server) -> tuple[KeptVideo, InternalizeOptions]:
+async def _uploaded(request: Request, server: Server) -> Job | str:
+    admission: Admission = request.app.state.admission
+    part, limit = server.store.staging.new_path(), server.limits.upload_bytes
     try:
-        asked = PathRequest.model_validate(json.loads(await request.body()))
+        announced = request.headers.get("content-length")
+        async with admission.receiving(limit if announced is None else int(announced)):
+            name, options = await upload.receive(request, part, limit)
+            video = await run_in_threadpool(server.videos.uploaded, part, name)
+        return await admission.start(video, options)
+    finally:
+        server.store.staging.remove(part)
+
+
+async def _linked(request: Request, server: Server) -> Job | str:
+    admission: Admission = request.app.state.admission
+    try:
+        options = PathRequest.model_validate(json.loads(await request.body()))
     except ValidationError as error:
         raise from_validation(error.errors(include_context=False)) from None
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not JSON", "invalid_json") from None
-    path = await run_in_threadpool(allowed_path, asked.path, server.root)
-    if path.stat().st_size > server.limits.upload_bytes:
-        limit = server.limits.upload_bytes
+    path = await run_in_threadpool(allowed_path, options.path, server.root)
+    size, limit = path.stat().st_size, server.limits.upload_bytes
+    if size > limit:
         raise ApiError(413, f"the video is larger than {limit} bytes", "too_large")
-    async with _receiving(request):
-        return await run_in_threadpool(server.videos.link, path), asked
-
-
-def _receiving(request: Request) -> asyncio.Semaphore:
-    """Held while a file arrives or is hashed."""
-    uploads: asyncio.Semaphore = request.app.state.uploads
-    if uploads.locked():
-        raise QueueFull("as many uploads as are allowed are being received; try again later")
-    return uploads
+    async with admission.receiving(size):
+        video = await run_in_threadpool(server.videos.linked, path)
+    return await admission.start(video, options)
 
 
 @router.get("", responses=responses(400, 401, 503))

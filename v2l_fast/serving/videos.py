@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,23 @@ class KeptVideo:
     path: Path
 
 
+@dataclass(frozen=True)
+class ReceivedVideo:
+    """A video that is not kept yet: an upload in the staging folder, or a file on the server.
+
+    Attributes:
+        sha256: of its bytes.
+        path: where they are now.
+        name: what its owner calls it, as it was sent.
+        linked: a file on the server, which stays where it is.
+    """
+
+    sha256: str
+    path: Path
+    name: str
+    linked: bool = False
+
+
 class VideoFolder:
     """Videos under ``folder``, ``<sha256>/video``: a file, or a link to one on the server.
 
@@ -48,42 +64,46 @@ class VideoFolder:
         self._staging = staging
         self._limit = limit
         self._mutex = threading.Lock()
+        self._placing = threading.Lock()
         # Videos a job or a question is reading: they are not removed.
         self._in_use: dict[str, int] = {}
 
-    def keep(self, part: Path, name: str) -> KeptVideo:
-        """Take over a complete file from the staging folder; in use until :meth:`release`.
+    @staticmethod
+    def uploaded(part: Path, name: str) -> ReceivedVideo:
+        """A complete upload in the staging folder.
 
         Raises:
             VideoError: it is empty.
-            StoreError: the disk is full.
         """
         if part.stat().st_size == 0:
             raise VideoError(f"{part}: an empty file (0 bytes)")
-        with open(part, "rb") as handle:
-            os.fsync(handle.fileno())
-        return self._add(file_hash(part), name, lambda place: os.replace(part, place))
+        return ReceivedVideo(file_hash(part), part, name)
 
-    def link(self, path: Path) -> KeptVideo:
-        """Refer to a file where it lies; in use until :meth:`release`."""
-        return self._add(file_hash(path), path.name, lambda place: place.symlink_to(path))
+    @staticmethod
+    def linked(path: Path) -> ReceivedVideo:
+        """A file that stays where it is."""
+        return ReceivedVideo(file_hash(path), path, path.name, linked=True)
 
-    def _add(self, sha256: str, name: str, place: Callable[[Path], object]) -> KeptVideo:
-        target = self.folder / sha256
-        made = self._staging.new_path()
+    def keep(self, video: ReceivedVideo) -> KeptVideo:
+        """Move an upload here, or link to a file on the server; in use until :meth:`release`.
+
+        A video that is kept already takes the new name.
+
+        Raises:
+            StoreError: the disk is full.
+        """
+        sha256, target = video.sha256, self.folder / video.sha256
+        new = self._staging.new_path()
         with self._mutex:
             self._in_use[sha256] = self._in_use.get(sha256, 0) + 1
         try:
-            made.mkdir()
-            place(made / FILE_NAME)
-            (made / NAME_NAME).write_text(clean_name(name))
-            sync_folder(made)
-            # Replaces a folder whose link leads nowhere; one that is sound stays.
+            new.mkdir()
+            (new / NAME_NAME).write_text(clean_name(video.name))
             if not (target / FILE_NAME).is_file():
-                shutil.rmtree(target, ignore_errors=True)
-                with suppress(FileExistsError):
-                    os.rename(made, target)
-                sync_folder(self.folder)
+                self._move(video, new / FILE_NAME)
+                sync_folder(new)
+            with self._placing:
+                self._place(new, target)
             os.utime(target)
         except OSError as error:
             self.release(sha256)
@@ -91,9 +111,34 @@ class VideoFolder:
                 f"{self.folder}: the video was not kept ({error.strerror}); free some space"
             ) from None
         finally:
-            self._staging.remove(made)
+            self._staging.remove(new)
         self._shrink()
         return KeptVideo(sha256, target / FILE_NAME)
+
+    @staticmethod
+    def _place(new: Path, target: Path) -> None:
+        """Make a new folder the video's; if there is one with a file, it takes the name alone."""
+        if (target / FILE_NAME).is_file():
+            os.replace(new / NAME_NAME, target / NAME_NAME)
+            return
+        # What a link that leads nowhere has left.
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            os.rename(new, target)
+        except OSError:
+            # Another server that shares the folder was first.
+            if not (target / FILE_NAME).is_file():
+                raise
+        sync_folder(target.parent)
+
+    @staticmethod
+    def _move(video: ReceivedVideo, target: Path) -> None:
+        if video.linked:
+            target.symlink_to(video.path)
+            return
+        with open(video.path, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(video.path, target)
 
     def use(self, sha256: str | None) -> KeptVideo | None:
         """The video with this content, in use until :meth:`release`; None when it is not kept."""
