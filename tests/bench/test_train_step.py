@@ -60,6 +60,20 @@ def test_every_stage_takes_time(runs):
         assert all(seconds > 0 for seconds in run.split().values())
 
 
+def test_every_device_measures_one_prompt_per_video_beside_several():
+    for names in train_step.DEFAULT.values():
+        cases = [train_step.CASES[name] for name in names]
+        assert {case.shape.name for case in cases if case.prompts == 1} == {
+            case.shape.name for case in cases if case.prompts > 1
+        }
+        assert any(not case.recompute for case in cases if case.prompts == 1)
+        # A case with one prompt differs in nothing else from the one with several.
+        for case in cases:
+            several = train_step.CASES[case.name.split("-p1")[0]]
+            same = {"name": several.name, "prompts": several.prompts}
+            assert replace(case, **same, recompute=several.recompute) == several
+
+
 def test_no_ratio_from_a_wrong_result(monkeypatch, tmp_path):
     row = {
         "loss": 1.0, "samples_per_second": 1.0, "peak_bytes": 1,
