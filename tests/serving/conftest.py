@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 from tests.serving.stand_in import StandInEngine
 from v2l_fast.model import Video2LoRA
-from v2l_fast.serving import isolation, reading
+from v2l_fast.serving import isolation, listening, reading
 from v2l_fast.serving.app import create_app
 from v2l_fast.serving.auth import Keys
 from v2l_fast.serving.engine import Engine
@@ -95,13 +93,11 @@ def running(
     else:
         engine = StandInEngine(model, store, **stand_in)
     server = Server(model, engine, store, reader, "shapes", limits, Keys(keys), root)
-    listening = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    config = uvicorn.Config(
-        create_app(server, drain_seconds), log_config=None, access_log=False, lifespan="on"
-    )
-    web = uvicorn.Server(config)
-    thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]})
+    bound = listening.bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    app = create_app(server, drain_seconds)
+    web = listening.http_server(app, server.limits, drain_seconds)
+    thread = threading.Thread(target=web.run, kwargs={"sockets": [bound]})
     thread.start()
 
     def stop() -> None:
@@ -118,7 +114,7 @@ def running(
             yield Running(url, server, http, stop)
     finally:
         stop()
-        listening.close()
+        bound.close()
 
 
 @pytest.fixture

@@ -47,8 +47,8 @@ def test_leaving_while_waiting_frees_the_row(serve, reset, words):
     body = json.dumps(QUESTION).encode()
     with closing(raw(live)) as client:
         client.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         eventually(lambda: len(live.engine.running) == 1)
         if reset:
@@ -88,7 +88,7 @@ def test_leaving_an_upload_leaves_nothing(serve, videos):
     data = videos[0].read_bytes()
     with closing(raw(live)) as client:
         client.sendall(
-            b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+            b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
             b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
             b'form-data; name="file"; filename="a.mp4"\r\n\r\n' + data
         )
@@ -109,7 +109,7 @@ def test_a_client_that_stops_sending(serve, path, kind, begins):
     live = serve(limits=ServerLimits(idle_seconds=0.2), stand_in={})
     with closing(raw(live)) as client:
         client.sendall(
-            f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+            f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
             f"Content-Type: {kind}\r\n\r\n{begins}".encode()
         )
         assert b" 408 " in client.recv(4096)
@@ -237,7 +237,7 @@ def test_full_queues(serve, videos):
         refused(live.http.post("/v1/videos", files={"file": file}), 503, "queue_full")
     with closing(raw(live)) as client:
         client.sendall(
-            b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+            b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
             b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
         )
         eventually(lambda: len(list(live.server.store.staging.folder.iterdir())) == 1)

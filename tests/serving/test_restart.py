@@ -80,7 +80,7 @@ def half_an_upload(http: httpx.Client, data: bytes) -> socket.socket:
     """An upload that never ends."""
     client = socket.create_connection((http.base_url.host, http.base_url.port))
     client.sendall(
-        b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
         b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
         b'form-data; name="file"; filename="a.mp4"\r\n\r\n' + data
     )

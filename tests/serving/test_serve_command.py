@@ -27,6 +27,12 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         (["--allowed-root", "nowhere"], 1, "no such folder"),
         (["--api-key-file", "nowhere"], 1, "cannot be read"),
         (["--api-key", "two words"], 1, "ASCII"),
+        (["--host", "0.0.0.0", "--port", "0"], 1, "--allow-unauthenticated"),
+        (["--host", "::", "--port", "0"], 1, "V2L_API_KEY"),
+        (["--host", "no such host"], 1, "choose another address"),
+        (["--allowed-host", "https://example.com"], 1, "without scheme and port"),
+        (["--vllm-folder", __file__], 1, "no folder that can be written (File exists)"),
+        (["--vllm-folder", "/proc/x"], 1, "no folder that can be written"),
         (["--model", "nowhere"], 1, "nowhere: no such folder or file"),
     ],
 )
@@ -34,6 +40,19 @@ def test_wrong_options(monkeypatch, capsys, tmp_path, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     found, text = run(monkeypatch, capsys, *arguments)
     assert found == code and message in text.replace("│ ", ""), text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--api-key", "key", "--host", "0.0.0.0"], ["--host", "0.0.0.0", "--allow-unauthenticated"],
+     ["--host", "127.0.0.2"], ["--host", "localhost"]],
+)  # fmt: skip
+def test_an_address_that_may_be_served(monkeypatch, capsys, tmp_path, arguments):
+    """All is well up to the model."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*arguments, "--port", "0", "--model", "nowhere"]
+    code, text = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and text.startswith("error: nowhere"), text
 
 
 def test_an_empty_key_file(monkeypatch, capsys, tmp_path):

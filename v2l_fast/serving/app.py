@@ -16,8 +16,8 @@ from starlette.concurrency import run_in_threadpool
 import v2l_fast
 from v2l_fast.serving import http_errors, logs, openai_routes, video_routes
 from v2l_fast.serving.admission import Admission
-from v2l_fast.serving.auth import authorized
-from v2l_fast.serving.limits import BodyLimit
+from v2l_fast.serving.auth import documented
+from v2l_fast.serving.gate import Gate
 from v2l_fast.serving.requests import EngineClosed
 from v2l_fast.serving.schemas import Health
 from v2l_fast.serving.server import Server
@@ -69,8 +69,8 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
     app.state.admission = Admission(server.jobs, server.limits)
     http_errors.install(app)
     for part in (router, openai_routes.router, video_routes.router):
-        app.include_router(part)
-    app.add_middleware(BodyLimit, limits=server.limits)
+        app.include_router(part, responses=http_errors.responses(403, 421))
+    app.add_middleware(Gate, hosts=server.hosts, keys=server.keys, limits=server.limits)
     app.add_middleware(logs.RequestLog)
     _document(app)
     return app
@@ -127,7 +127,7 @@ def health(request: Request, response: Response) -> Health:
 @router.get(
     "/metrics",
     response_class=Response,
-    dependencies=[Depends(authorized)],
+    dependencies=[Depends(documented)],
     responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format"}}
     | http_errors.responses(401),
 )

@@ -1,19 +1,17 @@
-"""API keys: who may use the server."""
+"""API keys: who may use the server. :class:`v2l_fast.serving.gate.Gate` asks for them."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.serving.http_errors import ApiError
 
-_bearer = HTTPBearer(auto_error=False, description="The server's API key, when it has one.")
+# Says in the OpenAPI document where the key goes; refusing is not its work.
+documented = HTTPBearer(auto_error=False, description="The server's API key, when it has one.")
 
 
 class Keys:
@@ -46,19 +44,13 @@ class Keys:
     def required(self) -> bool:
         return bool(self._keys)
 
-    def accept(self, given: str) -> bool:
-        """Compare with every key in the same time, whatever they share."""
-        offered = given.encode("utf-8", "surrogateescape")
-        return any([hmac.compare_digest(offered, key) for key in self._keys])
+    def accept(self, authorization: str | None) -> bool:
+        """Whether an ``Authorization`` header (as latin-1) has one of the keys, if there are any.
 
-
-async def authorized(
-    request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> None:
-    """Dependency of every route that needs a key; 401 without."""
-    keys: Keys = request.app.state.server.keys
-    if keys.required and (credentials is None or not keys.accept(credentials.credentials)):
-        raise ApiError(
-            401, "the API key is missing or wrong (Authorization: Bearer KEY)", "invalid_api_key"
-        )
+        Every key is compared, in the same time whatever they share.
+        """
+        if not self._keys:
+            return True
+        scheme, _, offered = (authorization or "").partition(" ")
+        matches = [hmac.compare_digest(offered.encode("latin-1"), key) for key in self._keys]
+        return scheme.lower() == "bearer" and any(matches)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-import socket
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.options import Base, Device, Dtype, Model, load_model, log, out
+from v2l_fast.options import Base, Device, Dtype, Model, load_model, out
 
 
 def serve(
@@ -38,6 +38,16 @@ def serve(
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with a key on each line; # starts a comment.")
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool, typer.Option(help="Serve other machines without a key: whoever reaches it, uses it.")
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host name under which the server is reached, besides localhost and --host; "
+            "repeat for more."
+        ),
     ] = None,
     allowed_root: Annotated[
         Path | None,
@@ -84,12 +94,11 @@ def serve(
     v2l serve
     v2l serve --model hypernet-500m/ --store /data/store --host 0.0.0.0 --api-key-file keys.txt
     """
-    import uvicorn
-
-    from v2l_fast.serving import logs
+    from v2l_fast.serving import listening, logs
     from v2l_fast.serving.app import create_app
     from v2l_fast.serving.auth import Keys
     from v2l_fast.serving.engine import Engine
+    from v2l_fast.serving.gate import AllowedHosts
     from v2l_fast.serving.limits import ServerLimits
     from v2l_fast.serving.reading import VideoReader
     from v2l_fast.serving.server import Server
@@ -102,7 +111,16 @@ def serve(
     keys = Keys.read(api_key, api_key_file)
     if allowed_root is not None and not allowed_root.is_dir():
         raise ConfigError(f"--allowed-root {allowed_root}: no such folder")
-    bound = _bind(host, port)
+    if vllm_folder is not None:
+        _check_writable(vllm_folder)
+    hosts = AllowedHosts(allowed_host or (), host)
+    bound = listening.bind(host, port)
+    address, bound_port = bound.getsockname()[:2]
+    if not keys.required and not allow_unauthenticated and not _is_loopback(address):
+        raise ConfigError(
+            f"--host {host}: other machines could use this server without a key; set V2L_API_KEY, "
+            "or give --allow-unauthenticated if everybody who reaches it may"
+        )
     limits = ServerLimits(
         upload_bytes=max_upload_mb * 1_000_000,
         duration=max_duration,
@@ -113,6 +131,7 @@ def serve(
         kept_video_bytes=int(keep_videos_gb * 1e9),
         decode_seconds=max_decode_seconds,
         decode_bytes=int(max_decode_gb * 1e9),
+        connections=listening.connection_limit(ServerLimits.connections),
     )
     VideoReader.prepare()
     loaded = load_model(model, base, device, dtype)
@@ -143,45 +162,27 @@ def serve(
         keys,
         None if allowed_root is None else allowed_root.resolve(),
         peft_base,
+        hosts,
     )
-    if not keys.required and not _is_loopback(host):
-        log.print(
-            f"[yellow]warning:[/] everybody who reaches {host}:{port} may use this server; "
-            "set V2L_API_KEY",
-            highlight=False,
-        )
     shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{bound.getsockname()[1]}/"
-    out.print(f"v2l_fast serves {server.name} at {address}", highlight=False)
+    out.print(
+        f"v2l_fast serves {server.name} at http://{shown}:{bound_port}/", highlight=False
+    )
     logs.configure(log_level)
-    uvicorn.Server(
-        uvicorn.Config(
-            create_app(server, drain_seconds),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="on",
-            timeout_graceful_shutdown=max(1, round(drain_seconds)),
-        )
-    ).run([bound])
+    listening.http_server(create_app(server, drain_seconds), limits, drain_seconds).run([bound])
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """Take the address, before a model is loaded in vain; listening begins when it is ready."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _check_writable(folder: Path) -> None:
     try:
-        bound.bind((host, port))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        bound.close()
         raise ConfigError(
-            f"--host {host} --port {port}: {error.strerror}; choose another address"
+            f"--vllm-folder {folder}: no folder that can be written ({error.strerror})"
         ) from None
-    return bound
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _is_loopback(address: str) -> bool:
+    # An IPv6 address may name its interface.
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

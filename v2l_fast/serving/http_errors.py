@@ -21,12 +21,14 @@ RETRY_AFTER = {"Retry-After": "2"}
 DESCRIPTIONS = {
     400: "The request cannot be answered as it is",
     401: "The API key is missing or wrong",
+    403: "The page that asks is not this server's",
     404: "There is no such thing here",
     405: "The path does not accept this method",
     408: "The client sent nothing for too long",
     409: "It is not ready yet",
     413: "The request body is too large",
     415: "The body is of another kind than this path takes",
+    421: "The server is not reached under this name",
     503: "Full, out of disk space, or shutting down; try again later",
 }
 
@@ -84,6 +86,8 @@ def body(error: ApiError) -> ErrorBody:
     kind = "invalid_request_error"
     if error.status == 401:
         kind = "authentication_error"
+    elif error.status == 403:
+        kind = "permission_error"
     elif error.status >= 500:
         kind = "server_error"
     return ErrorBody(message=error.message, type=kind, param=error.param, code=error.code)

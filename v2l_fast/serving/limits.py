@@ -1,18 +1,10 @@
-"""Bounds on what one caller may cost the server, and the body limit that enforces the first."""
+"""Bounds on what callers may cost the server."""
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, replace
 
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from v2l_fast.video import Limits
-
-UPLOAD_PATH = "/v1/videos"
-# Boundaries, part headers and the fields beside the file.
-_FORM_OVERHEAD = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,10 @@ class ServerLimits:
         decode_seconds: time for decoding the frames of one video.
         decode_bytes: memory that looking into one video, or decoding it on the CPU, may take.
         idle_seconds: longest silence of a client that is sending a body.
+        connections: clients connected at the same time; more get 503.
+        head_seconds: time for a request's line and headers, from its connection or first byte.
+        keep_alive_seconds: how long a connection stays open after an answer.
+        stalled_seconds: how long a client may read nothing of an answer.
     """
 
     upload_bytes: int = 1 << 30
@@ -55,6 +51,10 @@ class ServerLimits:
     decode_seconds: float = 600.0
     decode_bytes: int = 8 << 30
     idle_seconds: float = 30.0
+    connections: int = 4096
+    head_seconds: float = 10.0
+    keep_alive_seconds: float = 5.0
+    stalled_seconds: float = 60.0
 
     @property
     def probing(self) -> Limits:
@@ -72,46 +72,3 @@ class ServerLimits:
         return replace(
             self.probing, max_seconds=self.decode_seconds, max_bytes=self.decode_bytes // 4
         )
-
-
-class BodyLimit:
-    """ASGI middleware: 413 for a body that is too large, announced or not; 408 for one that stops.
-
-    The limits are those of :class:`ServerLimits`.
-    """
-
-    def __init__(self, app: ASGIApp, limits: ServerLimits) -> None:
-        self.app = app
-        self.limits = limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        limit, idle = self.limits.body_bytes, self.limits.idle_seconds
-        if scope["path"] == UPLOAD_PATH and _is_form(scope):
-            limit = self.limits.upload_bytes + _FORM_OVERHEAD
-        received, complete = 0, False
-
-        async def bounded() -> Message:
-            nonlocal received, complete
-            if complete:
-                # What still comes is the news that the client has left.
-                return await receive()
-            try:
-                async with asyncio.timeout(idle):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f"nothing came for {idle:g} s; send it again") from None
-            received += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if received > limit:
-                raise HTTPException(413, f"the request body is larger than {limit} bytes")
-            return message
-
-        await self.app(scope, bounded, send)
-
-
-def _is_form(scope: Scope) -> bool:
-    kind = next((v for k, v in scope["headers"] if k == b"content-type"), b"")
-    return kind.lower().startswith(b"multipart/")

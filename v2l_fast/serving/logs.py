@@ -49,6 +49,27 @@ def event(name: str, **fields: object) -> None:
     log.info(name, extra={FIELDS: fields})
 
 
+class Occasional:
+    """An event that may come thousands of times a second, logged once in an interval.
+
+    Args:
+        name: of the event; its field ``count`` says how often it came since the last line.
+    """
+
+    def __init__(self, name: str, seconds: float = 10.0) -> None:
+        self._name, self._seconds = name, seconds
+        self._count = 0
+        self._next = 0.0
+
+    def event(self) -> None:
+        """Count it, and log it when it is time."""
+        self._count += 1
+        now = time.monotonic()
+        if now >= self._next:
+            log.warning(self._name, extra={FIELDS: {"count": self._count}})
+            self._count, self._next = 0, now + self._seconds
+
+
 class RequestLog:
     """ASGI middleware: a request id in every answer, one log line when it is complete."""
 

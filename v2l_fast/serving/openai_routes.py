@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from v2l_fast.errors import V2LError
 from v2l_fast.serving import logs
-from v2l_fast.serving.auth import authorized
+from v2l_fast.serving.auth import documented
 from v2l_fast.serving.http_errors import ApiError, body, responses, translate
 from v2l_fast.serving.requests import Chunk, Generation, Usage
 from v2l_fast.serving.schemas import (
@@ -33,7 +33,7 @@ from v2l_fast.serving.schemas import (
 )
 from v2l_fast.serving.server import Server
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=[Depends(authorized)])
+router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=[Depends(documented)])
 
 _CLOSED_BY_CLIENT = 499
 _STREAM = {
@@ -70,7 +70,7 @@ def _model(server: Server, adapter_id: str, created: float) -> ModelBody:
 @router.post(
     "/chat/completions",
     response_model=ChatCompletion,
-    responses=_STREAM | responses(400, 401, 404, 408, 409, 413, 503),
+    responses=_STREAM | responses(400, 401, 404, 408, 409, 413, 415, 503),
 )
 async def chat(chat: ChatRequest, request: Request) -> Any:
     """Answer a question from adapters, from the video in context, or from the plain model."""

@@ -12,6 +12,7 @@ from v2l_fast.generation import Sampling
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.auth import Keys
 from v2l_fast.serving.engine import Engine
+from v2l_fast.serving.gate import AllowedHosts
 from v2l_fast.serving.http_errors import ApiError, body, translate
 from v2l_fast.serving.index import StoredAdapter
 from v2l_fast.serving.jobs import Job, Jobs
@@ -48,6 +49,7 @@ class Server:
         name: what the base model is called in ``/v1/models``.
         root: folder from which callers may name files, None for none.
         peft_base: name a downloaded PEFT adapter carries for its base.
+        hosts: under which the server may be reached; on this machine alone if omitted.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class Server:
         keys: Keys | None = None,
         root: Path | None = None,
         peft_base: str | None = None,
+        hosts: AllowedHosts | None = None,
     ) -> None:
         self.model, self.engine, self.store, self.name = model, engine, store, name
         self.reader = reader
         self.limits = limits or ServerLimits()
         self.keys = keys or Keys([])
+        self.hosts = hosts or AllowedHosts()
         self.root = root
         self.peft_base = peft_base or model.config.base_model_name_or_path or name
         self.settings = InternalizeSettings.of(model)

@@ -14,7 +14,8 @@ from starlette.concurrency import run_in_threadpool
 
 from v2l_fast.serving import upload
 from v2l_fast.serving.admission import Admission
-from v2l_fast.serving.auth import authorized
+from v2l_fast.serving.auth import documented
+from v2l_fast.serving.gate import FORM, content_type
 from v2l_fast.serving.http_errors import ApiError, from_validation, responses
 from v2l_fast.serving.jobs import Job
 from v2l_fast.serving.schemas import (
@@ -29,7 +30,7 @@ from v2l_fast.serving.schemas import (
 from v2l_fast.serving.server import Server
 from v2l_fast.serving.videos import allowed_path
 
-router = APIRouter(prefix="/v1/videos", tags=["Videos"], dependencies=[Depends(authorized)])
+router = APIRouter(prefix="/v1/videos", tags=["Videos"], dependencies=[Depends(documented)])
 
 _FORM = {
     "type": "object",
@@ -67,13 +68,11 @@ async def create(request: Request, response: Response) -> VideoBody:
     The same bytes with the same options are never internalized twice.
     """
     server: Server = request.app.state.server
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
+    # The gate lets these two kinds through.
+    if content_type(request.headers) == FORM:
         job = await _uploaded(request, server)
-    elif kind == "application/json":
-        job = await _linked(request, server)
     else:
-        raise ApiError(415, "send multipart/form-data, or application/json with a path")
+        job = await _linked(request, server)
     if isinstance(job, Job):
         response.status_code = 202
         return server.describe_job(job)

@@ -1,0 +1,175 @@
+"""Connections: small delays, clients that are slow or silent, and more of them than descriptors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import socket
+from contextlib import ExitStack, closing, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serving.checks import QUESTION, eventually, raw
+from tests.serving.conftest import running
+from v2l_fast.errors import ConfigError
+from v2l_fast.serving import listening, logs
+from v2l_fast.serving.limits import ServerLimits
+
+PROCESSES = multiprocessing.get_context("forkserver")
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+ADDRESSES = ["127.0.0.1", "localhost", *(["::1"] if has_ipv6() else [])]
+
+
+@pytest.mark.parametrize("protocol", ["named", "not named"])
+@pytest.mark.parametrize("host", ADDRESSES)
+def test_no_write_waits_for_the_one_before(serve, monkeypatch, host, protocol):
+    """Head and body, and the pieces of a stream, are writes of their own."""
+    if protocol == "not named":
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        address = (host, 0)
+        monkeypatch.setattr(
+            listening, "bind", lambda *_: socket.create_server(address, family=family)
+        )
+    else:
+        bind = listening.bind
+        monkeypatch.setattr(listening, "bind", lambda *_: bind(host, 0))
+    options = []
+    made = listening._Connection.connection_made
+
+    def note(self, transport):
+        made(self, transport)
+        accepted = transport.get_extra_info("socket")
+        options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(listening._Connection, "connection_made", note)
+    live = serve(stand_in={})
+    port = httpx.URL(live.url).port
+    with closing(socket.create_connection((host, port), timeout=60)) as client:
+        client.sendall(GET)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+    assert options and all(options)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: local", GET])
+def test_a_silent_connection_is_closed(serve, begun):
+    """Without a request, within its head, and after an answer."""
+    live = serve(limits=ServerLimits(head_seconds=0.2, keep_alive_seconds=0.2), stand_in={})
+    with closing(raw(live)) as client:
+        client.settimeout(60)
+        client.sendall(begun)
+        received = b""
+        while data := client.recv(1 << 16):
+            received += data
+    assert received.startswith(b"HTTP/1.1 200 ") == (begun == GET)
+
+
+def test_a_head_that_never_ends_is_closed(serve):
+    """Bytes do not buy time."""
+    live = serve(limits=ServerLimits(head_seconds=0.3), stand_in={})
+    with closing(raw(live)) as client:
+        client.settimeout(0.05)
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+
+        def closed() -> bool:
+            try:
+                client.sendall(b"X: y\r\n")
+                return client.recv(1) == b""
+            except TimeoutError:
+                return False
+            except OSError:
+                return True
+
+        eventually(closed, 60)
+
+
+def test_a_reader_that_stops_is_cut(serve):
+    words = ["x" * 100_000 + " "] * 10_000
+    live = serve(limits=ServerLimits(stalled_seconds=0.3), stand_in={"words": words, "pause": 0.01})
+    with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
+        next(s.iter_raw())
+        eventually(lambda: live.engine.ended == ["cancelled"], 60)
+    assert live.http.get("/health").is_success
+
+
+def test_no_connection_beyond_the_limit(serve):
+    live = serve(limits=ServerLimits(connections=3, head_seconds=60), stand_in={})
+    with ExitStack() as stack:
+        idle = [stack.enter_context(closing(raw(live))) for _ in range(3)]
+        answer = httpx.get(live.url + "/health", timeout=60)
+        assert answer.status_code == 503 and answer.headers["connection"] == "close"
+        assert answer.json()["error"]["code"] == "queue_full" and answer.headers["retry-after"]
+        idle[0].sendall(GET)
+        assert idle[0].recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+    eventually(lambda: httpx.get(live.url + "/health", timeout=60).is_success, 60)
+
+
+# --- file descriptors ---------------------------------------------------------------------------
+
+
+def few_files(control: Connection, folder: Path, spare: int, limited: bool) -> None:
+    """A server in a process that may open ``spare`` files more than it has."""
+    import torch
+
+    from v2l_fast.model import Video2LoRA
+
+    torch.set_num_threads(1)
+    errors = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(errors, 2)
+    logs.configure("info")
+    model = Video2LoRA.from_pretrained("shapes", device="cpu")
+    most = len(os.listdir("/proc/self/fd")) + spare
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    connections = listening.connection_limit(10_000) if limited else 10_000
+    limits = ServerLimits(connections=connections, head_seconds=1.5)
+    with running(model, folder / "store", limits, stand_in={"words": ["a"]}) as live:
+        control.send((live.url, connections))
+        control.recv()
+
+
+@pytest.mark.parametrize(("spare", "limited"), [(240, True), (60, False)])
+def test_more_connections_than_files(tmp_path, spare, limited):
+    """Silent connections are refused or wait, and time out; the log stays small."""
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=few_files, args=(theirs, tmp_path, spare, limited))
+    process.start()
+    try:
+        url, most = ours.recv()
+        assert not limited or 16 <= most < spare
+        address = httpx.URL(url).host, httpx.URL(url).port
+        with ExitStack() as stack:
+            for _ in range(300):
+                stack.enter_context(closing(socket.create_connection(address, timeout=60)))
+
+            def answers() -> bool:
+                with suppress(httpx.TransportError):
+                    return httpx.get(url + "/health", timeout=60).is_success
+                return False
+
+            eventually(answers, 120)
+        eventually(answers, 60)
+        ours.send(None)
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join()
+    assert (tmp_path / "log").stat().st_size < 50_000
+
+
+def test_hardly_any_files(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
+    with pytest.raises(ConfigError, match="may open 100 files.*ulimit -n"):
+        listening.connection_limit(4096)
