@@ -6,9 +6,11 @@ as the document says, wrong data is refused, and keys and methods are enforced.
 
 from __future__ import annotations
 
+import json
 import socket
 import urllib.parse
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +20,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.serving.conftest import running
 from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.schemas import ChatRequest, PathRequest
 
 KEY = {"Authorization": "Bearer key"}
 
@@ -79,6 +82,79 @@ def test_generated_requests(document, label, mode):
         case.call_and_validate(headers=KEY, excluded_checks=NOT_CHECKED)
 
     check()
+
+
+# Everything a JSON string can hold, halves of surrogate pairs included.
+TEXT = st.text(st.characters(codec=None), max_size=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = (*ChatRequest.model_fields, *PathRequest.model_fields, "user", "x")
+
+
+@st.composite
+def spoiled(draw) -> dict:
+    """A body that is right but for a few values, or for what is in its texts."""
+    text = draw(TEXT | st.just("What happens?"))
+    body = {"model": "shapes", "messages": [{"role": "user", "content": text}], "path": "a.mp4"}
+    return body | draw(st.dictionaries(st.sampled_from(FIELDS) | TEXT, JSON, max_size=3))
+
+
+def no_5xx(answer: httpx.Response) -> None:
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/videos"])
+def test_generated_json(document, path):
+    with httpx.Client(base_url=document.location.removesuffix("/openapi.json")) as client:
+
+        @settings(PROFILE, max_examples=150)
+        @given(body=spoiled() | JSON)
+        def check(body):
+            headers = KEY | {"Content-Type": "application/json"}
+            no_5xx(client.post(path, content=json.dumps(body), headers=headers))
+
+        check()
+
+
+def test_generated_forms(document):
+    fields = st.dictionaries(
+        st.sampled_from(["max_frames", "longest_edge", "exact_frames", "path", "file"]) | TEXT,
+        TEXT | st.sampled_from(["1", "true", "null"]),
+        max_size=3,
+    )
+
+    with httpx.Client(base_url=document.location.removesuffix("/openapi.json")) as client:
+
+        @PROFILE
+        @given(fields=fields, name=TEXT, content=st.binary(max_size=30))
+        def check(fields, name, content):
+            parts = [(field, None, value.encode("utf-8", "surrogatepass")) for field, value in
+                     fields.items()]  # fmt: skip
+            body = b""
+            for field, file, data in [*parts, ("file", name, content)]:
+                label = f'form-data; name="{field}"'
+                label += "" if file is None else f'; filename="{file}"'
+                head = b"--b\r\nContent-Disposition: " + label.encode("utf-8", "surrogatepass")
+                body += head + b"\r\n\r\n" + data + b"\r\n"
+            headers = KEY | {"Content-Type": "multipart/form-data; boundary=b"}
+            no_5xx(client.post("/v1/videos", content=body + b"--b--\r\n", headers=headers))
+
+        check()
+
+
+@PROFILE
+@given(tail=st.binary(max_size=20), query=st.binary(max_size=20))
+def test_generated_addresses(document, tail, query):
+    target = "/v1/videos" + urllib.parse.quote(tail) + "?" + urllib.parse.quote(query, safe="=&")
+    base = document.location.removesuffix("/openapi.json")
+    for method in ("GET", "DELETE", "HEAD"):
+        answer = httpx.request(method, base + target, headers=KEY, follow_redirects=True)
+        assert answer.status_code < 500, answer.text
 
 
 NAME = st.one_of(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 
 import pytest
 
 from tests.serving.checks import QUESTION, eventually, nothing_left, raw, refused
 from tests.serving.conftest import running
+from v2l_fast.serving.schemas import ChatRequest
 
 # --- files that are no videos -------------------------------------------------------------------
 
@@ -132,6 +134,147 @@ def test_malformed_json(patient, body):
     headers = {"Content-Type": "application/json"}
     for path in ("/v1/videos", "/v1/chat/completions"):
         refused(patient.http.post(path, content=body, headers=headers), 400)
+
+
+HALF = "x \ud83d"
+
+
+def said(content: object) -> dict:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (said(HALF), "messages.0.content"),
+        (said([{"type": "text", "text": HALF}]), "messages.0.content.0.text"),
+        ({"messages": [{"role": "system", "content": HALF}, *QUESTION["messages"]]},
+         "messages.0.content"),
+        ({"messages": [{**QUESTION["messages"][0], "name": HALF}]}, "messages.0.name"),
+        ({"model": HALF}, "model"), ({"stop": HALF}, "stop"), ({"stop": ["a", HALF]}, "stop.1"),
+        ({"user": HALF}, "user"), ({"metadata": {"a": [HALF]}}, "metadata.a.0"),
+        ({HALF: 1}, "x \\ud83d"), ({"video_ids": [HALF]}, "video_ids.0"),
+        ({"video_mode": HALF}, "video_mode"), ({"path": HALF}, "path"),
+        (said("\udc00\ud800 the wrong way round"), "messages.0.content"),
+    ],
+)  # fmt: skip
+def test_half_a_character_is_named(patient, changed, named, stream):
+    body = json.dumps({**QUESTION, "stream": stream, **changed})
+    headers = {"Content-Type": "application/json"}
+    for path in ("/v1/chat/completions", "/v1/videos"):
+        answer = patient.http.post(path, content=body, headers=headers)
+        error = refused(answer, 400, "invalid_text")
+        assert error["param"] == named and error["message"].startswith(f"{named}: ")
+
+
+def test_whole_characters_are_text(patient):
+    body = json.dumps({**QUESTION, **said("\U0001f600 \uffff \0")})
+    assert "\\ud83d\\ude00" in body
+    headers = {"Content-Type": "application/json"}
+    assert patient.http.post("/v1/chat/completions", content=body, headers=headers).is_success
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"model": }', "not JSON: Expecting value at line 1, column 11"),
+        (b'{"model":\n "a",}', "at line 2, column"),
+        (b"{'a': 1}", "Expecting property name enclosed in double quotes at line 1, column 2"),
+        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'"\xff"', "byte 1 is not UTF-8 text"),
+        (b"[]", "must be a JSON object"),
+        (b'"x"', "must be a JSON object"),
+    ],
+)
+def test_json_errors_say_where(patient, body, message):
+    headers = {"Content-Type": "application/json"}
+    for path in ("/v1/videos", "/v1/chat/completions"):
+        answer = patient.http.post(path, content=body, headers=headers)
+        assert message in refused(answer, 400)["message"]
+
+
+TEXT_PART = {"type": "text", "text": "x"}
+IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named", "message"),
+    [
+        (said([TEXT_PART, IMAGE_PART]), "messages.0.content", "part 1 must be a text part"),
+        (said([{"type": "video_url"}]), "messages.0.content", "POST /v1/videos"),
+        (said([{"type": "text"}]), "messages.0.content", "part 0 must have its text"),
+        (said(["x"]), "messages.0.content", "part 0 must be a text part"),
+        (said(5), "messages.0.content", "must be text or a list of text parts"),
+        (said(None), "messages", "the question is empty"),
+        (said([]), "messages", "the question is empty"),
+        ({"messages": [*said("a")["messages"], {"role": "assistant", "content": None,
+                                                "tool_calls": []}, *said("b")["messages"]]},
+         "messages", "one user message"),
+        ({"messages": "x"}, "messages", "list"), ({"messages": None}, "messages", "list"),
+        ({"stop": list("abcde")}, "stop", "at most 4 strings, got 5"),
+        ({"stop": 5}, "stop", "string or a list of strings"), ({"stop": ["a", 5]}, "stop", "list"),
+        ({"stop": [""]}, "stop", "1 to 256"), ({"stop": "x" * 257}, "stop", "1 to 256"),
+        ({"seed": 1 << 63}, "seed", "less than"), ({"seed": 10**4000}, "seed", "less than"),
+        ({"seed": -(1 << 63) - 1}, "seed", "greater than"),
+        ({"functions": [{"name": "f"}]}, "functions", "at most 0"),
+        ({"function_call": {"name": "f"}}, "function_call", "none"),
+        ({"tool_choice": "required"}, "tool_choice", "none"),
+        ({"modalities": ["text", "audio"]}, "modalities.1", "text"),
+        ({"audio": {"voice": "a"}}, "audio", "None"),
+        ({"top_logprobs": 5}, "top_logprobs", "0"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty", "1"),
+        ({"video_ids": ["nobody"]}, "video_ids", "no such video"),
+        ({"model": "nobody"}, "model", "no such video or model"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_field(patient, changed, named, message):
+    answer = patient.http.post("/v1/chat/completions", json={**QUESTION, **changed})
+    error = refused(answer, 404 if "nobody" in str(changed) else 400)
+    assert error["param"] == named and message in error["message"], error
+    assert "constrained" not in error["message"] and ".str" not in error["message"]
+
+
+OPTIONAL = [name for name, field in ChatRequest.model_fields.items() if not field.is_required()]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_null_is_unset(patient, name):
+    answer = patient.http.post("/v1/chat/completions", json={**QUESTION, name: None})
+    assert answer.json()["choices"][0]["message"]["content"] == "yes"
+
+
+def test_null_is_unset_everywhere(patient, videos):
+    options = {"include_usage": None}
+    body = {**QUESTION, **dict.fromkeys(OPTIONAL), "stream": True, "stream_options": options}
+    answer = patient.http.post("/v1/chat/completions", json=body)
+    assert answer.is_success and "usage" not in answer.text
+    path = {"path": "x", "max_frames": None, "longest_edge": None, "exact_frames": None}
+    assert "no such file" in refused(patient.http.post("/v1/videos", json=path), 400)["message"]
+
+
+@pytest.mark.parametrize(
+    "unchanging",
+    [
+        {"functions": [], "function_call": "auto", "tools": [], "tool_choice": "none"},
+        {"modalities": ["text"], "top_logprobs": 0, "repetition_penalty": 1, "min_p": 0.0},
+        {"seed": -1}, {"seed": -(1 << 63)}, {"seed": (1 << 63) - 1}, {"stop": []}, {"stop": "a"},
+        {"user": "a", "store": True, "metadata": {"a": "b"}, "anything": 10**4000},
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_is_accepted(patient, unchanging):
+    assert patient.http.post("/v1/chat/completions", json={**QUESTION, **unchanging}).is_success
+
+
+def test_text_parts_stay_apart(serve):
+    live = serve(stand_in={"words": ["a"]})
+    asked = []
+    submit = live.engine.submit
+    live.engine.submit = lambda request: (asked.append(request.text), submit(request))[1]
+    parts = [{"type": "text", "text": text} for text in ("What color is", "the ring?")]
+    assert live.http.post("/v1/chat/completions", json={**QUESTION, **said(parts)}).is_success
+    assert asked == ["What color is\nthe ring?"]
 
 
 @pytest.mark.parametrize(

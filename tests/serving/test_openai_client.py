@@ -143,7 +143,7 @@ def test_many_clients_at_once(live, shapes):
 
 
 def test_text_parts_and_system_messages(client, live):
-    parts = [{"type": "text", "text": "What happens "}, {"type": "text", "text": "in the video?"}]
+    parts = [{"type": "text", "text": QUESTION}]
     answer = client.chat.completions.create(
         model=live[1][0],
         messages=[{"role": "system", "content": ""}, {"role": "user", "content": parts}],

@@ -12,13 +12,12 @@ import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from v2l_fast.errors import ConfigError
 from v2l_fast.serving import http_errors
 from v2l_fast.serving.auth import Keys
-from v2l_fast.serving.http_errors import ApiError
+from v2l_fast.serving.http_errors import ApiError, printable
 from v2l_fast.serving.limits import ServerLimits
 
 UPLOAD_PATH = "/v1/videos"
@@ -32,7 +31,6 @@ _KINDS = {CHAT_PATH: (JSON,), UPLOAD_PATH: (FORM, JSON)}
 _FORM_OVERHEAD = 64 << 10
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?", re.IGNORECASE)
-_SHOWN = 100
 
 
 class AllowedHosts:
@@ -117,11 +115,10 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _refused(status: int, header: str, value: str, host: str | None) -> ApiError:
-    shown = value[:_SHOWN].encode("ascii", "backslashreplace").decode()
-    remedy = "" if host is None else f"; start the server with --allowed-host {host[:_SHOWN]}"
+    remedy = "" if host is None else f"; start the server with --allowed-host {host[:200]}"
     return ApiError(
         status,
-        f"{header} {shown!r} is not allowed here{remedy}",
+        f"{header} {printable(value)!r} is not allowed here{remedy}",
         f"{header.lower()}_not_allowed",
     )
 
@@ -155,12 +152,12 @@ class Gate:
                 async with asyncio.timeout(idle):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"nothing came for {idle:g} s; send it again") from None
+                message = f"nothing came for {idle:g} s; send it again"
+                raise ApiError(408, message, "timeout") from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > limit:
-                # FastAPI passes no other error on from a body.
-                raise HTTPException(413, _too_large(limit))
+                raise ApiError(413, _too_large(limit), "too_large")
             return message
 
         async def closing(message: Message) -> None:
@@ -197,7 +194,7 @@ class Gate:
             )  # fmt: skip
         kinds = _KINDS.get(path)
         if method == "POST" and kinds is not None and content_type(headers) not in kinds:
-            sent = content_type(headers)[:_SHOWN].encode("ascii", "backslashreplace").decode()
+            sent = printable(content_type(headers))
             return ApiError(
                 415,
                 f"send Content-Type: {' or '.join(kinds)}; "

@@ -33,13 +33,16 @@ DESCRIPTIONS = {
 }
 
 
-class ApiError(Exception):
-    """A refusal that a route decides on."""
+class ApiError(HTTPException):
+    """A refusal that a route decides on.
+
+    An HTTPException, since FastAPI lets no other error out while it reads a body.
+    """
 
     def __init__(
         self, status: int, message: str, code: str | None = None, param: str | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, message)
         self.status, self.message, self.code, self.param = status, message, code, param
 
 
@@ -143,7 +146,19 @@ def from_validation(errors: Sequence[dict]) -> ApiError:
     """The first thing that is wrong with a body; the input itself is not repeated."""
     first = errors[0]
     place = [str(p) for p in first["loc"] if p not in ("body", "query", "path", "header")]
-    name = ".".join(place)[:200].encode("ascii", "backslashreplace").decode() or None
-    message = first["msg"].encode("ascii", "backslashreplace").decode()
+    name = printable(".".join(place)) or None
+    message = printable(first["msg"])
+    if name is None and first["type"] == "missing":
+        message = "the body is empty; send a JSON object"
+    elif name is None and first["type"] in _NO_OBJECT:
+        message = "the body must be a JSON object"
     text = f"{name}: {message}" if name else message
     return ApiError(400, text, first["type"], name)
+
+
+_NO_OBJECT = ("model_attributes_type", "model_type", "dict_type")
+
+
+def printable(text: str) -> str:
+    """At most 200 characters of what a caller sent, in ASCII."""
+    return text[:200].encode("ascii", "backslashreplace").decode()

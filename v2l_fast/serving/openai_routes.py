@@ -19,6 +19,7 @@ from v2l_fast.errors import V2LError
 from v2l_fast.serving import logs
 from v2l_fast.serving.auth import documented
 from v2l_fast.serving.http_errors import ApiError, body, responses, translate
+from v2l_fast.serving.json_body import JsonRoute
 from v2l_fast.serving.requests import Chunk, Generation, Usage
 from v2l_fast.serving.schemas import (
     AnswerMessage,
@@ -33,7 +34,9 @@ from v2l_fast.serving.schemas import (
 )
 from v2l_fast.serving.server import Server
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"], dependencies=[Depends(documented)])
+router = APIRouter(
+    prefix="/v1", tags=["OpenAI"], dependencies=[Depends(documented)], route_class=JsonRoute
+)
 
 _CLOSED_BY_CLIENT = 499
 _STREAM = {
@@ -59,7 +62,7 @@ def model(model: str, request: Request) -> ModelBody:
     server: Server = request.app.state.server
     if model == server.name:
         return ModelBody(id=server.name, created=request.app.state.started, parent=None)
-    record = server.describe(server.resolve(model))
+    record = server.describe(server.resolve(model, "model"))
     return _model(server, record.id, record.created)
 
 
@@ -80,7 +83,7 @@ async def chat(chat: ChatRequest, request: Request) -> Any:
         async with _leaving(request, answer):
             await answer.begin()
         if chat.stream:
-            usage = chat.stream_options is not None and chat.stream_options.include_usage
+            usage = chat.stream_options is not None and bool(chat.stream_options.include_usage)
             return StreamingResponse(
                 answer.events(usage),
                 media_type="text/event-stream",

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic_core import PydanticCustomError
 
-MAX_STOPS = 4
+MAX_STOPS, MAX_STOP_LENGTH = 4, 256
 MAX_COMPOSED = 64
 
 
@@ -39,23 +40,45 @@ class TextPart(BaseModel):
     text: str
 
 
+def _content(value: Any) -> Any:
+    """Text, or parts of it; says what is wrong without pydantic's names for the alternatives."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("content_type", "must be text or a list of text parts")
+    for place, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise PydanticCustomError(
+                "content_part",
+                "part {place} must be a text part ({example}); send videos to POST /v1/videos and "
+                "ask with their id as model",
+                {"place": place, "example": '{"type": "text", "text": ".."}'},
+            )
+        if not isinstance(part.get("text"), str):
+            message = "part {place} must have its text as a string"
+            raise PydanticCustomError("content_part", message, {"place": place})
+    return value
+
+
 class Message(BaseModel):
     """A message. A question stands alone: one user message, system messages before it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart]
+    content: Annotated[str | list[TextPart] | None, BeforeValidator(_content)] = None
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        """Parts are joined with line breaks, as vLLM does."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "\n".join(part.text for part in self.content)
 
 
 class StreamOptions(BaseModel):
     """``include_usage``: a last chunk that carries the token counts."""
 
-    include_usage: StrictBool = False
+    include_usage: StrictBool | None = None
 
 
 class TextFormat(BaseModel):
@@ -64,13 +87,27 @@ class TextFormat(BaseModel):
     type: Literal["text"]
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 VideoId = Annotated[str, Field(min_length=1, max_length=128)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
-def _stops(value: str | list[str] | None) -> tuple[str, ...]:
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+def _stops(value: Any) -> Any:
+    """None, a string or a few of them -> a list; errors as for :func:`_content`."""
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop_type", "must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError(
+            "too_many_stops", "at most {most} strings, got {count}",
+            {"most": MAX_STOPS, "count": len(stops)},
+        )  # fmt: skip
+    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        raise PydanticCustomError(
+            "stop_length", "strings of 1 to {most} characters", {"most": MAX_STOP_LENGTH}
+        )
+    return stops
 
 
 class ChatRequest(BaseModel):
@@ -79,32 +116,42 @@ class ChatRequest(BaseModel):
     ``model`` is the id of an adapter, or the base model's name. With the base model's name,
     ``video_ids`` composes adapters of consecutive chunks, and ``video_mode`` "context" puts the
     one video named there into the context instead, for comparison. Greedy unless ``temperature``
-    is set.
+    is set. ``null`` leaves a field at its default.
     """
 
     model_config = ConfigDict(extra="ignore")
 
     model: str = Field(min_length=1, max_length=512)
     messages: list[Message] = Field(min_length=1, max_length=64)
-    stream: StrictBool = False
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=0, le=1 << 31)] | None = None
-    seed: Annotated[StrictInt, Field(ge=0, lt=1 << 63)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Annotated[
-        Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, AfterValidator(_stops)
-    ] = ()
-    video_ids: Annotated[list[VideoId], Field(max_length=MAX_COMPOSED)] = []
-    video_mode: Literal["adapter", "context"] = "adapter"
+        Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_stops)
+    ] = []
+    video_ids: Annotated[list[VideoId], Field(max_length=MAX_COMPOSED)] | None = None
+    video_mode: Literal["adapter", "context"] | None = None
+    # What would change the answer is accepted where it changes nothing.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    top_logprobs: Literal[0] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    web_search_options: None = None
     response_format: TextFormat | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=1, le=1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
 
@@ -178,7 +225,7 @@ class InternalizeOptions(BaseModel):
 
     max_frames: Annotated[int, Field(ge=1)] | None = None
     longest_edge: Annotated[int, Field(ge=2)] | None = None
-    exact_frames: bool = False
+    exact_frames: bool | None = None
 
 
 class PathRequest(InternalizeOptions):

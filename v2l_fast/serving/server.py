@@ -27,6 +27,7 @@ from v2l_fast.serving.videos import VideoFolder
 from v2l_fast.video import VideoClip
 
 DEFAULT_NEW_TOKENS = 256
+_SEEDS = (1 << 63) - 1
 _CLIPS = 4
 # Videos decoded for their questions at the same time, and those with the ones waiting for it: each
 # holds a thread of the web server's.
@@ -91,8 +92,11 @@ class Server:
         mine = self.settings.hypernetwork
         return [r for r in self.store.list() if r.hypernetwork in (mine, None)]
 
-    def resolve(self, video_id: str) -> str:
+    def resolve(self, video_id: str, field: str | None = None) -> str:
         """The adapter's id for an adapter's or a job's id.
+
+        Args:
+            field: of the request, where the id stands; for the error.
 
         Raises:
             ApiError: 404 when there is none, 409 when its job has not finished or has failed.
@@ -100,12 +104,13 @@ class Server:
         job = self.jobs.get(video_id)
         if job is not None:
             if job.work.state == "failed":
-                raise ApiError(409, "internalizing this video failed", "video_failed")
+                raise ApiError(409, "internalizing this video failed", "video_failed", field)
             if job.work.adapter_id is None:
-                raise ApiError(409, "this video is still being internalized", "video_not_ready")
+                message = "this video is still being internalized"
+                raise ApiError(409, message, "video_not_ready", field)
             video_id = job.work.adapter_id
         if video_id not in self.store:
-            raise ApiError(404, "there is no such video or model here", "model_not_found", "model")
+            raise ApiError(404, "there is no such video or model here", "model_not_found", field)
         return video_id
 
     def describe(self, video_id: str) -> VideoBody:
@@ -187,14 +192,15 @@ class Server:
             QueueFull: too many videos are being decoded for their questions.
         """
         text = question_text(chat)
-        ids = list(chat.video_ids)
+        ids, stop = list(chat.video_ids or ()), tuple(chat.stop or ())
         if chat.model != self.name:
             if ids:
                 raise ApiError(
                     400, f"with video_ids the model is {self.name}", "invalid_value", "model"
                 )
             ids = [chat.model]
-        adapters = tuple(self.resolve(i) for i in ids)
+        field = "video_ids" if chat.video_ids else "model"
+        adapters = tuple(self.resolve(i, field) for i in ids)
         sampling = self._sampling(chat)
         if chat.video_mode == "context":
             if len(adapters) != 1:
@@ -202,9 +208,9 @@ class Server:
                     400, "name one video to put in context", "invalid_value", "video_ids"
                 )
             clip = self._clip(adapters[0])
-            request = GenerationRequest(text, clip=clip, sampling=sampling, stop=chat.stop)
+            request = GenerationRequest(text, clip=clip, sampling=sampling, stop=stop)
             return Asked(request, "context")
-        request = GenerationRequest(text, adapters, sampling=sampling, stop=chat.stop)
+        request = GenerationRequest(text, adapters, sampling=sampling, stop=stop)
         return Asked(request, "adapter" if adapters else "plain")
 
     def _sampling(self, chat: ChatRequest) -> Sampling:
@@ -218,7 +224,8 @@ class Server:
             temperature=chat.temperature or 0.0,
             top_p=1.0 if chat.top_p is None else chat.top_p,
             top_k=chat.top_k or 0,
-            seed=chat.seed or 0,
+            # Any int64 is a seed; the sampler's are not negative.
+            seed=(chat.seed or 0) & _SEEDS,
         )
 
     def _clip(self, adapter_id: str) -> VideoClip:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
-from v2l_fast.serving import upload
+from v2l_fast.serving import json_body, upload
 from v2l_fast.serving.admission import Admission
 from v2l_fast.serving.auth import documented
 from v2l_fast.serving.gate import FORM, content_type
@@ -96,11 +95,9 @@ async def _uploaded(request: Request, server: Server) -> Job | str:
 async def _linked(request: Request, server: Server) -> Job | str:
     admission: Admission = request.app.state.admission
     try:
-        options = PathRequest.model_validate(json.loads(await request.body()))
+        options = PathRequest.model_validate(json_body.parse(await request.body()))
     except ValidationError as error:
         raise from_validation(error.errors(include_context=False)) from None
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not JSON", "invalid_json") from None
     path = await run_in_threadpool(allowed_path, options.path, server.root)
     size, limit = path.stat().st_size, server.limits.upload_bytes
     if size > limit:
