@@ -14,7 +14,7 @@ from tests import tiny
 from v2l_fast import Video2LoRA
 from v2l_fast.adapter import Adapter
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, V2LError, VideoError
-from v2l_fast.files import load_tensors
+from v2l_fast.tensor_files import load_tensors
 
 M = "down_proj"
 

@@ -21,8 +21,9 @@ PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 LAYERS = (
     ("csrc_triton", "errors", "compiling", "lengths"),
     ("files", "video"),
-    ("config",),
-    ("perceiver", "adapter"),
+    ("config", "tensor_files"),
+    ("perceiver", "adapter_files"),
+    ("adapter",),
     ("hypernet", "adapted"),
     ("backbones", "loading"),
     ("generation", "internalizing"),

@@ -8,25 +8,20 @@ Nothing here knows a model: applying an adapter is ``csrc_triton.lora_linear``.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from v2l_fast.adapter_files import Factors, read_adapter, write_adapter
 from v2l_fast.errors import AdapterError
-from v2l_fast.files import load_tensors, save_tensors
-
-FORMAT = "v2l_adapter"
-FORMAT_VERSION = 1
-
-Factors = Mapping[str, Tensor]
+from v2l_fast.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -182,10 +177,17 @@ class Adapter:
             for name in ("A", "B")
         )
         bias = next((x.bias for x in adapters if x.bias is not None), None)
-        record = {
-            "hypernetwork": first._made_by,
-            "chunks": [dict(x.provenance) for x in adapters],
-        }
+        # Chunks of a composed adapter join the list, so that no number of compositions nests.
+        chunks = [
+            chunk
+            for x in adapters
+            for chunk in (
+                x.provenance["chunks"]
+                if x.provenance.keys() == {"hypernetwork", "chunks"}
+                else [dict(x.provenance)]
+            )
+        ]
+        record = {"hypernetwork": first._made_by, "chunks": chunks}
         return Adapter(a, b, first.scale, bias, first.bias_id, record)
 
     def prune(self, keep: int, by: str = "norm", seed: int = 0) -> Adapter:
@@ -266,21 +268,10 @@ class Adapter:
         The shared bias is named, not stored.
 
         Raises:
-            AdapterError: a factor is not finite.
+            AdapterError: a factor is not finite, or the provenance is none that can be read again.
             V2LError: the folder does not exist.
         """
-        tensors = {f"{m}.lora_A": a for m, a in self.A.items()}
-        tensors |= {f"{m}.lora_B": b for m, b in self.B.items()}
-        for name, factor in tensors.items():
-            if not torch.isfinite(factor).all():
-                raise AdapterError(f"{path}: not written, {name} holds NaN or infinity")
-        record = {
-            "version": FORMAT_VERSION,
-            "scale": self.scale,
-            "bias_id": self.bias_id,
-            "provenance": dict(self.provenance),
-        }
-        save_tensors(tensors, path, {FORMAT: json.dumps(record)})
+        write_adapter(path, self.A, self.B, self.scale, self.bias_id, self.provenance)
 
     @classmethod
     def load(cls, path: str | os.PathLike, bias: BiasAdapter | None = None) -> Adapter:
@@ -290,30 +281,17 @@ class Adapter:
             AdapterError: the file is missing, corrupt, not an adapter, not finite, or belongs with
                 another bias.
         """
-        tensors, metadata = load_tensors(path, AdapterError)
+        with open_regular(path, AdapterError, missing="make one with v2l internalize") as handle:
+            return cls.read(handle, path, bias)
+
+    @classmethod
+    def read(
+        cls, handle: BinaryIO, path: str | os.PathLike, bias: BiasAdapter | None = None
+    ) -> Adapter:
+        """As :meth:`load`, of a file that is open for reading; ``path`` names it in errors."""
+        a, b, record = read_adapter(handle, path)
         try:
-            record = json.loads(metadata[FORMAT])
-            version, scale, bias_id = record["version"], float(record["scale"]), record["bias_id"]
-            provenance = dict(record["provenance"])
-        except (KeyError, TypeError, ValueError):
-            raise AdapterError(
-                f"{path}: not an adapter file (no valid {FORMAT} metadata); "
-                "make one with v2l internalize"
-            ) from None
-        if version != FORMAT_VERSION:
-            raise AdapterError(
-                f"{path}: adapter format {version}, this version reads {FORMAT_VERSION}"
-            )
-        a, b = {}, {}
-        for key, tensor in tensors.items():
-            module, _, factor = key.rpartition(".")
-            if factor not in ("lora_A", "lora_B") or not tensor.is_floating_point():
-                raise AdapterError(f"{path}: unexpected tensor {key[:120]!r} ({tensor.dtype})")
-            if not torch.isfinite(tensor).all():
-                raise AdapterError(f"{path}: {module[:120]!r} is not finite; internalize again")
-            (a if factor == "lora_A" else b)[module] = tensor
-        try:
-            adapter = cls(a, b, scale, None, bias_id, provenance)
+            adapter = cls(a, b, record.scale, None, record.bias_id, record.provenance)
             return adapter if bias is None else adapter.with_bias(bias)
         except AdapterError as error:
             raise AdapterError(f"{path}: {error}") from None

@@ -1,4 +1,4 @@
-"""Files on disk: bounded reads of what users name, atomic writes, safetensors files.
+"""Files on disk: bounded reads of what users name, and atomic writes.
 
 Errors name the file, the fault and the remedy.
 """
@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -381,6 +380,37 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         raise V2LError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def append_text(path: str | os.PathLike, text: str, *, fsync: bool = False) -> None:
+    """Add text (UTF-8) at the end of a regular file in one write; make the file when missing.
+
+    Other processes may append to the same file. A symbolic link is not followed.
+
+    Args:
+        fsync: the text is on the disk when this returns.
+
+    Raises:
+        V2LError: the file cannot be written, or is no regular file. An OSError is its
+            ``__context__``.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NONBLOCK | _NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            _refuse_special(path, os.fstat(descriptor).st_mode, V2LError)
+            data = memoryview(text.encode("utf-8"))
+            while data:
+                data = data[os.write(descriptor, data) :]
+            if fsync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as cause:
+        raise V2LError(
+            f"{path}: cannot be written ({cause.strerror}); "
+            "check its folder, its permissions and the free space"
+        ) from None
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:
@@ -400,22 +430,3 @@ def save_tensors(
         mode = part.stat().st_mode
         save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
         os.chmod(part, mode)
-
-
-def load_tensors(
-    path: str | os.PathLike, error: type[V2LError]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file.
-
-    Raises:
-        error: the file is missing or not a whole safetensors file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise error(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.offset_keys()}
-            return tensors, handle.metadata() or {}
-    except (SafetensorError, OSError) as cause:
-        raise error(f"{path}: not a whole safetensors file ({cause}); make it again") from None

@@ -194,7 +194,7 @@ def test_a_stale_index_does_not_matter(store):
 def index_alone(folder: Path) -> set[str]:
     """Ids of a store that is opened while no adapter file can be read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("v2l_fast.serving.index.safe_open", None)
+        patch.setattr("v2l_fast.serving.index.read_record", None)
         return {r.id for r in AdapterStore(folder).list()}
 
 
@@ -256,9 +256,10 @@ def test_out_of_descriptors_is_not_damage(store, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("v2l_fast.files.safe_open", refuse)
-    with pytest.raises(AdapterError, match="Too many open files"):
-        store.get(stored)
+    monkeypatch.setattr("v2l_fast.files.os.open", refuse)
+    for read in (store.get, store.open):
+        with pytest.raises(StoreError, match="Too many open files"):
+            read(stored)
     monkeypatch.undo()
     assert store.get(stored).rank == 4
 

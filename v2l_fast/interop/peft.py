@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from v2l_fast.adapter import Adapter
 from v2l_fast.errors import AdapterError
-from v2l_fast.files import load_tensors, save_tensors
+from v2l_fast.files import save_tensors
 from v2l_fast.interop.directories import whole_directory
+from v2l_fast.tensor_files import load_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

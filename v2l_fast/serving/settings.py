@@ -79,5 +79,5 @@ class InternalizeSettings:
                 exact_frames=self.exact_frames,
             )
             return indices.tolist() == source["frame_indices"]
-        except (LookupError, TypeError, V2LError):
+        except (LookupError, TypeError, ValueError, ArithmeticError, V2LError):
             return False

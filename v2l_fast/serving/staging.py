@@ -56,9 +56,17 @@ class Staging:
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``, alone among all processes and threads; waits for it."""
-    with open(path, "a") as handle:
+    handle = _open_lock(path, os.O_CREAT)
+    try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
+
+
+def _open_lock(path: Path, flags: int = 0) -> int:
+    """A descriptor of a lock file; a named pipe or a link in its place is not waited for."""
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | flags, 0o666)
 
 
 def sync_folder(folder: Path) -> None:
@@ -92,14 +100,19 @@ def _release(lock: int, folder: Path) -> None:
 def _sweep(root: Path) -> None:
     """Remove the folders whose owners no longer live."""
     for path in root.glob(f"*{_LOCK_SUFFIX}"):
-        with suppress(FileNotFoundError, BlockingIOError), open(path) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            folder = path.with_suffix("")
-            if folder.exists():
-                log.info("%s: removed, the process that wrote there is gone", folder)
-                shutil.rmtree(folder, ignore_errors=True)
-            if _is_same(handle.fileno(), path):
-                path.unlink()
+        # Locked by the living, or not ours to open.
+        with suppress(OSError):
+            handle = _open_lock(path)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                folder = path.with_suffix("")
+                if folder.exists():
+                    log.info("%s: removed, the process that wrote there is gone", folder)
+                    shutil.rmtree(folder, ignore_errors=True)
+                if _is_same(handle, path):
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def _is_same(handle: int, path: Path) -> bool:

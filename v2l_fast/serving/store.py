@@ -19,18 +19,21 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import threading
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from torch import Tensor, uint8
 
 from v2l_fast.adapter import Adapter
+from v2l_fast.adapter_files import read_record
 from v2l_fast.errors import AdapterError, V2LError
-from v2l_fast.serving.index import ID, NO_HEADER, SUFFIX, Index, StoredAdapter, read_header
+from v2l_fast.files import open_regular
+from v2l_fast.serving.index import ID, SUFFIX, Index, Stamp, StoredAdapter, settled, stamp
 from v2l_fast.serving.settings import InternalizeSettings
 from v2l_fast.serving.staging import Staging, exclusive, sync_folder
 
@@ -61,6 +64,8 @@ class AdapterStore:
         self._corrupt = self.folder / "corrupt"
         self._lock_path = self.folder / "lock"
         self._mutex = threading.RLock()
+        # Files whose content was checked against their name, as they were then.
+        self._verified: dict[str, Stamp] = {}
         try:
             for path in (self._adapters, self._corrupt):
                 path.mkdir(parents=True, exist_ok=True)
@@ -126,6 +131,7 @@ class AdapterStore:
         finally:
             with self._mutex:
                 self._index.forget(adapter_id)
+                self._verified.pop(adapter_id, None)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -136,30 +142,61 @@ class AdapterStore:
             AdapterError: the id is malformed or unknown, or the file is damaged; it is then moved
                 to ``corrupt/`` so that internalizing the video again replaces it.
         """
+        with self._open(adapter_id) as handle:
+            return self._read(adapter_id, handle)
+
+    def open(self, adapter_id: str) -> BinaryIO:
+        """An adapter's file, open for reading, its content checked against its id.
+
+        Raises:
+            AdapterError: as :meth:`get`.
+        """
+        handle = self._open(adapter_id)
+        try:
+            with self._mutex:
+                known = self._verified.get(adapter_id)
+            if known != stamp(os.fstat(handle.fileno())):
+                self._read(adapter_id, handle)
+                handle.seek(0)
+            return handle
+        except BaseException:
+            handle.close()
+            raise
+
+    def _open(self, adapter_id: str) -> BinaryIO:
+        """The file of an adapter, which is no link to another."""
         path = self._path(adapter_id)
         try:
-            inode = path.stat().st_ino
-            adapter = Adapter.load(path)
-        except FileNotFoundError:
-            raise _unknown(adapter_id) from None
-        except OSError as error:
-            raise self._failure(f"{path.name} cannot be read", error) from None
+            return open_regular(path, AdapterError, follow=False)
         except AdapterError as error:
-            if not path.exists():
+            cause = error.__context__
+            if isinstance(cause, FileNotFoundError):
                 raise _unknown(adapter_id) from None
+            if isinstance(cause, OSError):
+                raise self._failure(f"{path.name} cannot be read", cause) from None
+            raise
+
+    def _read(self, adapter_id: str, handle: BinaryIO) -> Adapter:
+        """The adapter in an open file, whose content must be what its name says."""
+        path = self._path(adapter_id)
+        status = os.fstat(handle.fileno())
+        try:
+            adapter = Adapter.read(handle, path)
+            sound = content_id(adapter) == adapter_id
+            reason = f"{path}: its content is not what its name says"
+        except AdapterError as error:
             if isinstance(error.__context__, OSError):
-                # Too many open files or a network failure say nothing about the content.
-                raise
-            self._set_aside(adapter_id, inode, str(error))
+                # A network failure says nothing about the content.
+                raise self._failure(f"{path.name} cannot be read", error.__context__) from None
+            sound, reason = False, str(error)
+        if not sound:
+            self._set_aside(adapter_id, status.st_ino, reason)
             raise AdapterError(
-                f"{path}: damaged, moved to {self._corrupt}; internalize the video again"
-            ) from None
-        if content_id(adapter) != adapter_id:
-            self._set_aside(adapter_id, inode, "its content is not what its name says")
-            raise AdapterError(
-                f"{path}: its content is not what its name says, moved to {self._corrupt}; "
-                "internalize the video again"
+                f"{reason}; moved to {self._corrupt}; internalize the video again"
             )
+        if settled(status):
+            with self._mutex:
+                self._verified[adapter_id] = stamp(status)
         return adapter
 
     def list(self) -> list[StoredAdapter]:
@@ -179,7 +216,12 @@ class AdapterStore:
         return record
 
     def __contains__(self, adapter_id: str) -> bool:
-        return ID.fullmatch(adapter_id) is not None and self._path(adapter_id).is_file()
+        if ID.fullmatch(adapter_id) is None:
+            return False
+        try:
+            return stat.S_ISREG(os.lstat(self._path(adapter_id)).st_mode)
+        except OSError:
+            return False
 
     def file(self, adapter_id: str) -> Path:
         """Path of an adapter's file; it may be read, never changed.
@@ -197,8 +239,9 @@ class AdapterStore:
         """
         for record in self.list():
             if record.video == video and record.hypernetwork == settings.hypernetwork:
-                with suppress(OSError, *NO_HEADER):
-                    if settings.made(read_header(self._path(record.id))[0]):
+                with suppress(AdapterError):
+                    found = read_record(self._path(record.id), follow=False)
+                    if settings.made(found.provenance):
                         return record.id
         return None
 
@@ -222,13 +265,19 @@ class AdapterStore:
     def _set_aside(self, adapter_id: str, inode: int, why: str) -> None:
         """Move a damaged file away, unless a sound one has taken its place meanwhile."""
         path = self._path(adapter_id)
-        log.error("%s: %s", path, why)
-        with suppress(FileNotFoundError), exclusive(self._lock_path):
-            if path.stat().st_ino == inode:
-                os.replace(path, self._corrupt / f"{path.stem}.{uuid.uuid4().hex[:8]}{SUFFIX}")
-                sync_folder(self._adapters)
+        log.error("%s; moved to %s", why, self._corrupt)
+        try:
+            with exclusive(self._lock_path):
+                if os.lstat(path).st_ino == inode:
+                    os.replace(path, self._corrupt / f"{path.stem}.{uuid.uuid4().hex[:8]}{SUFFIX}")
+                    sync_folder(self._adapters)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.error("%s: cannot be moved (%s); delete it", path, error.strerror)
         with self._mutex:
             self._index.forget(adapter_id)
+            self._verified.pop(adapter_id, None)
 
     def _failure(self, what: str, error: Exception) -> StoreError:
         reason = getattr(error, "strerror", None) or str(error)

@@ -146,8 +146,14 @@ def adapter(video_id: str, request: Request) -> FileResponse:
     """The adapter's file, as ``v2l ask`` reads it."""
     server: Server = request.app.state.server
     adapter_id = server.resolve(video_id)
-    path = server.store.file(adapter_id)
-    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+    handle = server.store.open(adapter_id)
+    # The open file is sent, whatever takes its name meanwhile.
+    return FileResponse(
+        f"/dev/fd/{handle.fileno()}",
+        media_type="application/octet-stream",
+        filename=server.store.file(adapter_id).name,
+        background=BackgroundTask(handle.close),
+    )
 
 
 @router.get(

@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.files import load_tensors, save_tensors
+from v2l_fast.files import save_tensors
 from v2l_fast.shapes.base import load_base, new_base, save_base
 from v2l_fast.shapes.evaluate import evaluate_direct
 from v2l_fast.shapes.pretrain_vision import SCHEDULE, pretrain_vision
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.train_language import LanguageSettings, cache_visual_tokens, train_language
+from v2l_fast.tensor_files import load_tensors
 from v2l_fast.training.records import write_record
 
 _VAL_VIDEOS = 512

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.files import load_tensors, save_tensors
+from v2l_fast.files import save_tensors
+from v2l_fast.tensor_files import load_tensors
 
 _RNG = "rng.torch"
 _PROGRESS = "progress"

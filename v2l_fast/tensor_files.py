@@ -1,0 +1,223 @@
+"""Safetensors files: the header is judged before anything is loaded.
+
+Responsible for what any safetensors file may not be (too many tensors, unknown dtypes, bytes that
+belong to no tensor), and for errors that name the file, the tensor and the remedy. Which tensors a
+file of one kind holds is its reader's check.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from v2l_fast.errors import V2LError, excerpt
+from v2l_fast.files import open_regular, parse_json
+
+# A hundred times what the largest adapter or checkpoint of this package has.
+HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 100_000
+MAX_DIMS = 8
+# Others (float8, complex, unsigned) are in no file of this package.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """The header of a safetensors file.
+
+    Attributes:
+        tensors: name -> dtype and shape, in the order of their bytes.
+        metadata: the file's own strings.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+Judge = Callable[[TensorHeader], Any]
+
+
+def parse_header(
+    handle: BinaryIO,
+    name: str | os.PathLike,
+    error: type[V2LError] = V2LError,
+    *,
+    max_tensors: int = MAX_TENSORS,
+    remedy: str = "make it again",
+) -> tuple[bytes, TensorHeader]:
+    """(bytes before the tensors', what they say) of a file that is open at its start.
+
+    Args:
+        name: the file's, for errors.
+
+    Raises:
+        error: not a whole safetensors file, or beyond the bounds above.
+    """
+
+    def refused(what: str) -> V2LError:
+        return error(f"{name}: {what}; {remedy}")
+
+    try:
+        size = os.fstat(handle.fileno()).st_size
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise refused("not a whole safetensors file (it ends within its header)")
+        if length > HEADER_BYTES:
+            raise refused(f"its header has {length:,} bytes, at most {HEADER_BYTES:,} are read")
+        data = handle.read(length)
+    except OSError as cause:
+        raise error(f"{name}: cannot be read ({cause.strerror}); try again") from None
+    # Counted before it is parsed, which takes seconds for a million.
+    if (count := data.count(b'"data_offsets"')) > max_tensors:
+        raise refused(f"holds {count:,} tensors, at most {max_tensors:,} are read")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise refused("not a safetensors file (its header is not UTF-8 text)") from None
+    entries = parse_json(text, f"{name}: header", error, remedy=remedy)
+    if not isinstance(entries, dict):
+        raise refused("not a safetensors file (its header is not an object)")
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise refused(f"its metadata must map names to text, got {excerpt(metadata)}")
+    spans, tensors = [], {}
+    for key, entry in entries.items():
+        problem, span = _check_entry(entry)
+        if problem:
+            raise refused(f"tensor {excerpt(key)}: {problem}")
+        spans.append((span, key))
+    end = 0
+    for (begin, stop), key in sorted(spans):
+        if begin != end:
+            raise refused(f"tensor {excerpt(key)}: its bytes begin at {begin}, expected {end}")
+        end = stop
+        tensors[key] = TensorInfo(_DTYPES[entries[key]["dtype"]], tuple(entries[key]["shape"]))
+    if end != size - 8 - length:
+        raise refused(
+            "not a whole safetensors file "
+            f"(its tensors take {end:,} bytes, it has {size - 8 - length:,} for them)"
+        )
+    return prefix + data, TensorHeader(tensors, metadata)
+
+
+def read_header(
+    path: str | os.PathLike,
+    error: type[V2LError] = V2LError,
+    *,
+    max_tensors: int = MAX_TENSORS,
+    remedy: str = "make it again",
+) -> TensorHeader:
+    """The header of a safetensors file, without its tensors.
+
+    Raises:
+        error: the file is missing, not a whole safetensors file, or beyond the bounds above.
+    """
+    with open_regular(path, error) as handle:
+        return parse_header(handle, path, error, max_tensors=max_tensors, remedy=remedy)[1]
+
+
+def load_tensors(
+    path: str | os.PathLike,
+    error: type[V2LError] = V2LError,
+    *,
+    judge: Judge | None = None,
+    max_tensors: int = MAX_TENSORS,
+    remedy: str = "make it again",
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a safetensors file, mapped into memory.
+
+    Args:
+        judge: called with the header before anything is loaded; raises what it does not accept.
+
+    Raises:
+        error: as :func:`read_header`.
+    """
+    path = Path(path)
+    header = read_header(path, error, max_tensors=max_tensors, remedy=remedy)
+    if judge is not None:
+        judge(header)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in header.tensors}, dict(header.metadata)
+    except (SafetensorError, OSError) as cause:
+        raise error(f"{path}: not a whole safetensors file ({cause}); {remedy}") from None
+
+
+def read_tensors(
+    handle: BinaryIO,
+    name: str | os.PathLike,
+    error: type[V2LError] = V2LError,
+    *,
+    judge: Judge | None = None,
+    max_tensors: int = MAX_TENSORS,
+    remedy: str = "make it again",
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As :func:`load_tensors`, of a file that is open at its start, read into memory.
+
+    The tensors do not change when the file does, and are those of the header that was judged.
+
+    Args:
+        name: the file's, for errors.
+    """
+    start, header = parse_header(handle, name, error, max_tensors=max_tensors, remedy=remedy)
+    if judge is not None:
+        judge(header)
+    size = os.fstat(handle.fileno()).st_size
+    try:
+        data = b"".join([start, handle.read(size - len(start))])
+        return safetensors.torch.load(data), dict(header.metadata)
+    except (SafetensorError, OSError) as cause:
+        raise error(f"{name}: not a whole safetensors file ({cause}); {remedy}") from None
+
+
+def _check_entry(entry: Any) -> tuple[str, tuple[int, int]]:
+    """(what is wrong with a header's entry or "", where its bytes begin and end)."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return f"needs dtype, shape and data_offsets, got {excerpt(entry)}", (0, 0)
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    known = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if known is None:
+        return f"dtype {excerpt(dtype)} is not supported", (0, 0)
+    if not _sizes(shape) or len(shape) > MAX_DIMS:
+        return f"the shape {excerpt(shape)} is not a list of at most {MAX_DIMS} sizes", (0, 0)
+    if not _sizes(span) or len(span) != 2 or span[0] > span[1]:
+        return f"data_offsets {excerpt(span)} is not [begin, end]", (0, 0)
+    expected = math.prod(shape) * known.itemsize
+    if expected != span[1] - span[0]:
+        return f"{dtype} {shape} takes {expected:,} bytes, not {span[1] - span[0]:,}", (0, 0)
+    return "", (span[0], span[1])
+
+
+def _sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
