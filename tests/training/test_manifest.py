@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_all_problems_are_listed_up_to_a_limit(tmp_path):
 
 def test_what_is_no_manifest(tmp_path):
     path = tmp_path / "manifest.jsonl"
-    assert "cannot be read" in problems(path)
+    assert "no such file" in problems(path)
     path.write_text("")
     assert "holds no example" in problems(path)
     path.write_bytes(b"\xff\xfe")
@@ -118,6 +119,145 @@ def test_repeated_ids(tmp_path):
     assert "line 2: field 'id': 'example-0' is line 1's too" in problems(
         write(tmp_path, [row(0), row(0)])
     )
+
+
+@pytest.mark.parametrize("other", ["Example-0", "EXAMPLE-0"])
+def test_ids_that_differ_only_in_case(tmp_path, other):
+    assert f"field 'id': '{other}' is line 1's too" in problems(
+        write(tmp_path, [row(0), row(1, id=other)])
+    )
+
+
+def test_ids_that_look_the_same(tmp_path):
+    path = write(tmp_path, [row(0, id="caf\u00e9"), row(1, id="cafe\u0301")])
+    assert "is line 1's too" in problems(path)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["../../x", "..", ".", "a/../b", "/etc/passwd", "a//b", "a/", "a/.", "a\0b", "a\nb", "\x1b[2J",
+     "a\\..\\b", "C:\\x", " a", "a\u2003", "a\u2028b", "x" * 256, "é" * 128, "x" * 1_000_000],
+    ids=lambda bad: ascii(bad[:12]).replace("\\", "|"),
+)
+def test_ids_that_lead_elsewhere(tmp_path, bad):
+    """Also where lines need no id: what an example is called may become a file's name."""
+    for options in ({}, {"required": ("video_path",)}):
+        text = problems(write(tmp_path, [row(0, id=bad), row(1)]), **options)
+        (line,) = text.splitlines()[1:]
+        assert line.startswith("  line 1: field 'id' is ") and "write at most 255 bytes" in line
+        assert len(line) < 400 and line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "good", ["Video-MME/001-1", "a b", "..a", "a..b", "a.", "é😀", "x" * 255, "dQw4w9WgXcQ", "#1"]
+)
+def test_ids_that_are_accepted(tmp_path, good):
+    assert load_manifest(write(tmp_path, [row(0, id=good)]))[0].id == good
+
+
+WRONG = [True, False, 3, 0, 1.5, [], ["a"], {}, {"a": 1}, "x" * 1_000_000]
+
+
+@pytest.mark.parametrize("name", [*row(0), "clip_start_sec", "clip_end_sec"])
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: str(value)[:9])
+def test_a_value_of_another_type_is_one_line(tmp_path, name, value):
+    kind = dict if name == "metadata" else (int, float) if name.startswith("clip") else str
+    if isinstance(value, kind) and not isinstance(value, bool) and not (
+        isinstance(value, str) and name in ("id", "split", "video_path")
+    ):
+        load_manifest(write(tmp_path, [row(0, **{name: value})]))
+        return
+    path = write(tmp_path, [row(0)])
+    write_manifest(path, [row(0), row(1, **{name: value})])
+    text = problems(path)
+    (line,) = text.splitlines()[1:]
+    assert line.startswith(f"  line 2: field '{name}'") and ";" in line
+    assert len(line) < 1200
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [
+        ({"span": {}}, "span"),
+        ({"span": [1]}, "span"),
+        ({"span": [0, [1]]}, "span"),
+        ({"span": [-1, 2]}, "span"),
+        ({"span": "x" * 1_000_000}, "span"),
+        ({"video_id": ["a"]}, "video_id"),
+        ({"video_id": True}, "video_id"),
+        ({"video_id": {"a": "b" * 1_000_000}}, "video_id"),
+        ({"truncated": "no"}, "truncated"),
+        ({"truncated": 0}, "truncated"),
+    ],
+)
+def test_metadata_of_another_type(tmp_path, metadata, name):
+    (line,) = problems(write(tmp_path, [row(0, metadata=metadata)])).splitlines()[1:]
+    assert line.startswith(f"  line 1: field 'metadata.{name}' is ") and len(line) < 300
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "nested more than"),
+        ('{"metadata": ' + '{"a":' * 100_000 + "1" + "}" * 100_001, "nested more than"),
+        ('{"id": ' + "1" * 5_000 + "}", "does not fit 64 bits"),
+        ('{"metadata": {"span": [0, 1e999]}}', "not finite"),
+        ('{"metadata": {"span": [0, NaN]}}', "NaN is not a finite number"),
+        ('{"id": "a", "id": "b"}', "key 'id' appears twice"),
+        (r'{"prompt": "\ud83d"}', "half of a surrogate pair"),
+        ("x" * 1_000_000, "not JSON"),
+        ('"' + "x" * 1_000_000 + '"', "a JSON str"),
+        ("3", "a JSON int"),
+        ("null", "a JSON NoneType"),
+        ('{"' + "x" * 1_000_000 + '": 1}', "is unknown"),
+    ],
+    ids=lambda text: text[:20].replace("\\", "|"),
+)
+def test_lines_that_are_no_example(tmp_path, line, message):
+    path = write(tmp_path, [row(0)])
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    text = problems(path)
+    assert message in text
+    assert all(len(part) < 1200 and part.isprintable() for part in text.splitlines())
+    assert "line 2:" in text and "line 1:" not in text
+
+
+def test_a_byte_order_mark_and_other_line_ends(tmp_path):
+    path = write(tmp_path, [row(0), row(1)])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    assert [example.id for example in load_manifest(path)] == ["example-0", "example-1"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file(tmp_path, kind):
+    path = tmp_path / "manifest.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = "/dev/zero"
+    assert "not a regular file" in problems(path)
+
+
+def test_videos_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "manifest.jsonl"
+    videos = ["pipe", ".", "/dev/zero", "a\0b", "x" * 5000, "http://a/b.mp4"]
+    write_manifest(path, [row(i, video_path=video) for i, video in enumerate(videos)])
+    lines = problems(path).splitlines()[1:]
+    words = ["regular file"] * 3 + ["control characters"] + ["no such file"] * 2
+    # Fields are checked before files are looked for, line by line.
+    for number, (line, expected) in enumerate(zip(lines, words, strict=True), 1):
+        assert line.startswith(f"  line {number}: field 'video_path'") and expected in line
+
+
+def test_problems_without_end(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text("x\n" * 50_000)
+    text = problems(path)
+    assert len(text.splitlines()) == LISTED + 2 and "problems" in text
 
 
 def test_targets_and_ids_can_be_left_to_others(tmp_path):

@@ -18,17 +18,20 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from v2l_fast.errors import excerpt
 from v2l_fast.files import write_text
 from v2l_fast.training.manifest_checks import (
+    LISTED,
     TEXT_FIELDS,
     ManifestError,
     faults,
-    lines,
+    id_key,
     listed,
-    parse,
+    rows,
 )
 
 
@@ -113,29 +116,24 @@ def load_manifest(
     problems: list[str] = []
     examples: list[Example] = []
     ids: dict[str, int] = {}
-    missing: dict[str, bool] = {}
-    for number, line in lines(path):
-        row = parse(line, number, problems)
-        if row is None:
-            continue
+    missing: dict[str, str] = {}
+    for number, row in rows(path, problems):
         before = len(problems)
-        problems += (f"line {number}: {what}" for what in faults(row, required))
+        problems += (f"line {number}: {what}" for what in islice(faults(row, required), LISTED))
         if len(problems) > before:
             continue
         example = _example(row, number, root)
-        if example.id in ids:
+        key = id_key(example.id)
+        if key in ids:
             problems.append(
-                f"line {number}: field 'id': {example.id!r} is line {ids[example.id]}'s too; "
-                "ids must differ"
+                f"line {number}: field 'id': {excerpt(example.id)} is line {ids[key]}'s too; "
+                "ids must differ in more than case and Unicode form"
             )
-        ids.setdefault(example.id, number)
+        ids.setdefault(key, number)
         if example.path not in missing:
-            missing[example.path] = not os.path.isfile(example.path)
+            missing[example.path] = _missing(example.path)
         if missing[example.path]:
-            problems.append(
-                f"line {number}: field 'video_path': no such file {example.path}; give the folder "
-                "of the videos with --root, or remove the line"
-            )
+            problems.append(f"line {number}: field 'video_path': {missing[example.path]}")
         examples.append(example)
     problems += _shared_videos(examples)
     if not examples and not problems:
@@ -225,6 +223,17 @@ def _example(row: dict[str, Any], number: int, root: str) -> Example:
     )
 
 
+def _missing(path: str) -> str:
+    """What is wrong with where a video should lie, "" if nothing is."""
+    if os.path.isfile(path):
+        return ""
+    if os.path.exists(path):
+        return f"{path} is not a regular file; name a video file"
+    return (
+        f"no such file {path}; give the folder of the videos with --root, or remove the line"
+    )
+
+
 def _shared_videos(examples: Sequence[Example]) -> Iterator[str]:
     """A video that is trained on and validated on."""
     seen: dict[str, Example] = {}
@@ -233,7 +242,8 @@ def _shared_videos(examples: Sequence[Example]) -> Iterator[str]:
             first = seen.setdefault(name, example)
             if first.split != example.split:
                 yield (
-                    f"field 'split': {example.video_path} is in {first.split} (id {first.id!r}) "
-                    f"and in {example.split} (id {example.id!r}); a video belongs to one split"
+                    f"field 'split': {example.video_path} is in {first.split} "
+                    f"(id {excerpt(first.id)}) and in {example.split} "
+                    f"(id {excerpt(example.id)}); a video belongs to one split"
                 )
                 break
