@@ -33,6 +33,13 @@ SCREENS = {
     "phone-light": (390, 844, True, "light"),
     "phone-dark": (390, 844, True, "dark"),
 }
+# A phone's, a downloader's with words and without: names have no place to break, or many.
+LONG_NAMES = (
+    "PXL_20240518_093012345.TS.mp4",
+    "Shapes that move in a video, and what happens then - official trailer (2024) [1080p60] "
+    "[x264-aac] dQw4w9WgXcQ.mp4",
+    f"{'a' * 120}.mp4",
+)
 # Comfortable to hit with a finger (CSS pixels; WCAG 2.2 asks for 24).
 TARGET = 36
 
@@ -62,13 +69,24 @@ def check(tab: Tab, live: Running, clips: list[Path], pictures: Path) -> None:
     internalize(tab, clips[0], choose)
     expect(tab.evaluate("$text('#percent')") == "was there already", "the store answers")
     everything_has_a_name(tab)
-    for name, screen in SCREENS.items():
-        tab.device(*screen)
-        fits(tab, name, screen[0])
-        tab.picture(pictures / f"{name}.png")
+    look(tab, pictures, "")
+    for clip, name in zip(clips[2:], LONG_NAMES, strict=True):
+        internalize(tab, clip.rename(clip.with_name(name)), choose)
+    ask(tab, live, QUESTION)
+    look(tab, pictures, "-long-names")
+    for _ in LONG_NAMES:
+        delete_one(tab)
     survive_a_reload(tab, live)
     delete_one(tab)
     stayed_at_home(tab, live)
+
+
+def look(tab: Tab, pictures: Path, kind: str) -> None:
+    """Check and picture every screen."""
+    for name, screen in SCREENS.items():
+        tab.device(*screen)
+        fits(tab, name + kind, screen[0])
+        tab.picture(pictures / f"{name}{kind}.png")
 
 
 def give_the_key(tab: Tab) -> None:
@@ -176,6 +194,13 @@ def fits(tab: Tab, name: str, width: int) -> None:
     """Nothing is wider than the screen, and what is pressed is large enough."""
     wide = tab.evaluate("document.documentElement.scrollWidth")
     expect(wide <= width, f"{name}: {wide} px wide on a screen of {width}")
+    outside = tab.evaluate(
+        "[...document.querySelectorAll('.card *')].filter(e => e.getClientRects().length"
+        " && !e.closest('.hidden-input, option') && e.getBoundingClientRect().right >"
+        " e.closest('.card').getBoundingClientRect().right)"
+        ".map(e => `${e.tagName} ${e.className}`)"
+    )
+    expect(not outside, f"{name}: outside of their card: {outside}")
     small = tab.evaluate(
         "[...document.querySelectorAll('button, label.drop, #videos label, input[type=text]')]"
         ".map(e => [e.textContent.trim() || e.id, e.getBoundingClientRect()])"
@@ -193,9 +218,10 @@ def survive_a_reload(tab: Tab, live: Running) -> None:
 
 
 def delete_one(tab: Tab) -> None:
+    count = tab.evaluate("document.querySelectorAll('#videos li').length")
     tab.evaluate("globalThis.confirm = () => true; 0")
     tab.evaluate("document.querySelector('#videos .delete').click()")
-    tab.wait("document.querySelectorAll('#videos li').length === 1")
+    tab.wait(f"document.querySelectorAll('#videos li').length === {count - 1}")
 
 
 def stayed_at_home(tab: Tab, live: Running) -> None:
@@ -232,7 +258,7 @@ def main() -> int:
         folder = Path(temporary)
         kept = pictures or folder
         kept.mkdir(parents=True, exist_ok=True)
-        scenes = sample_scenes("test", 2, 0)
+        scenes = sample_scenes("test", 2 + len(LONG_NAMES), 0)
         clips = [write_clip(scene, folder / f"clip{i}.mp4") for i, scene in enumerate(scenes)]
         model = Video2LoRA.from_pretrained("shapes", device="cpu")
         with running(model, folder / "store", keys=(KEY,)) as live, chromium.tab(binary) as tab:
