@@ -113,6 +113,27 @@ def test_downloads(serve, shapes, videos, tmp_path):
     eventually(lambda: not list(live.server.store.staging.folder.iterdir()))
 
 
+@pytest.mark.parametrize("way", ["replaced", "written over", "a link", "a link to another"])
+def test_a_file_that_is_not_the_ids_is_not_given_away(serve, videos, way):
+    """Downloads check what they send, whatever was downloaded before."""
+    live = serve(stand_in={})
+    one, other = (live.internalize(path)["adapter_id"] for path in videos[:2])
+    for _ in range(2):
+        assert live.http.get(f"/v1/videos/{one}/adapter").is_success
+    path, foreign = live.server.store.file(one), live.server.store.file(other)
+    if way == "written over":
+        path.write_bytes(foreign.read_bytes())
+    else:
+        path.unlink()
+        if way == "replaced":
+            path.write_bytes(foreign.read_bytes())
+        else:
+            path.symlink_to("/etc/hostname" if way == "a link" else foreign)
+    for tail in ("adapter", "peft"):
+        assert live.http.get(f"/v1/videos/{one}/{tail}").status_code == 404
+    assert live.http.get(f"/v1/videos/{other}/adapter").is_success
+
+
 def test_deleted_is_gone(serve, videos):
     live = serve()
     whole, fewer = live.internalize(videos[0]), live.internalize(videos[0], max_frames=3)
