@@ -17,7 +17,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.hypernet_streaming
-	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m pytest bench/ --benchmark-json=bench/results/ops_cpu.json
 	$(BIN)/python -m bench.train_step
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.serve

@@ -129,7 +129,7 @@ def _checks(record: Record, device: str, quick: bool, deadline: float) -> None:
 
 def _micro(record: Record, device: str, quick: bool, deadline: float) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for maker in ladder.rows(device, dtype, quick):
+    for maker in ladder.rows(device, dtype, "tiny" if quick else "gpu"):
         left = deadline - time.monotonic()
         try:
             row = maker()

@@ -6,7 +6,9 @@ The ladder: ``released`` (the op order of the released code, bench/released.py),
 adapter), the three forms of lora_linear in training, ``ours``. Rows of decoding are timed as CUDA
 graphs.
 
-Our result is first held against float64 on the same device; no speed-up follows a wrong one.
+Our result is first held against float64 on the same device; no speed-up follows a wrong one. Two
+front ends measure these rows: bench/test_ops.py with pytest-benchmark, and bench/gpu.py within the
+minutes of a lease.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from bench.checks import FORMS, json_number, limit, relative_error
 from bench.forms import in_form
 from bench.timing import captured, together
 from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
+from csrc_triton.peaks import peak_of
 from v2l_fast.config import HypernetConfig
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.perceiver import PerceiverAttention, inverse_rms
 
 HEADS = (16, 4, 128)
-# Bytes/s and FLOP/s in bfloat16 that such a card reaches, by a part of its name.
-PEAKS = {"H200": (4.3e12, 788e12), "A100": (2.0e12, 312e12)}
+SIZES = ("tiny", "cpu", "gpu")
 
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[..., Outputs]
@@ -70,6 +72,7 @@ class Row:
     note: str = ""
     bare: frozenset[str] = frozenset({"bare"})
     grads: list[Tensor] = field(default_factory=list)
+    exact: list[Tensor] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -97,7 +100,7 @@ def measure(row: Row, device: str, seconds: float, compile_plain: bool) -> dict[
         functions["compiled"] = torch.compile(functions["plain"], dynamic=False)
     with backend("triton" if device == "cuda" else "reference"):
         try:
-            error = _error(row)
+            error = row_error(row)
         except Exception as problem:
             found["reason"] = _one_line(problem)
             return found
@@ -109,11 +112,11 @@ def measure(row: Row, device: str, seconds: float, compile_plain: bool) -> dict[
         for name, function in functions.items():
 
             def call(f: Function = function) -> list[Tensor]:
-                return _run(row, f)
+                return run(row, f)
 
             try:
                 call()
-                calls[name] = _as_timed(row, name, call, device)
+                calls[name] = as_timed(row, name, call, device)
             except Exception as problem:
                 # A baseline that does not fit or compile is a fact of the table, not a failure.
                 found["failures"][name] = _one_line(problem)
@@ -128,16 +131,18 @@ def measure(row: Row, device: str, seconds: float, compile_plain: bool) -> dict[
         for name, taken in found["seconds"].items()
         if name != "ours" and name not in row.bare
     }
-    found |= _rates(row, ours, device)
+    found |= rates(row, ours, device)
     return found
 
 
-def _as_timed(row: Row, name: str, call: Callable[[], object], device: str) -> Callable:
+def as_timed(row: Row, name: str, call: Callable[[], object], device: str) -> Callable:
+    """The call, or its CUDA graph where the row is timed as one."""
     graphed = row.graphed and device == "cuda" and name not in row.eager
     return captured(call) if graphed else call
 
 
-def _run(row: Row, function: Function) -> list[Tensor]:
+def run(row: Row, function: Function) -> list[Tensor]:
+    """Outputs of a variant, and the gradients of the inputs that get one."""
     if not row.needs:
         with torch.no_grad():
             return _listed(function(*row.inputs))
@@ -160,42 +165,48 @@ def _listed(outputs: Outputs) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _error(row: Row) -> float:
-    """Largest relative error of our outputs and gradients against float64."""
-    ours = [t.detach() for t in _run(row, row.functions["ours"])][: row.judged]
+def row_error(row: Row, function: Function | None = None) -> float:
+    """Largest relative error of a variant's (or our) outputs and gradients against float64."""
+    ours = [t.detach() for t in run(row, function or row.functions["ours"])][: row.judged]
+    if not row.exact:
+        row.exact = _exact(row)
+    if row.sliced:
+        ours = [_ends(t) for t in ours]
+    return max(relative_error(o, w) for o, w in zip(ours, row.exact, strict=True))
 
-    def ends(t: Tensor) -> Tensor:
-        return t[[0, -1]] if len(t) > 1 else t
 
+def _exact(row: Row) -> list[Tensor]:
+    """Outputs and gradients in float64, of the first and the last slice where there are many."""
     inputs = [
-        (ends(t) if i in row.sliced else t).detach().double() if t.is_floating_point() else t
+        (_ends(t) if i in row.sliced else t).detach().double() if t.is_floating_point() else t
         for i, t in enumerate(row.inputs)
     ]
-    if row.sliced:
-        ours = [ends(t) for t in ours]
-    grads = [ends(g) if row.sliced else g for g in row.grads]
     wide = copy.copy(row)
-    wide.inputs, wide.grads = inputs, grads
+    wide.inputs = inputs
+    wide.grads = [_ends(g) if row.sliced else g for g in row.grads]
     with backend("reference"):
-        wanted = _run(wide, row.oracle or row.functions["ours"])[: row.judged]
-    return max(relative_error(o, w.detach()) for o, w in zip(ours, wanted, strict=True))
+        exact = run(wide, row.oracle or row.functions["ours"])
+    return [t.detach() for t in exact[: row.judged]]
 
 
-def _rates(row: Row, seconds: float, device: str) -> dict[str, float]:
+def _ends(t: Tensor) -> Tensor:
+    return t[[0, -1]] if len(t) > 1 else t
+
+
+def rates(row: Row, seconds: float, device: str) -> dict[str, float]:
+    """FLOPs, bytes and what they make per second; the share of the roofline on a known GPU."""
     if not row.flops:
         return {}
-    rates = {
+    found = {
         "flops": row.flops,
         "bytes": row.bytes,
         "gb_per_second": row.bytes / seconds / 1e9,
         "tflop_per_second": row.flops / seconds / 1e12,
     }
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    for part, (bandwidth, rate) in PEAKS.items():
-        if part in name:
-            floor = max(row.bytes / bandwidth, row.flops / rate)
-            rates["roofline_share"] = floor / seconds
-    return rates
+    peak = peak_of(torch.cuda.get_device_name()) if device == "cuda" else None
+    if peak is not None:
+        found["roofline_share"] = peak.floor(row.flops, row.bytes) / seconds
+    return found
 
 
 def _one_line(problem: Exception) -> str:
@@ -213,10 +224,15 @@ def _free(device: str) -> None:
 # --- rows ------------------------------------------------------------------------------------
 
 
-def rows(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[Callable[[], Row]]:
-    """Makers of rows, the most important first: a row's data exists only while it is measured."""
+def rows(device: str, dtype: torch.dtype, size: str) -> Iterator[Callable[[], Row]]:
+    """Makers of rows, the most important first: a row's data exists only while it is measured.
+
+    Args:
+        size: one of ``SIZES``: a trial, what a CPU does in seconds, or the released models' shapes
+            in batches that fill a GPU.
+    """
     make = _Maker(device, dtype)
-    if tiny:
+    if size == "tiny":
         yield lambda: make.attention("tiny", 2, 40, 16, 32, False)
         yield lambda: make.attention("tiny", 2, 40, 16, 32, True)
         yield lambda: make.block("tiny", 2, 24, 64, (4, 2, 8), False)
@@ -225,6 +241,22 @@ def rows(device: str, dtype: torch.dtype, tiny: bool) -> Iterator[Callable[[], R
         yield lambda: make.linear("tiny", 3, 5, 3, 8, 24, 16, True)
         yield lambda: make.linear("tiny decoding", 3, 1, 1, 8, 24, 16, False)
         yield lambda: make.gated("tiny", 33, 16, 8)
+        return
+    if size == "cpu":
+        for tokens in (1, 32, 832):
+            for adapters in (1, 8):
+                label = f"500M E 8 T {tokens} n {adapters}"
+                shape = (8, tokens, adapters, 32, 2560, 960)
+                yield lambda a=(label, *shape): make.linear(*a, False)
+                if tokens > 1:
+                    yield lambda a=(label, *shape): make.linear(*a, True)
+        for training in (False, True):
+            shape = ("N 1 S 832", 1, 832)
+            yield lambda a=shape, t=training: make.attention(*a, 128, 512, t)
+            yield lambda a=shape, t=training: make.block(*a, 512, HEADS, t)
+        yield lambda: make.projection("500M B 1", 1, 32, 512, 2560, 960)
+        yield lambda: make.gated("500M 832 tokens", 832, 960, 512)
+        yield lambda: make.hypernetwork("500M S 64", 64)
         return
     for training in (False, True):
         for slices, tokens in ((1536, 832), (32, 65536)):

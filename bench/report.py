@@ -37,7 +37,7 @@ def report(records: Iterable[Record]) -> str:
     for record in records:
         name = record.get("benchmark", "unnamed")
         title, body = SECTIONS.get(name, (name, _unknown))
-        parts += [f"## {title}", _origin(record), body(record)]
+        parts += [f"## {title}", _origin(record.get("machine_info", record)), body(record)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -60,20 +60,34 @@ def _hypernet_streaming(record: Record) -> str:
     )  # fmt: skip
 
 
-def _lora_linear_cpu(record: Record) -> str:
-    shape = record["shape"]
-    rows = [
-        [
-            row["direction"], row["examples"], row["tokens"], row["adapters"],
-            _ms(row["released_seconds"]), _ms(row["ours_seconds"]),
-            _ratio(row.get("seconds_ratio"), row["correct"]), f"{row['relative_error']:.1e}",
-        ]
-        for row in record["rows"]
-    ]  # fmt: skip
-    header = ["direction", "examples", "tokens", "adapters", "released ms", "ours ms", "ratio",
-              "error"]  # fmt: skip
-    sizes = f"d_in {shape['d_in']}, d_out {shape['d_out']}, rank {shape['rank']}, float32.\n\n"
-    return sizes + _table(header, rows)
+def _ops(record: Record) -> str:
+    """A row a group of pytest-benchmark: medians of the variants, and their ratio to ours."""
+    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for result in record["benchmarks"]:
+        groups.setdefault(result["group"], {})[result["extra_info"]["variant"]] = result
+    names = list(dict.fromkeys(variant for group in groups.values() for variant in group))
+    others = [name for name in names if name != "ours"]
+    rows = []
+    for group, variants in groups.items():
+        ours = variants.get("ours")
+        # A variant that failed its correctness gate has no time, and nothing is claimed over it.
+        base = ours["stats"]["median"] if ours else None
+        cells = [group, _ms(base) if ours else FAILED]
+        for name in others:
+            found = variants.get(name)
+            time = found["stats"]["median"] if found else None
+            ratio = f" ({time / base:.2f}x)" if time and base else ""
+            cells.append(_ms(time) + ratio)
+        info = ours["extra_info"] if ours else {}
+        share = info.get("roofline_share")
+        cells.append("" if share is None else f"{share:.0%}")
+        rows.append([*cells, _number(info.get("relative_error"))])
+    note = (
+        "Medians in milliseconds and, in brackets, times over ours. Every variant was held against "
+        "float64 before it was timed. `bare` is the linear layer without an adapter, and `merged` "
+        "the one with the adapter added to its weights: both compute less.\n\n"
+    )
+    return note + _table(["op", "ours", *others, "roofline", "error of ours"], rows)
 
 
 def _train_step(record: Record) -> str:
@@ -214,7 +228,7 @@ def _unknown(record: Record) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "hypernet_streaming": ("Internalizing on a CPU: released and ours", _hypernet_streaming),
-    "lora_linear_cpu": ("lora_linear on a CPU: released op order and ours", _lora_linear_cpu),
+    "ops": ("Every op against its baselines", _ops),
     "train_step": ("A training step: released order and ours", _train_step),
     "decode": ("Decoding video", _decode),
     "serve_shapes_cpu": ("Answering a question, shipped model on a CPU", _serve),

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from bench.end_to_end import Shape, _Bench
-from bench.ladder import PEAKS
 from bench.timing import together
+from csrc_triton.peaks import peak_of
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.prefix import continue_greedily, prefill
@@ -168,9 +168,9 @@ def compare(
 
 
 def _bandwidth(device: str) -> float | None:
-    """Bytes/s that this GPU reaches, if it is one that was measured."""
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((peak for part, (peak, _) in PEAKS.items() if part in name), None)
+    """Bytes/s that this GPU can reach, where that is known."""
+    peak = peak_of(torch.cuda.get_device_name()) if device == "cuda" else None
+    return None if peak is None else peak.reachable_bandwidth
 
 
 def weight_floor(decoder: Decoder, bytes_per_second: float) -> float:

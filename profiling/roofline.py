@@ -1,9 +1,9 @@
-"""Rooflines of an A100 and an H200 with every op of the 500M and 2.2B models on them.
+"""Rooflines of A100, H100 and H200 with every op of the 500M and 2.2B models on them.
 
 FLOPs and bytes of an op are those of bench/ladder.py, whose rows are built here without data; the
-roofs are its PEAKS. Open marks lie on the roof: the best an op can reach. Given a record of
-``bench.gpu``, filled marks show what was measured on its card, for the rows that passed their check
-alone. The printed table numbers the ops as the plot does and gives each one's floor.
+roofs are those of csrc_triton/peaks.py. Open marks lie on the roof: the best an op can reach. Given
+a record of ``bench.gpu``, filled marks show what was measured on its card, for the rows that passed
+their check alone. The printed table numbers the ops as the plot does and gives each one's floor.
 
     python -m profiling.roofline --out roofline.png
     python -m profiling.roofline bench/results/gpu.json --out roofline.png
@@ -25,11 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import ladder
+from csrc_triton.peaks import PEAKS
 from v2l_fast.errors import V2LError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+CARDS = ("A100", "H100", "H200")
 MARKS = {"forward": "o", "forward+backward": "s"}
 
 
@@ -53,15 +55,14 @@ class Point:
         return self.flops / self.bytes
 
     def floor(self, card: str) -> float:
-        """Seconds below which no kernel gets on a card of ``ladder.PEAKS``."""
-        bandwidth, rate = ladder.PEAKS[card]
-        return max(self.bytes / bandwidth, self.flops / rate)
+        """Seconds below which no kernel gets on a card of ``CARDS``."""
+        return PEAKS[card].floor(self.flops, self.bytes)
 
 
-def analytic(tiny: bool = False) -> list[Point]:
+def analytic(size: str = "gpu") -> list[Point]:
     """The ladder's rows in bfloat16 whose FLOPs and bytes are known, without data."""
     with torch.device("meta"):
-        rows = [make() for make in ladder.rows("meta", torch.bfloat16, tiny)]
+        rows = [make() for make in ladder.rows("meta", torch.bfloat16, size)]
     return [
         Point(row.op, row.shape, row.direction, row.flops, row.bytes) for row in rows if row.flops
     ]
@@ -76,9 +77,9 @@ def measured(record: Mapping[str, Any], source: str) -> tuple[str, dict[Point, f
     if record.get("benchmark") != "gpu":
         raise V2LError(f"{source}: benchmark {record.get('benchmark')!r}; make one: make gpu")
     device = str(record.get("device"))
-    card = next((card for card in ladder.PEAKS if card in device), None)
+    card = next((card for card in CARDS if card in device), None)
     if card is None:
-        raise V2LError(f"{source}: measured on {device}; peaks of {', '.join(ladder.PEAKS)} alone")
+        raise V2LError(f"{source}: measured on {device}; peaks of {', '.join(CARDS)} alone")
     seconds = {
         Point(*(row[field] for field in ("op", "shape", "direction", "flops", "bytes"))):
         row["seconds"]["ours"]
@@ -100,13 +101,13 @@ def plot(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure((12, 5.5), dpi=110, layout="constrained")
+    figure = Figure((16, 5.5), dpi=110, layout="constrained")
     colors = {op: f"C{i}" for i, op in enumerate(dict.fromkeys(point.op for point in points))}
-    panels = figure.subplots(1, len(ladder.PEAKS), sharey=True)
-    for axes, panel in zip(panels, ladder.PEAKS, strict=True):
+    panels = figure.subplots(1, len(CARDS), sharey=True)
+    for axes, panel in zip(panels, CARDS, strict=True):
         _panel(axes, panel, points, seconds if panel == card else {}, colors)
     # Room for the numbers above the higher roof.
-    panels[0].set_ylim(top=4 * max(rate for _, rate in ladder.PEAKS.values()))
+    panels[0].set_ylim(top=4 * max(PEAKS[card].reachable_flops for card in CARDS))
     panels[0].set_ylabel("FLOP/s")
     marks = [
         Line2D([], [], color=color, marker="o", ls="", label=op) for op, color in colors.items()
@@ -133,7 +134,7 @@ def _panel(
     seconds: Mapping[Point, float],
     colors: Mapping[str, str],
 ) -> None:
-    bandwidth, rate = ladder.PEAKS[card]
+    bandwidth, rate = PEAKS[card].reachable_bandwidth, PEAKS[card].reachable_flops
     ridge = rate / bandwidth
     found = [point.intensity for point in points]
     low, high = min(*found, ridge) / 2, max(*found, ridge) * 2
@@ -174,7 +175,7 @@ def _records(
     rows = []
     for number, point in enumerate(points, 1):
         row = {"number": number, **asdict(point), "intensity": point.intensity}
-        row["floor_seconds"] = {name: point.floor(name) for name in ladder.PEAKS}
+        row["floor_seconds"] = {name: point.floor(name) for name in CARDS}
         if card is not None and point in seconds:
             row["seconds"] = seconds[point]
             row["roofline_share"] = point.floor(card) / seconds[point]
@@ -184,7 +185,7 @@ def _records(
 
 def _table(rows: Sequence[Mapping[str, Any]], card: str | None) -> Table:
     table = Table(title="Floors in microseconds")
-    headings = ["#", "op", "GFLOP", "MB", "FLOP/B", *ladder.PEAKS]
+    headings = ["#", "op", "GFLOP", "MB", "FLOP/B", *CARDS]
     headings += [f"measured on {card}", "roofline"] if card else []
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "op" else "right")

@@ -19,13 +19,16 @@ ORIGIN = {
     "torch": "2.13.0",
     "python": "3.11.7",
 }
-ROW = {
-    "direction": "forward", "examples": 8, "tokens": 1, "adapters": 2, "relative_error": 1e-7,
-    "correct": True, "released_seconds": 0.004, "ours_seconds": 0.002, "seconds_ratio": 0.5,
-}  # fmt: skip
-CPU = {
-    "benchmark": "lora_linear_cpu", **ORIGIN, "threads": 2,
-    "shape": {"d_in": 2560, "d_out": 960, "rank": 32}, "rows": [ROW],
+
+
+def timed(variant: str, seconds: float) -> dict:
+    info = {"variant": variant, "relative_error": 1e-7, "error_limit": 1e-5}
+    return {"group": "lora_linear 500M", "stats": {"median": seconds}, "extra_info": info}
+
+
+OPS = {
+    "benchmark": "ops", "machine_info": {**ORIGIN, "threads": 2},
+    "benchmarks": [timed("released", 0.004), timed("ours", 0.002)],
 }  # fmt: skip
 MICRO = {
     "op": "lora_linear", "shape": "500M", "direction": "forward", "error": 1e-3, "limit": 1e-2,
@@ -45,17 +48,16 @@ GPU = {
 }  # fmt: skip
 
 
-def test_cpu_row_and_origin():
-    page = report.report([CPU])
+def test_a_group_of_pytest_benchmark_and_its_origin():
+    page = report.report([OPS])
     assert "a processor, threads: 2; torch 2.13.0, Python 3.11.7; commit 0123456789" in page
     assert "`python -m bench.x`" in page
-    assert "| forward | 8 | 1 | 2 | 4.00 | 2.00 | 0.500 | 1.0e-07 |" in page
+    assert "| lora_linear 500M | 2.00 | 4.00 (2.00x) |  | 1.0e-07 |" in page
 
 
-def test_no_ratio_on_a_wrong_row():
-    wrong = {**CPU, "rows": [{**ROW, "correct": False}]}
-    page = report.report([wrong])
-    assert "0.500" not in page and "| failed |" in page
+def test_no_ratio_to_a_wrong_result():
+    page = report.report([{**OPS, "benchmarks": OPS["benchmarks"][:1]}])
+    assert "2.00x" not in page and "| lora_linear 500M | failed | 4.00 |" in page
 
 
 def test_gpu_page():
@@ -88,12 +90,12 @@ def test_committed_records_can_be_read():
 
 
 def test_written_whole(tmp_path, monkeypatch):
-    write(CPU, tmp_path / "results" / "one.json")
+    write(OPS, tmp_path / "results" / "one.json")
     out = tmp_path / "RESULTS.md"
     arguments = ["report", "--results", str(tmp_path / "results"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)
     report.main()
-    assert out.read_text() == report.report([CPU])
+    assert out.read_text() == report.report([OPS])
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["one.json"]
 
 

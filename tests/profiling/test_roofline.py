@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from bench import ladder
+from csrc_triton.peaks import PEAKS
 from profiling import roofline
 from v2l_fast.errors import V2LError
 
 
 def test_points_are_those_of_the_ladder():
     with torch.inference_mode():
-        made = [make() for make in ladder.rows("cpu", torch.bfloat16, True)]
-    points = roofline.analytic(tiny=True)
+        made = [make() for make in ladder.rows("cpu", torch.bfloat16, "tiny")]
+    points = roofline.analytic("tiny")
     known = [(row.name, row.flops, row.bytes) for row in made if row.flops]
     assert known == [(point.name, point.flops, point.bytes) for point in points]
 
@@ -27,7 +28,8 @@ def test_released_shapes_take_no_memory():
 
 
 def test_floor_is_the_slower_of_memory_and_compute():
-    bandwidth, rate = ladder.PEAKS["A100"]
+    peak = PEAKS["A100"]
+    bandwidth, rate = peak.reachable_bandwidth, peak.reachable_flops
     moving = roofline.Point("op", "s", "forward", flops=rate, bytes=2 * bandwidth)
     computing = roofline.Point("op", "s", "forward", flops=3 * rate, bytes=bandwidth)
     assert (moving.floor("A100"), computing.floor("A100")) == (2.0, 3.0)
@@ -56,7 +58,7 @@ def test_measured_ops_that_are_right():
     ("given", "message"),
     [
         ({"benchmark": "train_step"}, "gpu.json: benchmark 'train_step'"),
-        (record(micro(), device="some CPU"), "gpu.json: measured on some CPU; peaks of H200"),
+        (record(micro(), device="some CPU"), "measured on some CPU; peaks of A100, H100"),
         (record(micro(passed=False)), "gpu.json: no op with FLOPs passed"),
     ],
 )
@@ -66,7 +68,7 @@ def test_records_without_measurements_are_refused(given, message):
 
 
 def test_one_command(tmp_path, capsys, monkeypatch):
-    tiny = roofline.analytic(tiny=True)
+    tiny = roofline.analytic("tiny")
     monkeypatch.setattr(roofline, "analytic", lambda: tiny)
     source, out = tmp_path / "gpu.json", tmp_path / "plots" / "roofline.png"
     assert roofline.main(["--out", str(out)]) == 0

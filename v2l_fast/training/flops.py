@@ -1,7 +1,8 @@
 """Floating-point operations a step needs, and how many a device can do: model FLOPs utilization.
 
 Counted from sizes and token counts, products alone, a multiply-add as two; what is recomputed in
-the backward pass does not count, as is usual for MFU. Peaks are the makers' dense bfloat16 figures.
+the backward pass does not count, as is usual for MFU. Peaks are the datasheets' dense bfloat16
+figures.
 """
 
 from __future__ import annotations
@@ -10,24 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
+from csrc_triton.peaks import peak_of
 from v2l_fast.backbones import Backbone
 from v2l_fast.config import HypernetConfig
 from v2l_fast.training.samples import Sample
-
-# Longer names first: the first that is part of the device's name counts.
-PEAKS = {
-    "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
-    "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "A10": 125e12, "L4": 121e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s of a GPU, or None where it is not known (a CPU, another GPU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    peak = peak_of(torch.cuda.get_device_name(device))
+    return None if peak is None else peak.flops
 
 
 @dataclass(frozen=True)
