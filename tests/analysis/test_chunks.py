@@ -34,10 +34,20 @@ def test_rows(model, clips):
         score = example.score(said, token_f1)
         assert composed["score"][example.kind]["estimate"] == pytest.approx(score)
         before = single["score"][example.kind]["estimate"]
+        none = found["controls"]["no adapter"][example.kind]["estimate"]
         assert composed["change"][example.kind]["estimate"] == pytest.approx(score - before)
-        if before:
-            assert composed["kept"][example.kind] == pytest.approx(score / before)
+        assert (example.kind in single["kept"]) == (before > none)
+        if before > none:
+            kept = (score - none) / (before - none)
+            assert composed["kept"][example.kind] == pytest.approx(kept)
             assert single["kept"][example.kind] == 1
+
+
+def test_kept_is_what_lies_above_the_score_without_an_adapter(model, clips):
+    """A metric that gives every answer half a point: nothing is kept of nothing."""
+    examples = [Example(clips[0], "what happens?", ("red",))]
+    found = compare_chunks(model, examples, lambda answer, reference: 0.5, (2,), max_new_tokens=2)
+    assert all(row["kept"] == {} for row in found["rows"])
 
 
 def test_no_chunk(model, examples):

@@ -31,7 +31,13 @@ def clip(clips):
 
 
 @pytest.mark.parametrize(
-    "name", ["vision-feature cache", "KV-cache reuse", "FrameFusion (ours)"]
+    "name",
+    [
+        "vision-feature cache",
+        "KV-cache reuse",
+        "FrameFusion (ours)",
+        "FrameFusion (ours) + KV-cache reuse",
+    ],
 )
 def test_same_tokens_as_direct(setting, clip, name):
     """Caches change nothing, nor does a reduction that keeps all tokens."""
@@ -123,7 +129,7 @@ def test_bytes_stored(setting, clip):
     for name, size in expected.items():
         assert BY_NAME[name].prepare(setting, clip).bytes == size
     half = dataclasses.replace(setting, fusion=FrameFusion(keep=0.5))
-    reduced = BY_NAME["FrameFusion (ours)"].prepare(half, clip).bytes
+    reduced = BY_NAME["FrameFusion (ours) + KV-cache reuse"].prepare(half, clip).bytes
     assert reduced < expected["KV-cache reuse"]
 
 
@@ -149,5 +155,13 @@ def test_comparison(setting, examples):
     for row in rows.values():
         once = amortized(row["preparation"], row["first_token"], 1)
         assert row["amortized"] == pytest.approx(once)
+    reducing = {name for name, row in rows.items() if row["merged"] is not None}
+    assert reducing == {name for name in rows if "FrameFusion" in name}
+    assert all(rows[name]["merged"] == rows[name]["pruned"] == 0 for name in reducing)
+    quarter = dataclasses.replace(setting, fusion=FrameFusion(keep=0.25, similarity=2.0))
+    found = compare_methods(quarter, examples[:2], token_f1, repeats=1)
+    for row in found["rows"]:
+        if "FrameFusion" in row["method"]:
+            assert row["merged"] == 0 and row["pruned"] > 0
     without = compare_methods(setting, examples[:1], token_f1, [BY_NAME["adapter"]], repeats=1)
     assert [row["method"] for row in without["rows"]] == ["direct", "adapter"]

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from tests import tiny
-from v2l_fast.analysis.framefusion import FrameFusion, reduced_layers, reduced_prefix
+from v2l_fast.analysis.framefusion import (
+    FrameFusion,
+    Reduction,
+    reduced_layers,
+    reduced_prefix,
+)
 from v2l_fast.analysis.prefix import continue_greedily
 from v2l_fast.backbones import Prompt
 from v2l_fast.errors import ConfigError
@@ -29,8 +34,9 @@ def repeated(backbone, frames: int) -> Prompt:
     return backbone.opening(backbone.encode(clip, 32))
 
 
-def lengths(backbone, prompt, frames, settings) -> list[int]:
-    return [h.shape[1] for h in reduced_layers(backbone.decoder, prompt, frames, settings)]
+def lengths(backbone, prompt, frames, settings, reduction=None) -> list[int]:
+    layers = reduced_layers(backbone.decoder, prompt, frames, settings, reduction=reduction)
+    return [hidden.shape[1] for hidden in layers]
 
 
 @torch.no_grad()
@@ -71,27 +77,63 @@ def test_the_budget_limits_merging_to_the_most_similar(backbone):
     assert lengths(backbone, prompt, 6, settings) == [len(prompt) - 12] * 3
 
 
-def test_different_frames_are_pruned_by_attention(backbone, prompt):
-    """Nothing merges, so the least attended tokens go behind the first layer, in one step."""
+@torch.no_grad()
+def last_attention(decoder, index, hidden, span) -> torch.Tensor:
+    """Mean over heads of what the last token attends to, written out."""
+    layer = decoder.text_model.layers[index]
+    query, key, _ = decoder.heads(layer, index, hidden, span)
+    key = key.repeat_interleave(2, 1)
+    scores = query @ key.mT * layer.self_attn.scaling
+    ahead = torch.ones(hidden.shape[1], hidden.shape[1]).triu(1).bool()
+    weights = scores.masked_fill(ahead, -math.inf).softmax(-1)
+    return weights[0, :, -1].mean(0)
+
+
+@torch.no_grad()
+def test_different_frames_are_pruned_by_the_last_tokens_attention(backbone, prompt):
+    """Nothing merges, so the tokens that the last one attends to least go between the first
+    layer's attention, which decides, and its MLP, in one step."""
     settings = FrameFusion(keep=0.25, similarity=2.0)
-    decoder = backbone.decoder
-    found = list(reduced_layers(decoder, prompt, 6, settings))
+    decoder, reduction = backbone.decoder, Reduction()
+    found = list(reduced_layers(decoder, prompt, 6, settings, reduction=reduction))
     assert [h.shape[1] for h in found] == [len(prompt), len(prompt) - 18, len(prompt) - 18]
-    with torch.no_grad():
-        span = decoder.prefill_span(1, len(prompt))
-        layer = decoder.text_model.layers[0]
-        query, key, _ = decoder.heads(layer, 0, found[0], span)
-        key = key.repeat_interleave(2, 1)
-        scores = query @ key.mT * layer.self_attn.scaling
-        hidden = torch.ones(len(prompt), len(prompt)).triu(1).bool()
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        assert torch.allclose(weights.sum(-1), torch.ones_like(weights.sum(-1)), atol=1e-5)
-        received = weights[0].mean(0).sum(0)
-        output = decoder.layer(0, found[0], span)[0]
+    assert reduction == Reduction(merged=0, pruned=18)
+    span = decoder.prefill_span(1, len(prompt))
+    received = last_attention(decoder, 0, found[0], span)
+    layer = decoder.text_model.layers[0]
+    attended = found[0] + decoder.attention_part(layer, 0, found[0], span)
     visual = prompt.visual.nonzero()[:, 0]
     best = visual[received[visual].topk(6).indices]
     kept = sorted([*best.tolist(), *(~prompt.visual).nonzero()[:, 0].tolist()])
-    assert torch.allclose(found[1][0], output[kept], atol=1e-6)
+    survivors = attended[:, kept]
+    expected = survivors + decoder.mlp_part(layer, 0, survivors)
+    assert torch.allclose(found[1], expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_layers_merge_between_attention_and_mlp(backbone, prompt):
+    """Frames that differ before the first layer and are alike behind its attention: an attention
+    whose output drowns what differs makes them so."""
+    decoder = backbone.decoder
+    similarity = 0.9
+    settings = FrameFusion(keep=1 / 6, similarity=similarity, stop_ratio=0.0)
+    visual = prompt.visual.nonzero()[:, 0]
+    shift = torch.zeros(prompt.embeddings.shape[1])
+    shift[0] = 100.0
+    real, calls = decoder.attention_part, []
+
+    def drowning(layer, index, hidden, span, cache=None, adapters=None):
+        calls.append(hidden.shape[1])
+        return real(layer, index, hidden, span, cache, adapters) + shift
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "attention_part", drowning)
+        reduction = Reduction()
+        found = lengths(backbone, prompt, 6, settings, reduction)
+    assert found == [len(prompt), len(prompt) - 20, len(prompt) - 20]
+    # Layer 0's attention saw all tokens.
+    assert calls[0] == len(prompt) and len(visual) == 24
+    assert reduction == Reduction(merged=20, pruned=0)
 
 
 def test_merging_goes_on_until_few_merge(backbone, prompt):
@@ -102,7 +144,7 @@ def test_merging_goes_on_until_few_merge(backbone, prompt):
 
 def test_text_is_never_touched_and_answers_follow(backbone, prompt):
     settings = FrameFusion(keep=0.01)
-    prefix = reduced_prefix(backbone.decoder, prompt, 6, settings, room=64)
+    prefix, _ = reduced_prefix(backbone.decoder, prompt, 6, settings, room=64)
     text = len(prompt) - prompt.visual_tokens
     assert all(text < length <= len(prompt) for length in prefix.lengths)
     assert prefix.lengths[-1] == text + 1 and prefix.position == len(prompt)
@@ -113,19 +155,21 @@ def test_text_is_never_touched_and_answers_follow(backbone, prompt):
 
 @torch.no_grad()
 def test_survivors_keep_their_positions(backbone, prompt):
-    """A reduced prefix answers as a decoder would that masks what was pruned."""
+    """A reduced prefix answers as a decoder would that hides what was pruned from later layers."""
     decoder = backbone.decoder
     settings = FrameFusion(keep=0.25, similarity=2.0)
-    prefix = reduced_prefix(decoder, prompt, 6, settings, room=64)
+    prefix, _ = reduced_prefix(decoder, prompt, 6, settings, room=64)
+    # Layer 0 attends to all: it is the attention that decides.
+    assert prefix.lengths == (len(prompt), len(prompt) - 18, len(prompt) - 18)
     rest = backbone.continuation("what happens?").embeddings
     found = continue_greedily(decoder, prefix, rest, backbone.stop_ids, 1)
-    layers = list(reduced_layers(decoder, prompt, 6, settings))
-    # Layer 1's input tells which tokens survived.
-    output = decoder.layer(0, layers[0], decoder.prefill_span(1, len(prompt)))[0]
-    kept = [int((output - row).abs().sum(-1).argmin()) for row in layers[1][0]]
-    length, whole = len(prompt), torch.cat([prompt.embeddings, rest])[None]
+    received = last_attention(
+        decoder, 0, prompt.embeddings[None], decoder.prefill_span(1, len(prompt))
+    )
+    visual = prompt.visual.nonzero()[:, 0]
+    dropped = visual[received[visual].topk(18, largest=False).indices]
+    whole = torch.cat([prompt.embeddings, rest])[None]
     causal = torch.ones(whole.shape[1], whole.shape[1], dtype=torch.bool).tril()
-    dropped = [i for i in range(length) if i not in kept]
     masked = causal.clone()
     masked[:, dropped] = False
     # A dropped token still needs something to see.
@@ -136,6 +180,15 @@ def test_survivors_keep_their_positions(backbone, prompt):
         hidden = decoder.layer(index, hidden, decoder.span(positions, masked[None, None]))
     expected = decoder.logits(decoder.text_model.norm(hidden[0, -1])).argmax().item()
     assert found.tokens == [[expected]]
+
+
+@torch.no_grad()
+def test_the_last_hidden_state_gives_the_first_token(backbone, prompt):
+    decoder = backbone.decoder
+    _, last = reduced_prefix(decoder, prompt, 6, FrameFusion(keep=1.0), room=1)
+    assert torch.allclose(
+        decoder.text_model.norm(last), decoder.forward(prompt.embeddings[None])[:, -1], atol=1e-5
+    )
 
 
 def test_a_single_frame_is_only_pruned(backbone):
@@ -149,7 +202,7 @@ def test_plain_generation_agrees_with_the_prefix(backbone, prompt):
     whole = torch.cat([prompt.embeddings, rest])
     limit = Sampling(max_new_tokens=8)
     expected = generate(backbone.decoder, [whole], backbone.stop_ids, limit).tokens
-    prefix = reduced_prefix(backbone.decoder, prompt, 6, FrameFusion(keep=1.0), room=64)
+    prefix, _ = reduced_prefix(backbone.decoder, prompt, 6, FrameFusion(keep=1.0), room=64)
     found = continue_greedily(backbone.decoder, prefix, rest, backbone.stop_ids, 8)
     assert found.tokens == expected
 

@@ -108,7 +108,7 @@ def test_the_record_is_complete(model, examples, tmp_path):
     tokens = record["prompt_tokens"]
     assert tokens[BASELINE] > tokens[SYSTEM] == tokens[NONE]
     assert {row["benchmark"] for row in record["metrics"]["token_f1"]["rows"]} == {
-        "A", "B", "Average",
+        "A", "B", "Average", "Pooled",
     }
     assert (folder / "table.md").read_text() == found.table
     assert {p.name for p in found.files} == {
@@ -250,7 +250,7 @@ def test_a_judge_scores_every_condition_and_resumes(model, examples, tmp_path):
             name: 12 for name in CONDITIONS
         }
         row = found.record["metrics"]["judge"]["rows"][0]
-        assert row["baseline"] == row["system"] == 0.75 and row["equivalent"]
+        assert row["baseline"] == row["system"] == 0.75 and not row["enough"]
         assert found.record["judge"]["failures"] == {}
         assert "Judge stub:" in found.table and "failed and left out: none" in found.table
         asked = len(stub.requests)

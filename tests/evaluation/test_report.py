@@ -6,9 +6,10 @@ import pytest
 
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.answering import BASELINE, OTHER, SYSTEM
-from v2l_fast.evaluation.comparison import average, compare
+from v2l_fast.evaluation.comparison import average, compare, pooled
 from v2l_fast.evaluation.plots import plot_distributions
-from v2l_fast.evaluation.report import markdown, summarize, text_scores
+from v2l_fast.evaluation.report import mark, markdown, summarize, text_scores
+from v2l_fast.evaluation.statistics import required_videos
 from v2l_fast.training.manifest import Example
 
 
@@ -25,13 +26,49 @@ def test_a_row_counts_what_both_systems_have():
     assert (found.examples, found.videos) == (2, 2)
     assert found.system == pytest.approx(0.6) and found.baseline == pytest.approx(0.4)
     assert found.difference.estimate == pytest.approx(0.2)
-    assert found.non_inferior and not found.equivalent
+    # Two videos prove nothing, however large the difference.
+    assert not (found.enough or found.non_inferior or found.equivalent)
     assert found.as_json()["recovery"] == pytest.approx(1.5)
+    assert found.as_json()["kept"] is None and found.as_json(0.2)["kept"] == pytest.approx(2.0)
+    assert found.as_json(0.4)["kept"] is None
     with pytest.raises(ConfigError, match="share no scored example"):
         compare({"a": 1.0}, {"b": 1.0}, VIDEOS, 0.05)
 
 
 VIDEOS = dict.fromkeys("ab", "one") | {"b": "two", "x": "one", "y": "one", "c": "two"}
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.15])
+def test_a_claim_needs_enough_videos(margin):
+    """Equal scores on few videos are no equivalence, and neither are nearly equal ones."""
+    enough = required_videos(margin)
+    for count, holds in ((1, False), (2, False), (enough - 1, False), (enough, True)):
+        names = {str(i): str(i) for i in range(count)}
+        for shift in (0.0, 0.001):
+            baseline = {name: 0.5 + shift * (int(name) % 2) for name in names}
+            found = compare(dict.fromkeys(names, 0.5), baseline, names, margin)
+            assert found.non_inferior is found.equivalent is holds
+            assert found.as_json()["enough"] is holds
+    # Many questions about one video are one video.
+    scores = {str(i): 0.5 for i in range(1000)}
+    found = compare(scores, scores, dict.fromkeys(scores, "one"), margin)
+    assert (found.examples, found.videos, found.equivalent) == (1000, 1, False)
+
+
+def test_the_pooled_average_weighs_examples():
+    small, large = {"a": 1.0}, {"b": 0.5, "c": 0.5}
+    rows = [(small, {"a": 0.0}), (large, large)]
+    found = pooled(rows, VIDEOS, 0.05)
+    assert (found.system, found.baseline) == pytest.approx((2 / 3, 1 / 3))
+    assert found.difference.estimate == pytest.approx(1 / 3)
+
+
+def test_marks_say_what_holds_only_alone():
+    row = {"enough": True, "equivalent": True, "equivalent_holm": True}
+    assert mark(row, "equivalent") == "Y"
+    assert mark(row | {"equivalent_holm": False}, "equivalent") == "(Y)"
+    assert mark(row | {"equivalent": False, "equivalent_holm": False}, "equivalent") == "–"
+    assert mark(row | {"enough": False}, "equivalent") == "few"
 
 
 def test_a_zero_baseline_has_no_recovery():
@@ -73,12 +110,14 @@ def test_rows_are_benchmarks_subsets_and_the_average(found):
     rows = table_of(summary, "token_f1")
     assert list(rows) == [
         ("VDC", None), ("VDC", "short"), ("VDC", "camera"), ("NExT-QA", None), ("Average", None),
+        ("Pooled", None),
     ]
     # "red" against "red disc": precision 1, recall 1/2.
     assert rows["VDC", None]["baseline"] == pytest.approx(2 / 3)
     assert rows["VDC", None]["examples"] == 7 and rows["VDC", "short"]["examples"] == 3
     assert rows["NExT-QA", None]["difference"] == pytest.approx(2 / 3 - 1)
     assert rows["Average", None]["system"] == pytest.approx((1 + 2 / 3) / 2)
+    assert rows["Pooled", None]["system"] == pytest.approx((7 + 4 * 2 / 3) / 11)
     assert {row["controls"][OTHER] for row in rows.values()} == {0.0}
     # Captions have no exact match.
     assert list(table_of(summary, "exact_match")) == [("NExT-QA", None)]
@@ -99,9 +138,11 @@ def test_the_table_shows_every_number_and_marks_as_the_paper_does(found):
     lines = markdown(summary, ["a note"]).splitlines()
     assert lines[0] == "**Token-F1** (margin 0.05)"
     assert lines[2] == (
-        "| Benchmark | n | Base | V2L | Δ | 95% CI | Eq | NI | kept | another video's adapter |"
+        "| Benchmark | n | Base | V2L | Δ | 95% CI | Eq | NI | kept above chance "
+        "| another video's adapter |"
     )
-    row = "| VDC | 7 | 0.667 | 1.000 | +0.333 | [+0.333, +0.333] | – | Y | 150.0% | 0.000 |"
+    # Seven videos without spread: an interval as wide as they leave open, and no mark.
+    row = "| VDC | 7 | 0.667 | 1.000 | +0.333 | [-0.213, +0.606] | few | few | – | 0.000 |"
     assert row in lines
     assert any(line.startswith("| · short | 3 |") for line in lines)
     assert lines[-1] == "- a note"

@@ -12,6 +12,7 @@ from v2l_fast import cli
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.model import Video2LoRA
+from v2l_fast.shapes import probes
 from v2l_fast.shapes import report as module
 from v2l_fast.shapes.language import caption
 from v2l_fast.shapes.report import PIECES, SHARES, Report, measure, right
@@ -32,6 +33,8 @@ def small():
     patch.setattr(module, "SWEEP_FRAMES", (4,))
     patch.setattr(module, "SWEEP_EDGES", (48,))
     patch.setattr(module, "CHUNKS", (1, 2))
+    patch.setattr(probes, "SECONDS", (8, 16))
+    patch.setattr(probes, "RESTAMPED", (8, None))
     yield
     patch.undo()
 
@@ -53,6 +56,8 @@ def test_every_piece(measured):
     assert records["rank"]["rows"][0]["top"]["estimate"] < 0.6
     (single, *composed) = records["chunks"]["networks"]["zero-shot"]["rows"]
     assert [row["rank"] for row in composed] == [16] and single["rank"] == 8
+    fused = [r for r in records["efficiency"]["budgets"][0]["rows"] if "FrameFusion" in r["method"]]
+    assert len(fused) == 3 and all(row["merged"] + row["pruned"] > 0 for row in fused)
     layers = records["layers"]
     assert len(layers["controls"]) == 2
     assert all(layers["score"]["estimate"] > s["estimate"] for s in layers["controls"].values())
@@ -100,6 +105,9 @@ def test_page(measured, tmp_path):
     sweep = records["sweep"] | {"rows": [*records["sweep"]["rows"], failed]}
     swept = write_page({"sweep": sweep}, tmp_path / "sweep").read_text()
     assert "64 frames, 48 px: no video holds 64 frames." in swept
+    # The worst comes first.
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles[0] == "## What does not work"
     only = write_page({"rank": records["rank"]}, tmp_path / "one").read_text()
     assert only.count("## ") == 1 and "## Rank directions" in only
 

@@ -98,7 +98,10 @@ def logit_attribution(
     parts = ("whole", "attention", "mlp")
     columns = {part: torch.stack([getattr(a, part) for a in found]) for part in parts}
     rows = [
-        {"layer": layer, **{p: interval(columns[p][:, layer].tolist(), examples) for p in parts}}
+        {
+            "layer": layer,
+            **{p: interval(columns[p][:, layer].tolist(), examples, None) for p in parts},
+        }
         for layer in range(adapters[0].num_layers)
     ]
     return {"examples": len(examples), "rows": rows}

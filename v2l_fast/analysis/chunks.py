@@ -7,9 +7,11 @@ Chunks are internalized each on its own and joined in rank, the bias adapter onc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from v2l_fast.analysis.examples import (
+    NONE,
     Example,
     Metric,
     Progress,
@@ -44,11 +46,15 @@ def compare_chunks(
         "examples", "chunk_position", "controls" (condition -> kind -> interval, with the single
         adapters) and "rows": for each count "chunks", "rank" (generated), "score", kind ->
         interval; "change", kind -> interval of the difference to the single adapter; "kept", kind
-        -> ratio of the mean scores (absent where the single one is zero).
+        -> share of the single adapter's mean score above that without an adapter (absent where it
+        is not above).
 
     Raises:
         ConfigError: a count below 1.
     """
+    # Scipy is slow to import and not needed for help.
+    from v2l_fast.evaluation.statistics import recovery
+
     if any(count < 1 for count in counts):
         raise ConfigError(f"chunks must be at least 1, not {min(counts)}")
     kinds = list(dict.fromkeys(example.kind for example in examples))
@@ -60,6 +66,7 @@ def compare_chunks(
 
     single: dict[str, list[float]] = {}
     controls: dict[str, list[float]] = {}
+    none: dict[str, float] = {}
     rows = []
     for count in sorted({1, *counts}):
         adapters = internalize_each(model, examples, progress, chunks=count, **options)
@@ -67,6 +74,7 @@ def compare_chunks(
         if count == 1:
             single = scores
             controls = control_scores(model, examples, adapters, metric, max_new_tokens)
+            none = {kind: fmean(values) for kind, values in by_kind(controls[NONE]).items()}
         rows.append(
             {
                 "chunks": count,
@@ -74,14 +82,16 @@ def compare_chunks(
                 "score": {kind: interval(values, members[kind]) for kind, values in scores.items()},
                 "change": {
                     kind: interval(
-                        [a - b for a, b in zip(values, single[kind], strict=True)], members[kind]
+                        [a - b for a, b in zip(values, single[kind], strict=True)],
+                        members[kind],
+                        (-1.0, 1.0),
                     )
                     for kind, values in scores.items()
                 },
                 "kept": {
-                    kind: sum(values) / sum(single[kind])
+                    kind: recovery(fmean(values), fmean(single[kind]), none[kind])
                     for kind, values in scores.items()
-                    if any(single[kind])
+                    if fmean(single[kind]) > none[kind]
                 },
             }
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from v2l_fast.analysis.examples import (
@@ -24,6 +24,7 @@ from v2l_fast.analysis.examples import (
     interval,
     silent,
 )
+from v2l_fast.analysis.framefusion import Reduction
 from v2l_fast.analysis.methods import DIRECT, METHODS, Method, Setting
 from v2l_fast.analysis.timing import timed
 
@@ -57,13 +58,15 @@ def compare_methods(
     ``repeats``. A warm-up on the first question is not counted. Direct inference always runs.
 
     Returns:
-        "videos", "questions", "questions_per_video", "visual_tokens" (mean of direct prompts),
+        "videos", "keep" (of FrameFusion), "questions", "questions_per_video", "visual_tokens"
+        (mean of direct prompts),
         "controls" (condition -> interval of the score, see
         :func:`~v2l_fast.analysis.examples.control_scores`) and "rows": for each method "method",
         "preparation" and "first_token" (s), "bytes" (mean a video), "score" (interval over
         videos), "amortized" (s a question at the mean number of questions), "break_even"
-        (questions; null: never) and "same_as_direct", the share of answers whose tokens are direct
-        inference's.
+        (questions; null: never), "same_as_direct", the share of answers whose tokens are direct
+        inference's, and "merged" and "pruned", visual tokens that token reduction took away (means
+        over videos or, where every question reduces anew, questions; null where nothing reduces).
     """
     methods = (DIRECT, *(m for m in methods if m is not DIRECT))
     groups = by_video(examples)
@@ -98,12 +101,15 @@ def compare_methods(
                 "amortized": amortized(preparation, wait, max(1, round(per_video))),
                 "break_even": break_even(preparation, wait, median(direct.waits)) if own else None,
                 "same_as_direct": sum(same) / len(same),
+                "merged": fmean(r.merged for r in tally.reductions) if tally.reductions else None,
+                "pruned": fmean(r.pruned for r in tally.reductions) if tally.reductions else None,
             }
         )
     adapters = internalize_each(setting.model, ordered, **setting.sampling)
     controls = control_scores(setting.model, ordered, adapters, metric, setting.max_new_tokens)
     return {
         "videos": len(groups),
+        "keep": setting.fusion.keep,
         "questions": len(examples),
         "questions_per_video": per_video,
         "visual_tokens": _visual_tokens(setting, groups),
@@ -145,6 +151,7 @@ class _Tally:
     bytes: list[int] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
 
 
 def _measure(
@@ -155,11 +162,13 @@ def _measure(
     prepared, taken = timed(device, lambda: method.prepare(setting, group[0].video))
     tally.preparation.append(taken)
     tally.bytes.append(prepared.bytes)
+    tally.reductions += [prepared.reduction] if prepared.reduction else []
     brief = replace(setting, max_new_tokens=1)
     for example in group:
         said = method.ask(setting, prepared, example.prompt)
         again = [method.ask(brief, prepared, example.prompt) for _ in range(repeats - 1)]
         tally.tokens.append(said.tokens)
+        tally.reductions += [said.reduction] if said.reduction else []
         tally.waits += [found.time_to_first_token for found in (said, *again)]
 
 

@@ -138,10 +138,17 @@ def other_adapters(examples: Sequence[Example], adapters: Sequence[Adapter]) -> 
     return [following(index) for index in range(len(keys))]
 
 
-def interval(values: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
+def interval(
+    values: Sequence[float],
+    examples: Sequence[Example],
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> dict[str, float]:
     """Mean of one value an example and its 95% bootstrap interval: {"estimate", "low", "high"}.
 
     Examples of one video are resampled together, since their values are not independent.
+
+    Args:
+        bounds: the values' scale, None where it has no ends.
     """
     from v2l_fast.evaluation.statistics import ratio_interval
 
@@ -150,4 +157,4 @@ def interval(values: Sequence[float], examples: Sequence[Example]) -> dict[str, 
     for value, example in zip(values, examples, strict=True):
         sums[example.video_key] += value
         counts[example.video_key] += 1
-    return asdict(ratio_interval(list(sums.values()), list(counts.values())))
+    return asdict(ratio_interval(list(sums.values()), list(counts.values()), bounds=bounds))

@@ -1,11 +1,12 @@
-"""FrameFusion (Fu et al., ICCV 2025) for this decoder: our own implementation from the paper.
+"""FrameFusion (Fu et al., ICCV 2025) for this decoder: our own implementation of its rules.
 
-While the decoder's first layers run, visual tokens that are nearly the same as the token at the
-same place of the previous frame are merged into it (mean); once a layer merges few, the least
-attended visual tokens are pruned, once, down to the budget. Text is never touched and survivors
-keep their rotary positions. Differences from the authors' code: the budget is a number of tokens
-rather than of FLOPs, and the reduction sees the video alone, not a question, so that what is left
-can be reused for every question.
+Before the first layer, and then between the attention and the MLP of every layer, visual tokens
+that are nearly the same as the token at the same place of the previous frame are merged into it
+(mean). Once a pass merges few, the next one prunes, once, down to the budget: the visual tokens go
+that the prompt's last token attends to least in that layer. Text is never touched and survivors
+keep their rotary positions. As in the authors' code, except that the budget is a number of tokens
+rather than of FLOPs, and that a prefix without a question can be reduced, so that what is left is
+reused for every question: its last token is then the last of the prefix.
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ from v2l_fast.backbones import Prompt
 from v2l_fast.backbones.decoder import Cache, Decoder, Span
 from v2l_fast.errors import ConfigError
 
-# Query rows of one block of attention weights.
-_BLOCK = 512
-
 
 @dataclass(frozen=True)
 class FrameFusion:
@@ -34,8 +32,8 @@ class FrameFusion:
     Attributes:
         keep: share of the visual tokens to keep, above 0 and up to 1.
         similarity: least cosine similarity of tokens that merge.
-        stop_ratio: merging ends at the first layer where less than this share of the visual tokens
-            would merge.
+        stop_ratio: merging ends with the first pass in which less than this share of the visual
+            tokens merges.
     """
 
     keep: float = 0.25
@@ -45,6 +43,14 @@ class FrameFusion:
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ConfigError(f"keep must be above 0 and at most 1, not {self.keep}")
+
+
+@dataclass
+class Reduction:
+    """Visual tokens that merging and pruning took away."""
+
+    merged: int = 0
+    pruned: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,50 +77,103 @@ def reduced_layers(
     frames: int,
     settings: FrameFusion,
     cache: Cache | None = None,
+    reduction: Reduction | None = None,
 ) -> Iterator[Tensor]:
     """What enters each layer, [1, n, D] with n falling; as ``Decoder.layer_inputs`` otherwise.
 
     Args:
         prompt: with a video of ``frames`` frames of equally many tokens.
-        cache: with one, keys and values of survivors are written, and the last layer runs too.
+        cache: with one, keys and values of what a layer attends to are written, and the last layer
+            runs too: what leaves it comes last.
+        reduction: counts what is taken away.
     """
-    visual = prompt.visual
-    if visual is None or prompt.visual_tokens % frames:
-        raise ConfigError(f"{prompt.visual_tokens} visual tokens are not {frames} equal frames")
-    count = prompt.visual_tokens
-    places = torch.full((len(prompt),), -1, device=decoder.device)
-    places[visual] = torch.arange(count, device=decoder.device) % (count // frames)
-    positions = torch.arange(len(prompt), device=decoder.device)
-    tokens = _Tokens(prompt.embeddings, positions, places)
-    budget = math.ceil(settings.keep * count)
-    merging, received = True, None
+    tokens = _Reducer(prompt, frames, settings, decoder.device, reduction or Reduction())
+    tokens.reduce(None)
     for index in range(decoder.num_layers):
-        excess = count - budget
-        if excess > 0 and received is not None:
-            tokens = _prune(tokens, excess, received)
-            count -= excess
-        elif excess > 0 and merging:
-            before = count
-            tokens = _merge(tokens, excess, settings.similarity)
-            count = int(tokens.visual.sum())
-            merging = before - count >= settings.stop_ratio * before
-        span = decoder.span(tokens.positions[None], None)
         hidden = tokens.hidden[None]
         yield hidden
-        # Pruning looks at the attention of the layer before it.
-        received = None if merging or count <= budget else _received(decoder, index, hidden, span)
-        if index + 1 < decoder.num_layers or cache is not None:
-            tokens = replace(tokens, hidden=decoder.layer(index, hidden, span, cache)[0])
+        if index + 1 == decoder.num_layers and cache is None:
+            return
+        layer = decoder.text_model.layers[index]
+        span = decoder.span(tokens.positions[None], None)
+        part = None if cache is None else cache.layer(index)
+        received = _received(decoder, index, hidden, span) if tokens.prunes_next else None
+        hidden = hidden + decoder.attention_part(layer, index, hidden, span, part)
+        tokens.update(hidden[0])
+        tokens.reduce(received)
+        hidden = tokens.hidden[None]
+        tokens.update((hidden + decoder.mlp_part(layer, index, hidden))[0])
+    yield tokens.hidden[None]
 
 
 def reduced_prefix(
-    decoder: Decoder, prompt: Prompt, frames: int, settings: FrameFusion, room: int
-) -> Prefix:
-    """:func:`~v2l_fast.analysis.prefix.prefill` with token reduction on the way."""
+    decoder: Decoder,
+    prompt: Prompt,
+    frames: int,
+    settings: FrameFusion,
+    room: int,
+    reduction: Reduction | None = None,
+) -> tuple[Prefix, Tensor]:
+    """:func:`~v2l_fast.analysis.prefix.prefill` with token reduction on the way, and the last
+    token's hidden state [1, D] behind the last layer."""
     cache = decoder.new_cache(1, len(prompt) + room)
-    layers = reduced_layers(decoder, prompt, frames, settings, cache)
+    *layers, last = reduced_layers(decoder, prompt, frames, settings, cache, reduction)
     lengths = tuple(hidden.shape[1] for hidden in layers)
-    return Prefix(cache, lengths, len(prompt))
+    return Prefix(cache, lengths, len(prompt)), last[:, -1]
+
+
+class _Reducer:
+    """The surviving tokens, and what a pass may still do to them."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        frames: int,
+        settings: FrameFusion,
+        device: torch.device,
+        reduction: Reduction,
+    ) -> None:
+        visual = prompt.visual
+        if visual is None or prompt.visual_tokens % frames:
+            raise ConfigError(f"{prompt.visual_tokens} visual tokens are not {frames} equal frames")
+        self.count = prompt.visual_tokens
+        self.budget = math.ceil(settings.keep * self.count)
+        self.settings, self.reduction, self.merging = settings, reduction, True
+        places = torch.full((len(prompt),), -1, device=device)
+        places[visual] = torch.arange(self.count, device=device) % (self.count // frames)
+        positions = torch.arange(len(prompt), device=device)
+        self.tokens = _Tokens(prompt.embeddings, positions, places)
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.tokens.hidden
+
+    @property
+    def positions(self) -> Tensor:
+        return self.tokens.positions
+
+    @property
+    def prunes_next(self) -> bool:
+        """Whether the next pass needs to know what the last token attends to."""
+        return not self.merging and self.count > self.budget
+
+    def update(self, hidden: Tensor) -> None:
+        self.tokens = replace(self.tokens, hidden=hidden)
+
+    def reduce(self, received: Tensor | None) -> None:
+        """One pass: merging, or pruning by the attention ``received``."""
+        excess = self.count - self.budget
+        if excess <= 0:
+            return
+        if received is not None:
+            self.tokens = _prune(self.tokens, excess, received)
+            self.reduction.pruned += excess
+        else:
+            self.tokens = _merge(self.tokens, excess, self.settings.similarity)
+            merged = self.count - int(self.tokens.visual.sum())
+            self.reduction.merged += merged
+            self.merging = merged >= self.settings.stop_ratio * self.count
+        self.count = int(self.tokens.visual.sum())
 
 
 def _merge(tokens: _Tokens, excess: int, least: float) -> _Tokens:
@@ -150,17 +209,9 @@ def _prune(tokens: _Tokens, excess: int, received: Tensor) -> _Tokens:
 
 
 def _received(decoder: Decoder, index: int, hidden: Tensor, span: Span) -> Tensor:
-    """Attention each token receives in a layer, summed over queries, mean over heads: [n]."""
+    """Attention that the last token pays to each token in a layer, mean over heads: [n]."""
     layer = decoder.text_model.layers[index]
     query, key, _ = decoder.heads(layer, index, hidden, span)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    length = hidden.shape[1]
-    received = torch.zeros(length, device=hidden.device)
-    for start in range(0, length, _BLOCK):
-        block = query[0, :, start : start + _BLOCK]
-        scores = block @ key[0].mT * layer.self_attn.scaling
-        keys = torch.arange(length, device=hidden.device)
-        later = keys > keys[start : start + _BLOCK, None]
-        weights = scores.float().masked_fill(later, -math.inf).softmax(-1)
-        received += weights.sum(1).mean(0)
-    return received
+    scores = query[0, :, -1:] @ key[0].mT * layer.self_attn.scaling
+    return scores.float().softmax(-1)[:, 0].mean(0)

@@ -61,15 +61,15 @@ def layer_removal(
     rows = [
         {
             "layer": layer,
-            "effect": interval(table[:, 1 + layer].tolist(), examples),
+            "effect": interval(table[:, 1 + layer].tolist(), examples, None),
             "norm": {module: values[layer] for module, values in norms.items()},
         }
         for layer in range(table.shape[1] - 2)
     ]
     return {
         "examples": len(examples),
-        "score": interval(table[:, 0].tolist(), examples),
-        "controls": {name: interval(scores, examples) for name, scores in controls.items()},
+        "score": interval(table[:, 0].tolist(), examples, None),
+        "controls": {name: interval(scores, examples, None) for name, scores in controls.items()},
         "rows": rows,
     }
 

@@ -113,7 +113,7 @@ def plot_norms(record: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_chunks(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Share of the single adapter's score that compositions keep, a panel a network."""
+    """Share of the single adapter's score above no adapter's that compositions keep, by network."""
     panels = []
     for name, record in records.items():
 
@@ -124,7 +124,7 @@ def plot_chunks(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axes.axhline(0.95, color="black", linewidth=0.6, linestyle=":")
             axes.set_xticks(places, [str(row["chunks"]) for row in rows])
             axes.set(xlabel="chunks", ylabel="kept of the single adapter's", title=name)
-            axes.set_ylim(0, 1.1)
+            axes.set_ylim(min([0.0, *(k for row in rows for k in row["kept"].values())]), 1.1)
 
         panels.append(draw)
     _save(panels, path, "Chunk composition (dotted: 95%)", legend=True)

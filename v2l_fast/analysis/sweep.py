@@ -176,7 +176,7 @@ class _Cell:
         return {
             "score_direct": fmean(direct),
             "score_adapter": fmean(adapter),
-            "score_change": interval(changes, self.examples),
+            "score_change": interval(changes, self.examples, (-1.0, 1.0)),
             "controls": {name: fmean(scores) for name, scores in controls.items()},
             "first_token_direct": waits[0],
             "first_token_adapter": waits[1],

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.statistics import Interval, mean_of_ratios, recovery
+from v2l_fast.evaluation.statistics import (
+    DIFFERENCES,
+    Interval,
+    Stratum,
+    mean_of_ratios,
+    recovery,
+    required_videos,
+)
 
 # Section 4.3 of the paper; exact match is a token metric too and takes token-F1's.
 MARGINS = {"token_f1": 0.05, "exact_match": 0.05, "judge": 0.15}
@@ -29,7 +36,8 @@ class Comparison:
         baseline, system: mean scores over those examples.
         difference: system - baseline with its 95% interval; examples of one video are resampled
             together, since their scores are not independent.
-        margin: of equivalence and non-inferiority.
+        margin: of equivalence and non-inferiority, neither of which holds on fewer videos than
+            :func:`~v2l_fast.evaluation.statistics.required_videos`.
     """
 
     examples: int
@@ -40,16 +48,30 @@ class Comparison:
     margin: float
 
     @property
+    def enough(self) -> bool:
+        """Whether there are enough videos to claim anything at the margin."""
+        return self.videos >= required_videos(self.margin)
+
+    @property
     def equivalent(self) -> bool:
-        return self.difference.equivalent(self.margin)
+        return self.enough and self.difference.equivalent(self.margin)
 
     @property
     def non_inferior(self) -> bool:
-        return self.difference.non_inferior(self.margin)
+        return self.enough and self.difference.non_inferior(self.margin)
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything for a machine; the recovery of a zero baseline is null."""
-        kept = recovery(self.system, self.baseline)
+    def as_json(self, chance: float | None = None) -> dict[str, Any]:
+        """Everything for a machine.
+
+        Args:
+            chance: the score without video and adapter on the same examples.
+
+        Returns:
+            The fields, with "recovery", system / baseline (null of a zero baseline), and "kept",
+            (system - chance) / (baseline - chance) (null without chance or a baseline above it).
+        """
+        ratio = recovery(self.system, self.baseline)
+        kept = math.nan if chance is None else recovery(self.system, self.baseline, chance)
         return {
             "examples": self.examples,
             "videos": self.videos,
@@ -58,8 +80,10 @@ class Comparison:
             "difference": self.difference.estimate,
             "low": self.difference.low,
             "high": self.difference.high,
-            "recovery": kept if math.isfinite(kept) else None,
+            "recovery": ratio if math.isfinite(ratio) else None,
+            "kept": kept if math.isfinite(kept) else None,
             "margin": self.margin,
+            "enough": self.enough,
             "equivalent": self.equivalent,
             "non_inferior": self.non_inferior,
         }
@@ -85,6 +109,8 @@ def average(
 ) -> Comparison:
     """The mean of several rows, given as (system, baseline) scores; every row weighs the same.
 
+    Videos that are in several rows are resampled in all of them together.
+
     Raises:
         ConfigError: a row's two systems share no example.
     """
@@ -100,18 +126,31 @@ def average(
         videos=len({videos[id_] for ids in shared for id_ in ids}),
         baseline=sum(baseline for _, baseline in means) / len(means),
         system=sum(system for system, _ in means) / len(means),
-        difference=mean_of_ratios(strata),
+        difference=mean_of_ratios(strata, bounds=DIFFERENCES),
         margin=margin,
     )
 
 
+def pooled(
+    rows: Sequence[tuple[Scores, Scores]], videos: Mapping[str, str], margin: float
+) -> Comparison:
+    """All examples of several rows as one, so that every example weighs the same: what the judge's
+    "Average" row of the paper's Table 4 is, where its other averages weigh rows equally.
+
+    Raises:
+        ConfigError: the two systems share no example.
+    """
+    system, baseline = ({k: v for row in rows for k, v in row[side].items()} for side in (0, 1))
+    return average([(system, baseline)], videos, margin)
+
+
 def _per_video(
     ids: Sequence[str], system: Scores, baseline: Scores, videos: Mapping[str, str]
-) -> tuple[list[float], list[float]]:
+) -> Stratum:
     """Sum of differences and number of examples of each video."""
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     for id_ in ids:
         sums[videos[id_]] += system[id_] - baseline[id_]
         counts[videos[id_]] += 1
-    return list(sums.values()), list(counts.values())
+    return {video: (total, counts[video]) for video, total in sums.items()}

@@ -204,16 +204,32 @@ def _mean_tokens(journal: Journal, examples: Sequence[Example]) -> float | None:
     return sum(counts) / len(counts) if counts else None
 
 
+def _tests(metrics: Mapping[str, Any]) -> str:
+    """Numbers of rows of the tables, in words."""
+    counts = sorted({len(metric["rows"]) for metric in metrics.values()})
+    return " or ".join(map(str, counts))
+
+
 def _notes(record: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know."""
     tokens = record["prompt_tokens"]
     notes = [
         f"{record['examples']} examples about {record['videos']} videos; Δ is V2L - Base with its "
-        "95% interval, paired bootstrap over videos; Eq: inside ± the margin; NI: above - the "
-        "margin; kept: V2L / Base.",
+        "95% interval, paired bootstrap over videos (below 100 videos united with an exact one "
+        "at the effective number of videos). Eq: inside ± the margin; NI: above - the margin; few: "
+        "fewer videos than a claim at the margin needs.",
+        f"Each table tests {_tests(record['metrics'])} rows, each at 2.5% a side, so a mark may be "
+        "wrong by chance; (Y) holds alone but not together with the table's other rows (Holm).",
+        "Kept above chance: (V2L - no adapter) / (Base - no adapter), what the adapter keeps of "
+        "what the video adds; V2L / Base also counts what is guessed without a video.",
         f"Prompt tokens a question: {tokens[BASELINE]:.0f} with the video in context, "
         f"{tokens[SYSTEM]:.0f} with the adapter.",
     ]
+    if any(row["benchmark"] == "Pooled" for m in record["metrics"].values() for row in m["rows"]):
+        notes.append(
+            "Average: benchmarks of equal weight; Pooled: examples of equal weight, as the paper's "
+            "Table 4 averages the judge. Videos of several benchmarks are resampled together."
+        )
     if unreadable := record["unreadable"]:
         notes.append(f"{len(unreadable)} videos could not be read and are left out everywhere.")
     if judged := record.get("judge"):
@@ -222,6 +238,8 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"Judge {judged['model']}: {judged['requests']} requests, {judged['from_cache']} "
             f"judgments from the cache, {judged['prompt_tokens']} + {judged['completion_tokens']} "
-            f"tokens, ${judged['dollars']:.2f}; failed and left out: {listed or 'none'}."
+            f"tokens, ${judged['dollars']:.2f}; failed and left out: {listed or 'none'}. Judgments "
+            "do not fail at random (long, empty and odd answers fail more often), and a pair with "
+            "one failure is left out: with many failures the judge's rows describe the easy pairs."
         )
     return notes

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from v2l_fast.evaluation.answering import BASELINE, SYSTEM
-from v2l_fast.evaluation.comparison import MARGINS, Comparison, Scores, average, compare
+from v2l_fast.evaluation.answering import BASELINE, NONE, SYSTEM
+from v2l_fast.evaluation.comparison import MARGINS, Comparison, Scores, average, compare, pooled
 from v2l_fast.evaluation.metrics import exact_match, token_f1
+from v2l_fast.evaluation.statistics import Interval, holm
 from v2l_fast.training.manifest import Example
 
 TITLES = {"token_f1": "Token-F1", "exact_match": "Exact match", "judge": "LLM judge"}
@@ -55,8 +56,10 @@ def summarize(
     """The record of all metrics: metric -> {"margin", "rows"}.
 
     A row is a benchmark, one of its subsets (``metadata["subset"]``, where there are several) or,
-    where there are several benchmarks, their average with equal weights. It holds
-    :meth:`Comparison.as_json` and the controls' means over the same examples.
+    where there are several benchmarks, their average with equal weights ("Average") and that of all
+    their examples ("Pooled"). It holds :meth:`Comparison.as_json`, the controls' means over the
+    same examples, and "equivalent_holm" and "non_inferior_holm", which marks hold together with
+    those of the metric's other rows (Holm's procedure).
 
     Args:
         videos: the video of each example id.
@@ -92,12 +95,18 @@ def _rows(
                     rows.append(_row(dataset, str(subset), part, videos, margin))
     if len(whole) > 1:
         pairs = [(picked[SYSTEM], picked[BASELINE]) for picked in whole]
-        controls = {
-            name: sum(_mean(picked[name]) for picked in whole) / len(whole)
-            for name in _controls(whole[0])
-            if all(picked.get(name) for picked in whole)
+        shared = [n for n in _controls(whole[0]) if all(picked.get(n) for picked in whole)]
+        means = {n: sum(_mean(picked[n]) for picked in whole) / len(whole) for n in shared}
+        rows.append(_json("Average", None, average(pairs, videos, margin), means))
+        everything = {
+            n: _mean({k: v for picked in whole for k, v in picked[n].items()}) for n in shared
         }
-        rows.append(_json("Average", None, average(pairs, videos, margin), controls))
+        rows.append(_json("Pooled", None, pooled(pairs, videos, margin), everything))
+    intervals = [Interval(row["difference"], row["low"], row["high"]) for row in rows]
+    for name, two_sided in (("equivalent", True), ("non_inferior", False)):
+        together = holm(intervals, margin, two_sided)
+        for row, holds in zip(rows, together, strict=True):
+            row[f"{name}_holm"] = row[name] and holds
     return rows
 
 
@@ -129,7 +138,7 @@ def _json(
     return {
         "benchmark": dataset,
         "subset": subset,
-        **found.as_json(),
+        **found.as_json(controls.get(NONE)),
         "controls": dict(controls),
     }
 
@@ -155,7 +164,8 @@ def markdown(summary: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
 
 def _table(metric: str, found: Mapping[str, Any]) -> str:
     controls = list(dict.fromkeys(name for row in found["rows"] for name in row["controls"]))
-    head = ["Benchmark", "n", "Base", "V2L", "Δ", "95% CI", "Eq", "NI", "kept", *controls]
+    head = ["Benchmark", "n", "Base", "V2L", "Δ", "95% CI", "Eq", "NI"]
+    head += ["kept above chance", *controls]
     lines = [
         f"**{TITLES[metric]}** (margin {found['margin']})",
         "",
@@ -164,7 +174,7 @@ def _table(metric: str, found: Mapping[str, Any]) -> str:
     ]
     for row in found["rows"]:
         name = row["benchmark"] if row["subset"] is None else f"· {row['subset']}"
-        kept = "–" if row["recovery"] is None else f"{row['recovery']:.1%}"
+        kept = "–" if row["kept"] is None else f"{row['kept']:.1%}"
         cells = [
             name.replace("|", "\\|"),
             str(row["examples"]),
@@ -172,8 +182,8 @@ def _table(metric: str, found: Mapping[str, Any]) -> str:
             f"{row['system']:.3f}",
             f"{row['difference']:+.3f}",
             f"[{row['low']:+.3f}, {row['high']:+.3f}]",
-            mark(row["equivalent"]),
-            mark(row["non_inferior"]),
+            mark(row, "equivalent"),
+            mark(row, "non_inferior"),
             kept,
             *(f"{row['controls'][n]:.3f}" if n in row["controls"] else "–" for n in controls),
         ]
@@ -181,6 +191,11 @@ def _table(metric: str, found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def mark(holds: bool) -> str:
-    """The paper's mark of a criterion."""
-    return "Y" if holds else "–"
+def mark(row: Mapping[str, Any], criterion: str) -> str:
+    """The paper's mark of a row's criterion, in parentheses where it holds alone but not together
+    with those of the table's other rows; "few" where there are too few videos to claim anything."""
+    if not row["enough"]:
+        return "few"
+    if not row[criterion]:
+        return "–"
+    return "Y" if row[f"{criterion}_holm"] else "(Y)"

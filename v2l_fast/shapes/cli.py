@@ -73,18 +73,27 @@ def evaluate(
     ] = None,
     videos: Annotated[int, typer.Option(help="Unseen videos of the test split.")] = 512,
     encoded: Annotated[int, typer.Option(help="Of them, how many also as H.264 files.")] = 64,
+    probes: Annotated[
+        bool,
+        typer.Option(
+            help="Also other durations, binding, untrained kinds of questions, absent objects."
+        ),
+    ] = True,
     record: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path(
         "runs/shapes-eval.json"
     ),
     seed: Seed = 0,
     threads: Threads = 1,
 ) -> None:
-    """Compare direct answers, adapters and controls on the test split."""
+    """Compare direct answers, adapters and controls on the test split, and probe what averages
+    hide."""
     import torch
 
     from v2l_fast.model import Video2LoRA
     from v2l_fast.shapes.evaluate import evaluate as run
     from v2l_fast.shapes.evaluate import evaluate_files
+    from v2l_fast.shapes.probes import probe
+    from v2l_fast.shapes.report_page import probe_tables
     from v2l_fast.shapes.scene import sample_scenes
     from v2l_fast.training.records import write_record
 
@@ -96,6 +105,8 @@ def evaluate(
         if encoded:
             progress("H.264 files", 0, 1)
             result["encoded_files"] = evaluate_files(model, scenes[:encoded])
+        if probes:
+            result["probes"] = probe(model, scenes, seed, progress)
     write_record(record, result)
     table = Table(title=f"{videos} unseen videos, 95% intervals")
     for name in ("condition", "attributes stated rightly", "captions right to the word"):
@@ -107,6 +118,9 @@ def evaluate(
     console.print(result["table"], markup=False, highlight=False, soft_wrap=True)
     if encoded:
         console.print_json(data=result["encoded_files"])
+    if probes:
+        for part in probe_tables(result["probes"]):
+            console.print(part, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from v2l_fast.analysis.attribution import logit_attribution
 from v2l_fast.analysis.chunks import compare_chunks
 from v2l_fast.analysis.efficiency import compare_budgets
 from v2l_fast.analysis.examples import Example, Progress, internalize_each, silent
+from v2l_fast.analysis.framefusion import FrameFusion
 from v2l_fast.analysis.layers import layer_removal
 from v2l_fast.analysis.methods import Setting
 from v2l_fast.analysis.norms import adapter_norms
@@ -42,12 +43,14 @@ from v2l_fast.shapes.evaluate import (
     rendered_clips,
 )
 from v2l_fast.shapes.language import CAPTION_PROMPTS, caption, parse_caption
+from v2l_fast.shapes.probes import probe
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.scene import Scene, sample_scenes
 from v2l_fast.shapes.scoring import plain
 
 # Videos of a piece, as a share of the report's (512): the expensive ones take fewer.
 SHARES = {
+    "limits": 1,
     "table": 1,
     "chunks": 1 / 4,
     "efficiency": 1 / 32,
@@ -60,7 +63,9 @@ SHARES = {
 # Videos of the table that also come as H.264 files.
 _ENCODED_SHARE = 1 / 8
 # (exact frames, longest edge) of the efficiency comparison; the first is training's.
-BUDGETS = ((8, 48), (16, 48), (32, 48), (32, 96))
+BUDGETS = ((8, 48), (8, 96), (32, 48), (32, 96))
+# Below what merging alone reaches, at 8 frames, so that FrameFusion prunes too.
+FUSION = FrameFusion(keep=1 / 8)
 SWEEP_FRAMES, SWEEP_EDGES = (4, 8, 16, 32), (48, 96, 144)
 CHUNKS = (1, 2, 4, 8, 16)
 
@@ -185,6 +190,10 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {used}, torch {torch.__version__}"
 
 
+def _limits(report: Report, count: int) -> dict[str, Any]:
+    return probe(report.model, report.scenes(count), report.seed, report.progress)
+
+
 def _table(report: Report, count: int) -> dict[str, Any]:
     found = evaluate(report.model, report.scenes(count), report.seed, report.progress)
     encoded = report.scenes(max(2, round(count * _ENCODED_SHARE)))
@@ -239,7 +248,9 @@ def _chunks(report: Report, count: int) -> dict[str, Any]:
 
 
 def _efficiency(report: Report, count: int) -> dict[str, Any]:
-    setting = Setting(report.model, exact_frames=True, max_new_tokens=MAX_NEW_TOKENS)
+    setting = Setting(
+        report.model, exact_frames=True, max_new_tokens=MAX_NEW_TOKENS, fusion=FUSION
+    )
     return compare_budgets(setting, report.files(count), right, BUDGETS, progress=report.progress)
 
 
@@ -257,6 +268,7 @@ def _sweep(report: Report, count: int) -> dict[str, Any]:
 
 
 PIECES: Mapping[str, Callable[[Report, int], dict[str, Any]]] = {
+    "limits": _limits,
     "table": _table,
     "chunks": _chunks,
     "efficiency": _efficiency,

@@ -1,0 +1,107 @@
+"""The probes: what is asked about which clips, and how answers are scored."""
+
+from __future__ import annotations
+
+import pytest
+
+from v2l_fast.model import Video2LoRA
+from v2l_fast.shapes import probes
+from v2l_fast.shapes.language import caption, parse_caption
+from v2l_fast.shapes.scene import SHAPES, sample_scenes
+
+SCENES = sample_scenes("test", 60, 3)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return probes.rendered_clips(SCENES[:2])
+
+
+def test_binding_asks_about_both_objects_what_differs():
+    """Whatever the shape asked about, one answer for both questions of a pair is right once."""
+    asked = list(probes.binding_probes(SCENES))
+    assert {p.kind for p in asked} == {"color", "size", "motion"}
+    for first, second in zip(asked[::2], asked[1::2], strict=True):
+        assert (first.clip, first.kind) == (second.clip, second.kind)
+        assert first.answer != second.answer and first.question != second.question
+        shapes = [item.shape for item in SCENES[first.clip].objects]
+        assert len(set(shapes)) == 2
+        for one, item in zip((first, second), SCENES[first.clip].objects, strict=True):
+            assert item.shape in one.question and getattr(item, one.kind) == one.answer
+    assert all(
+        probes._read(parse_caption(caption(SCENES[p.clip])), p) for p in asked
+    ), "a right caption answers every question"
+    assert not any(probes._read({}, p) for p in asked)
+
+
+def test_absent_probes_name_what_is_not_there():
+    asked = list(probes.absent_probes(SCENES, 0))
+    assert len({p.clip for p in asked}) == len(SCENES)
+    for p in asked:
+        named = [shape for shape in SHAPES if shape in p.question]
+        present = {item.shape for item in SCENES[p.clip].objects}
+        if "second object" in p.question:
+            assert len(SCENES[p.clip].objects) == 1 and not named
+        else:
+            assert len(named) == 1 and named[0] not in present
+        assert p.answer == ""
+
+
+@pytest.mark.parametrize("text", ["None.", "there is no ring", "nothing", "Zero", "no", "It isn't"])
+def test_denials(text):
+    assert probes.denies(text)
+
+
+@pytest.mark.parametrize("text", ["red", "", "still", "north", "one"])
+def test_no_denials(text):
+    assert not probes.denies(text)
+
+
+def test_untrained_questions_are_true_and_are_not_those_of_training():
+    kinds = {}
+    for p in probes.untrained_probes(SCENES, 0):
+        kinds.setdefault(p.kind, []).append(p)
+    assert len(kinds) == 7
+    for p in kinds["which comes second"]:
+        assert p.answer == SCENES[p.clip].objects[1].shape in p.question
+    for p in kinds['"the color of"']:
+        assert p.answer in {item.color for item in SCENES[p.clip].objects}
+    assert all(p.question.startswith("Where does the") for p in kinds["where an object ends"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "frames", "last"), [(2, 2, 1.75), (8, 8, 7.75), (16, 8, 15.0), (64, 8, 63.0)]
+)
+def test_clips_are_sampled_as_files_of_their_duration(seconds, frames, last):
+    clip = probes.sampled_clips(SCENES[:1], seconds)[0]
+    assert clip.frames.shape[0] == len(clip.timestamps) == frames
+    assert clip.duration == seconds and clip.timestamps[-1] == last
+    assert clip.num_frames == seconds * 4
+    if seconds == 8:
+        assert (clip.frames == probes.rendered_clips(SCENES[:1])[0].frames).all()
+
+
+def test_restamping_changes_times_alone(clips):
+    slow = probes.restamped(clips[0], 16.0)
+    assert slow.duration == 16.0 and (slow.frames is clips[0].frames)
+    assert slow.timestamps == tuple(2 * t for t in clips[0].timestamps)
+
+
+def test_every_probe_of_the_shipped_pair(monkeypatch):
+    """Rows come worst first; 8 s is what works, another duration is not."""
+    monkeypatch.setattr(probes, "SECONDS", (8, 16))
+    monkeypatch.setattr(probes, "RESTAMPED", (8, 16))
+    pair = Video2LoRA.from_pretrained("shapes", device="cpu")
+    found = probes.probe(pair, SCENES[:24])
+    for rows in (found["durations"], found["restamped"]):
+        assert [row["seconds"] for row in rows] == ["16", "8"]
+        slow, trained = (row["captions"]["adapter"]["estimate"] for row in rows)
+        assert trained > 0.9 > slow
+    for name in ("binding", "binding_captions", "untrained", "absent"):
+        scores = [row["score"]["adapter"]["estimate"] for row in found[name]]
+        assert scores == sorted(scores) and all(row["questions"] for row in found[name])
+    # An honest interval: no answer denies, which does not show that none ever would.
+    denied = found["absent"][0]["score"]["adapter"]
+    assert denied["estimate"] == 0 < denied["high"]
+    read = found["binding_captions"][0]["score"]["adapter"]["estimate"]
+    assert read > found["binding"][-1]["score"]["adapter"]["estimate"]
