@@ -22,6 +22,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.serve
 	$(BIN)/python -m bench.serve --load
+	$(BIN)/python -m bench.serve --engine-load
 	$(BIN)/python -m bench.report
 
 aot: $(VENV)/.dev

@@ -172,6 +172,41 @@ def _serve_load(record: Record) -> str:
     )
 
 
+def _serve_http(record: Record) -> str:
+    quiet, load, memory = record["quiet"], record["load"], record["resident_bytes"]
+
+    def both(what: str, value: Callable[[Record], str]) -> list[str]:
+        return [what, value(quiet), value(load)]
+
+    def times(name: str) -> Callable[[Record], str]:
+        return lambda phase: f"{_ms(phase[name]['p50'])}, {_ms(phase[name]['p95'])}"
+
+    clip = record["clip_8k"]
+    odd = ", ".join(f"{count} {name}" for name, count in record["odd"].items())
+    note = (
+        f"{record['clients']} clients over HTTP, {record['official_clients']} of them OpenAI's, "
+        f"{record['adapters']} adapters. Beside odd clients: {odd}, one clip of 8K "
+        + ("that failed" if clip is None else f"internalized in {clip['seconds']:.0f} s")
+        + f"; {record['problem_count']} of them not answered as they should be."
+    )
+    table = _table(
+        ["at the client", "quiet", "beside odd clients"],
+        [
+            both("minutes", lambda phase: f"{phase['seconds'] / 60:.1f}"),
+            both("requests", lambda phase: str(phase["requests"])),
+            both("lost, wrong answers",
+                 lambda phase: f"{phase['error_count']}, {phase['wrong_answers']}"),
+            both("requests/s", lambda phase: f"{phase['requests_per_second']:.1f}"),
+            both("time to first token, p50 and p95, ms", times("time_to_first_token")),
+            both("between pieces, p50 and p95, ms", times("between_pieces")),
+            ["time to first token, p95, ratio", "", f"{record['first_token_ratio']:.2f}x"],
+            ["resident memory, first and last minute, GiB", "",
+             f"{_gib(memory['first'])}, {_gib(memory['last'])}"],
+        ],
+    )  # fmt: skip
+    return f"{note}\n\n{table}"
+
+
 def _gpu(record: Record) -> str:
     checks = record["checks"]
     wrong = [c for c in checks if not c["passed"]]
@@ -234,6 +269,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "serve_shapes_cpu": ("Answering a question, shipped model on a CPU", _serve),
     "serve_500M_cuda": ("Answering a question, 500M shape on a GPU", _serve),
     "serve_2.2B_cuda": ("Answering a question, 2.2B shape on a GPU", _serve),
+    "serve_http": ("The server under load, over HTTP, shipped model", _serve_http),
     "serve_load": ("The engine under load, shipped model", _serve_load),
     "gpu": ("On a GPU", _gpu),
 }

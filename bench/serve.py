@@ -3,7 +3,8 @@
     python -m bench.serve                                  # shipped model on the CPU
     python -m bench.serve --shape 500M --device cuda       # released shapes, random weights
     python -m bench.serve --video --shape 500M --device cuda      # from H.264 files to adapters
-    python -m bench.serve --load --minutes 10              # 64 clients, every answer checked
+    python -m bench.serve --load --minutes 10              # 64 clients over HTTP, odd ones beside
+    python -m bench.serve --engine-load --minutes 10       # the engine alone, every answer checked
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--load", action="store_true", help="the engine under load")
+    part.add_argument("--load", action="store_true", help="the server under load, over HTTP")
+    part.add_argument("--engine-load", action="store_true", help="the engine under load")
     part.add_argument("--video", action="store_true", help="internalizing 12 and 1,024 frames")
     parser.add_argument("--minutes", type=float, default=10.0, help="of load")
     parser.add_argument("--clients", type=int, default=64)
@@ -45,10 +47,15 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     record = {**environment(options.device), "threads": options.threads}
     record["load_average_before"] = os.getloadavg()[0]
-    measure = _load if options.load else _video if options.video else _ways
+    name = f"serve_{options.shape}_{options.device}"
+    measure = _ways
+    if options.video:
+        name, measure = f"serve_video_{options.shape}_{options.device}", _video
+    elif options.load:
+        name, measure = "serve_http", _load
+    elif options.engine_load:
+        name, measure = "serve_load", _engine_load
     passed = measure(options, record)
-    kind = "serve_video" if options.video else "serve"
-    name = "serve_load" if options.load else f"{kind}_{options.shape}_{options.device}"
     out = options.out or RESULTS / f"{name}.json"
     write({"benchmark": name, **record}, out)
     print(f"written to {out}")
@@ -56,6 +63,22 @@ def main() -> int:
 
 
 def _load(options: argparse.Namespace, record: dict) -> bool:
+    from bench.serve_http import run
+
+    seed, threads = options.seed, options.threads
+    record |= run(options.minutes, options.clients, options.videos, seed, threads, print)
+    for problem in record["problems"][:5] + record["load"]["errors"][:5]:
+        print(f"PROBLEM {problem}")
+    print(
+        f"first token p95 {record['first_token_ratio']:.2f} times the quiet run's; "
+        f"memory {record['resident_bytes']['growth']:+.1%}; odd: {record['odd']}, "
+        f"8K clip: {record['clip_8k']}"
+    )
+    print("  ".join(f"{name}: {'yes' if ok else 'NO'}" for name, ok in record["passed"].items()))
+    return all(record["passed"].values())
+
+
+def _engine_load(options: argparse.Namespace, record: dict) -> bool:
     from bench.serve_load import run
 
     found = run(options.minutes, options.clients, options.videos, options.seed, print)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import serve_load, serve_ways
+from bench import report, serve_http, serve_load, serve_ways
 from bench.end_to_end import TINY
+from bench.http_client import Ask
 from bench.latency import Latencies
 
 
@@ -65,6 +66,30 @@ def test_load_is_checked_answer_by_answer(monkeypatch):
     wrong = serve_load.run(0.01, clients=2, videos=2, seed=0, say=said.append)
     assert wrong["load"]["wrong_answers"] == wrong["load"]["requests"] > 0
     assert not wrong["passed"]["no_wrong_answer"]
+
+
+def test_load_over_http_is_checked_answer_by_answer(monkeypatch):
+    """A real server, real clients, and requests whose right answer is another."""
+    monkeypatch.setattr(serve_http, "LARGE_SIZE", (320, 240))
+    monkeypatch.setattr(serve_http, "CLIENT_PROCESSES", 1)
+    monkeypatch.setattr(serve_load, "QUESTIONS_PER_VIDEO", 1)
+    lines: list[str] = []
+    expected = serve_http._expected
+
+    def others(*arguments):
+        asks, extreme = expected(*arguments)
+        return [Ask(ask.body, "another") for ask in asks], extreme
+
+    monkeypatch.setattr(serve_http, "_expected", others)
+    record = serve_http.run(0.05, clients=3, videos=1, seed=0, threads=1, say=lines.append)
+    load, passed = record["load"], record["passed"]
+    assert passed["none_lost"] and passed["server_ended_well"] and lines
+    # Slow readers get the requests of the others, whose answers are wrong on purpose.
+    assert all("slow readers" in problem for problem in record["problems"]), record["problems"]
+    assert load["requests"] == load["started"] == load["time_to_first_token"]["count"] > 0
+    assert record["odd"]["extreme parameters"] and record["clip_8k"]["seconds"] > 0
+    assert load["wrong_answers"] == load["requests"] and not passed["no_wrong_answer"]
+    assert "clients over HTTP" in report._serve_http(record)
 
 
 def test_percentiles_within_a_percent():
