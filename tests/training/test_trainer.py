@@ -79,7 +79,7 @@ def test_the_first_step_is_the_steps_own(whole, base, tmp_path, micro):
 def test_what_a_run_leaves(whole):
     folder, summary = whole
     names = {path.name for path in folder.iterdir()}
-    assert names == {".lock", "checkpoints", "hypernet", "log.jsonl", "summary.json"}
+    assert names == {".lock", "best", "checkpoints", "hypernet", "log.jsonl", "summary.json"}
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == ["step-00000006.safetensors", "step-00000007.safetensors"]
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -92,6 +92,44 @@ def test_what_a_run_leaves(whole):
     for name, value in exported.state_dict().items():
         assert torch.equal(value, saved[f"model.{name}"])
     assert exported.config.max_frames == 2 and exported.config.longest_edge == 32
+
+
+def best_of(folder) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The record and the weights of the best network."""
+    record = json.loads((folder / "best" / "validation.json").read_text())
+    return record, HyperNetwork.from_pretrained(folder / "best").state_dict()
+
+
+def test_the_best_network_is_that_of_the_lowest_validation_cross_entropy(base, tmp_path):
+    """A rate so high that the loss rises again: neither the first nor the last is the best."""
+    changes = (
+        "run.val_every=1", "optim.lr=0.05", "optim.clip=0", "optim.steps=4",
+        'optim.schedule="trapezoid"', "optim.decay_ratio=0",
+    )  # fmt: skip
+    run(settings(tmp_path / "whole", *changes), base)
+    lines = read_lines(tmp_path / "whole" / "log.jsonl")
+    passes = {line["step"]: line["val_ce"] for line in lines if "val_ce" in line}
+    lowest = min(passes, key=passes.get)
+    record, best = best_of(tmp_path / "whole")
+    assert len(passes) == 4 and 1 < lowest < 4
+    assert (record["step"], record["val_ce"]) == (lowest, passes[lowest])
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["best"] == record
+    # The network of that step, from a run that ends there.
+    short = settings(tmp_path / "short", *changes)
+    with pytest.raises(Stopped):
+        run(short, base, events={lowest - 1: signal.SIGTERM})
+    saved = weights(tmp_path / "short")
+    assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in best.items())
+    # Continued, it ends with the same best.
+    run(short, base)
+    again, found = best_of(tmp_path / "short")
+    assert again == record and same(found, best)
+    # Another run in the same folder does not inherit it.
+    once = settings(tmp_path / "short", *changes, "optim.steps=1")
+    sources = TinySource(base.inputs), TinySource(base.inputs, videos=4)
+    train(once, resume=False, backbone=base, sources=sources)
+    assert best_of(tmp_path / "short")[0]["step"] == 1
 
 
 def test_sigterm_finishes_the_step_saves_and_continues(whole, base, tmp_path):

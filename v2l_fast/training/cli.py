@@ -55,6 +55,7 @@ def train_command(
     Machines share run.folder: name one on a file system that all of them mount.
 
     The folder of the run holds checkpoints/, hypernet/ (the latest one, loadable at any time),
+    best/ (the one of the lowest validation cross-entropy, with its step in validation.json),
     log.jsonl, samples.jsonl, quarantine.jsonl (videos that could not be read) and, at the end,
     summary.json. Ctrl-C or SIGTERM finish the step, save and exit with 130 or 143; the same
     command then continues, with the numbers an uninterrupted run would have had.

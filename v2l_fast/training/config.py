@@ -160,8 +160,8 @@ class RunConfig:
     """The run around the training; none of this changes what is learned, but for the seed.
 
     Attributes:
-        folder: of checkpoints, logs, `hypernet/` (the latest loadable one) and `summary.json`; all
-            machines of a run share it.
+        folder: of checkpoints, logs, `hypernet/` (the latest loadable one), `best/` (that of the
+            lowest validation cross-entropy) and `summary.json`; all machines of a run share it.
         seed: of initialization, order and every choice the data source makes.
         device: "auto", "cuda" or "cpu".
         threads: of the CPU's operators; 0 leaves them as they are.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.hypernet = self.path / "hypernet"
+        self.best = self.path / "best"
+        self.best_record = self.best / "validation.json"
         self.summary = self.path / "summary.json"
         self.log = self.path / "log.jsonl"
         self.samples = self.path / "samples.jsonl"
@@ -76,6 +79,7 @@ class RunFolder:
             self.log, self.samples, self.quarantine, self.val_quarantine, self.summary
         ):  # fmt: skip
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.best, ignore_errors=True)
 
     def refuse_another(self, gather: Callable[[tuple[str, ...]], list[tuple[str, ...]]]) -> None:
         """All processes look whether they see what the first one has opened before.

@@ -233,6 +233,8 @@ class _Run:
             with self.speed.paused():
                 self.val = self.validation.loss(self.step, self.processes.gather)
                 report.validation(step, self.val)
+                if self.processes.is_main:
+                    self._keep_best(step)
 
     def _answer(self, step: int, report: Report) -> None:
         if self.validation is not None and self.processes.is_main:
@@ -240,6 +242,19 @@ class _Run:
                 report.samples(step, self.validation.answers(self.step, self.config.run.samples))
 
     # --- checkpoints ------------------------------------------------------------------------------
+
+    def _best(self) -> dict[str, Any] | None:
+        """Step and validation numbers of the best network so far; that of a killed run counts."""
+        path = self.folder.best_record
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def _keep_best(self, step: int) -> None:
+        """Export the network if its validation cross-entropy is the lowest so far."""
+        best, found = self._best(), self.val.get("val_ce", math.nan)
+        if found < (math.inf if best is None else best["val_ce"]):
+            export(self.hypernet, self.folder.best, DTYPES[self.config.run.export_dtype])
+            # Behind the weights: a run killed in between writes both again.
+            write_record(self.folder.best_record, {"step": step, **self.val})
 
     def _restore(self) -> None:
         """Continue from the latest checkpoint, if there is one."""
@@ -307,6 +322,7 @@ class _Run:
             "seconds": round(self._elapsed(), 1),
             "last": self.last,
             "validation": self.val,
+            "best": self._best(),
             "quarantined": len(self.quarantine),
             "environment": environment(self.processes.device, self.processes.count),
         }

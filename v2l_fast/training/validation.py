@@ -46,7 +46,8 @@ class Validation:
     def loss(
         self, step: TrainStep, gather: Callable[[Sums], list[Sums]]
     ) -> dict[str, float]:
-        """`val_loss`, the mean over examples, and `val_KIND` of each kind of task."""
+        """`val_loss`, the mean over examples, `val_KIND` of each kind of task, and `val_ce`, the
+        cross-entropy alone, every answer counted once: what the best network is chosen by."""
         sums: Sums = {}
         for samples in self._batches():
             if samples:
@@ -55,7 +56,12 @@ class Validation:
                 found = {name: pair.tolist() for name, pair in result.parts.items()}
                 found["loss"] = [result.loss.item(), float(examples)]
                 sums = added([sums, found])
-        return {f"val_{name}": value for name, value in means(added(gather(sums))).items()}
+        merged = added(gather(sums))
+        values = means(merged)
+        answers = [pair for name, pair in merged.items() if name not in ("loss", "kl")]
+        if count := sum(number for _, number in answers):
+            values["ce"] = sum(total for total, _ in answers) / count
+        return {f"val_{name}": value for name, value in values.items()}
 
     @torch.no_grad()
     def answers(self, step: TrainStep, count: int) -> list[dict[str, Any]]:
