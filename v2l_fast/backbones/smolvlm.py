@@ -1,7 +1,7 @@
 """SmolVLM2: prompts, vision embedding and decoder of the family the paper trains on.
 
 Models, weights and tokenizer are transformers' own. Preprocessing and prompt text are ours and
-fixed to transformers 4.51.3 at batch size 1 (what the released checkpoints were trained with):
+fixed to transformers 4.51.3 at batch size 1 (as the released `infer.py` runs):
 later processors sample, resize and word prompts differently, silently.
 """
 

@@ -65,8 +65,10 @@ def teach_command(
     """Write training targets: the frozen VLM's own answers with the video in its context.
 
     \b
-    v2l teach --manifest clips.jsonl --out taught/ --base HuggingFaceTB/SmolVLM2-500M-Video-Instruct
+    v2l teach --manifest clips.jsonl --out taught/ --base HuggingFaceTB/SmolVLM2-2.2B-Instruct
     v2l teach --manifest clips.jsonl --out /shared/taught --engine ray --workers 8
+
+    The released checkpoints of both sizes learned from the 2.2B model's answers.
 
     Repeat the same command to go on after an interruption. The answers are in OUT/manifest.jsonl,
     videos that could not be read in OUT/quarantine.jsonl. With --engine ray, RAY_ADDRESS names the
@@ -178,7 +180,7 @@ def finevideo_build(
 
     \b
     v2l finevideo build data/finevideo --out spans.jsonl --total 100000
-    v2l teach --manifest spans.jsonl --out taught/ --base HuggingFaceTB/SmolVLM2-500M-Video-Instruct
+    v2l teach --manifest spans.jsonl --out taught/ --base HuggingFaceTB/SmolVLM2-2.2B-Instruct
     v2l train --config smolvlm2-500m 'data.manifests=["taught/manifest.jsonl"]'
     """
     from v2l_fast.training.finevideo import MIX

@@ -19,13 +19,14 @@ from v2l_fast.training.manifest import video_share, write_manifest
 from v2l_fast.training.shards import Progress
 from v2l_fast.video.cut import cut_span
 
+# As many of each kind as the released recipe has, in other words.
 PROMPTS = {
     "scene": ("Describe what happens in this scene.", "Sum up this scene in a few sentences."),
     "adjacent": (
         "Describe what happens in this part of the video, in order.",
         "Sum up this part of the video.",
     ),
-    "full": ("Sum up this video in one to three sentences.", "What is this video about?"),
+    "full": ("Sum up this video in one to three sentences.",),
 }
 
 
