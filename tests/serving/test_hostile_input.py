@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import closing
 
 import pytest
 
 from tests.serving.checks import QUESTION, eventually, nothing_left, raw, refused
 from tests.serving.conftest import running
+from tests.serving.test_store import BAD_FILES
 from v2l_fast.serving.schemas import ChatRequest
 
 # --- files that are no videos -------------------------------------------------------------------
@@ -339,3 +341,56 @@ def test_ids_that_are_none(patient, video):
             assert client.recv(4096)[:12] in (b"HTTP/1.1 404", b"HTTP/1.1 400", b"HTTP/1.1 405")
     answer = patient.http.post("/v1/chat/completions", json={**QUESTION, "model": video})
     refused(answer, 404, "model_not_found")
+
+
+# --- a store's folder that others write to --------------------------------------------------------
+
+
+def test_bad_files_in_the_folder_cost_only_themselves(shapes, videos, tmp_path):
+    """The server starts over them and answers; a link gives away nothing."""
+    folder = tmp_path / "store" / "adapters"
+    folder.mkdir(parents=True)
+    for number, content in enumerate(BAD_FILES.values()):
+        (folder / f"{number:032x}.safetensors").write_bytes(content())
+    (tmp_path / "secret").write_text("secret")
+    (folder / f"{'a' * 32}.safetensors").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / f"{'b' * 32}.safetensors")
+    (folder / f"{'c' * 32}.safetensors").mkdir()
+    with running(shapes, tmp_path / "store") as live:
+        adapter = live.internalize(videos[0])["adapter_id"]
+        listed = live.http.get("/v1/videos").json()["data"]
+        assert [video["id"] for video in listed] == [adapter]
+        models = live.http.get("/v1/models").json()["data"]
+        assert {model["id"] for model in models} == {"shapes", adapter}
+        assert live.http.get("/metrics").status_code == 200
+        asked = {**QUESTION, "model": adapter, "max_tokens": 2}
+        assert live.http.post("/v1/chat/completions", json=asked).status_code == 200
+        for name in (f"{0:032x}", "a" * 32, "b" * 32, "c" * 32):
+            for path in ("", "/adapter", "/peft"):
+                refused(live.http.get(f"/v1/videos/{name}{path}"), 404)
+            refused(live.http.post("/v1/chat/completions", json={**QUESTION, "model": name}), 404)
+
+
+def test_a_replaced_file_is_not_sent(serve, videos):
+    live = serve()
+    first, second = (live.internalize(video)["adapter_id"] for video in videos[:2])
+    path, other = (live.server.store.file(adapter) for adapter in (first, second))
+    sound = live.http.get(f"/v1/videos/{second}/adapter")
+    assert sound.content == other.read_bytes()
+    assert int(sound.headers["content-length"]) == other.stat().st_size
+    part = live.http.get(f"/v1/videos/{second}/adapter", headers={"Range": "bytes=8-15"})
+    assert part.status_code == 206 and part.content == sound.content[8:16]
+    path.write_bytes(other.read_bytes())
+    refused(live.http.get(f"/v1/videos/{first}/adapter"), 404)
+    listed = live.http.get("/v1/videos").json()["data"]
+    assert [video["id"] for video in listed] == [second]
+    # Every file that was sent is closed again.
+    held = "/proc/self/fd"
+    eventually(
+        lambda: not any(
+            os.path.realpath(f"{held}/{name}") == str(other) for name in os.listdir(held)
+        )
+    )
+    # The video is internalized anew.
+    assert live.internalize(videos[0])["adapter_id"] == first
+    assert live.http.get(f"/v1/videos/{first}/adapter").status_code == 200

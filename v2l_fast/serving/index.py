@@ -107,15 +107,24 @@ class Index:
         adapters: the folder; its files are ``<id>.safetensors``, others are left alone.
         lock: lock file of the store, held to replace the index file.
         damaged: called with the id, inode and reason of a file that is no adapter.
+        is_sound: called with the id of a file that was changed since it was indexed; whether its
+            content is still what its name says.
     """
 
     def __init__(
-        self, file: Path, adapters: Path, lock: Path, damaged: Callable[[str, int, str], None]
+        self,
+        file: Path,
+        adapters: Path,
+        lock: Path,
+        damaged: Callable[[str, int, str], None],
+        is_sound: Callable[[str], bool],
     ) -> None:
         self._file = file
         self._adapters = adapters
         self._lock = lock
         self._damaged = damaged
+        self._is_sound = is_sound
+        self._running = False
         self._scanned_ns: int | None = None
         # Files that are no adapters, as they were when that was logged.
         self._skipped: dict[str, Stamp] = {}
@@ -149,8 +158,12 @@ class Index:
         for adapter_id, status in files.items():
             known = self._known.get(adapter_id)
             same = known and (known.bytes, known.created) == (status.st_size, status.st_mtime)
-            if not same or not stat.S_ISREG(status.st_mode):
+            if same and stat.S_ISREG(status.st_mode):
+                continue
+            # At the start, the index may be older than a folder that was copied without its times.
+            if known is None or not self._running or self._is_sound(adapter_id):
                 self.learn(adapter_id)
+        self._running = True
         whole = now_ns - changed_ns > _SETTLED_NS and not self._unread
         self._scanned_ns = changed_ns if whole else None
         return self._known

@@ -73,7 +73,11 @@ class AdapterStore:
         except OSError as error:
             raise self._failure("cannot be used", error) from None
         self._index = Index(
-            self.folder / INDEX_NAME, self._adapters, self._lock_path, self._set_aside
+            self.folder / INDEX_NAME,
+            self._adapters,
+            self._lock_path,
+            self._set_aside,
+            self._is_sound,
         )
         self._records()
 
@@ -163,6 +167,17 @@ class AdapterStore:
             handle.close()
             raise
 
+    def _is_sound(self, adapter_id: str) -> bool:
+        """Whether a file is not known to be damaged or another adapter's."""
+        try:
+            self.open(adapter_id).close()
+        except StoreError:
+            # It says nothing about the content.
+            return True
+        except AdapterError:
+            return not stat.S_ISREG(_mode(self._path(adapter_id)))
+        return True
+
     def _open(self, adapter_id: str) -> BinaryIO:
         """The file of an adapter, which is no link to another."""
         path = self._path(adapter_id)
@@ -218,10 +233,7 @@ class AdapterStore:
     def __contains__(self, adapter_id: str) -> bool:
         if ID.fullmatch(adapter_id) is None:
             return False
-        try:
-            return stat.S_ISREG(os.lstat(self._path(adapter_id)).st_mode)
-        except OSError:
-            return False
+        return stat.S_ISREG(_mode(self._path(adapter_id)))
 
     def file(self, adapter_id: str) -> Path:
         """Path of an adapter's file; it may be read, never changed.
@@ -284,6 +296,14 @@ class AdapterStore:
         return StoreError(
             f"{self.folder}: {what} ({reason}); check its free space and permissions"
         )
+
+
+def _mode(path: Path) -> int:
+    """Kind and permissions of what lies there, itself if it is a link; 0 if nothing does."""
+    try:
+        return os.lstat(path).st_mode
+    except OSError:
+        return 0
 
 
 def content_id(adapter: Adapter) -> str:
