@@ -67,8 +67,8 @@ def test_values_that_cannot_work(change, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "not valid JSON"),
-        ("[1]", "not a JSON object"),
+        ("{", "not JSON"),
+        ("[1]", "must hold a JSON object"),
         ('{"model_type": "llama"}', "'llama'"),
         ("{}", "model_type"),
         ('{"model_type": "v2l_hypernetwork"}', "lacks hidden_size"),
@@ -87,7 +87,7 @@ def test_files_that_are_not_a_config(text, words, tmp_path):
 
 def test_bytes_that_are_not_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="not valid JSON"):
+    with pytest.raises(ConfigError, match="not UTF-8"):
         HypernetConfig.load(tmp_path)
 
 

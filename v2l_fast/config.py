@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.errors import ConfigError
-from v2l_fast.files import write_text
+from v2l_fast.errors import ConfigError, excerpt
+from v2l_fast.files import read_json, write_text
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MODEL_TYPE = "v2l_hypernetwork"
+_MAX_LAYERS, _MAX_SIZE = 1024, 2**20
 INSTRUCTION = "Internalize this video for later captioning."
 
 
@@ -96,7 +97,18 @@ class HypernetConfig:
         for name, low in minimum.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"{name} must be an integer of at least {low}, not {value!r}")
+                raise ConfigError(
+                    f"{name} must be an integer of at least {low}, not {excerpt(value)}"
+                )
+            # Far beyond any network; building one of a billion layers would never end.
+            limit = _MAX_LAYERS if name.startswith("num_") else _MAX_SIZE
+            if value > limit:
+                raise ConfigError(f"{name} must be at most {limit:,}, got {value:,}")
+        if self.num_blocks * (1 + self.num_self_attn_per_block) > _MAX_LAYERS:
+            raise ConfigError(
+                f"num_blocks ({self.num_blocks}) with num_self_attn_per_block "
+                f"({self.num_self_attn_per_block}) must be at most {_MAX_LAYERS:,} layers"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -107,21 +119,27 @@ class HypernetConfig:
         modules = {}
         for name, sizes in sorted(self.target_modules.items()):
             pair = isinstance(sizes, list | tuple) and len(sizes) == 2
-            if not pair or any(not isinstance(n, int) or n < 1 for n in sizes):
-                raise ConfigError(f"target_modules[{name!r}] must be (d_in, d_out), not {sizes!r}")
+            if not pair or any(type(n) is not int or not 1 <= n <= _MAX_SIZE for n in sizes):
+                raise ConfigError(
+                    f"target_modules[{excerpt(name)}] must be (d_in, d_out), not {excerpt(sizes)}"
+                )
             modules[name] = (int(sizes[0]), int(sizes[1]))
         object.__setattr__(self, "target_modules", modules)
         scale = 2.0 * self.rank**1.5 if self.scale is None else self.scale
-        if not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ConfigError(f"scale must be a finite number, not {self.scale!r}")
+        if type(scale) not in (int, float) or not math.isfinite(scale):
+            raise ConfigError(f"scale must be a finite number, not {excerpt(self.scale)}")
         fps = self.target_fps
-        if not isinstance(fps, int | float) or not 0 < fps < math.inf:
-            raise ConfigError(f"target_fps must be a positive number, not {fps!r}")
+        if type(fps) not in (int, float) or not 0 < fps < math.inf:
+            raise ConfigError(f"target_fps must be a positive number, not {excerpt(fps)}")
         for name in ("shared_weights", "shared_head", "bias_adapter", "chunk_position"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+                value = excerpt(getattr(self, name))
+                raise ConfigError(f"{name} must be true or false, not {value}")
         if not isinstance(self.instruction, str):
-            raise ConfigError(f"instruction must be text, not {self.instruction!r}")
+            raise ConfigError(f"instruction must be text, not {excerpt(self.instruction)}")
+        base = self.base_model_name_or_path
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"base_model_name_or_path must be text, not {excerpt(base)}")
         object.__setattr__(self, "scale", float(scale))
 
     @property
@@ -148,7 +166,7 @@ class HypernetConfig:
         values = dict(values)
         model_type = values.pop("model_type", None)
         if model_type != MODEL_TYPE:
-            raise ConfigError(f"model_type is {model_type!r}, not {MODEL_TYPE!r}")
+            raise ConfigError(f"model_type is {excerpt(model_type)}, not {MODEL_TYPE!r}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         if unknown:
@@ -174,14 +192,9 @@ class HypernetConfig:
             ConfigError: the file is missing, not JSON, or not a hypernetwork's config.
         """
         path = Path(directory) / CONFIG_NAME
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; is {directory} a hypernetwork?") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: not a JSON object")
+        values = read_json(
+            path, error=ConfigError, kind=dict, missing=f"is {directory} a hypernetwork?"
+        )
         try:
             return cls.from_dict(values)
         except ConfigError as error:

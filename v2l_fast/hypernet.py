@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from v2l_fast.config import WEIGHTS_NAME, HypernetConfig
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import save_tensors
 from v2l_fast.perceiver import Perceiver, attention_dtype
-from v2l_fast.tensor_files import load_tensors
+from v2l_fast.tensor_files import TensorInfo, load_tensors
 
 SMALL_PARAMETER = 65536
 
@@ -303,9 +304,11 @@ class HyperNetwork(nn.Module):
         """
         config = HypernetConfig.load(directory)
         path = Path(directory) / WEIGHTS_NAME
-        state, _ = load_tensors(path, CheckpointError)
         with torch.device("meta"):
             network = cls(config)
+        state, _ = load_tensors(
+            path, CheckpointError, judge=lambda header: network._check_layout(header.tensors, path)
+        )
         network.load_checked(state, path)
         return network.to(device=device, dtype=dtype or torch.float32).eval()
 
@@ -315,6 +318,16 @@ class HyperNetwork(nn.Module):
         Raises:
             CheckpointError: naming ``source`` and the first key at fault.
         """
+        self._check_layout(state, source)
+        for key, value in state.items():
+            if not torch.isfinite(value).all():
+                raise CheckpointError(f"{source}: {key} holds NaN or infinity")
+        self.load_state_dict(state, assign=True)
+
+    def _check_layout(
+        self, state: Mapping[str, Tensor | TensorInfo], source: str | os.PathLike
+    ) -> None:
+        """Check every key, shape and dtype; raises CheckpointError naming the first at fault."""
         expected = self.state_dict()
         for problem, keys in (
             ("lacks", sorted(set(expected) - set(state))),
@@ -324,13 +337,10 @@ class HyperNetwork(nn.Module):
                 more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
                 raise CheckpointError(f"{source}: {problem} {keys[0][:120]!r}{more}")
         for key, value in state.items():
-            if value.shape != expected[key].shape:
+            if tuple(value.shape) != tuple(expected[key].shape):
                 raise CheckpointError(
                     f"{source}: {key} is {list(value.shape)}, the config says "
                     f"{list(expected[key].shape)}"
                 )
-            if not value.is_floating_point():
+            if not value.dtype.is_floating_point:
                 raise CheckpointError(f"{source}: {key} is {value.dtype}, not floating point")
-            if not torch.isfinite(value).all():
-                raise CheckpointError(f"{source}: {key} holds NaN or infinity")
-        self.load_state_dict(state, assign=True)

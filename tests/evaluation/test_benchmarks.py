@@ -286,7 +286,7 @@ def test_missing_videos_are_named_with_their_source(tmp_path, name):
     ("name", "file", "content", "message"),
     [
         ("vdc", "VDC_1k.jsonl", '{"video_name": "a"}\n', "line 1 has no 'short_caption'"),
-        ("vdc", "VDC_1k.jsonl", '{"video_name": "a"\n', "line 1 is not JSON"),
+        ("vdc", "VDC_1k.jsonl", '{"video_name": "a"\n', "line 1: not JSON"),
         ("carebench", "metadata.json", "{}", "holds a JSON dict, a list is published"),
         ("carebench", "metadata.json", '[{"video": "a.mp4"}]', "entry 1 has no 'caption'"),
         ("activitynet-captions", "val_1.json", "[]", "holds a JSON list"),

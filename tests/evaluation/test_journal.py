@@ -33,7 +33,7 @@ def test_a_torn_last_line_is_dropped_and_the_rest_goes_on(tmp_path, torn):
 def test_other_damage_is_named(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"key": "a", "value": 1}\nnonsense\n{"key": "b", "value": 1}\n')
-    with pytest.raises(ConfigError, match=r"journal\.jsonl: line 2 .* delete the line"):
+    with pytest.raises(ConfigError, match=r"journal\.jsonl: line 2: not JSON .* delete the line"):
         Journal(path)
     path.write_text("[]\n")
     with pytest.raises(ConfigError, match="line 1"):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from v2l_fast import files
 from v2l_fast.errors import ConfigError
 from v2l_fast.files import write_text
 
@@ -25,13 +26,14 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is not a JSON object.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{path}: not a JSON record; delete it to make it again")
-    return record
+    return files.read_json(
+        path,
+        files.LARGE_BYTES,
+        ConfigError,
+        kind=dict,
+        remedy="delete it to make it again",
+        allow_nan=True,
+    )
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

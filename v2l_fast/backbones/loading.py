@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig
@@ -10,6 +11,8 @@ from transformers import AutoConfig
 from v2l_fast.backbones.base import Backbone
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.errors import CheckpointError
+from v2l_fast.files import open_regular, read_json
+from v2l_fast.tensor_files import read_header
 
 FAMILIES = {"smolvlm": SmolVLM}
 
@@ -24,18 +27,39 @@ def load_backbone(
     Raises:
         CheckpointError: it cannot be read, or its family is not supported.
     """
+    if os.path.isdir(name_or_path):
+        _check_folder(Path(name_or_path))
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        # transformers raises a dozen unrelated types for values of other types than it expects.
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise CheckpointError(
             f"{name_or_path}: cannot read the base model's config ({reason}); "
             "give a folder with config.json or a model id you have access to"
         ) from None
-    family = FAMILIES.get(config.model_type)
+    family = FAMILIES.get(str(config.model_type))
     if family is None:
         raise CheckpointError(
             f"{name_or_path}: model type {config.model_type!r} is not supported; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
     return family.from_pretrained(name_or_path, device=device, dtype=dtype)
+
+
+def _check_folder(folder: Path) -> None:
+    """Look at the files that transformers will read, which does so without bounds.
+
+    Raises:
+        CheckpointError: one is no regular file, the config is nested without end, or a header of
+            weights is damaged.
+    """
+    remedy = "get the base model again"
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            read_header(path, CheckpointError, remedy=remedy)
+        elif path.suffix in (".json", ".txt", ".model", ".jinja"):
+            open_regular(path, CheckpointError).close()
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
+        if (folder / name).exists():
+            read_json(folder / name, error=CheckpointError, kind=dict, remedy=remedy)

@@ -15,6 +15,7 @@ from threading import Lock
 from typing import Any
 
 from v2l_fast.errors import ConfigError
+from v2l_fast.files import append_text, parse_json, read_lines
 
 
 class Journal:
@@ -49,23 +50,21 @@ class Journal:
             if self.path is not None:
                 lines = [json.dumps({"key": k, "value": v}) + "\n" for k, v in entries.items()]
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write("".join(lines))
-                    file.flush()
-                    os.fsync(file.fileno())
+                append_text(self.path, "".join(lines), fsync=True)
             self._entries.update(entries)
 
     def _read(self, path: Path) -> None:
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
+        whole, torn = 0, False
+        remedy = "delete the line to make it again"
+        for number, line in read_lines(path, ConfigError):
+            torn = not line.endswith("\n")
+            if torn:
+                break
+            whole += len(line.encode())
+            where = f"{path}: line {number}"
+            entry = parse_json(line, where, ConfigError, remedy=remedy, allow_nan=True)
+            if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+                raise ConfigError(f"{where} is not an entry of an evaluation; {remedy}")
+            self._entries[entry["key"]] = entry.get("value")
+        if torn:
             os.truncate(path, whole)
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                self._entries[entry["key"]] = entry["value"]
-            except (ValueError, TypeError, KeyError):
-                raise ConfigError(
-                    f"{path}: line {number} is not an entry of an evaluation; delete the line to "
-                    "make it again"
-                ) from None

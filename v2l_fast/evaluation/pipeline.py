@@ -28,7 +28,7 @@ from v2l_fast.evaluation.judging import judge_all, judge_pairs
 from v2l_fast.evaluation.library import Library, Loader, Settings
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import markdown, summarize, text_scores
-from v2l_fast.files import write_text
+from v2l_fast.files import read_json, write_text
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
 from v2l_fast.training.manifest import Example, VideoExamples, group_by_video
@@ -175,10 +175,12 @@ def _identity(
 def _open(folder: Path, identity: Mapping[str, Any]) -> None:
     path = folder / "run.json"
     if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError:
-            raise ConfigError(f"{path}: not JSON; delete {folder} or take another --out") from None
+        found = read_json(
+            path,
+            error=ConfigError,
+            kind=dict,
+            remedy=f"delete {folder} or take another --out",
+        )
         if found != identity:
             names = sorted(k for k in identity if found.get(k) != identity[k])
             raise ConfigError(

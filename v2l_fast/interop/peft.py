@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from v2l_fast.adapter import Adapter
+from v2l_fast.adapter_files import check_provenance
 from v2l_fast.errors import AdapterError
-from v2l_fast.files import save_tensors
+from v2l_fast.files import read_json, save_tensors
 from v2l_fast.interop.directories import whole_directory
 from v2l_fast.tensor_files import load_tensors
 
@@ -121,10 +122,12 @@ def load_peft(directory: str | os.PathLike) -> Adapter:
     config, factors = _read(directory)
     sidecar = Path(directory) / SIDECAR_NAME
     provenance = _read_json(sidecar).get("provenance", {}) if sidecar.exists() else {}
+    if problem := check_provenance(provenance):
+        raise AdapterError(f"{sidecar}: {problem}; export the adapter again")
     by_layer: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for site, pair in factors.items():
         parts = site.split(".")
-        place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        place = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,6}", part)), None)
         module = parts[-1]
         if place is None or SUBMODULES.get(module) != ".".join(parts[place + 1 :]):
             raise AdapterError(f"{directory}: {site} is not a linear module of a Llama layer")
@@ -260,12 +263,10 @@ def _read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, tuple
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise AdapterError(f"{path}: no such file; name a PEFT directory") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path}: not a JSON object")
-    return values
+    return read_json(
+        path,
+        error=AdapterError,
+        kind=dict,
+        missing="name a PEFT directory",
+        remedy="export the adapter again",
+    )

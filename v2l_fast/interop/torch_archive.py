@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from v2l_fast.errors import CheckpointError
+from v2l_fast.files import open_regular
 from v2l_fast.interop.pickles import MAX_PICKLE_BYTES, StorageRef, TensorRef, quote, read_pickle
 
 ZIP_START = b"PK\x03\x04"
@@ -47,6 +48,8 @@ class TorchArchive:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._cached: dict[str, Tensor] = {}
+        # Opening a named pipe by its name would wait for a writer.
+        open_regular(path, CheckpointError).close()
         try:
             self._file = _BoundedFile(self.path)
         except OSError as error:

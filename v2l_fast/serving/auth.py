@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi.security import HTTPBearer
 
 from v2l_fast.errors import ConfigError
+from v2l_fast.files import read_text
 
 # Says in the OpenAPI document where the key goes; refusing is not its work.
 documented = HTTPBearer(auto_error=False, description="The server's API key, when it has one.")
@@ -29,10 +30,8 @@ class Keys:
         """
         keys = [] if key is None else [key]
         if file is not None:
-            try:
-                lines = [line.strip() for line in file.read_text().splitlines()]
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{file}: the keys cannot be read ({error})") from None
+            text = read_text(file, 2**20, ConfigError, missing="write the keys to it, one a line")
+            lines = [line.strip() for line in text.splitlines()]
             keys += [line for line in lines if line and not line.startswith("#")]
             if not keys:
                 raise ConfigError(f"{file}: holds no key; write one a line")

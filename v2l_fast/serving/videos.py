@@ -15,7 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from v2l_fast.errors import VideoError
+from v2l_fast.errors import V2LError, VideoError
+from v2l_fast.files import read_text
 from v2l_fast.serving.staging import Staging, sync_folder
 from v2l_fast.serving.store import StoreError
 
@@ -166,8 +167,8 @@ class VideoFolder:
         """The name its file had."""
         if sha256 is None or not _SHA256.fullmatch(sha256):
             return None
-        with suppress(OSError, UnicodeDecodeError):
-            return (self.folder / sha256 / NAME_NAME).read_text()
+        with suppress(V2LError):
+            return read_text(self.folder / sha256 / NAME_NAME)
         return None
 
     def delete(self, sha256: str) -> None:

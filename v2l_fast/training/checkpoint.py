@@ -8,19 +8,21 @@ written.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.files import save_tensors
-from v2l_fast.tensor_files import load_tensors
+from v2l_fast.files import parse_json, save_tensors
+from v2l_fast.tensor_files import TensorHeader, load_tensors, read_header
 
 _RNG = "rng.torch"
 _PROGRESS = "progress"
+_BEFORE = "delete it to continue from the one before"
 
 
 def save_checkpoint(
@@ -45,14 +47,18 @@ def read_progress(path: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError when the file is broken.
     """
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return json.loads((handle.metadata() or {})[_PROGRESS])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as cause:
-        raise CheckpointError(
-            f"{path}: not a whole training checkpoint ({cause}); delete it to continue from the "
-            "one before"
-        ) from None
+    return _progress(read_header(path, CheckpointError, remedy=_BEFORE).metadata, path)
+
+
+def _progress(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    if _PROGRESS not in metadata:
+        raise CheckpointError(f"{path}: not a whole training checkpoint; {_BEFORE}")
+    where = f"{path}: progress"
+    text = metadata[_PROGRESS]
+    progress = parse_json(text, where, CheckpointError, remedy=_BEFORE, allow_nan=True)
+    if not isinstance(progress, dict) or type(progress.get("step")) is not int:
+        raise CheckpointError(f"{where} must be an object with a step; {_BEFORE}")
+    return progress
 
 
 def refuse_other_settings(
@@ -81,15 +87,14 @@ def load_checkpoint(
 
     Raises CheckpointError when the file is broken or belongs to another model.
     """
-    tensors, metadata = load_tensors(path, CheckpointError)
-    try:
-        progress = json.loads(metadata[_PROGRESS])
-        rng = tensors[_RNG]
-    except (KeyError, json.JSONDecodeError):
-        raise CheckpointError(f"{path}: not a training checkpoint; delete it") from None
+    tensors, metadata = load_tensors(
+        path,
+        CheckpointError,
+        judge=lambda header: _check_layout(header, parameters, path),
+        remedy=_BEFORE,
+    )
+    progress, rng = _progress(metadata, path), tensors[_RNG]
     saved = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in parameters.items()}:
-        raise CheckpointError(f"{path}: its tensors are not this model's; train in another folder")
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(saved[name])
@@ -102,6 +107,26 @@ def load_checkpoint(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     torch.set_rng_state(rng)
     return progress
+
+
+def _check_layout(
+    header: TensorHeader, parameters: Mapping[str, Tensor], path: str | Path
+) -> None:
+    """Raises CheckpointError where the tensors are none of this model's training."""
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    rng = header.tensors.get(_RNG)
+    others = [
+        name
+        for name in shapes
+        if name != _RNG
+        and not name.startswith("model.")
+        and not re.fullmatch(r"optimizer\.[0-9]{1,9}\.[^.]+", name)
+    ]
+    if rng is None or rng.dtype != torch.uint8 or len(rng.shape) != 1 or others:
+        raise CheckpointError(f"{path}: not a whole training checkpoint; {_BEFORE}")
+    saved = {n.removeprefix("model."): s for n, s in shapes.items() if n.startswith("model.")}
+    if saved != {name: tuple(value.shape) for name, value in parameters.items()}:
+        raise CheckpointError(f"{path}: its tensors are not this model's; train in another folder")
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

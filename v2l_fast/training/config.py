@@ -15,6 +15,7 @@ from typing import Any
 
 from v2l_fast.config import INSTRUCTION, HypernetConfig
 from v2l_fast.errors import ConfigError
+from v2l_fast.files import read_text
 from v2l_fast.training.config_values import Given, build, nearest, parse_overrides, spread
 from v2l_fast.video.reading import BACKENDS
 
@@ -304,15 +305,20 @@ def _read(name_or_path: str, given: Given) -> None:
     path = packaged if packaged.is_file() else Path(name_or_path)
     where = f"preset {name_or_path}" if path == packaged else str(path)
     try:
-        values = tomllib.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError):
+        if not path.exists() or path.is_dir():
+            raise FileNotFoundError
+        values = tomllib.loads(read_text(path, error=ConfigError))
+    except FileNotFoundError:
         hint = nearest(name_or_path, preset_names())
         raise ConfigError(
             f"{name_or_path}: no such config file or preset{hint}; "
             f"presets: {', '.join(preset_names())}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML ({error})") from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        # Besides TOML's own errors: integers of thousands of digits, and nesting.
+        raise ConfigError(f"{path}: not valid TOML ({error}); correct the file") from None
     parent = values.pop("preset", None)
     if parent is not None:
         if parent not in preset_names():

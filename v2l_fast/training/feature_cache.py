@@ -23,7 +23,8 @@ from torch import Tensor, uint8
 
 from v2l_fast.backbones import Backbone
 from v2l_fast.errors import V2LError, VideoError
-from v2l_fast.files import save_tensors
+from v2l_fast.files import parse_json, save_tensors
+from v2l_fast.tensor_files import TensorHeader, read_header
 from v2l_fast.training.manifest import VideoExamples
 from v2l_fast.training.reading import Chunk, ClipReader, read_ahead
 from v2l_fast.training.samples import Failure
@@ -148,17 +149,19 @@ class FeatureCache:
     def _learn(self, path: Path) -> None:
         """Take up a file's records from its header."""
         try:
-            with safe_open(path, framework="pt") as handle:
-                records = json.loads((handle.metadata() or {})[_RECORDS])
-                names = set(handle.keys())
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            header = read_header(path, CacheError)
+            records = parse_json(header.metadata.get(_RECORDS, ""), f"{path}: records", CacheError)
+            stored, digests = {}, {}
+            for record in records:
+                if all(_is_chunk(chunk, header) for chunk in record["chunks"]):
+                    stored[record["request"]] = _Stored(path, tuple(record["chunks"]))
+                    known = (record["path"], record["bytes"], record["modified_ns"])
+                    digests[known] = str(record["sha256"])
+        except (CacheError, LookupError, TypeError) as error:
             log.warning("%s: not a whole feature file (%s); v2l cache stores it again", path, error)
             return
-        for record in records:
-            if all(chunk["tensor"] in names for chunk in record["chunks"]):
-                self._stored[record["request"]] = _Stored(path, tuple(record["chunks"]))
-                known = (record["path"], record["bytes"], record["modified_ns"])
-                self._digests[known] = record["sha256"]
+        self._stored |= stored
+        self._digests |= digests
 
     def _setting(self) -> str:
         """16 hexadecimal digits of everything but the video that decides its features."""
@@ -237,6 +240,17 @@ def vision_fingerprint(backbone: Backbone) -> str:
             digest.update(f"{name}/{parameter.dtype}/{tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().contiguous().view(-1).view(uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _is_chunk(chunk: Any, header: TensorHeader) -> bool:
+    """Whether a record's chunk is one of this format, its tensor in the file."""
+    sizes = (chunk["rows"], chunk["cols"], *chunk["indices"])
+    times = (chunk["duration"], *chunk["timestamps"])
+    return (
+        chunk["tensor"] in header.tensors
+        and all(type(size) is int for size in sizes)
+        and all(type(time) in (int, float) for time in times)
+    )
 
 
 def _encoded(backbone: Backbone, chunks: Iterable[Chunk]) -> Iterator[Chunk]:

@@ -10,7 +10,6 @@ The folder holds the data set's two columns as files, as its card writes them
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.errors import V2LError
+from v2l_fast.files import read_json
 
 PUBLISHED = "https://huggingface.co/datasets/HuggingFaceFV/finevideo"
 MIX = {"scene": 0.6, "adjacent": 0.3, "full": 0.1}
@@ -86,8 +86,8 @@ def read_pools(folder: str | os.PathLike) -> Pools:
         name = video.relative_to(folder).as_posix()
         videos += 1
         try:
-            found = list(candidates(name, json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, OSError) as error:
+            found = list(candidates(name, read_json(path)))
+        except (ValueError, V2LError) as error:
             left_out[name] = f"its metadata cannot be read ({error})"
             continue
         if not any(span.scenes for span in found):
@@ -133,7 +133,9 @@ def candidates(video: str, metadata: Any) -> Iterator[Span]:
             if _adjacent(run):
                 numbers = tuple(number for number, _ in run)
                 yield Span(video, "adjacent", run[0][1][0], run[-1][1][1], numbers)
-    asked = [q.get("question") for q in content.get("qAndA") or [] if isinstance(q, dict)]
+    pairs = content.get("qAndA")
+    pairs = pairs if isinstance(pairs, list) else []
+    asked = [q.get("question") for q in pairs if isinstance(q, dict)]
     questions = tuple(q.strip() for q in asked if isinstance(q, str) and q.strip())
     yield Span(video, "full", questions=questions)
 

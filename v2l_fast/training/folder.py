@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from v2l_fast.errors import CheckpointError
+from v2l_fast.files import read_text
 from v2l_fast.training.checkpoint import latest_checkpoint, read_progress
 from v2l_fast.training.records import cut_lines
 
@@ -90,7 +91,7 @@ class RunFolder:
             CheckpointError: in every process, naming the machines that see something else.
         """
         latest = self.latest()
-        mark = self._lock_path.read_text() if self._lock_path.is_file() else ""
+        mark = read_text(self._lock_path) if self._lock_path.is_file() else ""
         seen = gather((socket.gethostname(), mark, latest.name if latest else ""))
         first, *opened = seen[0]
         strangers = sorted({host for host, *other in seen if other != opened})

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.files import write_text
+from v2l_fast import files
+from v2l_fast.errors import V2LError
+from v2l_fast.files import append_text, parse_json, write_text
+
+
+class _TornLine(V2LError):
+    """A line that a crash has cut short."""
 
 
 def write_record(path: str | Path, record: Any) -> None:
@@ -19,27 +25,22 @@ def write_record(path: str | Path, record: Any) -> None:
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add an object in one write at the end of the file, which other processes may share."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(handle)
+    append_text(path, json.dumps(line) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file, none if there is no file; a line cut by a crash ends it."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        with suppress(_TornLine):
+            for number, line in files.read_lines(path):
+                lines.append(parse_json(line, f"line {number}", _TornLine, allow_nan=True))
+    return lines
 
 
 def cut_lines(path: Path, step: int) -> None:
     """Keep the lines up to `step`; a resumed run writes the later ones again."""
     kept = [line for line in read_lines(path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    if path.is_file() and path.read_text() != text:
+    if path.is_file() and files.read_text(path, files.LINES_BYTES) != text:
         write_text(path, text)

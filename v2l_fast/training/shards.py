@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.errors import V2LError
-from v2l_fast.files import write_text
+from v2l_fast.files import read_json, read_jsonl, write_text
 
 Line = Mapping[str, Any]
 # Item numbers of one shard -> its lines.
@@ -59,11 +59,12 @@ class Shards:
         path = folder / "run.json"
         try:
             (folder / "shards").mkdir(parents=True, exist_ok=True)
-            found = json.loads(path.read_text()) if path.exists() else None
         except OSError as error:
             raise ShardError(f"{folder}: cannot be used ({error.strerror})") from None
-        except json.JSONDecodeError:
-            raise ShardError(f"{path}: not JSON; delete {folder} or take another folder") from None
+        remedy = f"delete {folder} or take another folder"
+        found = None
+        if path.exists():
+            found = read_json(path, error=ShardError, kind=dict, remedy=remedy)
         if found is None:
             write_text(path, json.dumps(record, indent=2) + "\n")
         elif found != json.loads(json.dumps(record)):
@@ -121,8 +122,10 @@ class Shards:
                 f"{self.folder}: {len(missing)} of {len(self)} shards are not done; run it again"
             )
         for shard in range(len(self)):
-            with open(self.path(shard), encoding="utf-8") as file:
-                yield from map(json.loads, file)
+            for _, line in read_jsonl(
+                self.path(shard), ShardError, remedy="delete the file and run it again"
+            ):
+                yield line
 
 
 def file_digest(path: str | os.PathLike) -> str:

@@ -10,7 +10,6 @@ Nothing waits for the device in a step that is not logged, validated or saved.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -23,7 +22,8 @@ from rich.console import Console
 from torch import nn
 
 from v2l_fast.backbones import Backbone, load_backbone
-from v2l_fast.errors import V2LError
+from v2l_fast.errors import CheckpointError, V2LError
+from v2l_fast.files import read_json
 from v2l_fast.training.checkpoint import (
     checkpoint_path,
     load_checkpoint,
@@ -311,7 +311,7 @@ class _Run:
         """What the run was and what came out; written once, when it is complete."""
         path = self.folder.summary
         if path.is_file():
-            return json.loads(path.read_text())
+            return read_json(path, error=CheckpointError, kind=dict, allow_nan=True)
         summary = {
             "what": f"hypernetwork trained on {self.config.data.source}",
             "config": asdict(self.config),

@@ -7,13 +7,14 @@ benchmark mean is `formats`'s.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from v2l_fast import files
 from v2l_fast.errors import V2LError
 
+_AGAIN = "download it again"
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 
 
@@ -23,10 +24,7 @@ class BenchmarkError(V2LError, ValueError):
 
 def read_json(path: Path) -> Any:
     """The whole file. Raises BenchmarkError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BenchmarkError(f"{path}: not JSON ({error}); download it again") from None
+    return files.read_json(path, files.LARGE_BYTES, BenchmarkError, remedy=_AGAIN)
 
 
 def read_mapping(path: Path) -> Mapping[str, Any]:
@@ -48,22 +46,20 @@ def read_list(path: Path) -> Iterator[tuple[str, Any]]:
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """("line N", row) of a file of JSON lines. Raises BenchmarkError."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except ValueError as error:
-                    raise BenchmarkError(
-                        f"{path}: line {number} is not JSON ({error}); download it again"
-                    ) from None
+    for number, row in files.read_jsonl(path, BenchmarkError, remedy=_AGAIN):
+        yield f"line {number}", row
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """("line N", row) of a CSV file with a header."""
-    with open(path, newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
+    """("line N", row) of a CSV file with a header. Raises BenchmarkError."""
+    reader = csv.DictReader(line for _, line in files.read_lines(path, BenchmarkError))
+    try:
+        for number, row in enumerate(reader, start=2):
             yield f"line {number}", row
+    except csv.Error as error:
+        raise BenchmarkError(
+            f"{path}: line {reader.line_num} is not CSV ({error}); {_AGAIN}"
+        ) from None
 
 
 def get(path: Path, where: str, row: Any, name: str) -> Any:

@@ -57,7 +57,7 @@ def build(
     if name not in BENCHMARKS:
         raise ConfigError(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
-    items = list(benchmark.read(*(_annotations(benchmark, folder, f) for f in benchmark.files)))
+    items = benchmark.items(*(_annotations(benchmark, folder, f) for f in benchmark.files))
     found = _videos(folder)
     located = [(item, next((found[v] for v in item.videos if v in found), None)) for item in items]
     missing = tuple(dict.fromkeys(item.videos[0] for item, path in located if path is None))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from v2l_fast.evaluation.benchmarks import formats
+from v2l_fast.evaluation.benchmarks.annotations import BenchmarkError
 from v2l_fast.evaluation.benchmarks.formats import Item
 
 
@@ -32,6 +34,26 @@ class Benchmark:
     read: Callable[..., Iterator[Item]]
     limit: int = 500
     limit_videos: bool = False
+
+    def items(self, *paths: Path) -> list[Item]:
+        """Every item of the files.
+
+        Raises:
+            BenchmarkError: a file is not as published.
+        """
+        items: list[Item] = []
+        try:
+            items.extend(self.read(*paths))
+        except BenchmarkError:
+            raise
+        except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
+            # A value of another type than is published.
+            named = " or ".join(map(str, paths))
+            raise BenchmarkError(
+                f"{named}: an entry after the first {len(items)} is not as published ({error}); "
+                f"get it from {self.published}"
+            ) from None
+        return items
 
 
 _PLM = "https://huggingface.co/datasets/facebook/PLM-VideoBench"
