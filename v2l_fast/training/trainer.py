@@ -246,7 +246,11 @@ class _Run:
     def _best(self) -> dict[str, Any] | None:
         """Step and validation numbers of the best network so far; that of a killed run counts."""
         path = self.folder.best_record
-        return json.loads(path.read_text()) if path.is_file() else None
+        return (
+            read_json(path, error=CheckpointError, kind=dict, allow_nan=True)
+            if path.is_file()
+            else None
+        )
 
     def _keep_best(self, step: int) -> None:
         """Export the network if its validation cross-entropy is the lowest so far."""
