@@ -36,6 +36,8 @@ SECTIONS = ("checks", "micro", "end_to_end")
 DEADLINES = {"checks": 170, "micro": 370, "end_to_end": 450}
 # Compiling a baseline takes up to a minute.
 COMPILING = 60
+# On a CPU nothing is left out: the tiny sizes show that all of the script runs.
+CPU_SECONDS = 3600
 # Processes that check at once; each holds half a GB of the GPU.
 CHECKERS = 8
 
@@ -73,7 +75,8 @@ def main() -> int:
         if section not in options.only:
             continue
         began = time.monotonic()
-        runs[section](record, options.device, options.quick, start + DEADLINES[section])
+        seconds = DEADLINES[section] if options.device == "cuda" else CPU_SECONDS
+        runs[section](record, options.device, options.quick, start + seconds)
         record["section_seconds"][section] = time.monotonic() - began
         if options.out:
             write(record, options.out)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 
-import pytest
-
+from tests.cluster import cluster
 from tests.training.broken import write_folder
 from v2l_fast.corpus import CorpusSettings, internalize_corpus
 from v2l_fast.serving.store import AdapterStore
@@ -14,24 +12,13 @@ from v2l_fast.serving.store import AdapterStore
 SETTINGS = CorpusSettings("shapes", device="cpu", videos_per_shard=1, threads=1)
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    import ray
-
-    monkeypatch.setitem(os.environ, "RAY_AUTH_MODE", "disabled")
-    ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
-    )
-    yield
-    ray.shutdown()
-
-
-def test_a_cluster_makes_the_adapters_of_one_machine(cluster, tmp_path):
+def test_a_cluster_makes_the_adapters_of_one_machine(tmp_path):
     manifest, _ = write_folder(tmp_path / "videos", 4, ("text",))
     alone = internalize_corpus(manifest, tmp_path / "alone", SETTINGS)
     seen = []
     options = {"engine": "ray", "workers": 2, "progress": lambda *at: seen.append(at)}
-    together = internalize_corpus(manifest, tmp_path / "together", SETTINGS, **options)
+    with cluster():
+        together = internalize_corpus(manifest, tmp_path / "together", SETTINGS, **options)
     assert seen[0] == (0, 4) and seen[-1] == (4, 4)
     assert together.listing.read_text() == alone.listing.read_text()
     assert together.failures == alone.failures and len(alone.failures) == 1

@@ -14,6 +14,7 @@ from bench import checks, gpu, ladder
 from bench.environment import ROOT
 from bench.report import report
 from csrc_triton import perceiver_attention
+from tests.waiting import LIMIT
 
 
 def test_whole_script(tmp_path):
@@ -41,7 +42,7 @@ def record(monkeypatch) -> dict:
 
 
 def test_a_failed_check_is_named(record):
-    gpu._checks(record, "cpu", True, time.monotonic() + 60)
+    gpu._checks(record, "cpu", True, time.monotonic() + LIMIT)
     assert record["failed"] == ["nothing float16"] and not record["left_out"]
     (row,) = record["checks"]
     assert row["name"] == "nothing" and row["dtype"] == "float16"

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import LIMIT
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -79,7 +81,7 @@ class Tab:
             raise PageError(f"{expression}: {answer['exceptionDetails']['text']}")
         return answer["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 30.0) -> Any:
+    def wait(self, expression: str, seconds: float = LIMIT) -> Any:
         """Wait until an expression is true."""
         end = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
@@ -151,4 +153,4 @@ def tab(binary: str) -> Iterator[Tab]:
             yield Tab(to_browser[1], from_browser[0])
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(LIMIT)

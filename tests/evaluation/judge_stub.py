@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,6 +42,7 @@ class StubJudge:
         self.requests: list[dict[str, Any]] = []
         self._attempts: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._closing = threading.Event()
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -56,7 +56,7 @@ class StubJudge:
                     attempt = stub._attempts.get(key, 0)
                     stub._attempts[key] = attempt + 1
                 reply = behave(request, attempt)
-                time.sleep(reply.delay)
+                stub._closing.wait(reply.delay)
                 payload = reply.payload()
                 try:
                     self.send_response(reply.status)
@@ -80,6 +80,7 @@ class StubJudge:
         self._thread.start()
 
     def close(self) -> None:
+        self._closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

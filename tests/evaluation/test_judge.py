@@ -2,10 +2,13 @@
 
 import json
 import time
+from collections import Counter
 
+import httpx
 import pytest
 
 from tests.evaluation.judge_stub import Reply, StubJudge, scored
+from tests.waiting import LIMIT
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.endpoint import JudgeError, JudgeSettings
 from v2l_fast.evaluation.judge import Judge, Preference, Verdict
@@ -27,7 +30,7 @@ def serve():
 
 
 def judge(stub, cache=None, **settings):
-    defaults = {"model": "stub", "timeout": 5.0, "retries": 2, "workers": 4, "corrections": 1}
+    defaults = {"model": "stub", "timeout": LIMIT, "retries": 2, "workers": 4, "corrections": 1}
     return Judge(JudgeSettings(stub.url, **{**defaults, **settings}), cache)
 
 
@@ -49,7 +52,7 @@ def test_scores_are_rescaled_in_order(serve):
         assert request["model"] == "stub"
 
 
-def test_every_kind_of_misbehavior(serve):
+def test_every_kind_of_misbehavior(serve, monkeypatch):
     """One example each; what can be mended is, the rest fails under its own name."""
     bad = {
         "fenced": lambda attempt: Reply('```json\n{"score": 5}\n```'),
@@ -61,8 +64,8 @@ def test_every_kind_of_misbehavior(serve):
         "a list": lambda attempt: Reply(body=b'{"choices": [{"message": {"content": [1]}}]}'),
         "out of range once": lambda attempt: scored(5 if attempt else 9),
         "out of range": lambda attempt: scored(0),
-        "slow once": lambda attempt: scored(5) if attempt else Reply("late", delay=1.5),
-        "slow": lambda attempt: Reply("late", delay=1.5),
+        "slow once": lambda attempt: scored(5) if attempt else Reply("late", delay=LIMIT),
+        "slow": lambda attempt: Reply("late", delay=LIMIT),
         "limited once": lambda attempt: (
             scored(5) if attempt else Reply(status=429, headers={"Retry-After": "0.05"})
         ),
@@ -79,7 +82,18 @@ def test_every_kind_of_misbehavior(serve):
         "silent": lambda attempt: Reply(""),
     }
     stub = serve(lambda request, attempt: bad[candidate_of(request)](attempt))
-    client = judge(stub, timeout=0.5, retries=1, workers=8)
+    client = judge(stub, retries=1, workers=8)
+    send, sent = httpx.Client.send, Counter()
+
+    def impatiently(self, request, **options):
+        """A request that gets no answer ends soon, the others however late theirs is."""
+        name = candidate_of(json.loads(request.content))
+        sent[name] += 1
+        if name == "slow" or (name, sent[name]) == ("slow once", 1):
+            request.extensions["timeout"]["read"] = 0.2
+        return send(self, request, **options)
+
+    monkeypatch.setattr(httpx.Client, "send", impatiently)
     found = dict(zip(bad, client.score(tasks(len(bad)), list(bad)), strict=True))
 
     assert all((v.found is None) == (v.failure is not None) for v in found.values())

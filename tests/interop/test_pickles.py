@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftType
 
+from tests.waiting import LIMIT
 from v2l_fast.errors import CheckpointError
 from v2l_fast.interop.pickles import MAX_STEPS, Record, quote, read_pickle
 
@@ -31,11 +32,11 @@ def read(program: bytes) -> Any:
 
 
 def refused(program: bytes) -> str:
-    """The message of a refusal: one printable line within a second or two."""
-    start = time.perf_counter()
+    """The message of a refusal: one printable line, after a bounded amount of work."""
+    start = time.thread_time()
     with pytest.raises(CheckpointError) as error:
         read(program)
-    assert time.perf_counter() - start < 4
+    assert time.thread_time() - start < LIMIT
     message = str(error.value)
     assert message.startswith("x.pt: ") and message.isprintable() and len(message) < 400
     return message

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Callable
 
 import httpx
 
 from tests.serving.conftest import Running
+from tests.waiting import LIMIT, wait_until
 
 QUESTION = {"model": "shapes", "messages": [{"role": "user", "content": "What happens?"}]}
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def refused(answer: httpx.Response, status: int, code: str | None = None) -> dict:
@@ -31,12 +23,12 @@ def refused(answer: httpx.Response, status: int, code: str | None = None) -> dic
 
 def raw(live: Running) -> socket.socket:
     url = httpx.URL(live.url)
-    return socket.create_connection((url.host, url.port), timeout=10)
+    return socket.create_connection((url.host, url.port), timeout=LIMIT)
 
 
 def nothing_left(live: Running) -> None:
     """No half-written file, no adapter, no video."""
-    eventually(lambda: not list(live.server.store.staging.folder.iterdir()))
+    wait_until(lambda: not list(live.server.store.staging.folder.iterdir()))
     assert live.server.store.list() == []
-    eventually(lambda: not list(live.server.videos.folder.iterdir()))
+    wait_until(lambda: not list(live.server.videos.folder.iterdir()))
     assert not live.server.videos._in_use

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.serving.stand_in import StandInEngine
+from tests.waiting import LIMIT, wait_until
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving import isolation, listening, reading
 from v2l_fast.serving.app import create_app
@@ -24,6 +25,8 @@ from v2l_fast.serving.server import Server
 from v2l_fast.serving.store import AdapterStore
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.scene import sample_scenes
+
+ENDED = ("completed", "failed", "cancelled")
 
 
 def start_forking() -> None:
@@ -49,10 +52,17 @@ class Running:
         with open(path, "rb") as file:
             answer = self.http.post("/v1/videos", files={"file": file}, data=fields)
         assert answer.status_code in (200, 202), answer.text
-        video = answer.json()
-        while video["status"] not in ("completed", "failed"):
-            time.sleep(0.02)
-            video = self.http.get(f"/v1/videos/{video['id']}").json()
+        return self.completed(answer.json())
+
+    def completed(self, video: dict) -> dict:
+        """Wait until a job has its adapter."""
+
+        def ended() -> bool:
+            video.update(self.http.get(f"/v1/videos/{video['id']}").json())
+            return video["status"] in ENDED
+
+        if video["status"] not in ENDED:
+            wait_until(ended)
         assert video["status"] == "completed", video
         return video
 
@@ -71,6 +81,14 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_clip(scene, folder / f"clip{i}.mp4") for i, scene in enumerate(scenes)]
 
 
+def patient(limits: ServerLimits) -> ServerLimits:
+    """No time limit but those a test has set."""
+    default = ServerLimits()
+    times = [f.name for f in dataclasses.fields(limits) if f.name.endswith("_seconds")]
+    kept = [name for name in times if getattr(limits, name) == getattr(default, name)]
+    return dataclasses.replace(limits, **dict.fromkeys(kept, 2 * LIMIT))
+
+
 @contextlib.contextmanager
 def running(
     model: Video2LoRA,
@@ -80,12 +98,13 @@ def running(
     root: Path | None = None,
     stand_in: dict[str, object] | None = None,
     merged: str | None = None,
-    drain_seconds: float = 10.0,
+    drain_seconds: float = LIMIT,
 ) -> Iterator[Running]:
     """A server in a thread; with a StandInEngine of these options instead of the real one."""
     store = AdapterStore(folder)
     start_forking()
-    reader = VideoReader(model, limits or ServerLimits())
+    limits = patient(limits or ServerLimits())
+    reader = VideoReader(model, limits)
     if stand_in is None:
         engine = Engine(
             model, store, max_batch=8, adapter_slots=4, merged=merged, load_clip=reader.load_clip
@@ -102,15 +121,14 @@ def running(
 
     def stop() -> None:
         web.should_exit = True
-        thread.join(30)
+        thread.join(LIMIT)
         assert not thread.is_alive()
 
     headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     try:
-        while not web.started:
-            assert thread.is_alive()
-            time.sleep(0.005)
-        with httpx.Client(base_url=url, headers=headers, timeout=30) as http:
+        wait_until(lambda: web.started or not thread.is_alive())
+        assert web.started
+        with httpx.Client(base_url=url, headers=headers, timeout=LIMIT) as http:
             yield Running(url, server, http, stop)
     finally:
         stop()

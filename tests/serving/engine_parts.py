@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from tests.waiting import LIMIT
 from v2l_fast.adapter import Adapter
 from v2l_fast.errors import AdapterError
 from v2l_fast.generation import Sampling
 from v2l_fast.serving.requests import GenerationRequest
 
-WAIT = 60.0
+WAIT = LIMIT
 QUESTIONS = (
     "what happens?",
     "which color is it?",

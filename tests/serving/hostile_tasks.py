@@ -9,12 +9,14 @@ import ctypes
 import os
 import threading
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from tests.waiting import LIMIT
 from v2l_fast.serving import reading
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.video import Limits
@@ -24,23 +26,22 @@ def read_or_suffer(path: str, limits: Limits) -> tuple[dict[str, Any], None]:
     """Probe a file, unless it says what is to happen instead."""
     told = Path(path).read_bytes()[:32].strip()
     if told in HARM:
+        Path(f"{path}.{os.getpid()}.begun").touch()
         HARM[told]()
     return reading._probe(path, limits)
 
 
-def read_slowly(path: Path, begun: Path, end: bool) -> None:
-    """A program that has a slow file read, and ends meanwhile or waits."""
-    path.write_bytes(b"slow")
+def read_for_ever(folder: Path, harms: list[bytes], told: Event) -> None:
+    """A program that has files read which take for ever, and ends when it is told."""
     reading._probe = read_or_suffer
     decoder = SimpleNamespace(device=torch.device("cpu"))
     model = SimpleNamespace(config=None, backbone=SimpleNamespace(decoder=decoder))
-    reader = reading.VideoReader(model, ServerLimits(probe_seconds=2.0))
-    threading.Thread(target=reader.probe, args=(path,), daemon=True).start()
-    while not reader._isolation._running:
-        time.sleep(0.01)
-    begun.touch()
-    if not end:
-        time.sleep(600)
+    reader = reading.VideoReader(model, ServerLimits(probe_seconds=10 * LIMIT))
+    for number, harm in enumerate(harms):
+        path = folder / str(number)
+        path.write_bytes(harm)
+        threading.Thread(target=reader.probe, args=(path,), daemon=True).start()
+    told.wait()
 
 
 def abort() -> None:
@@ -53,7 +54,7 @@ def read_nowhere() -> None:
 
 def hang() -> None:
     # The interpreter's lock is held, as native code may: no Python thread could end this.
-    ctypes.PyDLL(None).sleep(600)
+    ctypes.PyDLL(None).sleep(100_000)
 
 
 def take_memory() -> None:
@@ -69,7 +70,7 @@ def leave() -> None:
 
 
 def slowly() -> None:
-    time.sleep(600)
+    time.sleep(100_000)
 
 
 HARM = {

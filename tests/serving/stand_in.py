@@ -9,6 +9,7 @@ import dataclasses
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from v2l_fast.adapter import Adapter
@@ -31,6 +32,7 @@ class StandInEngine:
 
     Args:
         words: what to answer instead of asking the model.
+        hold: answers and jobs wait for it, until they are cancelled.
         queue_limit: questions at the same time.
 
     Attributes:
@@ -42,10 +44,12 @@ class StandInEngine:
         model: Video2LoRA,
         store: AdapterStore,
         pause: float = 0.0,
-        words: list[str] | None = None,
+        words: Iterable[str] | None = None,
+        hold: threading.Event | None = None,
         queue_limit: int = 256,
     ) -> None:
         self.model, self.store, self.pause, self.words = model, store, pause, words
+        self.hold = hold
         self.queue_limit = queue_limit
         self.running: set[Generation] = set()
         self.ended: list[str] = []
@@ -78,13 +82,16 @@ class StandInEngine:
                 words = [word + " " for word in answer.text.split()]
                 words[-1:] = [words[-1].rstrip()] if words else []
                 prompt, visual = answer.prompt_tokens, answer.visual_tokens
+            self._held(lambda: generation.cancelled)
+            count = 0
             for word in words:
                 time.sleep(self.pause)
                 if generation.cancelled:
                     break
                 generation.put(word)
+                count += 1
             reason = "cancelled" if generation.cancelled else "stop"
-            usage = Usage(prompt, len(words), visual, time.perf_counter() - start)
+            usage = Usage(prompt, count, visual, time.perf_counter() - start)
             generation.finish("", reason, usage)
         except V2LError as error:
             reason = "error"
@@ -99,6 +106,7 @@ class StandInEngine:
             try:
                 job.update("decoding", 0.1)
                 time.sleep(self.pause)
+                self._held(lambda: False)
                 adapter = self.model.internalize(path, **options)
                 job.update("generating", 0.9)
                 job.update("done", 1.0, adapter_id=self.store.put(adapter))
@@ -107,6 +115,10 @@ class StandInEngine:
 
         self._threads.submit(work)
         return job
+
+    def _held(self, cancelled: Callable[[], bool]) -> None:
+        while self.hold is not None and not (cancelled() or self.hold.wait(0.005)):
+            pass
 
     def forget(self, adapter_id: str) -> None:
         """Nothing is kept here."""

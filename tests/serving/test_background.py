@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 
+from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import V2LError
 from v2l_fast.serving.background import Background
 
@@ -26,7 +26,6 @@ def test_closing_while_a_unit_runs_ends_its_task():
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    while not background.step():
-        time.sleep(0.001)
-    thread.join(10)
+    wait_until(background.step)
+    thread.join(LIMIT)
     assert ended == [reason] and not background.step()

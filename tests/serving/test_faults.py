@@ -4,61 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import json
 import os
 import socket
 import struct
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
-from tests.serving.checks import QUESTION, eventually, nothing_left, raw, refused
+from tests.serving.checks import QUESTION, nothing_left, raw, refused
 from tests.serving.conftest import Running, running
+from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import VideoError
 from v2l_fast.serving import openai_routes
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.schemas import ChatRequest
 
-SLOW = {"pause": 0.02, "words": ["word "] * 500}
+# Until it is cancelled.
+ENDLESS = {"pause": 0.01, "words": itertools.repeat("word ")}
 
 
 # --- clients that leave -------------------------------------------------------------------------
 
 
 def test_leaving_a_stream_frees_the_row(serve):
-    live = serve(stand_in=SLOW)
+    live = serve(stand_in=ENDLESS)
     with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
         lines = s.iter_lines()
         assert any("word" in next(lines) for _ in range(10))
         assert len(live.engine.running) == 1
-    eventually(lambda: live.engine.ended == ["cancelled"] and not live.engine.running)
+    wait_until(lambda: live.engine.ended == ["cancelled"] and not live.engine.running)
     assert 'v2l_answers_total{end="cancelled",source="plain"} 1.0' in live.http.get("/metrics").text
 
 
 @pytest.mark.parametrize("reset", [False, True])
-@pytest.mark.parametrize("words", [None, 500])
-def test_leaving_while_waiting_frees_the_row(serve, reset, words):
+@pytest.mark.parametrize("prefill", [False, True])
+def test_leaving_while_waiting_frees_the_row(serve, reset, prefill):
     """Before the first word (a long prefill), and while a whole answer is awaited."""
-    live = serve(stand_in={"pause": 0.02 if words else 0.3, "words": ["word "] * (words or 2)})
+    live = serve(stand_in={**ENDLESS, "hold": threading.Event() if prefill else None})
     body = json.dumps(QUESTION).encode()
     with closing(raw(live)) as client:
         client.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
         )
-        eventually(lambda: len(live.engine.running) == 1)
+        wait_until(lambda: len(live.engine.running) == 1)
         if reset:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    eventually(lambda: live.engine.ended == ["cancelled"])
+    wait_until(lambda: live.engine.ended == ["cancelled"])
 
 
 def test_leaving_as_the_question_is_submitted_frees_the_row(serve, monkeypatch):
     """The thread is through, and its result is lost with the task that awaits it."""
-    live = serve(stand_in=SLOW)
+    live = serve(stand_in=ENDLESS)
 
     async def lost(function):
         function()
@@ -68,17 +73,32 @@ def test_leaving_as_the_question_is_submitted_frees_the_row(serve, monkeypatch):
     answer = openai_routes._Answer(live.server, ChatRequest(**QUESTION))
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(answer.begin())
-    eventually(lambda: live.engine.ended == ["cancelled"])
+    wait_until(lambda: live.engine.ended == ["cancelled"])
 
 
-def test_leaving_frees_a_row_of_the_real_engine(model, tmp_path):
+def test_leaving_frees_a_row_of_the_real_engine(model, tmp_path, monkeypatch):
     """A random model that rambles until its limit, unless it is told to stop."""
     asked = {**QUESTION, "stream": True, "max_tokens": 1500}
     with running(model, tmp_path / "store", ServerLimits(new_tokens=1500)) as live:
+        batch, submitted = live.engine._answering.batch, []
+        submit, step = live.engine.submit, batch.step
+
+        def remembered(request):
+            submitted.append(submit(request))
+            return submitted[-1]
+
+        def limited(adapters=None):
+            """A machine that is busy with the client would finish the answer meanwhile."""
+            if batch.rows and len(batch.rows[0].tokens) > 100:
+                wait_until(lambda: submitted[0].cancelled)
+            return step(adapters)
+
+        monkeypatch.setattr(live.engine, "submit", remembered)
+        monkeypatch.setattr(batch, "step", limited)
         with live.http.stream("POST", "/v1/chat/completions", json=asked) as answer:
             lines = answer.iter_lines()
             assert any("content" in next(lines) for _ in range(20))
-        eventually(lambda: live.engine.stats().requests["cancelled"] == 1)
+        wait_until(lambda: live.engine.stats().requests["cancelled"] == 1)
         stats = live.engine.stats()
         assert stats.running == stats.waiting == 0 and stats.completion_tokens < 1500
 
@@ -92,7 +112,7 @@ def test_leaving_an_upload_leaves_nothing(serve, videos):
             b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
             b'form-data; name="file"; filename="a.mp4"\r\n\r\n' + data
         )
-        eventually(lambda: len(list(live.server.store.staging.folder.iterdir())) == 1)
+        wait_until(lambda: len(list(live.server.store.staging.folder.iterdir())) == 1)
     nothing_left(live)
     assert live.internalize(videos[0])["status"] == "completed"
 
@@ -128,6 +148,7 @@ def test_an_oversized_upload(serve, videos):
         live.url + "/v1/videos",
         content=(b"\0" * 65536 for _ in range(64)),
         headers={"Content-Type": "multipart/form-data; boundary=b"},
+        timeout=LIMIT,
     )
     assert endless.status_code in (400, 413)
     root = serve(folder=live.server.store.folder.parent / "other", root=videos[0].parent,
@@ -165,28 +186,39 @@ def test_a_video_beyond_the_limits(serve, videos, limit, word):
 
 
 def test_an_answer_that_takes_too_long(serve):
-    live = serve(limits=ServerLimits(answer_seconds=0.3), stand_in=SLOW)
+    live = serve(limits=ServerLimits(answer_seconds=0.3), stand_in=ENDLESS)
     refused(live.http.post("/v1/chat/completions", json=QUESTION), 503, "timeout")
-    answer = live.http.post("/v1/chat/completions", json={**QUESTION, "stream": True})
-    *_, last, end = answer.text.split("\n\n")
-    assert answer.status_code == 200 and end == ""
+    wait_until(lambda: live.engine.ended == ["cancelled"])
+
+
+def test_a_streamed_answer_that_takes_too_long(serve, monkeypatch):
+    """Its status has been sent: the last event says so."""
+    live = serve(limits=ServerLimits(answer_seconds=10 * LIMIT), stand_in=ENDLESS)
+    passed = 0.0
+    clock = SimpleNamespace(time=time.time, perf_counter=lambda: time.perf_counter() + passed)
+    monkeypatch.setattr(openai_routes, "time", clock)
+    with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
+        lines = s.iter_lines()
+        assert s.status_code == 200 and any("word" in next(lines) for _ in range(10))
+        passed = 20 * LIMIT
+        *_, last = filter(None, lines)
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
-    eventually(lambda: live.engine.ended == ["cancelled"] * 2)
+    wait_until(lambda: live.engine.ended == ["cancelled"])
 
 
 def test_a_video_that_takes_too_long_for_its_question(serve, monkeypatch):
     """The time for an answer counts from its arrival, whatever it is spent on."""
-    live = serve(limits=ServerLimits(answer_seconds=0.3), stand_in=SLOW)
+    live = serve(limits=ServerLimits(answer_seconds=0.3), stand_in=ENDLESS)
     question, asked = live.server.question, threading.Event()
 
     def slowly(chat):
-        asked.wait(10)
+        asked.wait(LIMIT)
         return question(chat)
 
     monkeypatch.setattr(live.server, "question", slowly)
     refused(live.http.post("/v1/chat/completions", json=QUESTION), 503, "timeout")
     asked.set()
-    eventually(lambda: live.engine.ended == ["cancelled"])
+    wait_until(lambda: live.engine.ended == ["cancelled"])
 
 
 def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch, tmp_path):
@@ -196,7 +228,7 @@ def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch
     gate = threading.Event()
 
     def stuck(*_):
-        gate.wait(20)
+        gate.wait(LIMIT)
         raise VideoError("not a video")
 
     for way in ("load", "probe"):
@@ -210,7 +242,7 @@ def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch
     with ThreadPoolExecutor(len(sent)) as threads:
         calls = [threads.submit(live.http.post, path, json=body) for path, body in sent]
         # Questions beyond the first eight are refused, videos wait their turn.
-        eventually(lambda: sum(call.done() for call in calls) >= 40 - 8)
+        wait_until(lambda: sum(call.done() for call in calls) >= 40 - 8)
         assert all(refused(call.result(), 503, "queue_full") for call in calls if call.done())
         for path in ("/health", "/metrics", "/v1/models"):
             assert live.http.get(path).is_success
@@ -220,14 +252,15 @@ def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch
 
 
 def test_full_queues(serve, videos):
-    engine = {"pause": 1.0, "queue_limit": 1, "words": ["a"]}
+    hold = threading.Event()
+    engine = {"hold": hold, "queue_limit": 1, "words": ["a"]}
     limits = ServerLimits(jobs=1, uploads=1, uploads_waiting=0)
     live = serve(limits=limits, stand_in=engine)
     waiting = threading.Thread(
         target=live.http.post, args=("/v1/chat/completions",), kwargs={"json": QUESTION}
     )
     waiting.start()
-    eventually(lambda: len(live.engine.running) == 1)
+    wait_until(lambda: len(live.engine.running) == 1)
     answer = live.http.post("/v1/chat/completions", json=QUESTION)
     refused(answer, 503, "queue_full")
     assert int(answer.headers["retry-after"]) > 0
@@ -240,9 +273,10 @@ def test_full_queues(serve, videos):
             b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
             b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
         )
-        eventually(lambda: len(list(live.server.store.staging.folder.iterdir())) == 1)
+        wait_until(lambda: len(list(live.server.store.staging.folder.iterdir())) == 1)
         with open(videos[1], "rb") as file:
             refused(live.http.post("/v1/videos", files={"file": file}), 503, "queue_full")
+    hold.set()
     waiting.join()
 
 
@@ -262,7 +296,7 @@ def test_equal_uploads_at_once_are_one_job(serve, videos, uploads):
     live.internalize(videos[0])
     assert len(live.server.store.list()) == 1
     made = live.server.metrics._videos.labels("internalized")._value
-    eventually(lambda: made.get() == 1)
+    wait_until(lambda: made.get() == 1)
 
 
 def test_different_uploads_at_once_all_get_in(serve, videos):
@@ -293,8 +327,8 @@ def test_a_refused_upload_pushes_no_video_out(serve, videos, monkeypatch):
     refused(post(live, videos[1].read_bytes(), max_frames=10**6), 400)
     monkeypatch.setattr(live.server.reader, "probe", lambda path: None)
     job = post(live, b"fails later").json()
-    eventually(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
-    eventually(lambda: len(list(live.server.videos.folder.iterdir())) == 1)
+    wait_until(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
+    wait_until(lambda: len(list(live.server.videos.folder.iterdir())) == 1)
     assert live.http.get(f"/v1/videos/{job['id']}").json()["name"] == "a.mp4"
     assert live.http.get(f"/v1/videos/{video}").json()["in_context"]
 
@@ -352,10 +386,10 @@ def test_no_space_for_an_adapter(serve, videos, monkeypatch):
     with monkeypatch.context() as patch, open(videos[0], "rb") as file:
         patch.setattr("v2l_fast.files.save_file", full)
         job = live.http.post("/v1/videos", files={"file": file}).json()
-        eventually(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
+        wait_until(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
     failed = live.http.get(f"/v1/videos/{job['id']}").json()
     assert failed["error"]["code"] == "storage"
-    eventually(lambda: not live.server.videos._in_use)
+    wait_until(lambda: not live.server.videos._in_use)
     nothing_left(live)
     assert live.internalize(videos[0])["status"] == "completed"
 
@@ -378,5 +412,5 @@ def test_stopping_finishes_what_is_under_way(serve, videos):
     assert live.engine.closed and live.engine.ended == ["stop"]
     assert job["id"] and not live.server.store.staging.folder.exists()
     with pytest.raises(httpx.ConnectError):
-        httpx.get(live.url + "/health")
+        httpx.get(live.url + "/health", timeout=LIMIT)
     assert len(serve().http.get("/v1/videos").json()["data"]) == 1

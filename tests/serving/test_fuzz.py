@@ -19,6 +19,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.serving.conftest import running
+from tests.waiting import LIMIT
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.schemas import ChatRequest, PathRequest
 
@@ -79,7 +80,7 @@ def test_generated_requests(document, label, mode):
     @PROFILE
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case):
-        case.call_and_validate(headers=KEY, excluded_checks=NOT_CHECKED)
+        case.call_and_validate(headers=KEY, excluded_checks=NOT_CHECKED, timeout=LIMIT)
 
     check()
 
@@ -183,7 +184,7 @@ def test_generated_headers(document):
     def check(line, headers, body):
         lines = [f"{line} HTTP/1.1".encode(), b"Connection: close"]
         lines += [name.encode() + b": " + value for name, value in headers]
-        with socket.create_connection((url.hostname, url.port), timeout=10) as client:
+        with socket.create_connection((url.hostname, url.port), timeout=LIMIT) as client:
             client.sendall(b"\r\n".join(lines) + b"\r\n\r\n" + body)
             client.shutdown(socket.SHUT_WR)
             answer = client.recv(1 << 16)

@@ -8,9 +8,10 @@ from contextlib import closing
 
 import pytest
 
-from tests.serving.checks import QUESTION, eventually, nothing_left, raw, refused
+from tests.serving.checks import QUESTION, nothing_left, raw, refused
 from tests.serving.conftest import running
 from tests.serving.test_store import BAD_FILES
+from tests.waiting import wait_until
 from v2l_fast.serving.schemas import ChatRequest
 
 # --- files that are no videos -------------------------------------------------------------------
@@ -60,13 +61,13 @@ def test_a_video_that_fails_later(serve, videos, monkeypatch):
     live = serve()
     monkeypatch.setattr(live.server.reader, "probe", lambda path: None)
     job = live.http.post("/v1/videos", files={"file": ("a.mp4", b"hello")}).json()
-    eventually(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
+    wait_until(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
     failed = live.http.get(f"/v1/videos/{job['id']}").json()
     assert failed["error"]["code"] == "invalid_video" and failed["adapter_id"] is None
     assert str(live.server.store.folder) not in failed["error"]["message"]
     refused(live.http.post("/v1/chat/completions", json={**QUESTION, "model": job["id"]}), 409)
     refused(live.http.delete(f"/v1/videos/{job['id']}"), 409, "video_failed")
-    eventually(lambda: not live.server.videos._in_use)
+    wait_until(lambda: not live.server.videos._in_use)
     again = live.http.post("/v1/videos", files={"file": ("a.mp4", b"hello")}).json()
     assert again["id"] != job["id"]
 
@@ -298,7 +299,7 @@ def test_a_name_is_for_display_only(serve, videos, name, shown):
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     answer = live.http.post("/v1/videos", content=body, headers=headers)
     assert answer.status_code == 202 and answer.json()["name"] == shown
-    eventually(lambda: not live.server.jobs.unfinished())
+    wait_until(lambda: not live.server.jobs.unfinished())
     (stored,) = live.server.store.list()
     (kept,) = (live.server.store.folder / "videos").iterdir()
     assert kept.name == stored.video and stored.name == "video"
@@ -386,7 +387,7 @@ def test_a_replaced_file_is_not_sent(serve, videos):
     assert [video["id"] for video in listed] == [second]
     # Every file that was sent is closed again.
     held = "/proc/self/fd"
-    eventually(
+    wait_until(
         lambda: not any(
             os.path.realpath(f"{held}/{name}") == str(other) for name in os.listdir(held)
         )

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tests.serving import hostile_tasks
-from tests.serving.checks import QUESTION, eventually, nothing_left, refused
+from tests.serving.checks import QUESTION, nothing_left, refused
 from tests.serving.conftest import running, start_forking
+from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import VideoError
 from v2l_fast.serving import reading
 from v2l_fast.serving.limits import ServerLimits
@@ -157,10 +158,10 @@ def test_a_crash_while_decoding_fails_the_job(serve, videos, monkeypatch):
     with monkeypatch.context() as patch, open(videos[0], "rb") as file:
         patch.setattr(reading, "_load", crash)
         job = live.http.post("/v1/videos", files={"file": file}).json()
-        eventually(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
+        wait_until(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
     error = live.http.get(f"/v1/videos/{job['id']}").json()["error"]
     assert error["code"] == "invalid_video" and "SIGABRT" in error["message"]
-    eventually(lambda: not live.server.videos._in_use)
+    wait_until(lambda: not live.server.videos._in_use)
     assert live.internalize(videos[0])["status"] == "completed"
 
 
@@ -193,11 +194,11 @@ def test_closing_ends_what_is_read(shapes, tmp_path, monkeypatch):
 
     thread = threading.Thread(target=read)
     thread.start()
-    eventually(lambda: bool(reader._isolation._running) and bool(children() - before))
+    wait_until(lambda: bool(reader._isolation._running) and bool(children() - before))
     reader.close(EngineClosed("closed"))
-    thread.join(10)
+    thread.join(LIMIT)
     assert ended
-    eventually(lambda: not children() - before)
+    wait_until(lambda: not children() - before)
     with pytest.raises(EngineClosed):
         reader.probe(slow)
 
@@ -212,19 +213,21 @@ def test_the_process_they_are_forked_from_is_started_again(reader, videos):
 
 @pytest.mark.parametrize("how", ["kill", "end"])
 def test_no_process_is_left(tmp_path, how):
-    """After kill -9, and after an end that closes nothing, with a file being read."""
-    begun = tmp_path / "begun"
-    before = children()
-    process = multiprocessing.get_context("forkserver").Process(
-        target=hostile_tasks.read_slowly, args=(tmp_path / "slow.mp4", begun, how == "end")
+    """After kill -9, and after an end that closes nothing, with files being read."""
+    context = multiprocessing.get_context("forkserver")
+    told, before = context.Event(), children()
+    process = context.Process(
+        target=hostile_tasks.read_for_ever, args=(tmp_path, [b"slow", b"hang"], told)
     )
     process.start()
-    eventually(begun.exists, 60)
+    wait_until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
+    # What both were forked from, too.
     started = children() - before - {process.pid}
-    assert len(started) >= 2
+    assert len(started) >= 3
     if how == "kill":
         process.kill()
-    process.join(60)
+    else:
+        told.set()
+    process.join(LIMIT)
     assert process.exitcode == (-signal.SIGKILL if how == "kill" else 0)
-    # The one that reads is bound by its own time.
-    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), 60)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))

@@ -13,8 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serving.checks import QUESTION, eventually, raw
+from tests.serving.checks import QUESTION, raw
 from tests.serving.conftest import running
+from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import ConfigError
 from v2l_fast.serving import listening, logs
 from v2l_fast.serving.limits import ServerLimits
@@ -57,7 +58,7 @@ def test_no_write_waits_for_the_one_before(serve, monkeypatch, host, protocol):
     monkeypatch.setattr(listening._Connection, "connection_made", note)
     live = serve(stand_in={})
     port = httpx.URL(live.url).port
-    with closing(socket.create_connection((host, port), timeout=60)) as client:
+    with closing(socket.create_connection((host, port), timeout=LIMIT)) as client:
         client.sendall(GET)
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
     assert options and all(options)
@@ -68,7 +69,7 @@ def test_a_silent_connection_is_closed(serve, begun):
     """Without a request, within its head, and after an answer."""
     live = serve(limits=ServerLimits(head_seconds=0.2, keep_alive_seconds=0.2), stand_in={})
     with closing(raw(live)) as client:
-        client.settimeout(60)
+        client.settimeout(LIMIT)
         client.sendall(begun)
         received = b""
         while data := client.recv(1 << 16):
@@ -92,7 +93,7 @@ def test_a_head_that_never_ends_is_closed(serve):
             except OSError:
                 return True
 
-        eventually(closed, 60)
+        wait_until(closed)
 
 
 def test_a_reader_that_stops_is_cut(serve):
@@ -100,20 +101,20 @@ def test_a_reader_that_stops_is_cut(serve):
     live = serve(limits=ServerLimits(stalled_seconds=0.3), stand_in={"words": words, "pause": 0.01})
     with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
         next(s.iter_raw())
-        eventually(lambda: live.engine.ended == ["cancelled"], 60)
+        wait_until(lambda: live.engine.ended == ["cancelled"])
     assert live.http.get("/health").is_success
 
 
 def test_no_connection_beyond_the_limit(serve):
-    live = serve(limits=ServerLimits(connections=3, head_seconds=60), stand_in={})
+    live = serve(limits=ServerLimits(connections=3, head_seconds=LIMIT), stand_in={})
     with ExitStack() as stack:
         idle = [stack.enter_context(closing(raw(live))) for _ in range(3)]
-        answer = httpx.get(live.url + "/health", timeout=60)
+        answer = httpx.get(live.url + "/health", timeout=LIMIT)
         assert answer.status_code == 503 and answer.headers["connection"] == "close"
         assert answer.json()["error"]["code"] == "queue_full" and answer.headers["retry-after"]
         idle[0].sendall(GET)
         assert idle[0].recv(1 << 16).startswith(b"HTTP/1.1 200 ")
-    eventually(lambda: httpx.get(live.url + "/health", timeout=60).is_success, 60)
+    wait_until(lambda: httpx.get(live.url + "/health", timeout=LIMIT).is_success)
 
 
 # --- file descriptors ---------------------------------------------------------------------------
@@ -151,17 +152,17 @@ def test_more_connections_than_files(tmp_path, spare, limited):
         address = httpx.URL(url).host, httpx.URL(url).port
         with ExitStack() as stack:
             for _ in range(300):
-                stack.enter_context(closing(socket.create_connection(address, timeout=60)))
+                stack.enter_context(closing(socket.create_connection(address, timeout=LIMIT)))
 
             def answers() -> bool:
                 with suppress(httpx.TransportError):
-                    return httpx.get(url + "/health", timeout=60).is_success
+                    return httpx.get(url + "/health", timeout=LIMIT).is_success
                 return False
 
-            eventually(answers, 120)
-        eventually(answers, 60)
+            wait_until(answers)
+        wait_until(answers)
         ours.send(None)
-        process.join(60)
+        process.join(LIMIT)
         assert process.exitcode == 0
     finally:
         process.kill()

@@ -11,12 +11,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.serving.checks import QUESTION, eventually
+from tests.serving.checks import QUESTION
+from tests.waiting import LIMIT, wait_until
 from v2l_fast.adapter import Adapter
 from v2l_fast.serving.store import content_id
 from v2l_fast.serving.videos import file_hash
@@ -26,31 +28,45 @@ PROCESSES.set_forkserver_preload(["tests.tiny", "tests.serving.test_restart"])
 LIVES = 3
 
 
-def serve_forever(folder: Path, port: int) -> None:
-    """What the command does."""
+def serve_forever(folder: Path, sending: Connection) -> None:
+    """What the command does; sends the port it listens on."""
     import torch
 
-    from v2l_fast.serving.cli import serve
+    from v2l_fast.serving import cli, listening
 
+    bind = listening.bind
+
+    def bound(host: str, port: int) -> socket.socket:
+        taken = bind(host, port)
+        sending.send(taken.getsockname()[1])
+        return taken
+
+    listening.bind = bound
     torch.set_num_threads(1)
-    serve(store=folder, port=port, device="cpu", log_level="error", drain_seconds=5.0)
+    cli.serve(store=folder, port=0, device="cpu", log_level="error", drain_seconds=LIMIT)
 
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[tuple[multiprocessing.Process, httpx.Client]]:
     """The command in a process of its own, answering."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = PROCESSES.Process(target=serve_forever, args=(folder, port))
+    receiving, sending = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=serve_forever, args=(folder, sending))
     process.start()
+    sending.close()
+    # A connection that is kept may be closed by the server at the moment it is used again.
+    limits = httpx.Limits(max_keepalive_connections=0)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            while True:
+        assert receiving.poll(LIMIT)
+        url = f"http://127.0.0.1:{receiving.recv()}"
+        with httpx.Client(base_url=url, timeout=LIMIT, limits=limits) as http:
+
+            def answers() -> bool:
                 assert process.is_alive()
                 with contextlib.suppress(httpx.ConnectError):
-                    http.get("/health")
-                    break
-                time.sleep(0.02)
+                    return bool(http.get("/health").status_code)
+                return False
+
+            wait_until(answers)
             yield process, http
     finally:
         process.kill()
@@ -127,9 +143,7 @@ def test_killed_at_any_moment(shapes, videos, tmp_path):
             with half_an_upload(http, data):
                 for thread in threads:
                     thread.start()
-                while len(finished) < enough:
-                    assert process.is_alive()
-                    time.sleep(0.005)
+                wait_until(lambda: len(finished) >= enough or not process.is_alive())  # noqa: B023
                 time.sleep(rng.uniform(0.0, 0.1))
                 process.kill()
                 process.join()
@@ -148,7 +162,7 @@ def test_told_to_stop_it_finishes(videos, tmp_path, number):
         with open(videos[0], "rb") as file:
             http.post("/v1/videos", files={"file": file}).raise_for_status()
         os.kill(process.pid, number)
-        eventually(lambda: not process.is_alive(), 20)
+        wait_until(lambda: not process.is_alive())
     with served(folder) as (process, http):
         (video,) = http.get("/v1/videos").json()["data"]
         assert video["status"] == "completed"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-import time
+import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from tests.serving.checks import eventually, refused
+from tests.serving.checks import refused
+from tests.waiting import wait_until
 from v2l_fast.adapter import Adapter
 from v2l_fast.interop.peft import load_peft
 from v2l_fast.serving.limits import ServerLimits
@@ -26,10 +27,14 @@ def test_an_upload_becomes_an_adapter(serve, shapes, videos):
     job = answer.json()
     assert job["adapter_id"] is None and not job["cached"] and job["name"] == "my clip.mp4"
     seen = []
-    while job["status"] != "completed":
+
+
+    def completed() -> bool:
         seen.append((job["progress"], job["status"]))
-        time.sleep(0.01)
-        job = live.http.get(f"/v1/videos/{job['id']}").json()
+        job.update(live.http.get(f"/v1/videos/{job['id']}").json())
+        return job["status"] == "completed"
+
+    wait_until(completed)
     assert seen == sorted(seen) and job["progress"] == 1
     assert set(job["seconds"]) >= {"decoding", "generating"}
     expected = shapes.internalize(videos[0])
@@ -72,7 +77,8 @@ def test_other_options_give_another_adapter(serve, videos):
 
 
 def test_uploads_at_the_same_time_share_a_job(serve, videos):
-    live = serve(stand_in={"pause": 0.5})
+    hold = threading.Event()
+    live = serve(stand_in={"hold": hold})
     data = videos[0].read_bytes()
 
     def upload(_):
@@ -80,6 +86,7 @@ def test_uploads_at_the_same_time_share_a_job(serve, videos):
 
     with ThreadPoolExecutor(4) as threads:
         jobs = list(threads.map(upload, range(4)))
+    hold.set()
     assert len({job["id"] for job in jobs}) == 1
 
 
@@ -110,7 +117,7 @@ def test_downloads(serve, shapes, videos, tmp_path):
     assert torch.equal(peft.A["down_proj"], a["down_proj"])
     assert torch.equal(peft.B["down_proj"], adapter.scale * b["down_proj"])
     assert '"served/name"' in (tmp_path / video / "adapter_config.json").read_text()
-    eventually(lambda: not list(live.server.store.staging.folder.iterdir()))
+    wait_until(lambda: not list(live.server.store.staging.folder.iterdir()))
 
 
 @pytest.mark.parametrize("way", ["replaced", "written over", "a link", "a link to another"])
@@ -173,10 +180,10 @@ def test_uploaded_videos_take_bounded_space(serve, videos):
     size = videos[0].stat().st_size
     live = serve(limits=ServerLimits(kept_video_bytes=size))
     first = live.internalize(videos[0])["adapter_id"]
-    time.sleep(0.2)
-    live.internalize(videos[1])
-    time.sleep(0.2)
-    live.internalize(videos[2])
+    for path in videos[1:]:
+        # One in use is not removed.
+        wait_until(lambda: not live.server.videos._in_use)
+        live.internalize(path)
     direct = {"model": first, "video_mode": "context", **QUESTION}
     answer = live.http.post("/v1/chat/completions", json=direct)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "video_gone")
@@ -189,9 +196,7 @@ def test_a_video_that_changed_where_it_lies(serve, videos, tmp_path):
     root.mkdir()
     (root / "clip.mp4").write_bytes(videos[0].read_bytes())
     live = serve(root=root)
-    job = live.http.post("/v1/videos", json={"path": "clip.mp4"}).json()
-    while live.http.get(f"/v1/videos/{job['id']}").json()["status"] != "completed":
-        time.sleep(0.01)
+    job = live.completed(live.http.post("/v1/videos", json={"path": "clip.mp4"}).json())
     (root / "clip.mp4").write_bytes(videos[1].read_bytes())
     direct = {"model": job["id"], "video_mode": "context", **QUESTION}
     answer = live.http.post("/v1/chat/completions", json=direct)

@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from tests.serving.checks import eventually
+from tests.waiting import wait_until
 from v2l_fast.cli import app
 from v2l_fast.errors import AdapterError
 from v2l_fast.interop.peft import load_peft, validate_peft
@@ -53,6 +53,6 @@ def test_what_is_stored_is_published(shapes, videos, tmp_path):
     stored = store.put(adapter)
     assert load_peft(published / stored).rank == adapter.rank + 8
     assert store.put(adapter) == stored
-    eventually(lambda: [p.name for p in published.iterdir()] == [stored])
+    wait_until(lambda: [p.name for p in published.iterdir()] == [stored])
     store.delete(stored)
     assert not any(published.iterdir()) and store.list() == []

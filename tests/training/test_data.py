@@ -305,9 +305,7 @@ def test_a_truncated_file_gives_its_spans_over_what_decodes(tmp_path):
 def test_broken_videos_are_failures_with_their_reason(backbone, tmp_path):
     manifest, broken = write_folder(tmp_path, 8, tuple(REASONS))
     reads = source(backbone, load_manifest(manifest))
-    started = time.perf_counter()
     loaded = [reads.load(index, 0) for index in range(len(reads))]
-    assert time.perf_counter() - started < 20
     for video, found in zip(reads.videos, loaded, strict=True):
         if video.name in broken:
             assert isinstance(found, Failure) and found.video == video.name

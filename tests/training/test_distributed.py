@@ -1,6 +1,8 @@
 """Several processes, killed and not: real ones, over gloo."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.training.test_trainer import curve, same, weights
 from tests.training.tiny_run import run, settings
+from tests.waiting import LIMIT
 from v2l_fast.training.checkpoint import checkpoint_path, latest_checkpoint, read_progress
 from v2l_fast.training.folder import RunFolder
 from v2l_fast.training.records import read_lines
@@ -35,13 +38,20 @@ def start(tmp_path_factory):
     return f'model.init="{folder}"'
 
 
+def unused_port() -> int:
+    """A port that nobody listens on, and that no one is given who asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 def launch(
     folder: Path, processes: int, start: str, *events: list[str], batch: int = 8
 ) -> list[int]:
     """Exit codes of the processes of one run; events[r] are arguments of process r."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = unused_port()
     started = []
     for rank in range(processes):
         environment = os.environ | {
@@ -61,7 +71,7 @@ def launch(
                 )
             )
     try:
-        return [process.wait(timeout=300) for process in started]
+        return [process.wait(timeout=LIMIT) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 
+from tests.cluster import cluster
 from tests.training.broken import write_folder
 from v2l_fast.errors import VideoError
 from v2l_fast.training import teach as teaching
@@ -23,16 +24,8 @@ def ray():
 
     # Workers get this module's classes by value: they cannot import tests.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    before = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
-    )
-    yield ray
-    ray.shutdown()
-    os.environ.pop("RAY_AUTH_MODE")
-    if before is not None:
-        os.environ["RAY_AUTH_MODE"] = before
+    with cluster():
+        yield ray
 
 
 class Killed(teaching.Teacher):

@@ -11,6 +11,7 @@ sandbox: it runs as the server's user.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 _PROCESSES = multiprocessing.get_context("forkserver")
 # Seconds by which a task may overrun its time limit, which it is to keep itself.
 _GRACE = 1.0
+# Seconds for a killed process to be gone: the kernel first frees its memory.
+_END = 60.0
+_PR_SET_PDEATHSIG = 1
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, VideoError)}
 
 # A file, its limits and more -> JSON, and uint8 frames [F, ..] or None. Found by its name in the
@@ -99,7 +103,9 @@ class Isolation:
             self._running.discard(process)
             # Has no effect on one that has ended, and its exit code.
             process.kill()
-            process.join(_GRACE)
+        wait([process.sentinel], _END)
+        with self._mutex:
+            process.join(0)
         if result is None:
             if self._closed is not None:
                 raise self._closed
@@ -151,6 +157,7 @@ def _work(
     connection: Connection, memory: int, task: Task, path: str, limits: Limits, *options: object
 ) -> None:
     """Run a task within limits that hold for native code, too, and send its result."""
+    _end_with_the_server()
     # Ctrl-C is for the server, which finishes what is under way.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logs.configure("warning")
@@ -174,6 +181,19 @@ def _work(
     if frames is not None:
         for frame in frames.flatten(1).numpy():
             connection.send_bytes(frame)
+
+
+def _end_with_the_server() -> None:
+    """Have the kernel kill this process when the server ends, however that does.
+
+    The process this one was forked from ends when no process that holds the server's end of a
+    pipe is left, and takes this one with it. This process was handed a copy of that end, for
+    children of its own. While it holds the copy its parent lives, so the order leaves no gap.
+    """
+    if sys.platform == "linux":
+        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+            raise OSError(ctypes.get_errno(), "prctl")
+        os.close(forkserver._forkserver._forkserver_alive_fd)
 
 
 def _limit_memory(more: int) -> None:
