@@ -31,6 +31,12 @@ def read_or_suffer(path: str, limits: Limits) -> tuple[dict[str, Any], None]:
     return reading._probe(path, limits)
 
 
+def load_for_ever(path: str, limits: Limits, *options: object) -> None:
+    """In place of decoding a file: says that it has begun, and does not end."""
+    Path(f"{path}.{os.getpid()}.begun").touch()
+    slowly()
+
+
 def read_for_ever(folder: Path, harms: list[bytes], told: Event) -> None:
     """A program that has files read which take for ever, and ends when it is told."""
     reading._probe = read_or_suffer

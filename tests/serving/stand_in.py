@@ -20,6 +20,7 @@ from v2l_fast.serving.requests import (
     Generation,
     GenerationRequest,
     InternalizeJob,
+    JobCancelled,
     QueueFull,
     Usage,
 )
@@ -106,7 +107,7 @@ class StandInEngine:
             try:
                 job.update("decoding", 0.1)
                 time.sleep(self.pause)
-                self._held(lambda: False)
+                self._held(lambda: job.cancellation.requested)
                 adapter = self.model.internalize(path, **options)
                 job.update("generating", 0.9)
                 job.update("done", 1.0, adapter_id=self.store.put(adapter))
@@ -115,6 +116,13 @@ class StandInEngine:
 
         self._threads.submit(work)
         return job
+
+    def cancel(self, job: InternalizeJob) -> bool:
+        if job.done:
+            return False
+        job.cancellation.request()
+        job.update("cancelled", job.progress, error=JobCancelled("cancelled"))
+        return True
 
     def _held(self, cancelled: Callable[[], bool]) -> None:
         while self.hold is not None and not (cancelled() or self.hold.wait(0.005)):

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 
 from starlette.concurrency import run_in_threadpool
 
+from v2l_fast.serving.index import StoredAdapter
 from v2l_fast.serving.jobs import Job, Jobs
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.requests import QueueFull
@@ -39,7 +40,7 @@ class Admission:
         self._received = self._received_bytes = 0
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
         self._looks = asyncio.Semaphore(_LOOKS)
-        self._starting: dict[tuple[str, str], asyncio.Task[Job | str]] = {}
+        self._starting: dict[tuple[str, str], asyncio.Task[Job | StoredAdapter]] = {}
 
     @asynccontextmanager
     async def receiving(self, size: int) -> AsyncIterator[None]:
@@ -88,16 +89,23 @@ class Admission:
             self._take(waited)
             turn.set_result(None)
 
-    async def start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | str:
+    async def start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | StoredAdapter:
         """:meth:`Jobs.start`; equal videos with equal options that arrive meanwhile share it."""
         key = (video.sha256, options.model_dump_json(exclude={"path"}))
-        if key not in self._starting:
+        task = self._starting.get(key)
+        joins = task is not None
+        if task is None:
             task = asyncio.create_task(self._start(video, options))
             self._starting[key] = task
             task.add_done_callback(lambda _: self._starting.pop(key))
         # Cancelling one caller leaves the others their job.
-        return await asyncio.shield(self._starting[key])
+        job = await asyncio.shield(task)
+        if joins and isinstance(job, Job) and not self._jobs.join(job):
+            return await self.start(video, options)
+        return job
 
-    async def _start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | str:
+    async def _start(
+        self, video: ReceivedVideo, options: InternalizeOptions
+    ) -> Job | StoredAdapter:
         async with self._looks:
             return await run_in_threadpool(self._jobs.start, video, options)

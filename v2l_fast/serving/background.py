@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from v2l_fast.backbones.steps import Step
 from v2l_fast.errors import V2LError
+from v2l_fast.serving.requests import Cancellation
 
 Result = TypeVar("Result")
 
@@ -24,6 +25,7 @@ Result = TypeVar("Result")
 class _Task:
     steps: Generator[Step, None, Any]
     progress: Callable[[str, int, int], None]
+    cancellation: Cancellation
     done: Future
 
 
@@ -47,21 +49,25 @@ class Background:
         self,
         steps: Generator[Step, None, Result],
         progress: Callable[[str, int, int], None] | None = None,
+        cancellation: Cancellation | None = None,
     ) -> Result:
         """In a worker thread: the "decode" stage, then wait until the engine's thread has done the
         rest.
 
         Raises:
+            JobCancelled: ``cancellation`` was requested; no further unit runs.
             V2LError: what a unit raised, or the reason of :meth:`close`.
         """
         # Frames that are on a GPU are resized there from this thread, beside the engine's passes:
         # both use the device's default stream, so what the engine reads afterwards is complete.
         progress = progress or (lambda stage, done, total: None)
+        cancellation = cancellation or Cancellation()
         stage = "decode"
         while stage == "decode":
+            cancellation.check()
             step = stage, _, _ = next(steps)
             progress(*step)
-        task = _Task(steps, progress, Future())
+        task = _Task(steps, progress, cancellation, Future())
         with self._lock:
             if self._closed is not None:
                 raise self._closed
@@ -76,6 +82,7 @@ class Background:
                 return False
             task = self._tasks.popleft()
         try:
+            task.cancellation.check()
             step = next(task.steps)
         except StopIteration as end:
             task.done.set_result(end.value)

@@ -59,7 +59,8 @@ class Engine:
             model's do, and the engine answers from this adapter alone.
         warm_up: compile and capture what short questions need before the first one is answered;
             they wait for it.
-        load_clip: reads the videos of jobs; ``model.load_clip`` when omitted.
+        load_clip: reads the videos of jobs; ``model.load_clip`` when omitted. It is called with a
+            path, the arguments of :meth:`internalize` and the job's :class:`Cancellation`.
 
     Raises:
         AdapterError: ``merged`` is unknown or belongs to another model.
@@ -98,7 +99,7 @@ class Engine:
         self._background = Background(self._wake)
         self._jobs = Internalization(
             model, store, self._host, self._background, self._changed, queue_limit,
-            load_clip or model.load_clip,
+            load_clip,
         )  # fmt: skip
         self._question_workers = ThreadPoolExecutor(WORKERS, "v2l-question")
         self._ready = threading.Event()
@@ -166,6 +167,11 @@ class Engine:
         with self._changed:
             self._check_open()
             return self._jobs.start(path, (max_frames, longest_edge, exact_frames))
+
+    def cancel(self, job: InternalizeJob) -> bool:
+        """End a job as "cancelled", at once; whether it has been. False for a job that has ended,
+        or whose adapter is being stored."""
+        return self._jobs.cancel(job)
 
     def forget(self, adapter_id: str) -> None:
         """An adapter has been deleted: the next request for it asks the store."""

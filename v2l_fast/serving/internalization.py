@@ -15,7 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from v2l_fast.errors import V2LError
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.background import Background
-from v2l_fast.serving.requests import InternalizeJob, QueueFull, told
+from v2l_fast.serving.requests import (
+    Cancellation,
+    InternalizeJob,
+    JobCancelled,
+    QueueFull,
+    told,
+)
 from v2l_fast.serving.slots import HostAdapters, Store
 from v2l_fast.video import VideoClip
 
@@ -30,7 +36,8 @@ STATES = {
 
 # As Video2LoRA.internalize: max_frames, longest_edge, exact_frames.
 Options = tuple[int | None, int | None, bool]
-LoadClip = Callable[[str | os.PathLike, int | None, int | None, bool], VideoClip]
+# A path, the options, and what may end the reading early.
+LoadClip = Callable[[str | os.PathLike, int | None, int | None, bool, Cancellation], VideoClip]
 
 
 class Internalization:
@@ -42,11 +49,12 @@ class Internalization:
         background: runs what needs the model.
         changed: the engine's lock, notified when a job ends.
         limit: jobs that may be unfinished.
-        load_clip: reads a video, in a worker; :meth:`Video2LoRA.load_clip` or one like it.
+        load_clip: reads a video, in a worker; :meth:`Video2LoRA.load_clip` when None, which reads
+            to the end whatever is cancelled.
 
     Attributes:
         unfinished: jobs that wait or run; guarded by ``changed``.
-        ended: finished jobs, "done" and "failed".
+        ended: finished jobs: "done", "failed" and "cancelled".
     """
 
     def __init__(
@@ -57,13 +65,15 @@ class Internalization:
         background: Background,
         changed: threading.Condition,
         limit: int,
-        load_clip: LoadClip,
+        load_clip: LoadClip | None = None,
     ) -> None:
         self.unfinished: set[InternalizeJob] = set()
-        self.ended = {"done": 0, "failed": 0}
+        self.ended = {"done": 0, "failed": 0, "cancelled": 0}
         self._model, self._store, self._host = model, store, host
         self._background, self._changed = background, changed
-        self._limit, self._load_clip = limit, load_clip
+        self._limit, self._load_clip = limit, load_clip or self._load_here
+        # Jobs whose adapter is on its way to the disk.
+        self._storing: set[InternalizeJob] = set()
         self._workers = ThreadPoolExecutor(WORKERS, "v2l-internalize")
 
     def start(self, path: str | os.PathLike, options: Options) -> InternalizeJob:
@@ -78,6 +88,19 @@ class Internalization:
         self.unfinished.add(job)
         self._workers.submit(self._work, job, path, options)
         return job
+
+    def cancel(self, job: InternalizeJob) -> bool:
+        """End a job as "cancelled"; whether it has been.
+
+        It is over at once, a process that reads its video is killed, and at most the unit of work
+        that runs is finished. False for a job that has ended or whose adapter is being stored.
+        """
+        with self._changed:
+            if job not in self.unfinished or job in self._storing:
+                return False
+            job.cancellation.request()
+            self._end(job, error=JobCancelled("the job was cancelled"))
+            return True
 
     def stop(self) -> None:
         """Begin no other job."""
@@ -96,16 +119,30 @@ class Internalization:
             job.update(state, begins + (ends - begins) * done / total)
 
         try:
+            job.cancellation.check()
             progress("decode", 0, 1)
-            clip = self._load_clip(path, *options)
+            clip = self._load_clip(path, *options, job.cancellation)
             steps = self._model.internalize_steps(clip, *options)
-            adapter = self._background.run(steps, progress)
+            adapter = self._background.run(steps, progress, job.cancellation)
+            with self._changed:
+                job.cancellation.check()
+                self._storing.add(job)
             adapter_id = self._store.put(adapter)
             self._host.keep(adapter_id, adapter)
         except Exception as error:
             self._end(job, error=told(error))
         else:
             self._end(job, adapter_id)
+
+    def _load_here(
+        self,
+        path: str | os.PathLike,
+        max_frames: int | None,
+        longest_edge: int | None,
+        exact_frames: bool,
+        cancellation: Cancellation,
+    ) -> VideoClip:
+        return self._model.load_clip(path, max_frames, longest_edge, exact_frames)
 
     def _end(
         self, job: InternalizeJob, adapter_id: str | None = None, error: V2LError | None = None
@@ -114,7 +151,10 @@ class Internalization:
             if job not in self.unfinished:
                 return
             self.unfinished.discard(job)
+            self._storing.discard(job)
             state = "done" if error is None else "failed"
+            if isinstance(error, JobCancelled):
+                state = "cancelled"
             self.ended[state] += 1
             job.update(state, 1.0 if error is None else job.progress, adapter_id, error)
             self._changed.notify_all()

@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -33,6 +34,7 @@ import torch
 
 from v2l_fast.errors import ConfigError, V2LError, VideoError
 from v2l_fast.serving import logs
+from v2l_fast.serving.requests import Cancellation, JobCancelled
 from v2l_fast.video import Limits
 
 log = logging.getLogger(__name__)
@@ -76,16 +78,26 @@ class Isolation:
         self._closed: V2LError | None = None
 
     def run(
-        self, task: Task, path: str | os.PathLike, limits: Limits, *options: object
+        self,
+        task: Task,
+        path: str | os.PathLike,
+        limits: Limits,
+        *options: object,
+        cancellation: Cancellation | None = None,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """What ``task(path, limits, *options)`` returns.
 
+        Args:
+            cancellation: kills the task's process when it is requested.
+
         Raises:
+            JobCancelled: ``cancellation`` was requested.
             ConfigError, VideoError: of the task.
             VideoError: its process crashed, or took more time or memory than it may.
             V2LError: no process can be started, or the reason of :meth:`close`.
         """
         path = os.fspath(path)
+        cancellation = cancellation or Cancellation()
         receiving, sending = _PROCESSES.Pipe(duplex=False)
         arguments = sending, self._memory, task, path, limits, *options
         process = _PROCESSES.Process(target=_work, args=arguments, daemon=True)
@@ -95,10 +107,9 @@ class Isolation:
                     raise self._closed
                 _start(process)
                 self._running.add(process)
-            try:
+            result = None
+            with suppress(EOFError, OSError, JobCancelled), cancellation.stopping(process.kill):
                 result = _received(receiving)
-            except (EOFError, OSError):
-                result = None
         with self._mutex:
             self._running.discard(process)
             # Has no effect on one that has ended, and its exit code.
@@ -107,6 +118,7 @@ class Isolation:
         with self._mutex:
             process.join(0)
         if result is None:
+            cancellation.check()
             if self._closed is not None:
                 raise self._closed
             log.warning("%s: reading it ended with exit code %s", path, process.exitcode)
@@ -175,6 +187,9 @@ def _work(
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
         message = f"{path}: reading it takes more than {memory / 1e9:g} GB of memory; scale it down"
+        found = {"error": VideoError.__name__, "message": message}
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror or error})"
         found = {"error": VideoError.__name__, "message": message}
     shape = {} if frames is None else {"shape": frames.shape}
     connection.send_bytes(json.dumps(found | shape).encode())

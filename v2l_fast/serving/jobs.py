@@ -12,9 +12,10 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from v2l_fast.errors import ConfigError
+from v2l_fast.errors import AdapterError, ConfigError
 from v2l_fast.serving import logs
 from v2l_fast.serving.engine import Engine
+from v2l_fast.serving.index import StoredAdapter
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.metrics import Metrics
 from v2l_fast.serving.reading import VideoReader
@@ -27,15 +28,21 @@ from v2l_fast.serving.videos import ReceivedVideo, VideoFolder, clean_name
 _REMEMBERED = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Job:
-    """A job and the video it is about; ``name`` is the one the video was sent with."""
+    """A job and the video it is about.
+
+    Attributes:
+        name: the one the video was sent with.
+        uploads: requests that joined the job and have not left it.
+    """
 
     work: InternalizeJob
     sha256: str
     settings: InternalizeSettings
     name: str
     created: float = field(default_factory=time.time)
+    uploads: int = 1
 
     @property
     def id(self) -> str:
@@ -67,16 +74,18 @@ class Jobs:
         self._limits = limits
         self._metrics = metrics
         self._mutex = threading.Lock()
+        # Jobs that equal videos join, and those that :meth:`collect` has not accounted for yet.
         self._active: dict[tuple[str, InternalizeSettings], Job] = {}
+        self._uncollected: set[Job] = set()
         self._by_id: OrderedDict[str, Job] = OrderedDict()
 
-    def start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | str:
+    def start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | StoredAdapter:
         """Internalize a video; it is kept from the moment it is known to be one.
 
         A refused video leaves nothing behind and pushes no other one out.
 
         Returns:
-            The job, also when it runs already; or the adapter's id when the store has it.
+            The job, also when it runs already; or the adapter when the store has it.
 
         Raises:
             VideoError: it is no video, or beyond the limits.
@@ -84,9 +93,9 @@ class Jobs:
             QueueFull: too many jobs are waiting.
         """
         settings = self._checked(options)
-        known = self._store.find(video.sha256, settings)
+        known = self._known(video.sha256, settings)
         if known is not None:
-            self._videos.release(self._videos.keep(video).sha256)
+            self.discard(self._videos.keep(video).sha256)
             self._metrics.internalized("cached", {})
             return known
         key = (video.sha256, settings)
@@ -110,30 +119,72 @@ class Jobs:
                 )
                 job = Job(work, video.sha256, settings, clean_name(video.name))
                 self._active[key] = self._by_id[job.id] = job
+                self._uncollected.add(job)
                 started = True
             return job
         finally:
             if not started:
-                self._discard(video.sha256)
+                self.discard(video.sha256)
+
+    def _known(self, sha256: str, settings: InternalizeSettings) -> StoredAdapter | None:
+        adapter_id = self._store.find(sha256, settings)
+        if adapter_id is None:
+            return None
+        try:
+            return self._store.describe(adapter_id)
+        except AdapterError:
+            # Deleted meanwhile.
+            return None
 
     def _running(self, key: tuple[str, InternalizeSettings]) -> Job | None:
-        """The job of the same video and settings, if there is one; call with the mutex held.
+        """The job of the same video and settings, if there is one, joined; call with the mutex
+        held.
 
         Raises:
             QueueFull: there is none, and no room for another.
         """
         job = self._active.get(key)
-        if job is None and len(self._active) >= self._limits.jobs:
+        if job is not None:
+            job.uploads += 1
+        elif len(self._uncollected) >= self._limits.jobs:
             raise QueueFull(f"{self._limits.jobs} videos are waiting; try again later")
         return job
 
-    def _discard(self, sha256: str) -> None:
+    def join(self, job: Job) -> bool:
+        """Count one more upload that follows a job; False when the job has been cancelled."""
+        with self._mutex:
+            if job.uploads == 0:
+                return False
+            job.uploads += 1
+            return True
+
+    def leave(self, job: Job) -> bool:
+        """Take back one upload of a job, and cancel the job with the last one.
+
+        Returns:
+            False when the job has ended otherwise or stores its adapter: nothing has changed.
+        """
+        with self._mutex:
+            if job.work.state == "cancelled":
+                return True
+            if job.uploads > 1 and not job.work.done:
+                job.uploads -= 1
+                return True
+            if not self._engine.cancel(job.work):
+                return False
+            job.uploads = 0
+            del self._active[job.sha256, job.settings]
+        self.collect()
+        return True
+
+    def discard(self, sha256: str) -> None:
         """End a use of a video; it goes when no adapter was made from it and nobody uses it."""
         self._videos.release(sha256)
         # A store that cannot be read says nothing about the video.
         with suppress(StoreError):
-            if all(record.video != sha256 for record in self._store.list()):
-                self._videos.delete(sha256)
+            self._videos.delete(
+                sha256, lambda: any(record.video == sha256 for record in self._store.list())
+            )
 
     def _checked(self, options: InternalizeOptions) -> InternalizeSettings:
         given = {k: v for k, v in options.model_dump().items() if v is not None}
@@ -155,25 +206,25 @@ class Jobs:
     def unfinished(self) -> list[Job]:
         """Jobs that wait, run or have failed, the newest first."""
         with self._mutex:
-            return [job for job in reversed(self._by_id.values()) if job.work.state != "done"]
+            jobs = list(reversed(self._by_id.values()))
+        return [job for job in jobs if job.work.state not in ("done", "cancelled")]
 
     def collect(self) -> None:
         """Account for the jobs that have finished since the last call."""
         with self._mutex:
-            finished = [(key, job) for key, job in self._active.items() if job.work.done]
-            for key, _ in finished:
-                del self._active[key]
-            while len(self._by_id) > _REMEMBERED + len(self._active):
+            finished = {job for job in self._uncollected if job.work.done}
+            self._uncollected -= finished
+            for job in finished:
+                # A cancelled job left its place at once, and another may have it.
+                if self._active.get((job.sha256, job.settings)) is job:
+                    del self._active[job.sha256, job.settings]
+            while len(self._by_id) > _REMEMBERED + len(self._uncollected):
                 oldest = next(i for i, job in self._by_id.items() if job.work.done)
                 del self._by_id[oldest]
-        for _, job in finished:
+        for job in finished:
             work = job.work
-            if work.adapter_id is None:
-                result = "failed"
-                self._discard(job.sha256)
-            else:
-                result = "internalized"
-                self._videos.release(job.sha256)
+            result = "internalized" if work.state == "done" else work.state
+            self.discard(job.sha256)
             self._metrics.internalized(result, work.seconds)
             logs.event(
                 "video",

@@ -78,7 +78,7 @@ class Metrics:
         )
         self._videos = Counter(
             "v2l_videos",
-            "Videos by what became of them: internalized, failed, or cached (from the store).",
+            "Videos by result: internalized, failed, cancelled, or cached (from the store).",
             ["result"],
             registry=self.registry,
         )

@@ -19,6 +19,7 @@ from v2l_fast.errors import V2LError, VideoError
 from v2l_fast.serving import isolation
 from v2l_fast.serving.isolation import Isolation
 from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.requests import Cancellation
 from v2l_fast.video import Limits, VideoClip, VideoInfo, fallbacks, load_video, probe
 from v2l_fast.video.reading import resolved
 
@@ -62,11 +63,22 @@ class VideoReader:
         return VideoInfo(**found)
 
     def load(
-        self, path: str | os.PathLike, max_frames: int, longest_edge: int, exact_frames: bool
+        self,
+        path: str | os.PathLike,
+        max_frames: int,
+        longest_edge: int,
+        exact_frames: bool,
+        cancellation: Cancellation | None = None,
     ) -> VideoClip:
-        """:func:`v2l_fast.video.load_video` on the CPU, apart; raises as :meth:`probe`."""
+        """:func:`v2l_fast.video.load_video` on the CPU, apart; raises as :meth:`probe`.
+
+        Raises:
+            JobCancelled: ``cancellation`` was requested.
+        """
         options = max_frames, self._config.target_fps, exact_frames, longest_edge
-        found, frames = self._isolation.run(_load, path, self._limits.decoding, *options)
+        found, frames = self._isolation.run(
+            _load, path, self._limits.decoding, *options, cancellation=cancellation
+        )
         return VideoClip(
             frames=torch.from_numpy(frames),
             indices=np.array(found.pop("indices"), dtype=np.int64),
@@ -81,9 +93,10 @@ class VideoReader:
         max_frames: int | None = None,
         longest_edge: int | None = None,
         exact_frames: bool = False,
+        cancellation: Cancellation | None = None,
     ) -> VideoClip:
         """:meth:`Video2LoRA.load_clip` of a file: by the GPU where it can, else :meth:`load`; the
-        frames are on the model's device."""
+        frames are on the model's device. The GPU reads to the end whatever is cancelled."""
         frames = self._config.max_frames if max_frames is None else max_frames
         edge = self._config.longest_edge if longest_edge is None else longest_edge
         if resolved("auto", self._device) == "dali":
@@ -100,7 +113,7 @@ class VideoReader:
                 )
             except VideoError as error:
                 fallbacks.add(os.fspath(path), "not by the GPU", str(error))
-        clip = self.load(path, frames, edge, exact_frames)
+        clip = self.load(path, frames, edge, exact_frames, cancellation)
         return replace(clip, frames=clip.frames.to(self._device))
 
     def close(self, reason: V2LError) -> None:

@@ -40,6 +40,51 @@ class EngineClosed(V2LError):
     """The engine is shutting down, or has stopped after an error."""
 
 
+class JobCancelled(V2LError):
+    """The job was cancelled by :meth:`Cancellation.request`."""
+
+
+class Cancellation:
+    """A request, from any thread, to stop the work of another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requested = False
+        self._stop: Callable[[], None] | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self._requested
+
+    def request(self) -> None:
+        """Ask the work to stop; what it waits for within :meth:`stopping` is stopped at once."""
+        with self._lock:
+            self._requested = True
+            if self._stop is not None:
+                self._stop()
+
+    def check(self) -> None:
+        """Raises JobCancelled: the request was made."""
+        if self._requested:
+            raise JobCancelled("the job was cancelled")
+
+    @contextmanager
+    def stopping(self, stop: Callable[[], None]) -> Iterator[None]:
+        """Call ``stop`` when the request comes within the block, which then ends by itself.
+
+        Raises:
+            JobCancelled: the request came before.
+        """
+        with self._lock:
+            self.check()
+            self._stop = stop
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._stop = None
+
+
 @contextmanager
 def room(places: threading.Semaphore) -> Iterator[None]:
     """One of so many places for work that holds a thread, or QueueFull: who waits holds one, too.
@@ -269,11 +314,12 @@ class InternalizeJob:
 
     Attributes:
         id: of the job.
-        state: "queued", "decoding", "encoding", "generating", "done" or "failed".
+        state: "queued", "decoding", "encoding", "generating", "done", "failed" or "cancelled".
         progress: 0 to 1.
         adapter_id: in the store, when done.
-        error: why it failed.
+        error: why it failed, or that it was cancelled.
         seconds: time spent in each state so far.
+        cancellation: requested by :meth:`Engine.cancel`.
     """
 
     id: str
@@ -282,18 +328,20 @@ class InternalizeJob:
     adapter_id: str | None = None
     error: V2LError | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    cancellation: Cancellation = field(default_factory=Cancellation, repr=False)
     _signal: _Signal = field(default_factory=_Signal, repr=False)
     _since: float = field(default_factory=time.perf_counter, repr=False)
 
     @property
     def done(self) -> bool:
-        return self.state in ("done", "failed")
+        return self.state in ("done", "failed", "cancelled")
 
     def wait(self, timeout: float | None = None) -> str:
         """Wait for the adapter's id.
 
         Raises:
             TimeoutError: it is not there after ``timeout`` seconds.
+            JobCancelled: the job was cancelled.
             V2LError: why the job failed.
         """
         with self._signal.condition:

@@ -254,7 +254,7 @@ class PeftQuery(BaseModel):
     text_only: bool = Field(False, description="The base is the exported text decoder alone.")
 
 
-Status = Literal["queued", "decoding", "encoding", "generating", "completed", "failed"]
+Status = Literal["queued", "decoding", "encoding", "generating", "completed", "failed", "cancelled"]
 
 
 class VideoBody(BaseModel):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from v2l_fast.errors import AdapterError
+from v2l_fast.errors import AdapterError, V2LError
 from v2l_fast.generation import Sampling
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.auth import Keys
@@ -99,12 +100,16 @@ class Server:
             field: of the request, where the id stands; for the error.
 
         Raises:
-            ApiError: 404 when there is none, 409 when its job has not finished or has failed.
+            ApiError: 404 when there is none, 409 when its job has not finished, has failed or was
+                cancelled.
         """
         job = self.jobs.get(video_id)
         if job is not None:
             if job.work.state == "failed":
                 raise ApiError(409, "internalizing this video failed", "video_failed", field)
+            if job.work.state == "cancelled":
+                message = "internalizing this video was cancelled"
+                raise ApiError(409, message, "video_cancelled", field)
             if job.work.adapter_id is None:
                 message = "this video is still being internalized"
                 raise ApiError(409, message, "video_not_ready", field)
@@ -149,7 +154,7 @@ class Server:
     def describe_job(self, job: Job) -> VideoBody:
         """A job without an adapter yet."""
         work = job.work
-        failed = None if work.error is None else body(translate(work.error))
+        failed = body(translate(work.error)) if work.state == "failed" else None
         return VideoBody(
             id=job.id,
             status="generating" if work.state == "done" else work.state,
@@ -163,12 +168,21 @@ class Server:
         )
 
     def delete(self, video_id: str) -> str:
-        """Remove an adapter, and its video when no other adapter was made from it.
+        """Cancel a job, or remove an adapter, and its video when no other adapter was made from it.
+
+        A job that several uploads share loses one of them, and is cancelled with the last.
 
         Raises:
             ApiError: 404 or 409 as :meth:`resolve`.
             StoreError: the folder cannot be written.
         """
+        job = self.jobs.get(video_id)
+        if job is not None and job.work.state not in ("done", "failed"):
+            if self.jobs.leave(job):
+                return video_id
+            # Its adapter is being stored, which takes a moment; an error is the job's.
+            with suppress(V2LError):
+                job.work.wait()
         adapter_id = self.resolve(video_id)
         try:
             video = self.store.describe(adapter_id).video
@@ -177,8 +191,8 @@ class Server:
             raise translate(error) from None
         self.engine.forget(adapter_id)
         self._clips.pop(adapter_id, None)
-        if video is not None and all(record.video != video for record in self.store.list()):
-            self.videos.delete(video)
+        if video is not None:
+            self.videos.delete(video, lambda: any(r.video == video for r in self.store.list()))
         return adapter_id
 
     # --- questions ----------------------------------------------------------------------------
@@ -248,7 +262,7 @@ class Server:
                     provenance["preprocessing"]["exact_frames"],
                 )
         finally:
-            self.videos.release(video.sha256)
+            self.jobs.discard(video.sha256)
         if clip.sha256 != video.sha256:
             # A linked file that was replaced where it lies.
             raise gone

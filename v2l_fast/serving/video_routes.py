@@ -16,6 +16,7 @@ from v2l_fast.serving.admission import Admission
 from v2l_fast.serving.auth import documented
 from v2l_fast.serving.gate import FORM, content_type
 from v2l_fast.serving.http_errors import ApiError, from_validation, responses
+from v2l_fast.serving.index import StoredAdapter
 from v2l_fast.serving.jobs import Job
 from v2l_fast.serving.schemas import (
     Deleted,
@@ -75,11 +76,11 @@ async def create(request: Request, response: Response) -> VideoBody:
     if isinstance(job, Job):
         response.status_code = 202
         return server.describe_job(job)
-    known = await run_in_threadpool(server.describe, job)
+    known = await run_in_threadpool(server.describe_adapter, job)
     return known.model_copy(update={"cached": True})
 
 
-async def _uploaded(request: Request, server: Server) -> Job | str:
+async def _uploaded(request: Request, server: Server) -> Job | StoredAdapter:
     admission: Admission = request.app.state.admission
     part, limit = server.store.staging.new_path(), server.limits.upload_bytes
     try:
@@ -92,7 +93,7 @@ async def _uploaded(request: Request, server: Server) -> Job | str:
         server.store.staging.remove(part)
 
 
-async def _linked(request: Request, server: Server) -> Job | str:
+async def _linked(request: Request, server: Server) -> Job | StoredAdapter:
     admission: Admission = request.app.state.admission
     try:
         options = PathRequest.model_validate(json_body.parse(await request.body()))
@@ -129,7 +130,12 @@ def video(video_id: str, request: Request) -> VideoBody:
 
 @router.delete("/{video_id}", responses=responses(401, 404, 409, 503))
 def delete(video_id: str, request: Request) -> Deleted:
-    """Remove an adapter, and the video when nothing else was made from it."""
+    """Cancel a job that is not finished, or remove an adapter, and the video when nothing else was
+    made from it.
+
+    Equal uploads with equal options share a job: each request takes back one upload, and the job is
+    cancelled with the last. A cancelled job has the status `cancelled` and is not listed.
+    """
     server: Server = request.app.state.server
     return Deleted(id=server.delete(video_id))
 

@@ -6,11 +6,14 @@ The name a person gave a file is kept beside it, never in a path, which may be l
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import re
-import shutil
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,8 @@ FILE_NAME = "video"
 NAME_NAME = "name"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME = 200
+# Attempts, 10 ms apart, to put a video where another process uses one whose file is gone.
+_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class ReceivedVideo:
 class VideoFolder:
     """Videos under ``folder``, ``<sha256>/video``: a file, or a link to one on the server.
 
+    Processes may share the folder. Whoever uses a video holds a shared lock on its folder, which
+    the kernel releases when the process ends; only who gets it exclusively removes it.
+
     Args:
         staging: where files under construction lie, on the same file system.
         limit: bytes of all files together; beyond it the least recently used go. Links are free.
@@ -65,9 +73,9 @@ class VideoFolder:
         self._staging = staging
         self._limit = limit
         self._mutex = threading.Lock()
-        self._placing = threading.Lock()
-        # Videos a job or a question is reading: they are not removed.
+        # Videos a job or a question is reading: how many of them, and the lock they share.
         self._in_use: dict[str, int] = {}
+        self._locks: dict[str, int] = {}
 
     @staticmethod
     def uploaded(part: Path, name: str) -> ReceivedVideo:
@@ -95,19 +103,22 @@ class VideoFolder:
         """
         sha256, target = video.sha256, self.folder / video.sha256
         new = self._staging.new_path()
-        with self._mutex:
-            self._in_use[sha256] = self._in_use.get(sha256, 0) + 1
+        used = False
         try:
             new.mkdir()
             (new / NAME_NAME).write_text(clean_name(video.name))
-            if not (target / FILE_NAME).is_file():
+            used = self._use(sha256)
+            if used:
+                os.replace(new / NAME_NAME, target / NAME_NAME)
+            else:
                 self._move(video, new / FILE_NAME)
                 sync_folder(new)
-            with self._placing:
                 self._place(new, target)
+                used = True
             os.utime(target)
         except OSError as error:
-            self.release(sha256)
+            if used:
+                self.release(sha256)
             raise StoreError(
                 f"{self.folder}: the video was not kept ({error.strerror}); free some space"
             ) from None
@@ -116,21 +127,30 @@ class VideoFolder:
         self._shrink()
         return KeptVideo(sha256, target / FILE_NAME)
 
-    @staticmethod
-    def _place(new: Path, target: Path) -> None:
-        """Make a new folder the video's; if there is one with a file, it takes the name alone."""
-        if (target / FILE_NAME).is_file():
-            os.replace(new / NAME_NAME, target / NAME_NAME)
-            return
-        # What a link that leads nowhere has left.
-        shutil.rmtree(target, ignore_errors=True)
-        try:
-            os.rename(new, target)
-        except OSError:
-            # Another server that shares the folder was first.
-            if not (target / FILE_NAME).is_file():
-                raise
-        sync_folder(target.parent)
+    def _place(self, new: Path, target: Path) -> None:
+        """Make a new folder the video's, in use; or use what another process has put there."""
+        for _ in range(_ATTEMPTS):
+            with self._mutex:
+                # Locked before it can be seen, or another process might remove it at once.
+                lock = _locked(new, fcntl.LOCK_SH)
+                try:
+                    os.rename(new, target)
+                except OSError as error:
+                    os.close(lock)
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                else:
+                    self._hold(target.name, lock)
+                    sync_folder(self.folder)
+                    return
+            if self._use(target.name):
+                return
+            # A link that leads nowhere, or what a crash has left.
+            self._remove(target.name, lambda: self.has(target.name))
+            if not target.is_dir():
+                target.unlink(missing_ok=True)
+            time.sleep(0.01)
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     @staticmethod
     def _move(video: ReceivedVideo, target: Path) -> None:
@@ -143,13 +163,32 @@ class VideoFolder:
 
     def use(self, sha256: str | None) -> KeptVideo | None:
         """The video with this content, in use until :meth:`release`; None when it is not kept."""
-        with self._mutex:
-            if not self.has(sha256):
-                return None
-            self._in_use[sha256] = self._in_use.get(sha256, 0) + 1
+        if sha256 is None or not self._use(sha256):
+            return None
         with suppress(OSError):
             os.utime(self.folder / sha256)
         return KeptVideo(sha256, self.folder / sha256 / FILE_NAME)
+
+    def _use(self, sha256: str) -> bool:
+        """Count one more use, if the video is kept."""
+        with self._mutex:
+            if not self.has(sha256):
+                return False
+            lock = None
+            if sha256 not in self._in_use:
+                lock = _locked(self.folder / sha256, fcntl.LOCK_SH)
+                if lock is None:
+                    return False
+            self._hold(sha256, lock)
+            return True
+
+    def _hold(self, sha256: str, lock: int | None) -> None:
+        """Count one more use, with its lock when it is the first; call with the mutex held."""
+        if lock is not None:
+            if sha256 in self._locks:
+                os.close(self._locks[sha256])
+            self._locks[sha256] = lock
+        self._in_use[sha256] = self._in_use.get(sha256, 0) + 1
 
     def release(self, sha256: str) -> None:
         """The end of a use."""
@@ -157,6 +196,7 @@ class VideoFolder:
             self._in_use[sha256] -= 1
             if not self._in_use[sha256]:
                 del self._in_use[sha256]
+                os.close(self._locks.pop(sha256))
 
     def has(self, sha256: str | None) -> bool:
         """Whether a video with this content is kept."""
@@ -171,11 +211,31 @@ class VideoFolder:
             return read_text(self.folder / sha256 / NAME_NAME)
         return None
 
-    def delete(self, sha256: str) -> None:
-        """Forget a video, unless it is in use."""
+    def delete(self, sha256: str, needed: Callable[[], bool] = lambda: False) -> None:
+        """Remove a video, unless it is in use, here or in another process.
+
+        Args:
+            needed: asked when nobody can begin to use it any more; it stays if true.
+        """
+        if _SHA256.fullmatch(sha256):
+            self._remove(sha256, needed)
+
+    def _remove(self, sha256: str, needed: Callable[[], bool]) -> None:
+        path, old = self.folder / sha256, self._staging.new_path()
         with self._mutex:
-            if sha256 not in self._in_use and _SHA256.fullmatch(sha256):
-                shutil.rmtree(self.folder / sha256, ignore_errors=True)
+            if sha256 in self._in_use:
+                return
+            lock = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock is None:
+                return
+            try:
+                if not needed():
+                    # In one step: nobody sees a part of it.
+                    with suppress(OSError):
+                        os.rename(path, old)
+            finally:
+                os.close(lock)
+        self._staging.remove(old)
 
     def _shrink(self) -> None:
         """Remove the least recently used files until the rest fits the limit."""
@@ -188,9 +248,29 @@ class VideoFolder:
         for _, name, size in sorted(sizes):
             if total <= self._limit:
                 return
-            if name not in self._in_use:
-                self.delete(name)
+            self.delete(name)
+            if not self.has(name):
                 total -= size
+
+
+def _locked(folder: Path, how: int) -> int | None:
+    """A descriptor that holds a folder's lock; None when it is held by others, or the folder is not
+    there any more."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        fcntl.flock(lock, how)
+        if os.path.samestat(os.fstat(lock), os.stat(folder)):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
 
 
 def file_hash(path: Path) -> str:
