@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import httpx
 
@@ -32,3 +33,28 @@ def nothing_left(live: Running) -> None:
     assert live.server.store.list() == []
     wait_until(lambda: not list(live.server.videos.folder.iterdir()))
     assert not live.server.videos._in_use
+
+
+def children(process: int) -> set[int]:
+    """Processes that one started, and those that they did."""
+    parents = processes()
+    found, last = {process}, set()
+    while found != last:
+        last = set(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found - {process}
+
+
+def processes() -> dict[int, int]:
+    """Those of this machine and their parents."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            # One that has ended stays listed until its parent looks.
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
+    return parents

@@ -26,7 +26,8 @@ def read_or_suffer(path: str, limits: Limits) -> tuple[dict[str, Any], None]:
     """Probe a file, unless it says what is to happen instead."""
     told = Path(path).read_bytes()[:32].strip()
     if told in HARM:
-        Path(f"{path}.{os.getpid()}.begun").touch()
+        if HARM[told] in (hang, slowly):
+            Path(f"{path}.{os.getpid()}.begun").touch()
         HARM[told]()
     return reading._probe(path, limits)
 

@@ -397,6 +397,22 @@ def test_no_space_for_an_adapter(serve, videos, monkeypatch):
 # --- the end ----------------------------------------------------------
 
 
+def test_stopping_takes_its_time_once(serve, monkeypatch):
+    """A client that reads an endless answer has used it up; nothing is left for the engine."""
+    live = serve(stand_in=ENDLESS, drain_seconds=1.0)
+    close, timeouts = live.engine.close, []
+
+    def noted(drain: bool, timeout: float) -> None:
+        timeouts.append(timeout)
+        close(drain, timeout)
+
+    monkeypatch.setattr(live.engine, "close", noted)
+    with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
+        assert any("word" in line for line in itertools.islice(s.iter_lines(), 10))
+        live.stop()
+    assert len(timeouts) == 1 and timeouts[0] < 0.5
+
+
 def test_stopping_finishes_what_is_under_way(serve, videos):
     live = serve(stand_in={"pause": 0.05, "words": ["word "] * 20})
     with open(videos[0], "rb") as file:

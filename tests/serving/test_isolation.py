@@ -9,13 +9,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.serving import hostile_tasks
-from tests.serving.checks import QUESTION, nothing_left, refused
+from tests.serving.checks import QUESTION, children, nothing_left, processes, refused
 from tests.serving.conftest import running, start_forking
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import VideoError
@@ -34,23 +33,6 @@ HARMS = {
     "tensor": "takes more than 2 GB of memory",
 }
 LIMITS = ServerLimits(decode_bytes=2_000_000_000)
-
-
-def children() -> set[int]:
-    """Processes of this one, and theirs."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(fields[1])
-    found, last = {os.getpid()}, set()
-    while found != last:
-        last = set(found)
-        found |= {child for child, parent in parents.items() if parent in found}
-    return found - {os.getpid()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,7 +166,6 @@ def test_closing_ends_what_is_read(shapes, tmp_path, monkeypatch):
     slow = tmp_path / "slow.mp4"
     slow.write_bytes(b"slow")
     reader = VideoReader(shapes, ServerLimits())
-    before = children()
     ended = []
 
     def read() -> None:
@@ -194,11 +175,12 @@ def test_closing_ends_what_is_read(shapes, tmp_path, monkeypatch):
 
     thread = threading.Thread(target=read)
     thread.start()
-    wait_until(lambda: bool(reader._isolation._running) and bool(children() - before))
+    wait_until(lambda: list(tmp_path.glob("*.begun")))
+    (reading_it,) = reader._isolation._running
     reader.close(EngineClosed("closed"))
     thread.join(LIMIT)
     assert ended
-    wait_until(lambda: not children() - before)
+    wait_until(lambda: reading_it.pid not in processes())
     with pytest.raises(EngineClosed):
         reader.probe(slow)
 
@@ -215,14 +197,14 @@ def test_the_process_they_are_forked_from_is_started_again(reader, videos):
 def test_no_process_is_left(tmp_path, how):
     """After kill -9, and after an end that closes nothing, with files being read."""
     context = multiprocessing.get_context("forkserver")
-    told, before = context.Event(), children()
+    told = context.Event()
     process = context.Process(
         target=hostile_tasks.read_for_ever, args=(tmp_path, [b"slow", b"hang"], told)
     )
     process.start()
     wait_until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
     # What both were forked from, too.
-    started = children() - before - {process.pid}
+    started = children(process.pid)
     assert len(started) >= 3
     if how == "kill":
         process.kill()
@@ -230,4 +212,4 @@ def test_no_process_is_left(tmp_path, how):
         told.set()
     process.join(LIMIT)
     assert process.exitcode == (-signal.SIGKILL if how == "kill" else 0)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    wait_until(lambda: not started & processes().keys())

@@ -17,7 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serving.checks import QUESTION
+from tests.serving import hostile_tasks
+from tests.serving.checks import QUESTION, children, processes
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.adapter import Adapter
 from v2l_fast.serving.store import content_id
@@ -28,12 +29,16 @@ PROCESSES.set_forkserver_preload(["tests.tiny", "tests.serving.test_restart"])
 LIVES = 3
 
 
-def serve_forever(folder: Path, sending: Connection) -> None:
-    """What the command does; sends the port it listens on."""
+def serve_forever(
+    folder: Path, sending: Connection, drain_seconds: float, endless: bool
+) -> None:
+    """What the command does; sends the port it listens on. ``endless``: no video is ever read."""
     import torch
 
-    from v2l_fast.serving import cli, listening
+    from v2l_fast.serving import cli, listening, reading
 
+    if endless:
+        reading._load = hostile_tasks.load_for_ever
     bind = listening.bind
 
     def bound(host: str, port: int) -> socket.socket:
@@ -43,14 +48,17 @@ def serve_forever(folder: Path, sending: Connection) -> None:
 
     listening.bind = bound
     torch.set_num_threads(1)
-    cli.serve(store=folder, port=0, device="cpu", log_level="error", drain_seconds=LIMIT)
+    cli.serve(store=folder, port=0, device="cpu", log_level="error", drain_seconds=drain_seconds)
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[tuple[multiprocessing.Process, httpx.Client]]:
+def served(
+    folder: Path, drain_seconds: float = LIMIT, endless: bool = False
+) -> Iterator[tuple[multiprocessing.Process, httpx.Client]]:
     """The command in a process of its own, answering."""
     receiving, sending = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=serve_forever, args=(folder, sending))
+    arguments = folder, sending, drain_seconds, endless
+    process = PROCESSES.Process(target=serve_forever, args=arguments)
     process.start()
     sending.close()
     # A connection that is kept may be closed by the server at the moment it is used again.
@@ -166,3 +174,25 @@ def test_told_to_stop_it_finishes(videos, tmp_path, number):
     with served(folder) as (process, http):
         (video,) = http.get("/v1/videos").json()["data"]
         assert video["status"] == "completed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_video_that_takes_for_ever_keeps_nothing_alive(videos, tmp_path, number):
+    """Told to stop, the server waits as long as it may; killed, it cannot even clean up."""
+    with served(tmp_path / "store", drain_seconds=0.5, endless=True) as (process, http):
+        for count in (4, 8):
+            with open(videos[0], "rb") as file:
+                files, data = {"file": file}, {"max_frames": count}
+                http.post("/v1/videos", files=files, data=data).raise_for_status()
+        wait_until(lambda: len(list(tmp_path.glob("store/videos/*/*.begun"))) == 2)
+        # What both were forked from, too.
+        started = children(process.pid)
+        assert len(started) >= 3
+        os.kill(process.pid, number)
+        process.join(LIMIT)
+        assert process.exitcode in ((0, -number) if number == signal.SIGTERM else (-number,))
+        wait_until(lambda: not started & processes().keys())
+    with served(tmp_path / "store") as (process, http):
+        assert http.get("/v1/videos").json()["data"] == []
+        with open(videos[0], "rb") as file:
+            http.post("/v1/videos", files={"file": file}).raise_for_status()

@@ -39,8 +39,10 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
     """The application; it closes the engine and the store when it ends.
 
     Args:
-        drain_seconds: time for answers and jobs to finish when the server is stopped.
+        drain_seconds: time for answers and jobs to finish when the server is stopped; then videos
+            are read no further, and the engine stops after the unit of work it is at.
     """
+    drain = Drain(drain_seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -48,8 +50,13 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
         logs.event("listening", model=server.name, adapters=len(server.adapters()))
         yield
         logs.event("draining")
-        await run_in_threadpool(server.engine.close, drain=True, timeout=drain_seconds)
-        server.reader.close(EngineClosed("the server is shutting down; try again later"))
+        drain.begin()
+        reason = EngineClosed("the server is shutting down; try again later")
+        # The engine may still be at a unit of its work then.
+        ending = asyncio.get_running_loop().call_later(drain.left, server.reader.close, reason)
+        await run_in_threadpool(server.engine.close, drain=True, timeout=drain.left)
+        ending.cancel()
+        server.reader.close(reason)
         following.cancel()
         server.jobs.collect()
         server.store.close()
@@ -65,6 +72,7 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = server
+    app.state.drain = drain
     app.state.started = int(time.time())
     app.state.admission = Admission(server.jobs, server.limits)
     http_errors.install(app)
@@ -74,6 +82,26 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
     app.add_middleware(logs.RequestLog)
     _document(app)
     return app
+
+
+class Drain:
+    """The time for what is under way when the server is stopped: connections, then the engine."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._end: float | None = None
+
+    def begin(self) -> None:
+        """The server stops; only the first call counts."""
+        if self._end is None:
+            self._end = time.monotonic() + self._seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds, 0 at least; all of them before :meth:`begin`."""
+        if self._end is None:
+            return self._seconds
+        return max(0.0, self._end - time.monotonic())
 
 
 async def _follow(server: Server) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from v2l_fast.errors import ConfigError
@@ -78,8 +79,8 @@ def connection_limit(most: int) -> int:
     return min(most, left)
 
 
-def http_server(app: ASGIApp, limits: ServerLimits, drain_seconds: float) -> uvicorn.Server:
-    """A server for ``app``; ``run([socket])`` it."""
+def http_server(app: FastAPI, limits: ServerLimits, drain_seconds: float) -> uvicorn.Server:
+    """A server for ``app``, of :func:`~v2l_fast.serving.app.create_app`; ``run([socket])`` it."""
     return _Server(
         uvicorn.Config(
             app,
@@ -99,7 +100,8 @@ def http_server(app: ASGIApp, limits: ServerLimits, drain_seconds: float) -> uvi
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, for which running out of descriptors is one line of log now and then."""
+    """uvicorn's, for which running out of descriptors is one line of log now and then, and stopping
+    takes the application's time for it once."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         full = logs.Occasional("no file descriptor is left for a connection")
@@ -113,6 +115,11 @@ class _Server(uvicorn.Server):
 
         asyncio.get_running_loop().set_exception_handler(handle)
         await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # The application ends after the connections have.
+        self.config.app.state.drain.begin()
+        await super().shutdown(sockets)
 
 
 _connections_full = logs.Occasional("connections refused")
