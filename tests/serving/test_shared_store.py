@@ -1,0 +1,134 @@
+"""Two servers on one store folder: what one removes is not taken from under the other."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from tests.serving.checks import QUESTION, refused
+from tests.serving.conftest import Running
+from tests.waiting import LIMIT, wait_until
+from v2l_fast.serving.store import AdapterStore
+from v2l_fast.serving.videos import FILE_NAME, ReceivedVideo, VideoFolder
+
+
+@pytest.fixture
+def two(serve, tmp_path):
+    """The first one's jobs and answers wait for the event."""
+    hold = threading.Event()
+    first = serve(folder=tmp_path / "store", stand_in={"hold": hold})
+    yield first, serve(folder=tmp_path / "store", stand_in={}), hold
+    hold.set()
+
+
+def kept(live: Running) -> list[str]:
+    return sorted(path.name for path in live.server.videos.folder.iterdir())
+
+
+def test_a_video_stays_while_the_other_reads_it(two, videos):
+    first, second, hold = two
+    with open(videos[0], "rb") as file:
+        job = first.http.post("/v1/videos", files={"file": file}, data={"max_frames": 3}).json()
+    other = second.internalize(videos[0])["adapter_id"]
+    assert second.http.delete(f"/v1/videos/{other}").is_success
+    assert len(kept(first)) == 1
+    hold.set()
+    video = first.completed(job)["adapter_id"]
+    wait_until(lambda: not first.server.videos._in_use)
+    assert second.http.get(f"/v1/videos/{video}").json()["in_context"]
+    # The last adapter's deletion takes the video along, whichever server it reaches.
+    assert second.http.delete(f"/v1/videos/{video}").is_success
+    assert kept(first) == []
+    refused(first.http.get(f"/v1/videos/{job['id']}"), 404)
+    refused(first.http.post("/v1/chat/completions", json={**QUESTION, "model": video}), 404)
+
+
+def test_what_the_other_deleted_is_made_again(two, videos):
+    first, second, hold = two
+    hold.set()
+    video = first.internalize(videos[0])["adapter_id"]
+    assert second.internalize(videos[0])["cached"]
+    assert second.http.delete(f"/v1/videos/{video}").is_success
+    again = first.internalize(videos[0])
+    assert again["adapter_id"] == video and not again["cached"]
+    # So does any other process that has the folder.
+    other = AdapterStore(first.server.store.folder)
+    other.delete(video)
+    assert first.http.get("/v1/videos").json()["data"] == []
+    other.close()
+
+
+def test_servers_that_keep_and_delete_at_once(tmp_path):
+    """Whoever keeps a video has its file until it releases it, however often others delete it."""
+    store = AdapterStore(tmp_path / "store")
+    folders = [VideoFolder(tmp_path / "store" / "videos", store.staging, 1 << 20) for _ in range(3)]
+    sha256, ended = "0" * 64, threading.Event()
+    failures: list[BaseException] = []
+
+    def keep(folder: VideoFolder) -> None:
+        try:
+            for _ in range(20):
+                part = store.staging.new_path()
+                part.write_bytes(b"video")
+                video = folder.keep(ReceivedVideo(sha256, part, "a.mp4"))
+                assert video.path.read_bytes() == b"video"
+                folder.release(sha256)
+                store.staging.remove(part)
+        except BaseException as error:
+            failures.append(error)
+
+    def delete(folder: VideoFolder) -> None:
+        while not ended.is_set():
+            folder.delete(sha256)
+
+    keepers = [threading.Thread(target=keep, args=(folder,)) for folder in folders[:2]]
+    deleter = threading.Thread(target=delete, args=(folders[2],))
+    for thread in (*keepers, deleter):
+        thread.start()
+    for thread in keepers:
+        thread.join(LIMIT)
+    ended.set()
+    deleter.join(LIMIT)
+    assert not failures
+    folders[2].delete(sha256)
+    assert not os.listdir(folders[2].folder) and not os.listdir(store.staging.folder)
+
+
+def test_a_video_that_is_needed_stays(tmp_path):
+    store = AdapterStore(tmp_path / "store")
+    folder = VideoFolder(tmp_path / "store" / "videos", store.staging, 1 << 20)
+    part = store.staging.new_path()
+    part.write_bytes(b"video")
+    sha256 = "1" * 64
+    kept = folder.keep(ReceivedVideo(sha256, part, "a.mp4"))
+    folder.delete(sha256)
+    assert kept.path.exists()
+    folder.release(sha256)
+    folder.delete(sha256, lambda: True)
+    assert kept.path.exists()
+    folder.delete(sha256)
+    assert not folder.has(sha256)
+
+
+@pytest.mark.parametrize("leftover", ["file", "empty folder", "dead link", "name alone"])
+def test_leftovers_in_a_videos_place(tmp_path, leftover):
+    """What a crash, or an owner who moved the file, has left is replaced."""
+    store = AdapterStore(tmp_path / "store")
+    folder = VideoFolder(tmp_path / "store" / "videos", store.staging, 1 << 20)
+    sha256 = "2" * 64
+    place = folder.folder / sha256
+    if leftover == "file":
+        place.write_text("not a folder")
+    else:
+        place.mkdir()
+        if leftover == "dead link":
+            (place / FILE_NAME).symlink_to(tmp_path / "gone.mp4")
+        if leftover == "name alone":
+            (place / "name").write_text("old")
+    part = store.staging.new_path()
+    part.write_bytes(b"video")
+    assert folder.keep(ReceivedVideo(sha256, part, "a.mp4")).path.read_bytes() == b"video"
+    assert folder.name(sha256) == "a.mp4"
+    assert not os.listdir(store.staging.folder)
