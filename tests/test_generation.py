@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from v2l_fast.adapted import AdapterSlots
-from v2l_fast.errors import ConfigError
-from v2l_fast.generation import Sampling, generate
+from v2l_fast.backbones.decoder import Decoder
+from v2l_fast.errors import AdapterError, ConfigError
+from v2l_fast.generation import Batch, Row, Sampling, generate
 
 M = "down_proj"
 PROMPTS = [[2, 20, 30, 40, 12], [2, 21], [2, 33, 17, 17, 50, 51, 52, 53, 54], [2]]
@@ -162,3 +164,114 @@ def test_frequencies_follow_the_distribution(backbone):
 def test_settings_out_of_range(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+# --- failures belong to the row that causes them --------------------------------------------------
+
+
+def running(backbone, adapters=None, count=5, **sampling) -> tuple[Batch, list[Row]]:
+    """A batch whose row i starts with token 20 + i and has the adapter in slot i, if any."""
+    batch = Batch(backbone.decoder, count, 40, ())
+    rows = [Row(Sampling(max_new_tokens=9, **sampling), -1 if adapters is None else place)
+            for place in range(count)]  # fmt: skip
+    prompts = [backbone.decoder.embed(torch.tensor([2, 20 + place, 30])) for place in range(count)]
+    batch.join(rows, prompts, adapters)
+    return batch, rows
+
+
+def finish(batch, adapters=None) -> None:
+    while batch.drop_finished():
+        batch.step(adapters)
+
+
+@pytest.fixture
+def bad_token(monkeypatch) -> list[int]:
+    """Tokens whose embedding fails any pass they are in."""
+    bad, embed = [], Decoder.embed
+
+    def checked(self, ids):
+        if any(token in bad for token in ids.flatten().tolist()):
+            raise RuntimeError("this token breaks the pass")
+        return embed(self, ids)
+
+    monkeypatch.setattr(Decoder, "embed", checked)
+    return bad
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("guilty", range(5))
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_p": 0.9}])
+def test_a_failing_step_ends_one_row(guilty, sampling, backbone, bad_token):
+    batch, expected = running(backbone, **sampling)
+    finish(batch)
+    batch, rows = running(backbone, **sampling)
+    batch.step()
+    # Only the guilty row's token: a token that others have chosen, too, would fail them as well.
+    token = rows[guilty].tokens[-1]
+    also = [i for i, row in enumerate(rows) if row.tokens[-1] == token]
+    bad_token.append(token)
+    batch.step()
+    bad_token.clear()
+    finish(batch)
+    for place, (row, whole) in enumerate(zip(rows, expected, strict=True)):
+        if place in also:
+            assert row.finished == "error" and "breaks the pass" in str(row.error)
+            assert row.tokens == whole.tokens[:2]
+        else:
+            assert (row.finished, row.tokens) == (whole.finished, whole.tokens)
+
+
+@torch.inference_mode()
+def test_a_failing_prefill_ends_one_row(backbone, monkeypatch):
+    batch, expected = running(backbone)
+    finish(batch)
+    prefill = Batch._prefill
+
+    def fails(self, embeddings, rows, last, adapters):
+        if 3 in rows:
+            raise RuntimeError("row 3")
+        return prefill(self, embeddings, rows, last, adapters)
+
+    monkeypatch.setattr(Batch, "_prefill", fails)
+    batch, rows = running(backbone)
+    finish(batch)
+    assert [row.finished for row in rows] == ["length"] * 3 + ["error", "length"]
+    kept = [0, 1, 2, 4]
+    assert [rows[i].tokens for i in kept] == [expected[i].tokens for i in kept]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38, -1e30])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_k": 5}])
+def test_a_poisoned_adapter_hurts_its_row_alone(value, sampling, backbone, adapters):
+    """Nor the rows that use its row of the cache afterwards."""
+    own = [adapters[0], adapters[1], adapters[2], adapters[0], adapters[1]]
+    good = slots([*own[:3], adapters[0].to(), adapters[1].to()])
+    batch, expected = running(backbone, good, **sampling)
+    finish(batch, good)
+    bad = replace(good, B={M: good.B[M].clone()})
+    bad.B[M][:, 1] = value
+    batch = Batch(backbone.decoder, 5, 40, ())
+    for _ in range(2):
+        batch_rows = [Row(Sampling(max_new_tokens=9, **sampling), place) for place in range(5)]
+        prompts = [backbone.decoder.embed(torch.tensor([2, 20 + i, 30])) for i in range(5)]
+        batch.join(batch_rows, prompts, bad)
+        finish(batch, bad)
+        for place in (0, 2, 3, 4):
+            assert batch_rows[place].tokens == expected[place].tokens
+        row = batch_rows[1]
+        if value != -1e30:
+            assert row.finished == "error" and isinstance(row.error, AdapterError)
+            assert "NaN or infinite" in str(row.error) and row.tokens == []
+        assert batch.cache.keys.isfinite().all() and batch.cache.values.isfinite().all()
+    one = Row(Sampling(max_new_tokens=9, **sampling), 1)
+    batch.join([one], [prompts[1]], good)
+    finish(batch, good)
+    assert one.tokens == expected[1].tokens
+
+
+def test_a_batch_asked_at_once_names_the_example(backbone, adapters):
+    bad = adapters[1].to()
+    bad.B[M].fill_(1e38)
+    with pytest.raises(AdapterError, match="example 1: the logits are NaN or infinite"):
+        run(backbone, PROMPTS[:2], [adapters[0], bad], max_new_tokens=3)

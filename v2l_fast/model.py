@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from v2l_fast.adapter import Adapter
+from v2l_fast.adapter import Adapter, BiasAdapter
 from v2l_fast.backbones import Backbone, Prompt, load_backbone
 from v2l_fast.backbones.steps import Step, finish
 from v2l_fast.effect import Effect, measure_effect
@@ -453,6 +453,11 @@ class Video2LoRA:
                 "internalize the video with this model"
             )
         return adapter if adapter.bias is not None else adapter.with_bias(self._internalizer.bias)
+
+    @property
+    def bias(self) -> BiasAdapter | None:
+        """The bias adapter that all adapters of this model share."""
+        return self._internalizer.bias
 
     def effect(self, adapter: Adapter, question: str) -> Effect:
         """Did the adapter do anything? Its size, and what it changes about one answer.

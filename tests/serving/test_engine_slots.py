@@ -8,9 +8,22 @@ import torch
 from tests.serving.engine_parts import MemoryStore
 from v2l_fast.adapter import Adapter
 from v2l_fast.errors import AdapterError
-from v2l_fast.serving.slots import DeviceSlots, HostAdapters
+from v2l_fast.serving.slots import DeviceSlots, HostAdapter, HostAdapters
 
 M = "down_proj"
+
+
+def host_adapter(model, *adapters: Adapter) -> HostAdapter:
+    """As the thread that submits a request prepares it."""
+    store = MemoryStore(list(adapters))
+    return HostAdapters(model, store, 99).get(tuple(store.adapters))
+
+
+def put(model, slots: DeviceSlots, name: str, *adapters: Adapter) -> int | None:
+    slot = slots.acquire((name,))
+    if slot is not None:
+        slots.fill(slot, host_adapter(model, *adapters))
+    return slot
 
 
 def holds(slots: DeviceSlots, slot: int, adapter: Adapter) -> bool:
@@ -25,42 +38,109 @@ def holds(slots: DeviceSlots, slot: int, adapter: Adapter) -> bool:
 def test_the_least_recently_used_idle_adapter_goes(model, adapters):
     slots = DeviceSlots(model, 2)
     a, b, c = adapters
-    first, second = slots.acquire(("a",), a), slots.acquire(("b",), b)
+    first, second = put(model, slots, "a", a), put(model, slots, "b", b)
     assert holds(slots, first, a) and holds(slots, second, b)
-    assert slots.acquire(("c",), c) is None
-    assert slots.acquire(("a",), a) == first
+    assert put(model, slots, "c", c) is None
+    assert put(model, slots, "a", a) == first
     slots.release(first)
-    assert slots.acquire(("c",), c) is None
+    assert put(model, slots, "c", c) is None
     slots.release(second)
-    third = slots.acquire(("c",), c)
+    third = put(model, slots, "c", c)
     assert third == second and holds(slots, third, c) and holds(slots, first, a)
     slots.release(first)
     slots.release(third)
     # Both idle: "a" was used last before "c".
-    assert slots.acquire(("b",), b) == first
-    assert slots.acquire(("c",), c) == third
+    assert put(model, slots, "b", b) == first
+    assert put(model, slots, "c", c) == third
     assert (slots.hits, slots.misses) == (2, 4)
 
 
 def test_wider_adapters_make_room_and_keep_the_others(model, adapters):
     slots = DeviceSlots(model, 3)
-    first = slots.acquire(("a",), adapters[0])
+    first = put(model, slots, "a", adapters[0])
     tables = slots.tables
-    wide = Adapter.compose(adapters)
-    second = slots.acquire(("a", "b", "c"), wide)
+    second = put(model, slots, "abc", *adapters)
     assert slots.tables is not tables
+    wide = Adapter.compose(adapters)
     assert holds(slots, first, adapters[0]) and holds(slots, second, wide)
     narrow = adapters[1].prune(1)
-    assert holds(slots, slots.acquire(("pruned",), narrow), narrow)
+    third = put(model, slots, "pruned", narrow)
+    assert holds(slots, third, narrow)
     assert sorted(slots.tables.ranks.tolist()) == [5, 8, 16]
+    # A batch without the wide one does not pay for it.
+    used = slots.used([first, third])
+    assert used.A[M].shape[2] == 8 and used.ranks.tolist() == [8, 8, 5]
+    assert slots.used([first, second]) is slots.tables
+    # The bias moves with the ranks before it.
+    slots.release(third)
+    again = put(model, slots, "b", adapters[1])
+    assert again == third and holds(slots, again, adapters[1])
+    assert slots.used([again]) is used and used.ranks.tolist() == [8, 8, 8]
+
+
+def test_filling_only_copies(model, adapters, monkeypatch):
+    """What concatenates or converts waits for the device, or for memory that is not pinned."""
+    slots, wide = DeviceSlots(model, 2), host_adapter(model, *adapters)
+    bias = slots._bias[0][M]
+    calls = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            name = getattr(function, "__name__", "")
+            if name == "copy_":
+                source, target = args[1], args[0]
+                calls.append((source.dtype == target.dtype, kwargs, source is bias))
+            assert name not in ("cat", "stack", "to", "float", "cpu", "cuda", "pin_memory")
+            return function(*args, **kwargs or {})
+
+    with torch.inference_mode():
+        slots._widen(16)
+    with Watch():
+        slots.fill(slots.acquire(("abc",)), wide)
+        slots.fill(slots.acquire(("a",)), host_adapter_of(wide, 0))
+    assert all(same and kwargs == {"non_blocking": True} for same, kwargs, _ in calls)
+    assert len(calls) == 2 * (3 + 1) + 2 * (1 + 1)
+    # The bias is there already, for all adapters of this rank.
+    slots.release(1)
+    calls.clear()
+    with Watch():
+        slots.acquire(("other",))
+        slots.fill(1, host_adapter_of(wide, 1))
+    assert len(calls) == 2 and holds(slots, 1, adapters[1])
+
+
+def host_adapter_of(wide: HostAdapter, part: int) -> HostAdapter:
+    return HostAdapter((wide.parts[part],), True)
+
+
+def test_factors_are_prepared_in_the_dtype_of_the_slots(model, adapters):
+    half = adapters[0].to(dtype=torch.float16)
+    (part,) = host_adapter(model, half).parts
+    assert part.A[M].dtype == part.B[M].dtype == torch.float32
+    assert part.A[M].is_contiguous()
+
+
+def test_a_bias_of_its_own_stays_with_its_adapter(model, adapters):
+    own = adapters[0].without_layers([0], include_bias=True)
+    slots = DeviceSlots(model, 1)
+    assert holds(slots, put(model, slots, "own", own), own)
+    slots.release(0)
+    assert holds(slots, put(model, slots, "a", adapters[0]), adapters[0])
+    with pytest.raises(AdapterError, match="bias adapter"):
+        host_adapter(model, adapters[1], own)
 
 
 def test_a_failed_copy_loses_no_slot(model, adapters):
     slots = DeviceSlots(model, 1)
-    broken = Adapter({M: adapters[0].A[M][:, :, :5]}, dict(adapters[0].B), 1.0)
+    good = host_adapter(model, adapters[0])
+    factors = {M: good.parts[0].A[M][:, :, :5]}
+    broken = HostAdapter((type(good.parts[0])(factors, good.parts[0].B, 4),), True)
+    slot = slots.acquire(("broken",))
     with pytest.raises(RuntimeError):
-        slots.acquire(("broken",), broken)
-    slot = slots.acquire(("a",), adapters[0])
+        slots.fill(slot, broken)
+    slots.release(slot)
+    assert not slots.resident(("broken",))
+    slot = put(model, slots, "a", adapters[0])
     assert slot == 0 and holds(slots, slot, adapters[0])
 
 
@@ -78,6 +158,10 @@ def test_host_memory_is_bounded_and_reads_again(model, adapters):
     host.forget("a0")
     composed = host.get(("a0", "a2"))
     assert store.reads == 6 and composed.rank == adapters[0].rank + adapters[2].rank
+    # Wide ones count as several, and a composition takes no memory of its own.
+    store.adapters["wide"] = Adapter.compose(adapters)
+    host.get(("wide",))
+    assert list(host._known) == ["wide"]
 
 
 def test_adapters_that_slots_cannot_hold(model, adapters):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.backbones.decoder import Decoder
+from v2l_fast.errors import V2LError
 from v2l_fast.generation.batch import Batch, Row
 from v2l_fast.generation.sampling import Sampling
 
@@ -43,23 +44,28 @@ def generate(
     Args:
         prompts: E tensors [T_e, D], embedded; lengths may differ.
         stop_ids: token ids that end an answer.
-        sampling: of all; prompt i draws with ``seed + i``.
+        sampling: parameters for every prompt; prompt i uses ``seed + i``.
         adapters: slots whose ``index`` has E entries, or None.
 
     Returns:
         :class:`Generated`. ``time_to_first_token`` is that of the whole batch, from embedded
         prompts to chosen tokens.
+
+    Raises:
+        V2LError: the logits of an example are NaN or infinite.
     """
     start = time.perf_counter()
     slots = [-1] * len(prompts) if adapters is None else adapters.index.tolist()
-    rows = [
-        Row(replace(sampling, seed=sampling.seed + place), slot)
-        for place, slot in enumerate(slots)
-    ]
+    rows = [Row(sampling.for_example(index), slot) for index, slot in enumerate(slots)]
     longest = max(len(prompt) for prompt in prompts)
     batch = Batch(decoder, len(rows), longest + sampling.max_new_tokens, stop_ids)
     batch.join(rows, prompts, adapters)
     first = time.perf_counter() - start
     while batch.drop_finished():
         batch.step(adapters)
+    for index, row in enumerate(rows):
+        if isinstance(row.error, V2LError):
+            raise type(row.error)(f"example {index}: {row.error}")
+        if row.error is not None:
+            raise row.error
     return Generated([row.tokens for row in rows], first)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import Adapter
@@ -49,7 +49,7 @@ def answer_prompts(
     Args:
         builders: of the prompts.
         adapters: one for each prompt, with its bias; None for the plain model.
-        sampling: of all; prompt i draws with ``seed + i``.
+        sampling: parameters for every prompt; prompt i uses ``seed + i``.
     """
     decoder = backbone.decoder
     for first in range(0, len(builders), MAX_BATCH):
@@ -62,7 +62,7 @@ def answer_prompts(
             decoder,
             [prompt.embeddings for prompt in prompts],
             backbone.stop_ids,
-            replace(sampling, seed=sampling.seed + first),
+            sampling.for_example(first),
             slots,
         )
         for prompt, tokens in zip(prompts, generated.tokens, strict=True):

@@ -2,6 +2,11 @@
 
 All of it belongs to the engine's thread. What a step computes is ``v2l_fast.generation``'s, which
 requests there are and when a step is due the engine's.
+
+Requests are taken in the order of the queue, except that one whose adapter finds all slots in use
+is skipped: requests behind it that need no new slot go first. After ``PATIENCE`` of them it is
+overdue, and no request with an adapter passes it any more, so that slots empty until it has one.
+Whatever fails belongs to one request, which ends with the error.
 """
 
 from __future__ import annotations
@@ -20,19 +25,33 @@ from v2l_fast.adapter import Adapter
 from v2l_fast.generation import Batch, Row, Sampling
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.graphs import GraphBatch
-from v2l_fast.serving.requests import Generation, Usage
-from v2l_fast.serving.slots import DeviceSlots
+from v2l_fast.serving.requests import Generation, Usage, told
+from v2l_fast.serving.slots import DeviceSlots, HostAdapter
 from v2l_fast.serving.text import TextStream
 
+# Requests that may pass one that waits for a slot.
+PATIENCE = 32
+# Prompt tokens, padding included, that are taken in between two decode steps; a longer prompt is
+# taken in alone.
+PREFILL_TOKENS = 4096
+# Adapters copied into slots between two decode steps; a wider composition is copied alone.
+FILLED_PARTS = 64
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class Waiting:
-    """A request that can join the batch: its prompt as ids, or embedded [T, D]."""
+    """A request that can join the batch.
+
+    Attributes:
+        prompt: as ids, or embedded [T, D].
+        passed: requests behind it that were taken while it waited for a slot.
+    """
 
     generation: Generation
     prompt: Tensor | list[int]
     visual_tokens: int = 0
-    adapter: Adapter | None = None
+    adapter: HostAdapter | None = None
+    passed: int = 0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -41,6 +60,7 @@ class _Answer(Row):
 
     waiting: Waiting
     text: TextStream
+    prompt: Tensor | None = None
     first_token: float = 0.0
     seen: int = 0
 
@@ -110,19 +130,24 @@ class Answering:
                     self.batch.rows.clear()
 
     def take(self, queue: deque[Waiting]) -> None:
-        """Take out of the queue what has waited longest, while there are rows and slots for it.
+        """Take out of the queue what can join the batch now; see the module.
 
         Call with the lock that guards the queue; :meth:`step` does the work.
         """
-        for waiting in [w for w in queue if w.generation.cancelled]:
-            queue.remove(waiting)
-            self._finish(self._row(waiting), "cancelled")
-        while queue and len(self._joining) < self.batch.free:
-            row = self._row(queue.popleft())
-            self._joining.append(row)
-            if not self._place(row):
-                queue.appendleft(self._joining.pop().waiting)
-                break
+        if not queue:
+            return
+        left: list[Waiting] = []
+        skipped: list[Waiting] = []
+        budget = _Budget(self.batch.free - len(self._joining))
+        for waiting in queue:
+            if waiting.generation.cancelled:
+                self._finish(self._row(waiting), "cancelled")
+            elif budget.admits(waiting) and self._admit(waiting, budget, skipped):
+                budget.spend(waiting)
+            else:
+                left.append(waiting)
+        queue.clear()
+        queue.extend(left)
 
     def step(self) -> None:
         """Prefill what was taken in, then one more token for all."""
@@ -136,11 +161,10 @@ class Answering:
         """Forget all rows, and those about to become one, after an error; whose they were."""
         joining = [row for row in self._joining if row not in self.batch.rows]
         rows = [*self.batch.rows, *joining]
-        for row in rows:
-            if row.slot >= 0:
-                self.slots.release(row.slot)
-        self.batch.rows.clear()
         self._joining.clear()
+        for row in rows:
+            self._release(row)
+        self.batch.clear()
         return [row.waiting.generation for row in rows]
 
     # --- into the batch ---------------------------------------------------------------------------
@@ -150,32 +174,55 @@ class Answering:
         text = TextStream(self._decode, request.stop)
         return _Answer(request.sampling, waiting=waiting, text=text)
 
-    def _place(self, row: _Answer) -> bool:
-        """Give a row its adapter's slot; False when all are in use."""
-        waiting = row.waiting
+    def _admit(self, waiting: Waiting, budget: _Budget, skipped: list[Waiting]) -> bool:
+        """Reserve what a request needs; False if it must wait."""
+        slot = -1
         if waiting.adapter is not None:
-            slot = self.slots.acquire(waiting.generation.request.adapters, waiting.adapter)
-            if slot is None:
+            ids = waiting.generation.request.adapters
+            parts = 0 if self.slots.resident(ids) else len(waiting.adapter.parts)
+            if budget.overdue or not budget.fills(parts):
                 return False
-            row.slot = slot
+            slot = self.slots.acquire(ids)
+            if slot is None:
+                skipped.append(waiting)
+                budget.overdue |= waiting.passed >= PATIENCE
+                return False
+        for one in skipped:
+            one.passed += 1
+            budget.overdue |= one.passed >= PATIENCE
+        row = self._row(waiting)
+        row.slot = slot
+        self._joining.append(row)
         return True
 
     def _join(self) -> None:
         # A prompt with a video is many times longer: padding others to it would cost more.
-        short = [row for row in self._joining if not row.waiting.visual_tokens]
-        long = [[row] for row in self._joining if row.waiting.visual_tokens]
-        for group in [short, *long] if short else long:
-            prompts = [self._embedded(row.waiting.prompt) for row in group]
-            self.batch.join(group, prompts, self._tables(group))
+        short, groups = [], []
+        for row in self._joining:
+            try:
+                if row.waiting.adapter is not None:
+                    self.slots.fill(row.slot, row.waiting.adapter)
+                row.prompt = self._embedded(row.waiting.prompt)
+            except Exception as error:
+                row.fail(error)
+                self._finish(row, "error")
+                continue
+            if row.waiting.visual_tokens:
+                groups.append([row])
+            else:
+                short.append(row)
+        for group in [short, *groups] if short else groups:
+            self.batch.join(group, [row.prompt for row in group], self._tables(group))
             now = time.perf_counter()
             for row in group:
-                row.first_token = now
+                row.first_token, row.prompt = now, None
         self._joining.clear()
         self._deliver()
 
     def _tables(self, rows: Sequence[Row]) -> AdapterSlots | None:
         """The adapter slots, unless no row has one: the plain model is cheaper."""
-        return self.slots.tables if any(row.slot >= 0 for row in rows) else None
+        slots = {row.slot for row in rows if row.slot >= 0}
+        return self.slots.used(slots) if slots else None
 
     def _embedded(self, prompt: Tensor | list[int]) -> Tensor:
         if isinstance(prompt, Tensor):
@@ -189,10 +236,13 @@ class Answering:
         """Send new text, and let go what has ended."""
         for row in self.batch.rows:
             text = ""
-            if len(row.tokens) != row.seen:
-                row.seen = len(row.tokens)
-                text = row.text.push(row.tokens)
-            if row.text.stopped:
+            try:
+                if len(row.tokens) != row.seen:
+                    row.seen = len(row.tokens)
+                    text = row.text.push(row.tokens)
+            except Exception as error:
+                row.fail(error)
+            if row.error is None and row.text.stopped:
                 row.finished = "stop"
             elif row.finished is None and row.waiting.generation.cancelled:
                 row.finished = "cancelled"
@@ -202,15 +252,61 @@ class Answering:
                 row.waiting.generation.put(text)
         self.batch.drop_finished()
 
+    def _release(self, row: _Answer) -> None:
+        if row.slot >= 0:
+            self.slots.release(row.slot)
+            row.slot = -1
+
     def _finish(self, row: _Answer, reason: str, text: str = "") -> None:
         waiting = row.waiting
         generation = waiting.generation
+        self._release(row)
+        try:
+            text += row.text.finish(row.tokens)
+        except Exception as error:
+            row.fail(row.error or error)
+        if row.error is not None:
+            if self._leave(generation, "error"):
+                generation.fail(told(row.error))
+            return
         first = row.first_token - generation.submitted if row.first_token else 0.0
         usage = Usage(len(waiting.prompt), len(row.tokens), waiting.visual_tokens, first)
-        if row.slot >= 0:
-            self.slots.release(row.slot)
         self.tokens["prompt"] += usage.prompt_tokens
         self.tokens["completion"] += usage.completion_tokens
         self.tokens["visual"] += usage.visual_tokens
         if self._leave(generation, reason):
-            generation.finish(text + row.text.finish(row.tokens), reason, usage)
+            generation.finish(text, reason, usage)
+
+
+class _Budget:
+    """What may be taken in between two decode steps, in rows, prompt tokens and adapters.
+
+    Attributes:
+        overdue: a request that is overdue waits for a slot.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.overdue = False
+        self._rows = rows
+        self._count = self._longest = self._parts = 0
+
+    def admits(self, waiting: Waiting) -> bool:
+        """Whether there is room for it; nothing behind the first prompt that is too long is
+        taken."""
+        longest = max(self._longest, len(waiting.prompt))
+        if self._count and (self._count + 1) * longest > PREFILL_TOKENS:
+            self._rows = 0
+        return self._rows > 0
+
+    def spend(self, waiting: Waiting) -> None:
+        """It has been taken."""
+        self._rows -= 1
+        self._count += 1
+        self._longest = max(self._longest, len(waiting.prompt))
+
+    def fills(self, parts: int) -> bool:
+        """Whether so many adapters can be copied, which are then counted."""
+        if parts and self._parts and self._parts + parts > FILLED_PARTS:
+            return False
+        self._parts += parts
+        return True

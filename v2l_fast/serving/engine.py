@@ -83,7 +83,7 @@ class Engine:
         self._max_context, self._queue_limit = max_context, queue_limit
         self._host = HostAdapters(model, store, HOST_ADAPTERS_PER_SLOT * adapter_slots)
         self._merged = merged
-        update = None if merged is None else self._host.get((merged,))
+        update = None if merged is None else model.attach(store.get(merged))
         self._answering = Answering(
             model, max_batch, max_context, adapter_slots, update, self._leave
         )
@@ -311,7 +311,7 @@ class Engine:
 
     @torch.inference_mode()
     def _guarded(self, work: Callable[[], None]) -> None:
-        """One broken step must not end the service: those it belongs to are told."""
+        """An error that belongs to no request ends all that are being answered, not the service."""
         try:
             work()
         except Exception as error:
