@@ -28,7 +28,6 @@ from v2l_fast.serving.videos import VideoFolder
 from v2l_fast.video import VideoClip
 
 DEFAULT_NEW_TOKENS = 256
-_SEEDS = (1 << 63) - 1
 _CLIPS = 4
 # Videos decoded for their questions at the same time, and those with the ones waiting for it: each
 # holds a thread of the web server's.
@@ -238,8 +237,7 @@ class Server:
             temperature=chat.temperature or 0.0,
             top_p=1.0 if chat.top_p is None else chat.top_p,
             top_k=chat.top_k or 0,
-            # Any int64 is a seed; the sampler's are not negative.
-            seed=(chat.seed or 0) & _SEEDS,
+            seed=chat.seed or 0,
         )
 
     def _clip(self, adapter_id: str) -> VideoClip:
