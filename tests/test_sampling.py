@@ -1,4 +1,4 @@
-"""Drawing tokens: the right distribution for every valid parameter, whatever else is in the batch."""
+"""Drawing tokens: the right distribution for every valid parameter, in any batch."""
 
 from __future__ import annotations
 
