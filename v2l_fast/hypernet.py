@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -213,17 +213,44 @@ class HyperNetwork(nn.Module):
         Returns:
             A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of hidden's dtype.
         """
+        place = self._checked(hidden, mask, place)
+        return self._run_layer(self, index, hidden, mask, place, head)
+
+    def _checked(
+        self, hidden: Tensor, mask: Tensor | None, place: Tensor | None
+    ) -> Tensor | None:
+        """The place that the network looks at, if it does."""
         if mask is not None and mask.shape != hidden.shape[:2]:
             raise ValueError(
                 f"mask must be {list(hidden.shape[:2])}, not {list(mask.shape)}"
             )
         if not self.config.chunk_position:
-            place = None
-        elif place is None:
-            place = torch.arange(2.0, device=hidden.device).expand(len(hidden), 2)
-        elif place.shape != (len(hidden), 2):
+            return None
+        if place is None:
+            return torch.arange(2.0, device=hidden.device).expand(len(hidden), 2)
+        if place.shape != (len(hidden), 2):
             raise ValueError(f"place must be {[len(hidden), 2]}, not {list(place.shape)}")
-        return self._run_layer(self, index, hidden, mask, place, head)
+        return place
+
+    @torch.no_grad()
+    def layer_in_units(
+        self,
+        index: int,
+        hidden: Tensor,
+        mask: Tensor | None,
+        place: Tensor | None,
+        chunks: Sequence[slice],
+    ) -> Generator[None, None, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """:meth:`layer` over a context in chunks of tokens; yields between them.
+
+        The result is the same, to rounding; to the bit where there is one chunk.
+        """
+        if len(chunks) == 1:
+            return self.layer(index, hidden, mask, place)
+        place = self._checked(hidden, mask, place)
+        visible = None if mask is None else mask == 1
+        latents = yield from self.aggregator["perceiver"].in_units(hidden, visible, place, chunks)
+        return self._factors(index, self.layers(latents), hidden.dtype, None)
 
     def _layer(
         self,
@@ -236,21 +263,27 @@ class HyperNetwork(nn.Module):
         """:meth:`layer`, as it is compiled."""
         visible = None if mask is None else mask == 1
         latents = self.layers(self.aggregator["perceiver"](hidden, visible, place))
-        rank, compute = self.config.rank, attention_dtype(hidden.dtype)
+        return self._factors(index, latents, hidden.dtype, head)
+
+    def _factors(
+        self, index: int, latents: Tensor, dtype: torch.dtype, head: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The layer's A and B from the rank latents [B, M * R, Z]."""
+        rank, compute = self.config.rank, attention_dtype(dtype)
         factors_a, factors_b = {}, {}
         weights = (self.head.of(index) if head is None else head).split(1)
-        for place, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):
-            rows = latents[:, None, None, place * rank : (place + 1) * rank]
+        for number, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):
+            rows = latents[:, None, None, number * rank : (number + 1) * rank]
             a, b = rank_projection(
                 rows.to(compute),
-                weights[place].to(compute),
+                weights[number].to(compute),
                 self.scaler_A[module].select(1, index)[..., 0],
                 self.scaler_B[module].select(1, index)[..., 0],
                 d_in=d_in,
                 d_out=d_out,
             )
-            factors_a[module] = a[:, 0].to(hidden.dtype)
-            factors_b[module] = b[:, 0].to(hidden.dtype)
+            factors_a[module] = a[:, 0].to(dtype)
+            factors_b[module] = b[:, 0].to(dtype)
         return factors_a, factors_b
 
     def assemble(

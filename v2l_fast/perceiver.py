@@ -13,6 +13,7 @@ Adapters alone are within 2e-6 in float32, and inference is a quarter faster for
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 from csrc_triton import backend, gated_projection, perceiver_attention
 
 RMS_EPS = 1e-6
+
+Chunks = list[slice]
 # A time of a video is told as sines and cosines of 1, 2, 4, ... 32 half turns over its length.
 PLACE_OCTAVES = 6
 
@@ -110,6 +113,47 @@ class PerceiverAttention(nn.Module):
         Returns:
             [max(N, N'), Q, Z] of latents' dtype.
         """
+        absorbed, scores = self._absorbed(latents, compute)
+        if context is None:
+            return self._values(torch.softmax(scores, dim=-1) @ latents, latents, compute)
+        folded = self._folded(absorbed, norm_weight, compute, len(context))
+        seen = perceiver_attention(folded, context, inv_rms)
+        return self._values(self._joined(latents, scores, seen, norm_weight), latents, compute)
+
+    def in_units(
+        self,
+        latents: Tensor,
+        compute: torch.dtype,
+        norm_weight: Tensor,
+        context: Tensor,
+        inv_rms: Tensor,
+        chunks: Chunks,
+    ) -> Generator[None, None, Tensor]:
+        """:meth:`forward` over a context in chunks of tokens; yields before each."""
+        absorbed, scores = self._absorbed(latents, compute)
+        folded = self._folded(absorbed, norm_weight, compute, len(context))
+        seen, seen_lse = None, None
+        for chunk in chunks:
+            yield
+            out, lse = perceiver_attention(
+                folded, context[:, chunk].contiguous(), inv_rms[:, chunk].contiguous()
+            )
+            out = out.to(lse.dtype)
+            if seen is None:
+                seen, seen_lse = out, lse
+                continue
+            total = torch.logaddexp(seen_lse, lse)
+            # Of a row that has seen no token yet all are -inf.
+            base = total.masked_fill(total == -torch.inf, 0.0)
+            shares = (torch.exp(one - base)[..., None] for one in (seen_lse, lse))
+            seen = seen * next(shares) + out * next(shares)
+            seen_lse = total
+        joined = self._joined(latents, scores, (seen, seen_lse), norm_weight)
+        return self._values(joined, latents, compute)
+
+    def _absorbed(self, latents: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Queries with the key projection folded in [N, P, Z], P = heads x Q, and their scores
+        [N, P, Q] of the latents."""
         wide = latents.dtype
         n, count, size = latents.shape
         groups = self.num_kv_heads
@@ -120,18 +164,35 @@ class PerceiverAttention(nn.Module):
         absorbed = torch.einsum("nqghd,gdz->nghqz", query, key_weight)
         absorbed = absorbed.reshape(n, self.num_heads * count, size).to(wide)
         absorbed = absorbed / math.sqrt(self.head_dim)
-        scores = absorbed @ latents.mT
-        if context is None:
-            mixed = torch.softmax(scores, dim=-1) @ latents
-        else:
-            folded = (absorbed * norm_weight.to(wide)).to(compute)
-            folded = folded.expand(context.shape[0], -1, -1)
-            seen, seen_lse = perceiver_attention(folded, context, inv_rms)
-            seen_lse = seen_lse.to(wide)
-            lse = torch.logaddexp(seen_lse, torch.logsumexp(scores, dim=-1))
-            seen_share = torch.exp(seen_lse - lse)[..., None]
-            own = torch.exp(scores - lse[..., None]) @ latents
-            mixed = seen_share * (seen.to(wide) * norm_weight.to(wide)) + own
+        return absorbed, absorbed @ latents.mT
+
+    def _folded(
+        self, absorbed: Tensor, norm_weight: Tensor, compute: torch.dtype, count: int
+    ) -> Tensor:
+        """The queries as :func:`perceiver_attention` takes them, for ``count`` contexts."""
+        folded = (absorbed * norm_weight.to(absorbed.dtype)).to(compute)
+        return folded.expand(count, -1, -1)
+
+    def _joined(
+        self,
+        latents: Tensor,
+        scores: Tensor,
+        seen: tuple[Tensor, Tensor],
+        norm_weight: Tensor,
+    ) -> Tensor:
+        """What the queries take from the context and from the latents: [N, P, Z]."""
+        wide = latents.dtype
+        mixed, seen_lse = seen[0], seen[1].to(wide)
+        lse = torch.logaddexp(seen_lse, torch.logsumexp(scores, dim=-1))
+        seen_share = torch.exp(seen_lse - lse)[..., None]
+        own = torch.exp(scores - lse[..., None]) @ latents
+        return seen_share * (mixed.to(wide) * norm_weight.to(wide)) + own
+
+    def _values(self, mixed: Tensor, latents: Tensor, compute: torch.dtype) -> Tensor:
+        """Value and output projection: [N, P, Z] -> [N, Q, Z]."""
+        wide = latents.dtype
+        _, count, size = latents.shape
+        groups = self.num_kv_heads
         mixed = mixed.to(compute).view(mixed.shape[0], groups, -1, count, size)
         value_weight = self.v_proj.weight.to(compute).view(groups, self.head_dim, size)
         values = torch.einsum("nghqz,gdz->nqghd", mixed, value_weight)
@@ -163,6 +224,27 @@ class PerceiverLayer(nn.Module):
         else:
             norm_weight = self.input_context_layernorm.weight
             attended = self.self_attn(normed, context.dtype, norm_weight, context, inv_rms)
+        return self._residual(latents, attended, mlp_dtype)
+
+    def in_units(
+        self,
+        latents: Tensor,
+        context: Tensor,
+        inv_rms: Tensor,
+        mlp_dtype: torch.dtype,
+        chunks: Chunks,
+    ) -> Generator[None, None, Tensor]:
+        """:meth:`forward` over a context in chunks of tokens; yields before each."""
+        if self.input_context_layernorm is None:
+            return self(latents, context, inv_rms, mlp_dtype)
+        normed = self.input_latents_layernorm(latents)
+        norm_weight = self.input_context_layernorm.weight
+        attended = yield from self.self_attn.in_units(
+            normed, context.dtype, norm_weight, context, inv_rms, chunks
+        )
+        return self._residual(latents, attended, mlp_dtype)
+
+    def _residual(self, latents: Tensor, attended: Tensor, mlp_dtype: torch.dtype) -> Tensor:
         latents = latents + self.post_attention_layernorm(attended)
         hidden = self.mlp(self.pre_ff_layernorm(latents).to(mlp_dtype))
         return latents + self.post_ff_layernorm(hidden.to(latents.dtype))
@@ -213,12 +295,31 @@ class Resampler(nn.Module):
         inv_rms = inverse_rms(context, visible)
         # Once for all layers.
         context = context.to(attention_dtype(dtype))
-        latents = self.latents_q.to(latent_dtype(dtype))[None]
-        if shift is not None:
-            latents = latents + shift.to(latents.dtype)
+        latents = self._start(dtype, shift)
         for layer in self.layers:
             latents = layer(latents, context, inv_rms, dtype)
         return self.layernorm(latents)
+
+    def in_units(
+        self,
+        context: Tensor,
+        inv_rms: Tensor,
+        dtype: torch.dtype,
+        shift: Tensor | None,
+        chunks: Chunks,
+    ) -> Generator[None, None, Tensor]:
+        """:meth:`forward` over a context in chunks of tokens; yields before each.
+
+        context: [N, S, Z] of the attention's dtype. inv_rms: [N, S], 0 where masked.
+        """
+        latents = self._start(dtype, shift)
+        for layer in self.layers:
+            latents = yield from layer.in_units(latents, context, inv_rms, dtype, chunks)
+        return self.layernorm(latents)
+
+    def _start(self, dtype: torch.dtype, shift: Tensor | None) -> Tensor:
+        latents = self.latents_q.to(latent_dtype(dtype))[None]
+        return latents if shift is None else latents + shift.to(latents.dtype)
 
 
 class PlaceEmbedding(nn.Module):
@@ -273,4 +374,24 @@ class Perceiver(nn.Module):
         shifts = (None, None) if self.place is None else self.place(place)
         context = self.modality_projection(features, visible)
         encoded = self.encoder(context, visible, features.dtype, shifts[0])
+        return self.decoder(encoded, None, features.dtype, shifts[1])
+
+    def in_units(
+        self, features: Tensor, visible: Tensor | None, place: Tensor | None, chunks: Chunks
+    ) -> Generator[None, None, Tensor]:
+        """:meth:`forward` over a context in chunks of tokens; yields before each but the first."""
+        shifts = (None, None) if self.place is None else self.place(place)
+        contexts, inverses = [], []
+        for chunk in chunks:
+            if chunk.start:
+                yield
+            seen = None if visible is None else visible[:, chunk]
+            projected = self.modality_projection(features[:, chunk], seen)
+            inverses.append(inverse_rms(projected, seen))
+            contexts.append(projected.to(attention_dtype(features.dtype)))
+        context, inv_rms = torch.cat(contexts, 1), torch.cat(inverses, 1)
+        del contexts
+        encoded = yield from self.encoder.in_units(
+            context, inv_rms, features.dtype, shifts[0], chunks
+        )
         return self.decoder(encoded, None, features.dtype, shifts[1])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.golden import relative
-from v2l_fast.backbones import load_backbone, smolvlm, smolvlm_prompt
+from v2l_fast.backbones import load_backbone, smolvlm_prompt
 from v2l_fast.errors import CheckpointError
 from v2l_fast.video.preprocess import frame_views, normalize
 
@@ -58,7 +58,7 @@ def test_views_are_encoded_alone_and_in_bounded_chunks(monkeypatch, backbone, cl
         return encode(self, pixels)
 
     monkeypatch.setattr(backbone, "_encode_pixels", counted)
-    monkeypatch.setattr(smolvlm, "VIEWS_PER_CHUNK", 4)
+    monkeypatch.setattr(backbone, "views_per_unit", 4)
     assert relative(backbone.encode_views(all_views), whole) <= 3e-6
     assert calls == [4, 2]
     for index in range(6):

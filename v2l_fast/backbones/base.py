@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.backbones.steps import Step
-from v2l_fast.video import VideoClip
+from v2l_fast.video import FrameViews, VideoClip
+from v2l_fast.video.preprocess import frame_views_in_groups
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,19 @@ class EncodedVideo:
     cols: int
 
 
+def resize_steps(
+    frames: Tensor, longest_edge: int, tile_size: int
+) -> Generator[Step, None, FrameViews]:
+    """Frames to views; yields "decode" between groups of large frames."""
+    groups = frame_views_in_groups(frames, longest_edge, tile_size)
+    while True:
+        try:
+            done, total = next(groups)
+        except StopIteration as end:
+            return end.value
+        yield "decode", done, total
+
+
 class Backbone(Protocol):
     """A frozen VLM.
 
@@ -101,6 +115,7 @@ class Backbone(Protocol):
         name_or_path: where it came from.
         preprocessing: name and version of the rules that turn frames into prompts.
         stop_ids: token ids that end an answer.
+        views_per_unit: views that one unit of work encodes.
     """
 
     model: PreTrainedModel
@@ -110,6 +125,7 @@ class Backbone(Protocol):
     name_or_path: str
     preprocessing: str
     stop_ids: tuple[int, ...]
+    views_per_unit: int
 
     @property
     def hidden_size(self) -> int:

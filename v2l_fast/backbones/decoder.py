@@ -12,7 +12,7 @@ mask, and a row's next token overwrites the padding behind it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from v2l_fast.adapted import AdapterSlots
 from v2l_fast.adapter import Adapter
 from v2l_fast.backbones import flash
+from v2l_fast.backbones.steps import causal_chunks
 from v2l_fast.compiling import compiled
 
 
@@ -262,6 +263,34 @@ class Decoder:
             yield hidden
             if index + 1 < self.num_layers:
                 hidden = self.layer(index, hidden, span)
+
+    def layer_in_units(
+        self, index: int, hidden: Tensor, unit: int
+    ) -> Generator[None, None, Tensor]:
+        """:meth:`layer` of whole sequences [E, T, D] in chunks of at most ``unit`` tokens; yields
+        between two of them.
+
+        Chunks see those before them through keys and values, so the result is the same, to
+        rounding; to the bit where there is one chunk.
+        """
+        count, length = hidden.shape[:2]
+        parts = list(causal_chunks(length, unit))
+        if len(parts) == 1:
+            return self.layer(index, hidden, self.prefill_span(count, length))
+        shape = (count, self.config.num_key_value_heads, length, self._head_dim())
+        cache = LayerCache(hidden.new_empty(shape), hidden.new_empty(shape))
+        module = self.text_model.layers[index]
+        result = torch.empty_like(hidden)
+        for part in parts:
+            if part.start:
+                yield
+            positions = torch.arange(part.start, part.stop, device=self.device)
+            mask = torch.arange(part.stop, device=self.device) <= positions[:, None]
+            span = self.span(positions.expand(count, -1), mask.expand(count, 1, -1, -1))
+            result[:, part] = self._run_layer(
+                self, module, index, hidden[:, part], span, cache, None
+            )
+        return result
 
     def forward(
         self,

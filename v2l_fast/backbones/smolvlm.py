@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolVLMForConditionalGeneration
 
-from v2l_fast.backbones.base import EncodedVideo, Prompt
+from v2l_fast.backbones.base import EncodedVideo, Prompt, resize_steps
 from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.backbones.smolvlm_inputs import SmolVLMInputs
 from v2l_fast.backbones.smolvlm_prompt import FAKE_TOKEN, IMAGE_TOKEN
@@ -22,10 +22,12 @@ from v2l_fast.backbones.steps import Step, finish
 from v2l_fast.compiling import compiled
 from v2l_fast.errors import CheckpointError
 from v2l_fast.video import VideoClip
-from v2l_fast.video.preprocess import PREPROCESSING_VERSION, frame_views, normalize
+from v2l_fast.video.preprocess import PREPROCESSING_VERSION, normalize
 
-# Views in one vision call. 64 views of 512 x 512 at 1,024 patches hold activations under 2 GB.
+# Views in one vision call at most: 64 of 1,024 patches hold activations under 2 GB.
 VIEWS_PER_CHUNK = 64
+# Patches in one vision call on a CPU, a few seconds of SmolVLM2-500M's tower.
+PATCHES_CPU = 4096
 
 
 class SmolVLM:
@@ -54,6 +56,9 @@ class SmolVLM:
         side = vision.image_size // vision.patch_size
         self.tokens_per_view = side**2 // model.config.scale_factor**2
         self.inputs = SmolVLMInputs(tokenizer, self.tile_size, self.tokens_per_view)
+        on_cpu = self.decoder.device.type == "cpu"
+        affordable = max(1, PATCHES_CPU // side**2) if on_cpu else VIEWS_PER_CHUNK
+        self.views_per_unit = min(VIEWS_PER_CHUNK, affordable)
         self.image_token_id = model.config.image_token_id
         self.stop_ids = _stop_ids(model, tokenizer)
         self._encode_pixels = SmolVLM.encode_pixels
@@ -131,10 +136,10 @@ class SmolVLM:
         self, clip: VideoClip, longest_edge: int
     ) -> Generator[Step, None, EncodedVideo]:
         """:meth:`encode` in units: resizing where the frames are, then bounded chunks of views."""
-        views = frame_views(clip.frames, longest_edge, self.tile_size)
+        views = yield from resize_steps(clip.frames, longest_edge, self.tile_size)
         features = []
-        for chunk in views.views.split(VIEWS_PER_CHUNK):
-            yield "encode frames", len(features) * VIEWS_PER_CHUNK, len(views.views)
+        for chunk in views.views.split(self.views_per_unit):
+            yield "encode frames", len(features) * self.views_per_unit, len(views.views)
             features.append(self.encode_views(chunk))
         return EncodedVideo(
             torch.cat(features), clip.timestamps, clip.duration, views.rows, views.cols
@@ -182,7 +187,7 @@ class SmolVLM:
         """
         features = [
             self._encode_pixels(self, normalize(chunk.to(self.decoder.device), self.decoder.dtype))
-            for chunk in views.split(VIEWS_PER_CHUNK)
+            for chunk in views.split(self.views_per_unit)
         ]
         return torch.cat(features)
 

@@ -6,27 +6,25 @@ there are, what is recorded about them and how they make up a video are the call
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from v2l_fast.adapter import Adapter, AdapterBatch
 from v2l_fast.backbones import Backbone, Prompt
-from v2l_fast.backbones.base import EncodedVideo
-from v2l_fast.backbones.steps import Step
+from v2l_fast.backbones.base import EncodedVideo, resize_steps
+from v2l_fast.backbones.steps import Step, chunks, named, unit_tokens
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.internalizing.parts import Part
 from v2l_fast.lengths import right_padded, similar_lengths
-from v2l_fast.video import FrameViews, frame_views
+from v2l_fast.video import FrameViews
 
 # Tokens of contexts that are computed together; a longer context is alone. Eight videos of twelve
 # frames are 7,000. At the widest decoder (MLP of 8,192) a layer then needs 2 GB in bfloat16.
 BATCH_TOKENS = 32768
 # Share of a batch that may be padding: clips of the same number of frames differ by a few words.
 MAX_PADDING = 0.1
-# Views of one unit of work.
-UNIT_VIEWS = 64
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ def generate_steps(
 ) -> Generator[Step, None, list[Adapter | None]]:
     """The adapter of each part, in units of work (see :mod:`v2l_fast.backbones.steps`).
 
-    Parts of a batch see each other in nothing but the rounding of shared matrix products. Resizing
-    precedes each batch's first unit.
+    Batching changes results only by floating-point rounding. Resizing precedes each batch's first
+    unit with the model, under the name "decode".
 
     Args:
         longest_edge: pixels.
@@ -57,8 +55,10 @@ def generate_steps(
     Returns:
         For each part its adapter, or None where a factor is NaN or infinite.
     """
-    made: list[Adapter | None] = [None] * len(parts)
-    for contexts in _batches(backbone, parts, longest_edge, batch_tokens):
+    adapters: list[Adapter | None] = [None] * len(parts)
+    remaining = list(enumerate(parts))
+    while remaining:
+        contexts = yield from _next_batch(backbone, remaining, longest_edge, batch_tokens)
         videos = yield from _encode_steps(backbone, contexts)
         instruction = hypernet.config.instruction
         prompts = [backbone.about(video, instruction, answer_follows=False) for video in videos]
@@ -71,25 +71,25 @@ def generate_steps(
                 [contexts[i].part.place for i in members],
             )
             for member, adapter in zip(members, _finite(batch), strict=True):
-                made[contexts[member].index] = adapter
-    return made
+                adapters[contexts[member].index] = adapter
+    return adapters
 
 
-def _batches(
-    backbone: Backbone, parts: Iterable[Part], longest_edge: int, tokens: int
-) -> Iterator[list[_Context]]:
-    """Consecutive parts up to (and with the one that reaches) so many visual tokens."""
+def _next_batch(
+    backbone: Backbone, remaining: list[tuple[int, Part]], longest_edge: int, tokens: int
+) -> Generator[Step, None, list[_Context]]:
+    """Parts taken from ``remaining`` up to (and with the one that reaches) so many visual
+    tokens."""
     inputs = backbone.inputs
     batch, filled = [], 0
-    for index, part in enumerate(parts):
-        views = frame_views(part.clip.frames, longest_edge, inputs.tile_size)
+    while remaining:
+        index, part = remaining.pop(0)
+        views = yield from resize_steps(part.clip.frames, longest_edge, inputs.tile_size)
         batch.append(_Context(index, part, views))
         filled += len(views.views) * inputs.tokens_per_view
         if filled >= tokens:
-            yield batch
-            batch, filled = [], 0
-    if batch:
-        yield batch
+            break
+    return batch
 
 
 def _encode_steps(
@@ -102,8 +102,8 @@ def _encode_steps(
     if len(contexts) > 1:
         views = torch.cat([context.views.views for context in contexts])
     features = []
-    for chunk in views.split(UNIT_VIEWS):
-        yield "encode frames", len(features) * UNIT_VIEWS, len(views)
+    for chunk in views.split(backbone.views_per_unit):
+        yield "encode frames", len(features) * backbone.views_per_unit, len(views)
         features.append(backbone.encode_views(chunk))
     encoded = torch.cat(features).split(counts)
     return [
@@ -119,15 +119,22 @@ def _layer_steps(
     prompts: Sequence[Prompt],
     places: Sequence[tuple[float, float]],
 ) -> Generator[Step, None, AdapterBatch]:
-    """Each layer's factors as the decoder produces its input."""
+    """Each layer's factors as the decoder produces its input; long contexts in chunks."""
     # The decoder needs no mask: what follows a token does not reach it.
     embeddings, mask = right_padded([prompt.embeddings for prompt in prompts])
     where = torch.tensor(places, device=embeddings.device)
     total = hypernet.config.num_layers
-    per_layer = []
-    for index, hidden in enumerate(backbone.decoder.layer_inputs(embeddings)):
-        yield "generate adapter", index, total
-        per_layer.append(hypernet.layer(index, hidden, mask, where))
+    unit = unit_tokens(embeddings.device)
+    parts = list(chunks(embeddings.shape[1], unit))
+    per_layer, hidden = [], embeddings
+    for index in range(total):
+        step = "generate adapter", index, total
+        yield step
+        factors = hypernet.layer_in_units(index, hidden, mask, where, parts)
+        per_layer.append((yield from named(factors, step)))
+        if index + 1 < total:
+            layer = backbone.decoder.layer_in_units(index, hidden, unit)
+            hidden = yield from named(layer, step)
     yield "generate adapter", total, total
     return hypernet.assemble(per_layer)
 

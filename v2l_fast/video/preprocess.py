@@ -7,6 +7,7 @@ Frames stay uint8 until `normalize`. Everything runs on the device the frames ar
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +19,8 @@ from v2l_fast.errors import ConfigError
 # Raised whenever a pixel of any view would change; part of an adapter's provenance.
 PREPROCESSING_VERSION = 1
 
+# Pixels of the frames that are resized at a time where other work takes turns: one frame of 8K.
+GROUP_PIXELS = 7680 * 4320
 _MAX_EDGE = 4096
 # Pillow's fixed point: coefficients are multiples of 2^-22.
 _ONE = 1 << 22
@@ -190,6 +193,22 @@ def frame_views(frames: torch.Tensor, longest_edge: int, tile_size: int) -> Fram
     tiles = tiles.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
     whole = resize_lanczos(frames, tile_size, tile_size).unsqueeze(1)
     return FrameViews(torch.cat([tiles, whole], dim=1).flatten(0, 1), rows, cols)
+
+
+def frame_views_in_groups(
+    frames: torch.Tensor, longest_edge: int, tile_size: int
+) -> Generator[tuple[int, int], None, FrameViews]:
+    """:func:`frame_views` of some frames at a time; yields between them (frames done, in all)."""
+    at_once = max(1, GROUP_PIXELS // max(1, frames.shape[-1] * frames.shape[-2]))
+    groups = []
+    for group in frames.split(at_once):
+        if groups:
+            yield len(groups) * at_once, len(frames)
+        groups.append(frame_views(group, longest_edge, tile_size))
+    if len(groups) == 1:
+        return groups[0]
+    views = torch.cat([group.views for group in groups])
+    return FrameViews(views, groups[0].rows, groups[0].cols)
 
 
 def normalize(views: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
