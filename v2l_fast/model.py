@@ -16,6 +16,7 @@ from torch import Tensor
 
 from v2l_fast.adapter import Adapter, BiasAdapter
 from v2l_fast.backbones import Backbone, Prompt, load_backbone
+from v2l_fast.backbones.base import prompt_ids, visual_tokens
 from v2l_fast.backbones.steps import Step, finish
 from v2l_fast.effect import Effect, measure_effect
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
@@ -277,12 +278,29 @@ class Video2LoRA:
         )
 
     def question_steps(
-        self, clip: VideoClip, question: str, longest_edge: int | None = None
+        self,
+        clip: VideoClip,
+        question: str,
+        longest_edge: int | None = None,
+        check: Callable[[int], None] = lambda tokens: None,
     ) -> Generator[Step, None, Prompt]:
-        """The prompt of a question with the video in context, as :meth:`internalize_steps`."""
+        """The prompt of a question with the video in context, as :meth:`internalize_steps`.
+
+        Args:
+            check: called with the prompt's number of tokens before anything is computed; what it
+                raises ends the work.
+        """
         edge = self.config.longest_edge if longest_edge is None else longest_edge
         yield "decode", 0, 1
-        return self.backbone.about((yield from self.backbone.encode_steps(clip, edge)), question)
+        ids = prompt_ids(self.backbone.inputs, clip, question, edge, answer_follows=True)
+        check(len(ids))
+        video = yield from self.backbone.encode_steps(clip, edge)
+        return self.backbone.about(video, question, ids=ids)
+
+    def visual_tokens(self, clip: VideoClip, longest_edge: int | None = None) -> int:
+        """How many tokens of the context stand for the clip's pixels."""
+        edge = self.config.longest_edge if longest_edge is None else longest_edge
+        return visual_tokens(self.backbone.inputs, clip, edge)
 
     # --- answering ------------------------------------------------------------------------------
 

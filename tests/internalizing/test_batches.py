@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,14 @@ from tests import tiny
 from tests.golden import relative
 from tests.video.clips import encode
 from v2l_fast import model as model_module
+from v2l_fast import perceiver
 from v2l_fast.adapter import Adapter
+from v2l_fast.backbones import steps
 from v2l_fast.backbones.steps import finish
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.model import Video2LoRA
-from v2l_fast.video import VideoClip
+from v2l_fast.video import VideoClip, preprocess
 
 M = "down_proj"
 
@@ -114,10 +117,10 @@ def test_tokens_bound_a_batch(tokens, batches, model, mixed, monkeypatch):
 
 
 def test_units_of_one_video_stay_small(model, mixed):
-    steps = model.internalize_steps(mixed[3], chunks=2)
+    units = model.internalize_steps(mixed[3], chunks=2)
     layers = [("generate adapter", done, 3) for done in range(4)]
     with watched() as seen:
-        found = list(steps)
+        found = list(units)
     assert found == [
         ("decode", 0, 1), ("encode frames", 0, 3), *layers, ("encode frames", 0, 2), *layers
     ]  # fmt: skip
@@ -192,3 +195,72 @@ def test_the_decoder_is_chosen(model, tmp_path):
     ):
         with pytest.raises(VideoError, match="clip.mp4: unknown backend 'vlc'; use one of auto"):
             call()
+
+
+# --- long contexts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [1, 7, 16, 50])
+def test_chunks_of_tokens_change_nothing_but_rounding(unit, knowing, mixed, monkeypatch):
+    expected = [alone(knowing, clip, chunks=2) for clip in mixed]
+    monkeypatch.setitem(steps.UNIT_TOKENS, "cpu", unit)
+    found = [alone(knowing, clip, chunks=2) for clip in mixed]
+    # Padded and masked, too.
+    together = knowing.internalize(mixed, chunks=2)
+    for one, other, wanted in zip(found, together, expected, strict=True):
+        assert_near(one, wanted)
+        assert_near(other, wanted)
+
+
+def test_units_do_not_grow_with_the_context(model, monkeypatch):
+    """Tokens of a unit, and those times what they attend to, are bounded whatever the video."""
+    unit, seen, decoder = 24, [], model.backbone.decoder
+    monkeypatch.setitem(steps.UNIT_TOKENS, "cpu", unit)
+    run_layer = decoder._run_layer
+
+    def watched_layer(self, layer, index, hidden, span, cache, adapters):
+        keys = span.mask.shape[-1] if cache is not None else hidden.shape[1]
+        seen.append((hidden.shape[1], keys))
+        return run_layer(self, layer, index, hidden, span, cache, adapters)
+
+    monkeypatch.setattr(decoder, "_run_layer", watched_layer)
+    attention = perceiver.perceiver_attention
+    contexts = []
+
+    def watched_attention(query, context, inv_rms):
+        contexts.append(context.shape[1])
+        return attention(query, context, inv_rms)
+
+    monkeypatch.setattr(perceiver, "perceiver_attention", watched_attention)
+    work = model.internalize_steps(tiny.clip(12, 0, 32))
+    passes = []
+    for _ in work:
+        passes.append((len(seen), len(contexts)))
+    assert max(tokens for tokens, _ in seen) <= unit
+    assert all(tokens * keys <= unit * unit for tokens, keys in seen)
+    assert max(contexts) <= max(unit, tiny.CONFIG.num_latents)
+    for before, after in itertools.pairwise(passes):
+        assert after[0] - before[0] <= 1
+        assert after[1] - before[1] <= 3
+    assert len(seen) > 10
+
+
+@pytest.mark.parametrize(("length", "unit"), [(1, 4), (4, 4), (5, 4), (1000, 30), (37, 1)])
+def test_causal_chunks_cover_everything_once(length, unit):
+    parts = list(steps.causal_chunks(length, unit))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(length))
+    assert all(
+        part.stop - part.start == 1 or (part.stop - part.start) * part.stop <= unit * unit
+        for part in parts
+    )
+    assert len(parts) == 1 or length > unit
+
+
+def test_large_frames_are_resized_in_groups(model, monkeypatch):
+    clip = tiny.clip(5, 0, 32)
+    expected = alone(model, clip)
+    monkeypatch.setattr(preprocess, "GROUP_PIXELS", 2 * clip.frames[0, 0].numel())
+    found = model.internalize_steps(clip)
+    names = [next(found) for _ in range(3)]
+    assert names == [("decode", 0, 1), ("decode", 2, 5), ("decode", 4, 5)]
+    assert_near(finish(found), expected)

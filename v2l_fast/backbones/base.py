@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.backbones.steps import Step
 from v2l_fast.video import FrameViews, VideoClip
-from v2l_fast.video.preprocess import frame_views_in_groups
+from v2l_fast.video.preprocess import frame_tiles, frame_views_in_groups
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,21 @@ def resize_steps(
         yield "decode", done, total
 
 
+def prompt_ids(
+    inputs: PromptInputs, clip: VideoClip, text: str, longest_edge: int, answer_follows: bool
+) -> list[int]:
+    """Token ids of a prompt with the clip in it, before its frames are resized or encoded."""
+    height, width = clip.frames.shape[-2:]
+    tiles = frame_tiles(height, width, longest_edge, inputs.tile_size)
+    return inputs.about(clip.timestamps, clip.duration, *tiles, text, answer_follows)
+
+
+def visual_tokens(inputs: PromptInputs, clip: VideoClip, longest_edge: int) -> int:
+    """How many tokens stand for the clip's pixels."""
+    rows, cols = frame_tiles(*clip.frames.shape[-2:], longest_edge, inputs.tile_size)
+    return len(clip.frames) * (rows * cols + 1) * inputs.tokens_per_view
+
+
 class Backbone(Protocol):
     """A frozen VLM.
 
@@ -161,9 +176,16 @@ class Backbone(Protocol):
     ) -> Generator[Step, None, EncodedVideo]:
         """:meth:`encode` in units: resizing, on the CPU, then bounded chunks of views."""
 
-    def about(self, video: EncodedVideo, text: str, answer_follows: bool = True) -> Prompt:
+    def about(
+        self,
+        video: EncodedVideo,
+        text: str,
+        answer_follows: bool = True,
+        ids: Sequence[int] | None = None,
+    ) -> Prompt:
         """:meth:`question_about` of an encoded video: :meth:`opening`, then
-        :meth:`continuation`; or, where no answer follows, :meth:`context`."""
+        :meth:`continuation`; or, where no answer follows, :meth:`context`. ``ids``: those of
+        ``inputs.about``, if they are known."""
 
     def opening(self, video: EncodedVideo) -> Prompt:
         """What all questions about a video begin with, to the video's last token."""

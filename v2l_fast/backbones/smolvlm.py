@@ -8,7 +8,7 @@ later processors sample, resize and word prompts differently, silently.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -145,10 +145,18 @@ class SmolVLM:
             torch.cat(features), clip.timestamps, clip.duration, views.rows, views.cols
         )
 
-    def about(self, video: EncodedVideo, text: str, answer_follows: bool = True) -> Prompt:
+    def about(
+        self,
+        video: EncodedVideo,
+        text: str,
+        answer_follows: bool = True,
+        ids: Sequence[int] | None = None,
+    ) -> Prompt:
         """:meth:`question_about` of an encoded video: :meth:`opening`, then
-        :meth:`continuation`; or, where no answer follows, :meth:`context`."""
-        return self.embed(self._ids_about(video, text, answer_follows), video.features)
+        :meth:`continuation`; or, where no answer follows, :meth:`context`. ``ids``: those of
+        ``inputs.about``, if they are known."""
+        known = self._ids_about(video, text, answer_follows) if ids is None else self._tensor(ids)
+        return self.embed(known, video.features)
 
     def opening(self, video: EncodedVideo) -> Prompt:
         """What all questions about a video begin with, to the video's last special token."""
@@ -170,7 +178,7 @@ class SmolVLM:
         """Text with special tokens spelled out -> ids [T] on the model's device."""
         return self._tensor(self.inputs.ids(text))
 
-    def _tensor(self, ids: list[int]) -> Tensor:
+    def _tensor(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
 
     def decode(self, ids: list[int], strip: bool = True) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from v2l_fast.adapter import Adapter, AdapterBatch
 from v2l_fast.backbones import Backbone, Prompt
-from v2l_fast.backbones.base import EncodedVideo, resize_steps
+from v2l_fast.backbones.base import EncodedVideo, prompt_ids, resize_steps
 from v2l_fast.backbones.steps import Step, chunks, named, unit_tokens
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.internalizing.parts import Part
@@ -29,11 +29,12 @@ MAX_PADDING = 0.1
 
 @dataclass(frozen=True)
 class _Context:
-    """A part, resized; `index` among all parts."""
+    """A part, resized; `index` among all parts, `ids` of its prompt."""
 
     index: int
     part: Part
     views: FrameViews
+    ids: list[int]
 
 
 def generate_steps(
@@ -58,10 +59,14 @@ def generate_steps(
     adapters: list[Adapter | None] = [None] * len(parts)
     remaining = list(enumerate(parts))
     while remaining:
-        contexts = yield from _next_batch(backbone, remaining, longest_edge, batch_tokens)
+        contexts = yield from _next_batch(
+            backbone, hypernet.config.instruction, remaining, longest_edge, batch_tokens
+        )
         videos = yield from _encode_steps(backbone, contexts)
-        instruction = hypernet.config.instruction
-        prompts = [backbone.about(video, instruction, answer_follows=False) for video in videos]
+        prompts = [
+            backbone.about(video, hypernet.config.instruction, answer_follows=False, ids=c.ids)
+            for video, c in zip(videos, contexts, strict=True)
+        ]
         lengths = [len(prompt) for prompt in prompts]
         for members in similar_lengths(lengths, MAX_PADDING, batch_tokens):
             batch = yield from _layer_steps(
@@ -76,7 +81,11 @@ def generate_steps(
 
 
 def _next_batch(
-    backbone: Backbone, remaining: list[tuple[int, Part]], longest_edge: int, tokens: int
+    backbone: Backbone,
+    instruction: str,
+    remaining: list[tuple[int, Part]],
+    longest_edge: int,
+    tokens: int,
 ) -> Generator[Step, None, list[_Context]]:
     """Parts taken from ``remaining`` up to (and with the one that reaches) so many visual
     tokens."""
@@ -85,7 +94,8 @@ def _next_batch(
     while remaining:
         index, part = remaining.pop(0)
         views = yield from resize_steps(part.clip.frames, longest_edge, inputs.tile_size)
-        batch.append(_Context(index, part, views))
+        ids = prompt_ids(inputs, part.clip, instruction, longest_edge, answer_follows=False)
+        batch.append(_Context(index, part, views, ids))
         filled += len(views.views) * inputs.tokens_per_view
         if filled >= tokens:
             break

@@ -65,6 +65,8 @@ class Background:
         stage = "decode"
         while stage == "decode":
             cancellation.check()
+            if self._closed is not None:
+                raise self._closed
             step = stage, _, _ = next(steps)
             progress(*step)
         task = _Task(steps, progress, cancellation, Future())

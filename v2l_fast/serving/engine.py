@@ -277,9 +277,12 @@ class Engine:
         """The prompt of a question with its video in context."""
         request = generation.request
         try:
-            steps = self._model.question_steps(request.clip, request.text)
+            steps = self._model.question_steps(
+                request.clip,
+                request.text,
+                check=lambda tokens: self._check_length(tokens, request.sampling),
+            )
             prompt = self._background.run(steps)
-            self._check_length(len(prompt), request.sampling)
         except Exception as error:
             self._fail(generation, told(error))
             with self._changed:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from v2l_fast.errors import V2LError
+from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.background import Background
 from v2l_fast.serving.requests import (
@@ -27,6 +27,9 @@ from v2l_fast.video import VideoClip
 
 # Videos read at the same time.
 WORKERS = 2
+# Visual tokens of one video. The memory of a context grows with its tokens (at a width of 960 and
+# float32 one buffer of these is 0.5 GB), the time with their square.
+MAX_VISUAL_TOKENS = 131072
 # Stage of the work -> state of the job, and the part of its progress that is this stage's.
 STATES = {
     "decode": ("decoding", 0.0, 0.2),
@@ -122,6 +125,7 @@ class Internalization:
             job.cancellation.check()
             progress("decode", 0, 1)
             clip = self._load_clip(path, *options, job.cancellation)
+            self._check_length(clip, options[1])
             steps = self._model.internalize_steps(clip, *options)
             adapter = self._background.run(steps, progress, job.cancellation)
             with self._changed:
@@ -143,6 +147,16 @@ class Internalization:
         cancellation: Cancellation,
     ) -> VideoClip:
         return self._model.load_clip(path, max_frames, longest_edge, exact_frames)
+
+    def _check_length(self, clip: VideoClip, longest_edge: int | None) -> None:
+        tokens = self._model.visual_tokens(clip, longest_edge)
+        if tokens > MAX_VISUAL_TOKENS:
+            edge = self._model.config.longest_edge if longest_edge is None else longest_edge
+            raise ConfigError(
+                f"{len(clip.frames)} frames at a longest edge of {edge} pixels are {tokens} visual "
+                f"tokens, at most {MAX_VISUAL_TOKENS} are accepted; lower longest_edge or "
+                "max_frames"
+            )
 
     def _end(
         self, job: InternalizeJob, adapter_id: str | None = None, error: V2LError | None = None

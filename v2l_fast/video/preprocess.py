@@ -171,6 +171,13 @@ class FrameViews:
         return self.rows * self.cols + 1
 
 
+def frame_tiles(height: int, width: int, longest_edge: int, tile_size: int) -> tuple[int, int]:
+    """(rows, cols) of tiles that :func:`frame_views` cuts a frame into, 0 and 0 if it does not."""
+    size = _multiple_size(*resized_size(height, width, longest_edge), tile_size)
+    rows, cols = (side // tile_size for side in size)
+    return (0, 0) if rows * cols == 1 else (rows, cols)
+
+
 def frame_views(frames: torch.Tensor, longest_edge: int, tile_size: int) -> FrameViews:
     """Views of frames uint8 [F, 3, H, W] for a vision tower that reads M x M, M = `tile_size`.
 
