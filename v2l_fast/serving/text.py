@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 
 # What incomplete UTF-8 decodes to.
 REPLACEMENT = "\ufffd"
+# Bytes, and so replacement characters, of a character that is not complete.
+_PENDING = 3
+# Ids decoded at a time at most, so that a token costs the same however long an answer is.
+_WINDOW = 64
 
 
 class TextStream:
@@ -29,29 +33,49 @@ class TextStream:
         self._stop = tuple(stop)
         self._held = ""
         self._begun = False
-        # Ids are decoded together with those before them, on which spaces between words depend.
-        self._context = self._read = 0
+        # The last ids that have text, decoded together because spaces between words depend on
+        # those before; how much of that text has been taken, and how many ids have been read.
+        self._window: list[int] = []
+        self._text = ""
+        self._taken = self._read = 0
 
     def push(self, tokens: list[int]) -> str:
         """All ids so far -> what can be sent that was not sent before."""
-        known = self._decode(tokens[self._context : self._read])
-        found = self._decode(tokens[self._context :])
-        if found.endswith(REPLACEMENT):
-            # A character whose last bytes are still to come.
-            return ""
-        if len(found) > len(known):
-            # Ids without text, special ones, are no context.
-            self._context = self._read
-        self._read = len(tokens)
-        return self._add(found[len(known) :])
+        self._extend(tokens)
+        # A character whose last bytes are still to come: at most three are there, one by one or
+        # together.
+        whole = len(self._text)
+        pending = whole - len(self._text.rstrip(REPLACEMENT))
+        ready = max(self._taken, whole - min(pending, _PENDING))
+        new, self._taken = self._text[self._taken : ready], ready
+        if not pending and new:
+            self._shrink(self._window[-1:])
+        elif len(self._window) > _WINDOW:
+            self._shrink(self._window[-_WINDOW // 2 :])
+        return self._add(new)
 
     def finish(self, tokens: list[int]) -> str:
         """All ids of the complete answer -> the rest."""
         if self.stopped:
             return ""
-        known = self._decode(tokens[self._context : self._read])
-        sent = self._add(self._decode(tokens[self._context :])[len(known) :])
+        self._extend(tokens)
+        sent = self._add(self._text[self._taken :])
         return sent if self.stopped else sent + self._held.rstrip()
+
+    def _extend(self, tokens: list[int]) -> None:
+        for token in tokens[self._read :]:
+            text = self._decode([*self._window, token])
+            # Ids without text, special ones, are no context.
+            if text != self._text or text.endswith(REPLACEMENT):
+                self._window.append(token)
+                self._text = text
+        self._read = len(tokens)
+
+    def _shrink(self, window: list[int]) -> None:
+        """Decode fewer ids from now on; what has not been taken is the end of their text, too."""
+        rest = len(self._text) - self._taken
+        self._window, self._text = window, self._decode(window)
+        self._taken = max(0, len(self._text) - rest)
 
     def _add(self, text: str) -> str:
         self._held += text
@@ -71,6 +95,9 @@ class TextStream:
 
 def _safe(text: str, stop: str) -> int:
     """Length of ``text`` without the longest end that ``stop`` begins with."""
-    longest = min(len(stop) - 1, len(text))
-    ends = (n for n in range(longest, 0, -1) if text.endswith(stop[:n]))
-    return len(text) - next(ends, 0)
+    place = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while place >= 0:
+        if stop.startswith(text[place:]):
+            return place
+        place = text.find(stop[0], place + 1)
+    return len(text)
