@@ -48,10 +48,10 @@ train-shapes: $(VENV)/.dev
 	$(BIN)/v2l train --config shapes
 
 evaluate-shapes: $(VENV)/.dev
-	$(BIN)/v2l shapes evaluate
+	$(BIN)/v2l shapes evaluate --force
 
 report: $(VENV)/.dev
-	$(BIN)/v2l shapes report
+	$(BIN)/v2l shapes report --force
 
 page-test: $(VENV)/.dev
 	$(BIN)/python -m tests.browser.check_page

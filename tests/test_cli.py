@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from v2l_fast import cli
 from v2l_fast.adapter import Adapter
+from v2l_fast.errors import ConfigError
 from v2l_fast.interop.peft import validate_peft
 from v2l_fast.loading import ASSETS
 from v2l_fast.model import Video2LoRA
@@ -147,6 +149,17 @@ def test_version():
         (("export", "--llama", "out", "clip.safetensors"), 2, "--peft"),
         (("export",), 2, "--peft FOLDER"),
         (("ask", "a.safetensors", "q", "--temperature", "hot"), 2, "temperature"),
+        (("ask", "a.safetensors", "q", "--device", "tpu"), 2, "must be cpu, cuda or cuda:N"),
+        (("ask", "a.safetensors", "q", "--device", "mps"), 2, "must be cpu, cuda or cuda:N"),
+        (("ask", "a.safetensors", "q", "--seed", "9" * 20), 2, "4294967295"),
+        (("ask", "a.safetensors", "\udcff"), 1, "not UTF-8"),
+        (("analyze", "effect", "a.safetensors", "\udcff"), 1, "not UTF-8"),
+        (("internalize", "a.mp4", "--out", "n" * 300), 1, "choose a shorter name"),
+        (("compose", "a.safetensors", "--out", "b/"), 2, "must name a file"),
+        (("shapes", "render", "new", "--count", "0"), 2, "count"),
+        (("train", "--config", "shapes", "run.folder="), 1, "run.folder is empty"),
+        (("train", "--config", "shapes", f"run.seed={2**40}"), 1, "run.seed must be at most"),
+        (("train", "--config", "shapes", "data.longest_edge=5000"), 1, "must be at most 4096"),
         (("nothing",), 2, "nothing"),
     ],
 )
@@ -166,3 +179,186 @@ def test_a_missing_extra_names_its_remedy(monkeypatch, capsys):
     monkeypatch.setattr(cli, "app", evaluate)
     code, said = fails(monkeypatch, capsys, "shapes", "evaluate")
     assert code == 1 and "v2l_fast[eval]" in said
+
+
+# --- what a command must not destroy --------------------------------------------------------------
+
+
+def refused(monkeypatch, capsys, *arguments, words: str) -> None:
+    code, said = fails(monkeypatch, capsys, *arguments)
+    assert code == 1 and words in said and said.count("\n") == 1, said
+
+
+def test_no_command_destroys_its_input(folder, tmp_path, monkeypatch, capsys):
+    video, adapter = tmp_path / "mine.mp4", tmp_path / "mine.safetensors"
+    video.write_bytes((folder / "0.mp4").read_bytes())
+    adapter.write_bytes((folder / "adapters" / "0.safetensors").read_bytes())
+    (tmp_path / "link").symlink_to(video)
+    held = tmp_path / "peft"
+    held.mkdir()
+    inside = held / "adapter_model.safetensors"
+    inside.write_bytes(adapter.read_bytes())
+    model = tmp_path / "base"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for arguments in (
+        ("internalize", video, "-o", video),
+        ("internalize", video, "-o", tmp_path / "link"),
+        ("compose", adapter, adapter, "-o", adapter),
+        ("convert", NANO, NANO.parent),
+        ("export", inside, "--peft", held),
+        ("export", "--llama", model, "--base", model),
+    ):
+        refused(monkeypatch, capsys, *arguments, "--force", words="the input")
+    assert video.read_bytes() == (folder / "0.mp4").read_bytes()
+    assert inside.read_bytes() == adapter.read_bytes() and NANO.stat().st_size > 1000
+
+
+def test_no_command_replaces_a_file_without_being_told(folder, tmp_path, monkeypatch, capsys):
+    kept = []
+    for name in (
+        "a.safetensors", "demo/clip.mp4", "clips/manifest.jsonl", "peft/x", "nano/config.json",
+        "adapters/0.safetensors", "taught/manifest.jsonl", "run/log.jsonl", "eval/table.md",
+        "record.json", "page/README.md",
+    ):  # fmt: skip
+        kept.append(tmp_path / name)
+        kept[-1].parent.mkdir(exist_ok=True)
+        kept[-1].write_text("mine")
+    adapter, spans = folder / "adapters" / "0.safetensors", tmp_path / "spans"
+    taught = tmp_path / "clips" / "manifest.jsonl"
+    spans.mkdir()
+    for arguments in (
+        ("internalize", folder / "0.mp4", "-o", tmp_path / "a.safetensors"),
+        ("internalize", folder / "0.mp4", "-o", tmp_path / "adapters"),
+        ("compose", adapter, "-o", tmp_path / "a.safetensors"),
+        ("convert", NANO, tmp_path / "nano"),
+        ("export", adapter, "--peft", tmp_path / "peft"),
+        ("export", "--llama", tmp_path / "peft"),
+        ("demo", "--keep", tmp_path / "demo"),
+        ("shapes", "render", tmp_path / "clips"),
+        ("shapes", "evaluate", "--record", tmp_path / "record.json"),
+        ("shapes", "train-vlm", "--record", tmp_path / "record.json", "--folder", tmp_path / "vlm"),
+        ("shapes", "report", "--out", tmp_path / "page", "--records", tmp_path / "records"),
+        ("finevideo", "build", spans, "-o", tmp_path / "record.json"),
+        ("teach", "--manifest", taught, "--out", tmp_path / "taught"),
+        ("teach", "--manifest", taught, "--out", tmp_path / "clips"),
+        ("train", "-c", "shapes", "model.base=shapes", f"run.folder={tmp_path / 'run'}"),
+    ):
+        code, said = fails(monkeypatch, capsys, *arguments)
+        assert code == 1 and said.startswith("error:") and said.count("\n") == 1, (arguments, said)
+    assert all(path.read_text() == "mine" for path in kept)
+
+
+def test_force_replaces(folder, tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("mine")
+    run("compose", folder / "adapters" / "0.safetensors", "-o", target, "--force")
+    assert Adapter.load(target).rank
+    run("convert", NANO, tmp_path / "nano")
+    run("convert", NANO, tmp_path / "nano", "--force")
+
+
+def test_a_device_is_written_to(folder):
+    run("compose", folder / "adapters" / "0.safetensors", "-o", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_folder_that_cannot_be_written(folder, tmp_path, monkeypatch, capsys):
+    """The superuser may write wherever the file system does not refuse, as this one does."""
+
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    adapter, manifest = folder / "adapters" / "0.safetensors", tmp_path / "manifest.jsonl"
+    manifest.write_text("{}")
+    out = tmp_path / "out"
+    for arguments in (
+        ("internalize", folder / "0.mp4", "-o", out),
+        ("compose", adapter, "-o", out),
+        ("convert", NANO, out),
+        ("export", adapter, "--peft", out),
+        ("demo", "--keep", out),
+        ("shapes", "render", out),
+        ("evaluate", "--manifest", manifest, "--out", out),
+        ("analyze", "norms", adapter, "--out", out),
+        ("sweep", "--manifest", manifest, "--out", out),
+        ("teach", "--manifest", manifest, "--out", out),
+        ("cache", "--manifest", manifest, "--cache", out),
+        ("train", "-c", "shapes", "model.base=shapes", f"run.folder={out}"),
+    ):
+        refused(monkeypatch, capsys, *arguments, words="Read-only file system; choose a folder")
+    assert not out.exists()
+
+
+# --- names and answers are data -------------------------------------------------------------------
+
+
+def test_names_and_questions_are_shown_as_they_are(folder, tmp_path):
+    video = tmp_path / "c [final]\x1b[31m.mp4"
+    video.write_bytes((folder / "0.mp4").read_bytes())
+    shown = run("internalize", video, "-o", f"{tmp_path}/new/")
+    assert "c [final]\\x1b[31m.safetensors: 8 frames" in shown and "\x1b" not in shown
+    target = tmp_path / "new" / "c [final]\x1b[31m.safetensors"
+    other = tmp_path / "b.adapter"
+    other.write_bytes(target.read_bytes())
+    # By content, not by name.
+    shown = run("ask", target, other, "[/]", "Is [red] the [shape] here?\nWhat?")
+    rows = [line for line in shown.splitlines() if "│" in line]
+    assert len(rows) == 4 and "[/]" in rows[0] and "\x1b" not in shown
+    assert "Is [red] the [shape] here?\\nWhat?" in rows[1]
+
+
+def test_answers_are_one_line_each_outside_a_terminal(folder, monkeypatch):
+    file = folder / "adapters" / "0.safetensors"
+    long = "word " * 60 + "\nend"
+    answer = Video2LoRA.answer
+
+    def lengthen(*args, **options):
+        return [replace(a, text=long) for a in answer(*args, **options)]
+
+    monkeypatch.setattr(Video2LoRA, "answer", lengthen)
+    line = long.replace("\n", "\\n") + "\n"
+    assert run("ask", file, "What?") == line
+    assert run("chat", file, stdin="What?\nWho?\n") == 2 * line
+    assert len(run("ask", file, "What?", "Who?").splitlines()) == 6
+
+
+def test_chat_refuses_bytes_that_are_not_text(folder):
+    file = folder / "adapters" / "0.safetensors"
+    result = CliRunner().invoke(cli.app, ["chat", str(file)], input=b"\xff\xfe what?\n")
+    assert isinstance(result.exception, ConfigError)
+    assert "line 1 is not UTF-8" in str(result.exception)
+
+
+def test_one_bad_file_does_not_stop_the_others(folder, tmp_path):
+    bad = tmp_path / "bad.mp4"
+    bad.write_text("text")
+    arguments = [folder / "0.mp4", bad, tmp_path / "none.mp4", folder / "1.mp4", "-o", tmp_path]
+    result = CliRunner().invoke(cli.app, ["internalize", *map(str, arguments), "--json"])
+    assert result.exit_code == 1
+    rows = json.loads(result.stdout)
+    assert ["error" in row for row in rows] == [False, True, True, False]
+    assert "2 of 4 videos internalized, 2 failed" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "0.safetensors", "1.safetensors", "bad.mp4"
+    ]  # fmt: skip
+
+
+def test_a_file_that_is_no_adapter_is_named(folder, tmp_path, monkeypatch, capsys):
+    code, said = fails(monkeypatch, capsys, "ask", folder / "0.mp4", "What?")
+    assert code == 2 and "0.mp4 is another file" in said
+
+
+def test_the_largest_frames(folder, tmp_path, monkeypatch, capsys):
+    refused(
+        monkeypatch, capsys, "internalize", folder / "0.mp4", "-o", tmp_path / "a",
+        "--longest-edge", "100000", words="longest_edge must be at most 4096, got 100000",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_adapter_serves_every_dtype(folder, dtype):
+    """It was made in float32."""
+    file = folder / "adapters" / "0.safetensors"
+    assert run("ask", file, "What color is the background?", "--dtype", dtype).strip()

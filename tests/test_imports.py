@@ -19,8 +19,8 @@ PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 # a module of v2l_fast or a package with all its modules. What is imported inside a function is
 # loaded when it is needed and may point anywhere.
 LAYERS = (
-    ("csrc_triton", "errors", "compiling", "lengths"),
-    ("files", "video"),
+    ("csrc_triton", "errors", "compiling", "lengths", "hub"),
+    ("files", "video", "console"),
     ("config", "tensor_files"),
     ("perceiver", "adapter_files"),
     ("adapter",),

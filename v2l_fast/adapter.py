@@ -13,14 +13,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from v2l_fast.adapter_files import Factors, read_adapter, write_adapter
-from v2l_fast.errors import AdapterError
+from v2l_fast.adapter_files import Factors, is_adapter_file, read_adapter, write_adapter
+from v2l_fast.errors import AdapterError, WriteError
 from v2l_fast.files import open_regular
 
 
@@ -262,15 +263,25 @@ class Adapter:
 
     # --- files --------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write one safetensors file, atomically: the generated factors and the provenance.
 
-        The shared bias is named, not stored.
+        The shared bias is named, not stored. A symbolic link is written through; a device or pipe
+        is written into.
+
+        Args:
+            overwrite: replace a file that is no adapter, such as a video, too.
 
         Raises:
             AdapterError: a factor is not finite, or the provenance is none that can be read again.
-            V2LError: the folder does not exist.
+            WriteError: the path is a folder or holds another kind of file, or cannot be written.
         """
+        path = Path(path)
+        if not overwrite and path.is_file() and path.stat().st_size and not is_adapter_file(path):
+            raise WriteError(
+                f"{path}: holds something other than an adapter; name another file, or pass "
+                "overwrite=True"
+            )
         write_adapter(path, self.A, self.B, self.scale, self.bias_id, self.provenance)
 
     @classmethod

@@ -123,6 +123,16 @@ def read_record(path: str | os.PathLike, *, follow: bool = True) -> AdapterRecor
     return _judge(header, path)
 
 
+def is_adapter_file(path: str | os.PathLike) -> bool:
+    """Whether a file's header is an adapter's, whatever its name; False for what cannot be read."""
+    try:
+        with open_regular(path, AdapterError) as handle:
+            _, header = parse_header(handle, path, AdapterError, max_tensors=_MAX_TENSORS)
+    except AdapterError:
+        return False
+    return FORMAT in header.metadata
+
+
 def check_provenance(provenance: Any) -> str:
     """What is wrong with the fields of a provenance that the package reads, "" if nothing is."""
     waiting = [provenance]

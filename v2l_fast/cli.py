@@ -1,38 +1,60 @@
 """Command line: parses, calls, prints. What a command does lives in the library.
 
 Exit codes: 0 done, 1 failed (one line says what and how to go on), 2 wrong usage.
+
+A command never replaces a file or folder that exists already without ``--force``, and never one of
+its inputs. Folders of long runs (stores, evaluations, sweeps, training) continue instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 import v2l_fast
 from v2l_fast.analysis.cli import app as analyze_app
 from v2l_fast.analysis.cli import sweep
-from v2l_fast.errors import ConfigError, V2LError
+from v2l_fast.console import (
+    answer_text,
+    drop_output,
+    flush_output,
+    log,
+    note,
+    out,
+    prepare_streams,
+    printable,
+    progress_bar,
+    say,
+    show_json,
+    show_table,
+)
+from v2l_fast.errors import ConfigError, V2LError, VideoError, WriteError, os_error_reason
 from v2l_fast.evaluation.cli import app as evaluation_app
 from v2l_fast.options import (
+    CONTEXT,
     Base,
     Device,
     Dtype,
     ExactFrames,
+    Force,
     Json,
     LongestEdge,
     MaxFrames,
     MaxNewTokens,
     Model,
+    Seed,
+    check_text,
     load_model,
-    log,
-    out,
-    progress_bar,
+    output_file,
     quiet_transformers,
 )
 from v2l_fast.serving.cli import serve
@@ -46,6 +68,7 @@ from v2l_fast.training.data_cli import (
 )
 
 if TYPE_CHECKING:
+    from v2l_fast.adapter import Adapter
     from v2l_fast.corpus import CorpusSettings
 
 app = typer.Typer(
@@ -54,6 +77,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings=CONTEXT,
 )
 app.add_typer(analyze_app, name="analyze")
 app.add_typer(evaluation_app)
@@ -65,9 +89,13 @@ app.command("cache")(cache_command)
 app.command()(serve)
 app.command()(sweep)
 
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Nucleus of the sampled distribution.")]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+# The class of every usage error of typer.
+UsageError = typer.BadParameter.__base__
+
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[
+    float, typer.Option(help="Probability mass that sampling keeps (nucleus sampling).")
+]
 
 
 def _known_decoder(name: str) -> str:
@@ -76,14 +104,14 @@ def _known_decoder(name: str) -> str:
         from v2l_fast.video.reading import BACKENDS
 
         if name not in BACKENDS:
-            raise typer.BadParameter(f"use one of {', '.join(BACKENDS)}, not {name}")
+            raise typer.BadParameter(f"must be one of {', '.join(BACKENDS)}, got {name}")
     return name
 
 
 Decoder = Annotated[
     str,
     typer.Option(
-        help="What decodes: auto (DALI on a GPU, else PyAV), pyav, torchcodec or dali.",
+        help="Video decoder: auto (DALI on a GPU, else PyAV), pyav, torchcodec or dali.",
         callback=_known_decoder,
     ),
 ]
@@ -91,22 +119,51 @@ Decoder = Annotated[
 
 def main() -> None:
     """Entry point of ``v2l`` and ``python -m v2l_fast``."""
+    prepare_streams()
+    code = 1
     try:
-        app()
+        code = app(standalone_mode=False) or 0
+        flush_output()
+    except UsageError as error:
+        code = _usage_error(error)
+    except BrokenPipeError:
+        # The reader has what it wanted, as `head` does.
+        drop_output()
     except V2LError as error:
-        log.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        note(str(error), "error:")
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        note(f"{where}{os_error_reason(error)}", "error:")
     except ModuleNotFoundError as error:
         from v2l_fast.doctor import remedy
 
         hint = remedy(error.name or "")
         if hint is None:
             raise
-        log.print(f"[bold red]error:[/] {error.name} is not installed: {_escape(hint)}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        log.print("interrupted")
-        sys.exit(130)
+        note(f"{error.name} is not installed: {hint}", "error:")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        note("interrupted")
+    try:
+        flush_output()
+    except (V2LError, OSError):
+        drop_output()
+    sys.exit(code)
+
+
+def _usage_error(error: Exception) -> int:
+    """Say what is wrong with the command line; the exit code."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        # Its message is the help, which has been printed.
+        return error.exit_code
+    if context is not None:
+        for line in context.get_usage().splitlines():
+            note(line)
+        note(f"Try '{context.command_path} --help' for help.")
+    note(error.format_message(), "error:")
+    return error.exit_code
 
 
 @app.callback(invoke_without_command=True)
@@ -115,17 +172,17 @@ def root(
 ) -> None:
     """Turn videos into LoRA adapters and ask a frozen VLM about them without visual tokens."""
     if version:
-        out.print(v2l_fast.__version__)
+        say(v2l_fast.__version__)
         raise typer.Exit
 
 
 @app.command()
 def internalize(
     out_path: Annotated[
-        Path,
+        str,
         typer.Option(
-            "--out", "-o", help="Adapter file; a folder for several videos; with --manifest, "
-            "an adapter store."
+            "--out", "-o", help="Adapter file; a folder for several videos, or if it ends in /; "
+            "with --manifest, an adapter store."
         ),
     ],
     videos: Annotated[list[Path] | None, typer.Argument(help="Video files.")] = None,
@@ -134,7 +191,9 @@ def internalize(
     ] = None,
     video_root: Annotated[
         Path | None,
-        typer.Option("--root", help="What the manifest's paths start from; its folder if omitted."),
+        typer.Option(
+            "--root", help="Folder that the manifest's paths are relative to; its own if omitted."
+        ),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="With --manifest: local, or ray for a Ray cluster.")
@@ -144,8 +203,9 @@ def internalize(
         int, typer.Option(min=1, help="With --manifest: videos that go through the model together.")
     ] = 8,
     chunks: Annotated[
-        int, typer.Option(min=1, help="Parts of a video, internalized apart and composed.")
+        int, typer.Option(min=1, help="Number of parts that are internalized apart and composed.")
     ] = 1,
+    force: Force = False,
     model: Model = "shapes",
     base: Base = None,
     max_frames: MaxFrames = None,
@@ -165,8 +225,12 @@ def internalize(
     v2l internalize --manifest corpus.jsonl --out store/
     v2l internalize --manifest corpus.jsonl --out /shared/store --engine ray --workers 8
 
-    With --manifest, repeat the same command to go on after an interruption; videos that cannot be
-    read are left out and named. Servers may use the store at the same time.
+    A video that cannot be read does not stop the others; the exit code is then 1. Files that exist
+    already are replaced with --force only.
+
+    With --manifest, repeat the same command to continue after an interruption; videos that cannot
+    be read are left out and named. Servers may use the store at the same time. Limits for videos
+    (duration, pixels) are those of v2l_fast.Limits.
     """
     if (manifest is None) == (not videos):
         raise typer.BadParameter("name video files, or a manifest with --manifest")
@@ -186,47 +250,54 @@ def internalize(
             decoder=decoder,
             batch_size=batch_size,
         )
-        _internalize_manifest(manifest, out_path, settings, video_root, engine, workers, as_json)
+        _internalize_manifest(
+            manifest, Path(out_path), settings, video_root, engine, workers, as_json
+        )
         return
-    several = len(videos) > 1 or out_path.is_dir()
-    targets = [out_path / f"{v.stem}.safetensors" if several else out_path for v in videos]
+    from v2l_fast.files import check_output
+
+    folder = Path(out_path)
+    several = len(videos) > 1 or out_path.endswith("/") or folder.is_dir()
+    targets = [folder / f"{v.stem}.safetensors" if several else folder for v in videos]
     if len(set(targets)) < len(targets):
         raise ConfigError("two videos have the same name: internalize them into different folders")
+    for target in targets:
+        check_output(target, videos, force)
     loaded = load_model(model, base, device, dtype)
-    targets[0].parent.mkdir(parents=True, exist_ok=True)
-    written = []
+    rows: list[dict] = []
     for video, target in zip(videos, targets, strict=True):
-        with progress_bar(video.name) as report:
-            adapter = loaded.internalize(
-                video,
-                max_frames=max_frames,
-                longest_edge=longest_edge,
-                exact_frames=exact_frames,
-                chunks=chunks,
-                decoder=decoder,
-                progress=report,
-            )
-        adapter.save(target)
-        parts = adapter.provenance.get("chunks", [adapter.provenance])
-        written.append(
-            {
-                "video": str(video),
-                "adapter": str(target),
-                "chunks": len(parts),
-                "frames": sum(len(part["source"]["frame_indices"]) for part in parts),
-                "duration": sum(part["source"]["duration"] for part in parts),
-                "bytes": target.stat().st_size,
-            }
-        )
+        try:
+            with progress_bar(video.name) as report:
+                adapter = loaded.internalize(
+                    video,
+                    max_frames=max_frames,
+                    longest_edge=longest_edge,
+                    exact_frames=exact_frames,
+                    chunks=chunks,
+                    decoder=decoder,
+                    progress=report,
+                )
+        except (VideoError, OSError) as error:
+            if len(videos) == 1 or isinstance(error, WriteError):
+                raise
+            reason = str(error)
+            note(reason, "error:")
+            rows.append({"video": str(video), "error": reason})
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        adapter.save(target, overwrite=True)
+        rows.append({"video": str(video), "adapter": str(target), **_described(adapter, target)})
         if not as_json:
-            last = written[-1]
-            out.print(
-                f"{target}: {last['frames']} frames of {last['duration']:.1f} s, "
-                f"{last['bytes'] / 1e6:.2f} MB",
-                highlight=False,
+            say(
+                f"{target}: {rows[-1]['frames']} frames of {rows[-1]['duration']:.1f} s, "
+                f"{rows[-1]['bytes'] / 1e6:.2f} MB"
             )
     if as_json:
-        out.print_json(data=written)
+        show_json(rows)
+    failed = sum("error" in row for row in rows)
+    if failed:
+        note(f"{len(rows) - failed} of {len(rows)} videos internalized, {failed} failed")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -234,7 +305,7 @@ def ask(
     items: Annotated[
         list[str],
         typer.Argument(
-            help="Adapter files (.safetensors), then questions.", metavar="ADAPTER... QUESTION..."
+            help="Adapter files, of any name, and questions.", metavar="ADAPTER... QUESTION..."
         ),
     ],
     plain: Annotated[
@@ -255,11 +326,18 @@ def ask(
     \b
     v2l ask clip.safetensors "What happens in the video?"
     v2l ask a.safetensors b.safetensors "What color is the ring?" "How many objects are there?"
+
+    Outside a terminal every answer is one line, with line breaks as \\n; --json has the exact text.
     """
-    files = [item for item in items if item.endswith(".safetensors")]
-    questions = [item for item in items if not item.endswith(".safetensors")]
+    from v2l_fast.adapter_files import is_adapter_file
+
+    # A file is recognized by its content; what only has an adapter's name is missing or broken.
+    files = [item for item in items if item.endswith(".safetensors") or is_adapter_file(item)]
+    questions = [check_text(item) for item in items if item not in files]
     if not files and not plain:
-        raise typer.BadParameter("name at least one adapter file (.safetensors)")
+        named = next((item for item in items if _is_file(item)), None)
+        hint = "" if named is None else f"; {named} is another file: v2l internalize makes adapters"
+        raise typer.BadParameter(f"name at least one adapter file{hint}")
     if not questions:
         raise typer.BadParameter("ask at least one question")
     loaded = load_model(model, base, device, dtype)
@@ -277,16 +355,15 @@ def ask(
         {"adapter": name, "question": question} for name in names for question in questions
     ]
     if as_json:
-        out.print_json(
-            data=[row | dataclasses.asdict(a) for row, a in zip(rows, answers, strict=True)]
-        )
+        show_json([row | dataclasses.asdict(a) for row, a in zip(rows, answers, strict=True)])
     elif len(rows) == 1:
-        out.print(answers[0].text, highlight=False, markup=False)
+        show_answer(answers[0].text)
     else:
-        table = Table("adapter", "question", "answer")
-        for row, answer in zip(rows, answers, strict=True):
-            table.add_row(row["adapter"], row["question"], answer.text)
-        out.print(table)
+        cells = [
+            (printable(row["adapter"]), printable(row["question"]), answer_text(answer.text))
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        show_table(("adapter", "question", "answer"), cells)
 
 
 @app.command()
@@ -303,32 +380,37 @@ def chat(
 ) -> None:
     """Ask one question after the other; an empty line or Ctrl-D ends.
 
-    Every question is answered from the adapter alone, without the earlier ones.
+    Every question is answered from the adapter alone, without the earlier ones. Outside a terminal
+    every answer is one line.
     """
     loaded = load_model(model, base, device, dtype)
     internalized = loaded.load_adapter(adapter)
-    interactive = sys.stdin.isatty()
-    while True:
-        if interactive:
-            log.print("[bold]>[/] ", end="")
-        question = sys.stdin.readline().strip()
-        if not question:
-            return
-        (answer,) = loaded.answer(
-            question,
-            internalized,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
-        out.print(answer.text, highlight=False, markup=False)
+    for question in _questions():
+        try:
+            (answer,) = loaded.answer(
+                check_text(question),
+                internalized,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
+        except V2LError as error:
+            # A person can ask again; a script's next answers would stand at the wrong question.
+            if not sys.stdin.isatty():
+                raise
+            note(str(error), "error:")
+        else:
+            show_answer(answer.text)
 
 
 @app.command()
 def compose(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter files, in the order of time.")],
-    out_path: Annotated[Path, typer.Option("--out", "-o", help="Composed adapter file.")],
+    out_path: Annotated[
+        Path, typer.Option("--out", "-o", help="Composed adapter file.", parser=output_file)
+    ],
+    force: Force = False,
 ) -> None:
     """Join adapters of consecutive chunks into one (concatenated in rank, the bias once).
 
@@ -336,28 +418,33 @@ def compose(
     v2l compose first.safetensors second.safetensors --out whole.safetensors
     """
     from v2l_fast.adapter import Adapter
+    from v2l_fast.files import check_output
 
+    check_output(out_path, adapters, force)
     composed = Adapter.compose([Adapter.load(path) for path in adapters])
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    composed.save(out_path)
-    out.print(f"{out_path}: {len(adapters)} chunks, generated rank {composed.rank}")
+    composed.save(out_path, overwrite=True)
+    say(f"{out_path}: {len(adapters)} chunks, generated rank {composed.rank}")
 
 
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Released checkpoint (.pt).")],
     folder: Annotated[Path, typer.Argument(help="Folder for config.json and model.safetensors.")],
+    force: Force = False,
 ) -> None:
     """Convert a released checkpoint to safetensors without running anything it contains.
 
     \b
     v2l convert frames2lora-smolvlm2-500m-best-ce.pt hypernet-500m/
     """
+    from v2l_fast.files import check_new_folder
     from v2l_fast.interop.frames2lora import convert as run
 
+    check_new_folder(folder, [checkpoint], force)
     network = run(checkpoint, folder)
     count = sum(p.numel() for p in network.parameters())
-    out.print(f"{folder}: {count:,} parameters, rank {network.config.rank}", highlight=False)
+    say(f"{folder}: {count:,} parameters, rank {network.config.rank}")
 
 
 @app.command()
@@ -378,6 +465,7 @@ def export(
     text_only: Annotated[
         bool, typer.Option("--text-only", help="The adapter is for the --llama export.")
     ] = False,
+    force: Force = False,
     model: Model = "shapes",
     base: Base = None,
     device: Device = None,
@@ -390,6 +478,7 @@ def export(
     v2l export clip.safetensors --vllm adapters/ --served-base org/model
     v2l export --llama text-decoder/
     """
+    from v2l_fast.files import check_new_folder
     from v2l_fast.interop.llama import export_text_decoder
     from v2l_fast.interop.peft import TEXT_LAYERS, VLM_LAYERS, save_peft
 
@@ -397,10 +486,15 @@ def export(
         raise typer.BadParameter("name --peft FOLDER, --vllm FOLDER or --llama FOLDER to write")
     if (peft is None and vllm is None) != (adapter is None):
         raise typer.BadParameter("--peft and --vllm export an adapter file: name it first")
+    inputs = [path for path in (adapter, model, base) if path is not None]
+    exported = None if vllm is None else vllm / adapter.stem
+    for folder in (peft, llama, exported):
+        if folder is not None:
+            check_new_folder(folder, inputs, force)
     loaded = load_model(model, base, device, dtype)
     if llama is not None:
         export_text_decoder(loaded.backbone.model, llama, loaded.backbone.tokenizer)
-        out.print(f"{llama}: the text decoder as LlamaForCausalLM", highlight=False)
+        say(f"{llama}: the text decoder as LlamaForCausalLM")
     name = served_base or base or loaded.backbone.name_or_path
     if vllm is not None:
         from v2l_fast.serving.vllm import VllmFolder
@@ -408,13 +502,13 @@ def export(
         target, attached = VllmFolder(vllm, name, text_only), loaded.load_adapter(adapter)
         target.write(adapter.stem, attached)
         rank = next(iter(attached.merged()[0].values())).shape[1]
-        out.print(f"{vllm / adapter.stem}: PEFT adapter for {name}. Serve and ask for it with:")
-        out.print(target.command(rank), soft_wrap=True, highlight=False, markup=False)
-        out.print(f'"model": "{adapter.stem}"', highlight=False, markup=False)
+        say(f"{exported}: PEFT adapter for {name}. Serve and ask for it with:")
+        say(target.command(rank))
+        say(f'"model": "{adapter.stem}"')
     if peft is not None:
         layers = TEXT_LAYERS if text_only else VLM_LAYERS
         save_peft(loaded.load_adapter(adapter), peft, name, layers=layers)
-        out.print(f"{peft}: PEFT adapter for {name}", highlight=False)
+        say(f"{peft}: PEFT adapter for {name}")
 
 
 @app.command()
@@ -422,12 +516,21 @@ def demo(
     folder: Annotated[
         Path | None, typer.Option("--keep", help="Keep the clip and the adapter here.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which scene of the test split.")] = 0,
+    seed: Seed = 0,
+    force: Force = False,
 ) -> None:
-    """Render a clip, internalize it and ask about it, beside the same model seeing the video."""
-    from v2l_fast.demo import run
+    """Render a clip, internalize it and ask about it, beside the same model seeing the video.
 
-    run(out, folder, seed)
+    \b
+    v2l demo
+    v2l demo --keep demo/
+    """
+    from v2l_fast.demo import FILES, run
+    from v2l_fast.files import check_folder
+
+    if folder is not None:
+        check_folder(folder, FILES, force=force)
+    run(folder, seed)
 
 
 @app.command()
@@ -437,13 +540,13 @@ def doctor(as_json: Json = False) -> None:
 
     findings = examine()
     if as_json:
-        out.print_json(data=[dataclasses.asdict(finding) for finding in findings])
+        show_json([dataclasses.asdict(finding) for finding in findings])
         return
-    table = Table("part", "found", "what it is for")
+    rows = []
     for finding in findings:
-        mark = "[green]yes[/]" if finding.present else "[yellow]no[/]"
-        table.add_row(finding.part, f"{mark} {_escape(finding.found)}", _escape(finding.purpose))
-    out.print(table)
+        mark = Text("yes " if finding.present else "no ", "green" if finding.present else "yellow")
+        rows.append((finding.part, mark.append(finding.found, "default"), finding.purpose))
+    show_table(("part", "installed", "what it is for"), rows)
 
 
 # --- shared by the commands ---------------------------------------------------------------------
@@ -461,11 +564,7 @@ def _internalize_manifest(
     from v2l_fast.corpus import internalize_corpus
 
     if engine not in ("local", "ray"):
-        raise typer.BadParameter(f"--engine is local or ray, not {engine}")
-    if settings.dtype not in (None, "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(
-            f"--dtype is float32, bfloat16 or float16, not {settings.dtype}"
-        )
+        raise typer.BadParameter(f"--engine must be local or ray, got {engine}")
     quiet_transformers()
     with progress_bar("internalizing") as report:
         made = internalize_corpus(
@@ -479,5 +578,56 @@ def _internalize_manifest(
     )
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def _described(adapter: Adapter, path: Path) -> dict[str, Any]:
+    """Chunks, frames, duration (seconds) and size of an adapter that was written to a file."""
+    parts = adapter.provenance.get("chunks", [adapter.provenance])
+    return {
+        "chunks": len(parts),
+        "frames": sum(len(part["source"]["frame_indices"]) for part in parts),
+        "duration": sum(part["source"]["duration"] for part in parts),
+        # A device keeps nothing.
+        "bytes": path.stat().st_size
+        or sum(t.nbytes for factors in (adapter.A, adapter.B) for t in factors.values()),
+    }
+
+
+def show_answer(text: str) -> None:
+    """A single answer on standard output: one line, unless a terminal shows it."""
+    out.write_line(printable(text, lines=out.interactive))
+
+
+def _is_file(item: str) -> bool:
+    try:
+        return Path(item).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _questions() -> Iterator[str]:
+    """Lines of standard input up to the first empty one.
+
+    Raises:
+        ConfigError: a line is not UTF-8.
+    """
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        # Importing it gives `input` line editing and a history.
+        with suppress(ImportError):
+            import readline  # noqa: F401
+        while True:
+            try:
+                question = input("> ").strip()
+            except EOFError:
+                return
+            if not question:
+                return
+            yield question
+    for number in count(1):
+        if sys.stdin.isatty():
+            log.print("> ", end="")
+        try:
+            question = sys.stdin.buffer.readline().decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ConfigError(f"standard input: line {number} is not UTF-8 text") from None
+        if not question:
+            return
+        yield question

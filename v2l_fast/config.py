@@ -17,6 +17,7 @@ from typing import Any
 
 from v2l_fast.errors import ConfigError, excerpt
 from v2l_fast.files import read_json, write_text
+from v2l_fast.video.sampling import FrameSampling
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -141,6 +142,12 @@ class HypernetConfig:
         if base is not None and not isinstance(base, str):
             raise ConfigError(f"base_model_name_or_path must be text, not {excerpt(base)}")
         object.__setattr__(self, "scale", float(scale))
+
+    @property
+    def sampling(self) -> FrameSampling:
+        """Frames and resolution of the training, which everything else takes where nothing else
+        is asked for."""
+        return FrameSampling(self.max_frames, self.longest_edge, self.target_fps)
 
     @property
     def head_width(self) -> int:

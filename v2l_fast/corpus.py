@@ -27,7 +27,7 @@ from v2l_fast.training.manifest import VideoExamples, group_by_video, load_manif
 from v2l_fast.training.reading import ClipReader, read_ahead
 from v2l_fast.training.samples import Failure
 from v2l_fast.training.shards import Line, Progress, Shards
-from v2l_fast.video import VideoClip
+from v2l_fast.video import FrameSampling, VideoClip
 from v2l_fast.video.reading import BACKENDS, Backend
 
 
@@ -67,9 +67,13 @@ class CorpusSettings:
     def __post_init__(self) -> None:
         # Each video would fail for it, and be left out.
         if self.decoder not in BACKENDS:
-            raise ConfigError(f"decoder={self.decoder!r}: use one of {', '.join(BACKENDS)}")
+            raise ConfigError(
+                f"decoder must be one of {', '.join(BACKENDS)}, got {self.decoder!r}"
+            )
         if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size} is no number of videos: use 1 or more")
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
+        # What the model was trained with does not matter here: only that the values are in range.
+        FrameSampling(1, 2).override(self.max_frames, self.longest_edge)
 
     def meaning(self) -> dict[str, Any]:
         """What the adapters depend on."""
@@ -98,12 +102,10 @@ class Internalizer:
         self.model = Video2LoRA.from_pretrained(
             settings.model, settings.base, settings.device, dtype
         )
-        config = self.model.config
-        self.reader = ClipReader(
-            settings.max_frames or config.max_frames,
-            settings.longest_edge or config.longest_edge,
-            config.target_fps,
-            settings.exact_frames,
+        self.reader = ClipReader.of(
+            self.model.config.sampling.override(
+                settings.max_frames, settings.longest_edge, exact_frames=settings.exact_frames
+            ),
             settings.seconds,
             settings.decoder,
             str(self.model.backbone.decoder.device),

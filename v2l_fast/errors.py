@@ -7,6 +7,7 @@ traceback.
 
 from __future__ import annotations
 
+import errno
 import re
 import reprlib
 from typing import Any
@@ -22,6 +23,21 @@ _LINES = 40
 _CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
+# By the operating system's reason.
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "check its permissions or choose another path",
+    errno.EPERM: "check its permissions or choose another path",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "a part of the path is a file; choose another path",
+    errno.EEXIST: "choose another path",
+    errno.ENOENT: "check the path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the loop of symbolic links",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
@@ -42,7 +58,12 @@ def one_line(text: str) -> str:
     """The text as one line of bounded length, with control characters as escapes."""
     if len(text) > LINE_LENGTH:
         text = f"{text[:_HEAD]} ... {text[-_TAIL:]}"
-    return _CONTROL.sub(_escape, text)
+    return escape_controls(text)
+
+
+def escape_controls(text: str, keep: str = "") -> str:
+    """The text with every character that a terminal would act on as an escape, but for `keep`."""
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else _escape(match), text)
 
 
 def _escape(match: re.Match[str]) -> str:
@@ -87,3 +108,26 @@ class CheckpointError(V2LError, ValueError):
 
 class AdapterError(V2LError, ValueError):
     """An adapter is broken or does not belong to this model."""
+
+
+class WriteError(V2LError, OSError):
+    """A file or folder cannot be written, or would replace what must stay.
+
+    ``errno`` and ``strerror`` are the operating system's, if it refused.
+    """
+
+    def __init__(self, message: str, cause: OSError | None = None) -> None:
+        super().__init__(message)
+        if cause is not None:
+            self.errno, self.strerror = cause.errno, cause.strerror
+        self._message = self._bounded(str(message))
+
+    def __str__(self) -> str:
+        return self._message
+
+
+def os_error_reason(error: OSError) -> str:
+    """What the operating system says, and a remedy where there is one."""
+    reason = error.strerror or str(error) or type(error).__name__
+    remedy = _REMEDIES.get(error.errno or 0)
+    return reason if remedy is None else f"{reason}; {remedy}"

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from v2l_fast.config import CONFIG_NAME
+from v2l_fast.config import CONFIG_NAME, HypernetConfig
 from v2l_fast.errors import CheckpointError
+from v2l_fast.files import read_json
+from v2l_fast.hub import brief_hub, hub_reason
 from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.video import FrameSampling
 
 ASSETS = Path(__file__).parent / "assets"
+# Frames and pixels of the paper's training (Table 6).
+PAPER = FrameSampling(max_frames=12, longest_edge=384)
 
 
 def shipped(name: str | os.PathLike, part: str) -> Path | None:
@@ -44,15 +49,51 @@ def load_hypernet(name_or_path: str | os.PathLike) -> tuple[HyperNetwork, Path |
     return HyperNetwork.from_pretrained(path), None
 
 
+def training_sampling(base: str | os.PathLike) -> FrameSampling:
+    """Frames and resolution that hypernetworks for a base model are trained with.
+
+    They are those of the hypernetwork that lies beside the base, as in a shipped pair or in the
+    folder of a run. For another base they are the paper's, in frames no larger than the base's
+    own configuration says.
+
+    Raises:
+        ConfigError, CheckpointError: a configuration is broken.
+    """
+    beside = shipped(base, "hypernet") or Path(base).resolve().parent / "hypernet"
+    if (beside / CONFIG_NAME).is_file():
+        return HypernetConfig.load(beside).sampling
+    size = _preprocessor(base).get("video_sampling", {}).get("video_size", {}).get("longest_edge")
+    edge = size if isinstance(size, int) and size > 1 else PAPER.longest_edge
+    return PAPER.override(longest_edge=min(PAPER.longest_edge, edge))
+
+
+def _preprocessor(base: str | os.PathLike) -> dict:
+    """The configuration of a base model's frames; empty where there is none."""
+    path = Path(base)
+    if not path.exists():
+        try:
+            from huggingface_hub import hf_hub_download
+
+            with brief_hub():
+                path = Path(hf_hub_download(str(base), "preprocessor_config.json"))
+        except (OSError, ValueError):
+            # Whether the base can be loaded at all is said when it is.
+            return {}
+    else:
+        path /= "preprocessor_config.json"
+    return read_json(path, error=CheckpointError, kind=dict) if path.is_file() else {}
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        with brief_hub():
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{name}: no such folder or file, and not to be had from the hub ({reason}); "
-            "give a path, a hub id, or the shipped 'shapes' or 'shapes-chunks'"
+            f"{name}: not a local path, and not found on the Hugging Face Hub "
+            f"({hub_reason(error)}); give a path, a hub id, or the shipped 'shapes' or "
+            "'shapes-chunks'"
         ) from None

@@ -266,11 +266,11 @@ class Video2LoRA:
         chunks: int = 1,
         decoder: Backend = "auto",
     ) -> Reading:
-        config = self.config
+        sampling = self.config.sampling.override(max_frames, longest_edge)
         return Reading(
-            config.max_frames if max_frames is None else max_frames,
-            config.target_fps,
-            config.longest_edge if longest_edge is None else longest_edge,
+            sampling.max_frames,
+            sampling.target_fps,
+            sampling.longest_edge,
             exact_frames,
             chunks,
             decoder,
@@ -290,7 +290,7 @@ class Video2LoRA:
             check: called with the prompt's number of tokens before anything is computed; what it
                 raises ends the work.
         """
-        edge = self.config.longest_edge if longest_edge is None else longest_edge
+        edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
         yield "decode", 0, 1
         ids = prompt_ids(self.backbone.inputs, clip, question, edge, answer_follows=True)
         check(len(ids))
@@ -299,7 +299,7 @@ class Video2LoRA:
 
     def visual_tokens(self, clip: VideoClip, longest_edge: int | None = None) -> int:
         """How many tokens of the context stand for the clip's pixels."""
-        edge = self.config.longest_edge if longest_edge is None else longest_edge
+        edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
         return visual_tokens(self.backbone.inputs, clip, edge)
 
     # --- answering ------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ class Video2LoRA:
         **sampling: Any,
     ) -> str | list[str]:
         """The baseline: the same model with the video in context of every question."""
-        edge = self.config.longest_edge if longest_edge is None else longest_edge
+        edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
         clip = self.load_clip(video, max_frames, edge, exact_frames)
         answers = self.answer_direct(questions, clip, longest_edge=edge, **sampling)
         return _texts(questions, answers)
@@ -408,7 +408,7 @@ class Video2LoRA:
         clips = [clips] * len(questions) if isinstance(clips, VideoClip) else list(clips)
         if len(clips) != len(questions):
             raise VideoError(f"{len(questions)} questions and {len(clips)} clips: give one each")
-        edge = self.config.longest_edge if longest_edge is None else longest_edge
+        edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
         return list(
             answer_prompts(
                 self.backbone,

@@ -1,25 +1,40 @@
-"""What commands share: option types, consoles, progress bars, and loading a model from options.
+"""What commands share: option types and loading a model from options.
 
 Imports no model code: a command's ``--help`` must come at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from v2l_fast.console import log, out, progress_bar, waiting
 from v2l_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from v2l_fast.model import Video2LoRA
 
-out = Console()
-log = Console(stderr=True)
+__all__ = ["log", "out", "progress_bar"]
+
+# -h is help everywhere; commands of a group inherit it.
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _known_device(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"must be cpu, cuda or cuda:N, got {name}")
+    return name
+
+
+def _known_dtype(name: str | None) -> str | None:
+    if name is not None and name not in DTYPES:
+        raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, got {name}")
+    return name
+
 
 Model = Annotated[
     str,
@@ -33,24 +48,67 @@ Model = Annotated[
 Base = Annotated[
     str | None, typer.Option(help="Frozen VLM; from the hypernetwork's config if omitted.")
 ]
-Device = Annotated[str | None, typer.Option(help="cuda or cpu; a GPU is used when there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda or cuda:N; a GPU is used when there is one.", callback=_known_device
+    ),
+]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; by device if omitted.")
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16; by device if omitted.", callback=_known_dtype
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace outputs that exist already.")]
+# What random generators of Python, NumPy and PyTorch all accept.
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random choice.")]
 Manifest = Annotated[Path, typer.Option("--manifest", help="Examples (JSONL).")]
 Root = Annotated[
-    Path | None, typer.Option(help="What video paths start from; the manifest's folder if omitted.")
+    Path | None,
+    typer.Option(help="Folder that video paths are relative to; the manifest's if omitted."),
 ]
-Split = Annotated[str | None, typer.Option(help="Of the manifest; all if omitted.")]
-MaxFrames = Annotated[int | None, typer.Option(help="Frames to sample; as in training if omitted.")]
+Split = Annotated[
+    str | None, typer.Option(help="Use only this split of the manifest; all if omitted.")
+]
+MaxFrames = Annotated[
+    int | None, typer.Option(min=1, help="Frames to sample; as in training if omitted.")
+]
 LongestEdge = Annotated[
-    int | None, typer.Option(help="Longest frame edge in pixels; as in training if omitted.")
+    int | None,
+    typer.Option(
+        min=2, help="Longest frame edge in pixels, at most 4096; as in training if omitted."
+    ),
 ]
 ExactFrames = Annotated[
     bool, typer.Option("--exact-frames", help="Take exactly --max-frames, whatever the duration.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+def output_file(path: str) -> Path:
+    """An output file's path, for typer's ``parser``; a name that ends in a slash is a folder's.
+
+    Raises:
+        typer.BadParameter: the name is empty or a folder's.
+    """
+    if not path or path.endswith("/"):
+        raise typer.BadParameter(f"must name a file, got {path!r}")
+    return Path(path)
+
+
+def check_text(text: str) -> str:
+    """Text that a tokenizer can read.
+
+    Raises:
+        ConfigError: it holds bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the question is not UTF-8 text: {text!r}; type it again") from None
+    return text
 
 
 def load_model(
@@ -62,50 +120,38 @@ def load_model(
         ConfigError: there is no such device.
         V2LError: the model cannot be loaded.
     """
-    with log.status(f"loading {model}"):
+    with waiting(f"loading {model}"):
         import torch
 
         from v2l_fast.model import Video2LoRA
 
         quiet_transformers()
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype is not None and dtype not in dtypes:
-            raise typer.BadParameter(f"--dtype is one of {', '.join(dtypes)}, not {dtype}")
-        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"--device {device}: this machine has no usable GPU; see v2l doctor")
+        check_device(device)
         return Video2LoRA.from_pretrained(
-            model, base=base, device=device, dtype=None if dtype is None else dtypes[dtype]
+            model, base=base, device=device, dtype=None if dtype is None else getattr(torch, dtype)
         )
 
 
+def check_device(device: str | None) -> None:
+    """Refuse a GPU that this machine does not have.
+
+    Raises:
+        ConfigError: there is no such GPU.
+    """
+    import torch
+
+    if device is None or not device.startswith("cuda"):
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: this machine has no usable GPU; see v2l doctor")
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= count:
+        raise ConfigError(f"--device {device}: this machine has GPUs 0 to {count - 1}")
+
+
 def quiet_transformers() -> None:
-    """No notes and bars of transformers' own while a model loads."""
+    """Silence transformers' notes and bars while a model loads."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-@contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error, to call with (stage, done, total)."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=log, transient=True) as bar:
-        task = bar.add_task(name, total=None)
-
-        def report(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{name}: {stage}", completed=done, total=total)
-
-        yield report

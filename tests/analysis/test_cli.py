@@ -67,23 +67,24 @@ def test_efficiency(manifest, tmp_path):
     arguments = ("analyze", "efficiency", "--manifest", manifest, "--limit", 1, "--out", tmp_path,
                  "--repeats", 1, "--max-new-tokens", 4, "--max-frames", 4, "--json")  # fmt: skip
     (one,) = json.loads(run(*arguments))["budgets"]
-    assert (one["frames"], one["longest_edge"]) == (4, None) and len(one["rows"]) == 7
+    assert (one["frames"], one["longest_edge"]) == (4, None) and len(one["rows"]) == 8
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "efficiency.csv", "efficiency.json", "efficiency.png"
     ]  # fmt: skip
-    found = json.loads(run(*arguments, "--max-frames", 8, "--longest-edge", 48))["budgets"]
+    more = ("--max-frames", 8, "--longest-edge", 48, "--force")
+    found = json.loads(run(*arguments, *more))["budgets"]
     assert [(b["frames"], b["longest_edge"], b["visual_tokens"]) for b in found] == [
         (4, 48, 16), (8, 48, 32)
     ]  # fmt: skip
     assert (tmp_path / "budgets.png").stat().st_size > 2000
-    assert (tmp_path / "efficiency.csv").read_text().count("\n") == 2 * 7 + 1
+    assert (tmp_path / "efficiency.csv").read_text().count("\n") == 2 * 8 + 1
 
 
 def test_norms(folder, tmp_path):
     files = sorted((folder / "adapters").iterdir())
     record = json.loads(run("analyze", "norms", *files, "--out", tmp_path, "--json"))
     assert record["adapters"] == 2 and len(record["modules"]["down_proj"]["rank_norms"]) == 4
-    assert "down_proj" in run("analyze", "norms", files[0], "--out", tmp_path)
+    assert "down_proj" in run("analyze", "norms", files[0], "--out", tmp_path, "--force")
 
 
 def test_effect(folder):
@@ -100,7 +101,10 @@ def test_sweep(manifest, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "cells", "sweep.csv", "sweep.json", "sweep.png"
     ]  # fmt: skip
-    assert run(*arguments)
+    # One row a cell, which fits an ordinary terminal and a log.
+    shown = run(*arguments).splitlines()
+    assert max(map(len, shown[:-2])) <= 80
+    assert shown[-2] == "64 frames, 48 px: no video holds 64 frames"
 
 
 def test_help():
@@ -115,12 +119,14 @@ def test_failures(monkeypatch, capsys, folder, manifest, tmp_path):
     code, said = exit_code(monkeypatch, capsys, "analyze", "norms", tmp_path / "no.safetensors")
     assert code == 1 and "no such file" in said
     code, said = exit_code(
-        monkeypatch, capsys, "analyze", "rank", "--manifest", manifest, "--limit", 0
-    )
-    assert code == 1 and "no example to analyze" in said
+        monkeypatch, capsys, "analyze", "rank", "--manifest", manifest, "--split", "none",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 1 and "none" in said
     code, said = exit_code(
-        monkeypatch, capsys, "analyze", "efficiency", "--manifest", manifest, "--keep", 0
-    )
+        monkeypatch, capsys, "analyze", "efficiency", "--manifest", manifest, "--keep", 0,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
     assert code == 1 and "keep must be above 0" in said
     code, said = exit_code(monkeypatch, capsys, "sweep")
     assert code == 2 and "--manifest" in said
@@ -141,3 +147,23 @@ def test_part_of_a_file(manifest, tmp_path, monkeypatch, capsys):
     assert found["examples"] == 1
     code, said = exit_code(monkeypatch, capsys, "sweep", "--manifest", spans)
     assert code == 1 and "part of a file" in said
+
+
+@pytest.mark.parametrize(
+    "command", [("analyze", "layers"), ("analyze", "efficiency"), ("sweep", "-r", 48, "-f", 4)]
+)
+def test_other_results_stay(command, manifest, tmp_path, monkeypatch, capsys):
+    """Refused before anything is loaded, unless forced; an input never gives way."""
+    name = command[1] if command[0] == "analyze" else "sweep"
+    (tmp_path / f"{name}.csv").write_text("mine")
+    arguments = (*command, "--manifest", manifest, "--out", tmp_path)
+    code, said = exit_code(monkeypatch, capsys, *arguments)
+    assert code == 1 and f"{name}.csv: exists already" in said
+    own = tmp_path / f"{name}.json"
+    own.write_bytes(manifest.read_bytes())
+    (tmp_path / f"{name}.csv").unlink()
+    code, said = exit_code(
+        monkeypatch, capsys, *command, "--manifest", own, "--out", tmp_path, "--force"
+    )
+    assert code == 1 and "is the input" in said
+    assert own.read_bytes() == manifest.read_bytes()

@@ -91,7 +91,7 @@ def test_judging(options, tmp_path):
 
 def test_failures_are_one_line(options, tmp_path, monkeypatch, capsys):
     code, err = fails(monkeypatch, capsys, *options[:1], "--manifest", tmp_path / "none.jsonl")
-    assert code == 1 and "none.jsonl: cannot be read" in err
+    assert code == 1 and "none.jsonl: no such file" in err
     run(*options, "--out", tmp_path / "out")
     code, err = fails(monkeypatch, capsys, *options, "--out", tmp_path / "out", "--max-frames", 2)
     assert code == 1 and "another settings" in err
@@ -104,7 +104,17 @@ def test_manifest_command(tmp_path, monkeypatch, capsys):
     assert found == {"manifest": str(out), "examples": 15, "videos": 3, "missing": []}
     assert len(load_manifest(out)) == 15
     (tmp_path / "data" / "clip.2.mkv").unlink()
-    code, err = fails(monkeypatch, capsys, "manifest", "vdc", tmp_path / "data", "--out", out)
+    code, err = fails(
+        monkeypatch, capsys, "manifest", "vdc", tmp_path / "data", "--out", out, "--force"
+    )
     assert code == 1 and "1 of VDC's videos are not below it (clip.2)" in err
-    shown = run("manifest", "vdc", tmp_path / "data", "--out", out, "--skip-missing")
-    assert "10 examples about 2 videos, 1 videos are not there" in shown
+    shown = run("manifest", "vdc", tmp_path / "data", "--out", out, "--skip-missing", "--force")
+    assert "10 examples about 2 videos, 1 videos are missing" in shown
+    again = ("manifest", "vdc", tmp_path / "data", "--skip-missing", "--out")
+    code, err = fails(monkeypatch, capsys, *again, out)
+    assert code == 1 and "exists already" in err
+    for path in (tmp_path / "data").rglob("*.*"):
+        before = path.read_bytes()
+        code, err = fails(monkeypatch, capsys, *again, path, "--force")
+        assert code == 1 and "is the input" in err, path
+        assert path.read_bytes() == before

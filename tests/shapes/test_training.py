@@ -1,7 +1,9 @@
 """Short runs of every stage: losses fall, and a stopped run continues exactly."""
 
+import pytest
 import torch
 
+from v2l_fast.errors import CheckpointError
 from v2l_fast.shapes.augment import augment
 from v2l_fast.shapes.base import load_base, new_base, save_base
 from v2l_fast.shapes.pretrain_vision import Stage, pretrain_vision, random_frames
@@ -13,6 +15,7 @@ from v2l_fast.shapes.train_language import (
     learning_rate,
     train_language,
 )
+from v2l_fast.training.checkpoint import read_progress
 
 
 def test_frames_for_the_tower_are_seeded_and_labeled():
@@ -40,6 +43,35 @@ def test_vision_loss_falls():
         report=lambda step, scores: losses.append(scores["loss"]),
     )
     assert losses[-1] < losses[0] < 6
+
+
+@pytest.mark.parametrize("stop", [3, 7])
+def test_vision_training_resumes_to_the_last_bit(stop, tmp_path):
+    """In either stage, whose heads draw from one generator."""
+    schedule = (Stage(5, "concat", 2e-3, 4.0), Stage(5, "mean", 2e-3, 4.0))
+
+    def run(path, interrupt=None):
+        model, _ = new_base(0)
+        # A step's frames come from the generator: an interruption is an error in drawing them.
+        with pytest.MonkeyPatch.context() as patch:
+            if interrupt is not None:
+                steps = iter(range(interrupt))
+                patch.setattr(
+                    "v2l_fast.shapes.pretrain_vision.random_frames",
+                    lambda *args: next(steps, None) is not None and random_frames(*args),
+                )  # fmt: skip
+            pretrain_vision(model, 0, 8, schedule, checkpoint=path, checkpoint_every=1)
+        return model.state_dict()
+
+    path = tmp_path / "checkpoint.safetensors"
+    whole = run(None)
+    with pytest.raises(TypeError):
+        run(path, stop)
+    assert read_progress(path)["step"] == stop
+    resumed = run(path)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    with pytest.raises(CheckpointError, match="seed"):
+        pretrain_vision(new_base(1)[0], 1, 8, schedule, checkpoint=path)
 
 
 def test_language_training_learns_and_resumes(tmp_path, prompts):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.training.broken import write_folder
 from v2l_fast.cli import app
-from v2l_fast.errors import V2LError
+from v2l_fast.config import HypernetConfig
+from v2l_fast.corpus import CorpusSettings
+from v2l_fast.errors import ConfigError, V2LError
+from v2l_fast.loading import ASSETS, training_sampling
+from v2l_fast.training.reading import ClipReader
+from v2l_fast.training.teach import TeacherSettings
+from v2l_fast.video import FrameSampling
 
 runner = CliRunner()
 SMALL = ("--max-frames", "8", "--longest-edge", "48", "--device", "cpu")
@@ -82,10 +89,56 @@ def test_finevideo_build(tmp_path):
         (tmp_path / f"v{number}.json").write_text(json.dumps(metadata([(0, 1), (1, 2), (2, 3)])))
     done = run("finevideo", "build", tmp_path, "--out", tmp_path / "spans.jsonl", "--total", 10)
     assert done["pools"] == {"scene": 6, "adjacent": 3, "full": 1} and done["videos"] == 2
-    plain = runner.invoke(
-        app, ["finevideo", "build", str(tmp_path), "--out", str(tmp_path / "spans.jsonl")]
-    )
+    again = ["finevideo", "build", str(tmp_path), "--out", str(tmp_path / "spans.jsonl")]
+    plain = runner.invoke(app, [*again, "--force"])
     assert "10 rows (6 scene, 3 adjacent, 1 full) of 2 videos" in plain.stdout
+
+
+def test_frames_are_those_of_the_base(tmp_path, pair):
+    """The shipped base's own, not SmolVLM2's; a folder's are those of the network beside it."""
+    shipped = HypernetConfig.load(ASSETS / "shapes" / "hypernet").sampling
+    for base in ("shapes", ASSETS / "shapes" / "base"):
+        assert training_sampling(base) == shipped == FrameSampling(8, 48)
+    assert training_sampling(pair / "base") == HypernetConfig.load(pair / "hypernet").sampling
+    # Without a network beside it: the paper's, no larger than the base's own frames.
+    shutil.copytree(ASSETS / "shapes" / "base", tmp_path / "alone" / "base")
+    assert training_sampling(tmp_path / "alone" / "base") == FrameSampling(12, 48)
+    (tmp_path / "alone" / "base" / "preprocessor_config.json").unlink()
+    assert training_sampling(tmp_path / "alone" / "base") == FrameSampling(12, 384)
+
+
+@pytest.mark.parametrize("command", ["teach", "cache"])
+@pytest.mark.parametrize("options", [{}, {"max_frames": 4}, {"longest_edge": 24, "target_fps": 2}])
+def test_commands_use_them_if_omitted(command, options, manifest, tmp_path, monkeypatch):
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        seen.extend(a for a in [*args, *kwargs.values()] if isinstance(a, ClipReader))
+        seen.extend(a.reader for a in args if isinstance(a, TeacherSettings))
+        raise Stop
+
+    monkeypatch.setattr("v2l_fast.training.teach.teach", stop)
+    monkeypatch.setattr("v2l_fast.training.feature_cache.FeatureCache", stop)
+    given = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    out = "--out" if command == "teach" else "--cache"
+    result = runner.invoke(
+        app, [command, "--manifest", str(manifest), out, str(tmp_path / "out"), *given]
+    )
+    assert isinstance(result.exception, Stop)
+    expected = FrameSampling(8, 48).override(**options)
+    assert seen == [ClipReader.of(expected)]
+
+
+def test_nothing_given_is_not_zero_given():
+    with pytest.raises(ConfigError, match="max_frames must be at least 1, got 0"):
+        FrameSampling(8, 48).override(max_frames=0)
+    with pytest.raises(ConfigError, match="longest_edge must be at most 4096, got 5000"):
+        FrameSampling(8, 48).override(longest_edge=5000)
+    with pytest.raises(ConfigError, match="at least 1, got 0"):
+        CorpusSettings("shapes", max_frames=0)
 
 
 @pytest.mark.parametrize("command", [("teach",), ("cache",), ("finevideo", "build")])

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
+from v2l_fast.console import progress_bar, say, show_json, show_table
 from v2l_fast.options import (
     Base,
     Device,
     Dtype,
     ExactFrames,
+    Force,
     Json,
     LongestEdge,
     Manifest,
@@ -24,9 +25,8 @@ from v2l_fast.options import (
     Model,
     Root,
     Split,
+    check_text,
     load_model,
-    out,
-    progress_bar,
 )
 
 if TYPE_CHECKING:
@@ -38,15 +38,18 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look into adapters and what they cost.", no_args_is_help=True)
 
 Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder of the results; runs/<analysis>.")
+    Path | None,
+    typer.Option("--out", "-o", help="Folder of the results; runs/ANALYSIS if omitted."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Videos, from the first on; all if omitted.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Analyze only the first N videos; all if omitted.")
+]
 
 
 @app.command()
 def effect(
     adapter: Annotated[Path, typer.Argument(help="Adapter file.")],
-    question: Annotated[str, typer.Argument(help="A question to answer with and without it.")],
+    question: Annotated[str, typer.Argument(help="Question to answer with and without it.")],
     model: Model = "shapes",
     base: Base = None,
     device: Device = None,
@@ -58,31 +61,33 @@ def effect(
     \b
     v2l analyze effect clip.safetensors "What happens in the video?"
     """
+    check_text(question)
     loaded = load_model(model, base, device, dtype)
     found = loaded.effect(loaded.load_adapter(adapter), question)
     if as_json:
-        out.print_json(data=dataclasses.asdict(found))
+        show_json(dataclasses.asdict(found))
         return
-    table = Table("module", "layer", "update norm", "relative to the weight")
-    for module, norms in found.update_norms.items():
+    rows = [
+        (module, str(layer), f"{norm:.4g}", f"{relative:.2%}")
+        for module, norms in found.update_norms.items()
         for layer, (norm, relative) in enumerate(
             zip(norms, found.relative_norms[module], strict=True)
-        ):
-            table.add_row(module, str(layer), f"{norm:.4g}", f"{relative:.2%}")
-    out.print(table)
-    out.print(
+        )
+    ]
+    show_table(("module", "layer", "update norm", "relative to the weight"), rows)
+    say(
         f"first answer token: largest logit change {found.logit_shift:.3g}, "
-        f"divergence {found.divergence:.3g} nats",
-        highlight=False,
+        f"divergence {found.divergence:.3g} nats"
     )
-    out.print(f"with the adapter:    {found.answer}", highlight=False, markup=False)
-    out.print(f"without the adapter: {found.answer_without}", highlight=False, markup=False)
+    say(f"with the adapter:    {found.answer}")
+    say(f"without the adapter: {found.answer_without}")
 
 
 @app.command()
 def norms(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter files of one model.")],
     folder: Out = None,
+    force: Force = False,
     model: Model = "shapes",
     base: Base = None,
     device: Device = None,
@@ -94,6 +99,7 @@ def norms(
     \b
     v2l analyze norms adapters/*.safetensors --out runs/norms
     """
+    _check("norms", folder, adapters, force)
     from v2l_fast.analysis.norms import adapter_norms
     from v2l_fast.analysis.plots import plot_norms
 
@@ -113,9 +119,11 @@ def norms(
 def rank(
     manifest: Manifest,
     folder: Out = None,
+    force: Force = False,
     budgets: Annotated[
         list[int] | None,
-        typer.Option("--keep", "-k", help="Directions to keep, repeatable; 1, 2, 4, 8, 16.", min=1),
+        typer.Option("--keep", "-k", help="Directions to keep, repeatable; 1, 2, 4, 8 and 16 if "
+                     "omitted.", min=1),
     ] = None,
     root: Root = None,
     split: Split = None,
@@ -135,6 +143,7 @@ def rank(
     \b
     v2l shapes render clips --count 64 && v2l analyze rank --manifest clips/manifest.jsonl
     """
+    _check("rank", folder, [manifest], force)
     from v2l_fast.analysis.plots import plot_rank
     from v2l_fast.analysis.rank import BUDGETS, rank_ablation
     from v2l_fast.evaluation.metrics import token_f1
@@ -154,6 +163,7 @@ def rank(
 def layers(
     manifest: Manifest,
     folder: Out = None,
+    force: Force = False,
     root: Root = None,
     split: Split = None,
     limit: Limit = None,
@@ -172,6 +182,7 @@ def layers(
     \b
     v2l analyze layers --manifest clips/manifest.jsonl --limit 16
     """
+    _check("layers", folder, [manifest], force)
     from v2l_fast.analysis.layers import layer_removal
     from v2l_fast.analysis.plots import plot_layers
 
@@ -184,6 +195,7 @@ def layers(
 def logits(
     manifest: Manifest,
     folder: Out = None,
+    force: Force = False,
     root: Root = None,
     split: Split = None,
     limit: Limit = None,
@@ -202,6 +214,7 @@ def logits(
     \b
     v2l analyze logits --manifest clips/manifest.jsonl --limit 16
     """
+    _check("logits", folder, [manifest], force)
     from v2l_fast.analysis.attribution import logit_attribution
     from v2l_fast.analysis.plots import plot_logits
 
@@ -214,14 +227,18 @@ def logits(
 def chunks(
     manifest: Manifest,
     folder: Out = None,
+    force: Force = False,
     counts: Annotated[
         list[int] | None,
-        typer.Option("--chunks", "-c", help="Chunks, repeatable; 1, 2, 4, 8, 16.", min=1),
+        typer.Option("--chunks", "-c", help="Number of chunks, repeatable; 1, 2, 4, 8 and 16 if "
+                     "omitted.", min=1),
     ] = None,
     root: Root = None,
     split: Split = None,
     limit: Limit = None,
-    max_frames: Annotated[int | None, typer.Option(help="Frames of each chunk.")] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of each chunk; as in training if omitted.")
+    ] = None,
     longest_edge: LongestEdge = None,
     exact_frames: ExactFrames = False,
     max_new_tokens: MaxNewTokens = 128,
@@ -237,6 +254,7 @@ def chunks(
     \b
     v2l analyze chunks --manifest clips/manifest.jsonl -c 1 -c 2 -c 8
     """
+    _check("chunks", folder, [manifest], force)
     from v2l_fast.analysis.chunks import COUNTS, compare_chunks
     from v2l_fast.analysis.inputs import manifest_examples
     from v2l_fast.analysis.plots import plot_chunks
@@ -267,6 +285,7 @@ def chunks(
 def efficiency(
     manifest: Manifest,
     folder: Out = None,
+    force: Force = False,
     repeats: Annotated[int, typer.Option(help="Timings of each question.", min=1)] = 3,
     keep: Annotated[
         float, typer.Option(help="Share of the visual tokens that FrameFusion keeps.")
@@ -299,6 +318,7 @@ def efficiency(
     v2l analyze efficiency --manifest clips/manifest.jsonl --limit 16
     v2l analyze efficiency --manifest vdc.jsonl --exact-frames --max-frames 8 --max-frames 128
     """
+    _check("efficiency", folder, [manifest], force)
     from v2l_fast.analysis.efficiency import compare_budgets
     from v2l_fast.analysis.framefusion import FrameFusion
     from v2l_fast.analysis.inputs import manifest_examples
@@ -332,13 +352,19 @@ def efficiency(
 def sweep(
     manifest: Manifest,
     folder: Out = None,
+    force: Force = False,
     frames: Annotated[
         list[int] | None,
-        typer.Option("--frames", "-f", help="Exact frames, repeatable; 8 to 1024.", min=1),
+        typer.Option(
+            "--frames", "-f", help="Exact frames, repeatable; 8 to 1024 if omitted.", min=1
+        ),
     ] = None,
     resolutions: Annotated[
         list[int] | None,
-        typer.Option("--resolution", "-r", help="Pixels, repeatable; 224 to 1024.", min=2),
+        typer.Option(
+            "--resolution", "-r", help="Longest frame edge in pixels, repeatable; 224 to 1024 if "
+            "omitted.", min=2,
+        ),
     ] = None,
     root: Root = None,
     split: Split = None,
@@ -352,8 +378,9 @@ def sweep(
 ) -> None:
     """Adapter against direct inference over frames x resolution (Figure 3).
 
-    Takes exactly so many frames: a video that holds fewer is left out of the cell, by name. A sweep
-    that was interrupted continues when the same command is given again.
+    Takes exactly so many frames: a video that holds fewer is left out of the cell, by name. Repeat
+    the same command to continue after an interruption. Every cell is a row of few columns here; its
+    other measurements are in the JSON and CSV files.
 
     \b
     v2l sweep --manifest clips/manifest.jsonl --limit 8 -f 8 -f 16 -f 32 -r 48 -r 96
@@ -361,13 +388,18 @@ def sweep(
     """
     from v2l_fast.analysis.inputs import manifest_examples
     from v2l_fast.analysis.plots import plot_sweep
-    from v2l_fast.analysis.sweep import FRAMES, RESOLUTIONS
+    from v2l_fast.analysis.sweep import COLUMNS, FRAMES, RESOLUTIONS
     from v2l_fast.analysis.sweep import sweep as run
     from v2l_fast.evaluation.metrics import token_f1
+    from v2l_fast.video import FrameSampling
 
+    folder = folder or Path("runs/sweep")
+    # The cells make it an earlier run of this command, which continues.
+    _check("sweep", folder, [manifest], force or (folder / "cells").is_dir())
+    for edge in resolutions or ():
+        FrameSampling(1, edge)
     examples = manifest_examples(manifest, None, root, split, limit)
     loaded = load_model(model, base, device, dtype)
-    folder = folder or Path("runs/sweep")
     with progress_bar("analyzing") as progress:
         record = run(
             loaded,
@@ -379,7 +411,7 @@ def sweep(
             max_new_tokens,
             progress,
         )
-    _write("sweep", folder, record, record["rows"], plot_sweep, as_json)
+    _write("sweep", folder, record, record["rows"], plot_sweep, as_json, COLUMNS)
 
 
 # --- shared by the commands ---------------------------------------------------------------------
@@ -395,20 +427,30 @@ def _with_adapters(
 
     manifest, root, split, limit, max_frames, longest_edge, exact_frames = reading
     loaded = load_model(*loading)
-    config = loaded.config
+    chosen = loaded.config.sampling.override(max_frames, longest_edge)
     sampling = {
-        "max_frames": config.max_frames if max_frames is None else max_frames,
-        "longest_edge": config.longest_edge if longest_edge is None else longest_edge,
+        "max_frames": chosen.max_frames,
+        "longest_edge": chosen.longest_edge,
         "exact_frames": exact_frames,
     }
 
     def read_span(path: str, span: tuple[float, float]) -> VideoClip:
-        return load_spans(path, span, 1, target_fps=config.target_fps, **sampling)[0]
+        return load_spans(path, span, 1, target_fps=chosen.target_fps, **sampling)[0]
 
     examples = manifest_examples(manifest, read_span, root, split, limit)
     with progress_bar("analyzing") as progress:
         adapters = internalize_each(loaded, examples, progress, **sampling)
         return run(loaded, examples, adapters, progress)
+
+
+def _check(
+    name: str, folder: Path | None, inputs: list[Path], force: bool
+) -> None:
+    """Refuse the results' folder before the work begins."""
+    from v2l_fast.files import check_folder
+
+    names = [f"{name}.{ending}" for ending in ("json", "csv", "png")]
+    check_folder(folder or Path("runs") / name, names, inputs, force)
 
 
 def _write(
@@ -418,17 +460,38 @@ def _write(
     rows: list[dict[str, Any]],
     plot: Callable[[Mapping[str, Any], Path], None],
     as_json: bool,
+    shown: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``name``.json, .csv and .png; print the record, or the rows."""
+    """Write ``name``.json, .csv and .png; print the record, or the rows.
+
+    Args:
+        shown: field of a row -> its heading, for tables that show a part of the fields.
+    """
     from v2l_fast.analysis.records import write_csv, write_json
-    from v2l_fast.analysis.tables import terminal
+    from v2l_fast.analysis.tables import columns
 
     folder = folder or Path("runs") / name
     write_json(folder / f"{name}.json", record)
     write_csv(folder / f"{name}.csv", rows)
     plot(record, folder / f"{name}.png")
     if as_json:
-        out.print_json(data=record)
+        show_json(record)
         return
-    out.print(terminal(rows))
-    out.print(f"{folder / name}.json, .csv, .png", highlight=False)
+    texts = columns([row for row in rows if shown is None or "failed" not in row])
+    headings = {field: field for field in texts} if shown is None else dict(shown)
+    failures = [row for row in rows if shown is not None and "failed" in row]
+    absent = ["-"] * len(next(iter(texts.values()), []))
+    cells = [texts.get(field, absent) for field in headings]
+    # A column without a single value is noise.
+    filled = [not all(text == "-" for text in column) for column in cells]
+    kept = [
+        (heading, column)
+        for heading, column, keep in zip(headings.values(), cells, filled, strict=True)
+        if keep
+    ]
+    show_table(
+        [heading for heading, _ in kept], list(zip(*(column for _, column in kept), strict=True))
+    )
+    for row in failures:
+        say(f"{row['frames']} frames, {row['longest_edge']} px: {row['failed']}")
+    say(f"{folder / name}.json, .csv, .png")

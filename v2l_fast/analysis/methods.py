@@ -53,8 +53,7 @@ class Setting:
 
     @property
     def edge(self) -> int:
-        config = self.model.config
-        return config.longest_edge if self.longest_edge is None else self.longest_edge
+        return self.model.config.sampling.override(longest_edge=self.longest_edge).longest_edge
 
     @property
     def sampling(self) -> dict[str, Any]:

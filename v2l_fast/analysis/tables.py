@@ -1,11 +1,9 @@
-"""Rows of a record as text: for a terminal and for Markdown."""
+"""Rows of a record as text, by column and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-from rich.table import Table
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -18,15 +16,6 @@ def columns(rows: Rows) -> dict[str, list[str]]:
     flat = [dict(_fields(row)) for row in rows]
     names = dict.fromkeys(name for row in flat for name in row)
     return {name: [row.get(name, "-") for row in flat] for name in names}
-
-
-def terminal(rows: Rows) -> Table:
-    """A table for a rich console."""
-    found = columns(rows)
-    table = Table(*found)
-    for cells in zip(*found.values(), strict=True):
-        table.add_row(*cells)
-    return table
 
 
 def markdown(rows: Rows) -> str:

@@ -12,6 +12,7 @@ from v2l_fast.backbones.base import Backbone
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import open_regular, read_json
+from v2l_fast.hub import brief_hub, hub_reason
 from v2l_fast.tensor_files import read_header
 
 FAMILIES = {"smolvlm": SmolVLM}
@@ -27,13 +28,24 @@ def load_backbone(
     Raises:
         CheckpointError: it cannot be read, or its family is not supported.
     """
+    if not os.path.exists(name_or_path):
+        with brief_hub():
+            return _load(name_or_path, device, dtype)
     if os.path.isdir(name_or_path):
         _check_folder(Path(name_or_path))
+    return _load(name_or_path, device, dtype)
+
+
+def _load(
+    name_or_path: str | os.PathLike, device: str | torch.device, dtype: torch.dtype
+) -> Backbone:
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except Exception as error:
         # transformers raises a dozen unrelated types for values of other types than it expects.
+        local = os.path.exists(name_or_path)
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = reason if local else hub_reason(error)
         raise CheckpointError(
             f"{name_or_path}: cannot read the base model's config ({reason}); "
             "give a folder with config.json or a model id you have access to"

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from v2l_fast.console import progress_bar, say, show, show_json
 from v2l_fast.options import (
     Base,
     Device,
     Dtype,
     ExactFrames,
+    Force,
     Json,
     LongestEdge,
     Manifest,
@@ -19,10 +21,10 @@ from v2l_fast.options import (
     MaxNewTokens,
     Model,
     Root,
+    Seed,
     Split,
     load_model,
-    out,
-    progress_bar,
+    output_file,
 )
 
 app = typer.Typer()
@@ -40,16 +42,19 @@ def manifest(
     folder: Annotated[
         Path, typer.Argument(help="Has the annotation files and, anywhere below it, the videos.")
     ],
-    out_path: Annotated[Path, typer.Option("--out", "-o", help="The manifest (JSONL).")],
+    out_path: Annotated[
+        Path, typer.Option("--out", "-o", help="The manifest (JSONL).", parser=output_file)
+    ],
     limit: Annotated[
         int | None,
-        typer.Option(help="Examples of each subset (videos of vidcapbench); 0 for all. The "
+        typer.Option(min=0, help="Examples of each subset (videos of vidcapbench); 0 for all. The "
                      "paper's number if omitted: 500 (100)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
+    seed: Seed = 0,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out examples whose video is not there.")
+        bool, typer.Option("--skip-missing", help="Leave out examples whose video is missing.")
     ] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write the manifest of a published benchmark from its files.
@@ -59,11 +64,13 @@ def manifest(
     v2l manifest activitynet-qa data/anet --out anet-qa.jsonl --skip-missing
     """
     from v2l_fast.evaluation.benchmarks.build import build
+    from v2l_fast.files import check_output
 
+    check_output(out_path, force=force)
     found = build(benchmark, folder, out_path, limit, seed, skip_missing)
     if as_json:
-        out.print_json(
-            data={
+        show_json(
+            {
                 "manifest": str(out_path),
                 "examples": found.examples,
                 "videos": found.videos,
@@ -71,12 +78,8 @@ def manifest(
             }
         )
         return
-    left_out = f", {len(found.missing)} videos are not there" if found.missing else ""
-    out.print(
-        f"{out_path}: {found.examples} examples about {found.videos} videos{left_out}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    left_out = f", {len(found.missing)} videos are missing" if found.missing else ""
+    say(f"{out_path}: {found.examples} examples about {found.videos} videos{left_out}")
 
 
 @app.command()
@@ -84,7 +87,9 @@ def evaluate(
     manifest_path: Manifest,
     folder: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder of the results; runs/evaluate-<manifest>."),
+        typer.Option(
+            "--out", "-o", help="Folder of the results; runs/evaluate-MANIFEST if omitted."
+        ),
     ] = None,
     root: Root = None,
     split: Split = None,
@@ -100,9 +105,11 @@ def evaluate(
     judge_tokens: Annotated[
         int, typer.Option(help="Longest reply of the judge, its thoughts included.", min=1)
     ] = 1024,
-    judge_workers: Annotated[int, typer.Option(help="Requests to the judge at a time.")] = 8,
+    judge_workers: Annotated[
+        int, typer.Option(min=1, help="Requests to the judge at a time.")
+    ] = 8,
     judge_json: Annotated[
-        bool, typer.Option(help="Ask the judge's server for JSON; some do not know that.")
+        bool, typer.Option(help="Ask the judge's server for JSON; some servers cannot.")
     ] = True,
     judge_prices: Annotated[
         tuple[float, float], typer.Option(help="Dollars per million input and output tokens.")
@@ -120,8 +127,8 @@ def evaluate(
 ) -> None:
     """Compare the video in context with its adapter, and controls, on a manifest.
 
-    All conditions see the same videos, prompts and frames and answer greedily. An interrupted
-    evaluation continues when the same command is given again.
+    All conditions see the same videos, prompts and frames and answer greedily. Repeat the same
+    command to continue after an interruption.
 
     \b
     v2l shapes render clips --count 64 && v2l evaluate --manifest clips/manifest.jsonl
@@ -131,11 +138,13 @@ def evaluate(
     from v2l_fast.evaluation.judge import Judge
     from v2l_fast.evaluation.library import Settings
     from v2l_fast.evaluation.pipeline import evaluate as run
+    from v2l_fast.files import check_folder
     from v2l_fast.training.manifest import load_manifest
     from v2l_fast.training.reading import ClipReader
 
-    examples = load_manifest(manifest_path, root, split)
     folder = folder or Path("runs") / f"evaluate-{manifest_path.stem}"
+    check_folder(folder)
+    examples = load_manifest(manifest_path, root, split)
     judging = None
     if judge is not None:
         settings = JudgeSettings(
@@ -148,13 +157,10 @@ def evaluate(
         )
         judging = Judge(settings, folder / "judgments.jsonl")
     loaded = load_model(model, base, device, dtype)
-    reader = ClipReader(
-        loaded.config.max_frames if max_frames is None else max_frames,
-        loaded.config.longest_edge if longest_edge is None else longest_edge,
-        loaded.config.target_fps,
-        exact_frames,
-        seconds=600.0,
+    sampling = loaded.config.sampling.override(
+        max_frames, longest_edge, exact_frames=exact_frames
     )
+    reader = ClipReader.of(sampling, seconds=600.0)
     with progress_bar("evaluating") as progress:
         found = run(
             loaded,
@@ -168,8 +174,8 @@ def evaluate(
             progress=progress,
         )
     if as_json:
-        out.print_json(data=found.record)
+        show_json(found.record)
         return
-    out.print(found.table, highlight=False, markup=False, soft_wrap=True)
+    show(found.table)
     for path in found.files:
-        out.print(str(path), highlight=False, soft_wrap=True)
+        say(str(path))

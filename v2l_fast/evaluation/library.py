@@ -37,7 +37,8 @@ class Settings:
 
 def blank(clip: VideoClip) -> VideoClip:
     """The same number, size and times of frames, all black."""
-    return replace(clip, frames=torch.zeros_like(clip.frames), sha256="blank", path=None)
+    sha256 = hashlib.sha256(b"blank").hexdigest()
+    return replace(clip, frames=torch.zeros_like(clip.frames), sha256=sha256, path=None)
 
 
 class Library:

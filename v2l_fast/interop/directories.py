@@ -22,13 +22,14 @@ def whole_directory(path: str | os.PathLike, error: type[V2LError]) -> Iterator[
     Raises:
         error: ``path`` is a file, cannot be written, or holds files that the export does not write.
     """
-    path = Path(path)
+    # Behind a symbolic link the folder is replaced, not the link.
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     part = old = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_dir():
             raise error(f"{path}: is a file; name a directory")
-        unique = f".{path.name}.{uuid.uuid4().hex}"
+        unique = f".{path.name[:50]}.{uuid.uuid4().hex}"
         part = path.with_name(f"{unique}.part")
         part.mkdir()
         yield part

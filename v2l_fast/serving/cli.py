@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from v2l_fast.console import say
 from v2l_fast.errors import ConfigError
-from v2l_fast.options import Base, Device, Dtype, Model, load_model, out
+from v2l_fast.options import Base, Device, Dtype, Model, load_model
 
 
 def serve(
@@ -165,9 +166,7 @@ def serve(
         hosts,
     )
     shown = f"[{host}]" if ":" in host else host
-    out.print(
-        f"v2l_fast serves {server.name} at http://{shown}:{bound_port}/", highlight=False
-    )
+    say(f"v2l_fast serves {server.name} at http://{shown}:{bound_port}/")
     logs.configure(log_level)
     listening.http_server(create_app(server, drain_seconds), limits, drain_seconds).run([bound])
 

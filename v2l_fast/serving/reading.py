@@ -97,8 +97,8 @@ class VideoReader:
     ) -> VideoClip:
         """:meth:`Video2LoRA.load_clip` of a file: by the GPU where it can, else :meth:`load`; the
         frames are on the model's device. The GPU reads to the end whatever is cancelled."""
-        frames = self._config.max_frames if max_frames is None else max_frames
-        edge = self._config.longest_edge if longest_edge is None else longest_edge
+        sampling = self._config.sampling.override(max_frames, longest_edge)
+        frames, edge = sampling.max_frames, sampling.longest_edge
         if resolved("auto", self._device) == "dali":
             try:
                 return load_video(

@@ -43,13 +43,14 @@ class InternalizeSettings:
     ) -> InternalizeSettings:
         """The settings of ``model.internalize`` with these arguments; as in training if None."""
         config = model.config
+        sampling = config.sampling.override(max_frames, longest_edge)
         return cls(
             model.hypernet.fingerprint,
             model.backbone.preprocessing,
             config.instruction,
-            config.longest_edge if longest_edge is None else longest_edge,
-            config.max_frames if max_frames is None else max_frames,
-            config.target_fps,
+            sampling.longest_edge,
+            sampling.max_frames,
+            sampling.target_fps,
             exact_frames,
         )
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from v2l_fast.options import out as console
-from v2l_fast.options import progress_bar
+from v2l_fast.console import progress_bar, say, show, show_json, show_table
+from v2l_fast.options import Force, Seed
 
 app = typer.Typer(
     help="The shapes world: a tiny model pair that shows learning on any CPU.",
@@ -17,23 +16,28 @@ app = typer.Typer(
 )
 
 RunFolder = Annotated[Path, typer.Option(help="Folder of the run's files.")]
-Seed = Annotated[int, typer.Option(help="Seed of data, initialization and order.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; one is best on a shared machine.")]
+Threads = Annotated[
+    int, typer.Option(min=1, help="CPU threads; one is best on a shared machine.")
+]
 
 
 @app.command()
 def render(
     folder: Annotated[Path, typer.Argument(help="Where the clips go.")],
-    count: Annotated[int, typer.Option(help="Number of clips.")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 8,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    size: Annotated[int, typer.Option(help="Side in pixels (even).")] = 192,
+    size: Annotated[
+        int, typer.Option(min=16, max=4096, help="Side of a frame in pixels, an even number.")
+    ] = 192,
     seed: Seed = 0,
+    force: Force = False,
 ) -> None:
     """Write H.264 clips and manifest.jsonl: a caption and five questions about each.
 
     \b
     v2l shapes render clips --count 64 && v2l evaluate --manifest clips/manifest.jsonl
     """
+    from v2l_fast.files import check_folder
     from v2l_fast.shapes.evaluate import clip_name, examples_for
     from v2l_fast.shapes.language import caption
     from v2l_fast.shapes.render import write_clip
@@ -41,14 +45,16 @@ def render(
     from v2l_fast.training.manifest import write_manifest
 
     if split not in SPLITS:
-        raise typer.BadParameter(f"split must be one of {', '.join(SPLITS)}, not {split}")
-    if size % 2 or size < 16:
-        raise typer.BadParameter(f"size must be even and at least 16, not {size}")
+        raise typer.BadParameter(f"--split must be one of {', '.join(SPLITS)}, got {split}")
+    if size % 2:
+        raise typer.BadParameter(f"--size must be even, got {size}")
+    names = [clip_name(split, index) for index in range(count)]
+    check_folder(folder, [*names, "manifest.jsonl"], force=force)
     folder.mkdir(parents=True, exist_ok=True)
     scenes = sample_scenes(split, count, seed)
-    for index, scene in enumerate(scenes):
-        path = write_clip(scene, folder / clip_name(split, index), size=size)
-        typer.echo(f"{path}  {caption(scene)}")
+    for name, scene in zip(names, scenes, strict=True):
+        path = write_clip(scene, folder / name, size=size)
+        say(f"{path}  {caption(scene)}")
     rows = (example.row() for example in examples_for(scenes, split, seed))
     write_manifest(folder / "manifest.jsonl", rows)
 
@@ -56,13 +62,22 @@ def render(
 @app.command("train-vlm")
 def train_vlm_command(
     folder: RunFolder = Path("runs/shapes"),
-    record: Annotated[Path, typer.Option(help="The run's record.")] = Path("runs/shapes-vlm.json"),
+    record: Annotated[
+        Path, typer.Option(help="File for the run's record (JSON).")
+    ] = Path("runs/shapes-vlm.json"),
     seed: Seed = 0,
     threads: Threads = 1,
+    force: Force = False,
 ) -> None:
-    """Train the tiny VLM (about 20 minutes on one core); continues where it was stopped."""
+    """Train the tiny VLM (about 20 minutes on one core).
+
+    Repeat the same command to continue after an interruption.
+    """
+    from v2l_fast.files import check_folder, check_output
     from v2l_fast.shapes.train_vlm import train_vlm
 
+    check_folder(folder)
+    check_output(record, force=force)
     train_vlm(folder, record, seed=seed, threads=threads)
 
 
@@ -71,24 +86,28 @@ def evaluate(
     folder: Annotated[
         Path | None, typer.Option(help="Has base/ and hypernet/; the shipped pair if omitted.")
     ] = None,
-    videos: Annotated[int, typer.Option(help="Unseen videos of the test split.")] = 512,
-    encoded: Annotated[int, typer.Option(help="Of them, how many also as H.264 files.")] = 64,
+    videos: Annotated[int, typer.Option(min=1, help="Unseen videos of the test split.")] = 512,
+    encoded: Annotated[
+        int, typer.Option(min=0, help="Number of them that are also read as H.264 files.")
+    ] = 64,
     probes: Annotated[
         bool,
         typer.Option(
             help="Also other durations, binding, untrained kinds of questions, absent objects."
         ),
     ] = True,
-    record: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path(
+    record: Annotated[Path, typer.Option(help="File for the results (JSON).")] = Path(
         "runs/shapes-eval.json"
     ),
     seed: Seed = 0,
     threads: Threads = 1,
+    force: Force = False,
 ) -> None:
     """Compare direct answers, adapters and controls on the test split, and probe what averages
     hide."""
     import torch
 
+    from v2l_fast.files import check_output
     from v2l_fast.model import Video2LoRA
     from v2l_fast.shapes.evaluate import evaluate as run
     from v2l_fast.shapes.evaluate import evaluate_files
@@ -97,6 +116,7 @@ def evaluate(
     from v2l_fast.shapes.scene import sample_scenes
     from v2l_fast.training.records import write_record
 
+    check_output(record, force=force)
     torch.set_num_threads(threads)
     model = Video2LoRA.from_pretrained(folder or "shapes", device="cpu")
     scenes = sample_scenes("test", videos, seed)
@@ -108,19 +128,20 @@ def evaluate(
         if probes:
             result["probes"] = probe(model, scenes, seed, progress)
     write_record(record, result)
-    table = Table(title=f"{videos} unseen videos, 95% intervals")
-    for name in ("condition", "attributes stated rightly", "captions right to the word"):
-        table.add_column(name)
+    rows = []
     for name in result["conditions"]:
         shares = (result[key][name] for key in ("attributes", "caption_exact"))
-        table.add_row(name, *("{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**x) for x in shares))
-    console.print(table)
-    console.print(result["table"], markup=False, highlight=False, soft_wrap=True)
+        rows.append((name, *("{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**x) for x in shares)))
+    show_table(
+        ("condition", "correct attributes", "exact captions"), rows,
+        f"{videos} unseen videos, 95% intervals",
+    )  # fmt: skip
+    show(result["table"])
     if encoded:
-        console.print_json(data=result["encoded_files"])
+        show_json(result["encoded_files"])
     if probes:
         for part in probe_tables(result["probes"]):
-            console.print(part, markup=False, highlight=False, soft_wrap=True)
+            show(part)
 
 
 @app.command()
@@ -129,11 +150,11 @@ def report(
         "docs/shapes"
     ),
     records: Annotated[
-        Path, typer.Option(help="Folder of the records; pieces that are there are not made again.")
+        Path, typer.Option(help="Folder of the records; pieces in it are not measured again.")
     ] = Path("runs/shapes-report"),
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Measure this piece alone, repeatable; the page has all that is there."),
+        typer.Option(help="Measure this piece alone, repeatable; the page has all records."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="Has base/ and hypernet/; the shipped pair if omitted.")
@@ -141,13 +162,16 @@ def report(
     trained: Annotated[
         str | None,
         typer.Option(
-            help="Hypernetwork trained on chunks, to compose beside it; for the shipped pair, the "
-            "shipped one if omitted."
+            help="Hypernetwork trained on chunks, to compare with; the shipped one for the shipped "
+            "pair if omitted."
         ),
     ] = None,
-    videos: Annotated[int, typer.Option(help="Unseen videos; expensive pieces take fewer.")] = 512,
+    videos: Annotated[
+        int, typer.Option(min=1, help="Unseen videos; expensive pieces take fewer.")
+    ] = 512,
     seed: Seed = 0,
     threads: Threads = 1,
+    force: Force = False,
 ) -> None:
     """Measure everything on the shapes world and write one page about it.
 
@@ -157,10 +181,13 @@ def report(
     """
     import torch
 
+    from v2l_fast.files import check_folder
     from v2l_fast.model import Video2LoRA
     from v2l_fast.shapes.report import PIECES, Report, measure
-    from v2l_fast.shapes.report_page import write_page
+    from v2l_fast.shapes.report_page import FILES, write_page
 
+    check_folder(records)
+    check_folder(out, FILES, force=force)
     torch.set_num_threads(threads)
     base = None if folder is None else folder / "base"
     pair = Video2LoRA.from_pretrained(folder or "shapes", base, device="cpu")
@@ -169,4 +196,4 @@ def report(
     with progress_bar("report") as progress:
         made = Report(pair, records, videos, chunked, seed, progress)
         measure(made, only or tuple(PIECES))
-    typer.echo(write_page(made.made(), out))
+    say(str(write_page(made.made(), out)))

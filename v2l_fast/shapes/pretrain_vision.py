@@ -9,8 +9,10 @@ weight on the center. Towers trained with mean heads only never let the decoder 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,12 @@ from v2l_fast.shapes.augment import augment
 from v2l_fast.shapes.render import draw_frames
 from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
 from v2l_fast.shapes.vlm import IMAGE_SIZE, TOKENS_PER_FRAME, pixel_values, visual_tokens
+from v2l_fast.training.checkpoint import (
+    load_checkpoint,
+    read_progress,
+    refuse_other_settings,
+    save_checkpoint,
+)
 
 _CLASSES = {
     "background": len(BACKGROUNDS),
@@ -88,21 +96,57 @@ def pretrain_vision(
     batch: int = 256,
     schedule: tuple[Stage, ...] = SCHEDULE,
     report: Callable[[int, dict[str, float]], None] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 200,
 ) -> dict[str, float]:
-    """Train tower and connector in place; returns the last scores (accuracies, center mse)."""
+    """Train tower and connector in place.
+
+    Args:
+        report: called with the steps done and the last scores.
+        checkpoint: a file from which an interrupted call continues to the same weights, to the
+            last bit, and which is written every `checkpoint_every` steps.
+
+    Returns:
+        The last scores (accuracies, center mse), and "seconds".
+
+    Raises:
+        CheckpointError: the checkpoint is broken or of another seed or schedule.
+    """
+    started = time.perf_counter()
+    settings = {"seed": seed, "batch": batch, "schedule": [asdict(stage) for stage in schedule]}
     generator = torch.Generator().manual_seed(seed)
     width = model.config.text_config.hidden_size
     tower = [*model.model.vision_model.parameters(), *model.model.connector.parameters()]
     torch.manual_seed(seed)
     readers: dict[str, Heads] = {}
     scores: dict[str, float] = {}
-    step = 0
+    step, resumed = 0, {}
+    if checkpoint is not None and checkpoint.exists():
+        resumed = read_progress(checkpoint)
+        refuse_other_settings(checkpoint, resumed["settings"], settings)
     for index, stage in enumerate(schedule):
+        # In the order of the stages, also of those done before: they draw from one generator.
         heads = readers.setdefault(stage.reads, Heads(width, stage.reads))
+        first = 0
+        if resumed:
+            if step + stage.steps <= resumed["step"]:
+                step += stage.steps
+                continue
+            first = resumed["step"] - step
         params = [*tower, *heads.parameters()]
         optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        if resumed:
+            saved = {
+                **_parameters(model, readers),
+                "generator": torch.empty_like(generator.get_state()),
+            }
+            load_checkpoint(checkpoint, saved, optimizer)
+            generator.set_state(saved["generator"])
+            step, scores = resumed["step"], resumed["scores"]
+            started -= resumed["seconds"]
+            resumed = {}
         last = index == len(schedule) - 1
-        for k in range(stage.steps):
+        for k in range(first, stage.steps):
             warm = min(1.0, (k + 1) / 50)
             fade = 0.5 * (1 + math.cos(math.pi * k / stage.steps)) if last else 1.0
             for group in optimizer.param_groups:
@@ -127,4 +171,26 @@ def pretrain_vision(
                     scores["loss"] = loss.item()
                 if report is not None:
                     report(step, scores)
-    return scores
+            # A stage's end has nothing to continue: its optimizer is done with.
+            if checkpoint is not None and step % checkpoint_every == 0 and k + 1 < stage.steps:
+                progress = {
+                    "step": step,
+                    "scores": scores,
+                    "seconds": time.perf_counter() - started,
+                    "settings": settings,
+                }
+                saved = {**_parameters(model, readers), "generator": generator.get_state()}
+                save_checkpoint(checkpoint, saved, optimizer, progress)
+    return scores | {"seconds": time.perf_counter() - started}
+
+
+def _parameters(
+    model: SmolVLMForConditionalGeneration, readers: dict[str, Heads]
+) -> dict[str, Tensor]:
+    """What is trained, by name."""
+    parts = {"tower": model.model.vision_model, "connector": model.model.connector, **readers}
+    return {
+        f"{part}.{name}": value
+        for part, module in parts.items()
+        for name, value in module.named_parameters()
+    }

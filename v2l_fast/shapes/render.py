@@ -6,7 +6,6 @@ for such a file `FRAME_TIMES` repeats so that training can skip the codec.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from v2l_fast.files import replacing
 from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, SHAPES, Scene
 
 CLIP_SECONDS = 8
@@ -93,17 +93,12 @@ def write_clip(
     path = Path(path)
     count = fps * seconds
     frames = render([scene], size, [index / count for index in range(count)])[0]
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        with av.open(str(part), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps))
-            stream.width = stream.height = size
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "18", "preset": "veryfast", "threads": "1"}
-            for frame in frames.permute(0, 2, 3, 1).contiguous().numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path, f".part{path.suffix}") as part, av.open(str(part), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "18", "preset": "veryfast", "threads": "1"}
+        for frame in frames.permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
     return path

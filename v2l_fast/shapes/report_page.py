@@ -43,6 +43,15 @@ methods with each other, and say little about real models.
 """
 
 
+# What the page's folder holds.
+FILES = ("README.md",) + tuple(
+    f"{name}.png"
+    for name in (
+        "conditions", "chunks", "amortized", "budgets", "sweep", "rank", "layers", "logits", "norms"
+    )
+)  # fmt: skip
+
+
 def write_page(records: Mapping[str, Record], folder: Path) -> Path:
     """Write ``README.md`` and its plots into ``folder``; pieces that are not there are left out."""
     folder.mkdir(parents=True, exist_ok=True)

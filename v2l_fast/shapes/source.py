@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.console import note
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.files import save_tensors
 from v2l_fast.shapes.language import Turn, ask, ask_several
@@ -167,6 +168,10 @@ def prepare_base(config: TrainConfig) -> Path:
     folder = Path(config.run.folder)
     # Written last, so the rest is there too.
     if not (folder / "base" / "preprocessor_config.json").exists():
+        note(
+            f"model.base is empty: training the base VLM first, in {folder / 'base'} (about 20 "
+            "minutes on one core); model.base=shapes takes the shipped one"
+        )
         threads = config.run.threads or torch.get_num_threads()
         train_vlm(folder, folder / "vlm.json", seed=config.run.seed, threads=threads)
     return folder / "base"

@@ -57,12 +57,14 @@ def cache_visual_tokens(
     seed: int | None,
     times: Sequence[float] = FRAME_TIMES,
     chunk: int = 64,
+    report: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Visual tokens [B, F, T, D] of the scenes' frames at `times`, augmented unless `seed` is
     None."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, len(scenes), chunk):
+        report(start)
         frames = render(scenes[start : start + chunk], IMAGE_SIZE, times)
         if generator is not None:
             frames = augment(frames.flatten(0, 1).float(), generator).view(frames.shape)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
+from v2l_fast.console import Report, note, progress_bar
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import save_tensors
 from v2l_fast.shapes.base import load_base, new_base, save_base
@@ -45,7 +44,6 @@ def train_vlm(
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = new_base(seed)
     prompts = Prompts(tokenizer)
-    console = Console()
     seconds: dict[str, float] = {}
 
     probes = _vision_stage(model, folder / "vision.safetensors", seed)
@@ -53,15 +51,19 @@ def train_vlm(
 
     started = time.perf_counter()
     scenes = sample_scenes("train", settings.videos, seed)
-    visual = cache_visual_tokens(model, scenes, seed)
+    with progress_bar("base model, between the stages") as bar:
+        visual = cache_visual_tokens(
+            model, scenes, seed,
+            report=lambda done: bar("visual tokens, video", done, len(scenes)),
+        )  # fmt: skip
     seconds["cache"] = time.perf_counter() - started
-    console.print(f"cached the visual tokens of {len(scenes)} videos")
 
-    progress, report = _bar("decoder", settings.max_flat + settings.decay)
-    with progress:
+    total = settings.max_flat + settings.decay
+    with progress_bar("base model, stage 2 of 2") as bar:
         steps, seconds["language"] = train_language(
-            model, prompts, scenes, visual, seed, settings, folder / "language.safetensors", report
-        )
+            model, prompts, scenes, visual, seed, settings, folder / "language.safetensors",
+            _steps(bar, total),
+        )  # fmt: skip
 
     save_base(model, tokenizer, folder / "base")
     scenes = sample_scenes("val", _VAL_VIDEOS, seed)
@@ -77,7 +79,10 @@ def train_vlm(
         "validation": validation,
     }
     write_record(record, result)
-    console.print_json(data=validation)
+    note(
+        f"base model: captions and questions about {_VAL_VIDEOS} unseen videos are in {record}; "
+        f"the model is in {folder / 'base'}"
+    )
     return result
 
 
@@ -96,25 +101,22 @@ def _vision_stage(
             raise CheckpointError(f"{path}: another model's vision tower; delete it to train again")
         model.load_state_dict(tensors, strict=False)
         return {name: float(value) for name, value in metadata.items() if name != "format"}
-    started = time.perf_counter()
-    progress, report = _bar("vision", sum(stage.steps for stage in SCHEDULE))
-    with progress:
-        probes = pretrain_vision(model, seed, report=report)
-    probes["seconds"] = time.perf_counter() - started
+    checkpoint = path.with_name("vision-checkpoint.safetensors")
+    with progress_bar("base model, stage 1 of 2") as bar:
+        probes = pretrain_vision(
+            model, seed, report=_steps(bar, sum(stage.steps for stage in SCHEDULE)),
+            checkpoint=checkpoint,
+        )  # fmt: skip
     save_tensors(parts, path, {name: f"{value:.6f}" for name, value in probes.items()})
+    checkpoint.unlink(missing_ok=True)
     return probes
 
 
-def _bar(name: str, total: int) -> tuple[Progress, Callable[[int, dict[str, float]], None]]:
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    task = progress.add_task(name, total=total, note="")
+def _steps(bar: Report, total: int) -> Callable[[int, dict[str, float]], None]:
+    """Steps and their running scores for a bar of `total` steps."""
 
-    def report(step: int, numbers: dict[str, float]) -> None:
-        shown = {k: v for k, v in numbers.items() if k in ("loss", "motion", "caption", "shape")}
-        note = " ".join(f"{k} {v:.3f}" for k, v in shown.items())
-        progress.update(task, completed=step, note=note)
+    def report(step: int, scores: dict[str, float]) -> None:
+        shown = {k: v for k, v in scores.items() if k in ("loss", "motion", "caption", "shape")}
+        bar(" ".join(["step,", *(f"{k} {v:.3f}" for k, v in shown.items())]), step, total)
 
-    return progress, report
+    return report

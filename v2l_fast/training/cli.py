@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from v2l_fast.options import out, quiet_transformers
+from v2l_fast.console import show_json
+from v2l_fast.options import quiet_transformers
 
 
 def train_command(
@@ -29,7 +30,7 @@ def train_command(
         bool | None,
         typer.Option(
             "--resume/--fresh",
-            help="Demand a checkpoint to continue from, or start over. By default a run continues "
+            help="Require a checkpoint to continue from, or start over. By default a run continues "
             "where it was stopped.",
         ),
     ] = None,
@@ -41,9 +42,14 @@ def train_command(
     """Train a hypernetwork; the frozen VLM does not change.
 
     \b
+    v2l train --config shapes model.base=shapes
     v2l train --config shapes
     v2l train --config smolvlm2-500m 'data.manifests=["train.jsonl"]' run.folder=runs/mine
     v2l train --config my.toml optim.lr=3e-4 optim.micro_batch_size=16 --fresh
+
+    Without model.base the shapes preset trains its tiny base VLM first (about 20 minutes on one
+    core), in the folder of the run; model.base=shapes takes the shipped one. An interruption costs
+    at most the steps since the last checkpoint there, too. --fresh keeps a base that is complete.
 
     Several GPUs or machines (the batch stays the same, whatever their number):
 
@@ -70,7 +76,7 @@ def train_command(
         )
     settings = load_config(config, overrides or [])
     if show:
-        out.print_json(data=asdict(settings))
+        show_json(asdict(settings))
         return
     from v2l_fast.training.trainer import train
 
@@ -78,4 +84,4 @@ def train_command(
     summary = train(settings, resume)
     # Set by launchers; one process prints for all.
     if as_json and os.environ.get("RANK", "0") == "0":
-        out.print_json(data=summary)
+        show_json(summary)

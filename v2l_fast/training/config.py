@@ -18,6 +18,7 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.files import read_text
 from v2l_fast.training.config_values import Given, build, nearest, parse_overrides, spread
 from v2l_fast.video.reading import BACKENDS
+from v2l_fast.video.sampling import MAX_EDGE
 
 PRESETS = Path(__file__).parent / "presets"
 DERIVED = ("hidden_size", "num_layers", "base_model_name_or_path")
@@ -210,12 +211,15 @@ LEAST = {
     "optim.lr": 0, "optim.betas": 0, "optim.eps": 0, "optim.weight_decay": 0,
     "optim.scaler_lr_factor": 0, "optim.scaler_weight_decay": 0, "optim.warmup_ratio": 0,
     "optim.warmup_steps": 0, "optim.decay_ratio": 0, "optim.final_lr_ratio": 0, "optim.clip": 0,
-    "loss.kl_weight": 0, "run.threads": 0, "run.log_every": 1, "run.checkpoint_every": 0,
+    "loss.kl_weight": 0, "run.seed": 0, "run.threads": 0, "run.log_every": 1,
+    "run.checkpoint_every": 0,
     "run.val_every": 0, "run.sample_every": 0, "run.samples": 1, "run.keep": 1,
 }  # fmt: skip
 MOST = {
     "optim.warmup_ratio": 1, "optim.decay_ratio": 1, "optim.final_lr_ratio": 1, "optim.betas": 1,
-    "data.val_share": 0.5, "data.caption_share": 1,
+    "data.val_share": 0.5, "data.caption_share": 1, "data.longest_edge": MAX_EDGE,
+    # The generator of every step is seeded with a multiple of it.
+    "run.seed": 2**32 - 1,
 }  # fmt: skip
 
 
@@ -247,6 +251,8 @@ class TrainConfig:
                 for value in _each(flat[key]):
                     if wrong(value, limit):
                         raise ConfigError(f"{key} must be {word} {limit}, not {value!r}")
+        if not self.run.folder.strip():
+            raise ConfigError("run.folder is empty; name the folder of the run")
         if len(self.optim.betas) != 2:
             raise ConfigError(f"optim.betas must be two numbers, not {list(self.optim.betas)}")
         if not self.data.chunks:

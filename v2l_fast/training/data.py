@@ -187,7 +187,13 @@ def manifest_sources(
             f"trained on, {shared[0]} among them; a video belongs to one split"
         )
     if not train:
-        raise ManifestError(f"{', '.join(data.manifests)}: no example to train on; lower val_share")
+        splits = sorted({str(e.split) for e in examples if e.split not in ("train", None)})
+        remedy = (
+            f"all are of the splits {', '.join(splits)}; set split to train or leave it out"
+            if splits and all(e.split not in ("train", None) for e in examples)
+            else "lower data.val_share or add videos"
+        )
+        raise ManifestError(f"{', '.join(data.manifests)}: no example to train on; {remedy}")
     device = backbone.decoder.device
     on_gpu = resolved(data.decoder, device) == "dali"
     reader = ClipReader(

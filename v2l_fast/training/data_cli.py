@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from v2l_fast.console import note, progress_bar, say, show_json, waiting
 from v2l_fast.options import (
     Device,
     ExactFrames,
+    Force,
     Json,
+    LongestEdge,
     Manifest,
+    MaxFrames,
     Root,
-    log,
-    out,
-    progress_bar,
+    Seed,
+    check_device,
+    output_file,
     quiet_transformers,
 )
 
@@ -28,12 +32,26 @@ if TYPE_CHECKING:
 finevideo_app = typer.Typer(help="Training spans from FineVideo.", no_args_is_help=True)
 
 Base = Annotated[str, typer.Option(help="Frozen VLM: 'shapes' (shipped), a folder or a hub id.")]
-MaxFrames = Annotated[int, typer.Option(min=1, help="Frames of a video.")]
-LongestEdge = Annotated[int, typer.Option(min=2, help="Longest frame edge in pixels.")]
-TargetFps = Annotated[float, typer.Option(help="Frames a second, up to --max-frames.")]
-Seconds = Annotated[float, typer.Option(help="Longest time one file may take to read.")]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16; by device if omitted.")]
+TargetFps = Annotated[
+    float | None,
+    typer.Option(help="Frames a second, up to --max-frames; as in training if omitted."),
+]
+Seconds = Annotated[
+    float, typer.Option(min=0.001, help="Longest time in seconds that one file may take to read.")
+]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that read videos ahead.")]
+
+
+def _known_dtype(name: str | None) -> str | None:
+    if name not in (None, "float32", "bfloat16"):
+        raise typer.BadParameter(f"must be float32 or bfloat16, got {name}")
+    return name
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32 or bfloat16; by device if omitted.", callback=_known_dtype),
+]
 
 
 def teach_command(
@@ -47,9 +65,9 @@ def teach_command(
         str, typer.Option(help="hf: in this process; ray: on a Ray cluster.")
     ] = "hf",
     workers: Annotated[int, typer.Option(min=1, help="Processes of --engine ray.")] = 1,
-    max_frames: MaxFrames = 12,
-    longest_edge: LongestEdge = 384,
-    target_fps: TargetFps = 1.0,
+    max_frames: MaxFrames = None,
+    longest_edge: LongestEdge = None,
+    target_fps: TargetFps = None,
     exact_frames: ExactFrames = False,
     seconds: Seconds = 60.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
@@ -70,23 +88,27 @@ def teach_command(
 
     The released checkpoints of both sizes learned from the 2.2B model's answers.
 
-    Repeat the same command to go on after an interruption. The answers are in OUT/manifest.jsonl,
-    videos that could not be read in OUT/quarantine.jsonl. With --engine ray, RAY_ADDRESS names the
-    cluster (this machine if unset), and all its nodes must see OUT and the videos under the same
-    paths.
+    Frames and resolution are those that hypernetworks for the base are trained with, unless they
+    are given: those of the hypernetwork beside the base, else the paper's.
+
+    Repeat the same command to continue after an interruption. The answers are in
+    OUT/manifest.jsonl, videos that could not be read in OUT/quarantine.jsonl. With --engine ray,
+    RAY_ADDRESS names the cluster (this machine if unset), and all its nodes must see OUT and the
+    videos under the same paths.
     """
     from v2l_fast.training.teach import TeacherSettings, teach
 
     if engine not in ("hf", "ray"):
-        raise typer.BadParameter(f"--engine is hf or ray, not {engine}")
+        raise typer.BadParameter(f"--engine must be hf or ray, got {engine}")
+    check_device(device)
     settings = TeacherSettings(
         base=base,
-        reader=_reader(max_frames, longest_edge, target_fps, exact_frames, seconds),
+        reader=_reader(base, max_frames, longest_edge, target_fps, exact_frames, seconds),
         max_new_tokens=max_new_tokens,
         batch=batch,
         videos_per_shard=shard,
-        device=_device(device),
-        dtype=_dtype(dtype),
+        device=device,
+        dtype=dtype,
         threads=threads,
     )
     quiet_transformers()
@@ -109,9 +131,9 @@ def cache_command(
     chunks: Annotated[
         list[int] | None, typer.Option(help="Number of chunks of a video; may be repeated.")
     ] = None,
-    max_frames: MaxFrames = 12,
-    longest_edge: LongestEdge = 384,
-    target_fps: TargetFps = 1.0,
+    max_frames: MaxFrames = None,
+    longest_edge: LongestEdge = None,
+    target_fps: TargetFps = None,
     exact_frames: ExactFrames = False,
     seconds: Seconds = 60.0,
     threads: Threads = 2,
@@ -125,18 +147,22 @@ def cache_command(
     v2l cache --manifest train.jsonl --cache features/ --base path/to/vlm
     v2l train --config my.toml data.feature_cache=features/
 
-    Use the frames, resolution and dtype of the training. Repeat the same command to go on after an
-    interruption, or to add videos.
+    Frames and resolution are those that hypernetworks for the base are trained with, unless they
+    are given; they and the dtype must be the training's. Repeat the same command to continue after
+    an interruption, or to add videos.
     """
+    from v2l_fast.files import check_folder
     from v2l_fast.training.feature_cache import FeatureCache, fill_cache, vision_fingerprint
     from v2l_fast.training.manifest import group_by_video, load_manifest
     from v2l_fast.training.teach import REQUIRED, load_frozen
 
+    check_folder(cache, inputs=[manifest])
     videos = group_by_video(load_manifest(manifest, root, required=REQUIRED))
-    reader = _reader(max_frames, longest_edge, target_fps, exact_frames, seconds)
+    check_device(device)
+    reader = _reader(base, max_frames, longest_edge, target_fps, exact_frames, seconds)
     quiet_transformers()
-    with log.status(f"loading {base}"):
-        backbone = load_frozen(base, _device(device), _dtype(dtype))
+    with waiting(f"loading {base}"):
+        backbone = load_frozen(base, device, dtype)
         stored = FeatureCache(cache, reader, vision_fingerprint(backbone))
     with progress_bar("encoding") as report:
         failures = fill_cache(
@@ -158,7 +184,9 @@ def cache_command(
 @finevideo_app.command("build")
 def finevideo_build(
     folder: Annotated[Path, typer.Argument(help="Has <name>.mp4 and <name>.json pairs.")],
-    out_path: Annotated[Path, typer.Option("--out", "-o", help="The manifest (JSONL).")],
+    out_path: Annotated[
+        Path, typer.Option("--out", "-o", help="The manifest (JSONL).", parser=output_file)
+    ],
     total: Annotated[
         int | None, typer.Option(min=1, help="Spans; as many as the mix allows if omitted.")
     ] = None,
@@ -173,7 +201,8 @@ def finevideo_build(
     cut: Annotated[
         bool, typer.Option("--cut", help="Also write each span as a file, under clips/.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
+    seed: Seed = 0,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write a manifest of spans (scenes, adjacent scenes, whole videos) without answers.
@@ -183,13 +212,15 @@ def finevideo_build(
     v2l teach --manifest spans.jsonl --out taught/ --base HuggingFaceTB/SmolVLM2-2.2B-Instruct
     v2l train --config smolvlm2-500m 'data.manifests=["taught/manifest.jsonl"]'
     """
+    from v2l_fast.files import check_output
     from v2l_fast.training.finevideo import MIX
     from v2l_fast.training.finevideo_manifest import build_manifest
 
     if min(mix) < 0 or not sum(mix):
         raise typer.BadParameter("--mix takes three shares, none negative, not all 0")
     if not 0 <= val_share < 1:
-        raise typer.BadParameter("--val-share is at least 0 and below 1")
+        raise typer.BadParameter(f"--val-share must be at least 0 and below 1, got {val_share}")
+    check_output(out_path, (p for p in folder.glob("*") if p.suffix in (".json", ".mp4")), force)
     shares = dict(zip(MIX, mix, strict=True))
     with progress_bar("cutting") as report:
         built = build_manifest(
@@ -198,8 +229,8 @@ def finevideo_build(
         )
     counts = {p: sum(row["metadata"]["pool"] == p for row in built.rows) for p in MIX}
     if as_json:
-        out.print_json(
-            data={
+        show_json(
+            {
                 "manifest": str(out_path),
                 "rows": len(built.rows),
                 "pools": counts,
@@ -208,44 +239,37 @@ def finevideo_build(
             }
         )
         return
-    told = ", ".join(f"{count} {pool}" for pool, count in counts.items())
-    out.print(
-        f"{out_path}: {len(built.rows)} rows ({told}) of {built.pools.videos} videos",
-        highlight=False,
-        soft_wrap=True,
-    )
+    pools = ", ".join(f"{count} {pool}" for pool, count in counts.items())
+    say(f"{out_path}: {len(built.rows)} rows ({pools}) of {built.pools.videos} videos")
     for name, reason in built.left_out.items():
-        log.print(f"left out: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        note(f"left out: {name}: {reason}")
 
 
 # --- shared by the commands -----------------------------------------------------------------------
 
 
 def _reader(
-    max_frames: int, longest_edge: int, target_fps: float, exact_frames: bool, seconds: float
+    base: str,
+    max_frames: int | None,
+    longest_edge: int | None,
+    target_fps: float | None,
+    exact_frames: bool,
+    seconds: float,
 ) -> ClipReader:
+    from v2l_fast.loading import training_sampling
     from v2l_fast.training.reading import ClipReader
 
-    return ClipReader(max_frames, longest_edge, target_fps, exact_frames, seconds)
-
-
-def _device(device: str | None) -> str | None:
-    if device is not None and device.split(":")[0] not in ("cuda", "cpu"):
-        raise typer.BadParameter(f"--device is cuda or cpu, not {device}")
-    return device
-
-
-def _dtype(dtype: str | None) -> str | None:
-    if dtype not in (None, "float32", "bfloat16"):
-        raise typer.BadParameter(f"--dtype is float32 or bfloat16, not {dtype}")
-    return dtype
+    sampling = training_sampling(base)
+    return ClipReader.of(
+        sampling.override(max_frames, longest_edge, target_fps, exact_frames), seconds
+    )
 
 
 def print_outcome(line: str, data: dict, failures: list[Failure], as_json: bool) -> None:
     """The result, and what was left out, which is no failure of the command."""
     if as_json:
-        out.print_json(data=data | {"failures": [dataclasses.asdict(f) for f in failures]})
+        show_json(data | {"failures": [dataclasses.asdict(f) for f in failures]})
         return
-    out.print(line, highlight=False, soft_wrap=True)
+    say(line)
     for failure in failures:
-        log.print(f"left out: {failure.reason}", highlight=False, markup=False, soft_wrap=True)
+        note(f"left out: {failure.reason}")

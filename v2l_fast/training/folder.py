@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.files import read_text
+from v2l_fast.files import check_folder, read_text
 from v2l_fast.training.checkpoint import latest_checkpoint, read_progress
 from v2l_fast.training.records import cut_lines
 
@@ -48,8 +48,21 @@ class RunFolder:
         resume: True needs a checkpoint, False starts over, None continues where there is one.
 
         Raises:
-            CheckpointError: another run writes here, or there is nothing to resume.
+            CheckpointError: another run writes here, there is nothing to resume, or the folder
+                holds files that are not a run's.
+            WriteError: the folder cannot be written.
         """
+        files = (
+            self.log, self.samples, self.quarantine, self.val_quarantine, self.summary
+        )  # fmt: skip
+        if not self._lock_path.exists():
+            # Starting over removes these files: they must be a run's.
+            check_folder(self.path)
+            foreign = next((file for file in files if file.exists()), None)
+            if foreign is not None:
+                raise CheckpointError(
+                    f"{self.path}: holds {foreign.name}, but not of a run; name another run.folder"
+                )
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = open(self._lock_path, "a")
         try:
@@ -76,9 +89,7 @@ class RunFolder:
             return
         for path in self.checkpoints.glob("step-*.safetensors"):
             path.unlink()
-        for path in (
-            self.log, self.samples, self.quarantine, self.val_quarantine, self.summary
-        ):  # fmt: skip
+        for path in files:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.best, ignore_errors=True)
 

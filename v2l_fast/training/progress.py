@@ -25,6 +25,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from v2l_fast.console import log, printable
 from v2l_fast.training.folder import RunFolder
 from v2l_fast.training.records import append_line
 
@@ -71,12 +72,12 @@ class Report:
         console: Console | None = None,
     ) -> None:
         self.folder, self.steps, self.track, self.enabled = folder, steps, track, enabled
-        self.console = console or Console(stderr=True)
+        self.console = console or log
         self.live = enabled and self.console.is_terminal
         self.shown: dict[str, float | None] = {}
         self.started, self.start = time.perf_counter(), start
         self.bar = _Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=self.console, disable=not self.live,
         )  # fmt: skip
@@ -137,7 +138,10 @@ class Report:
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.enabled:
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.bar.console.print(
+                printable(text, lines=True), highlight=False, markup=False, emoji=False,
+                soft_wrap=True,
+            )  # fmt: skip
 
     def _left(self, step: int) -> str:
         done = step - self.start

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from v2l_fast.errors import VideoError
 from v2l_fast.training.manifest import VideoExamples
-from v2l_fast.video import Limits, VideoClip, frame_views
+from v2l_fast.video import FrameSampling, Limits, VideoClip, frame_views
 from v2l_fast.video.reading import Backend
 from v2l_fast.video.spans import load_spans
 
@@ -63,6 +63,20 @@ class ClipReader:
     seconds: float = 60.0
     decoder: Backend = "auto"
     device: str = "cpu"
+
+    @classmethod
+    def of(
+        cls,
+        sampling: FrameSampling,
+        seconds: float = 60.0,
+        decoder: Backend = "auto",
+        device: str = "cpu",
+    ) -> ClipReader:
+        """A reader of these frames."""
+        return cls(
+            sampling.max_frames, sampling.longest_edge, sampling.target_fps,
+            sampling.exact_frames, seconds, decoder, device,
+        )  # fmt: skip
 
     def read(self, video: VideoExamples, chunks: int = 1) -> list[VideoClip]:
         """The video (or its span) in `chunks` parts in the order of time.

@@ -20,7 +20,7 @@ import torch
 from v2l_fast.backbones import Backbone, load_backbone
 from v2l_fast.backbones.base import EncodedVideo
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.files import write_text
+from v2l_fast.files import check_folder, write_text
 from v2l_fast.generation import Sampling, generate
 from v2l_fast.loading import shipped
 from v2l_fast.training.manifest import (
@@ -179,7 +179,11 @@ def teach(
     Raises:
         ManifestError: the manifest cannot be used.
         ShardError: `out` holds another run, or the cluster did not finish it.
+        WriteError: `out` holds the manifest, or files that another program wrote.
     """
+    # The folder continues an earlier run; what it did not write itself stays.
+    names = ("manifest.jsonl", "quarantine.jsonl")
+    check_folder(out, names, [manifest], force=(Path(out) / "run.json").is_file())
     examples = load_manifest(manifest, root, required=REQUIRED)
     videos = group_by_video(examples)
     meaning = settings.meaning() | {"manifest": _digest(examples)}

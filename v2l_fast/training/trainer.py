@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from v2l_fast.backbones import Backbone, load_backbone
+from v2l_fast.console import log
 from v2l_fast.errors import CheckpointError, V2LError
 from v2l_fast.files import read_json
 from v2l_fast.training.checkpoint import (
@@ -141,6 +142,13 @@ class _Run:
         self._restore()
         config, run, processes = self.config, self.config.run, self.processes
         if self.start == config.optim.steps:
+            if processes.is_main:
+                console = console or log
+                console.print(
+                    f"{self.folder.path}: this run is complete ({self.start} steps); name another "
+                    "run.folder, or start over with --fresh",
+                    soft_wrap=True,
+                )
             return self._summary()
         model = processes.wrap(self.step)
         processes.start_trackers(config, self.start, self.run_id)

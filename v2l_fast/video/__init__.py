@@ -16,11 +16,12 @@ from v2l_fast.video.preprocess import (
     resized_size,
 )
 from v2l_fast.video.reading import decode, probe
-from v2l_fast.video.sampling import sample_indices
+from v2l_fast.video.sampling import FrameSampling, sample_indices
 from v2l_fast.video.spans import load_spans, load_video
 
 __all__ = [
     "PREPROCESSING_VERSION",
+    "FrameSampling",
     "FrameViews",
     "Limits",
     "VideoClip",

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from v2l_fast.errors import ConfigError
+from v2l_fast.video.sampling import MAX_EDGE
 
 # Raised whenever a pixel of any view would change; part of an adapter's provenance.
 PREPROCESSING_VERSION = 1
 
 # Pixels of the frames that are resized at a time where other work takes turns: one frame of 8K.
 GROUP_PIXELS = 7680 * 4320
-_MAX_EDGE = 4096
 # Pillow's fixed point: coefficients are multiples of 2^-22.
 _ONE = 1 << 22
 _LOBES = 3.0
@@ -135,10 +135,10 @@ def resized_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
         width += width % 2
     height, width = max(height, 1), max(width, 1)
     aspect = width / height
-    if width >= height and width > _MAX_EDGE:
-        height, width = int(_MAX_EDGE / aspect), _MAX_EDGE
-    elif height > width and height > _MAX_EDGE:
-        height, width = _MAX_EDGE, int(_MAX_EDGE * aspect)
+    if width >= height and width > MAX_EDGE:
+        height, width = int(MAX_EDGE / aspect), MAX_EDGE
+    elif height > width and height > MAX_EDGE:
+        height, width = MAX_EDGE, int(MAX_EDGE * aspect)
     return max(height, 1), max(width, 1)
 
 

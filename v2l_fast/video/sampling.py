@@ -1,4 +1,4 @@
-"""Which frames of a clip are looked at: index arithmetic only, no file is touched.
+"""Which frames of a clip are used, and at what size: arithmetic only, no file is touched.
 
 The default rule is transformers 4.51.3's `smolvlm_sample_indices_fn`, which the released
 checkpoints were trained with.
@@ -7,10 +7,65 @@ checkpoints were trained with.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from v2l_fast.errors import ConfigError, VideoError
+
+# Transformers 4.51.3 makes no frame larger, whatever is asked for.
+MAX_EDGE = 4096
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a video a model sees, and at what size.
+
+    Attributes:
+        max_frames, target_fps, exact_frames: as of :func:`sample_indices`.
+        longest_edge: of a resized frame, in pixels, at most 4,096.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    max_frames: int
+    longest_edge: int
+    target_fps: float = 1.0
+    exact_frames: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {"max_frames": (1, math.inf), "longest_edge": (2, MAX_EDGE)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise ConfigError(f"{name} must be an integer, got {value!r}")
+            if value < low:
+                raise ConfigError(f"{name} must be at least {low}, got {value}")
+            if value > high:
+                raise ConfigError(f"{name} must be at most {high}, got {value}")
+        if not 0 < self.target_fps < math.inf:
+            raise ConfigError(f"target_fps must be a positive number, got {self.target_fps!r}")
+
+    def override(
+        self,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        target_fps: float | None = None,
+        exact_frames: bool | None = None,
+    ) -> FrameSampling:
+        """These settings with the values that are given in place of their own.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        given = {
+            "max_frames": max_frames,
+            "longest_edge": longest_edge,
+            "target_fps": target_fps,
+            "exact_frames": exact_frames,
+        }
+        return replace(self, **{name: v for name, v in given.items() if v is not None})
 
 
 def sample_indices(

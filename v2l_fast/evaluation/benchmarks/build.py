@@ -17,6 +17,7 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.benchmarks.annotations import VIDEO_SUFFIXES, BenchmarkError
 from v2l_fast.evaluation.benchmarks.catalog import BENCHMARKS, Benchmark
 from v2l_fast.evaluation.benchmarks.formats import Item
+from v2l_fast.files import check_output
 from v2l_fast.training.manifest import write_manifest
 from v2l_fast.video import probe
 
@@ -53,12 +54,15 @@ def build(
     Raises:
         ConfigError: there is no such benchmark.
         BenchmarkError: a file is missing or not as published, or videos are missing.
+        WriteError: `out` is one of the benchmark's own files, or cannot be written.
     """
     if name not in BENCHMARKS:
         raise ConfigError(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
-    items = benchmark.items(*(_annotations(benchmark, folder, f) for f in benchmark.files))
+    annotations = [_annotations(benchmark, folder, name) for name in benchmark.files]
+    items = benchmark.items(*annotations)
     found = _videos(folder)
+    check_output(out, [*annotations, *found.values()], force=True)
     located = [(item, next((found[v] for v in item.videos if v in found), None)) for item in items]
     missing = tuple(dict.fromkeys(item.videos[0] for item, path in located if path is None))
     if missing and not skip_missing:
