@@ -13,7 +13,7 @@ import pytest
 from tests.video.clips import shown_index
 from v2l_fast.errors import VideoError
 from v2l_fast.video import Limits, decode, load_video, probe
-from v2l_fast.video.pyav_source import PyAVSource
+from v2l_fast.video.decoders import Decoder
 
 
 def error_of(path, limits: Limits | None = None) -> str:
@@ -79,7 +79,7 @@ def test_audio_only(tmp_path):
             frame.sample_rate, frame.pts = 16000, i * 1024
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    assert "no video stream in it (audio only)" in error_of(path)
+    assert "it holds audio, no video stream" in error_of(path)
 
 
 def test_index_missing(clip):
@@ -154,7 +154,7 @@ def test_nothing_decodes(clip):
 
 def test_first_frame_decodes_and_then_nothing(clip, monkeypatch):
     path = clip("a.mp4", 3)
-    monkeypatch.setattr(PyAVSource, "_decode_through", lambda *_: iter(()))
+    monkeypatch.setattr(Decoder, "group", lambda *_: (_ for _ in ()))
     assert "not one frame can be decoded" in error_of(path)
     with pytest.raises(VideoError, match="not one frame can be decoded"):
         decode(path, [1])

@@ -6,14 +6,13 @@ import hashlib
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 
 from tests.video.clips import HEIGHT, WIDTH, set_display_matrix, shown_index
 from v2l_fast.errors import VideoError
 from v2l_fast.video import Limits, VideoClip, decode, frame_views, load_video, probe
-from v2l_fast.video.pyav_source import PyAVSource
+from v2l_fast.video.decoders import Decoder, _Lost
 
 
 def shown(frames: torch.Tensor) -> list[int]:
@@ -63,27 +62,28 @@ def test_hidden_vp8_frames_are_not_counted(clip):
         ("c.mp4", "libx265", {"x265-params": "open-gop=1:log-level=none", "preset": "ultrafast"}),
     ],
 )
-def test_seeking_equals_decoding_through(clip, monkeypatch, name, codec, options):
+def test_sparse_reads_equal_the_whole(clip, name, codec, options):
     path = clip(name, 150, codec=codec, options=options | {"g": "30"})
-    indices = np.array([1, 40, 41, 118, 149])
-    jumps = []
-    jump = PyAVSource._jump
-    monkeypatch.setattr(PyAVSource, "_jump", lambda *a: (jumps.append(a[-1]), jump(*a)))
-    sought = PyAVSource(path, Limits()).read(indices)
-    assert len(jumps) == 2
-
-    monkeypatch.setattr(PyAVSource, "_seekable", lambda *_: None)
-    through = PyAVSource(path, Limits()).read(indices)
-    assert shown(through.frames) == indices.tolist()
-    assert torch.equal(sought.frames, through.frames)
-    assert sought.times == through.times
+    whole = decode(path, range(150))
+    assert shown(whole) == list(range(150))
+    for indices in ([1, 40, 41, 118, 149], [149], [59, 60], range(28, 122)):
+        assert torch.equal(decode(path, indices), whole[list(indices)])
 
 
-def test_seeking_that_misleads_falls_back(clip, monkeypatch):
+def test_a_seek_that_misleads_costs_nothing_but_time(clip, monkeypatch):
     path = clip("a.mp4", 150, options={"g": "30"})
-    jump = PyAVSource._jump
-    monkeypatch.setattr(PyAVSource, "_jump", lambda self, c, s, key: jump(self, c, s, 10**12))
+    scan = Decoder._scan
+    calls = []
+
+    def misled(self, key):
+        calls.append(key)
+        if len(calls) % 2:
+            raise _Lost
+        return scan(self, key)
+
+    monkeypatch.setattr(Decoder, "_scan", misled)
     assert shown(decode(path, [2, 140])) == [2, 140]
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ class DaliSource(PyAVSource):
                 self.check_memory(len(indices), kept[0][0].shape)
         self.deadline.check()
         frames = kept[0] if len(kept) == 1 else torch.cat(kept)
-        return Decoded(frames.contiguous(), self._timeline.seconds(indices), None)
+        return Decoded(frames.contiguous(), tuple(self._packets.seconds[indices].tolist()), None)
 
     def _check_first(self, image: torch.Tensor) -> None:
         """Raise _Refused when uint8 [H, W, 3] is not what PyAV sees in the first frame.

@@ -27,7 +27,7 @@ _FORMATS = (
 def open_stream(
     path: str, limits: Limits, deadline: Deadline
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The opened file and its first video stream (a song's cover picture is none).
+    """The opened file and its best video stream, by FFmpeg's own choice; never a cover picture.
 
     Raises VideoError when it cannot be opened, has no such stream, no decoder for it, frames
     beyond limits.max_pixels, or when the deadline passes.
@@ -44,10 +44,9 @@ def open_stream(
         deadline.check()
         raise VideoError(f"{path}: {_why_not_opened(path, error)}") from error
     with container:
-        stream = next((s for s in container.streams.video if not _is_cover(s)), None)
+        stream = _best_stream(container)
         if stream is None:
-            kinds = ", ".join(sorted({s.type for s in container.streams})) or "no streams"
-            raise VideoError(f"{path}: no video stream in it ({kinds} only)")
+            raise VideoError(f"{path}: {_what_it_holds(container)}; pass a file with a video")
         if stream.codec_context is None:
             raise VideoError(f"{path}: FFmpeg has no decoder for its video; re-encode it as H.264")
         check_size(path, stream.codec_context.width, stream.codec_context.height, limits)
@@ -80,14 +79,75 @@ def check_file(path: str) -> None:
         raise VideoError(f"{path}: an empty file (0 bytes)")
 
 
+def _best_stream(container: InputContainer) -> VideoStream | None:
+    """FFmpeg's best video stream (av_find_best_stream): the default one, or the one with most."""
+    best = container.streams.best("video")
+    if best is None or not _is_cover(best):
+        return best
+    # FFmpeg may choose a cover; then the default one of the others, or the one of most bits.
+    default = av.stream.Disposition.default
+    films = [stream for stream in container.streams.video if not _is_cover(stream)]
+    return max(films, key=lambda s: (s.disposition & default, s.bit_rate or 0), default=None)
+
+
+def _what_it_holds(container: InputContainer) -> str:
+    """A container without a video, in words."""
+    kinds = {stream.type for stream in container.streams}
+    if "video" in kinds:
+        with_audio = "audio and a cover picture" if "audio" in kinds else "a cover picture"
+        return f"it holds {with_audio}, no video"
+    return f"it holds {', '.join(sorted(kinds)) or 'no streams'}, no video stream"
+
+
+# Files that are often mistaken for videos, by their first bytes.
+_SIGNATURES = (
+    (b"\x89PNG\r\n", "an image (PNG)"), (b"\xff\xd8\xff", "an image (JPEG)"),
+    (b"BM", "an image (BMP)"), (b"II*\0", "an image (TIFF)"), (b"MM\0*", "an image (TIFF)"),
+    (b"\0\0\1\0", "an image (ICO)"), (b"8BPS", "an image (PSD)"),
+    (b"ID3", "an audio file (MP3)"), (b"fLaC", "an audio file (FLAC)"),
+    (b"#!AMR", "an audio file (AMR)"), (b"MThd", "an audio file (MIDI)"),
+    (b"FORM", "an audio file (AIFF)"), (b"#EXTM3U", "a playlist"), (b"ffconcat", "a playlist"),
+    (b"%PDF", "a PDF document"), (b"PK\3\4", "a ZIP archive"), (b"\x1f\x8b", "a gzip archive"),
+    (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a RAR archive"),
+)  # fmt: skip
+_RIFF = {b"WEBP": "an image (WebP)", b"WAVE": "an audio file (WAV)"}
+# First bytes looked at.
+_HEAD = 4096
+
+
 def _why_not_opened(path: str, error: Exception) -> str:
-    """FFmpeg's own words are generic; an MP4 without its index is common and worth naming."""
+    """FFmpeg's own words are generic; what people pass by mistake is worth naming."""
     with open(path, "rb") as file:
+        head = file.read(_HEAD)
+        file.seek(0)
         boxes = _top_level_boxes(file)
     if "ftyp" in boxes and "moov" not in boxes:
         return "an MP4 without its index (moov): truncated or never finished; get it again"
-    reason = getattr(error, "strerror", None) or str(error)
+    if kind := _kind(head):
+        return f"{kind}, not a video; pass a video file"
+    reason = "a text file" if _is_text(head) else getattr(error, "strerror", None) or str(error)
     return f"not a video that can be read ({reason}); re-encode it or check what it is"
+
+
+def _kind(head: bytes) -> str | None:
+    """What a file is by its first bytes, in words; None when they do not tell."""
+    if head[:4] == b"RIFF" and head[8:12] in _RIFF:
+        return _RIFF[head[8:12]]
+    for signature, kind in _SIGNATURES:
+        if head.startswith(signature):
+            return kind
+    if head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xE6 == 0xE2:
+        return "an audio file (MP3)"
+    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page (HTML)"
+    return None
+
+
+def _is_text(head: bytes) -> bool:
+    # A head may end inside a character, of which at most 3 bytes remain.
+    text = head.decode("utf-8", errors="ignore")
+    whole = len(text.encode()) >= len(head) - 3
+    return whole and all(c.isprintable() or c.isspace() for c in text)
 
 
 def _top_level_boxes(file: BinaryIO) -> list[str]:

@@ -1,10 +1,25 @@
-"""One video file read through PyAV (FFmpeg): counted, described, decoded by frame index.
+"""One video file read through PyAV (FFmpeg): described, and decoded by frame index.
 
 Responsible for giving exactly the frames asked for, or a VideoError that names the file. Opening
-it safely is `opening`; which indices are wanted and what becomes of the pixels is the caller's.
+it safely is `opening`, what its packets tell is `packets`; which indices are wanted and what
+becomes of the pixels is the caller's.
+
+One rule says what frame i is, whatever the machine, the number of its cores and the frames that
+are read with it. Every decoder runs in one thread, for FFmpeg's own threads lose and conceal
+damaged frames differently as their number changes; several groups of pictures are decoded at the
+same time instead.
+
+- Where presentation times locate frames (H.264, HEVC, VP9, AV1 and MJPEG in MP4, MOV, Matroska and
+  WebM), frame i is the i-th of the file's packets in presentation order, decoded from the keyframe
+  that begins its group of pictures. A group that shows any sign of damage is decoded again, alone,
+  by a new decoder. A frame that does not decode is shown as the last one before it that does, the
+  first frames as the first that does. Frames after the last one that decodes are not there.
+- In all other files frame i is the i-th that comes out of one decoder that reads the file from its
+  start; damaged packets are passed over, and what they lose is not counted.
 
 Pixels are those of `frame.to_ndarray(format="rgb24")`, the released checkpoints' reader: swscale
-follows the stream's color tags and assumes BT.601 where there are none.
+follows the stream's color tags and assumes BT.601 where there are none. Alpha is dropped, and
+HDR (PQ, HLG) is not tone-mapped.
 """
 
 from __future__ import annotations
@@ -12,34 +27,34 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import closing
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 
 import av
 import numpy as np
 import torch
-from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideDataType
-from av.video.stream import VideoStream
 
 from v2l_fast.errors import VideoError
+from v2l_fast.video.decoders import Decoder, Send, in_parallel
 from v2l_fast.video.info import VideoInfo
 from v2l_fast.video.limits import Deadline, Limits
-from v2l_fast.video.opening import check_file, check_size, open_stream
+from v2l_fast.video.opening import check_file, open_stream
 from v2l_fast.video.orientation import Orientation
+from v2l_fast.video.packets import Packets, Timeline, read_packets
 
 log = logging.getLogger(__name__)
 
-# Here a packet is one shown frame and carries its presentation time, so times locate frames.
-_SEEKABLE_CODECS = {"h264", "hevc", "vp9", "av1", "mjpeg"}
-_SEEKABLE_FORMATS = {"mov", "matroska"}
-# Skipping fewer frames than this costs more (decoder restart) than decoding them.
-_SEEK_GAIN = 24
-# Frames that decode later than they are shown (H.264 allows 16).
-_REORDERED = 16
+# Decoders of one read at most, and the bytes that their frames may take together. A decoder holds
+# up to 16 frames (H.264), of 1.5 bytes a pixel as a rule.
+_DECODERS = 8
+_DECODER_BYTES = 2 << 30
+_HELD_FRAMES = 16
+# Frames of consecutive groups that one decoder reads without a seek.
+_RUN = 48
 
 # Matrix coefficients and range as ISO/IEC 23091-2 numbers and FFmpeg names them.
 _COLOR_SPACES = {
@@ -47,47 +62,6 @@ _COLOR_SPACES = {
     7: "smpte240m", 8: "ycgco", 9: "bt2020nc", 10: "bt2020c", 14: "ictcp",
 }  # fmt: skip
 _COLOR_RANGES = {0: "unspecified", 1: "tv", 2: "pc"}
-
-
-class _NotSeekable(Exception):
-    """Seeking did not lead to the frame asked for; decoding from the start will."""
-
-
-@dataclass(frozen=True)
-class _Timeline:
-    """Presentation times (int64, in the stream's time base, sorted) of frames and keyframes."""
-
-    frames: np.ndarray
-    keyframes: np.ndarray
-    time_base: Fraction  # seconds of a tick
-
-    def seconds(self, indices: np.ndarray) -> tuple[float, ...]:
-        """When each frame is shown, counted from the first."""
-        ticks = (self.frames[indices] - self.frames[0]).tolist()
-        return tuple(float(tick * self.time_base) for tick in ticks)
-
-    def key_of(self, indices: np.ndarray) -> np.ndarray:
-        """Time of the last keyframe not later than each frame."""
-        return self.keyframes[
-            np.searchsorted(self.keyframes, self.frames[indices], side="right") - 1
-        ]
-
-    def worth_a_jump(self, indices: np.ndarray) -> np.ndarray:
-        """bool [F]: to reach that index, jump to its keyframe instead of decoding on."""
-        key_index = np.searchsorted(self.frames, self.key_of(indices))
-        previous = np.concatenate(([-1], indices[:-1]))
-        return key_index - previous > _SEEK_GAIN
-
-
-@dataclass(frozen=True)
-class _Packets:
-    """What demuxing the whole stream tells without decoding it."""
-
-    count: int
-    fps: float
-    codec: str
-    plain: bool  # every packet of the only video stream is a frame that is shown
-    timeline: _Timeline | None  # None when times do not locate frames
 
 
 @dataclass(frozen=True)
@@ -115,7 +89,10 @@ class PyAVSource:
         self.path = os.fspath(path)
         self.limits = limits
         self.deadline = Deadline(self.path, limits.max_seconds)
-        self._end = 0
+        self._num_outputs = 0
+        # Of a group: the last frame before it that decodes.
+        self._before: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
         check_file(self.path)
 
     @cached_property
@@ -159,58 +136,56 @@ class PyAVSource:
         """Decode frames `indices` (int64, sorted, unique, >= 0), upright.
 
         transform: applied to each frame or several, uint8 [..., H, W, 3] -> uint8 [..., H', W', 3],
-        before they are kept.
-        Frames far apart are reached by seeking, which gives the same pixels as decoding from the
-        start (the fallback wherever a file does not lend itself to it).
+        in this thread, before they are kept; decoding goes on meanwhile.
         """
         self.check_count(len(indices))
-        timeline = self._seekable(indices)
-        if timeline is not None:
-            try:
-                return self._collect(indices, self._seek_through(timeline, indices), transform)
-            except _NotSeekable:
-                log.info("%s: seeking is not exact here, decoding from the start", self.path)
-        return self._collect(indices, self._decode_through(indices), transform)
-
-    def _collect(
-        self,
-        indices: np.ndarray,
-        found: Iterator[av.VideoFrame],
-        transform: Callable[[torch.Tensor], torch.Tensor] | None,
-    ) -> Decoded:
-        # Copied by NumPy, in this thread: PyTorch's threads wait for more work actively, beside the
-        # decoder's, and a frame then takes several times as long.
+        timeline = self._timeline
+        jobs: list[Callable[[Decoder, Send], None]]
+        if timeline is None:
+            jobs = [partial(self._read_through, indices)]
+        else:
+            inside = indices[indices < self._packets.count]
+            jobs = [partial(self._read_groups, timeline, run) for run in _runs(timeline, inside)]
         kept = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-        times: list[float] = []
         size: tuple[int, ...] = ()
-        for position, frame in enumerate(found):
-            try:
-                coded = frame.to_ndarray(format="rgb24")
-            except (av.FFmpegError, ValueError) as error:
-                raise VideoError(
-                    f"{self.path}: its pixels ({frame.format.name}) cannot be turned into RGB; "
-                    "re-encode it"
-                ) from error
-            upright = _orientation(frame).apply(coded)
-            if position and size != upright.shape:
-                raise VideoError(
-                    f"{self.path}: the frame size changes from {size[1]}x{size[0]} to "
-                    f"{upright.shape[1]}x{upright.shape[0]} at frame {indices[position]}; "
-                    "re-encode it"
-                )
-            size = upright.shape
-            image = upright
-            if transform is not None:
-                image = transform(torch.from_numpy(np.ascontiguousarray(upright))).numpy()
-            if position == 0:
-                self.check_memory(len(indices), image.shape)
-                kept = torch.empty(len(indices), *image.shape, dtype=torch.uint8)
-            kept.numpy()[position] = image
-            times.append(self._seconds(frame))
-        available = None if len(times) == len(indices) else self._end
+        there: set[int] = set()
+        substituted: set[int] = set()
+        images = in_parallel(jobs, self._new_decoder, self._num_decoders(len(jobs)), self.deadline)
+        with closing(images):
+            for index, upright, is_substitute in images:
+                if size and size != upright.shape:
+                    raise VideoError(
+                        f"{self.path}: the frame size changes from {size[1]}x{size[0]} to "
+                        f"{upright.shape[1]}x{upright.shape[0]} at frame {index}; re-encode it"
+                    )
+                image = upright
+                if transform is not None:
+                    image = transform(torch.from_numpy(np.ascontiguousarray(upright))).numpy()
+                if not size:
+                    size = upright.shape
+                    self.check_memory(len(indices), image.shape)
+                    kept = torch.empty(len(indices), *image.shape, dtype=torch.uint8)
+                # Copied by NumPy, in this thread: PyTorch's threads wait for more work actively,
+                # beside the decoders, and a frame then takes several times as long.
+                kept.numpy()[np.searchsorted(indices, index)] = image
+                there.add(index)
+                if is_substitute:
+                    substituted.add(index)
+        available = None
+        if substituted or len(there) < len(indices):
+            decodable = self._num_decodable(timeline)
+            available = decodable if decodable <= indices[-1] else None
         if available == 0:
             raise self.nothing_decodes()
-        return Decoded(kept[: len(times)], tuple(times), available)
+        if available is not None:
+            indices = indices[indices < available]
+        if count := sum(index <= indices[-1] for index in substituted) if len(indices) else 0:
+            log.warning(
+                "%s: %d of the frames asked for do not decode; "
+                "the last one before it that does stands for each", self.path, count,
+            )  # fmt: skip
+        times = self._packets.seconds[indices].tolist()
+        return Decoded(kept[: len(indices)], tuple(times), available)
 
     def check_count(self, num_frames: int) -> None:
         """Raise VideoError when `num_frames` pass Limits.max_frames."""
@@ -236,188 +211,194 @@ class PyAVSource:
                 "raise Limits.max_bytes"
             )
 
-    def _open(self) -> AbstractContextManager[tuple[InputContainer, VideoStream]]:
-        return open_stream(self.path, self.limits, self.deadline)
-
     # --- looking at it once --------------------------------------------------------------------
 
     @cached_property
-    def _packets(self) -> _Packets:
-        """Demux everything: headers say 0 for WebM and too much for a truncated MP4."""
-        count = 0
-        times: list[int | None] = []
-        keyframes: list[int | None] = []
-        duration = 0
-        with self._open() as (container, stream):
-            plain = len(container.streams.video) == 1
-            codec, claimed = stream.codec_context.name, stream.frames
-            declared = float(stream.average_rate or stream.guessed_rate or 0)
-            exact = codec in _SEEKABLE_CODECS and not _SEEKABLE_FORMATS.isdisjoint(
-                container.format.name.split(",")
-            )
-            time_base = stream.time_base
-            try:
-                for packet in container.demux(stream):
-                    self.deadline.check()
-                    if packet.size == 0:
-                        continue
-                    if packet.is_discard or _is_hidden(codec, packet):
-                        plain = False
-                        continue
-                    count += 1
-                    times.append(packet.pts)
-                    exact &= packet.pts is not None and not packet.is_corrupt
-                    if packet.is_keyframe:
-                        keyframes.append(packet.pts)
-                    duration = packet.duration or duration
-            except MemoryError:
-                raise
-            except av.FFmpegError as error:
-                self.deadline.check()
-                exact = False
-                log.warning("%s: cut short after %d packets: %s", self.path, count, error)
-        if count == 0:
-            raise VideoError(f"{self.path}: its video stream is empty; the file may be truncated")
-        if claimed > count:
-            log.warning(
-                "%s: its header claims %d frames, the file holds %d; it may be truncated",
-                self.path, claimed, count,
-            )  # fmt: skip
-        known = np.sort(np.array([t for t in times if t is not None], dtype=np.int64))
-        span = 0.0
-        if known.size and time_base:
-            last = duration or (known[-1] - known[0]) / max(known.size - 1, 1)
-            span = float((known[-1] - known[0] + last) * time_base)
-        fps = _frame_rate(count, declared, span)
-        exact = exact and known.size == count and bool((np.diff(known) > 0).all())
-        if not exact or not keyframes:
-            return _Packets(count, fps, codec, plain, None)
-        keys = np.sort(np.array(keyframes, dtype=np.int64))
-        return _Packets(count, fps, codec, plain, _Timeline(known, keys, time_base))
+    def _packets(self) -> Packets:
+        with open_stream(self.path, self.limits, self.deadline) as (container, stream):
+            return read_packets(self.path, container, stream, self.deadline)
 
-    @property
-    def _timeline(self) -> _Timeline | None:
-        """The stream's timeline if its index of a frame is that frame's place in it."""
-        line = self._packets.timeline
-        # A stream that does not begin with a frame it can show has its indices shifted.
-        if line is None or not line.keyframes[0] == line.frames[0] == self._first_frame.pts:
+    @cached_property
+    def _timeline(self) -> Timeline | None:
+        """The stream's timeline where its frames keep their packets' times."""
+        timeline = self._packets.timeline
+        if timeline is None or timeline.index_of(self._first_frame.pts) is None:
             return None
-        return line
+        return timeline
 
     @cached_property
     def _first_frame(self) -> av.VideoFrame:
-        for frame in self._frames(threads=False):
-            return frame
+        """The first frame that decodes."""
+        with self._new_decoder() as decoder:
+            for frame in decoder.frames():
+                return frame
         raise self.nothing_decodes()
-
-    def _seconds(self, frame: av.VideoFrame) -> float:
-        first = self._first_frame
-        if frame.pts is None or first.pts is None or not frame.time_base:
-            return float("nan")
-        return float((frame.pts - first.pts) * frame.time_base)
 
     # --- decoding ------------------------------------------------------------------------------
 
-    def _frames(self, threads: bool = True) -> Iterator[av.VideoFrame]:
-        """All frames that decode, in presentation order; `_end` is their number afterwards."""
-        count = 0
-        with self._open() as (container, stream):
-            if threads:
-                stream.thread_type = "AUTO"
-            for frame in self._decoded(container, stream):
-                yield frame
-                count += 1
-        self._end = count
+    def _new_decoder(self, stop: threading.Event | None = None) -> Decoder:
+        return Decoder(self.path, self.limits, self.deadline, stop)
 
-    def _decoded(self, container, stream) -> Iterator[av.VideoFrame]:
-        """Frames from where `container` stands; a packet that does not decode is passed over.
+    def _num_decoders(self, num_jobs: int) -> int:
+        frame = self._first_frame
+        fit = _DECODER_BYTES // (_HELD_FRAMES * frame.width * frame.height * 3 // 2)
+        return max(1, min(_DECODERS, _num_cores(), num_jobs, fit))
 
-        Raises MemoryError where FFmpeg runs out of memory: that is no fault of the file's.
-        """
-        damaged = 0
-        packets = container.demux(stream)
-        while True:
-            self.deadline.check()
-            try:
-                packet = next(packets, None)
-            except MemoryError:
-                raise
-            except av.FFmpegError:
-                self.deadline.check()
-                # The rest of the file cannot be read; what the decoder still holds can.
-                packet = None
-            try:
-                frames = stream.codec_context.decode(None) if packet is None else packet.decode()
-            except av.EOFError:
-                frames = []
-            except MemoryError:
-                raise
-            except av.FFmpegError:
-                damaged += 1
-                frames = []
-            for frame in frames:
-                check_size(self.path, frame.width, frame.height, self.limits)
-                yield frame
-            if packet is None or packet.size == 0:
-                break
-        if damaged:
-            log.warning("%s: %d damaged packets were passed over", self.path, damaged)
-
-    def _decode_through(self, indices: np.ndarray) -> Iterator[av.VideoFrame]:
-        """The frame of each index, decoding from the start up to the last one."""
+    def _read_through(self, indices: np.ndarray, decoder: Decoder, send: Send) -> None:
+        """Send frames `indices`, counted as they come out of the decoder."""
         wanted = set(indices.tolist())
-        for i, frame in enumerate(self._frames()):
-            if i in wanted:
-                yield frame
-            if i == indices[-1]:
+        previous = None
+        count = 0
+        for frame in decoder.frames():
+            if count in wanted:
+                image = _upright(frame)
+                if image is None and previous is not None:
+                    image = _upright(previous)
+                if image is None:
+                    raise self._no_rgb()
+                send((count, image, False))
+            # Held for one more frame whether it is wanted or not: what a damaged frame looks like
+            # can depend on which buffers are free.
+            previous = frame
+            del frame
+            count += 1
+            if count > indices[-1]:
                 return
+        self._num_outputs = count
 
-    def _seekable(self, indices: np.ndarray) -> _Timeline | None:
-        """The stream's timeline where seeking to some of `indices` is exact and pays."""
-        if len(indices) == 0 or indices[-1] >= self._packets.count:
-            return None
-        line = self._timeline
-        return line if line is not None and line.worth_a_jump(indices).any() else None
+    def _read_groups(
+        self, timeline: Timeline, indices: np.ndarray, decoder: Decoder, send: Send
+    ) -> None:
+        """Send frames `indices`, each decoded from the keyframe of its group."""
+        groups = timeline.group_of(indices)
+        for group in np.unique(groups).tolist():
+            wanted = indices[groups == group].tolist()
+            if not self._read_group(timeline, group, wanted, decoder, send):
+                # What damage leaves behind in a decoder must not reach the next group.
+                decoder.reopen()
+                with decoder.fresh() as alone:
+                    self._read_damaged_group(timeline, group, wanted, alone, send)
 
-    def _seek_through(self, timeline: _Timeline, indices: np.ndarray) -> Iterator[av.VideoFrame]:
-        """As `_decode_through`, jumping over groups of pictures that hold nothing wanted.
+    def _read_group(
+        self, timeline: Timeline, group: int, wanted: list[int], decoder: Decoder, send: Send
+    ) -> bool:
+        """Send the group's `wanted` frames; False at the first sign of damage."""
+        left = iter(wanted)
+        target = next(left)
+        expected = timeline.frames_of(group)[0]
+        with closing(decoder.group(timeline, group)) as frames:
+            for index, frame in frames:
+                image = _upright(frame) if index == target else None
+                damaged = frame.is_corrupt or (index == target and image is None)
+                if decoder.damaged or damaged or index != expected:
+                    return False
+                expected += 1
+                if index == target:
+                    send((index, image, False))
+                    target = next(left, None)
+                    if target is None:
+                        return True
+        return False
 
-        Frames are identified by presentation time. After a jump, decoding starts at a keyframe
-        not later than the wanted frame, on which that frame does not look back (leading pictures,
-        which do, come before their keyframe in time and belong to the previous one here).
-        Raises _NotSeekable when the file does not behave so.
-        """
-        targets = timeline.frames[indices].tolist()
-        keys = timeline.key_of(indices).tolist()
-        jumps = timeline.worth_a_jump(indices).tolist()
-        with self._open() as (container, stream):
-            stream.thread_type = "AUTO"
-            frames = self._decoded(container, stream)
-            for target, key, jump in zip(targets, keys, jumps, strict=True):
-                if jump:
-                    self._jump(container, stream, key)
-                    frames = self._decoded(container, stream)
-                frame = next((f for f in frames if f.pts is None or f.pts >= target), None)
-                if frame is None or frame.pts != target or frame.is_corrupt:
-                    raise _NotSeekable
-                yield frame
+    def _read_damaged_group(
+        self, timeline: Timeline, group: int, wanted: list[int], decoder: Decoder, send: Send
+    ) -> None:
+        """Send the group's `wanted` frames, or for each the last one before it that decodes."""
+        left = list(wanted)
+        shown = None
+        for index, image in _images(decoder, timeline, group):
+            while left and left[0] < index:
+                if shown is None:
+                    shown = self._decodable_before(timeline, group)
+                send((left.pop(0), shown, True))
+            if left and left[0] == index:
+                send((left.pop(0), image, False))
+            if not left:
+                return
+            shown = image
+        for index in left:
+            if shown is None:
+                shown = self._decodable_before(timeline, group)
+            send((index, shown, True))
 
-    def _jump(self, container, stream, key: int) -> None:
-        """Place `container` at the keyframe shown at `key`, or at an earlier one."""
-        try:
-            container.seek(key, stream=stream, backward=True)
-            landed = next(container.demux(stream), None)
-            if landed is None or not landed.is_keyframe or landed.pts is None or landed.pts > key:
-                raise _NotSeekable
-            # Looking at the packet consumed it.
-            container.seek(key, stream=stream, backward=True)
-        except av.FFmpegError as error:
-            raise _NotSeekable from error
+    def _decodable_before(self, timeline: Timeline, group: int) -> np.ndarray:
+        """The last frame before the group that decodes, or else the first of all that does."""
+        with self._lock:
+            passed = []
+            while group not in self._before:
+                passed.append(group)
+                if group > 0:
+                    _, image = self._last_of(timeline, group - 1)
+                else:
+                    image = _upright(self._first_frame)
+                    if image is None:
+                        raise self._no_rgb()
+                if image is not None:
+                    self._before[group] = image
+                else:
+                    group -= 1
+            for later in passed:
+                self._before[later] = self._before[group]
+            return self._before[group]
+
+    def _num_decodable(self, timeline: Timeline | None) -> int:
+        """Frames up to the last one that decodes."""
+        if timeline is None:
+            return self._num_outputs
+        for group in reversed(range(timeline.num_groups)):
+            index, image = self._last_of(timeline, group)
+            if image is not None:
+                return index + 1
+        return 0
+
+    def _last_of(self, timeline: Timeline, group: int) -> tuple[int, np.ndarray | None]:
+        """The group's last frame that decodes: its index and upright image."""
+        last: tuple[int, np.ndarray | None] = (-1, None)
+        with self._new_decoder() as decoder:
+            for item in _images(decoder, timeline, group):
+                last = item
+        return last
+
+    def _no_rgb(self) -> VideoError:
+        return VideoError(
+            f"{self.path}: its pixels ({self._first_frame.format.name}) cannot be turned into RGB; "
+            "re-encode it"
+        )
 
 
-def _is_hidden(codec: str, packet) -> bool:
-    """VP8 stores its never-shown reference frames as packets of their own (RFC 6386, 9.1)."""
-    return codec == "vp8" and not bytes(packet)[0] & 0x10
+def _runs(timeline: Timeline, indices: np.ndarray) -> Iterator[np.ndarray]:
+    """`indices` in pieces of whole groups: one group, or short ones that follow each other."""
+    if len(indices) == 0:
+        return
+    groups = timeline.group_of(indices)
+    start = 0
+    for i in range(1, len(indices)):
+        if groups[i] > groups[i - 1] + 1 or (groups[i] > groups[i - 1] and i - start >= _RUN):
+            yield indices[start:i]
+            start = i
+    yield indices[start:]
+
+
+def _images(
+    decoder: Decoder, timeline: Timeline, group: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(index, upright image) of the group's frames that decode."""
+    with closing(decoder.group(timeline, group)) as frames:
+        for index, frame in frames:
+            image = _upright(frame)
+            # What a damaged frame looks like can depend on which buffers are free.
+            del frame
+            if image is not None:
+                yield index, image
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray | None:
+    """RGB uint8 [H, W, 3] as the frame is shown; None for pixels that cannot be turned into it."""
+    try:
+        coded = frame.to_ndarray(format="rgb24")
+    except (av.FFmpegError, ValueError):
+        return None
+    return _orientation(frame).apply(coded)
 
 
 def _orientation(frame: av.VideoFrame) -> Orientation:
@@ -426,16 +407,5 @@ def _orientation(frame: av.VideoFrame) -> Orientation:
     return Orientation() if matrix is None else Orientation.from_display_matrix(bytes(matrix))
 
 
-def _frame_rate(count: int, declared: float, span: float) -> float:
-    """Frames/s: the header's average rate, unless the packets' own times contradict it.
-
-    declared: frames/s, 0 when the header has none. span: seconds from the first frame's start to
-    the last one's end, 0 when the packets carry no times.
-    """
-    measured = count / span if span > 0 else 0.0
-    # A cut file can lack frames that come before its last ones in time, a handful at most.
-    tolerance = 0.1 * span + _REORDERED / declared if declared > 0 else 0.0
-    if declared > 0 and (not measured or abs(count / declared - span) <= tolerance):
-        return declared
-    # A lone picture without any timing is shown for a second.
-    return measured or 1.0
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
