@@ -43,16 +43,18 @@ def encode(
     options: dict[str, str] | None = None,
     mux_options: dict[str, str] | None = None,
     pts: list[int] | None = None,
+    first: int = 0,
+    format: str | None = None,
 ) -> Path:
-    """Write `num_frames` pictures; pts in hundredths of a second when given."""
-    with av.open(str(path), "w", options=mux_options or {}) as container:
+    """Write pictures `first`, ...; pts in hundredths of a second when given."""
+    with av.open(str(path), "w", format=format, options=mux_options or {}) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
         if pts is not None:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 100)
         for i in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(first + i, *size), format="rgb24")
             frame.pts = i if pts is None else pts[i]
             frame.time_base = Fraction(1, fps) if pts is None else Fraction(1, 100)
             container.mux(stream.encode(frame))

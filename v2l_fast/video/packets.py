@@ -107,7 +107,8 @@ def read_packets(
     Raises VideoError when there is none, they are encrypted, or the deadline passes; MemoryError.
     """
     plain = len(container.streams.video) == 1
-    codec, claimed = stream.codec_context.name, stream.frames
+    # The format's name: AV1's decoder has another.
+    codec, claimed = stream.codec_context.codec.canonical_name, stream.frames
     exact = codec in _SEEKABLE_CODECS and not _SEEKABLE_FORMATS.isdisjoint(
         container.format.name.split(",")
     )
@@ -214,7 +215,8 @@ def _steady(
             continue
         falls = rises = False
         if newest is not None:
-            behind = dts is None or previous is None or dts < previous
+            unknown = dts is None or previous is None
+            behind = key if unknown else dts < previous
             # Nothing shown earlier follows a keyframe, but its leading pictures.
             falls = behind and time < newest + (1 if key else -(_REORDERED + 1) * interval)
             rises = time - newest > jump

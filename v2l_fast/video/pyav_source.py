@@ -10,10 +10,11 @@ damaged frames differently as their number changes; several groups of pictures a
 same time instead.
 
 - Where presentation times locate frames (H.264, HEVC, VP9, AV1 and MJPEG in MP4, MOV, Matroska and
-  WebM), frame i is the i-th of the file's packets in presentation order, decoded from the keyframe
-  that begins its group of pictures. A group that shows any sign of damage is decoded again, alone,
-  by a new decoder. A frame that does not decode is shown as the last one before it that does, the
-  first frames as the first that does. Frames after the last one that decodes are not there.
+  WebM, if the file begins with a keyframe), frame i is the i-th of the file's packets in
+  presentation order, decoded from the keyframe that begins its group of pictures. A group that
+  shows any sign of damage is decoded again, alone, by a new decoder. A frame that does not decode
+  is shown as the last one before it that does, the first frames as the first that does. Frames
+  after the last one that decodes are not there.
 - In all other files frame i is the i-th that comes out of one decoder that reads the file from its
   start; damaged packets are passed over, and what they lose is not counted.
 
