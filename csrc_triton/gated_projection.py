@@ -24,6 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from csrc_triton import backend, reference
+from csrc_triton.transforms import (
+    differentiable_backward,
+    refuse_forward_mode,
+    register_autocast,
+    run_plain,
+    transformed,
+)
 
 # 4 x 1,024 tokens x 3,840 x 4 B is 63 MB of transients at the 500M shape, and larger chunks are no
 # faster on a CPU. A GPU wants GEMMs that fill it: 8,192 x 3,840 outputs are 960 tiles of 128 x 256,
@@ -136,6 +143,7 @@ def _chunks(rows: Tensor) -> list[slice]:
 
 @torch.library.custom_op("v2l::gated_projection", mutates_args=())
 def _forward(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    refuse_forward_mode("gated_projection", x, gate, up, down)
     _check(x, visible, gate, up, down)
     rows = x.reshape(-1, x.shape[-1])
     seen = None if visible is None else visible.reshape(-1)
@@ -192,12 +200,31 @@ def _(grad, x, visible, gate, up, down, needs_x=True):
     )
 
 
+# All, as F.linear.
+_CAST = 5
+register_autocast("gated_projection", _CAST)
+register_autocast("gated_projection_backward", 0)
+
+
+def _plain(
+    x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    """The op in plain torch operations, whose derivatives PyTorch knows."""
+    _check(x, visible, gate, up, down)
+    return reference.gated_projection(x, visible, gate, up, down)
+
+
 def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _autograd(ctx, grad):
     x, visible, gate, up, down = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # create_graph=True: these gradients are to be differentiated again.
+        return tuple(
+            differentiable_backward(reference.gated_projection, ctx.saved_tensors, (grad,))
+        )
     needs_x = ctx.needs_input_grad[0]
     d_x, *d_weights = _backward(grad.contiguous(), x, visible, gate, up, down, needs_x)
     return d_x if needs_x else None, None, *d_weights
@@ -221,9 +248,13 @@ def gated_projection(
         gate, up: [H, D]; down: [Z, H]; all of x's dtype.
 
     Returns:
-        [..., Z] of x's dtype. Differentiable in x and the weights; only the inputs are saved.
+        [..., Z] of x's dtype. Differentiable in x and the weights, any number of times and in both
+        modes; only the inputs are saved. What differentiates in forward mode or more than once,
+        and every transform of ``torch.func``, runs in plain torch operations. Under autocast, the
+        arguments are cast as by ``F.linear``.
 
     Raises:
         ValueError: an argument's shape, dtype or device does not fit.
     """
-    return _forward(x, visible, gate, up, down)
+    args = x, visible, gate, up, down
+    return run_plain(_plain, args, _CAST) if transformed() else _forward(*args)

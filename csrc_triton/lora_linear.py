@@ -20,6 +20,13 @@ from torch import Tensor
 
 from csrc_triton import reference
 from csrc_triton.backend import use_triton
+from csrc_triton.transforms import (
+    differentiable_backward,
+    refuse_forward_mode,
+    register_autocast,
+    run_plain,
+    transformed,
+)
 
 
 def _implementation(
@@ -90,7 +97,8 @@ def _check(
             _require(tensor.dtype in (torch.int32, torch.int64), name, "int32 or int64",
                      tensor.dtype)  # fmt: skip
     _require(math.isfinite(scale), "scale", "finite", scale)
-    if x.device.type == "cpu":
+    # Under torch.func, values may be those of a whole batch, which have no one number.
+    if x.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
         _check_range("adapter_index", adapter_index, -1, adapters - 1)
         if ranks is not None:
             _check_range("ranks", ranks, 0, rank)
@@ -121,6 +129,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and u = scale · x A_iᵀ [tokens, r] for the gradient of B; u is [0, r] unless ``keep``."""
+    refuse_forward_mode("lora_linear", x, weight, bias, lora_a, lora_b)
     _check(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets)
     tensors = (weight, bias, lora_b, ranks, offsets)
     return _implementation("forward", x, lora_a, adapter_index, *tensors).lora_linear(
@@ -165,6 +174,30 @@ def _(grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets, u):
     )
 
 
+# x, weight and bias, as F.linear; the op itself takes the factors of an adapter in any dtype.
+_CAST = 3
+register_autocast("lora_linear", _CAST)
+register_autocast("lora_linear_backward", 0)
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    """The op in plain torch operations, whose derivatives PyTorch knows."""
+    _check(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets)
+    return reference.differentiable_lora_linear(
+        x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets
+    )
+
+
 def _setup(ctx, inputs, output) -> None:
     x, weight, _, lora_a, lora_b, adapter_index, ctx.scale, ranks, offsets, _ = inputs
     u = output[1]
@@ -174,6 +207,16 @@ def _setup(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad, _):
     x, weight, lora_a, lora_b, adapter_index, ranks, offsets, u = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # create_graph=True: these gradients are to be differentiated again.
+        d_x, d_a, d_b = differentiable_backward(
+            lambda x, a, b: reference.differentiable_lora_linear(
+                x, weight.detach(), None, a, b, adapter_index, ctx.scale, ranks, offsets
+            ),
+            (x, lora_a, lora_b),
+            (grad,),
+        )
+        return d_x, None, None, d_a, d_b, None, None, None, None, None
     d_x, d_a, d_b = _backward(
         grad.contiguous(), x, weight, lora_a, lora_b, adapter_index, ctx.scale, ranks, offsets, u
     )
@@ -201,7 +244,7 @@ def lora_linear(
 
     Args:
         x: [E, T, d_in]; or [T, d_in], the examples packed behind each other, with ``offsets``.
-        weight: [d_out, d_in], frozen: it gets no gradient, nor does ``bias`` [d_out].
+        weight: [d_out, d_in], frozen: ``backward()`` gives it no gradient, nor ``bias`` [d_out].
         lora_a, lora_b: [n, r, d_in] and [n, r, d_out], the batch's distinct adapters.
         adapter_index: [E] integer; several examples may share an adapter; -1 means none.
         ranks: [n] integer, how many of the r slots each adapter uses; all when None.
@@ -209,12 +252,18 @@ def lora_linear(
             legal.
 
     Returns:
-        [E, T, d_out] or [T, d_out] of x's dtype. Differentiable in x, lora_a and lora_b.
+        [E, T, d_out] or [T, d_out] of x's dtype. Differentiable in x, lora_a and lora_b, any
+        number of times and in both modes; what differentiates in forward mode or more than once,
+        and every transform of ``torch.func``, runs in plain torch operations. Under autocast, x,
+        weight and bias are cast as by ``F.linear``.
 
     Raises:
         ValueError: an argument's shape, dtype or device does not fit, scale is not finite or, on a
             CPU, an index is out of range; on a GPU that is not looked at and counts as -1.
     """
+    if transformed():
+        args = x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, offsets
+        return run_plain(_plain, args, _CAST)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_a, lora_b))
     y, _ = _forward(
         x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, offsets, keep

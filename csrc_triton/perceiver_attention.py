@@ -22,6 +22,13 @@ import torch
 from torch import Tensor
 
 from csrc_triton import backend, reference
+from csrc_triton.transforms import (
+    differentiable_backward,
+    refuse_forward_mode,
+    register_autocast,
+    run_plain,
+    transformed,
+)
 
 
 def _use_triton(query: Tensor, context: Tensor, *others: Tensor) -> bool:
@@ -40,6 +47,8 @@ def _use_triton(query: Tensor, context: Tensor, *others: Tensor) -> bool:
 
 @torch.library.custom_op("v2l::perceiver_attention", mutates_args=())
 def _forward(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode("perceiver_attention", query, context, inv_rms)
+    _check(query, context, inv_rms)
     if _use_triton(query, context, inv_rms):
         from csrc_triton.kernels import perceiver_attention as kernels
 
@@ -80,11 +89,32 @@ def _(grad_out, grad_lse, query, context, inv_rms, out, lse):
     )
 
 
+# query and context, as scaled_dot_product_attention; the norm is float32 or wider.
+_CAST = 2
+register_autocast("perceiver_attention", _CAST)
+register_autocast("perceiver_attention_backward", 0)
+
+
+def _plain(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
+    """The op in plain torch operations, whose derivatives PyTorch knows."""
+    _check(query, context, inv_rms)
+    return reference.differentiable_perceiver_attention(query, context, inv_rms)
+
+
 def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
 def _autograd(ctx, grad_out, grad_lse):
+    if torch.is_grad_enabled():
+        # create_graph=True: these gradients are to be differentiated again.
+        return tuple(
+            differentiable_backward(
+                reference.differentiable_perceiver_attention,
+                ctx.saved_tensors[:3],
+                (grad_out, grad_lse),
+            )
+        )
     return _backward(grad_out.contiguous(), grad_lse.contiguous(), *ctx.saved_tensors)
 
 
@@ -130,11 +160,15 @@ def perceiver_attention(
     Returns:
         out [N, P, Z] of query's dtype and the natural log-sum-exp lse [N, P] of the scores
         (float32 or wider). A row with no visible token gives out = 0 and lse = -inf, so partial
-        results, the appended latents for one, merge by log-sum-exp. Differentiable in all inputs.
+        results, the appended latents for one, merge by log-sum-exp. Differentiable in all inputs,
+        any number of times and in both modes; what differentiates in forward mode or more than
+        once, and every transform of ``torch.func``, runs in plain torch operations. Under
+        autocast, query and context are cast as by ``F.scaled_dot_product_attention``.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         RuntimeError: ``V2L_BACKEND`` asks for kernels that cannot serve the call.
     """
-    _check(query, context, inv_rms)
+    if transformed():
+        return run_plain(_plain, (query, context, inv_rms), _CAST)
     return _forward(query, context, inv_rms)

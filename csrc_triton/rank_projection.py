@@ -19,6 +19,13 @@ from torch import Tensor
 
 from csrc_triton import reference
 from csrc_triton.backend import use_triton
+from csrc_triton.transforms import (
+    differentiable_backward,
+    refuse_forward_mode,
+    register_autocast,
+    run_plain,
+    transformed,
+)
 
 
 def _implementation(direction: str, latents: Tensor, *others: Tensor | None) -> ModuleType:
@@ -82,8 +89,9 @@ def _forward(
     d_in: int,
     d_out: int,
 ) -> tuple[Tensor, Tensor]:
-    _check(latents, weight, scaler_a, scaler_b, bias_a, bias_b, d_in, d_out)
     tensors = (latents, weight, scaler_a, scaler_b, bias_a, bias_b)
+    refuse_forward_mode("rank_projection", *tensors)
+    _check(*tensors, d_in, d_out)
     return _implementation("forward", *tensors).rank_projection(*tensors, d_in, d_out)
 
 
@@ -134,19 +142,48 @@ def _(grad_a, grad_b, latents, weight, scaler_a, scaler_b, d_in, d_out):
     )
 
 
+# A normalization: it keeps its inputs' precision, as layer_norm does.
+register_autocast("rank_projection", 0)
+register_autocast("rank_projection_backward", 0)
+
+
+def _plain(
+    latents: Tensor,
+    weight: Tensor,
+    scaler_a: Tensor,
+    scaler_b: Tensor,
+    bias_a: Tensor | None,
+    bias_b: Tensor | None,
+    d_in: int,
+    d_out: int,
+) -> tuple[Tensor, Tensor]:
+    """The op in plain torch operations, whose derivatives PyTorch knows."""
+    args = latents, weight, scaler_a, scaler_b, bias_a, bias_b, d_in, d_out
+    _check(*args)
+    return reference.rank_projection(*args)
+
+
 def _setup(ctx, inputs, output) -> None:
     latents, weight, scaler_a, scaler_b, bias_a, bias_b, ctx.d_in, ctx.d_out = inputs
-    ctx.save_for_backward(latents, weight, scaler_a, scaler_b)
-    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (bias_a, bias_b)]
+    ctx.save_for_backward(latents, weight, scaler_a, scaler_b, bias_a, bias_b)
 
 
 def _autograd(ctx, grad_a, grad_b):
+    if torch.is_grad_enabled():
+        # create_graph=True: these gradients are to be differentiated again.
+        grads = differentiable_backward(
+            lambda *tensors: reference.rank_projection(*tensors, ctx.d_in, ctx.d_out),
+            ctx.saved_tensors,
+            (grad_a, grad_b),
+        )
+        return *grads, None, None
+    *tensors, bias_a, bias_b = ctx.saved_tensors
     *grads, d_bias_a, d_bias_b = _backward(
-        grad_a.contiguous(), grad_b.contiguous(), *ctx.saved_tensors, ctx.d_in, ctx.d_out
+        grad_a.contiguous(), grad_b.contiguous(), *tensors, ctx.d_in, ctx.d_out
     )
     d_biases = (
-        None if dtype is None else d_bias.to(dtype)
-        for dtype, d_bias in zip(ctx.bias_dtypes, (d_bias_a, d_bias_b), strict=True)
+        None if bias is None else d_bias.to(bias.dtype)
+        for bias, d_bias in ((bias_a, d_bias_a), (bias_b, d_bias_b))
     )
     return *grads, *d_biases, None, None
 
@@ -175,9 +212,12 @@ def rank_projection(
 
     Returns:
         A [G, L, C·R (+ R'), d_in] and B [G, L, C·R (+ R'), d_out] of latents' dtype, chunks in
-        order, then the bias. Differentiable in every tensor.
+        order, then the bias. Differentiable in every tensor, any number of times and in both modes;
+        what differentiates in forward mode or more than once, and every transform of
+        ``torch.func``, runs in plain torch operations. Autocast does not change its precision.
 
     Raises:
         ValueError: an argument's shape, dtype or device does not fit.
     """
-    return _forward(latents, weight, scaler_a, scaler_b, bias_a, bias_b, d_in, d_out)
+    args = latents, weight, scaler_a, scaler_b, bias_a, bias_b, d_in, d_out
+    return run_plain(_plain, args, 0) if transformed() else _forward(*args)

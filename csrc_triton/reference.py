@@ -68,6 +68,23 @@ def perceiver_attention(query: Tensor, context: Tensor, inv_rms: Tensor) -> tupl
     return out.to(query.dtype), lse
 
 
+def differentiable_perceiver_attention(
+    query: Tensor, context: Tensor, inv_rms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`perceiver_attention`, every derivative of which is finite, in blind rows too."""
+    wide = _accumulate_dtype(query.dtype)
+    norm, context = inv_rms.to(wide), context.to(wide)
+    masked = (norm == 0)[:, None]
+    blind = masked.all(-1, keepdim=True)
+    scores = torch.einsum("npz,nsz->nps", query.to(wide), context) * norm[:, None]
+    # A row that sees nothing gets the scores of one that sees everything, and no use is made of it.
+    scores = scores.masked_fill(masked & ~blind, -torch.inf)
+    probs = torch.softmax(scores, -1).masked_fill(masked, 0.0)
+    out = torch.einsum("nps,nsz->npz", probs * norm[:, None], context)
+    lse = torch.logsumexp(scores, -1).masked_fill(blind[..., 0], -torch.inf)
+    return out.to(query.dtype), lse
+
+
 def perceiver_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -268,6 +285,35 @@ def lora_linear_backward(
     d_a = by_adapter(torch.bmm(d_u.mT, x), lora_a)
     d_b = by_adapter(torch.bmm(u.view(d_u.shape).mT, grad), lora_b)
     return d_x, d_a, d_b
+
+
+def differentiable_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    """y of :func:`lora_linear`, every derivative of which is finite and reads used slots only."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    if lora_a.shape[0] == 0 or adapter_index.numel() == 0:
+        return y
+    if offsets is not None:
+        # Every token as an example of its own; those behind the last example have no adapter.
+        tokens = torch.arange(x.shape[0], device=x.device)
+        example = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)
+        index = adapter_index[example.clamp_max(adapter_index.numel() - 1)]
+        adapter_index = torch.where(example < adapter_index.numel(), index, -1)
+        x = x[:, None]
+    index, used = _chosen(lora_a, adapter_index, ranks)
+    a, b = (_by_example(t, index, used, x.dtype) for t in (lora_a, lora_b))
+    u = ((x @ a.mT).to(_accumulate_dtype(x.dtype)) * scale).to(x.dtype)
+    update = u @ b
+    return y + (update if offsets is None else update[:, 0])
 
 
 def _packed_rows(

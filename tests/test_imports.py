@@ -24,7 +24,7 @@ LAYERS = (
     ("config", "tensor_files"),
     ("perceiver", "adapter_files"),
     ("adapter",),
-    ("hypernet", "adapted"),
+    ("hypernet", "adapter_scope", "adapted"),
     ("backbones", "loading"),
     ("generation", "internalizing"),
     ("effect",),
