@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from v2l_fast.adapter import Adapter, BiasAdapter
+from v2l_fast.adapter import Adapter, AdapterBatch, BiasAdapter
 from v2l_fast.errors import AdapterError
 
 SIZES = {"down_proj": (7, 5), "up_proj": (5, 7)}
@@ -337,3 +337,35 @@ def test_norms_against_dense_updates():
                 norms["rank"][module][:, rank], torch.linalg.matrix_norm(one)
             )
     assert all(torch.equal(adapter().norms()["layer"][m], norms["layer"][m]) for m in SIZES)
+
+
+def test_equal_adapters_and_hashes(tmp_path):
+    first = adapter()
+    first.save(tmp_path / "a.safetensors")
+    loaded = Adapter.load(tmp_path / "a.safetensors", BIAS)
+    assert loaded == first and hash(loaded) == hash(first) and loaded is not first
+    assert loaded in [first] and len({first, loaded}) == 1
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert copied == first and copied.provenance == first.provenance
+    a, b = dict(first.A), dict(first.B)
+    changed = {m: t + 1e-3 for m, t in b.items()}
+    for other in (
+        Adapter(a, changed, first.scale, first.bias),
+        Adapter(a, b, first.scale + 1, first.bias),
+        Adapter(a, b, first.scale),
+        first.to(dtype=torch.float64),
+        first.prune(1),
+        "clip.safetensors",
+        None,
+    ):
+        assert first != other and other not in [first]
+
+
+def test_repr_is_one_short_line():
+    first = adapter()
+    sides = ({m: t[None] for m, t in f.items()} for f in (first.A, first.B))
+    batch = AdapterBatch(*sides, 1.0)
+    many = {f"module_{i}": torch.zeros(3, 4, 5) for i in range(300)}
+    for shown in (first, first.bias, batch, Adapter(many, many, 1.0)):
+        assert "\n" not in repr(shown) and len(repr(shown)) < 400
+    assert "float32 on cpu, scale 2.5" in repr(first)

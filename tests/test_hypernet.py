@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -17,7 +20,7 @@ from tests.golden import relative
 from v2l_fast.adapter import AdapterBatch
 from v2l_fast.config import HypernetConfig
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet import HyperNetwork, as_dtype
 
 BASE = replace(tiny.CONFIG, hidden_size=12, target_modules={"down_proj": (10, 12)}, scale=None)
 SEVERAL = {"up_proj": (12, 10), "down_proj": (10, 12), "q_proj": (12, 12)}
@@ -271,6 +274,57 @@ def test_load_in_another_dtype(tmp_path):
     half = HyperNetwork.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.fingerprint == network.fingerprint
+
+
+@pytest.mark.parametrize("dtypes", [
+    ["float16"], ["bfloat16"], ["float64"], ["float16", "bfloat16"], ["float16", "float32"],
+    ["bfloat16", "float16"], ["float16", "bfloat16", "float32", "float16"],
+])  # fmt: skip
+def test_identity_does_not_depend_on_the_dtype(dtypes, tmp_path):
+    network = tiny.hypernetwork(BASE)
+    with torch.no_grad():
+        # float16 rounds this down to 1 + 2**-8, which bfloat16 then rounds to 1, not to 1 + 2**-7.
+        network.scaler_B["down_proj"].fill_(1 + 2**-8 + 2**-12)
+        network.bias_B["down_proj"].fill_(1 + 2**-8 + 2**-12)
+    fingerprint, bias = network.fingerprint, network.bias_adapter()
+    network.save_pretrained(tmp_path)
+    loaded = HyperNetwork.from_pretrained(tmp_path, dtype=dtypes[0])
+    for dtype in dtypes:
+        loaded.to(getattr(torch, dtype))
+        assert loaded.fingerprint == fingerprint
+        assert loaded.bias_adapter() == bias and loaded.bias_adapter().id == bias.id
+    assert copy.deepcopy(loaded).fingerprint == fingerprint
+    with torch.no_grad():
+        loaded.scaler_B["down_proj"].mul_(1.1)
+        loaded.bias_B["down_proj"].mul_(1.1)
+    assert loaded.fingerprint != fingerprint and loaded.bias_adapter().id != bias.id
+
+
+def test_identities_of_released_versions():
+    network = tiny.hypernetwork(BASE)
+    digest = hashlib.sha256(json.dumps(BASE.to_dict(), sort_keys=True).encode())
+    for name, value in sorted(network.named_parameters()):
+        if value.numel() <= 65536:
+            digest.update(name.encode() + value.detach().bfloat16().float().numpy().tobytes())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert network.to(dtype).fingerprint == digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def test_autocast_changes_nothing():
+    network, inputs = tiny.hypernetwork(BASE), features().float()
+    expected = network(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = network(inputs)
+    for module, factor in expected.A.items():
+        assert torch.equal(found.A[module], factor)
+        assert torch.equal(found.B[module], expected.B[module])
+
+
+@pytest.mark.parametrize("wrong", ["int8", "float9", "no dtype", torch.int32, 3, "float8_e4m3fn"])
+def test_dtypes_that_are_none(wrong):
+    with pytest.raises(ConfigError, match="dtype must be 'bfloat16', .*got"):
+        as_dtype(wrong)
 
 
 def test_fingerprint_tells_networks_apart():

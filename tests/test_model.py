@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 
 import pytest
@@ -61,6 +62,81 @@ def test_a_file_and_its_clip_give_the_same(model, tmp_path):
     fewer = model.internalize(path, max_frames=2, exact_frames=True)
     assert len(fewer.provenance["source"]["frame_indices"]) == 2 and not same(fewer, adapter)
     assert fewer.provenance["preprocessing"]["exact_frames"] is True
+
+
+def test_arrays_of_frames(model, clips):
+    expected, frames = model.internalize(clips[0]), clips[0].frames.numpy()
+    assert same(model.internalize(frames, fps=1.0), expected)
+    assert same(model.internalize(frames.transpose(0, 2, 3, 1), fps=1.0), expected)
+    found = model.internalize([frames, clips[0].frames, clips[0]], fps=1.0)
+    assert all(same(adapter, expected) for adapter in found)
+    for wrong in (frames.astype("float32"), frames[0], frames[:, :2]):
+        with pytest.raises(VideoError, match="uint8"):
+            model.internalize(wrong, fps=1.0)
+    with pytest.raises(VideoError, match="fps"):
+        model.internalize(frames)
+
+
+@pytest.mark.parametrize("wrong", [b"clip.mp4", io.BytesIO(b"video"), 3, None, [b"clip.mp4"]])
+def test_what_is_no_video(model, wrong):
+    name = type(wrong[0] if isinstance(wrong, list) else wrong).__name__
+    for call in (model.internalize, model.load_clip, lambda v: model.ask_direct("what?", v)):
+        with pytest.raises(TypeError, match=f"path .*got ({name}|list)"):
+            call(wrong)
+
+
+def test_adapters_by_path(model, adapters, tmp_path):
+    path = tmp_path / "clip.safetensors"
+    adapters[0].save(path)
+    expected = model.ask(QUESTIONS, adapters[0], **SHORT)
+    assert model.ask(QUESTIONS, path, **SHORT) == expected
+    assert model.ask(QUESTIONS, [str(path), adapters[0], path], **SHORT) == expected
+    assert model.effect(path, "what?") == model.effect(adapters[0], "what?")
+    for wrong, name in ((3, "int"), ({}, "dict"), ([b"a"], "bytes")):
+        with pytest.raises(AdapterError, match=f"path of an adapter file or None, got {name}"):
+            model.ask("what?", [wrong] if name != "bytes" else wrong)
+    with pytest.raises(AdapterError, match=r"none\.safetensors"):
+        model.ask("what?", "none.safetensors")
+
+
+def test_autocast_changes_nothing(model, clips, adapters):
+    def everything() -> list:
+        steps = model.internalize_steps(clips[0])
+        dtypes = set()
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                stepped = end.value
+                break
+            # Between units, what autocast the caller chose is in force.
+            dtypes.add(torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype)
+        return [
+            dtypes, stepped, model.internalize(clips[0]),
+            model.ask(QUESTIONS, list(adapters[:3]), **SHORT),
+            model.ask_direct("what?", clips[0], **SHORT), model.effect(adapters[0], "what?"),
+        ]  # fmt: skip
+
+    expected = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = everything()
+    assert (expected[0], found[0]) == ({torch.float32}, {torch.bfloat16})
+    assert found[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("made", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("used", ["bfloat16", torch.float16, "auto"])
+def test_adapters_are_accepted_in_every_dtype(made, used):
+    maker = Video2LoRA.from_pretrained("shapes", dtype=made)
+    adapter = maker.internalize(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), fps=1.0)
+    model = Video2LoRA.from_pretrained("shapes", dtype=used)
+    assert model.hypernet.fingerprint == maker.hypernet.fingerprint == "978320c1fc60a48f"
+    assert isinstance(model.ask("What?", adapter, max_new_tokens=1), str)
+
+
+def test_loading_shows_no_progress(capfd):
+    Video2LoRA.from_pretrained("shapes")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_provenance_is_complete_and_plain(model, clips, adapters):

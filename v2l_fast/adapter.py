@@ -25,16 +25,39 @@ from v2l_fast.errors import AdapterError, WriteError
 from v2l_fast.files import open_regular
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BiasAdapter:
-    """The learned adapter that all videos of a hypernetwork share (A and B: [L, R, d])."""
+    """The learned adapter that all videos of a hypernetwork share (A and B: [L, R, d]).
+
+    Equal to another of the same id.
+
+    Attributes:
+        aliases: hashes of values that were cast to another dtype -> hash of the original ones.
+    """
 
     A: Factors
     B: Factors
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BiasAdapter):
+            return NotImplemented
+        return self is other or self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"BiasAdapter({_contents(self.A, self.B)}, id {self.id})"
 
     @cached_property
     def id(self) -> str:
         """Hash of the values in bfloat16, the same whatever dtype the model is loaded in."""
+        return self.aliases.get(self.value_hash, self.value_hash)
+
+    @cached_property
+    def value_hash(self) -> str:
+        """Hash of the values as they are now, rounded to bfloat16."""
         digest = hashlib.sha256()
         for module in sorted(self.A):
             for factor in (self.A[module], self.B[module]):
@@ -44,9 +67,12 @@ class BiasAdapter:
         return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """The LoRA adapter of one video.
+
+    Equal to another that makes the same update to the bit: factors (wherever they are, in the same
+    dtype), scale and bias; provenance does not count.
 
     Attributes:
         A: module -> [L, r, d_in], the generated factors; r = chunks x R.
@@ -82,6 +108,29 @@ class Adapter:
                 )
         for name in ("A", "B", "provenance"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        if self is other:
+            return True
+        if (_signature(self), self.scale) != (_signature(other), other.scale):
+            return False
+        pairs = [(self.A[m], other.A[m]) for m in self.A]
+        pairs += [(self.B[m], other.B[m]) for m in self.B]
+        same = (x.dtype == y.dtype and torch.equal(x, y.to(x.device)) for x, y in pairs)
+        return self.rank == other.rank and all(same) and self.bias_id == other.bias_id
+
+    def __hash__(self) -> int:
+        return hash((tuple(_signature(self).items()), self.rank, self.scale))
+
+    def __repr__(self) -> str:
+        source = self.provenance.get("source")
+        name = source.get("name") if isinstance(source, Mapping) else None
+        parts = [_contents(self.A, self.B), f"scale {self.scale:g}"]
+        parts += [f"bias {self.bias_id}"] if self.bias_id else []
+        parts += [f"of {name}"] if name else []
+        return f"Adapter({', '.join(parts)})"
 
     def __reduce__(self) -> tuple:
         # Read-only views do not pickle.
@@ -321,7 +370,16 @@ def _signature(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
     }
 
 
-@dataclass(frozen=True)
+def _contents(a: Factors, b: Factors) -> str:
+    """Shapes, dtype and device of factors, in one line."""
+    first = next(iter(a.values()))
+    shown = [f"{m}: A {list(a[m].shape)}, B {list(b[m].shape)}" for m in list(a)[:4]]
+    shown += [f"{len(a) - 4} more modules"] if len(a) > 4 else []
+    dtype = str(first.dtype).removeprefix("torch.")
+    return f"{'; '.join(shown)}, {dtype} on {first.device}"
+
+
+@dataclass(frozen=True, eq=False)
 class AdapterBatch:
     """What the hypernetwork generates for B videos or chunks, differentiable.
 
@@ -336,6 +394,9 @@ class AdapterBatch:
     B: Factors
     scale: float
     bias: BiasAdapter | None = None
+
+    def __repr__(self) -> str:
+        return f"AdapterBatch({_contents(self.A, self.B)}, scale {self.scale:g})"
 
     def __len__(self) -> int:
         return next(iter(self.A.values())).shape[0]

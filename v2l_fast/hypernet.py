@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +22,30 @@ from csrc_triton import rank_projection
 from v2l_fast.adapter import AdapterBatch, BiasAdapter
 from v2l_fast.compiling import compiled
 from v2l_fast.config import WEIGHTS_NAME, HypernetConfig
-from v2l_fast.errors import CheckpointError
+from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.files import save_tensors
 from v2l_fast.perceiver import Perceiver, attention_dtype
 from v2l_fast.tensor_files import TensorInfo, load_tensors
 
 SMALL_PARAMETER = 65536
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype from itself or its name; None for None and "auto".
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
+    found = getattr(torch, name, None) if name else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ConfigError(
+            f"dtype must be 'bfloat16', 'float16', 'float32' or 'auto', or a torch.dtype, "
+            f"got {dtype!r}"
+        )
+    return found
 
 
 class PreHeadBlock(nn.Module):
@@ -148,6 +166,8 @@ class HyperNetwork(nn.Module):
         std = 0.5 / (config.latent_size + config.head_width * rank) ** 0.5
         nn.init.normal_(self.head.weight, std=std)
         self._run_layer = HyperNetwork._layer
+        # Hashes of values cast to another dtype -> those of the values that were cast.
+        self._aliases: dict[str, str] = {}
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Run :meth:`layer` through one compiled graph, for every layer and length.
@@ -214,7 +234,9 @@ class HyperNetwork(nn.Module):
             A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of hidden's dtype.
         """
         place = self._checked(hidden, mask, place)
-        return self._run_layer(self, index, hidden, mask, place, head)
+        # The dtypes of each step are chosen here; autocast would mix in its own.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._run_layer(self, index, hidden, mask, place, head)
 
     def _checked(
         self, hidden: Tensor, mask: Tensor | None, place: Tensor | None
@@ -300,17 +322,38 @@ class HyperNetwork(nn.Module):
         """The learned adapter shared by all videos (by reference), or None."""
         if not self.config.bias_adapter:
             return None
-        return BiasAdapter(dict(self.bias_A.items()), dict(self.bias_B.items()))
+        return BiasAdapter(dict(self.bias_A.items()), dict(self.bias_B.items()), self._aliases)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the config and of the small parameters (all that one training step changes)."""
+        """Hash of the config and of the small parameters (all that one training step changes).
+
+        The same in every dtype the network is loaded in or converted to.
+        """
+        return self._aliases.get(self._value_hash(), self._value_hash())
+
+    def _value_hash(self) -> str:
+        """Of the values as they are now, rounded to bfloat16."""
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
         for name, value in sorted(self.named_parameters()):
             if value.numel() <= SMALL_PARAMETER:
                 digest.update(name.encode())
                 digest.update(value.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> HyperNetwork:
+        # What every conversion (.to, .half, .cuda, ..) goes through. Values rounded twice, to
+        # float16 and then for the hash, have another hash: it is known by that of the originals.
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return super()._apply(fn, recurse)
+        before = self.fingerprint, self.bias_adapter()
+        bias_id = before[1] and before[1].id
+        super()._apply(fn, recurse)
+        aliases = {self._value_hash(): before[0]}
+        if bias_id is not None:
+            aliases[self.bias_adapter().value_hash] = bias_id
+        self._aliases = {**self._aliases, **{k: v for k, v in aliases.items() if k != v}}
+        return self
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write ``config.json`` and ``model.safetensors``, each atomically."""
@@ -324,12 +367,12 @@ class HyperNetwork(nn.Module):
         cls,
         directory: str | os.PathLike,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> HyperNetwork:
         """Load what :meth:`save_pretrained` wrote.
 
         Args:
-            dtype: of the parameters; float32 when omitted.
+            dtype: of the parameters, as in :func:`as_dtype`; float32 when omitted.
 
         Raises:
             ConfigError: config.json is missing or wrong.
@@ -343,7 +386,7 @@ class HyperNetwork(nn.Module):
             path, CheckpointError, judge=lambda header: network._check_layout(header.tensors, path)
         )
         network.load_checked(state, path)
-        return network.to(device=device, dtype=dtype or torch.float32).eval()
+        return network.to(device=device, dtype=as_dtype(dtype) or torch.float32).eval()
 
     def load_checked(self, state: dict[str, Tensor], source: str | os.PathLike) -> None:
         """Adopt a state dict after checking every key, shape, dtype and value.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from v2l_fast.effect import Effect, measure_effect
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
 from v2l_fast.generation import Sampling
 from v2l_fast.generation.answers import Answer, answer_prompts
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet import HyperNetwork, as_dtype
 from v2l_fast.internalizing.batches import BATCH_TOKENS
 from v2l_fast.internalizing.parts import Reading, Video
 from v2l_fast.internalizing.videos import VideoInternalizer
@@ -34,6 +35,8 @@ from v2l_fast.video.reading import Backend
 BATCH_SIZE = 8
 
 Progress = Callable[[str, int, int], None]
+AdapterOrPath = Adapter | str | os.PathLike
+Result = TypeVar("Result")
 
 
 class Video2LoRA:
@@ -77,7 +80,7 @@ class Video2LoRA:
         name_or_path: str | os.PathLike,
         base: str | os.PathLike | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         compile: bool | None = None,
     ) -> Video2LoRA:
         """Load a hypernetwork and its frozen VLM.
@@ -88,14 +91,15 @@ class Video2LoRA:
                 and ``base/``.
             base: the VLM; read from the hypernetwork's config when omitted.
             device: "cuda" when there is one, else "cpu".
-            dtype: bfloat16 on a GPU, float32 on a CPU when omitted.
+            dtype: "bfloat16", "float16", "float32" or a torch.dtype; bfloat16 on a GPU and float32
+                on a CPU when "auto" or omitted.
             compile: see :meth:`compile`; on a GPU only when omitted.
 
         Raises:
             CheckpointError, ConfigError: something is missing, broken or does not fit.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = as_dtype(dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         hypernet, found_base = load_hypernet(name_or_path)
         base = base or found_base or hypernet.config.base_model_name_or_path
         if base is None:
@@ -135,17 +139,17 @@ class Video2LoRA:
         :func:`~v2l_fast.video.load_video`.
         """
         reading = self._reading(max_frames, longest_edge, exact_frames, decoder=decoder)
-        return reading.clips(video)[0]
+        return reading.clips(_as_video(video))[0]
 
     @overload
-    def internalize(self, videos: Video | Tensor, **options: Any) -> Adapter: ...
+    def internalize(self, videos: Video | Tensor | np.ndarray, **options: Any) -> Adapter: ...
 
     @overload
     def internalize(self, videos: Sequence[Video], **options: Any) -> list[Adapter]: ...
 
     def internalize(
         self,
-        videos: Video | Tensor | Sequence[Video],
+        videos: Video | Tensor | np.ndarray | Sequence[Video | Tensor | np.ndarray],
         *,
         fps: float | None = None,
         max_frames: int | None = None,
@@ -159,8 +163,9 @@ class Video2LoRA:
         """Turn videos into adapters, one forward pass of encoder and hypernetwork for a batch.
 
         Args:
-            videos: a file, a clip, or uint8 frames [F, 3, H, W] with ``fps``; or a list of files
-                or clips.
+            videos: a file, a clip, or uint8 frames with ``fps``: a tensor [F, 3, H, W], or an array
+                [F, H, W, 3] or [F, 3, H, W]; or a list of these.
+            fps: of frames; files and clips have their own.
             max_frames, longest_edge: frames and pixels; as in training when omitted.
             exact_frames: take exactly ``max_frames`` over the whole clip, whatever its duration.
             chunks: take each video in so many parts of equal duration, each sampled like a video of
@@ -178,15 +183,12 @@ class Video2LoRA:
         Raises:
             VideoError: a file cannot be read or its factors are not finite.
             ConfigError: ``chunks`` or ``batch_size`` is less than 1.
+            TypeError: something is no video.
         """
-        if isinstance(videos, Tensor):
-            if fps is None:
-                raise VideoError("frames need fps: model.internalize(frames, fps=...)")
-            videos = VideoClip.from_frames(videos, fps)
-        single = not isinstance(videos, Sequence) or isinstance(videos, str)
+        single = not isinstance(videos, Sequence) or isinstance(videos, str | bytes)
         adapters = []
         for outcome in self.internalize_each(
-            [videos] if single else videos,
+            [_as_video(video, fps) for video in ([videos] if single else videos)],
             max_frames=max_frames,
             longest_edge=longest_edge,
             exact_frames=exact_frames,
@@ -229,8 +231,12 @@ class Video2LoRA:
             raise ConfigError(f"batch_size={batch_size} is no number of videos: use 1 or more")
         reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
         videos = iter(videos)
-        while batch := list(islice(videos, batch_size)):
-            yield from finish(self._internalizer.steps(batch, reading, BATCH_TOKENS), progress)
+        while batch := [_as_video(video) for video in islice(videos, batch_size)]:
+            with self._own_precision():
+                outcomes = finish(
+                    self._internalizer.steps(batch, reading, BATCH_TOKENS), progress
+                )
+            yield from outcomes
 
     def internalize_steps(
         self,
@@ -253,7 +259,8 @@ class Video2LoRA:
             The adapter, as the generator's value; see :func:`~v2l_fast.backbones.steps.finish`.
         """
         reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
-        (outcome,) = yield from self._internalizer.steps([video], reading, 0)
+        steps = self._internalizer.steps([_as_video(video)], reading, 0)
+        (outcome,) = yield from self._with_own_precision(steps)
         if isinstance(outcome, VideoError):
             raise outcome
         return outcome
@@ -294,8 +301,9 @@ class Video2LoRA:
         yield "decode", 0, 1
         ids = prompt_ids(self.backbone.inputs, clip, question, edge, answer_follows=True)
         check(len(ids))
-        video = yield from self.backbone.encode_steps(clip, edge)
-        return self.backbone.about(video, question, ids=ids)
+        video = yield from self._with_own_precision(self.backbone.encode_steps(clip, edge))
+        with self._own_precision():
+            return self.backbone.about(video, question, ids=ids)
 
     def visual_tokens(self, clip: VideoClip, longest_edge: int | None = None) -> int:
         """How many tokens of the context stand for the clip's pixels."""
@@ -305,27 +313,30 @@ class Video2LoRA:
     # --- answering ------------------------------------------------------------------------------
 
     @overload
-    def ask(self, questions: str, adapters: Adapter | None = None, **sampling: Any) -> str: ...
+    def ask(
+        self, questions: str, adapters: AdapterOrPath | None = None, **sampling: Any
+    ) -> str: ...
 
     @overload
     def ask(
         self,
         questions: str | Sequence[str],
-        adapters: Adapter | Sequence[Adapter | None] | None = None,
+        adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None = None,
         **sampling: Any,
     ) -> list[str]: ...
 
     def ask(
         self,
         questions: str | Sequence[str],
-        adapters: Adapter | Sequence[Adapter | None] | None = None,
+        adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None = None,
         **sampling: Any,
     ) -> str | list[str]:
         """Answer from adapters alone, zero visual tokens in context.
 
         Args:
             questions: one or several.
-            adapters: one for all questions, one (or None) for each, or None for the plain model.
+            adapters: an adapter or its file, one for all questions, or one (or None) for each; None
+                for the plain model.
             **sampling: fields of :class:`~v2l_fast.generation.Sampling` (max_new_tokens,
                 temperature, top_p, top_k, seed); greedy by default.
 
@@ -362,12 +373,12 @@ class Video2LoRA:
     def answer(
         self,
         questions: str | Sequence[str],
-        adapters: Adapter | Sequence[Adapter | None] | None = None,
+        adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None = None,
         **sampling: Any,
     ) -> list[Answer]:
         """:meth:`ask` with token counts and times."""
         questions = [questions] if isinstance(questions, str) else list(questions)
-        if adapters is None or isinstance(adapters, Adapter):
+        if adapters is None or isinstance(adapters, AdapterOrPath):
             adapters = [adapters] * len(questions)
         adapters = list(adapters)
         if len(adapters) == 1:
@@ -380,15 +391,16 @@ class Video2LoRA:
                 "all, or one for each question"
             )
         # One attached copy of each, so that an adapter given twice still takes one slot.
-        known = {id(a): None if a is None else self.attach(a) for a in adapters}
-        return list(
-            answer_prompts(
-                self.backbone,
-                [lambda text=text: self.backbone.question(text) for text in questions],
-                [known[id(a)] for a in adapters],
-                Sampling(**sampling),
+        known = {id(a): None if a is None else self._attached(a) for a in adapters}
+        with self._own_precision():
+            return list(
+                answer_prompts(
+                    self.backbone,
+                    [lambda text=text: self.backbone.question(text) for text in questions],
+                    [known[id(a)] for a in adapters],
+                    Sampling(**sampling),
+                )
             )
-        )
 
     def answer_direct(
         self,
@@ -409,17 +421,18 @@ class Video2LoRA:
         if len(clips) != len(questions):
             raise VideoError(f"{len(questions)} questions and {len(clips)} clips: give one each")
         edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
-        return list(
-            answer_prompts(
-                self.backbone,
-                [
-                    lambda clip=clip, text=text: self.backbone.question_about(clip, text, edge)
-                    for clip, text in zip(clips, questions, strict=True)
-                ],
-                [None] * len(questions),
-                Sampling(**sampling),
+        with self._own_precision():
+            return list(
+                answer_prompts(
+                    self.backbone,
+                    [
+                        lambda clip=clip, text=text: self.backbone.question_about(clip, text, edge)
+                        for clip, text in zip(clips, questions, strict=True)
+                    ],
+                    [None] * len(questions),
+                    Sampling(**sampling),
+                )
             )
-        )
 
     # --- adapters -------------------------------------------------------------------------------
 
@@ -477,13 +490,66 @@ class Video2LoRA:
         """The bias adapter that all adapters of this model share."""
         return self._internalizer.bias
 
-    def effect(self, adapter: Adapter, question: str) -> Effect:
+    def effect(self, adapter: AdapterOrPath, question: str) -> Effect:
         """Did the adapter do anything? Its size, and what it changes about one answer.
 
         Raises:
             AdapterError: the adapter does not belong to this model.
         """
-        return measure_effect(self.backbone, self.attach(adapter), question)
+        adapter = self._attached(adapter)
+        with self._own_precision():
+            return measure_effect(self.backbone, adapter, question)
+
+    def _attached(self, adapter: AdapterOrPath) -> Adapter:
+        if isinstance(adapter, str | os.PathLike):
+            return self.load_adapter(adapter)
+        if not isinstance(adapter, Adapter):
+            raise AdapterError(
+                "adapters must be Adapter, the path of an adapter file or None, "
+                f"got {type(adapter).__name__}"
+            )
+        return self.attach(adapter)
+
+    def _own_precision(self) -> torch.autocast:
+        """Without autocast: models run in the dtype they were loaded in."""
+        return torch.autocast(self.backbone.decoder.device.type, enabled=False)
+
+    def _with_own_precision(self, steps: Generator[Step, None, Result]) -> Generator:
+        """Each unit of work in :meth:`_own_precision`; what runs between them is not affected."""
+        while True:
+            with self._own_precision():
+                try:
+                    step = next(steps)
+                except StopIteration as end:
+                    return end.value
+            yield step
+
+
+def _as_video(video: object, fps: float | None = None) -> Video | VideoError:
+    """A file's path or a clip as it is, frames as a clip.
+
+    Raises:
+        TypeError: it is neither.
+        VideoError: frames of another shape or dtype, or without ``fps``.
+    """
+    if isinstance(video, str | os.PathLike | VideoClip | VideoError):
+        return video
+    if not isinstance(video, Tensor | np.ndarray):
+        raise TypeError(
+            "a video must be a path (str or os.PathLike), a VideoClip, or uint8 frames with fps (a "
+            f"tensor [F, 3, H, W] or an array [F, H, W, 3]), got {type(video).__name__}; write "
+            "bytes to a file first"
+        )
+    if fps is None:
+        raise VideoError("frames need fps: model.internalize(frames, fps=...)")
+    if isinstance(video, np.ndarray):
+        # Arrays are read with the channels first where only that fits, as tensors are.
+        last = video.ndim == 4 and video.shape[-1] == 3 and video.shape[1] != 3
+        video = np.ascontiguousarray(video.transpose(0, 3, 1, 2) if last else video)
+        if video.dtype != np.uint8:
+            raise VideoError(f"frames are {video.dtype} {list(video.shape)}; pass uint8")
+        video = torch.from_numpy(video)
+    return VideoClip.from_frames(video, fps)
 
 
 def _texts(questions: str | Sequence[str], answers: list[Answer]) -> str | list[str]:

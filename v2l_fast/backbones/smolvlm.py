@@ -13,6 +13,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolVLMForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from v2l_fast.backbones.base import EncodedVideo, Prompt, resize_steps
 from v2l_fast.backbones.decoder import Decoder
@@ -80,6 +81,8 @@ class SmolVLM:
         Raises:
             CheckpointError: weights or tokenizer are missing, broken or incomplete.
         """
+        shows = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
         try:
             model, info = SmolVLMForConditionalGeneration.from_pretrained(
                 name_or_path, dtype=dtype, output_loading_info=True
@@ -89,6 +92,9 @@ class SmolVLM:
             # transformers raises a dozen unrelated types for a broken folder.
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise CheckpointError(f"{name_or_path}: cannot load the model ({reason})") from error
+        finally:
+            if shows:
+                transformers_logging.enable_progress_bar()
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(
