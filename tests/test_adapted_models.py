@@ -102,7 +102,12 @@ def test_layers_that_are_no_linear_ones_are_named():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=4))
     with pytest.raises(AdapterError, match="Conv1D"):
         adapted_linear(model, "mlp.c_proj")
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2)
+    fused = Stack()
+    for layer in fused.layers:
+        layer.weights = nn.ParameterDict({"all": torch.zeros(4, 3, 2)})
+    with pytest.raises(AdapterError, match="fused experts"):
+        adapted_linear(fused, "weights.all")
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     with pytest.raises(AdapterError, match="NonDynamicallyQuantizableLinear"):
         adapted_linear(encoder, "self_attn.out_proj")
 
@@ -133,8 +138,9 @@ def test_adapters_that_do_not_fit_are_refused():
         (Adapter({"down_proj": a.int()}, {"down_proj": b.int()}, 1.5), "int32"),
         ("clip.safetensors", "got str"),
     ):
-        with pytest.raises(AdapterError, match=message), handle.use([wrong]):
-            pass
+        for batch in ([wrong], wrong if isinstance(wrong, str) else (None, wrong)):
+            with pytest.raises(AdapterError, match=message):
+                handle.use(batch)
 
 
 # --- what the layers are -----------------------------------------------------------------------
@@ -465,6 +471,17 @@ def test_streaming_from_a_generator(expected):
             yield found[0]
 
     assert torch.equal(list(stream())[1], expected[1])
+
+
+def test_a_block_may_be_entered_again(expected):
+    model, handle = adapted()
+    block = handle.use(BATCH)
+    for _ in range(2):
+        with block, handle.use([None] * 4), block:
+            assert torch.equal(logits(model), expected[1])
+        assert torch.equal(logits(model), expected[0])
+    assert torch.equal(block(logits)(model), expected[1])
+    assert not handle._scope.open
 
 
 def test_context_managers_lend_their_block(expected):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -231,14 +231,13 @@ class AdaptedModel:
             layer.register_forward_hook(_Site(self._scope, module, index), prepend=True)
         _forget_compiled()
 
-    @contextlib.contextmanager
-    def use(self, adapters: Sequence[Adapter | None]) -> Iterator[nn.Module]:
+    def use(self, adapters: Sequence[Adapter | None]) -> contextlib.AbstractContextManager:
         """Within the block, example i of every batch runs with ``adapters[i]`` (None: without).
 
-        Blocks may be nested; the innermost one counts. Threads and asyncio tasks that the block
-        starts run with its adapters, others are not affected, and nothing is left behind. Backward
-        passes may run later, with activation checkpointing too. An adapter of several modules
-        needs a handle for each of them.
+        Blocks may be nested and entered again; the innermost one counts. Threads and asyncio tasks
+        that the block starts run with its adapters, others are not affected, and nothing is left
+        behind. Backward passes may run later, with activation checkpointing too. An adapter of
+        several modules needs a handle for each of them.
 
         Args:
             adapters: one for each row of the batch that reaches the layers, so with beam search or
@@ -248,15 +247,12 @@ class AdaptedModel:
             AdapterError: an adapter is not one of these layers, adapters cannot share a batch, or
                 layers were replaced since :func:`adapted_linear`.
         """
-        frame = sys._getframe(2)
-        scope = self._check()
-        adapters = list(adapters)
+        self._check()
+        adapters = [adapters] if isinstance(adapters, str) else list(adapters)
         for adapter in adapters:
             if adapter is not None:
                 self._check_adapter(adapter)
-        slots = AdapterSlots.pack(adapters, *self._placement())
-        with scope.holding(slots, frame):
-            yield self.model
+        return _Use(self, AdapterSlots.pack(adapters, *self._placement()))
 
     def remove(self) -> None:
         """Leave the model as it was before :func:`adapted_linear`.
@@ -319,6 +315,21 @@ class AdaptedModel:
         return torch.device(device), dtype
 
 
+class _Use(contextlib.ContextDecorator):
+    """What :meth:`AdaptedModel.use` returns; may be entered again, in itself too."""
+
+    def __init__(self, handle: AdaptedModel, slots: AdapterSlots | None) -> None:
+        self._handle, self._slots = handle, slots
+
+    def __enter__(self) -> nn.Module:
+        self._handle._check().enter(self, self._slots, sys._getframe(1))
+        return self._handle.model
+
+    def __exit__(self, *_) -> None:
+        if self._handle._scope is not None:
+            self._handle._scope.leave(self)
+
+
 _COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -365,6 +376,8 @@ def adapted_linear(model: nn.Module, suffix: str) -> AdaptedModel:
             f"adapted_linear(model.get_submodule({first!r}), ...), or a longer suffix"
         )
     stack = next(iter(stacks.values()), {})
+    if any(pattern.search(name) for name, _ in model.named_parameters()):
+        others.add("plain parameters, as of fused experts")
     if not stack or sorted(stack) != list(range(len(stack))):
         reason = f"; modules of that name are {', '.join(sorted(others))}" if others else ""
         raise AdapterError(

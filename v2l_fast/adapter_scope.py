@@ -1,6 +1,6 @@
 """What is in force where a model runs: in which block, thread, task, generator or recomputation.
 
-A :class:`Scope` holds a value for the length of a ``with`` block. Code that the block runs sees it:
+A :class:`Scope` holds a value from the start to the end of a ``with`` block. It is in force:
 
 - in the thread of the block, in its asyncio tasks, in threads started inside the block and in
   tasks submitted to a ``ThreadPoolExecutor`` inside it, as with ``thread_inherit_context`` of
@@ -15,7 +15,6 @@ knows what the values are.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -56,7 +55,8 @@ class _Block:
             turn, unless ``lent``.
         lent: a context manager or fixture opened the block for its caller.
         outer: the block in force where this one was opened, of a caller of its own.
-        thread: identifier of the thread that opened it.
+        thread: the thread that opened it.
+        opener: what ends it.
     """
 
     value: Any
@@ -64,6 +64,7 @@ class _Block:
     lent: bool = False
     outer: _Block | None = None
     thread: threading.Thread | None = None
+    opener: object = None
 
 
 # Open blocks of every scope, in the order of their opening.
@@ -77,7 +78,7 @@ _NAMES = itertools.count()
 
 
 class Scope:
-    """A value that is in force for the length of ``with scope.holding(value)``.
+    """A value that is in force from :meth:`enter` to :meth:`leave`.
 
     A copy (``copy.deepcopy``, pickle) is another scope, in which nothing is in force.
     """
@@ -93,20 +94,22 @@ class Scope:
     def __reduce__(self) -> tuple:
         return Scope, ()
 
-    @contextlib.contextmanager
-    def holding(self, value: Any, frame: FrameType | None = None) -> Iterator[None]:
-        """Within the block, ``value`` is in force.
+    def enter(self, opener: object, value: Any, frame: FrameType) -> None:
+        """``value`` is in force from here on.
 
         Args:
-            frame: the frame of the ``with`` statement, when that is not the caller's.
+            opener: what is to be passed to :meth:`leave`.
+            frame: of the ``with`` statement.
         """
-        block = self._block(value, frame or sys._getframe(2))
+        block = self._block(value, frame, opener)
         self.used = True
         self._count(block.thread, 1)
         _set(self, (*_blocks(self), block))
-        try:
-            yield
-        finally:
+
+    def leave(self, opener: object) -> None:
+        """End the latest block of ``opener``, whether or not others were opened after it."""
+        block = next((b for b in reversed(_blocks(self)) if b.opener is opener), None)
+        if block is not None:
             self._count(block.thread, -1)
             _set(self, tuple(b for b in _blocks(self) if b is not block))
 
@@ -166,12 +169,12 @@ class Scope:
                 "one: enter use() in this thread too (use([None, ...]) for no adapters)"
             )
 
-    def _block(self, value: Any, frame: FrameType) -> _Block:
+    def _block(self, value: Any, frame: FrameType, opener: object) -> _Block:
         while _module(frame) == "contextlib" and frame.f_back is not None:
             frame = frame.f_back
         lent = _flags(frame) & _GENERATES != 0 and _is_lent(frame)
         outer = _on_stack(_blocks(self), frame)
-        return _Block(value, frame, lent, outer, threading.current_thread())
+        return _Block(value, frame, lent, outer, threading.current_thread(), opener)
 
     def _count(self, thread: threading.Thread, change: int) -> None:
         with self._lock:
