@@ -139,21 +139,30 @@ class Http:
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The events of a streamed answer, as they come."""
-        status, length = await self._send(
-            "POST", "/v1/chat/completions", json.dumps(body).encode(), "application/json"
-        )
-        if status != 200:
-            raise Refused(status, await self._read(length or 0))
-        pending = b""
-        while size := int(await self._line(), 16):
-            pending += (await self._read(size + 2))[:-2]
-            if self._slow:
-                await asyncio.sleep(SLOW_PAUSE * size / SLOW_BYTES)
-            *events, pending = pending.split(b"\n\n")
-            for event in events:
-                if event != b"data: [DONE]":
-                    yield json.loads(event[6:])
-        await self._line()
+        complete = False
+        try:
+            status, length = await self._send(
+                "POST", "/v1/chat/completions", json.dumps(body).encode(), "application/json"
+            )
+            if status != 200:
+                raise Refused(status, await self._read(length or 0))
+            pending = b""
+            while size := int(await self._line(), 16):
+                pending += (await self._read(size + 2))[:-2]
+                if self._slow:
+                    await asyncio.sleep(SLOW_PAUSE * size / SLOW_BYTES)
+                *events, pending = pending.split(b"\n\n")
+                for event in events:
+                    if event.startswith(b'data: {"error"'):
+                        raise Refused(status, event)
+                    if event != b"data: [DONE]":
+                        yield json.loads(event[6:])
+            await self._line()
+            complete = True
+        finally:
+            if not complete:
+                # What is left of an answer must not be taken for the next one.
+                self.close()
 
 
 def work(
