@@ -25,7 +25,7 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         (["--log-level", "loud"], 2, "debug, info, warning, error"),
         (["--dtype", "int4"], 2, "float32, bfloat16, float16"),
         (["--allowed-root", "nowhere"], 1, "no such folder"),
-        (["--api-key-file", "nowhere"], 1, "cannot be read"),
+        (["--api-key-file", "nowhere"], 1, "write the keys to it"),
         (["--api-key", "two words"], 1, "ASCII"),
         (["--host", "0.0.0.0", "--port", "0"], 1, "--allow-unauthenticated"),
         (["--host", "::", "--port", "0"], 1, "V2L_API_KEY"),
