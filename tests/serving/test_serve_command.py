@@ -33,7 +33,7 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         (["--allowed-host", "https://example.com"], 1, "without scheme and port"),
         (["--vllm-folder", __file__], 1, "no folder that can be written (File exists)"),
         (["--vllm-folder", "/proc/x"], 1, "no folder that can be written"),
-        (["--model", "nowhere"], 1, "nowhere: no such folder or file"),
+        (["--model", "nowhere"], 1, "nowhere: not a local path"),
     ],
 )
 def test_wrong_options(monkeypatch, capsys, tmp_path, arguments, code, message):
