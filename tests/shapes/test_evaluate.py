@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from v2l_fast.config import HypernetConfig
 from v2l_fast.evaluation.answering import BASELINE, CONDITIONS, NONE, SYSTEM
+from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.hypernet import HyperNetwork
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.cli import app
@@ -22,6 +23,7 @@ from v2l_fast.shapes.evaluate import (
     exact_share,
     examples_for,
     rendered_clips,
+    wrong_captions,
 )
 from v2l_fast.shapes.language import caption
 from v2l_fast.shapes.scene import sample_scenes
@@ -71,6 +73,16 @@ def test_perfect_and_silent_captions_score_as_such():
     assert exact_share(half, scenes).estimate == 0.5
 
 
+def test_swapped_words_are_wrong_captions_that_token_f1_does_not_see():
+    scene = next(s for s in sample_scenes("test", 20, 0) if len(s.objects) == 2)
+    first, second = (item.color for item in scene.objects)
+    assert first != second
+    swapped = caption(scene).replace(first, "?").replace(second, first).replace("?", second)
+    said = [caption(scene), swapped, "nothing"]
+    assert wrong_captions(said, [scene] * 3) == {"wrong": 2, "same_words": 1}
+    assert token_f1(swapped, caption(scene)) == 1
+
+
 def test_every_condition_is_measured(fresh):
     result = evaluate(fresh, sample_scenes("test", 4, 0))
     assert tuple(result["conditions"]) == CONDITIONS
@@ -79,7 +91,7 @@ def test_every_condition_is_measured(fresh):
     assert all(sample[SYSTEM] == sample[NONE] for sample in result["samples"])
     assert result["attributes"][SYSTEM] == result["attributes"][NONE]
     assert {row["benchmark"] for row in result["metrics"]["token_f1"]["rows"]} == {
-        CAPTIONS, QUESTIONS, "Average",
+        CAPTIONS, QUESTIONS, "Average", "Pooled",
     }
     json.dumps(result)
 

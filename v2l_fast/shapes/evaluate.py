@@ -27,7 +27,7 @@ from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.language import CAPTION_PROMPTS, ask_several, caption
 from v2l_fast.shapes.render import CLIP_SECONDS, FRAME_TIMES, render, write_clip
 from v2l_fast.shapes.scene import Scene
-from v2l_fast.shapes.scoring import attribute_hits
+from v2l_fast.shapes.scoring import attribute_hits, plain
 from v2l_fast.shapes.vlm import IMAGE_SIZE
 from v2l_fast.training.manifest import Example
 from v2l_fast.video import VideoClip, load_video
@@ -85,7 +85,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The record of :func:`v2l_fast.evaluation.pipeline.evaluate` on rendered frames, with
     "attributes" and "caption_exact" (shares stated rightly with 95% intervals, by condition),
-    "samples" and the Markdown "table"."""
+    "wrong_captions" (see :func:`wrong_captions`), "samples" and the Markdown "table"."""
     examples = examples_for(scenes, seed=seed)
     clips = {clip_name("test", i): clip for i, clip in enumerate(rendered_clips(scenes))}
     found = evaluate_examples(
@@ -108,6 +108,9 @@ def evaluate(
         },
         "caption_exact": {
             name: asdict(exact_share(said, scenes)) for name, said in captions.items()
+        },
+        "wrong_captions": {
+            name: wrong_captions(captions[name], scenes) for name in (BASELINE, SYSTEM)
         },
         "samples": samples,
         "table": found.table,
@@ -182,6 +185,18 @@ def exact_share(captions: Sequence[str], scenes: Sequence[Scene]) -> Interval:
     """Share of the captions that equal the scenes' own, resampling videos."""
     pairs = zip(captions, scenes, strict=True)
     return mean_interval([exact_match(text, caption(scene)) for text, scene in pairs])
+
+
+def wrong_captions(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, int]:
+    """How many captions are "wrong", and how many of those have the reference's words in another
+    order ("same_words"): token-F1 gives them 1."""
+    pairs = [
+        (plain(text), plain(caption(scene)))
+        for text, scene in zip(captions, scenes, strict=True)
+    ]
+    wrong = [(text, reference) for text, reference in pairs if text != reference]
+    same = sum(sorted(text.split()) == sorted(other.split()) for text, other in wrong)
+    return {"wrong": len(wrong), "same_words": same}
 
 
 def _captions(examples: Sequence[Example], texts: Mapping[str, str]) -> list[str]:
