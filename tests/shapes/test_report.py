@@ -118,7 +118,7 @@ def test_command(measured, tmp_path):
     found = CliRunner().invoke(cli.app, [*arguments, "--videos", "2", "--only", "norms"])
     assert found.exit_code == 0, found.output
     assert "## Efficiency" in (tmp_path / "README.md").read_text()
-    found = CliRunner().invoke(cli.app, [*arguments, "--only", "nothing"])
+    found = CliRunner().invoke(cli.app, [*arguments, "--only", "nothing", "--force"])
     assert isinstance(found.exception, ConfigError) and "no piece" in str(found.exception)
 
 
