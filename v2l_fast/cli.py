@@ -229,8 +229,10 @@ def internalize(
     already are replaced with --force only.
 
     With --manifest, repeat the same command to continue after an interruption; videos that cannot
-    be read are left out and named. Servers may use the store at the same time. Limits for videos
-    (duration, pixels) are those of v2l_fast.Limits.
+    be read are left out and named. Servers may use the store at the same time.
+
+    A video of more than 6 hours is refused: cut it, or read it in Python with
+    load_video(path, limits=Limits(max_duration=SECONDS)) of v2l_fast.video.
     """
     if (manifest is None) == (not videos):
         raise typer.BadParameter("name video files, or a manifest with --manifest")

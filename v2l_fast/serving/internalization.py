@@ -151,7 +151,7 @@ class Internalization:
     def _check_length(self, clip: VideoClip, longest_edge: int | None) -> None:
         tokens = self._model.visual_tokens(clip, longest_edge)
         if tokens > MAX_VISUAL_TOKENS:
-            edge = self._model.config.longest_edge if longest_edge is None else longest_edge
+            edge = self._model.config.sampling.override(longest_edge=longest_edge).longest_edge
             raise ConfigError(
                 f"{len(clip.frames)} frames at a longest edge of {edge} pixels are {tokens} visual "
                 f"tokens, at most {MAX_VISUAL_TOKENS} are accepted; lower longest_edge or "
