@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pty
 import select
@@ -44,6 +45,14 @@ def test_every_way_of_showing_text_keeps_it(capsys):
     text = capsys.readouterr().out
     assert json.loads(text) == {"a": HOSTILE}
     assert not set(text) & set("\x1b\r\x07\x9b\u202e")
+
+
+def test_a_warning_names_a_file_safely(capsys):
+    record = logging.makeLogRecord({"msg": "%s: cut", "args": (HOSTILE,), "levelno": 30})
+    console.NoteHandler().emit(record)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: [/] [red]a[/red]") and said.count("\n") == 1
+    assert not set(said) & set("\x1b\r\x07\x9b\u202e")
 
 
 def test_outside_a_terminal_nothing_is_wrapped(capsys, monkeypatch):

@@ -9,6 +9,7 @@ its inputs. Folders of long runs (stores, evaluations, sweeps, training) continu
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,6 +25,7 @@ import v2l_fast
 from v2l_fast.analysis.cli import app as analyze_app
 from v2l_fast.analysis.cli import sweep
 from v2l_fast.console import (
+    NoteHandler,
     answer_text,
     drop_output,
     flush_output,
@@ -120,6 +122,8 @@ Decoder = Annotated[
 def main() -> None:
     """Entry point of ``v2l`` and ``python -m v2l_fast``."""
     prepare_streams()
+    # Names in warnings are data, too.
+    logging.lastResort = NoteHandler(logging.WARNING)
     code = 1
     try:
         code = app(standalone_mode=False) or 0

@@ -8,6 +8,7 @@ its progress in plain lines on standard error.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -109,6 +110,14 @@ def note(text: str, label: str = "") -> None:
     line = Text(f"{label} " if label else "", style=style)
     line.append(printable(text), style="default" if label else "")
     log.print(line, soft_wrap=True)
+
+
+class NoteHandler(logging.Handler):
+    """Log records as notes, for a program that configures no logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        label = "error:" if record.levelno >= logging.ERROR else "warning:"
+        note(record.getMessage(), label)
 
 
 def show_json(data: Any) -> None:

@@ -15,6 +15,7 @@ import signal
 import time
 import uuid
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 
 from v2l_fast.backbones import Backbone, load_backbone
 from v2l_fast.console import log
-from v2l_fast.errors import CheckpointError, V2LError
+from v2l_fast.errors import CheckpointError, ConfigError, V2LError
 from v2l_fast.files import read_json
 from v2l_fast.training.checkpoint import (
     checkpoint_path,
@@ -84,6 +85,12 @@ def train(
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    start = Path(config.model.init or "-")
+    if start.exists() and start.resolve().is_relative_to(Path(config.run.folder).resolve()):
+        raise ConfigError(
+            f"model.init={config.model.init} lies in run.folder, which the run writes; name "
+            "another run.folder"
+        )
     processes, folder = Processes(config), RunFolder(config.run.folder)
     try:
         accumulation = config.optim.accumulation(processes.count)
