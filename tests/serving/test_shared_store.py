@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from tests.serving.checks import QUESTION, refused
 from tests.serving.conftest import Running
 from tests.waiting import LIMIT, wait_until
-from v2l_fast.serving.store import AdapterStore
+from v2l_fast.serving.store import AdapterStore, StoreError
 from v2l_fast.serving.videos import FILE_NAME, ReceivedVideo, VideoFolder
 
 
@@ -110,6 +112,48 @@ def test_a_video_that_is_needed_stays(tmp_path):
     assert kept.path.exists()
     folder.delete(sha256)
     assert not folder.has(sha256)
+
+
+def test_what_a_dead_process_left_is_removed_at_start(serve, videos, tmp_path):
+    """A video whose job was lost; folders under construction, with a lock file and without."""
+    live = serve(stand_in={})
+    video = live.internalize(videos[0])["adapter_id"]
+    wait_until(lambda: not live.server.videos._in_use)
+    folder = live.server.videos.folder
+    (sound,) = kept(live)
+    for name in ("3" * 64, "4" * 64):
+        (folder / name).mkdir()
+        (folder / name / FILE_NAME).write_bytes(b"video")
+    staging = live.server.store.folder / "staging"
+    for name in ("a" * 32, "b" * 32):
+        (staging / name).mkdir()
+        (staging / name / "part").write_bytes(b"half")
+    (staging / f"{'a' * 32}.lock").touch()
+    # Used by a server that lives.
+    assert live.server.videos.use("4" * 64)
+    again = serve(stand_in={})
+    assert kept(live) == sorted([sound, "4" * 64])
+    assert {path.name for path in staging.iterdir() if path.is_dir()} == {
+        live.server.store.staging.folder.name, again.server.store.staging.folder.name
+    }  # fmt: skip
+    assert again.http.get(f"/v1/videos/{video}").json()["in_context"]
+    live.server.videos.release("4" * 64)
+
+
+@pytest.mark.parametrize("name", ["adapters", "corrupt", "staging", "videos"])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_refused_at_start(tmp_path, monkeypatch, name, number):
+    make = Path.mkdir
+
+    def mkdir(path: Path, *args: object, **options: object) -> None:
+        if name in path.parts:
+            raise OSError(number, os.strerror(number))
+        make(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(StoreError, match=f"cannot be used .{os.strerror(number)}.; check its free"):
+        store = AdapterStore(tmp_path / "store")
+        VideoFolder(store.folder / "videos", store.staging, 1 << 20)
 
 
 @pytest.mark.parametrize("leftover", ["file", "empty folder", "dead link", "name alone"])

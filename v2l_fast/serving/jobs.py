@@ -182,9 +182,16 @@ class Jobs:
         self._videos.release(sha256)
         # A store that cannot be read says nothing about the video.
         with suppress(StoreError):
-            self._videos.delete(
-                sha256, lambda: any(record.video == sha256 for record in self._store.list())
-            )
+            self._videos.delete(sha256, lambda: sha256 in self._internalized())
+
+    def discard_orphans(self) -> None:
+        """Remove the videos whose jobs ended with the process that ran them."""
+        for sha256 in self._videos.kept() - self._internalized():
+            self._videos.delete(sha256, lambda sha256=sha256: sha256 in self._internalized())
+
+    def _internalized(self) -> set[str]:
+        """Content hashes of the videos that adapters in the store were made from."""
+        return {record.video for record in self._store.list() if record.video is not None}
 
     def _checked(self, options: InternalizeOptions) -> InternalizeSettings:
         given = {k: v for k, v in options.model_dump().items() if v is not None}

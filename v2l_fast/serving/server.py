@@ -81,6 +81,7 @@ class Server:
         self.jobs = Jobs(
             engine, store, reader, self.videos, self.settings, self.limits, self.metrics
         )
+        self.jobs.discard_orphans()
         self._clips: OrderedDict[str, VideoClip] = OrderedDict()
         self._decoding = threading.Semaphore(_DECODING)
         self._contexts = threading.Semaphore(_CONTEXTS)

@@ -113,6 +113,10 @@ def _sweep(root: Path) -> None:
                     path.unlink()
             finally:
                 os.close(handle)
+    # A folder is made after its lock file and goes before it; one without was copied here.
+    for folder in [path for path in root.iterdir() if path.is_dir()]:
+        if not folder.with_name(folder.name + _LOCK_SUFFIX).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_same(handle: int, path: Path) -> bool:

@@ -65,10 +65,18 @@ class VideoFolder:
     Args:
         staging: where files under construction lie, on the same file system.
         limit: bytes of all files together; beyond it the least recently used go. Links are free.
+
+    Raises:
+        StoreError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, staging: Staging, limit: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{folder}: cannot be used ({error.strerror}); check its free space and permissions"
+            ) from None
         self.folder = folder
         self._staging = staging
         self._limit = limit
@@ -210,6 +218,10 @@ class VideoFolder:
         with suppress(V2LError):
             return read_text(self.folder / sha256 / NAME_NAME)
         return None
+
+    def kept(self) -> set[str]:
+        """The content hashes of all videos here."""
+        return {name for name in os.listdir(self.folder) if _SHA256.fullmatch(name)}
 
     def delete(self, sha256: str, needed: Callable[[], bool] = lambda: False) -> None:
         """Remove a video, unless it is in use, here or in another process.
