@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -232,7 +233,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_hash(value: Any) -> bool:
-    return _is_text(value) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+    # Videos that are no file are named by a word, such as the blank one of the controls.
+    return isinstance(value, str) and re.fullmatch("[0-9A-Za-z]{1,128}", value) is not None
 
 
 def _is_count(value: Any) -> bool:
@@ -250,7 +252,7 @@ _FIELDS: dict[str, dict[str, tuple[Any, str]]] = {
     "": {"hypernetwork": _TEXT, "base_model": _TEXT},
     "source": {
         "name": _TEXT,
-        "sha256": (_is_hash, "64 hexadecimal digits"),
+        "sha256": (_is_hash, "1 to 128 letters and digits"),
         "frame_indices": (_are_frames, "a list of frame numbers"),
         "num_frames": (_is_count, "an integer of at least 0"),
         "fps": _SECONDS,
