@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.video.clips import shown_index
+from tests.video.clips import picture, shown_index
 from v2l_fast.errors import VideoError
 from v2l_fast.video import Limits, decode, load_video, probe
 from v2l_fast.video.decoders import Decoder
@@ -196,3 +196,78 @@ def test_frame_size_that_changes(tmp_path):
     path.write_bytes(b"".join(parts))
     with pytest.raises(VideoError, match="frame size changes from 64x48 to 32x48"):
         load_video(path, max_frames=100, exact_frames=True)
+
+
+def tone(path, *, cover: bool) -> None:
+    """Silence, with a cover picture if asked for."""
+    with av.open(str(path), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            image = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            container.mux(picture.encode(image) + picture.encode(None))
+        for i in range(8):
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+            )
+            frame.sample_rate, frame.pts = 16000, i * 1024
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+
+
+def test_a_song_with_its_cover(tmp_path):
+    path = tmp_path / "a.m4a"
+    tone(path, cover=True)
+    assert "it holds audio and a cover picture, no video; pass a file" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [(b"\x89PNG\r\n\x1a\n", "an image (PNG)"), (b"\xff\xd8\xff\xe0", "an image (JPEG)"),
+     (b"RIFF\x10\0\0\0WEBPVP8 ", "an image (WebP)"), (b"RIFF\x10\0\0\0WAVEfmt ", "file (WAV)"),
+     (b"ID3\x04", "an audio file (MP3)"), (b"\xff\xfb\x90", "an audio file (MP3)"),
+     (b"fLaC", "an audio file (FLAC)"), (b"%PDF-1.7", "a PDF document"),
+     (b"PK\x03\x04", "a ZIP archive"), (b"<!DOCTYPE html>", "a web page (HTML)")],
+)  # fmt: skip
+def test_what_people_pass_by_mistake_is_named(tmp_path, start, kind):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(start + bytes(64))
+    assert f"{kind}, not a video; pass a video file" in error_of(path)
+
+
+def mux(path, *streams) -> None:
+    """(codec, frames, size, default) of each stream; pictures count from 0."""
+    with av.open(str(path), "w") as container:
+        made = []
+        for codec, count, size, default in streams:
+            stream = container.add_stream(codec, rate=10)
+            stream.width, stream.height = size
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.disposition = av.stream.Disposition.default if default else 0
+            made.append((stream, count, size))
+        for stream, count, size in made:
+            for i in range(count):
+                image = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24")
+                container.mux(stream.encode(image))
+            container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    "streams",
+    [
+        [("mjpeg", 1, (32, 16), True), ("libx264", 20, (64, 48), True)],
+        [("libx264", 20, (96, 64), False), ("libx264", 20, (64, 48), True)],
+        [("libx264", 20, (64, 48), True), ("libx264", 20, (32, 16), False)],
+    ],
+)
+def test_the_best_stream_is_read(tmp_path, streams):
+    path = tmp_path / "a.mkv"
+    mux(path, *streams)
+    info = probe(path)
+    assert (info.num_frames, info.width, info.height) == (20, 64, 48)
+    for indices in ([0, 7, 19], range(20)):
+        assert [shown_index(frame.numpy()) for frame in decode(path, indices)] == list(indices)
+    clip = load_video(path, 20, exact_frames=True)
+    assert clip.frames.shape == (20, 3, 48, 64)

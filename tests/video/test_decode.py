@@ -11,7 +11,15 @@ import torch
 
 from tests.video.clips import HEIGHT, WIDTH, set_display_matrix, shown_index
 from v2l_fast.errors import VideoError
-from v2l_fast.video import Limits, VideoClip, decode, frame_views, load_video, probe
+from v2l_fast.video import (
+    Limits,
+    VideoClip,
+    decode,
+    fallbacks,
+    frame_views,
+    load_video,
+    probe,
+)
 from v2l_fast.video.decoders import Decoder, _Lost
 
 
@@ -212,3 +220,15 @@ def test_torchcodec_answers_as_pyav_does(clip, monkeypatch):
     assert shown(decode(path, [39], "torchcodec")) == [38]
     loaded = load_video(path, max_frames=39, exact_frames=True, backend="torchcodec")
     assert loaded.num_frames == 39 and loaded.indices.tolist() == list(range(39))
+
+
+def test_torchcodec_leaves_files_without_times_to_pyav(clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(
+        sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=None)
+    )
+    path = clip("a.avi", 20, options={"bf": "3"})
+    fallbacks.clear()
+    assert shown(decode(path, range(20), "torchcodec")) == list(range(20))
+    assert fallbacks.reasons() == {"frames are not found by packet times": 1}
+    fallbacks.clear()

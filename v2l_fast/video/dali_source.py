@@ -94,7 +94,8 @@ class DaliSource(PyAVSource):
         info, frame = self.info, self._first_frame
         if info.codec not in _CODECS[self.device.type] or (self.device, info.codec) in _refused:
             raise _Refused(f"codec {info.codec} on {self.device.type}")
-        if not self._packets.plain or self._timeline is None:
+        timeline = self._timeline
+        if not self._packets.plain or timeline is None or timeline.index_of(frame.pts) != 0:
             raise _Refused("frames are not found by packet times")
         if indices[-1] >= info.num_frames:
             raise _Refused("frames beyond its end", f"it has {info.num_frames}")

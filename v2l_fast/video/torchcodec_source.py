@@ -1,6 +1,7 @@
 """Frames through torchcodec, where it is installed and asked for; PyAV still opens and counts.
 
-Same pixels as PyAV's reader; the file has passed that reader's checks before it comes here.
+Same pixels as PyAV's reader; the file has passed that reader's checks before it comes here. Files
+whose times do not locate their frames are read by PyAV (see `fallbacks`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from v2l_fast.errors import VideoError
+from v2l_fast.video.fallbacks import fallbacks
 from v2l_fast.video.pyav_source import Decoded, PyAVSource
 
 # Frames per call: between calls the deadline is looked at.
@@ -34,11 +36,14 @@ class TorchcodecSource(PyAVSource):
                 f"({str(error).splitlines()[0]}); install torchcodec with FFmpeg or use 'pyav'"
             ) from error
         self.check_count(len(indices))
+        # torchcodec finds frames by time alone.
+        if self._timeline is None or not self._packets.plain:
+            fallbacks.add(self.path, "frames are not found by packet times")
+            return super().read(indices, transform)
         try:
             decoder = VideoDecoder(self.path, dimension_order="NHWC", seek_mode="exact")
             inside = indices[indices < len(decoder)]
             frames: list[torch.Tensor] = []
-            times: list[float] = []
             for start in range(0, len(inside), _CHUNK):
                 self.deadline.check()
                 batch = decoder.get_frames_at(inside[start : start + _CHUNK].tolist())
@@ -46,7 +51,6 @@ class TorchcodecSource(PyAVSource):
                     image = self._upright(image, decoder)
                     frames.append(image if transform is None else transform(image))
                     self.check_memory(len(indices), frames[0].shape)
-                times.extend(batch.pts_seconds.tolist())
         except VideoError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -58,7 +62,7 @@ class TorchcodecSource(PyAVSource):
         if available == 0:
             raise self.nothing_decodes()
         stacked = torch.stack(frames) if frames else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-        return Decoded(stacked, tuple(times), available)
+        return Decoded(stacked, tuple(self._packets.seconds[inside].tolist()), available)
 
     def _upright(self, image: torch.Tensor, decoder) -> torch.Tensor:
         """torchcodec rotates by itself since 0.11 (it then reports a rotation), never mirrors."""
