@@ -53,10 +53,12 @@ from v2l_fast.options import (
     MaxFrames,
     MaxNewTokens,
     Model,
+    SamplingSeed,
     Seed,
     check_text,
     load_model,
     output_file,
+    output_path,
     quiet_transformers,
 )
 from v2l_fast.serving.cli import serve
@@ -185,9 +187,10 @@ def internalize(
     out_path: Annotated[
         str,
         typer.Option(
-            "--out", "-o", help="Adapter file; a folder for several videos, or if it ends in /; "
-            "with --manifest, an adapter store."
-        ),
+            "--out", "-o", parser=output_path, metavar="PATH",
+            help="Adapter file; a folder for several videos, or if it ends in /; "
+            "with --manifest, an adapter store.",
+        ),  # fmt: skip
     ],
     videos: Annotated[list[Path] | None, typer.Argument(help="Video files.")] = None,
     manifest: Annotated[
@@ -320,7 +323,7 @@ def ask(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
-    seed: Seed = 0,
+    seed: SamplingSeed = 0,
     model: Model = "shapes",
     base: Base = None,
     device: Device = None,
@@ -378,7 +381,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
-    seed: Seed = 0,
+    seed: SamplingSeed = 0,
     model: Model = "shapes",
     base: Base = None,
     device: Device = None,

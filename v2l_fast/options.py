@@ -36,6 +36,12 @@ def _known_dtype(name: str | None) -> str | None:
     return name
 
 
+def _of_64_bits(seed: int) -> int:
+    if not -(2**63) <= seed < 2**63:
+        raise typer.BadParameter("must be from -2^63 to 2^63 - 1")
+    return seed
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -64,6 +70,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace outputs that exist already.")]
 # What random generators of Python, NumPy and PyTorch all accept.
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random choice.")]
+SamplingSeed = Annotated[int, typer.Option(help="Seed of sampling.", callback=_of_64_bits)]
 Manifest = Annotated[Path, typer.Option("--manifest", help="Examples (JSONL).")]
 Root = Annotated[
     Path | None,
@@ -96,6 +103,17 @@ def output_file(path: str) -> Path:
     if not path or path.endswith("/"):
         raise typer.BadParameter(f"must name a file, got {path!r}")
     return Path(path)
+
+
+def output_path(path: str) -> str:
+    """A file's or a folder's name, for typer's ``parser``.
+
+    Raises:
+        typer.BadParameter: the name is empty.
+    """
+    if not path.strip():
+        raise typer.BadParameter(f"must name a file or a folder, got {path!r}")
+    return path
 
 
 def check_text(text: str) -> str:
