@@ -58,7 +58,7 @@ class Running:
         """Wait until a job has its adapter."""
 
         def ended() -> bool:
-            video.update(self.http.get(f"/v1/videos/{video['id']}").json())
+            video.update(self.http.get(f"/v1/videos/{video['id']}").raise_for_status().json())
             return video["status"] in ENDED
 
         if video["status"] not in ENDED:

@@ -144,6 +144,9 @@ class Jobs:
             QueueFull: there is none, and no room for another.
         """
         job = self._active.get(key)
+        if job is not None and job.work.done:
+            # It failed, or another process has deleted its adapter already.
+            job = None
         if job is not None:
             job.uploads += 1
         elif len(self._uncollected) >= self._limits.jobs:
