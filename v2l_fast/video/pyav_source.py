@@ -99,8 +99,7 @@ class PyAVSource:
     @cached_property
     def info(self) -> VideoInfo:
         """Counts all packets and decodes the first frame."""
-        packets, frame = self._packets, self._first_frame
-        orientation = _orientation(frame)
+        packets, frame, orientation = self._packets, self._first_frame, self.orientation
         height, width = (
             (frame.width, frame.height) if orientation.transpose else (frame.height, frame.width)
         )
@@ -124,10 +123,17 @@ class PyAVSource:
             color_range=_COLOR_RANGES.get(frame.color_range, str(frame.color_range)),
         )
 
-    @property
+    @cached_property
     def orientation(self) -> Orientation:
-        """How the first frame must be turned."""
-        return _orientation(self._first_frame)
+        """How the frames must be turned, by the first one's display matrix.
+
+        Only the first frame's side data is read: it makes a reference cycle with its frame, which
+        then returns its buffers at a time of the garbage collector's choosing. FFmpeg decodes into
+        returned buffers, and what a damaged frame shows where it does not decode is what they held.
+        """
+        data = self._first_frame.side_data
+        matrix = next((d for d in data if d.type is SideDataType.DISPLAYMATRIX), None)
+        return Orientation() if matrix is None else Orientation.from_display_matrix(bytes(matrix))
 
     def read(
         self,
@@ -140,7 +146,8 @@ class PyAVSource:
         in this thread, before they are kept; decoding goes on meanwhile.
         """
         self.check_count(len(indices))
-        timeline = self._timeline
+        # Looked at here, before the threads that decode need them.
+        timeline, _ = self._timeline, self.orientation
         jobs: list[Callable[[Decoder, Send], None]]
         if timeline is None:
             jobs = [partial(self._read_through, indices)]
@@ -252,9 +259,9 @@ class PyAVSource:
         count = 0
         for frame in decoder.frames():
             if count in wanted:
-                image = _upright(frame)
+                image = self._upright(frame)
                 if image is None and previous is not None:
-                    image = _upright(previous)
+                    image = self._upright(previous)
                 if image is None:
                     raise self._no_rgb()
                 send((count, image, False))
@@ -289,7 +296,7 @@ class PyAVSource:
         expected = timeline.frames_of(group)[0]
         with closing(decoder.group(timeline, group)) as frames:
             for index, frame in frames:
-                image = _upright(frame) if index == target else None
+                image = self._upright(frame) if index == target else None
                 damaged = frame.is_corrupt or (index == target and image is None)
                 if decoder.damaged or damaged or index != expected:
                     return False
@@ -307,7 +314,7 @@ class PyAVSource:
         """Send the group's `wanted` frames, or for each the last one before it that decodes."""
         left = list(wanted)
         shown = None
-        for index, image in _images(decoder, timeline, group):
+        for index, image in self._images(decoder, timeline, group):
             while left and left[0] < index:
                 if shown is None:
                     shown = self._decodable_before(timeline, group)
@@ -331,7 +338,7 @@ class PyAVSource:
                 if group > 0:
                     _, image = self._last_of(timeline, group - 1)
                 else:
-                    image = _upright(self._first_frame)
+                    image = self._upright(self._first_frame)
                     if image is None:
                         raise self._no_rgb()
                 if image is not None:
@@ -356,9 +363,29 @@ class PyAVSource:
         """The group's last frame that decodes: its index and upright image."""
         last: tuple[int, np.ndarray | None] = (-1, None)
         with self._new_decoder() as decoder:
-            for item in _images(decoder, timeline, group):
+            for item in self._images(decoder, timeline, group):
                 last = item
         return last
+
+    def _images(
+        self, decoder: Decoder, timeline: Timeline, group: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, upright image) of the group's frames that decode."""
+        with closing(decoder.group(timeline, group)) as frames:
+            for index, frame in frames:
+                image = self._upright(frame)
+                # What a damaged frame looks like can depend on which buffers are free.
+                del frame
+                if image is not None:
+                    yield index, image
+
+    def _upright(self, frame: av.VideoFrame) -> np.ndarray | None:
+        """RGB uint8 [H, W, 3] as it is shown; None for pixels that cannot be turned into it."""
+        try:
+            coded = frame.to_ndarray(format="rgb24")
+        except (av.FFmpegError, ValueError):
+            return None
+        return self.orientation.apply(coded)
 
     def _no_rgb(self) -> VideoError:
         return VideoError(
@@ -378,34 +405,6 @@ def _runs(timeline: Timeline, indices: np.ndarray) -> Iterator[np.ndarray]:
             yield indices[start:i]
             start = i
     yield indices[start:]
-
-
-def _images(
-    decoder: Decoder, timeline: Timeline, group: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, upright image) of the group's frames that decode."""
-    with closing(decoder.group(timeline, group)) as frames:
-        for index, frame in frames:
-            image = _upright(frame)
-            # What a damaged frame looks like can depend on which buffers are free.
-            del frame
-            if image is not None:
-                yield index, image
-
-
-def _upright(frame: av.VideoFrame) -> np.ndarray | None:
-    """RGB uint8 [H, W, 3] as the frame is shown; None for pixels that cannot be turned into it."""
-    try:
-        coded = frame.to_ndarray(format="rgb24")
-    except (av.FFmpegError, ValueError):
-        return None
-    return _orientation(frame).apply(coded)
-
-
-def _orientation(frame: av.VideoFrame) -> Orientation:
-    matrices = (data for data in frame.side_data if data.type is SideDataType.DISPLAYMATRIX)
-    matrix = next(matrices, None)
-    return Orientation() if matrix is None else Orientation.from_display_matrix(bytes(matrix))
 
 
 def _num_cores() -> int:
