@@ -185,6 +185,17 @@ def test_the_cards_own_layout(tmp_path):
     assert [span.video for span in found] == ["videos/sample_0.mp4", "videos/sample_1.mp4"]
 
 
+def test_names_that_differ_in_their_folder_alone_have_ids_of_their_own(tmp_path):
+    for name in ("a/b", "a-b"):
+        path = tmp_path / f"{name}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        path.with_suffix(".json").write_text(json.dumps(metadata([(0, 1)])))
+    pools = read_pools(tmp_path)
+    ids = [span.id for spans in pools.spans.values() for span in spans]
+    assert len(ids) == len(set(ids)) > 2
+
+
 def test_a_missing_folder_says_where_the_data_is(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(FineVideoError, match="huggingface.co/datasets/HuggingFaceFV/finevideo"):

@@ -47,7 +47,7 @@ class Span:
 
     @property
     def id(self) -> str:
-        stem = Path(self.video).with_suffix("").as_posix().replace("/", "-")
+        stem = Path(self.video).with_suffix("").as_posix()
         places = f"-{self.scenes[0]}-{self.scenes[-1]}" if self.scenes else ""
         return f"finevideo-{stem}-{self.pool}{places}"
 

@@ -85,7 +85,7 @@ def _cut(row: dict[str, Any], home: Path) -> dict[str, Any]:
     """The row about a file that holds its span alone."""
     start, end = row["metadata"]["span"]
     clip = Path("clips") / f"{row['id']}.mp4"
-    (home / "clips").mkdir(exist_ok=True)
+    (home / clip).parent.mkdir(parents=True, exist_ok=True)
     if not (home / clip).exists():
         cut_span(home / row["video_path"], (start, end), home / clip)
     kept = {k: v for k, v in row["metadata"].items() if k != "span"}
