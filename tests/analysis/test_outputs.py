@@ -59,7 +59,7 @@ def test_json(tmp_path):
     write_json(path, {"rows": ROWS})
     assert read_json(path) == json.loads(path.read_text()) == {"rows": ROWS}
     path.write_text("[1")
-    with pytest.raises(ConfigError, match=r"record\.json: not a JSON record"):
+    with pytest.raises(ConfigError, match=r"record\.json: not JSON"):
         read_json(path)
 
 

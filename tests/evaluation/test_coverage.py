@@ -41,15 +41,18 @@ def questions_of_videos(rng):
     counts = rng.integers(1, 10, EXAMPLES)
     own = rng.normal(0.02, 0.2, EXAMPLES)
     sums = own * counts + rng.normal(0, 0.2, EXAMPLES) * np.sqrt(counts)
-    return mean_of_ratios([(sums, counts)], resamples=RESAMPLES), 0.02
+    videos = dict(enumerate(zip(sums, counts, strict=True)))
+    return mean_of_ratios([videos], resamples=RESAMPLES), 0.02
 
 
 def average_of_benchmarks(rng):
     """Two benchmarks of different size and spread, each of the same weight."""
     strata = [
-        (rng.normal(mean, spread, size), np.ones(size))
-        for mean, spread, size in ((0.05, 0.4, EXAMPLES), (-0.01, 0.1, EXAMPLES // 2))
-    ]
+        {f"{name}{i}": (score, 1) for i, score in enumerate(rng.normal(mean, spread, size))}
+        for name, mean, spread, size in (
+            ("a", 0.05, 0.4, EXAMPLES), ("b", -0.01, 0.1, EXAMPLES // 2),
+        )
+    ]  # fmt: skip
     return mean_of_ratios(strata, resamples=RESAMPLES), 0.02
 
 

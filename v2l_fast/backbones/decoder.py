@@ -96,6 +96,11 @@ class Decoder:
         self.num_layers = len(text_model.layers)
         self._run_layer = Decoder.run_layer
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether layers run through a compiled graph."""
+        return self._run_layer is not Decoder.run_layer
+
     def compile(self, backend: str = "inductor") -> None:
         """Run every layer through one compiled graph, whatever the length.
 

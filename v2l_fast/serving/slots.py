@@ -168,6 +168,7 @@ class DeviceSlots:
         self._config = model.config
         decoder = model.backbone.decoder
         self._placed = {"device": decoder.device, "dtype": decoder.dtype}
+        self._narrows = decoder.device.type == "cpu" and not decoder.is_compiled
         self._slot_of: dict[Ids, int] = {}
         self._ids: list[Ids | None] = [None] * count
         self._users = [0] * count
@@ -235,9 +236,12 @@ class DeviceSlots:
         self._filled.add(slot)
 
     def used(self, slots: Iterable[int]) -> AdapterSlots:
-        """The tables, no wider than adapters in ``slots`` need if the device is a CPU: there every
-        row of a batch costs as much as the widest table."""
-        if self._placed["device"].type != "cpu":
+        """The tables, no wider than adapters in ``slots`` need on a CPU that does not compile.
+
+        There every row of a batch costs as much as the widest table. Compiled code would need a
+        graph of its own for a part of a table.
+        """
+        if not self._narrows:
             return self.tables
         width = 2 * self._config.rank
         needed = max(self._ranks[slot] for slot in slots)
