@@ -58,6 +58,8 @@ def _forward(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, T
 
 @_forward.register_fake
 def _(query, context, inv_rms):
+    # A single argument on the meta device brings the call here.
+    _check(query, context, inv_rms)
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=wide)
 

@@ -148,7 +148,7 @@ def test_version():
         (("ask", "a.safetensors", "q", "--dtype", "int8"), 2, "float32, bfloat16, float16"),
         (("export", "--llama", "out", "clip.safetensors"), 2, "--peft"),
         (("export",), 2, "--peft FOLDER"),
-        (("ask", "a.safetensors", "q", "--temperature", "hot"), 2, "temperature"),
+        (("ask", "a.safetensors", "q", "--temperature", "hot"), 2, "got 'hot'"),
         (("ask", "a.safetensors", "q", "--device", "tpu"), 2, "must be cpu, cuda or cuda:N"),
         (("ask", "a.safetensors", "q", "--device", "mps"), 2, "must be cpu, cuda or cuda:N"),
         (("ask", "a.safetensors", "q", "--seed", "9" * 20), 2, "2^63 - 1"),

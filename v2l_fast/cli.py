@@ -39,7 +39,14 @@ from v2l_fast.console import (
     show_json,
     show_table,
 )
-from v2l_fast.errors import ConfigError, V2LError, VideoError, WriteError, os_error_reason
+from v2l_fast.errors import (
+    ConfigError,
+    V2LError,
+    VideoError,
+    WriteError,
+    excerpt,
+    os_error_reason,
+)
 from v2l_fast.evaluation.cli import app as evaluation_app
 from v2l_fast.options import (
     CONTEXT,
@@ -168,7 +175,11 @@ def _usage_error(error: Exception) -> int:
         for line in context.get_usage().splitlines():
             note(line)
         note(f"Try '{context.command_path} --help' for help.")
-    note(error.format_message(), "error:")
+    message = error.format_message()
+    # A value of the wrong type or size is refused by pydantic, whose message does not repeat it.
+    if (refusal := getattr(error.__cause__, "errors", None)) is not None:
+        message += f", got {excerpt(refusal()[0]['input'])}"
+    note(message, "error:")
     return error.exit_code
 
 

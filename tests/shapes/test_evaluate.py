@@ -130,5 +130,5 @@ def test_render_command_writes_clips_and_their_manifest(tmp_path):
 def test_render_command_refuses_other_values(tmp_path, option, value):
     result = CliRunner().invoke(app, ["render", str(tmp_path), option, value])
     assert result.exit_code == 2
-    assert value in result.output
+    assert option in result.output
     assert list(tmp_path.iterdir()) == []

@@ -126,6 +126,6 @@ def test_the_preset_trains(config, base, tmp_path):
     summary = train(wanted, backbone=base, sources=shapes_sources(wanted, base))
     assert summary["hypernetwork"]["base_model_name_or_path"] == "shapes"
     assert summary["parameters"] == 1_188_160
-    assert summary["validation"].keys() == {"val_caption", "val_question", "val_loss"}
+    assert summary["validation"].keys() == {"val_caption", "val_question", "val_loss", "val_ce"}
     lines = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if "lr" in line]
     assert len(lines) == 6

@@ -19,7 +19,7 @@ REASONS = {
     "truncated": "moov",
     "text": "not a video",
     "empty": "0 bytes",
-    "audio": "audio only",
+    "audio": "it holds audio, no video stream",
 }
 
 

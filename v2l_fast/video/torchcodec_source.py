@@ -48,7 +48,7 @@ class TorchcodecSource(PyAVSource):
                 self.deadline.check()
                 batch = decoder.get_frames_at(inside[start : start + _CHUNK].tolist())
                 for image in batch.data:
-                    image = self._upright(image, decoder)
+                    image = self._turned(image, decoder)
                     frames.append(image if transform is None else transform(image))
                     self.check_memory(len(indices), frames[0].shape)
         except VideoError:
@@ -64,7 +64,7 @@ class TorchcodecSource(PyAVSource):
         stacked = torch.stack(frames) if frames else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
         return Decoded(stacked, tuple(self._packets.seconds[inside].tolist()), available)
 
-    def _upright(self, image: torch.Tensor, decoder) -> torch.Tensor:
+    def _turned(self, image: torch.Tensor, decoder) -> torch.Tensor:
         """torchcodec rotates by itself since 0.11 (it then reports a rotation), never mirrors."""
         orientation = self.orientation
         if not hasattr(decoder.metadata, "rotation"):
