@@ -271,7 +271,6 @@ def test_a_poisoned_adapter_hurts_its_row_alone(value, sampling, backbone, adapt
 
 
 def test_a_batch_asked_at_once_names_the_example(backbone, adapters):
-    bad = adapters[1].to()
-    bad.B[M].fill_(1e38)
+    bad = replace(adapters[1], B={M: torch.full_like(adapters[1].B[M], 1e38)})
     with pytest.raises(AdapterError, match="example 1: the logits are NaN or infinite"):
         run(backbone, PROMPTS[:2], [adapters[0], bad], max_new_tokens=3)
