@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.files import write_text
+from v2l_fast.outputs import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -33,7 +33,7 @@ from csrc_triton import (
     rank_projection,
     reference,
 )
-from v2l_fast.files import write_text
+from v2l_fast.outputs import write_text
 
 TUNED = ("perceiver_attention", "rank_projection", "lora_linear")
 OPS = (*TUNED, "gated_projection")

@@ -20,7 +20,9 @@ PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 # loaded when it is needed and may point anywhere.
 LAYERS = (
     ("csrc_triton", "errors", "compiling", "lengths", "hub"),
-    ("files", "video", "console"),
+    ("files",),
+    ("outputs",),
+    ("video", "console"),
     ("config", "tensor_files"),
     ("perceiver", "adapter_files", "adapter_scope"),
     ("adapter",),

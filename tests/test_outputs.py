@@ -14,7 +14,8 @@ import torch
 from tests.tiny import clip
 from v2l_fast.adapter import Adapter
 from v2l_fast.errors import V2LError, WriteError
-from v2l_fast.files import (
+from v2l_fast.interop.directories import whole_directory
+from v2l_fast.outputs import (
     check_folder,
     check_new_folder,
     check_output,
@@ -22,7 +23,6 @@ from v2l_fast.files import (
     save_tensors,
     write_text,
 )
-from v2l_fast.interop.directories import whole_directory
 from v2l_fast.tensor_files import load_tensors
 
 
@@ -153,12 +153,12 @@ def test_a_disk_and_a_socket_are_refused(tmp_path, monkeypatch):
 def test_full_disks_are_told_as_such(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    from v2l_fast import files
+    from v2l_fast import outputs
 
     def fail(*args, **kwargs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(outputs, "save_file", fail)
     with pytest.raises(WriteError, match="a: cannot be written: No space left") as caught:
         save_tensors({"x": torch.ones(2)}, tmp_path / "a")
     assert caught.value.errno == 28 and list(tmp_path.iterdir()) == []

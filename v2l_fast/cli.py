@@ -274,7 +274,7 @@ def internalize(
             manifest, Path(out_path), settings, video_root, engine, workers, as_json
         )
         return
-    from v2l_fast.files import check_output
+    from v2l_fast.outputs import check_output
 
     folder = Path(out_path)
     several = len(videos) > 1 or out_path.endswith("/") or folder.is_dir()
@@ -438,7 +438,7 @@ def compose(
     v2l compose first.safetensors second.safetensors --out whole.safetensors
     """
     from v2l_fast.adapter import Adapter
-    from v2l_fast.files import check_output
+    from v2l_fast.outputs import check_output
 
     check_output(out_path, adapters, force)
     composed = Adapter.compose([Adapter.load(path) for path in adapters])
@@ -458,8 +458,8 @@ def convert(
     \b
     v2l convert frames2lora-smolvlm2-500m-best-ce.pt hypernet-500m/
     """
-    from v2l_fast.files import check_new_folder
     from v2l_fast.interop.frames2lora import convert as run
+    from v2l_fast.outputs import check_new_folder
 
     check_new_folder(folder, [checkpoint], force)
     network = run(checkpoint, folder)
@@ -498,9 +498,9 @@ def export(
     v2l export clip.safetensors --vllm adapters/ --served-base org/model
     v2l export --llama text-decoder/
     """
-    from v2l_fast.files import check_new_folder
     from v2l_fast.interop.llama import export_text_decoder
     from v2l_fast.interop.peft import TEXT_LAYERS, VLM_LAYERS, save_peft
+    from v2l_fast.outputs import check_new_folder
 
     if peft is None and llama is None and vllm is None:
         raise typer.BadParameter("name --peft FOLDER, --vllm FOLDER or --llama FOLDER to write")
@@ -546,7 +546,7 @@ def demo(
     v2l demo --keep demo/
     """
     from v2l_fast.demo import FILES, run
-    from v2l_fast.files import check_folder
+    from v2l_fast.outputs import check_folder
 
     if folder is not None:
         check_folder(folder, FILES, force=force)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.errors import ConfigError, excerpt
-from v2l_fast.files import read_json, write_text
+from v2l_fast.files import read_json
+from v2l_fast.outputs import write_text
 from v2l_fast.video.sampling import FrameSampling
 
 CONFIG_NAME = "config.json"

@@ -18,7 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rich.console import Console, ConsoleDimensions
+from rich.console import (
+    Console,
+    ConsoleDimensions,
+    HighlighterType,
+    JustifyMethod,
+    OverflowMethod,
+)
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,6 +33,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -76,8 +83,23 @@ class PlainConsole(Console):
             return super().size
         return ConsoleDimensions(_UNBOUNDED, 25)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        return super().render_str(printable(text, lines=True), **options)
+    def render_str(
+        self,
+        text: str,
+        *,
+        style: str | Style = "",
+        justify: JustifyMethod | None = None,
+        overflow: OverflowMethod | None = None,
+        emoji: bool | None = None,
+        markup: bool | None = None,
+        highlight: bool | None = None,
+        highlighter: HighlighterType | None = None,
+    ) -> Text:
+        return super().render_str(
+            printable(text, lines=True),
+            style=style, justify=justify, overflow=overflow, emoji=emoji, markup=markup,
+            highlight=highlight, highlighter=highlighter,
+        )  # fmt: skip
 
     def print(self, *objects: Any, **options: Any) -> None:
         with _console_errors(self):

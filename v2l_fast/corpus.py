@@ -20,8 +20,8 @@ import torch
 
 from v2l_fast.adapter import Adapter
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.files import write_text
 from v2l_fast.model import BATCH_SIZE, Video2LoRA
+from v2l_fast.outputs import write_text
 from v2l_fast.serving.store import AdapterStore
 from v2l_fast.training.manifest import VideoExamples, group_by_video, load_manifest
 from v2l_fast.training.reading import ClipReader, read_ahead

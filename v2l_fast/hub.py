@@ -5,6 +5,7 @@ Its client tries every request six times, which takes 23 seconds where there is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,12 +20,23 @@ def hub_answers() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
+    session = get_session()
     try:
-        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
-    except Exception:
-        # Of the HTTP library that the installed client uses: no name, no route, no proxy, no time.
+        session.head(constants.ENDPOINT, timeout=_SECONDS)
+    except _failures(session):
         return False
     return True
+
+
+def _failures(session: object) -> tuple[type[Exception], ...]:
+    """What a request raises without a name, a route, a proxy, an answer in time, or a valid URL.
+
+    Versions of the client differ in their HTTP library: httpx and its successors have one base
+    class for each, the errors of requests are OSErrors.
+    """
+    libraries = [sys.modules[c.__module__.partition(".")[0]] for c in type(session).__mro__]
+    named = [getattr(m, name, OSError) for m in libraries for name in ("HTTPError", "InvalidURL")]
+    return (OSError, *named)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from v2l_fast.adapter import AdapterBatch, BiasAdapter
 from v2l_fast.compiling import compiled
 from v2l_fast.config import WEIGHTS_NAME, HypernetConfig
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.files import save_tensors
+from v2l_fast.outputs import save_tensors
 from v2l_fast.perceiver import Perceiver, attention_dtype
 from v2l_fast.tensor_files import TensorInfo, load_tensors
 

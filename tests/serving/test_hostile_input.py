@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.checks import QUESTION, nothing_left, raw, refused
 from tests.serving.conftest import running
-from tests.serving.test_store import BAD_FILES
+from tests.serving.test_store_damage import BAD_FILES
 from tests.waiting import wait_until
 from v2l_fast.serving.schemas import ChatRequest
 

@@ -447,7 +447,7 @@ def _check(
     name: str, folder: Path | None, inputs: list[Path], force: bool
 ) -> None:
     """Refuse the results' folder before the work begins."""
-    from v2l_fast.files import check_folder
+    from v2l_fast.outputs import check_folder
 
     names = [f"{name}.{ending}" for ending in ("json", "csv", "png")]
     check_folder(folder or Path("runs") / name, names, inputs, force)

@@ -11,7 +11,7 @@ from typing import Any
 
 from v2l_fast import files
 from v2l_fast.errors import ConfigError
-from v2l_fast.files import write_text
+from v2l_fast.outputs import write_text
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

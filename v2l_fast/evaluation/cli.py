@@ -64,7 +64,7 @@ def manifest(
     v2l manifest activitynet-qa data/anet --out anet-qa.jsonl --skip-missing
     """
     from v2l_fast.evaluation.benchmarks.build import build
-    from v2l_fast.files import check_output
+    from v2l_fast.outputs import check_output
 
     check_output(out_path, force=force)
     found = build(benchmark, folder, out_path, limit, seed, skip_missing)
@@ -138,7 +138,7 @@ def evaluate(
     from v2l_fast.evaluation.judge import Judge
     from v2l_fast.evaluation.library import Settings
     from v2l_fast.evaluation.pipeline import evaluate as run
-    from v2l_fast.files import check_folder
+    from v2l_fast.outputs import check_folder
     from v2l_fast.training.manifest import load_manifest
     from v2l_fast.training.reading import ClipReader
 

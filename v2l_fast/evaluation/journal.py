@@ -15,7 +15,8 @@ from threading import Lock
 from typing import Any
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.files import append_text, parse_json, read_lines
+from v2l_fast.files import parse_json, read_lines
+from v2l_fast.outputs import append_text
 
 
 class Journal:

@@ -28,9 +28,10 @@ from v2l_fast.evaluation.judging import judge_all, judge_pairs
 from v2l_fast.evaluation.library import Library, Loader, Settings
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import markdown, summarize, text_scores
-from v2l_fast.files import read_json, write_text
+from v2l_fast.files import read_json
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
+from v2l_fast.outputs import write_text
 from v2l_fast.training.manifest import Example, VideoExamples, group_by_video
 
 # (stage, done, total)

@@ -8,7 +8,7 @@ from pathlib import Path
 from v2l_fast.evaluation.answering import BASELINE, SYSTEM
 from v2l_fast.evaluation.comparison import Scores
 from v2l_fast.evaluation.report import TITLES
-from v2l_fast.files import replacing
+from v2l_fast.outputs import replacing
 from v2l_fast.training.manifest import Example
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from v2l_fast.adapter_files import read_record
 from v2l_fast.errors import AdapterError, V2LError, excerpt
-from v2l_fast.files import append_text, parse_json, read_lines
+from v2l_fast.files import parse_json, read_lines
+from v2l_fast.outputs import append_text
 from v2l_fast.serving.staging import exclusive
 
 log = logging.getLogger(__name__)

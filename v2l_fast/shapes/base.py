@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, SmolVLMForConditionalGeneration
 
 from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.files import write_text
+from v2l_fast.outputs import write_text
 from v2l_fast.shapes.tokenizer import build_tokenizer
 from v2l_fast.shapes.vlm import IMAGE_SIZE, seeded_model, shapes_vlm_config
 

@@ -37,7 +37,7 @@ def render(
     \b
     v2l shapes render clips --count 64 && v2l evaluate --manifest clips/manifest.jsonl
     """
-    from v2l_fast.files import check_folder
+    from v2l_fast.outputs import check_folder
     from v2l_fast.shapes.evaluate import clip_name, examples_for
     from v2l_fast.shapes.language import caption
     from v2l_fast.shapes.render import write_clip
@@ -73,7 +73,7 @@ def train_vlm_command(
 
     Repeat the same command to continue after an interruption.
     """
-    from v2l_fast.files import check_folder, check_output
+    from v2l_fast.outputs import check_folder, check_output
     from v2l_fast.shapes.train_vlm import train_vlm
 
     check_folder(folder)
@@ -107,8 +107,8 @@ def evaluate(
     hide."""
     import torch
 
-    from v2l_fast.files import check_output
     from v2l_fast.model import Video2LoRA
+    from v2l_fast.outputs import check_output
     from v2l_fast.shapes.evaluate import evaluate as run
     from v2l_fast.shapes.evaluate import evaluate_files
     from v2l_fast.shapes.probes import probe
@@ -181,8 +181,8 @@ def report(
     """
     import torch
 
-    from v2l_fast.files import check_folder
     from v2l_fast.model import Video2LoRA
+    from v2l_fast.outputs import check_folder
     from v2l_fast.shapes.report import PIECES, Report, measure
     from v2l_fast.shapes.report_page import FILES, write_page
 

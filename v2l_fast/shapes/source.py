@@ -19,7 +19,7 @@ from torch import Tensor
 from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.console import note
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.files import save_tensors
+from v2l_fast.outputs import save_tensors
 from v2l_fast.shapes.language import Turn, ask, ask_several
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, NUM_FRAMES

@@ -18,7 +18,7 @@ from transformers import SmolVLMForConditionalGeneration
 
 from v2l_fast.console import Report, note, progress_bar
 from v2l_fast.errors import CheckpointError
-from v2l_fast.files import save_tensors
+from v2l_fast.outputs import save_tensors
 from v2l_fast.shapes.base import load_base, new_base, save_base
 from v2l_fast.shapes.evaluate import evaluate_direct
 from v2l_fast.shapes.pretrain_vision import SCHEDULE, pretrain_vision

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.files import parse_json, save_tensors
+from v2l_fast.files import parse_json
+from v2l_fast.outputs import save_tensors
 from v2l_fast.tensor_files import TensorHeader, load_tensors, read_header
 
 _RNG = "rng.torch"

@@ -151,7 +151,7 @@ def cache_command(
     are given; they and the dtype must be the training's. Repeat the same command to continue after
     an interruption, or to add videos.
     """
-    from v2l_fast.files import check_folder
+    from v2l_fast.outputs import check_folder
     from v2l_fast.training.feature_cache import FeatureCache, fill_cache, vision_fingerprint
     from v2l_fast.training.manifest import group_by_video, load_manifest
     from v2l_fast.training.teach import REQUIRED, load_frozen
@@ -212,7 +212,7 @@ def finevideo_build(
     v2l teach --manifest spans.jsonl --out taught/ --base HuggingFaceTB/SmolVLM2-2.2B-Instruct
     v2l train --config smolvlm2-500m 'data.manifests=["taught/manifest.jsonl"]'
     """
-    from v2l_fast.files import check_output
+    from v2l_fast.outputs import check_output
     from v2l_fast.training.finevideo import MIX
     from v2l_fast.training.finevideo_manifest import build_manifest
 

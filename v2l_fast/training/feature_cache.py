@@ -23,7 +23,8 @@ from torch import Tensor, uint8
 
 from v2l_fast.backbones import Backbone
 from v2l_fast.errors import V2LError, VideoError
-from v2l_fast.files import parse_json, save_tensors
+from v2l_fast.files import parse_json
+from v2l_fast.outputs import save_tensors
 from v2l_fast.tensor_files import TensorHeader, read_header
 from v2l_fast.training.manifest import VideoExamples
 from v2l_fast.training.reading import Chunk, ClipReader, read_ahead

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TextIO
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.files import check_folder, read_text
+from v2l_fast.files import read_text
+from v2l_fast.outputs import check_folder
 from v2l_fast.training.checkpoint import latest_checkpoint, read_progress
 from v2l_fast.training.records import cut_lines
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.errors import excerpt
-from v2l_fast.files import write_text
+from v2l_fast.outputs import write_text
 from v2l_fast.training.manifest_checks import (
     LISTED,
     TEXT_FIELDS,

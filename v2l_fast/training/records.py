@@ -9,7 +9,8 @@ from typing import Any
 
 from v2l_fast import files
 from v2l_fast.errors import V2LError
-from v2l_fast.files import append_text, parse_json, write_text
+from v2l_fast.files import parse_json
+from v2l_fast.outputs import append_text, write_text
 
 
 class _TornLine(V2LError):

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.errors import V2LError
-from v2l_fast.files import read_json, read_jsonl, write_text
+from v2l_fast.files import read_json, read_jsonl
+from v2l_fast.outputs import write_text
 
 Line = Mapping[str, Any]
 # Item numbers of one shard -> its lines.

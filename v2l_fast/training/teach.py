@@ -20,9 +20,9 @@ import torch
 from v2l_fast.backbones import Backbone, load_backbone
 from v2l_fast.backbones.base import EncodedVideo
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.files import check_folder, write_text
 from v2l_fast.generation import Sampling, generate
 from v2l_fast.loading import shipped
+from v2l_fast.outputs import check_folder, write_text
 from v2l_fast.training.manifest import (
     Example,
     VideoExamples,

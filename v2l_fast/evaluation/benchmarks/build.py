@@ -17,7 +17,7 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.benchmarks.annotations import VIDEO_SUFFIXES, BenchmarkError
 from v2l_fast.evaluation.benchmarks.catalog import BENCHMARKS, Benchmark
 from v2l_fast.evaluation.benchmarks.formats import Item
-from v2l_fast.files import check_output
+from v2l_fast.outputs import check_output
 from v2l_fast.training.manifest import write_manifest
 from v2l_fast.video import probe
 
