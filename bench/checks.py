@@ -128,9 +128,7 @@ def _finite(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _strided(inputs: Sequence[Tensor]) -> list[Tensor]:
     """The same values, last two axes transposed in memory; a vector takes every second slot."""
-    return [
-        t.mT.contiguous().mT if t.dim() > 1 else t.repeat_interleave(2)[::2] for t in inputs
-    ]
+    return [t.mT.contiguous().mT if t.dim() > 1 else t.repeat_interleave(2)[::2] for t in inputs]
 
 
 @dataclass(frozen=True)

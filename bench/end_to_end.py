@@ -20,13 +20,13 @@ from bench import released
 from bench.backends import backend
 from bench.checks import json_number, limit, relative_error
 from bench.timing import together
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import AdapterBatch
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.config import HypernetConfig
-from v2l_fast.generation import Sampling, generate
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.generation import SamplingParams, generate
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.video.preprocess import frame_views
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 FRAMES, QUESTION_TOKENS, NEW_TOKENS = 12, 24, 32
 # Text of the prompt: what introduces the video, what stands before each frame, the instruction.
@@ -177,11 +177,11 @@ class _Bench:
         features = self.features()
         with backend(name):
             adapter = self.generate_adapter(features)[0]
-            slots = AdapterSlots.pack([adapter], decoder.device, decoder.dtype)
+            slots = AdapterBank.pack([adapter], decoder.device, decoder.dtype)
 
-            def ask(adapters: AdapterSlots | None, ids: Tensor, seen: Tensor | None, new: int):
+            def ask(adapters: AdapterBank | None, ids: Tensor, seen: Tensor | None, new: int):
                 prompt = backbone.embed(ids, seen).embeddings
-                return generate(decoder, [prompt], (), Sampling(new), adapters)
+                return generate(decoder, [prompt], (), SamplingParams(new), adapters)
 
             found = _times(
                 {
@@ -216,9 +216,7 @@ def _factors(batch: AdapterBatch) -> tuple[Tensor, Tensor]:
     return batch.A["down_proj"], batch.B["down_proj"]
 
 
-def _times(
-    calls: dict[str, Callable[[], object]], device: str, seconds: float
-) -> dict[str, float]:
+def _times(calls: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, float]:
     """By the clock, as a caller sees it."""
 
     def finished(call: Callable[[], object]) -> Callable[[], None]:

@@ -90,7 +90,8 @@ class Http:
             await self._open()
         self._writer.write(
             f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
         )
         status = int((await self._line()).split()[1])
         length: int | None = None
@@ -192,9 +193,7 @@ async def _ordinary(host: str, port: int, seen: Seen, end: float, options: dict[
             import openai
 
             official = await stack.enter_async_context(
-                openai.AsyncOpenAI(
-                    base_url=f"http://{host}:{port}/v1", api_key="-", max_retries=0
-                )
+                openai.AsyncOpenAI(base_url=f"http://{host}:{port}/v1", api_key="-", max_retries=0)
             )
         clients = []
         for number in range(options["clients"]):

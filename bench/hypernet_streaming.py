@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 
 from bench import records, released
 from bench.environment import environment
-from v2l_fast.config import HypernetConfig
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.outputs import save_tensors
 
 ROOT = Path(__file__).resolve().parents[1]

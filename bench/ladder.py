@@ -29,9 +29,9 @@ from bench.forms import in_form
 from bench.timing import captured, together
 from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
 from csrc_triton.peaks import peak_of
-from v2l_fast.config import HypernetConfig
-from v2l_fast.hypernet import HyperNetwork
-from v2l_fast.perceiver import PerceiverAttention, inverse_rms
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.hypernet.perceiver import PerceiverAttention, inverse_rms
 
 HEADS = (16, 4, 128)
 SIZES = ("tiny", "cpu", "gpu")
@@ -293,9 +293,7 @@ class _Maker:
     def rand(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, device=self.device, dtype=torch.float32) * scale).to(self.dtype)
 
-    def attention(
-        self, name: str, n: int, s: int, p: int, z: int, training: bool
-    ) -> Row:
+    def attention(self, name: str, n: int, s: int, p: int, z: int, training: bool) -> Row:
         torch.manual_seed(0)
         context = self.rand(n, s, z)
         return Row(
@@ -347,9 +345,7 @@ class _Maker:
             note="" if training else "without 1/rms of the context, which serves nine blocks",
         )  # fmt: skip
 
-    def projection(
-        self, name: str, batch: int, layers: int, z: int, d_in: int, d_out: int
-    ) -> Row:
+    def projection(self, name: str, batch: int, layers: int, z: int, d_in: int, d_out: int) -> Row:
         torch.manual_seed(0)
         rank = 16
         inputs = [

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from bench.end_to_end import FRAME_TOKENS, INSTRUCTION_TOKENS, INTRODUCTION_TOKENS, Shape
-from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 
 def random_backbone(shape: Shape, device: str, dtype: torch.dtype) -> SmolVLM:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.network import HyperNetwork
 
 RMS_EPS = 1e-6
 
@@ -192,9 +192,9 @@ def _attention(
         for name in ("k_proj.weight", "v_proj.weight")
     )
     key, value = (
-        t[:, :, None].expand(-1, -1, num_heads // num_kv_heads, -1, -1).reshape(
-            n, num_heads, -1, head_dim
-        )
+        t[:, :, None]
+        .expand(-1, -1, num_heads // num_kv_heads, -1, -1)
+        .reshape(n, num_heads, -1, head_dim)
         for t in (key, value)
     )
     scores = query.transpose(1, 2) @ key.mT / math.sqrt(head_dim)

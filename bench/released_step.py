@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from bench import released
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.hypernet import HyperNetwork
-from v2l_fast.training.samples import Sample
+from v2l_fast.data.samples import Sample
+from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 Stage = Callable[[str], None]
 IGNORED = -100

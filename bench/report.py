@@ -248,9 +248,7 @@ def _end_to_end(row: Record) -> str:
         return f"{row['shape']}: {FAILED} ({row['reason']})"
     variants = list(row["variants"])
     stages = list(dict.fromkeys(s for v in variants for s in row["variants"][v]))
-    body = [
-        [stage, *(_ms(row["variants"][v].get(stage)) for v in variants)] for stage in stages
-    ]
+    body = [[stage, *(_ms(row["variants"][v].get(stage)) for v in variants)] for stage in stages]
     head = f"{row['shape']}: {row['context_tokens']} context tokens, error {row['error']:.1e}\n\n"
     return head + _table(["stage", *variants], body)
 

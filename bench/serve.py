@@ -1,10 +1,10 @@
 """Serving: one question in every way there is, a video internalized, and the engine under load.
 
-    python -m bench.serve                                  # shipped model on the CPU
-    python -m bench.serve --shape 500M --device cuda       # released shapes, random weights
-    python -m bench.serve --video --shape 500M --device cuda      # from H.264 files to adapters
-    python -m bench.serve --load --minutes 10              # 64 clients over HTTP, odd ones beside
-    python -m bench.serve --engine-load --minutes 10       # the engine alone, every answer checked
+python -m bench.serve                                  # shipped model on the CPU
+python -m bench.serve --shape 500M --device cuda       # released shapes, random weights
+python -m bench.serve --video --shape 500M --device cuda      # from H.264 files to adapters
+python -m bench.serve --load --minutes 10              # 64 clients over HTTP, odd ones beside
+python -m bench.serve --engine-load --minutes 10       # the engine alone, every answer checked
 """
 
 from __future__ import annotations

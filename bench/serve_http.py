@@ -28,12 +28,12 @@ import numpy as np
 
 from bench.http_client import Ask, Seen, work
 from bench.serve_load import GROWTH_LIMIT, alone, questions
-from v2l_fast.generation import Sampling
+from v2l_fast.generation import SamplingParams
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.requests import GenerationRequest
-from v2l_fast.serving.store import AdapterStore
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.store.adapter_store import AdapterStore
 
 PROCESSES = multiprocessing.get_context("spawn")
 CLIENT_PROCESSES = 2
@@ -150,9 +150,7 @@ def _internalize(port: int, path: Path) -> str:
     return video["adapter_id"]
 
 
-def _expected(
-    folder: Path, scenes: list, ids: list[str], seed: int
-) -> tuple[list[Ask], list[Ask]]:
+def _expected(folder: Path, scenes: list, ids: list[str], seed: int) -> tuple[list[Ask], list[Ask]]:
     """Requests and their right answers; then those with extreme parameters."""
     model = Video2LoRA.from_pretrained("shapes", device="cpu")
     store = AdapterStore(folder)
@@ -161,7 +159,7 @@ def _expected(
         answers = [alone(model, store, one) for one in requests]
         asks = [Ask(_body(one), text) for one, text in zip(requests, answers, strict=True)]
         greedy = next(i for i, one in enumerate(requests) if one.sampling.temperature == 0)
-        drawn = replace(requests[greedy], sampling=Sampling(40, temperature=0.8, seed=7))
+        drawn = replace(requests[greedy], sampling=SamplingParams(40, temperature=0.8, seed=7))
         extreme = _extreme(requests[greedy], answers[greedy], alone(model, store, drawn))
     finally:
         store.close()

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.latency import Latencies
-from v2l_fast.adapter import Adapter
-from v2l_fast.generation import Sampling
+from v2l_fast.generation import SamplingParams
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.requests import GenerationRequest
-from v2l_fast.serving.store import AdapterStore
 from v2l_fast.shapes.language import CAPTION_PROMPTS, ask_several
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.store.adapter_store import AdapterStore
 
 NEW_TOKENS = 40
 QUESTIONS_PER_VIDEO = 4
@@ -141,7 +141,7 @@ def questions(scenes: list, ids: list[str], seed: int) -> list[GenerationRequest
             for adapters in ((ids[place],), both, ()):
                 drawn = {"temperature": 0.8, "seed": place} if number == 1 else {}
                 asked.append(
-                    GenerationRequest(text, adapters, sampling=Sampling(NEW_TOKENS, **drawn))
+                    GenerationRequest(text, adapters, sampling=SamplingParams(NEW_TOKENS, **drawn))
                 )
     return list(dict.fromkeys(asked))
 

@@ -19,8 +19,8 @@ from bench.decode import FPS, LIMITS, make
 from bench.end_to_end import FRAMES as PROMPT_FRAMES
 from bench.end_to_end import INSTRUCTION_TOKENS, INTRODUCTION_TOKENS, Shape, _Bench
 from bench.timing import together
-from v2l_fast.adapter import AdapterBatch
-from v2l_fast.video import VideoClip, load_video
+from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.video import Clip, load_video
 from v2l_fast.video.fallbacks import fallbacks
 from v2l_fast.video.preprocess import frame_views
 from v2l_fast.video.reading import resolved
@@ -53,7 +53,7 @@ def measure(
 def _row(bench: _Bench, path: Path, count: int, seconds: float) -> dict[str, Any]:
     ids, device = _context(bench.context_ids, count), bench.device
 
-    def decode() -> VideoClip:
+    def decode() -> Clip:
         options = {"limits": LIMITS, "longest_edge": bench.edge, "device": device}
         return load_video(path, count, exact_frames=True, **options)
 

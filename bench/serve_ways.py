@@ -21,18 +21,18 @@ from torch import Tensor
 from bench.end_to_end import Shape, _Bench
 from bench.timing import together
 from csrc_triton.peaks import peak_of
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.prefix import continue_greedily, prefill
-from v2l_fast.backbones.decoder import Decoder
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.generation import Batch, Row, Sampling
+from v2l_fast.generation import Batch, Row, SamplingParams
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.peft import save_peft
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.graphs import GraphBatch
 from v2l_fast.shapes.language import CAPTION_PROMPTS
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.vlm.decoder import Decoder
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 # Ways that give the same answer, to rounding.
 AGREE = (
@@ -115,9 +115,7 @@ def _disagreeing(ways: dict[str, Callable[[int], list[int]]], new_tokens: int) -
 
 
 @torch.inference_mode()
-def compare(
-    asked: Asked, new_tokens: int, seconds: float, checked: bool = False
-) -> dict[str, Any]:
+def compare(asked: Asked, new_tokens: int, seconds: float, checked: bool = False) -> dict[str, Any]:
     """Every way's answer, then its times.
 
     On a GPU of known bandwidth ``weight_floor_share`` is what part of the tokens a second a way
@@ -186,13 +184,13 @@ def _ways(asked: Asked, new_tokens: int, folder: Path) -> dict[str, Callable[[in
     decoder = backbone.decoder
     video = asked.features()
     longest = len(asked.about(video)) + new_tokens
-    slots = AdapterSlots.pack([asked.adapter], decoder.device, decoder.dtype)
+    slots = AdapterBank.pack([asked.adapter], decoder.device, decoder.dtype)
     kind = GraphBatch if decoder.device.type == "cuda" else Batch
     plain, merged = (kind(d, 1, longest, ()) for d in (decoder, decoder.merged(asked.adapter)))
     peft = _peft(asked, folder)
 
     def answer(batch: Batch, prompt: Tensor, count: int, adapters: Any = None) -> list[int]:
-        row = Row(Sampling(count), -1 if adapters is None else 0)
+        row = Row(SamplingParams(count), -1 if adapters is None else 0)
         batch.join([row], [prompt], adapters)
         while batch.drop_finished():
             batch.step(adapters)

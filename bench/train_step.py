@@ -47,14 +47,14 @@ from bench.environment import ROOT, environment
 from bench.models import random_backbone, random_context, random_ids
 from bench.records import RESULTS, write
 from bench.released_step import ReleasedStep, Stage, Step
-from v2l_fast.adapter import AdapterBatch
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.config import HypernetConfig
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.training.contexts import visual_features
-from v2l_fast.training.samples import ContextSample, Sample
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import frame_views, load_video
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 ORDERS = ("released", "ours")
 QUESTION_TOKENS, ANSWER_TOKENS = 24, (16, 80)

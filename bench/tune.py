@@ -330,9 +330,7 @@ def _gated_wins() -> Iterator[dict[str, Any]]:
     yield from ranges("tokens", won)
 
 
-def _wins(
-    function: Callable, make: Callable[[], Sequence[Tensor]], needs: Sequence[int]
-) -> bool:
+def _wins(function: Callable, make: Callable[[], Sequence[Tensor]], needs: Sequence[int]) -> bool:
     """Whether the fused path beats the reference, forward and (with ``needs``) backward."""
     inputs = make()
     for i in needs:

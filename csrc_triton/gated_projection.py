@@ -206,9 +206,7 @@ register_autocast("gated_projection", _CAST)
 register_autocast("gated_projection_backward", 0)
 
 
-def _plain(
-    x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor
-) -> Tensor:
+def _plain(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The op in plain torch operations, whose derivatives PyTorch knows."""
     _check(x, visible, gate, up, down)
     return reference.gated_projection(x, visible, gate, up, down)

@@ -147,9 +147,7 @@ def _check(query: Tensor, context: Tensor, inv_rms: Tensor) -> None:
             raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
 
 
-def perceiver_attention(
-    query: Tensor, context: Tensor, inv_rms: Tensor
-) -> tuple[Tensor, Tensor]:
+def perceiver_attention(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
     """out_i = sum_s p_is ĉ_s with p = softmax(q_i · ĉ_s) over visible s and ĉ_s = inv_rms_s · c_s.
 
     Args:

@@ -192,9 +192,7 @@ def rank_projection_backward(
 # --- lora linear -----------------------------------------------------------------------------
 
 
-def _chosen(
-    lora_a: Tensor, adapter_index: Tensor, ranks: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _chosen(lora_a: Tensor, adapter_index: Tensor, ranks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Adapter of each example, [E], any where it has none; the rank slots it uses, [E, 1, r]."""
     adapters, rank, _ = lora_a.shape
     has_one = (adapter_index >= 0) & (adapter_index < adapters)

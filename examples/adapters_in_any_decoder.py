@@ -1,6 +1,6 @@
 """Give each example of a batch its own adapter in a plain transformers decoder.
 
-    python examples/adapters_in_any_decoder.py
+python examples/adapters_in_any_decoder.py
 """
 
 import torch

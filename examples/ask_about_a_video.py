@@ -1,6 +1,6 @@
 """Internalize a video once, then ask about it without any visual token in context.
 
-    python examples/ask_about_a_video.py clip.mp4 "What happens in the video?"
+python examples/ask_about_a_video.py clip.mp4 "What happens in the video?"
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Use the hypernetwork and the ops without a VLM: hidden states in, adapted linear layer out.
 
-    python examples/hypernetwork_alone.py
+python examples/hypernetwork_alone.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Answer questions about several videos in one batch, each question with its own adapter.
 
-    python examples/one_batch_many_videos.py first.mp4 second.mp4 "What color is the object?"
+python examples/one_batch_many_videos.py first.mp4 second.mp4 "What color is the object?"
 """
 
 import sys

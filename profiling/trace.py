@@ -37,14 +37,14 @@ from bench.environment import environment
 from bench.models import random_ids
 from bench.records import write
 from bench.train_step import CASES, QUESTION_TOKENS, Case, batch, models
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import AdapterBatch
-from v2l_fast.backbones.decoder import Decoder
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.generation import Batch, Row, Sampling
-from v2l_fast.hypernet import HyperNetwork
-from v2l_fast.training.samples import ContextSample, Sample
+from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.generation import Batch, Row, SamplingParams
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.training.step import StepOptions, TrainStep
+from v2l_fast.vlm.decoder import Decoder
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 MODELS = {name.lower(): case for name, case in CASES.items()}
 # The first token and three more: a step is like the next, and each adds thousands of events.
@@ -98,16 +98,16 @@ def job(name: str, case: Case, device: str, compile: bool) -> Job:
     if name == "internalize":
         return make
     decoder = backbone.decoder
-    slots = AdapterSlots.pack([make()[0]], decoder.device, decoder.dtype)
+    slots = AdapterBank.pack([make()[0]], decoder.device, decoder.dtype)
     question = random_ids(backbone, QUESTION_TOKENS, torch.Generator().manual_seed(1))
     prompt = backbone.embed(question.to(decoder.device)).embeddings
     return torch.inference_mode()(lambda: _answer(decoder, prompt, slots))
 
 
-def _answer(decoder: Decoder, prompt: Tensor, slots: AdapterSlots) -> None:
+def _answer(decoder: Decoder, prompt: Tensor, slots: AdapterBank) -> None:
     running = Batch(decoder, 1, len(prompt) + NEW_TOKENS, ())
     with record_function("first token"):
-        running.join([Row(Sampling(NEW_TOKENS), slot=0)], [prompt], slots)
+        running.join([Row(SamplingParams(NEW_TOKENS), slot=0)], [prompt], slots)
     for _ in range(NEW_TOKENS - 1):
         with record_function("further token"):
             running.step(slots)

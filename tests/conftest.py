@@ -15,11 +15,11 @@ import torch
 from hypothesis import settings
 
 from tests import tiny
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.base import new_base
-from v2l_fast.video import VideoClip
+from v2l_fast.video import Clip
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
@@ -71,13 +71,13 @@ def model(backbone: SmolVLM, hypernet: HyperNetwork) -> Video2LoRA:
 
 
 @pytest.fixture(scope="session")
-def clips() -> list[VideoClip]:
+def clips() -> list[Clip]:
     """Three clips of random frames, of 3, 1 and 2 frames."""
     return [tiny.clip(frames, seed) for seed, frames in enumerate((3, 1, 2))]
 
 
 @pytest.fixture(scope="session")
-def adapters(model: Video2LoRA, clips: list[VideoClip]):
+def adapters(model: Video2LoRA, clips: list[Clip]):
     """Their adapters."""
     return model.internalize(clips)
 

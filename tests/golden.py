@@ -1,7 +1,7 @@
 """Outputs of the released code on random weights, and the networks that must reproduce them.
 
-Each file of ``data/golden`` holds inputs, outputs and gradients of one case. Networks: ``a`` has
-stored weights, ``nano_sa`` (with self-attention blocks) weights by formula. Relative errors are
+Each file of ``fixtures/golden`` holds inputs, outputs and gradients of one case. Networks: ``a``
+has stored weights, ``nano_sa`` (with self-attention blocks) weights by formula. Relative errors are
 Frobenius norms: an RMSNorm eps of 1e-5 instead of 1e-6 shows as 3e-4, a LayerNorm eps of 1e-6
 instead of 1e-5 as 6e-6, anything structural as 0.2 or more.
 """
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.formula import hypernet_parameter
-from v2l_fast.config import HypernetConfig
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 
-FOLDER = Path(__file__).parent / "data" / "golden"
+FOLDER = Path(__file__).parent / "fixtures" / "golden"
 
 CONFIGS = {
     "a": HypernetConfig(
@@ -44,7 +44,7 @@ CONFIGS = {
 
 
 def load(name: str) -> dict[str, Tensor]:
-    """Tensors of ``data/golden/<name>.safetensors``."""
+    """Tensors of ``fixtures/golden/<name>.safetensors``."""
     return load_file(FOLDER / f"{name}.safetensors")
 
 

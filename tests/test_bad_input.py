@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from v2l_fast import Video2LoRA
-from v2l_fast.adapter import Adapter
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, V2LError, VideoError
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.tensor_files import load_tensors
 
 M = "down_proj"
@@ -76,8 +76,16 @@ def break_hypernet(kind: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["missing", "truncated", "bits", "nan", "a tensor less", "another shape", "another config",
-     "config of something else"],
+    [
+        "missing",
+        "truncated",
+        "bits",
+        "nan",
+        "a tensor less",
+        "another shape",
+        "another config",
+        "config of something else",
+    ],
 )
 def test_broken_hypernetworks(kind, pair):
     folder = pair / "hypernet"

@@ -8,24 +8,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.errors import AdapterError, ConfigError
-from v2l_fast.generation import Batch, Row, Sampling, generate
+from v2l_fast.generation import Batch, Row, SamplingParams, generate
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.vlm.decoder import Decoder
 
 M = "down_proj"
 PROMPTS = [[2, 20, 30, 40, 12], [2, 21], [2, 33, 17, 17, 50, 51, 52, 53, 54], [2]]
 
 
-def slots(adapters) -> AdapterSlots | None:
-    return AdapterSlots.pack(adapters, "cpu", torch.float32)
+def slots(adapters) -> AdapterBank | None:
+    return AdapterBank.pack(adapters, "cpu", torch.float32)
 
 
 def run(backbone, prompts, adapters=None, stop=(), **sampling) -> list[list[int]]:
     """Generated ids of token-id prompts."""
     embedded = [backbone.decoder.embed(torch.tensor(p)) for p in prompts]
     packed = None if adapters is None else slots(adapters)
-    return generate(backbone.decoder, embedded, stop, Sampling(**sampling), packed).tokens
+    return generate(backbone.decoder, embedded, stop, SamplingParams(**sampling), packed).tokens
 
 
 def transformers_greedy(backbone, prompt, adapter, new_tokens) -> list[int]:
@@ -43,7 +43,7 @@ def transformers_greedy(backbone, prompt, adapter, new_tokens) -> list[int]:
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
     )
-    return found[0, len(prompt):].tolist()
+    return found[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:3])
@@ -87,7 +87,7 @@ def test_length_limit(new_tokens, backbone):
 
 def test_time_to_first_token_is_positive(backbone):
     embedded = [backbone.decoder.embed(torch.tensor(PROMPTS[0]))]
-    assert generate(backbone.decoder, embedded, (), Sampling()).time_to_first_token > 0
+    assert generate(backbone.decoder, embedded, (), SamplingParams()).time_to_first_token > 0
 
 
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.5, "seed": 5}
@@ -163,7 +163,7 @@ def test_frequencies_follow_the_distribution(backbone):
 )
 def test_settings_out_of_range(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Sampling(**wrong)
+        SamplingParams(**wrong)
 
 
 # --- failures belong to the row that causes them --------------------------------------------------
@@ -172,7 +172,7 @@ def test_settings_out_of_range(wrong):
 def running(backbone, adapters=None, count=5, **sampling) -> tuple[Batch, list[Row]]:
     """A batch whose row i starts with token 20 + i and has the adapter in slot i, if any."""
     batch = Batch(backbone.decoder, count, 40, ())
-    rows = [Row(Sampling(max_new_tokens=9, **sampling), -1 if adapters is None else place)
+    rows = [Row(SamplingParams(max_new_tokens=9, **sampling), -1 if adapters is None else place)
             for place in range(count)]  # fmt: skip
     prompts = [backbone.decoder.embed(torch.tensor([2, 20 + place, 30])) for place in range(count)]
     batch.join(rows, prompts, adapters)
@@ -253,7 +253,9 @@ def test_a_poisoned_adapter_hurts_its_row_alone(value, sampling, backbone, adapt
     bad.B[M][:, 1] = value
     batch = Batch(backbone.decoder, 5, 40, ())
     for _ in range(2):
-        batch_rows = [Row(Sampling(max_new_tokens=9, **sampling), place) for place in range(5)]
+        batch_rows = [
+            Row(SamplingParams(max_new_tokens=9, **sampling), place) for place in range(5)
+        ]
         prompts = [backbone.decoder.embed(torch.tensor([2, 20 + i, 30])) for i in range(5)]
         batch.join(batch_rows, prompts, bad)
         finish(batch, bad)
@@ -264,7 +266,7 @@ def test_a_poisoned_adapter_hurts_its_row_alone(value, sampling, backbone, adapt
             assert row.finished == "error" and isinstance(row.error, AdapterError)
             assert "NaN or infinite" in str(row.error) and row.tokens == []
         assert batch.cache.keys.isfinite().all() and batch.cache.values.isfinite().all()
-    one = Row(Sampling(max_new_tokens=9, **sampling), 1)
+    one = Row(SamplingParams(max_new_tokens=9, **sampling), 1)
     batch.join([one], [prompts[1]], good)
     finish(batch, good)
     assert one.tokens == expected[1].tokens

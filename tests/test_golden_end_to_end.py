@@ -10,11 +10,11 @@ import torch
 from transformers import SmolVLMForConditionalGeneration
 
 from tests.golden import FOLDER, load, network, relative
-from v2l_fast.adapted import AdapterSlots, LayerSlots
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.generation import Sampling, generate
+from v2l_fast.generation import SamplingParams, generate
+from v2l_fast.hypernet.adapted_linear import AdapterBank, LayerAdapters
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.training.loss import example_means, token_kl
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 M = "down_proj"
 EOS = 2
@@ -79,11 +79,11 @@ def test_context_features_and_adapter(video, padding, vlm, net, golden):
 
 
 def logits(
-    vlm: SmolVLM, ids: torch.Tensor, slots: AdapterSlots | list[LayerSlots] | None
+    vlm: SmolVLM, ids: torch.Tensor, slots: AdapterBank | list[LayerAdapters] | None
 ) -> torch.Tensor:
     """slots: for all layers, as when answering, or one for each, as in training."""
     decoder = vlm.decoder
-    hidden, span = decoder.embed(ids), decoder.prefill_span(*ids.shape)
+    hidden, span = decoder.embed(ids), decoder.prefill_metadata(*ids.shape)
     for index in range(decoder.num_layers):
         chosen = slots[index] if isinstance(slots, list) else slots
         hidden = decoder.layer(index, hidden, span, None, chosen)
@@ -95,8 +95,8 @@ def test_logits(vlm, batch, golden):
     ids, real = golden["text.input_ids"], golden["text.attention_mask"] == 1
     plain = logits(vlm, ids, None)
     assert relative(plain[real], golden["text.logits_base"][real]) <= 1e-5
-    by_adapter = AdapterSlots.pack(list(batch), "cpu", torch.float32)
-    by_batch = LayerSlots.of_batch(batch.composed())
+    by_adapter = AdapterBank.pack(list(batch), "cpu", torch.float32)
+    by_batch = LayerAdapters.of_batch(batch.composed())
     for slots in (by_adapter, by_batch):
         found = logits(vlm, ids, slots)
         assert relative(found[real], golden["train.logits"][real]) <= 1e-5
@@ -108,8 +108,8 @@ def test_several_questions_to_a_video(vlm, batch, golden):
     real = golden["multiq.attention_mask"] == 1
     videos = list(batch)
     for slots in (
-        [replace(one, index=owner) for one in LayerSlots.of_batch(batch.composed())],
-        AdapterSlots.pack([videos[i] for i in owner], "cpu", torch.float32),
+        [replace(one, index=owner) for one in LayerAdapters.of_batch(batch.composed())],
+        AdapterBank.pack([videos[i] for i in owner], "cpu", torch.float32),
     ):
         found = logits(vlm, golden["multiq.input_ids"], slots)
         assert relative(found[real], golden["multiq.logits"][real]) <= 1e-5
@@ -120,8 +120,8 @@ def test_two_chunks_of_one_video(vlm, batch, golden):
     real = golden["text.attention_mask"][0] == 1
     ids = golden["text.input_ids"][:1]
     for slots in (
-        AdapterSlots.pack([Adapter.compose(list(batch))], "cpu", torch.float32),
-        LayerSlots.of_batch(batch.composed([2])),
+        AdapterBank.pack([Adapter.compose(list(batch))], "cpu", torch.float32),
+        LayerAdapters.of_batch(batch.composed([2])),
     ):
         found = logits(vlm, ids, slots)
         assert relative(found[0, real], golden["chunks2.logits"][0, real]) <= 1e-5
@@ -130,11 +130,11 @@ def test_two_chunks_of_one_video(vlm, batch, golden):
 @pytest.mark.parametrize("index", [0, 1])
 def test_generation(index, vlm, net, golden):
     prompt = golden[f"generate.single{index}.prompt_ids"][0]
-    slots = AdapterSlots.pack([adapter(golden, net, index)], "cpu", torch.float32)
+    slots = AdapterBank.pack([adapter(golden, net, index)], "cpu", torch.float32)
     found = generate(
-        vlm.decoder, [vlm.decoder.embed(prompt)], (EOS,), Sampling(max_new_tokens=10), slots
+        vlm.decoder, [vlm.decoder.embed(prompt)], (EOS,), SamplingParams(max_new_tokens=10), slots
     )
-    expected = golden[f"generate.single{index}.sequences"][0, len(prompt):].tolist()
+    expected = golden[f"generate.single{index}.sequences"][0, len(prompt) :].tolist()
     assert found.tokens == [expected]
 
 
@@ -146,8 +146,8 @@ def test_generation_in_one_batch(vlm, net, golden):
         vlm.decoder,
         [vlm.decoder.embed(prompt) for prompt in prompts],
         (EOS,),
-        Sampling(max_new_tokens=10),
-        AdapterSlots.pack(adapters, "cpu", torch.float32),
+        SamplingParams(max_new_tokens=10),
+        AdapterBank.pack(adapters, "cpu", torch.float32),
     )
     assert found.tokens == golden["generate.batch.sequences"][:, -10:].tolist()
 
@@ -161,7 +161,7 @@ def answers(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, .
 def test_loss_and_gradients(vlm, golden):
     net = network("a")
     batch = net(golden["ctx_right.ctx_features"], golden["ctx_right.attention_mask"])
-    slots = LayerSlots.of_batch(batch.composed())
+    slots = LayerAdapters.of_batch(batch.composed())
     student = logits(vlm, golden["text.input_ids"], slots)
     rows, targets, owner = answers(student, golden["text.labels"])
     teacher, teacher_targets, _ = answers(golden["teacher.logits"], golden["teacher.labels"])

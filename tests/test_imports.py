@@ -19,21 +19,21 @@ PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 # a module of v2l_fast or a package with all its modules. What is imported inside a function is
 # loaded when it is needed and may point anywhere.
 LAYERS = (
-    ("csrc_triton", "errors", "compiling", "lengths", "hub"),
+    ("csrc_triton", "errors", "compiling", "padding", "hub", "work_units"),
     ("files",),
     ("outputs",),
     ("video", "console"),
-    ("config", "tensor_files"),
-    ("perceiver", "adapter_files", "adapter_scope"),
-    ("adapter",),
-    ("hypernet", "adapted"),
-    ("backbones", "loading"),
+    ("tensor_files",),
+    ("hypernet",),
+    ("interop",),
+    ("vlm", "loading"),
     ("generation", "internalizing"),
     ("effect",),
     ("model",),
-    ("options",),
-    ("training", "serving", "interop"),
-    ("evaluation", "corpus"),
+    ("store",),
+    ("data",),
+    ("training", "serving"),
+    ("evaluation",),
     ("analysis",),
     ("shapes", "doctor"),
     ("demo",),
@@ -98,10 +98,10 @@ def test_video_stands_alone():
             assert used <= {"video", "errors", ""}, module
 
 
-def test_only_backbones_name_a_model_family():
+def test_only_vlm_names_a_model_family():
     """Elsewhere no class of a family is imported, but for the type of what is passed around."""
     for module, path in MODULES:
-        if entry(module) in ("backbones", "shapes", "interop"):
+        if entry(module) in ("vlm", "shapes", "interop"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.tiny import clip
-from v2l_fast.adapter import Adapter
 from v2l_fast.errors import V2LError, WriteError
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.directories import whole_directory
 from v2l_fast.outputs import (
     check_folder,

@@ -12,7 +12,7 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.generation.sampling import (
     MAX_SEED,
     MIN_SEED,
-    Sampling,
+    SamplingParams,
     SamplingTensors,
     sample,
     uniform,
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 SMALL = torch.tensor([2.0, 0.5, 1.0, -1.0, 0.0, 1.5, -3.0, 0.9, 0.2, 1.1])
 
 
-def draw(logits, sampling: list[Sampling], index: int = 0) -> list[int]:
+def draw(logits, sampling: list[SamplingParams], index: int = 0) -> list[int]:
     """A token for each of the rows of ``logits`` [E, V]."""
     parameters = SamplingTensors.of(sampling, logits.shape[1], CPU)
     return sample(logits, parameters, torch.full((len(sampling),), index)).tolist()
@@ -31,7 +31,7 @@ def draw(logits, sampling: list[Sampling], index: int = 0) -> list[int]:
 def draws(logits, count: int, index: int = 0, first: int = 0, **options) -> torch.Tensor:
     """How often each token is drawn with the seeds ``first`` to ``first + count - 1``."""
     options.setdefault("temperature", 1.0)
-    sampling = [Sampling(seed=first + i, **options) for i in range(count)]
+    sampling = [SamplingParams(seed=first + i, **options) for i in range(count)]
     tokens = draw(logits.expand(count, -1), sampling, index)
     return torch.bincount(torch.tensor(tokens), minlength=len(logits))
 
@@ -160,7 +160,7 @@ def test_a_row_does_not_depend_on_the_batch():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(13, 5000, generator=generator) * 3
     sampling = [
-        Sampling(
+        SamplingParams(
             temperature=(1e-40, 0.7, 1.0, 2.5, 1e30)[i % 5],
             top_p=(1.0, 0.9, 1e-300)[i % 3],
             top_k=(0, 5, 10**9, 1)[i % 4],
@@ -185,7 +185,7 @@ def test_a_rounding_error_moves_no_draw():
     """A batch rounds its logits in its own way: the answer must not change with every last bit."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(400, 300, generator=generator)
-    sampling = [Sampling(temperature=1.0, top_p=0.95, seed=i) for i in range(400)]
+    sampling = [SamplingParams(temperature=1.0, top_p=0.95, seed=i) for i in range(400)]
     near = logits * (1 + 1e-6 * torch.randn(400, 300, generator=generator))
     pairs = zip(draw(logits, sampling), draw(near, sampling), strict=True)
     assert sum(one != other for one, other in pairs) <= 1
@@ -195,15 +195,15 @@ def test_nan_raises_nothing():
     logits = SMALL.repeat(4, 1)
     logits[1, 3], logits[2, 0] = math.nan, math.inf
     logits[3] = -math.inf
-    found = draw(logits, [Sampling(temperature=1.0, top_p=0.5, top_k=3)] * 4)
-    assert found[0] == draw(SMALL[None], [Sampling(temperature=1.0, top_p=0.5, top_k=3)])[0]
+    found = draw(logits, [SamplingParams(temperature=1.0, top_p=0.5, top_k=3)] * 4)
+    assert found[0] == draw(SMALL[None], [SamplingParams(temperature=1.0, top_p=0.5, top_k=3)])[0]
     assert all(0 <= token < 10 for token in found)
 
 
 def test_seeds_of_examples_wrap():
-    assert Sampling(seed=MAX_SEED).for_example(1).seed == MIN_SEED
-    assert Sampling(seed=MAX_SEED).for_example(0).seed == MAX_SEED
-    assert Sampling(seed=-1).for_example(3).seed == 2
+    assert SamplingParams(seed=MAX_SEED).for_example(1).seed == MIN_SEED
+    assert SamplingParams(seed=MAX_SEED).for_example(0).seed == MAX_SEED
+    assert SamplingParams(seed=-1).for_example(3).seed == 2
 
 
 @pytest.mark.parametrize(
@@ -226,5 +226,5 @@ def test_seeds_of_examples_wrap():
 )
 def test_wrong_values_are_refused_by_name(wrong, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        Sampling(**wrong)
+        SamplingParams(**wrong)
     assert len(str(refused.value)) < 200

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from v2l_fast.adapter import Adapter
+from v2l_fast.hypernet.adapter import Adapter
 
 QUESTIONS = ["what happens?", "which color is it?"]
 SHORT = {"max_new_tokens": 10}

@@ -11,22 +11,22 @@ import torch
 from safetensors.torch import save
 
 from tests import tiny
-from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.records import read_json as read_analysis
-from v2l_fast.backbones.loading import load_backbone
-from v2l_fast.config import HypernetConfig
+from v2l_fast.data.manifest import load_manifest
+from v2l_fast.data.shards import Shards
 from v2l_fast.errors import LINE_LENGTH, CheckpointError, V2LError
 from v2l_fast.evaluation.benchmarks.catalog import BENCHMARKS
 from v2l_fast.evaluation.journal import Journal
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.interop import frames2lora
 from v2l_fast.interop.peft import load_peft
 from v2l_fast.serving.auth import Keys
 from v2l_fast.tensor_files import load_tensors, read_header
 from v2l_fast.training.checkpoint import read_progress
 from v2l_fast.training.config import load_config
-from v2l_fast.training.manifest import load_manifest
-from v2l_fast.training.shards import Shards
+from v2l_fast.vlm.loading import load_backbone
 
 DEEP = "[" * 100_000
 
@@ -129,8 +129,11 @@ def entry(dtype: object = "F32", shape: object = (1,), begin: object = 0, end: o
 
 BAD_TENSORS = {
     "500,000 tensors": lambda: header(
-        b"{" + b",".join(b'"%d":%s' % (i, json.dumps(entry(shape=(0,), end=0)).encode())
-                         for i in range(500_000)) + b"}"
+        b"{"
+        + b",".join(
+            b'"%d":%s' % (i, json.dumps(entry(shape=(0,), end=0)).encode()) for i in range(500_000)
+        )
+        + b"}"
     ),
     "header of 100 MB": lambda: header(b"{" + b" " * 100_000_000 + b"}"),
     "header beyond the file": lambda: (2**40).to_bytes(8, "little") + b"{}",

@@ -16,10 +16,10 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.config import HypernetConfig
-from v2l_fast.hypernet import HyperNetwork
-from v2l_fast.video import VideoClip
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.video import Clip
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 SPECIAL = (
     "<pad>",
@@ -138,11 +138,11 @@ def hypernetwork(config: HypernetConfig = CONFIG, seed: int = 0) -> HyperNetwork
     return network.eval()
 
 
-def clip(frames: int, seed: int, height: int = 24, width: int = 32) -> VideoClip:
+def clip(frames: int, seed: int, height: int = 24, width: int = 32) -> Clip:
     """Random frames at one a second."""
     generator = torch.Generator().manual_seed(seed)
     size = (frames, 3, height, width)
-    return VideoClip.from_frames(
+    return Clip.from_frames(
         torch.randint(0, 256, size, dtype=torch.uint8, generator=generator), fps=1.0
     )
 

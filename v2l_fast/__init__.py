@@ -11,14 +11,14 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Adapter": "adapter",
-    "AdapterBatch": "adapter",
+    "Adapter": "hypernet",
+    "AdapterBatch": "hypernet",
     "HyperNetwork": "hypernet",
-    "HypernetConfig": "config",
+    "HypernetConfig": "hypernet",
     "V2LError": "errors",
     "Video2LoRA": "model",
-    "VideoClip": "video",
-    "adapted_linear": "adapted",
+    "Clip": "video",
+    "adapted_linear": "hypernet.adapted_linear",
 }
 __all__ = sorted(_EXPORTS)
 

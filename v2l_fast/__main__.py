@@ -1,5 +1,5 @@
 """``python -m v2l_fast`` is ``v2l``."""
 
-from v2l_fast.cli import main
+from v2l_fast.cli.entry import main
 
 main()

@@ -215,17 +215,13 @@ def progress_bar(
         task = bar.add_task(name, total=None)
 
         def report(stage: str, done: int, total: int) -> None:
-            bar.update(
-                task, description=f"{name}: {printable(stage)}", completed=done, total=total
-            )
+            bar.update(task, description=f"{name}: {printable(stage)}", completed=done, total=total)
 
         yield report
 
 
 @contextmanager
-def _lines(
-    name: str, console: PlainConsole, first: float, seconds: float
-) -> Iterator[Report]:
+def _lines(name: str, console: PlainConsole, first: float, seconds: float) -> Iterator[Report]:
     began, done = time.monotonic(), threading.Event()
     state = "working"
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones import Backbone
-from v2l_fast.generation import Sampling
+from v2l_fast.generation import SamplingParams
 from v2l_fast.generation.answers import answer_prompts
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.vlm import Backbone
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ def measure_effect(backbone: Backbone, adapter: Adapter, question: str) -> Effec
     """:class:`Effect` of an adapter, its bias with it, on the greedy answer to a question."""
     decoder = backbone.decoder
     prompt = backbone.question(question)
-    slots = AdapterSlots.pack([adapter], decoder.device, decoder.dtype)
+    slots = AdapterBank.pack([adapter], decoder.device, decoder.dtype)
     plain, adapted = (
         decoder.logits(decoder.forward(prompt.embeddings[None], adapters=s)[0, -1])
         for s in (None, slots)
     )
     log_plain, log_adapted = plain.log_softmax(-1), adapted.log_softmax(-1)
     norms = adapter.norms()["layer"]
-    answers = answer_prompts(backbone, [lambda: prompt] * 2, [adapter, None], Sampling())
+    answers = answer_prompts(backbone, [lambda: prompt] * 2, [adapter, None], SamplingParams())
     with_adapter, without = (answer.text for answer in answers)
     return Effect(
         {m: n.tolist() for m, n in norms.items()},

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from v2l_fast.config import CONFIG_NAME, HypernetConfig
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import read_json
 from v2l_fast.hub import brief_hub, hub_reason
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.config import CONFIG_NAME, HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.video import FrameSampling
 
 ASSETS = Path(__file__).parent / "assets"

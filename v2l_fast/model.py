@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v2l_fast.adapter import Adapter, BiasAdapter
-from v2l_fast.backbones import Backbone, Prompt, load_backbone
-from v2l_fast.backbones.base import prompt_ids, visual_tokens
-from v2l_fast.backbones.steps import Step, finish
 from v2l_fast.effect import Effect, measure_effect
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
-from v2l_fast.generation import Sampling
+from v2l_fast.generation import SamplingParams
 from v2l_fast.generation.answers import Answer, answer_prompts
-from v2l_fast.hypernet import HyperNetwork, as_dtype
+from v2l_fast.hypernet.adapter import Adapter, BiasAdapter
+from v2l_fast.hypernet.network import HyperNetwork, as_dtype
 from v2l_fast.internalizing.batches import BATCH_TOKENS
 from v2l_fast.internalizing.parts import Reading, Video
 from v2l_fast.internalizing.videos import VideoInternalizer
 from v2l_fast.loading import load_hypernet, shipped
-from v2l_fast.video import VideoClip
+from v2l_fast.video import Clip
 from v2l_fast.video.reading import Backend
+from v2l_fast.vlm import Backbone, Prompt, load_backbone
+from v2l_fast.vlm.base import prompt_ids, visual_tokens
+from v2l_fast.work_units import Step, finish
 
 # Videos internalized together, as far as their tokens allow it.
 BATCH_SIZE = 8
@@ -131,10 +131,10 @@ class Video2LoRA:
         longest_edge: int | None = None,
         exact_frames: bool = False,
         decoder: Backend = "auto",
-    ) -> VideoClip:
+    ) -> Clip:
         """Sample and decode a video as the hypernetwork was trained to see it.
 
-        A :class:`VideoClip` passes through as it is; a file's frames are on the model's device,
+        A :class:`Clip` passes through as it is; a file's frames are on the model's device,
         where a GPU decodes them if it can. ``decoder`` is ``backend`` of
         :func:`~v2l_fast.video.load_video`.
         """
@@ -233,9 +233,7 @@ class Video2LoRA:
         videos = iter(videos)
         while batch := [_as_video(video) for video in islice(videos, batch_size)]:
             with self._own_precision():
-                outcomes = finish(
-                    self._internalizer.steps(batch, reading, BATCH_TOKENS), progress
-                )
+                outcomes = finish(self._internalizer.steps(batch, reading, BATCH_TOKENS), progress)
             yield from outcomes
 
     def internalize_steps(
@@ -256,7 +254,7 @@ class Video2LoRA:
         is longer for their number. Units may run in different threads.
 
         Returns:
-            The adapter, as the generator's value; see :func:`~v2l_fast.backbones.steps.finish`.
+            The adapter, as the generator's value; see :func:`~v2l_fast.work_units.finish`.
         """
         reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
         steps = self._internalizer.steps([_as_video(video)], reading, 0)
@@ -286,7 +284,7 @@ class Video2LoRA:
 
     def question_steps(
         self,
-        clip: VideoClip,
+        clip: Clip,
         question: str,
         longest_edge: int | None = None,
         check: Callable[[int], None] = lambda tokens: None,
@@ -305,7 +303,7 @@ class Video2LoRA:
         with self._own_precision():
             return self.backbone.about(video, question, ids=ids)
 
-    def visual_tokens(self, clip: VideoClip, longest_edge: int | None = None) -> int:
+    def visual_tokens(self, clip: Clip, longest_edge: int | None = None) -> int:
         """How many tokens of the context stand for the clip's pixels."""
         edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
         return visual_tokens(self.backbone.inputs, clip, edge)
@@ -337,7 +335,7 @@ class Video2LoRA:
             questions: one or several.
             adapters: an adapter or its file, one for all questions, or one (or None) for each; None
                 for the plain model.
-            **sampling: fields of :class:`~v2l_fast.generation.Sampling` (max_new_tokens,
+            **sampling: fields of :class:`~v2l_fast.generation.SamplingParams` (max_new_tokens,
                 temperature, top_p, top_k, seed); greedy by default.
 
         Returns:
@@ -398,14 +396,14 @@ class Video2LoRA:
                     self.backbone,
                     [lambda text=text: self.backbone.question(text) for text in questions],
                     [known[id(a)] for a in adapters],
-                    Sampling(**sampling),
+                    SamplingParams(**sampling),
                 )
             )
 
     def answer_direct(
         self,
         questions: str | Sequence[str],
-        clips: VideoClip | Sequence[VideoClip],
+        clips: Clip | Sequence[Clip],
         longest_edge: int | None = None,
         **sampling: Any,
     ) -> list[Answer]:
@@ -417,7 +415,7 @@ class Video2LoRA:
             clips: one for all questions, or one for each.
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
-        clips = [clips] * len(questions) if isinstance(clips, VideoClip) else list(clips)
+        clips = [clips] * len(questions) if isinstance(clips, Clip) else list(clips)
         if len(clips) != len(questions):
             raise VideoError(f"{len(questions)} questions and {len(clips)} clips: give one each")
         edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
@@ -430,7 +428,7 @@ class Video2LoRA:
                         for clip, text in zip(clips, questions, strict=True)
                     ],
                     [None] * len(questions),
-                    Sampling(**sampling),
+                    SamplingParams(**sampling),
                 )
             )
 
@@ -532,11 +530,11 @@ def _as_video(video: object, fps: float | None = None) -> Video | VideoError:
         TypeError: it is neither.
         VideoError: frames of another shape or dtype, or without ``fps``.
     """
-    if isinstance(video, str | os.PathLike | VideoClip | VideoError):
+    if isinstance(video, str | os.PathLike | Clip | VideoError):
         return video
     if not isinstance(video, Tensor | np.ndarray):
         raise TypeError(
-            "a video must be a path (str or os.PathLike), a VideoClip, or uint8 frames with fps (a "
+            "a video must be a path (str or os.PathLike), a Clip, or uint8 frames with fps (a "
             f"tensor [F, 3, H, W] or an array [F, H, W, 3]), got {type(video).__name__}; write "
             "bytes to a file first"
         )
@@ -549,7 +547,7 @@ def _as_video(video: object, fps: float | None = None) -> Video | VideoError:
         if video.dtype != np.uint8:
             raise VideoError(f"frames are {video.dtype} {list(video.shape)}; pass uint8")
         video = torch.from_numpy(video)
-    return VideoClip.from_frames(video, fps)
+    return Clip.from_frames(video, fps)
 
 
 def _texts(questions: str | Sequence[str], answers: list[Answer]) -> str | list[str]:

@@ -107,6 +107,7 @@ def decode_linear(
         mask=(e < examples)[:, None] & (columns < d_out)[None, :],
     )
 
+
 def decode(
     x: Tensor,
     weight: Tensor,

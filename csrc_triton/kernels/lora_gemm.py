@@ -162,9 +162,7 @@ def recompute(
     return _launch(x, weight, bias, down, up, u, adapter_index, scale, ranks, offsets, tile), u
 
 
-def _shape(
-    x: Tensor, up: Tensor, adapter_index: Tensor, offsets: Tensor | None
-) -> dict[str, int]:
+def _shape(x: Tensor, up: Tensor, adapter_index: Tensor, offsets: Tensor | None) -> dict[str, int]:
     return {"tokens": per_example(x, adapter_index, offsets), "rank": up.shape[1]}
 
 

@@ -365,9 +365,7 @@ def lora_linear(
     with torch.cuda.device_of(x):
         decodes = offsets is None and index.numel() == rows.shape[0] <= lora_decode.MAX_EXAMPLES
         if decodes:
-            y = lora_decode.decode(
-                rows, weight, bias, lora_a, lora_b, index, scale, ranks, config
-            )
+            y = lora_decode.decode(rows, weight, bias, lora_a, lora_b, index, scale, ranks, config)
             u = shrink(rows, lora_a, index, scale, ranks, offsets, config) if keep else None
         else:
             y, u = product(

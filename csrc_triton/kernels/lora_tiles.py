@@ -55,9 +55,7 @@ def used_rank(adapter, ranks, rank, adapters):
     return tl.where(exists, used, 0)
 
 
-def chosen(
-    kernel: str, x: Tensor, config: Config | None, **key: int | str
-) -> dict[str, int | str]:
+def chosen(kernel: str, x: Tensor, config: Config | None, **key: int | str) -> dict[str, int | str]:
     """Tile (or form) of a kernel: from ``config`` where it names the kernel, else the table's."""
     if config is not None and kernel in config:
         return dict(config[kernel])

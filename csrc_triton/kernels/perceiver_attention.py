@@ -212,9 +212,7 @@ def combine(
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     out_rows = n * P + rows
-    tl.store(
-        lse_ptr + out_rows, tl.where(empty, float("-inf"), base + tl.log(total)), mask=real
-    )
+    tl.store(lse_ptr + out_rows, tl.where(empty, float("-inf"), base + tl.log(total)), mask=real)
     acc = acc * (1.0 / total)[:, None]
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_rows[:, None] * Z + z[None, :], out, mask=inside)

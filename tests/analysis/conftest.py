@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from v2l_fast.analysis.examples import Example
-from v2l_fast.video import VideoClip
+from v2l_fast.video import Clip
 
 
 @pytest.fixture(scope="session")
-def examples(clips: list[VideoClip]) -> list[Example]:
+def examples(clips: list[Clip]) -> list[Example]:
     """Two questions about the first clip, one about each other."""
     return [
         Example(clips[0], "what happens?", ("red circle moves left", "blue square")),

@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 import torch
 
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 
 def with_update(backbone: SmolVLM, adapter: Adapter, without: Collection[int] = ()):

@@ -15,8 +15,8 @@ from v2l_fast.analysis.attribution import (
     residual_shifts,
 )
 from v2l_fast.analysis.scores import log_probabilities
-from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.model import Video2LoRA
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 PROMPT = "what happens?"
 

@@ -15,10 +15,10 @@ from v2l_fast.analysis.framefusion import (
     reduced_prefix,
 )
 from v2l_fast.analysis.prefix import continue_greedily
-from v2l_fast.backbones import Prompt
 from v2l_fast.errors import ConfigError
-from v2l_fast.generation import Sampling, generate
-from v2l_fast.video import VideoClip
+from v2l_fast.generation import SamplingParams, generate
+from v2l_fast.video import Clip
+from v2l_fast.vlm import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def prompt(backbone) -> Prompt:
 def repeated(backbone, frames: int) -> Prompt:
     """The same frame over and over."""
     one = tiny.clip(1, 0).frames
-    clip = VideoClip.from_frames(one.repeat(frames, 1, 1, 1), fps=1.0)
+    clip = Clip.from_frames(one.repeat(frames, 1, 1, 1), fps=1.0)
     return backbone.opening(backbone.encode(clip, 32))
 
 
@@ -98,7 +98,7 @@ def test_different_frames_are_pruned_by_the_last_tokens_attention(backbone, prom
     found = list(reduced_layers(decoder, prompt, 6, settings, reduction=reduction))
     assert [h.shape[1] for h in found] == [len(prompt), len(prompt) - 18, len(prompt) - 18]
     assert reduction == Reduction(merged=0, pruned=18)
-    span = decoder.prefill_span(1, len(prompt))
+    span = decoder.prefill_metadata(1, len(prompt))
     received = last_attention(decoder, 0, found[0], span)
     layer = decoder.text_model.layers[0]
     attended = found[0] + decoder.attention_part(layer, 0, found[0], span)
@@ -164,7 +164,7 @@ def test_survivors_keep_their_positions(backbone, prompt):
     rest = backbone.continuation("what happens?").embeddings
     found = continue_greedily(decoder, prefix, rest, backbone.stop_ids, 1)
     received = last_attention(
-        decoder, 0, prompt.embeddings[None], decoder.prefill_span(1, len(prompt))
+        decoder, 0, prompt.embeddings[None], decoder.prefill_metadata(1, len(prompt))
     )
     visual = prompt.visual.nonzero()[:, 0]
     dropped = visual[received[visual].topk(18, largest=False).indices]
@@ -200,7 +200,7 @@ def test_a_single_frame_is_only_pruned(backbone):
 def test_plain_generation_agrees_with_the_prefix(backbone, prompt):
     rest = backbone.continuation("which color is it?").embeddings
     whole = torch.cat([prompt.embeddings, rest])
-    limit = Sampling(max_new_tokens=8)
+    limit = SamplingParams(max_new_tokens=8)
     expected = generate(backbone.decoder, [whole], backbone.stop_ids, limit).tokens
     prefix, _ = reduced_prefix(backbone.decoder, prompt, 6, FrameFusion(keep=1.0), room=64)
     found = continue_greedily(backbone.decoder, prefix, rest, backbone.stop_ids, 8)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests import tiny
-from v2l_fast.adapted import AdapterSlots
 from v2l_fast.analysis.rank import STRATEGIES, kept_directions, rank_ablation
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.metrics import token_f1
+from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.model import Video2LoRA
 
 
@@ -19,7 +19,7 @@ from v2l_fast.model import Video2LoRA
 def logits(model, adapter) -> torch.Tensor:
     decoder = model.backbone.decoder
     prompt = model.backbone.question("what happens?").embeddings[None]
-    slots = AdapterSlots.pack([adapter], decoder.device, decoder.dtype)
+    slots = AdapterBank.pack([adapter], decoder.device, decoder.dtype)
     return decoder.logits(decoder.forward(prompt, adapters=slots))
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from tests import tiny
-from v2l_fast.backbones.decoder import Decoder
+from v2l_fast.vlm.decoder import Decoder
 
 INNER, SIZE = tiny.CONFIG.target_modules["down_proj"]
 VOCABULARY = 50

@@ -7,21 +7,21 @@ import torch
 
 from tests.compile.graphs import LENGTHS, assert_one_graph, ramp
 from tests.compile.models import INNER, SIZE, decoder
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones.decoder import Cache, Decoder
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.vlm.decoder import Cache, Decoder
 
 BATCH, CAPACITY = 3, 40
 
 
-def slots(layers: int, dtype: torch.dtype, ragged: bool = False) -> AdapterSlots:
+def slots(layers: int, dtype: torch.dtype, ragged: bool = False) -> AdapterBank:
     """Two adapters for three examples, one of which runs without; of one rank or of two."""
     ranks = (4, 2 if ragged else 4)
     adapters = [
         Adapter({"down_proj": ramp(layers, r, INNER)}, {"down_proj": ramp(layers, r, SIZE)}, 0.5)
         for r in ranks
     ]
-    return AdapterSlots.pack([adapters[1], None, adapters[0]], "cpu", dtype)
+    return AdapterBank.pack([adapters[1], None, adapters[0]], "cpu", dtype)
 
 
 def filled(decoder: Decoder) -> Cache:
@@ -38,7 +38,7 @@ def test_prefill_layer(dtype):
 
     def prefill(hidden):
         cache = model.new_cache(BATCH, CAPACITY)
-        span = model.prefill_span(*hidden.shape[:2])
+        span = model.prefill_metadata(*hidden.shape[:2])
         return model.layer(1, hidden, span, cache, adapters), cache.keys, cache.values
 
     cases = [(ramp(BATCH, s, SIZE, dtype=dtype),) for s in LENGTHS]
@@ -55,7 +55,7 @@ def test_decode_layer(dtype, backend, dynamic, compilations):
 
     def step(hidden, keys, values, positions, limit):
         cache = Cache(keys.clone(), values.clone())
-        out = model.layer(1, hidden, model.step_span(positions, limit), cache, adapters)
+        out = model.layer(1, hidden, model.decode_metadata(positions, limit), cache, adapters)
         return out, cache.keys, cache.values
 
     cache, hidden = filled(model), ramp(BATCH, 1, SIZE, dtype=dtype)
@@ -70,7 +70,7 @@ def test_a_cache_is_written_in_place():
     model, adapters = decoder(2, torch.float32), slots(2, torch.float32)
 
     def step(hidden, positions, limit, cache):
-        return model.forward(hidden, model.step_span(positions, limit), cache, adapters)
+        return model.forward(hidden, model.decode_metadata(positions, limit), cache, adapters)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -99,7 +99,7 @@ def test_answer_forward():
 def test_more_layers_than_the_compiler_keeps_graphs(cached):
     layers = 10  # the compiler keeps 8 graphs by default
     model = decoder(layers, torch.float32)
-    span, adapters = model.prefill_span(BATCH, 9), slots(layers, torch.float32)
+    span, adapters = model.prefill_metadata(BATCH, 9), slots(layers, torch.float32)
     cache = model.new_cache(BATCH, CAPACITY) if cached else None
     cases = [
         (module, index, ramp(BATCH, 9, SIZE), span, cache and cache.layer(index), adapters)

@@ -9,7 +9,7 @@ import torch
 
 from tests import tiny
 from tests.compile.graphs import LENGTHS, assert_one_graph, ramp
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.network import HyperNetwork
 
 BATCH, SIZE = 2, tiny.CONFIG.hidden_size
 

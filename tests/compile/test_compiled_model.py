@@ -14,10 +14,10 @@ from tests import tiny
 from tests.golden import relative
 from tests.serving.engine_parts import WAIT, MemoryStore, request
 from v2l_fast import Video2LoRA
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.serving.engine import Engine
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 M = "down_proj"
 QUESTIONS = ["what happens?", "which color is it?", "how many circle?"]

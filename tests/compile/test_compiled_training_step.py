@@ -9,8 +9,8 @@ import torch
 from tests import tiny
 from tests.compile.graphs import assert_same
 from tests.training import plain
+from v2l_fast.data.samples import Sample
 from v2l_fast.training.contexts import visual_features
-from v2l_fast.training.samples import Sample
 from v2l_fast.training.step import TrainStep
 
 

@@ -38,9 +38,7 @@ def test_equals_oracle(lead, d, z, dtype):
 
 
 def test_more_tokens_than_a_chunk():
-    checks.assert_equals_oracle(
-        op, oracle, [random(2, 1023, 4), *weights(4, 6, 3)], torch.float32
-    )
+    checks.assert_equals_oracle(op, oracle, [random(2, 1023, 4), *weights(4, 6, 3)], torch.float32)
 
 
 def test_no_tokens():
@@ -88,9 +86,7 @@ def test_opcheck(masked):
     visible = torch.arange(14).view(2, 7) % 3 > 0 if masked else None
     torch.library.opcheck(torch.ops.v2l.gated_projection.default, (x, visible, *w))
     grad = random(2, 7, 3).float()
-    checks.opcheck_backward(
-        torch.ops.v2l.gated_projection_backward.default, (grad, x, visible, *w)
-    )
+    checks.opcheck_backward(torch.ops.v2l.gated_projection_backward.default, (grad, x, visible, *w))
 
 
 def test_compiles():

@@ -86,8 +86,10 @@ def test_holes_in_the_mask_reach_nothing():
 def test_parts_merge_by_log_sum_exp():
     query, context, inv_rms = inputs(2, 3, 20, 4, lengths=[20, 3])
     out, lse = perceiver_attention(query, context, inv_rms)
-    parts = [perceiver_attention(query, context[:, p], inv_rms[:, p])
-             for p in (slice(0, 8), slice(8, 20))]
+    parts = [
+        perceiver_attention(query, context[:, p], inv_rms[:, p])
+        for p in (slice(0, 8), slice(8, 20))
+    ]
     merged_lse = torch.logaddexp(parts[0][1], parts[1][1])
     merged = sum(o * (part_lse - merged_lse).exp()[..., None] for o, part_lse in parts)
     torch.testing.assert_close(merged, out)
@@ -123,9 +125,7 @@ def test_query_shared_by_all_rows():
 
 
 def test_same_bits_twice():
-    checks.assert_same_bits_twice(
-        perceiver_attention, [t.float() for t in inputs(3, 8, 300, 16)]
-    )
+    checks.assert_same_bits_twice(perceiver_attention, [t.float() for t in inputs(3, 8, 300, 16)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -147,9 +147,7 @@ def test_gradients_of_each_sample(case):
     found = vmap(grad(loss_of(function), tuple(range(len(inputs)))))(*batch)
     for sample in range(2):
         expected = gradients(function, tuple(t[sample] for t in batch))
-        assert all(
-            relative(f[sample], e) <= 1e-10 for f, e in zip(found, expected, strict=True)
-        )
+        assert all(relative(f[sample], e) <= 1e-10 for f, e in zip(found, expected, strict=True))
     found = vmap(function)(*batch)
     for sample in range(2):
         assert relative(found[sample], function(*(t[sample] for t in batch))) <= 1e-12

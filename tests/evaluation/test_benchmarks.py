@@ -6,11 +6,11 @@ import json
 import pytest
 
 from tests.video.clips import encode
+from v2l_fast.data.manifest import load_manifest
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.benchmarks.annotations import BenchmarkError
 from v2l_fast.evaluation.benchmarks.build import build
 from v2l_fast.evaluation.benchmarks.catalog import BENCHMARKS
-from v2l_fast.training.manifest import load_manifest
 
 
 def json_file(path, content):
@@ -201,7 +201,11 @@ def test_region_captions_are_about_their_span(built):
 def test_styles_and_subsets_have_their_prompts(built):
     examples = built("vdc")
     assert {e.metadata["subset"] for e in examples} == {
-        "short", "detailed", "camera", "background", "main_object",
+        "short",
+        "detailed",
+        "camera",
+        "background",
+        "main_object",
     }
     camera = next(e for e in examples if e.metadata["subset"] == "camera")
     assert camera.prompt == "Describe the camera work, framing, and viewpoint in this video."

@@ -99,7 +99,12 @@ def test_every_kind_of_misbehavior(serve, monkeypatch):
 
     assert all((v.found is None) == (v.failure is not None) for v in found.values())
     assert {name for name, v in found.items() if v.score == 1.0} == {
-        "fenced", "malformed once", "out of range once", "slow once", "limited once", "down once",
+        "fenced",
+        "malformed once",
+        "out of range once",
+        "slow once",
+        "limited once",
+        "down once",
         "cut off behind it",
     }
     failed = {name: v.failure for name, v in found.items() if v.failure is not None}

@@ -8,6 +8,7 @@ import torch
 
 from tests import tiny
 from tests.evaluation.judge_stub import StubJudge, scored
+from v2l_fast.data.manifest import Example, group_by_video
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.evaluation.answering import (
     BASELINE,
@@ -22,9 +23,8 @@ from v2l_fast.evaluation.endpoint import JudgeSettings
 from v2l_fast.evaluation.judge import Judge
 from v2l_fast.evaluation.library import Library, Settings, blank
 from v2l_fast.evaluation.pipeline import evaluate
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
-from v2l_fast.training.manifest import Example, group_by_video
 
 SETTINGS = Settings(max_new_tokens=6)
 QUESTIONS = ("what happens", "which color is it", "how many first")
@@ -108,11 +108,17 @@ def test_the_record_is_complete(model, examples, tmp_path):
     tokens = record["prompt_tokens"]
     assert tokens[BASELINE] > tokens[SYSTEM] == tokens[NONE]
     assert {row["benchmark"] for row in record["metrics"]["token_f1"]["rows"]} == {
-        "A", "B", "Average", "Pooled",
+        "A",
+        "B",
+        "Average",
+        "Pooled",
     }
     assert (folder / "table.md").read_text() == found.table
     assert {p.name for p in found.files} == {
-        "table.md", "result.json", "token_f1.png", "exact_match.png",
+        "table.md",
+        "result.json",
+        "token_f1.png",
+        "exact_match.png",
     }
     assert stages[-1][1:] == (72, 72)
     assert [done for _, done, _ in stages] == sorted(done for _, done, _ in stages)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from v2l_fast.data.manifest import Example
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.answering import BASELINE, OTHER, SYSTEM
 from v2l_fast.evaluation.comparison import average, compare, pooled
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import mark, markdown, summarize, text_scores
 from v2l_fast.evaluation.statistics import required_videos
-from v2l_fast.training.manifest import Example
 
 
 def example(id_, dataset="D", task="caption", target="a red disc", **metadata):
@@ -109,7 +109,11 @@ def test_rows_are_benchmarks_subsets_and_the_average(found):
     _, scores, summary = found
     rows = table_of(summary, "token_f1")
     assert list(rows) == [
-        ("VDC", None), ("VDC", "short"), ("VDC", "camera"), ("NExT-QA", None), ("Average", None),
+        ("VDC", None),
+        ("VDC", "short"),
+        ("VDC", "camera"),
+        ("NExT-QA", None),
+        ("Average", None),
         ("Pooled", None),
     ]
     # "red" against "red disc": precision 1, recall 1/2.

@@ -16,14 +16,14 @@ from tests import tiny
 from tests.golden import relative
 from tests.video.clips import encode
 from v2l_fast import model as model_module
-from v2l_fast import perceiver
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones import steps
-from v2l_fast.backbones.steps import finish
+from v2l_fast import work_units as steps
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet import perceiver
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
-from v2l_fast.video import VideoClip, preprocess
+from v2l_fast.video import Clip, preprocess
+from v2l_fast.work_units import finish
 
 M = "down_proj"
 
@@ -35,7 +35,7 @@ def knowing(backbone) -> Video2LoRA:
 
 
 @pytest.fixture(scope="module")
-def mixed() -> list[VideoClip]:
+def mixed() -> list[Clip]:
     """An odd number of clips of 1 to 5 frames and several sizes: contexts of 58 to 122 tokens."""
     shapes = [(3, 24), (1, 24), (4, 32), (5, 20), (3, 16), (4, 24), (5, 24)]
     return [tiny.clip(frames, seed, height) for seed, (frames, height) in enumerate(shapes)]
@@ -145,7 +145,7 @@ def test_one_that_fails_costs_the_others_nothing(model, mixed, tmp_path, monkeyp
     monkeypatch.setattr(model.backbone, "encode_views", overflowing)
     broken = tmp_path / "broken.mp4"
     broken.write_text("a letter")
-    white = VideoClip.from_frames(torch.full((3, 3, 24, 32), 255, dtype=torch.uint8), fps=1.0)
+    white = Clip.from_frames(torch.full((3, 3, 24, 32), 255, dtype=torch.uint8), fps=1.0)
     unread = VideoError("gone.mp4: no such file")
     good = mixed[0]
     videos = [good, broken, replace(white, path="white.mp4"), unread, white, good]
@@ -161,7 +161,7 @@ def test_one_that_fails_costs_the_others_nothing(model, mixed, tmp_path, monkeyp
     half = torch.cat([good.frames, white.frames])
     for chunks in (2, 1):
         with pytest.raises(VideoError, match="NaN or infinite"):
-            model.internalize([good, VideoClip.from_frames(half, 1.0)], chunks=chunks)
+            model.internalize([good, Clip.from_frames(half, 1.0)], chunks=chunks)
 
 
 def test_videos_are_taken_batch_by_batch(model, mixed):

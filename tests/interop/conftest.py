@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, TaskType
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from v2l_fast.config import HypernetConfig
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 
 RELEASED = {
     "ctx_to_lora.modeling.hypernet": "HypernetConfig",
@@ -26,7 +26,7 @@ RELEASED = {
 
 @pytest.fixture
 def data() -> Path:
-    return Path(__file__).parents[1] / "data" / "interop"
+    return Path(__file__).parents[1] / "fixtures" / "interop"
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM, SmolVLMForConditionalGeneration
 
-from v2l_fast.adapter import Adapter, BiasAdapter
 from v2l_fast.errors import AdapterError
+from v2l_fast.hypernet.adapter import Adapter, BiasAdapter
 from v2l_fast.interop import load_peft, save_peft, validate_peft, vllm_command
 from v2l_fast.interop.llama import export_text_decoder
 from v2l_fast.interop.peft import TEXT_LAYERS

@@ -22,9 +22,9 @@ from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.reading import VideoReader
 from v2l_fast.serving.server import Server
-from v2l_fast.serving.store import AdapterStore
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.store.adapter_store import AdapterStore
 
 ENDED = ("completed", "failed", "cancelled")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tests.waiting import LIMIT
-from v2l_fast.adapter import Adapter
 from v2l_fast.errors import AdapterError
-from v2l_fast.generation import Sampling
+from v2l_fast.generation import SamplingParams
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.serving.requests import GenerationRequest
 
 WAIT = LIMIT
@@ -37,4 +37,4 @@ class MemoryStore:
 
 def request(text: str, *adapters: str, stop: tuple[str, ...] = (), **sampling) -> GenerationRequest:
     sampling.setdefault("max_new_tokens", 10)
-    return GenerationRequest(text, adapters, sampling=Sampling(**sampling), stop=stop)
+    return GenerationRequest(text, adapters, sampling=SamplingParams(**sampling), stop=stop)

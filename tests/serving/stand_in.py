@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from v2l_fast.adapter import Adapter
 from v2l_fast.errors import V2LError
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.requests import (
     EngineClosed,
@@ -25,7 +25,7 @@ from v2l_fast.serving.requests import (
     Usage,
 )
 from v2l_fast.serving.stats import EngineStats
-from v2l_fast.serving.store import AdapterStore
+from v2l_fast.store.adapter_store import AdapterStore
 
 
 class StandInEngine:

@@ -14,10 +14,9 @@ from tests import tiny
 from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
 from tests.video.clips import encode
 from v2l_fast import Video2LoRA
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.errors import AdapterError, ConfigError, V2LError
-from v2l_fast.generation import Sampling
+from v2l_fast.generation import SamplingParams
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.requests import (
     EngineClosed,
@@ -26,6 +25,7 @@ from v2l_fast.serving.requests import (
     PromptTooLong,
     QueueFull,
 )
+from v2l_fast.vlm.decoder import Decoder
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def engine(model, store):
 
 def alone(model: Video2LoRA, store: MemoryStore, asked: GenerationRequest) -> str:
     """The answer of ``Video2LoRA`` to nothing but this request."""
-    sampling = {name: getattr(asked.sampling, name) for name in Sampling.__dataclass_fields__}
+    sampling = {name: getattr(asked.sampling, name) for name in SamplingParams.__dataclass_fields__}
     if asked.clip is not None:
         return model.ask_direct(asked.text, asked.clip, **sampling)
     parts = [store.adapters[id] for id in asked.adapters]
@@ -170,7 +170,9 @@ def test_limits(engine, clips):
     with pytest.raises(PromptTooLong, match="more than 160"):
         engine.submit(request("what " * 200))
     long = engine.submit(
-        GenerationRequest("what?", clip=tiny.clip(8, 0), sampling=Sampling(max_new_tokens=100))
+        GenerationRequest(
+            "what?", clip=tiny.clip(8, 0), sampling=SamplingParams(max_new_tokens=100)
+        )
     )
     with pytest.raises(PromptTooLong):
         long.result(WAIT)

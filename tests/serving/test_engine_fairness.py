@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.errors import AdapterError, V2LError
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.serving import answering
 from v2l_fast.serving.answering import Answering, Waiting
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.requests import Generation
-from v2l_fast.serving.slots import DeviceSlots, HostAdapters
+from v2l_fast.serving.slots import DeviceAdapterCache, HostAdapters
 from v2l_fast.serving.text import TextStream
+from v2l_fast.vlm.decoder import Decoder
 
 M = "down_proj"
 
@@ -92,12 +92,12 @@ def test_a_failure_anywhere_belongs_to_its_request(where, model, store, monkeypa
         monkeypatch.setattr(TextStream, where, text)
         odd = request(odd.text, "a2", stop=("marked",), max_new_tokens=12)
     elif where == "fill":
-        fill = DeviceSlots._fill
+        fill = DeviceAdapterCache._fill
 
         def copies(self, slot, adapter):
             return (broken if slot == self._slot_of.get(("a2",)) else fill)(self, slot, adapter)
 
-        monkeypatch.setattr(DeviceSlots, "_fill", copies)
+        monkeypatch.setattr(DeviceAdapterCache, "_fill", copies)
     else:
         ids = model.backbone.inputs.question(odd.text)
         embed = Decoder.embed

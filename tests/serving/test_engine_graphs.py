@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
-from v2l_fast.generation import Row, Sampling
+from v2l_fast.generation import Row, SamplingParams
 from v2l_fast.serving import answering, graphs
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.graphs import GraphBatch
@@ -76,7 +76,7 @@ def test_a_graph_for_each_power_of_two(captures, backbone):
     batch = GraphBatch(backbone.decoder, 6, 60, ())
     prompts = [backbone.decoder.embed(torch.arange(3, 3 + n)) for n in (4, 7, 12, 5, 9)]
     for prompt in prompts:
-        batch.join([Row(Sampling(40))], [prompt])
+        batch.join([Row(SamplingParams(40))], [prompt])
     assert len(captures) == 1  # prompts of up to 16 tokens
     for _ in range(3):
         batch.step()

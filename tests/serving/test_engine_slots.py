@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.serving.engine_parts import MemoryStore
-from v2l_fast.adapter import Adapter
 from v2l_fast.errors import AdapterError
-from v2l_fast.serving.slots import DeviceSlots, HostAdapter, HostAdapters
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.serving.slots import DeviceAdapterCache, HostAdapter, HostAdapters
 
 M = "down_proj"
 
@@ -19,14 +19,14 @@ def host_adapter(model, *adapters: Adapter) -> HostAdapter:
     return HostAdapters(model, store, 99).get(tuple(store.adapters))
 
 
-def put(model, slots: DeviceSlots, name: str, *adapters: Adapter) -> int | None:
+def put(model, slots: DeviceAdapterCache, name: str, *adapters: Adapter) -> int | None:
     slot = slots.acquire((name,))
     if slot is not None:
         slots.fill(slot, host_adapter(model, *adapters))
     return slot
 
 
-def holds(slots: DeviceSlots, slot: int, adapter: Adapter) -> bool:
+def holds(slots: DeviceAdapterCache, slot: int, adapter: Adapter) -> bool:
     """Whether a slot is this adapter, bias and all."""
     rank = int(slots.tables.ranks[slot])
     return all(
@@ -36,7 +36,7 @@ def holds(slots: DeviceSlots, slot: int, adapter: Adapter) -> bool:
 
 
 def test_the_least_recently_used_idle_adapter_goes(model, adapters):
-    slots = DeviceSlots(model, 2)
+    slots = DeviceAdapterCache(model, 2)
     a, b, c = adapters
     first, second = put(model, slots, "a", a), put(model, slots, "b", b)
     assert holds(slots, first, a) and holds(slots, second, b)
@@ -56,7 +56,7 @@ def test_the_least_recently_used_idle_adapter_goes(model, adapters):
 
 
 def test_wider_adapters_make_room_and_keep_the_others(model, adapters):
-    slots = DeviceSlots(model, 3)
+    slots = DeviceAdapterCache(model, 3)
     first = put(model, slots, "a", adapters[0])
     tables = slots.tables
     second = put(model, slots, "abc", *adapters)
@@ -80,7 +80,7 @@ def test_wider_adapters_make_room_and_keep_the_others(model, adapters):
 
 def test_filling_only_copies(model, adapters, monkeypatch):
     """What concatenates or converts waits for the device, or for memory that is not pinned."""
-    slots, wide = DeviceSlots(model, 2), host_adapter(model, *adapters)
+    slots, wide = DeviceAdapterCache(model, 2), host_adapter(model, *adapters)
     bias = slots._bias[0][M]
     calls = []
 
@@ -122,7 +122,7 @@ def test_factors_are_prepared_in_the_dtype_of_the_slots(model, adapters):
 
 def test_a_bias_of_its_own_stays_with_its_adapter(model, adapters):
     own = adapters[0].without_layers([0], include_bias=True)
-    slots = DeviceSlots(model, 1)
+    slots = DeviceAdapterCache(model, 1)
     assert holds(slots, put(model, slots, "own", own), own)
     slots.release(0)
     assert holds(slots, put(model, slots, "a", adapters[0]), adapters[0])
@@ -131,7 +131,7 @@ def test_a_bias_of_its_own_stays_with_its_adapter(model, adapters):
 
 
 def test_a_failed_copy_loses_no_slot(model, adapters):
-    slots = DeviceSlots(model, 1)
+    slots = DeviceAdapterCache(model, 1)
     good = host_adapter(model, adapters[0])
     factors = {M: good.parts[0].A[M][:, :, :5]}
     broken = HostAdapter((type(good.parts[0])(factors, good.parts[0].B, 4),), True)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.checks import QUESTION, nothing_left, raw, refused
 from tests.serving.conftest import running
-from tests.serving.test_store_damage import BAD_FILES
+from tests.store.test_store_damage import BAD_FILES
 from tests.waiting import wait_until
 from v2l_fast.serving.schemas import ChatRequest
 
@@ -388,8 +388,8 @@ def test_a_replaced_file_is_not_sent(serve, videos):
     # Every file that was sent is closed again.
     held = "/proc/self/fd"
     wait_until(
-        lambda: not any(
-            os.path.realpath(f"{held}/{name}") == str(other) for name in os.listdir(held)
+        lambda: (
+            not any(os.path.realpath(f"{held}/{name}") == str(other) for name in os.listdir(held))
         )
     )
     # The video is internalized anew.

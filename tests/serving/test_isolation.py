@@ -22,7 +22,7 @@ from v2l_fast.serving import reading
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.reading import VideoReader
 from v2l_fast.serving.requests import EngineClosed
-from v2l_fast.video import Limits, VideoClip, load_video, probe
+from v2l_fast.video import Clip, Limits, load_video, probe
 from v2l_fast.video.fallbacks import Fallbacks
 
 HARMS = {
@@ -53,7 +53,7 @@ def test_the_same_as_in_this_process(reader, videos):
         found = reader.load(videos[0], *options)
         frames, edge, exact = options
         wanted = load_video(videos[0], frames, exact_frames=exact, longest_edge=edge)
-        for name in VideoClip.__dataclass_fields__:
+        for name in Clip.__dataclass_fields__:
             one, other = getattr(found, name), getattr(wanted, name)
             if name == "frames":
                 assert torch.equal(one, other) and one.is_contiguous()
@@ -76,7 +76,7 @@ def test_its_errors_are_the_same(reader, tmp_path):
 def test_a_gpu_decodes_here_and_leaves_the_rest_to_the_others(reader, videos, monkeypatch):
     decoded = []
 
-    def by_the_gpu(path, *sampling, **options) -> VideoClip:
+    def by_the_gpu(path, *sampling, **options) -> Clip:
         assert options["backend"] == "dali"
         if path == videos[1]:
             raise VideoError(f"{path}: DALI does not decode it")
@@ -123,6 +123,7 @@ def test_a_file_that_takes_too_long(shapes, tmp_path, monkeypatch, harm):
 
 def test_others_do_not_notice(hurt, videos):
     """Harmful files and a sound one, all at the same time."""
+
     def upload(content: bytes) -> int:
         return hurt.http.post("/v1/videos", files={"file": ("a.mp4", content)}).status_code
 

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.serving.conftest import running
-from v2l_fast.adapter import Adapter
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.serving.limits import ServerLimits
 
 QUESTION = "What happens in the video?"

@@ -20,22 +20,21 @@ import pytest
 from tests.serving import hostile_tasks
 from tests.serving.checks import QUESTION, children, processes
 from tests.waiting import LIMIT, wait_until
-from v2l_fast.adapter import Adapter
-from v2l_fast.serving.store import content_id
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.serving.videos import file_hash
+from v2l_fast.store.adapter_store import content_id
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.tiny", "tests.serving.test_restart"])
 LIVES = 3
 
 
-def serve_forever(
-    folder: Path, sending: Connection, drain_seconds: float, endless: bool
-) -> None:
+def serve_forever(folder: Path, sending: Connection, drain_seconds: float, endless: bool) -> None:
     """What the command does; sends the port it listens on. ``endless``: no video is ever read."""
     import torch
 
-    from v2l_fast.serving import cli, listening, reading
+    from v2l_fast.cli import serve as cli
+    from v2l_fast.serving import listening, reading
 
     if endless:
         reading._load = hostile_tasks.load_for_ever

@@ -12,8 +12,8 @@ import pytest
 from tests.serving.checks import QUESTION, refused
 from tests.serving.conftest import Running
 from tests.waiting import LIMIT, wait_until
-from v2l_fast.serving.store import AdapterStore, StoreError
 from v2l_fast.serving.videos import FILE_NAME, ReceivedVideo, VideoFolder
+from v2l_fast.store.adapter_store import AdapterStore, StoreError
 
 
 @pytest.fixture

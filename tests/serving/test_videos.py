@@ -12,7 +12,7 @@ import torch
 
 from tests.serving.checks import refused
 from tests.waiting import wait_until
-from v2l_fast.adapter import Adapter
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.peft import load_peft
 from v2l_fast.serving.limits import ServerLimits
 
@@ -27,7 +27,6 @@ def test_an_upload_becomes_an_adapter(serve, shapes, videos):
     job = answer.json()
     assert job["adapter_id"] is None and not job["cached"] and job["name"] == "my clip.mp4"
     seen = []
-
 
     def completed() -> bool:
         seen.append((job["progress"], job["status"]))

@@ -6,12 +6,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from v2l_fast.config import HypernetConfig
+from v2l_fast.cli.shapes import app
+from v2l_fast.data.manifest import load_manifest
 from v2l_fast.evaluation.answering import BASELINE, CONDITIONS, NONE, SYSTEM
 from v2l_fast.evaluation.metrics import token_f1
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
-from v2l_fast.shapes.cli import app
 from v2l_fast.shapes.evaluate import (
     CAPTIONS,
     QUESTIONS,
@@ -28,7 +29,6 @@ from v2l_fast.shapes.evaluate import (
 from v2l_fast.shapes.language import caption
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.vlm import IMAGE_SIZE
-from v2l_fast.training.manifest import load_manifest
 
 
 @pytest.fixture
@@ -91,7 +91,10 @@ def test_every_condition_is_measured(fresh):
     assert all(sample[SYSTEM] == sample[NONE] for sample in result["samples"])
     assert result["attributes"][SYSTEM] == result["attributes"][NONE]
     assert {row["benchmark"] for row in result["metrics"]["token_f1"]["rows"]} == {
-        CAPTIONS, QUESTIONS, "Average", "Pooled",
+        CAPTIONS,
+        QUESTIONS,
+        "Average",
+        "Pooled",
     }
     json.dumps(result)
 

@@ -45,7 +45,11 @@ def test_captions_parse_back():
 def test_parsing_tolerates_other_text():
     assert parse_caption("nothing here") == {}
     assert parse_caption("A  LARGE red\nring moves Left") == {
-        "count": "1", "size0": "large", "color0": "red", "shape0": "ring", "motion0": "left",
+        "count": "1",
+        "size0": "large",
+        "color0": "red",
+        "shape0": "ring",
+        "motion0": "left",
     }
     hits, total = attribute_hits("a large red ring moves up on a white background.", two())
     # Background, size, color and motion of the first are right; count, shape, the second are not.

@@ -28,9 +28,9 @@ def test_binding_asks_about_both_objects_what_differs():
         assert len(set(shapes)) == 2
         for one, item in zip((first, second), SCENES[first.clip].objects, strict=True):
             assert item.shape in one.question and getattr(item, one.kind) == one.answer
-    assert all(
-        probes._read(parse_caption(caption(SCENES[p.clip])), p) for p in asked
-    ), "a right caption answers every question"
+    assert all(probes._read(parse_caption(caption(SCENES[p.clip])), p) for p in asked), (
+        "a right caption answers every question"
+    )
     assert not any(probes._read({}, p) for p in asked)
 
 

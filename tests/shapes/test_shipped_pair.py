@@ -46,7 +46,10 @@ def test_files_are_small_and_complete():
     assert sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()) < 6_500_000
     names = {path.name for path in BASE_FOLDER.iterdir()}
     assert {
-        "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
         "tokenizer_config.json",
     } <= names
     preprocessor = json.loads((BASE_FOLDER / "preprocessor_config.json").read_text())

@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 
-from v2l_fast.config import INSTRUCTION
 from v2l_fast.errors import ConfigError
+from v2l_fast.hypernet.config import INSTRUCTION
 from v2l_fast.shapes import source as module
 from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.render import SAMPLED_INDICES
@@ -44,8 +44,9 @@ def test_contexts_are_those_of_internalizing(config, base):
     _, unseen = shapes_sources(config(), base)
     chunks = [chunk for i in range(4) for chunk in unseen.load(i, 0).chunks]
     (group,) = context_groups(base, chunks, visual_features(base, chunks), 0.0, 65536)
-    for clip, found in zip(rendered_clips(sample_scenes("val", 4, 0)), group.embeddings,
-                           strict=True):
+    for clip, found in zip(
+        rendered_clips(sample_scenes("val", 4, 0)), group.embeddings, strict=True
+    ):
         expected = base.context(clip, INSTRUCTION, 48).embeddings
         assert torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
 

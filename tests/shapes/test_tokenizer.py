@@ -5,12 +5,12 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from v2l_fast.backbones.smolvlm_prompt import chat, video_text
-from v2l_fast.config import INSTRUCTION
+from v2l_fast.hypernet.config import INSTRUCTION
 from v2l_fast.shapes.language import PLACE_KINDS, QUESTION_KINDS, ask, question_kinds
 from v2l_fast.shapes.prompts import shapes_video_text
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.tokenizer import vocabulary
+from v2l_fast.vlm.smolvlm_prompt import chat, video_text
 
 
 def turns():
@@ -37,12 +37,20 @@ def test_every_question_and_answer_is_known(prompts, tokenizer):
 def test_video_prompt_tokens(prompts, tokenizer):
     names = tokenizer.convert_ids_to_tokens(prompts.context)
     assert names[:7] == [
-        "<|im_start|>", "user:", "you are provided the following series of", "eight",
-        "frames from a", "0:00:08", "[h:mm:ss] video.\n",
+        "<|im_start|>",
+        "user:",
+        "you are provided the following series of",
+        "eight",
+        "frames from a",
+        "0:00:08",
+        "[h:mm:ss] video.\n",
     ]
     assert names[7:15] == [
-        "\nframe from 00:00:", "<fake_token_around_image>", "<global-img>",
-        *["<image>"] * 4, "<fake_token_around_image>",
+        "\nframe from 00:00:",
+        "<fake_token_around_image>",
+        "<global-img>",
+        *["<image>"] * 4,
+        "<fake_token_around_image>",
     ]
     assert names[63] == "\nframe from 00:07:"
     assert names[71:] == ["\n\n", INSTRUCTION.lower(), "<end_of_utterance>", "\n"]
@@ -50,8 +58,10 @@ def test_video_prompt_tokens(prompts, tokenizer):
 
 def test_pieces_equal_the_whole_text(prompts, tokenizer):
     for turn in turns():
-        for video, prefix in ((shapes_video_text(), prompts.video_prefix),
-                              ("", prompts.text_prefix)):
+        for video, prefix in (
+            (shapes_video_text(), prompts.video_prefix),
+            ("", prompts.text_prefix),
+        ):
             text = chat(video + turn.question, True) + f" {turn.answer}<end_of_utterance>"
             pieces = prefix + prompts.question(turn.question) + prompts.answer(turn.answer)
             assert tokenizer(text)["input_ids"] == pieces

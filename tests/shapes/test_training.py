@@ -24,7 +24,11 @@ def test_frames_for_the_tower_are_seeded_and_labeled():
     assert torch.equal(first, again)
     assert first.shape == (8, 3, 48, 48) and first.min() >= 0 and first.max() <= 255
     assert labels["center"].shape == (8, 2) and set(labels) == {
-        "background", "size", "color", "shape", "center",
+        "background",
+        "size",
+        "color",
+        "shape",
+        "center",
     }
 
 
@@ -39,7 +43,10 @@ def test_vision_loss_falls():
     model, _ = new_base(0)
     losses = []
     pretrain_vision(
-        model, 0, batch=48, schedule=(Stage(50, "concat", 2e-3, 4.0), Stage(50, "mean", 2e-3, 4.0)),
+        model,
+        0,
+        batch=48,
+        schedule=(Stage(50, "concat", 2e-3, 4.0), Stage(50, "mean", 2e-3, 4.0)),
         report=lambda step, scores: losses.append(scores["loss"]),
     )
     assert losses[-1] < losses[0] < 6

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from bench import released
 from tests import tiny
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.config import INSTRUCTION, HypernetConfig
-from v2l_fast.hypernet import HyperNetwork
-from v2l_fast.training.samples import ContextSample, Sample
+from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.hypernet.config import INSTRUCTION, HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 KINDS = ("captioning", "qa")
 

@@ -9,9 +9,9 @@ import pytest
 from tests import tiny
 from tests.training.broken import REASONS, write_folder
 from tests.training.tiny_run import settings
-from v2l_fast.training.feature_cache import FeatureCache, fill_cache, vision_fingerprint
-from v2l_fast.training.manifest import group_by_video, load_manifest
-from v2l_fast.training.reading import ClipReader
+from v2l_fast.data.feature_cache import FeatureCache, fill_cache, vision_fingerprint
+from v2l_fast.data.manifest import group_by_video, load_manifest
+from v2l_fast.data.readers import ClipReader
 from v2l_fast.training.trainer import train
 
 VIDEOS = 80

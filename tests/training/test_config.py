@@ -2,8 +2,8 @@
 
 import pytest
 
-from v2l_fast.config import INSTRUCTION
 from v2l_fast.errors import ConfigError
+from v2l_fast.hypernet.config import INSTRUCTION
 from v2l_fast.training.config import OptimConfig, TrainConfig, load_config, preset_names
 from v2l_fast.training.trainer import step_options
 
@@ -79,7 +79,7 @@ def test_a_file_builds_on_a_preset(tmp_path):
         ("data.chunks=[]", "data.chunks is empty"),
         ("data.chunks=[1, 0]", "data.chunks must be at least 1, not 0"),
         ("data.val_share=0.9", "data.val_share must be at most 0.5"),
-        ("run.trackers=[\"mlflow\"]", "run.trackers must be one of tensorboard, wandb"),
+        ('run.trackers=["mlflow"]', "run.trackers must be one of tensorboard, wandb"),
         ("data.source=shape", "data.source must be one of manifest, shapes"),
         ("optim.schedule=linear", "optim.schedule must be one of cosine, trapezoid"),
         ("loss.kind_weights.qa=heavy", "loss.kind_weights.qa must be a weight"),

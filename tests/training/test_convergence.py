@@ -32,19 +32,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from v2l_fast.adapter import AdapterBatch
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.config import HypernetConfig
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.shapes.base import load_base
 from v2l_fast.shapes.language import ask
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.train_language import cache_visual_tokens
 from v2l_fast.training import step as step_module
-from v2l_fast.training.samples import ContextSample, Sample
 from v2l_fast.training.step import StepOptions, TrainStep
-from v2l_fast.training.turns import TurnRows, turn_rows
+from v2l_fast.training.turns import ResponseRows, turn_rows
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 KINDS = ("background", "color", "shape")
 STEPS, SHORT, BATCH, RATE = 240, 60, 16, 3e-3
@@ -163,7 +163,7 @@ def unseen_context() -> AbstractContextManager:
 def mixed_up_rows() -> AbstractContextManager:
     """Within a group of turns, rows answer with each other's adapters."""
 
-    def wrong(*arguments) -> TurnRows:
+    def wrong(*arguments) -> ResponseRows:
         rows = turn_rows(*arguments)
         return replace(rows, groups=[(ids, owners.flip(0)) for ids, owners in rows.groups])
 

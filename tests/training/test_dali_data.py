@@ -10,7 +10,7 @@ import torch
 
 from tests import tiny
 from tests.video.clips import encode
-from v2l_fast.corpus import CorpusSettings, internalize_corpus
+from v2l_fast.data.internalize import CorpusSettings, internalize_corpus
 from v2l_fast.errors import ConfigError
 from v2l_fast.training.config import DataConfig, TrainConfig
 from v2l_fast.training.data import ManifestSource, manifest_sources

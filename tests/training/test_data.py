@@ -15,25 +15,25 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny
 from tests.training.broken import REASONS, write_folder
 from tests.video.clips import encode, shown_index
-from v2l_fast.backbones.smolvlm_inputs import SmolVLMInputs
-from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.training.config import DataConfig, LossConfig, TrainConfig
-from v2l_fast.training.contexts import visual_features
-from v2l_fast.training.data import ManifestSource, manifest_sources
-from v2l_fast.training.length_tags import length_class, with_length
-from v2l_fast.training.manifest import (
+from v2l_fast.data.manifest import (
     Example,
     VideoExamples,
     group_by_video,
     load_manifest,
 )
-from v2l_fast.training.manifest_checks import ManifestError
-from v2l_fast.training.reading import ClipReader, read_ahead
-from v2l_fast.training.samples import Failure, Sample
+from v2l_fast.data.manifest_checks import ManifestError
+from v2l_fast.data.readers import ClipReader, read_ahead
+from v2l_fast.data.samples import Failure, Sample
+from v2l_fast.errors import ConfigError, VideoError
+from v2l_fast.training.config import DataConfig, LossConfig, TrainConfig
+from v2l_fast.training.contexts import visual_features
+from v2l_fast.training.data import ManifestSource, manifest_sources
+from v2l_fast.training.length_tags import length_class, with_length
 from v2l_fast.training.sources import open_sources
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import load_video
 from v2l_fast.video.spans import load_spans
+from v2l_fast.vlm.smolvlm_inputs import SmolVLMInputs
 
 READER = ClipReader(max_frames=4, longest_edge=32)
 
@@ -72,8 +72,9 @@ def test_ids_and_pixels_are_what_the_model_builds(backbone, model, video):
     assert chunk.place == (0.0, 1.0) and sample.frames == len(clip.frames) == 4
     for (question, answer), words in zip(sample.turns, ("1", "2"), strict=True):
         asked = backbone.question(f"what is {words} ?")
-        assert torch.equal(backbone.decoder.embed(torch.tensor(sample.prefix + question)),
-                           asked.embeddings)
+        assert torch.equal(
+            backbone.decoder.embed(torch.tensor(sample.prefix + question)), asked.embeddings
+        )
         assert answer[-1] in backbone.stop_ids
         assert backbone.decode(answer[:-1]) == f"it is {words} ."
 
@@ -136,8 +137,9 @@ def byte_pair_inputs() -> SmolVLMInputs:
 def test_prefix_question_and_answer_are_the_whole_text_cut(video, make):
     inputs = make()
     prompts = ["What is the color?", "What is it?", "Describe it."]
-    examples = [example(i, video, prompt=p, target_text="The color is red.")
-                for i, p in enumerate(prompts)]
+    examples = [
+        example(i, video, prompt=p, target_text="The color is red.") for i, p in enumerate(prompts)
+    ]
     reads = ManifestSource(group_by_video(examples), inputs, READER, "", teacher=True)
     sample = reads.load(0, 0)
     found = set()
@@ -176,8 +178,9 @@ def test_a_target_cut_short_has_no_stop_token(backbone, video):
 
 
 def kinds_of(backbone, video, captions: int, questions: int, steps: int, **options) -> list[tuple]:
-    examples = [example(i, video, "caption" if i < captions else "qa")
-                for i in range(captions + questions)]
+    examples = [
+        example(i, video, "caption" if i < captions else "qa") for i in range(captions + questions)
+    ]
     reads = source(backbone, examples, **options)
     return [reads.load(0, step).kinds for step in range(steps)]
 

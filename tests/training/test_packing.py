@@ -53,9 +53,7 @@ def test_a_token_sees_the_prefix_and_its_own_turn():
         [0, 0, 1, 1, 1, 2, 2],
         [0, 1, 1, -1, -1, -1, -1],
     ]
-    seen = [
-        [[j for j in range(7) if row[i, j]] for i in range(7)] for row in packed.mask[:, 0]
-    ]
+    seen = [[[j for j in range(7) if row[i, j]] for i in range(7)] for row in packed.mask[:, 0]]
     assert seen[0] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 5],
                        [0, 1, 5, 6]]  # fmt: skip
     assert seen[1][:3] == [[0], [0, 1], [0, 1, 2]]

@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from csrc_triton import reference
 from tests import tiny
 from tests.training.tiny_run import TinySource, run, settings
-from v2l_fast import adapted, hypernet, perceiver
-from v2l_fast.adapter import AdapterBatch
+from v2l_fast.hypernet import adapted_linear as adapted
+from v2l_fast.hypernet import network as hypernet
+from v2l_fast.hypernet import perceiver
+from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.training.contexts import visual_features
 from v2l_fast.training.flops import StepCost, peak_flops
 from v2l_fast.training.records import read_lines

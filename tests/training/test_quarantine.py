@@ -1,8 +1,8 @@
 """Broken videos are listed once, whoever meets them."""
 
+from v2l_fast.data.samples import Failure
 from v2l_fast.training.quarantine import Quarantine
 from v2l_fast.training.records import read_lines
-from v2l_fast.training.samples import Failure
 
 
 def test_processes_learn_from_each_other(tmp_path):

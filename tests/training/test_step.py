@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from tests.golden import relative
 from tests.training import plain
-from v2l_fast.adapter import AdapterBatch
-from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.errors import ConfigError
+from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.training import step as step_module
 from v2l_fast.training.contexts import visual_features
-from v2l_fast.training.samples import ContextSample, Sample
 from v2l_fast.training.step import StepOptions, TrainStep, turn_weights
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 # Relative errors against the plain step: transformers' norms are float32 in any dtype.
 LOSS, GRADIENT = 1e-7, 5e-6
@@ -61,9 +61,7 @@ def test_equals_a_plain_step(pair, samples, recompute, max_padding):
     losses = plain.turn_losses(*pair, samples)
     each = [loss for mine in losses for loss in mine]
     expected = torch.stack(each).mean()
-    found, gradients, parts = measured(
-        pair, samples, recompute=recompute, max_padding=max_padding
-    )
+    found, gradients, parts = measured(pair, samples, recompute=recompute, max_padding=max_padding)
     assert relative(found, expected) < LOSS
     assert_same(gradients, plain.gradients(pair[0], expected), GRADIENT)
     for kind in plain.KINDS:
@@ -99,9 +97,7 @@ def test_kinds_weigh_what_they_are_given(pair, samples):
 def test_parts_of_a_batch_add_up(pair, samples):
     total = sum(len(one.turns) for one in samples)
     whole, expected, _ = measured(pair, samples)
-    parts = [
-        measured(pair, samples[:1], total), measured(pair, samples[1:], torch.tensor(total))
-    ]
+    parts = [measured(pair, samples[:1], total), measured(pair, samples[1:], torch.tensor(total))]
     assert relative(sum(loss for loss, _, _ in parts), whole) < 1e-12
     added = {name: parts[0][1][name] + parts[1][1][name] for name in expected}
     assert_same(added, expected, 1e-9)

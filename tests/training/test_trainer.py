@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.training.tiny_run import TinySource, run, settings
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.training.checkpoint import latest_checkpoint, read_progress
 from v2l_fast.training.folder import RunFolder
 from v2l_fast.training.quarantine import Quarantine

@@ -7,7 +7,7 @@ import torch
 
 from tests import tiny
 from tests.training import plain
-from v2l_fast.training.samples import ContextSample, Sample
+from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.training.turns import turn_rows
 
 PAD = 99

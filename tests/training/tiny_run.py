@@ -1,6 +1,6 @@
 """A training run of the tiny random model; as a command, for tests that need processes to kill.
 
-    python -m tests.training.tiny_run [--kill-at STEP] [--stop-at STEP] [section.key=value]...
+python -m tests.training.tiny_run [--kill-at STEP] [--stop-at STEP] [section.key=value]...
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from tests import tiny
-from v2l_fast.backbones.smolvlm import SmolVLM
-from v2l_fast.backbones.smolvlm_inputs import SmolVLMInputs
+from v2l_fast.data.samples import ContextSample, Failure, Sample
 from v2l_fast.training.config import TrainConfig, load_config
-from v2l_fast.training.samples import ContextSample, Failure, Sample
 from v2l_fast.training.trainer import train
+from v2l_fast.vlm.smolvlm import SmolVLM
+from v2l_fast.vlm.smolvlm_inputs import SmolVLMInputs
 
 SETTINGS = Path(__file__).with_suffix(".toml")
 TURNS = (

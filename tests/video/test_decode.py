@@ -12,8 +12,8 @@ import torch
 from tests.video.clips import HEIGHT, WIDTH, set_display_matrix, shown_index
 from v2l_fast.errors import VideoError
 from v2l_fast.video import (
+    Clip,
     Limits,
-    VideoClip,
     decode,
     fallbacks,
     frame_views,
@@ -157,13 +157,13 @@ def test_shrinking_while_decoding_leaves_the_views_unchanged(clip):
 
 def test_from_frames():
     frames = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
-    made = VideoClip.from_frames(frames, fps=4.0)
+    made = Clip.from_frames(frames, fps=4.0)
     assert made.timestamps == (0.0, 0.25) and made.duration == 0.5 and made.num_frames == 2
     assert made.indices.tolist() == [0, 1] and made.path is None
-    assert made.sha256 == VideoClip.from_frames(frames.clone(), fps=4.0).sha256
-    assert made.sha256 != VideoClip.from_frames(frames, fps=5.0).sha256
-    assert made.sha256 != VideoClip.from_frames(frames.flip(0), fps=4.0).sha256
-    assert made.sha256 != VideoClip.from_frames(frames.reshape(2, 3, 5, 4), fps=4.0).sha256
+    assert made.sha256 == Clip.from_frames(frames.clone(), fps=4.0).sha256
+    assert made.sha256 != Clip.from_frames(frames, fps=5.0).sha256
+    assert made.sha256 != Clip.from_frames(frames.flip(0), fps=4.0).sha256
+    assert made.sha256 != Clip.from_frames(frames.reshape(2, 3, 5, 4), fps=4.0).sha256
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_from_frames():
 )
 def test_from_frames_refuses(frames, fps, message):
     with pytest.raises(VideoError, match=message):
-        VideoClip.from_frames(frames, fps)
+        Clip.from_frames(frames, fps)
 
 
 def test_unknown_backend(clip):

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.examples import Example, Progress, interval, silent
 from v2l_fast.analysis.scores import candidate_ids, log_probabilities
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 
 
@@ -47,9 +47,9 @@ def residual_shifts(
     """
     decoder = model.backbone.decoder
     embeddings = model.backbone.question(prompt).embeddings
-    slots = AdapterSlots.pack([None, model.attach(adapter)], decoder.device, decoder.dtype)
+    slots = AdapterBank.pack([None, model.attach(adapter)], decoder.device, decoder.dtype)
     hidden = embeddings.expand(2, *embeddings.shape)
-    span = decoder.prefill_span(*hidden.shape[:2])
+    span = decoder.prefill_metadata(*hidden.shape[:2])
     shifts: tuple[list[Tensor], ...] = ([], [], [])
     for index, layer in enumerate(decoder.text_model.layers):
         attention = decoder.attention_part(layer, index, hidden, span, adapters=slots)

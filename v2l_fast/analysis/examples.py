@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.adapter import Adapter
 from v2l_fast.errors import ConfigError, VideoError
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video, Video2LoRA
-from v2l_fast.video import VideoClip
+from v2l_fast.video import Clip
 
 # Score of an answer against one reference, higher is better.
 Metric = Callable[[str, str], float]
@@ -52,12 +52,12 @@ class Example:
     @property
     def video_key(self) -> Hashable:
         """Equal for examples about the same video."""
-        return self.video.sha256 if isinstance(self.video, VideoClip) else Path(self.video)
+        return self.video.sha256 if isinstance(self.video, Clip) else Path(self.video)
 
     @property
     def video_name(self) -> str:
         """For messages."""
-        source = self.video.path if isinstance(self.video, VideoClip) else self.video
+        source = self.video.path if isinstance(self.video, Clip) else self.video
         return "frames in memory" if source is None else Path(source).name
 
     def score(self, answer: str, metric: Metric) -> float:

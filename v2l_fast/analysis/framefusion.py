@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from v2l_fast.analysis.prefix import Prefix
-from v2l_fast.backbones import Prompt
-from v2l_fast.backbones.decoder import Cache, Decoder, Span
 from v2l_fast.errors import ConfigError
+from v2l_fast.vlm import Prompt
+from v2l_fast.vlm.decoder import Cache, Decoder, Span
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from v2l_fast.analysis.examples import Example
 from v2l_fast.errors import ConfigError
 from v2l_fast.model import Video
-from v2l_fast.video import VideoClip
+from v2l_fast.video import Clip
 
 # Decodes the part of a file between two times in seconds.
-SpanReader = Callable[[str, tuple[float, float]], VideoClip]
+SpanReader = Callable[[str, tuple[float, float]], Clip]
 
 
 def manifest_examples(
@@ -26,7 +26,7 @@ def manifest_examples(
 
     Args:
         read_span: reads the part of a file that an example is about; whole files are only named.
-        root, split: see :func:`v2l_fast.training.manifest.load_manifest`.
+        root, split: see :func:`v2l_fast.data.manifest.load_manifest`.
         limit: number of videos, from the first on.
 
     Raises:
@@ -34,7 +34,7 @@ def manifest_examples(
         ConfigError: no example is left, or one is about a part of a file and ``read_span`` is None.
         VideoError: a part of a file cannot be read.
     """
-    from v2l_fast.training.manifest import group_by_video, load_manifest
+    from v2l_fast.data.manifest import group_by_video, load_manifest
 
     found = []
     for video in group_by_video(load_manifest(path, root, split))[:limit]:

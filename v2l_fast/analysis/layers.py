@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.examples import (
     ANOTHER,
     NONE,
@@ -18,6 +17,7 @@ from v2l_fast.analysis.examples import (
     silent,
 )
 from v2l_fast.analysis.scores import diagnostic_scores
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.framefusion import (
     FrameFusion,
     Reduction,
@@ -22,12 +20,14 @@ from v2l_fast.analysis.framefusion import (
     reduced_prefix,
 )
 from v2l_fast.analysis.prefix import continue_greedily, prefill
-from v2l_fast.backbones import Prompt
-from v2l_fast.backbones.base import EncodedVideo
-from v2l_fast.backbones.decoder import Decoder
-from v2l_fast.generation import Sampling, generate
+from v2l_fast.generation import SamplingParams, generate
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video, Video2LoRA
-from v2l_fast.video import VideoClip
+from v2l_fast.video import Clip
+from v2l_fast.vlm import Prompt
+from v2l_fast.vlm.base import EncodedVideo
+from v2l_fast.vlm.decoder import Decoder
 
 # Cache slots kept free for a question.
 _QUESTION_ROOM = 512
@@ -64,7 +64,7 @@ class Setting:
             "exact_frames": self.exact_frames,
         }
 
-    def clip(self, video: Video) -> VideoClip:
+    def clip(self, video: Video) -> Clip:
         """The frames all methods see."""
         return self.model.load_clip(video, **self.sampling)
 
@@ -104,14 +104,14 @@ class Method:
 def _answer(
     setting: Setting,
     make_prompt: Callable[[], Prompt],
-    adapters: AdapterSlots | None = None,
+    adapters: AdapterBank | None = None,
     decoder: Decoder | None = None,
 ) -> Said:
     start = time.perf_counter()
     prompt = make_prompt()
     built = time.perf_counter() - start
     backbone = setting.model.backbone
-    limit = Sampling(max_new_tokens=setting.max_new_tokens)
+    limit = SamplingParams(max_new_tokens=setting.max_new_tokens)
     generated = generate(
         decoder or backbone.decoder, [prompt.embeddings], backbone.stop_ids, limit, adapters
     )
@@ -228,7 +228,7 @@ def _keep_fused_adapter(setting: Setting, video: Video) -> Prepared:
 
 def _packed(setting: Setting, adapter: Adapter, reduction: Reduction | None = None) -> Prepared:
     decoder = setting.model.backbone.decoder
-    slots = AdapterSlots.pack([adapter], decoder.device, decoder.dtype)
+    slots = AdapterBank.pack([adapter], decoder.device, decoder.dtype)
     return Prepared(slots, _adapter_size(adapter), reduction)
 
 

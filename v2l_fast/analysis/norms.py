@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.layers import mean_layer_norms
 from v2l_fast.errors import ConfigError
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 
 

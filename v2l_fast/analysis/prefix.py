@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v2l_fast.backbones.decoder import Cache, Decoder, Span
 from v2l_fast.errors import ConfigError
-from v2l_fast.generation import Generated
+from v2l_fast.generation import GenerationOutput
+from v2l_fast.vlm.decoder import Cache, Decoder, Span
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def continue_greedily(
     embeddings: Tensor,
     stop_ids: Sequence[int],
     max_new_tokens: int,
-) -> Generated:
+) -> GenerationOutput:
     """Answer a prompt whose beginning is ``prefix`` and whose rest is ``embeddings`` [T, D].
 
     Raises:
@@ -87,7 +87,7 @@ def continue_greedily(
         tokens.append(token)
         behind += pending.shape[1]
         pending = decoder.embed(chosen[:, None])
-    return Generated([tokens], first)
+    return GenerationOutput([tokens], first)
 
 
 def _spans(decoder: Decoder, prefix: Prefix, behind: int, count: int) -> dict[int, Span]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.examples import (
     Example,
     Metric,
@@ -20,6 +19,7 @@ from v2l_fast.analysis.examples import (
     silent,
 )
 from v2l_fast.errors import ConfigError
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 
 BUDGETS = (1, 2, 4, 8, 16)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import Adapter
 from v2l_fast.errors import ConfigError
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 
 # Rows of one forward pass: every row may carry an adapter of its own.
@@ -54,7 +54,7 @@ def log_probabilities(
         rows = [torch.tensor(question + answer[:-1]) for _, answer in part]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(decoder.device)
         attached = [None if a is None else model.attach(a) for a, _ in part]
-        slots = AdapterSlots.pack(attached, decoder.device, decoder.dtype)
+        slots = AdapterBank.pack(attached, decoder.device, decoder.dtype)
         hidden = decoder.forward(decoder.embed(ids), adapters=slots)
         for row, (_, answer) in enumerate(part):
             # Position of the token before each answer token.

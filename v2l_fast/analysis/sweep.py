@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.examples import (
     Example,
     Metric,
@@ -31,6 +30,7 @@ from v2l_fast.analysis.records import read_json, write_json
 from v2l_fast.analysis.timing import PeakMemory, Stopwatch, timed
 from v2l_fast.errors import ConfigError
 from v2l_fast.generation.answers import Answer
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 
 FRAMES = (8, 12, 24, 48, 128, 256, 512, 1024)

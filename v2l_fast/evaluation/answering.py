@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from v2l_fast.adapter import Adapter
+from v2l_fast.data.manifest import Example, VideoExamples
 from v2l_fast.errors import VideoError
 from v2l_fast.evaluation.journal import Journal
 from v2l_fast.evaluation.library import Library
 from v2l_fast.generation.answers import Answer
-from v2l_fast.training.manifest import Example, VideoExamples
+from v2l_fast.hypernet.adapter import Adapter
 
 BASELINE = "direct"
 SYSTEM = "adapter"

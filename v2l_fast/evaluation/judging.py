@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from v2l_fast.data.manifest import Example
 from v2l_fast.evaluation.answering import BASELINE, SYSTEM
 from v2l_fast.evaluation.judge import Judge, Preference
 from v2l_fast.evaluation.rubrics import Task
-from v2l_fast.training.manifest import Example
 
 Progress = Callable[[str, int, int], None]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from v2l_fast.adapter import Adapter
+from v2l_fast.data.manifest import VideoExamples
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
-from v2l_fast.training.manifest import VideoExamples
-from v2l_fast.video import VideoClip
+from v2l_fast.video import Clip
 
-Loader = Callable[[VideoExamples], VideoClip]
+Loader = Callable[[VideoExamples], Clip]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
     max_new_tokens: int = 128
 
 
-def blank(clip: VideoClip) -> VideoClip:
+def blank(clip: Clip) -> Clip:
     """The same number, size and times of frames, all black."""
     sha256 = hashlib.sha256(b"blank").hexdigest()
     return replace(clip, frames=torch.zeros_like(clip.frames), sha256=sha256, path=None)
@@ -63,10 +63,10 @@ class Library:
         self._load = load
         self._folder = folder
         self._capacity = clips
-        self._clips: OrderedDict[str, VideoClip] = OrderedDict()
+        self._clips: OrderedDict[str, Clip] = OrderedDict()
         self._adapters: dict[str, Adapter] = {}
 
-    def clip(self, video: VideoExamples) -> VideoClip:
+    def clip(self, video: VideoExamples) -> Clip:
         """Its sampled frames. Raises VideoError when it cannot be read."""
         name = video.name
         if name not in self._clips:
@@ -86,7 +86,7 @@ class Library:
         alike = f"blank {tuple(clip.frames.shape)} {clip.timestamps} {clip.duration}"
         return self._kept(alike, lambda: blank(clip))
 
-    def _kept(self, key: str, make: Callable[[], VideoClip]) -> Adapter:
+    def _kept(self, key: str, make: Callable[[], Clip]) -> Adapter:
         if self._folder is None:
             if key not in self._adapters:
                 self._adapters[key] = self._internalize(make())
@@ -99,7 +99,7 @@ class Library:
         adapter.save(path)
         return adapter
 
-    def _internalize(self, clip: VideoClip) -> Adapter:
+    def _internalize(self, clip: Clip) -> Adapter:
         return self.model.internalize(
             clip,
             longest_edge=self.settings.longest_edge,

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from v2l_fast.data.manifest import Example, VideoExamples, group_by_video
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.answering import BASELINE, SYSTEM, answer_all, conditions_for
 from v2l_fast.evaluation.journal import Journal
@@ -32,7 +33,6 @@ from v2l_fast.files import read_json
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
 from v2l_fast.outputs import write_text
-from v2l_fast.training.manifest import Example, VideoExamples, group_by_video
 
 # (stage, done, total)
 Progress = Callable[[str, int, int], None]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from v2l_fast.data.manifest import Example
 from v2l_fast.evaluation.answering import BASELINE, SYSTEM
 from v2l_fast.evaluation.comparison import Scores
 from v2l_fast.evaluation.report import TITLES
 from v2l_fast.outputs import replacing
-from v2l_fast.training.manifest import Example
 
 
 def plot_distributions(

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from v2l_fast.data.manifest import Example
 from v2l_fast.evaluation.answering import BASELINE, NONE, SYSTEM
 from v2l_fast.evaluation.comparison import MARGINS, Comparison, Scores, average, compare, pooled
 from v2l_fast.evaluation.metrics import exact_match, token_f1
 from v2l_fast.evaluation.statistics import Interval, holm
-from v2l_fast.training.manifest import Example
 
 TITLES = {"token_f1": "Token-F1", "exact_match": "Exact match", "judge": "LLM judge"}
 
@@ -38,9 +38,7 @@ def text_scores(
     }
     return {
         name: {
-            condition: {
-                e.id: metric(texts[e.id], e.target_text) for e in scored if e.id in texts
-            }
+            condition: {e.id: metric(texts[e.id], e.target_text) for e in scored if e.id in texts}
             for condition, texts in answers.items()
         }
         for name, (metric, scored) in metrics.items()

@@ -1,6 +1,6 @@
 """Answering: a batch of prompts, each with an adapter of its own or none, token by token.
 
-Works on embedded prompts and a :class:`~v2l_fast.backbones.decoder.Decoder`; tokenizers, videos
+Works on embedded prompts and a :class:`~v2l_fast.vlm.decoder.Decoder`; tokenizers, videos
 and threads are other files' business. ``sampling`` chooses tokens, ``batch`` keeps the running
 answers, and this file runs one batch from its prompts to its end.
 """
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.errors import V2LError
 from v2l_fast.generation.batch import Batch, Row
-from v2l_fast.generation.sampling import Sampling
+from v2l_fast.generation.sampling import SamplingParams
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.vlm.decoder import Decoder
 
-__all__ = ["Batch", "Generated", "Row", "Sampling", "generate"]
+__all__ = ["Batch", "GenerationOutput", "Row", "SamplingParams", "generate"]
 
 
 @dataclass(frozen=True)
-class Generated:
+class GenerationOutput:
     """Generated token ids per example, without the stop token, and the time to first token (s)."""
 
     tokens: list[list[int]]
@@ -36,9 +36,9 @@ def generate(
     decoder: Decoder,
     prompts: Sequence[Tensor],
     stop_ids: Sequence[int],
-    sampling: Sampling,
-    adapters: AdapterSlots | None = None,
-) -> Generated:
+    sampling: SamplingParams,
+    adapters: AdapterBank | None = None,
+) -> GenerationOutput:
     """Answer E prompts.
 
     Args:
@@ -48,7 +48,7 @@ def generate(
         adapters: slots whose ``index`` has E entries, or None.
 
     Returns:
-        :class:`Generated`. ``time_to_first_token`` is that of the whole batch, from embedded
+        :class:`GenerationOutput`. ``time_to_first_token`` is that of the whole batch, from embedded
         prompts to chosen tokens.
 
     Raises:
@@ -68,4 +68,4 @@ def generate(
             raise type(row.error)(f"example {index}: {row.error}")
         if row.error is not None:
             raise row.error
-    return Generated([row.tokens for row in rows], first)
+    return GenerationOutput([row.tokens for row in rows], first)

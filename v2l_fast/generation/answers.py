@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones import Backbone, Prompt
-from v2l_fast.generation import Sampling, generate
+from v2l_fast.generation import SamplingParams, generate
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.vlm import Backbone, Prompt
 
 # Questions answered in one forward pass; more are split.
 MAX_BATCH = 32
@@ -42,7 +42,7 @@ def answer_prompts(
     backbone: Backbone,
     builders: Sequence[Callable[[], Prompt]],
     adapters: Sequence[Adapter | None],
-    sampling: Sampling,
+    sampling: SamplingParams,
 ) -> Iterator[Answer]:
     """Answer in batches; each prompt is built, and its cost timed, when its turn comes.
 
@@ -56,7 +56,7 @@ def answer_prompts(
         start = time.perf_counter()
         part = slice(first, first + MAX_BATCH)
         prompts = [build() for build in builders[part]]
-        slots = AdapterSlots.pack(adapters[part], decoder.device, decoder.dtype)
+        slots = AdapterBank.pack(adapters[part], decoder.device, decoder.dtype)
         built = time.perf_counter() - start
         generated = generate(
             decoder,

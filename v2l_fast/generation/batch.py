@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.errors import AdapterError, V2LError
-from v2l_fast.generation.sampling import Sampling, SamplingTensors, on_device, sample
+from v2l_fast.generation.sampling import SamplingParams, SamplingTensors, on_device, sample
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.vlm.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Row:
         length: tokens it has in the cache.
     """
 
-    sampling: Sampling
+    sampling: SamplingParams
     slot: int = -1
     tokens: list[int] = field(default_factory=list)
     finished: str | None = None
@@ -67,9 +67,7 @@ class Batch:
         rows: the answers in the making, in the order of the cache's rows.
     """
 
-    def __init__(
-        self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]) -> None:
         self.decoder = decoder
         self.size = size
         self.stop_ids = frozenset(stop_ids)
@@ -88,7 +86,7 @@ class Batch:
         return self.size - len(self.rows)
 
     def join(
-        self, rows: Sequence[Row], prompts: Sequence[Tensor], adapters: AdapterSlots | None = None
+        self, rows: Sequence[Row], prompts: Sequence[Tensor], adapters: AdapterBank | None = None
     ) -> None:
         """Prefill new rows together and choose their first tokens.
 
@@ -116,7 +114,7 @@ class Batch:
 
         self._advance(part, prefill, 0)
 
-    def step(self, adapters: AdapterSlots | None = None) -> None:
+    def step(self, adapters: AdapterBank | None = None) -> None:
         """One more token for every row; see :meth:`join`."""
         limit = max(row.length for row in self.rows) + 1
 
@@ -152,33 +150,31 @@ class Batch:
     # --- what a subclass may run in another way -----------------------------------------------
 
     def _prefill(
-        self, embeddings: Tensor, rows: Tensor, last: Tensor, adapters: AdapterSlots | None
+        self, embeddings: Tensor, rows: Tensor, last: Tensor, adapters: AdapterBank | None
     ) -> Tensor:
         """Prompts [E, T, D] into ``rows`` [E] of the cache -> logits [E, V] of tokens ``last``."""
         count, longest = embeddings.shape[:2]
-        span = self.decoder.prefill_span(count, longest)
+        span = self.decoder.prefill_metadata(count, longest)
         slots = self._in_use(adapters, rows)
         hidden = self.decoder.forward(embeddings, span, replace(self.cache, rows=rows), slots)
         return self.decoder.logits(hidden[torch.arange(count, device=hidden.device), last])
 
-    def _decode(self, count: int, limit: int, adapters: AdapterSlots | None) -> Tensor:
+    def _decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
         """Last tokens of ``count`` rows, at positions below ``limit`` -> logits [count, V]."""
         return self._decode_rows(slice(0, count), limit, adapters)
 
-    def _decode_rows(self, part: slice, limit: int, adapters: AdapterSlots | None) -> Tensor:
+    def _decode_rows(self, part: slice, limit: int, adapters: AdapterBank | None) -> Tensor:
         """:meth:`_decode` of some rows."""
         cache = self.cache
         if part.start:
             rows = torch.arange(part.start, part.stop, device=self.decoder.device)
             cache = replace(cache, rows=rows)
-        span = self.decoder.step_span(self._positions[part], limit)
+        span = self.decoder.decode_metadata(self._positions[part], limit)
         embeddings = self.decoder.embed(self._tokens[part, None])
         slots = self._in_use(adapters, part)
         return self.decoder.logits(self.decoder.forward(embeddings, span, cache, slots)[:, 0])
 
-    def _in_use(
-        self, adapters: AdapterSlots | None, part: slice | Tensor
-    ) -> AdapterSlots | None:
+    def _in_use(self, adapters: AdapterBank | None, part: slice | Tensor) -> AdapterBank | None:
         return None if adapters is None else replace(adapters, index=self._slots[part])
 
     # --- bookkeeping ------------------------------------------------------------------------------

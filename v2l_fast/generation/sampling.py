@@ -31,7 +31,7 @@ _COLDEST, _HOTTEST = 1e-37, 3e38
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen.
 
     ``top_p`` and ``top_k`` both apply to the full distribution, after the temperature; the token
@@ -74,7 +74,7 @@ class Sampling:
         if not MIN_SEED <= self.seed <= MAX_SEED:
             raise ConfigError(f"seed must be from -2^63 to 2^63 - 1, got {_shown(self.seed)}")
 
-    def for_example(self, index: int) -> Sampling:
+    def for_example(self, index: int) -> SamplingParams:
         """The parameters of example ``index`` of a batch: ``seed + index``, modulo 2^64."""
         return replace(self, seed=(self.seed + index - MIN_SEED) % (1 << 64) + MIN_SEED)
 
@@ -102,7 +102,7 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class SamplingTensors:
-    """Parameters of E rows on the device, [E] each; see :class:`Sampling`.
+    """Parameters of E rows on the device, [E] each; see :class:`SamplingParams`.
 
     Attributes:
         temperature: float64, from 1e-37 to 3e38, the range of float32.
@@ -118,7 +118,7 @@ class SamplingTensors:
 
     @classmethod
     def of(
-        cls, sampling: Sequence[Sampling], vocabulary: int, device: torch.device
+        cls, sampling: Sequence[SamplingParams], vocabulary: int, device: torch.device
     ) -> SamplingTensors:
         """One row for each of ``sampling``; the temperature of a greedy one is ignored."""
         return cls(
@@ -140,14 +140,13 @@ class SamplingTensors:
             ),
         )
 
-
     def rows(self, which: slice | Tensor) -> SamplingTensors:
         """Some of the rows."""
         return SamplingTensors(
             self.temperature[which], self.top_p[which], self.top_k[which], self.seed[which]
         )
 
-    def write(self, part: slice, sampling: Sequence[Sampling], vocabulary: int) -> None:
+    def write(self, part: slice, sampling: Sequence[SamplingParams], vocabulary: int) -> None:
         """Replace the rows of ``part``, in place."""
         other = SamplingTensors.of(sampling, vocabulary, self.seed.device)
         for name in ("temperature", "top_p", "top_k", "seed"):

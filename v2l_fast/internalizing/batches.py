@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from v2l_fast.adapter import Adapter, AdapterBatch
-from v2l_fast.backbones import Backbone, Prompt
-from v2l_fast.backbones.base import EncodedVideo, prompt_ids, resize_steps
-from v2l_fast.backbones.steps import Step, chunks, named, unit_tokens
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.internalizing.parts import Part
-from v2l_fast.lengths import right_padded, similar_lengths
+from v2l_fast.padding import length_buckets, pad_right
 from v2l_fast.video import FrameViews
+from v2l_fast.vlm import Backbone, Prompt
+from v2l_fast.vlm.base import EncodedVideo, prompt_ids, resize_steps
+from v2l_fast.work_units import Step, chunks, named, unit_tokens
 
 # Tokens of contexts that are computed together; a longer context is alone. Eight videos of twelve
 # frames are 7,000. At the widest decoder (MLP of 8,192) a layer then needs 2 GB in bfloat16.
@@ -44,7 +44,7 @@ def generate_steps(
     longest_edge: int,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Generator[Step, None, list[Adapter | None]]:
-    """The adapter of each part, in units of work (see :mod:`v2l_fast.backbones.steps`).
+    """The adapter of each part, in units of work (see :mod:`v2l_fast.work_units`).
 
     Batching changes results only by floating-point rounding. Resizing precedes each batch's first
     unit with the model, under the name "decode".
@@ -68,7 +68,7 @@ def generate_steps(
             for video, c in zip(videos, contexts, strict=True)
         ]
         lengths = [len(prompt) for prompt in prompts]
-        for members in similar_lengths(lengths, MAX_PADDING, batch_tokens):
+        for members in length_buckets(lengths, MAX_PADDING, batch_tokens):
             batch = yield from _layer_steps(
                 backbone,
                 hypernet,
@@ -131,7 +131,7 @@ def _layer_steps(
 ) -> Generator[Step, None, AdapterBatch]:
     """Each layer's factors as the decoder produces its input; long contexts in chunks."""
     # The decoder needs no mask: what follows a token does not reach it.
-    embeddings, mask = right_padded([prompt.embeddings for prompt in prompts])
+    embeddings, mask = pad_right([prompt.embeddings for prompt in prompts])
     where = torch.tensor(places, device=embeddings.device)
     total = hypernet.config.num_layers
     unit = unit_tokens(embeddings.device)

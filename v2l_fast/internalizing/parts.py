@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.video import VideoClip
+from v2l_fast.video import Clip
 from v2l_fast.video.reading import Backend
 from v2l_fast.video.spans import load_spans
 from v2l_fast.video.splitting import split_clip
 
-Video = str | os.PathLike | VideoClip
+Video = str | os.PathLike | Clip
 
 
 @dataclass(frozen=True)
 class Part:
     """What becomes one adapter: a clip, and where it starts and ends in its video, as fractions."""
 
-    clip: VideoClip
+    clip: Clip
     place: tuple[float, float]
 
 
@@ -55,13 +55,13 @@ class Reading:
         if self.chunks < 1:
             raise ConfigError(f"chunks={self.chunks} is no part of a video: use 1 or more")
 
-    def clips(self, video: Video) -> list[VideoClip]:
+    def clips(self, video: Video) -> list[Clip]:
         """The video's parts in the order of time; a clip's own frames are divided among them.
 
         Raises:
             VideoError: the file cannot be read.
         """
-        if isinstance(video, VideoClip):
+        if isinstance(video, Clip):
             return [video] if self.chunks == 1 else split_clip(video, self.chunks)
         return load_spans(
             video,

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.adapter import Adapter
-from v2l_fast.backbones import Backbone
-from v2l_fast.backbones.steps import Step
 from v2l_fast.errors import VideoError
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.internalizing.batches import generate_steps
 from v2l_fast.internalizing.parts import Part, Reading, Video
+from v2l_fast.vlm import Backbone
+from v2l_fast.work_units import Step
 
 
 class VideoInternalizer:
@@ -36,7 +36,7 @@ class VideoInternalizer:
     def steps(
         self, videos: Sequence[Video | VideoError], reading: Reading, batch_tokens: int
     ) -> Generator[Step, None, list[Adapter | VideoError]]:
-        """What becomes of each video, in units of work (see :mod:`v2l_fast.backbones.steps`).
+        """What becomes of each video, in units of work (see :mod:`v2l_fast.work_units`).
 
         Args:
             videos: files, clips, or the error of one that could not be read.

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from v2l_fast.config import HypernetConfig
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.interop.directories import whole_directory
 from v2l_fast.interop.pickles import Record, TensorRef, quote
 from v2l_fast.interop.torch_archive import TorchArchive

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from v2l_fast.adapter import Adapter
-from v2l_fast.adapter_files import check_provenance
 from v2l_fast.errors import AdapterError
 from v2l_fast.files import read_json
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_files import check_provenance
 from v2l_fast.interop.directories import whole_directory
 from v2l_fast.outputs import save_tensors
 from v2l_fast.tensor_files import load_tensors

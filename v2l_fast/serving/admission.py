@@ -12,12 +12,12 @@ from contextlib import asynccontextmanager
 
 from starlette.concurrency import run_in_threadpool
 
-from v2l_fast.serving.index import StoredAdapter
 from v2l_fast.serving.jobs import Job, Jobs
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.requests import QueueFull
 from v2l_fast.serving.schemas import InternalizeOptions
 from v2l_fast.serving.videos import ReceivedVideo
+from v2l_fast.store.index import StoredAdapter
 
 # Bytes received at the same time, in uploads of the largest size: they lie in the staging folder.
 _LARGEST_UPLOADS = 8

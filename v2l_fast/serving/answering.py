@@ -20,13 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.adapter import Adapter
-from v2l_fast.generation import Batch, Row, Sampling
+from v2l_fast.generation import Batch, Row, SamplingParams
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.graphs import GraphBatch
 from v2l_fast.serving.requests import Generation, Usage, told
-from v2l_fast.serving.slots import DeviceSlots, HostAdapter
+from v2l_fast.serving.slots import DeviceAdapterCache, HostAdapter
 from v2l_fast.serving.text import TextStream
 
 # Requests that may pass one that waits for a slot.
@@ -92,7 +92,7 @@ class Answering:
     ) -> None:
         self.tokens = dict.fromkeys(("prompt", "completion", "visual"), 0)
         self.steps = 0
-        self.slots = DeviceSlots(model, slots)
+        self.slots = DeviceAdapterCache(model, slots)
         decoder = model.backbone.decoder
         if merged is not None:
             decoder = decoder.merged(merged)
@@ -122,7 +122,7 @@ class Answering:
         for count, length in sizes:
             prompt = self._embedded([0] * length)
             for tables in (None,) if self._merged else (None, self.slots.tables):
-                rows = [Row(Sampling(max_new_tokens=3)) for _ in range(count)]
+                rows = [Row(SamplingParams(max_new_tokens=3)) for _ in range(count)]
                 try:
                     self.batch.join(rows, [prompt] * count, tables)
                     self.batch.step(tables)
@@ -219,7 +219,7 @@ class Answering:
         self._joining.clear()
         self._deliver()
 
-    def _tables(self, rows: Sequence[Row]) -> AdapterSlots | None:
+    def _tables(self, rows: Sequence[Row]) -> AdapterBank | None:
         """The adapter slots, unless no row has one: the plain model is cheaper."""
         slots = {row.slot for row in rows if row.slot >= 0}
         return self.slots.used(slots) if slots else None

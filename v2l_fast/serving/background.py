@@ -14,9 +14,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from v2l_fast.backbones.steps import Step
 from v2l_fast.errors import V2LError
 from v2l_fast.serving.requests import Cancellation
+from v2l_fast.work_units import Step
 
 Result = TypeVar("Result")
 

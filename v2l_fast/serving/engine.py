@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from v2l_fast.errors import V2LError
-from v2l_fast.generation import Sampling
+from v2l_fast.generation import SamplingParams
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.answering import Answering, Waiting
 from v2l_fast.serving.background import Background
@@ -240,7 +240,7 @@ class Engine:
         if waiting >= self._queue_limit:
             raise QueueFull(f"{waiting} questions are waiting; try again later")
 
-    def _check_length(self, prompt: int, sampling: Sampling) -> None:
+    def _check_length(self, prompt: int, sampling: SamplingParams) -> None:
         if prompt + sampling.max_new_tokens > self._max_context:
             raise PromptTooLong(
                 f"a prompt of {prompt} tokens and up to {sampling.max_new_tokens} of the answer "
@@ -302,10 +302,12 @@ class Engine:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._stopped
-                    or self._queue
-                    or self._answering.running
-                    or len(self._background)
+                    lambda: (
+                        self._stopped
+                        or self._queue
+                        or self._answering.running
+                        or len(self._background)
+                    )
                 )
                 if self._stopped:
                     return

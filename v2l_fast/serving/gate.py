@@ -130,9 +130,7 @@ class Gate:
         limits: of bodies, :class:`ServerLimits`.
     """
 
-    def __init__(
-        self, app: ASGIApp, hosts: AllowedHosts, keys: Keys, limits: ServerLimits
-    ) -> None:
+    def __init__(self, app: ASGIApp, hosts: AllowedHosts, keys: Keys, limits: ServerLimits) -> None:
         self._app, self._hosts, self._keys, self._limits = app, hosts, keys, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.backbones.decoder import Decoder
 from v2l_fast.generation.batch import Batch
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.vlm.decoder import Decoder
 
 LEAST_LIMIT = 256
 LEAST_PROMPT, MOST_PROMPT = 16, 128
@@ -24,21 +24,18 @@ LEAST_PROMPT, MOST_PROMPT = 16, 128
 
 @dataclass(frozen=True)
 class _Captured:
-    """A graph, what it reads and what it writes; the adapters are kept so that none replaces them.
-    """
+    """A graph, its inputs and its output; keeps the adapters alive so that none replaces them."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     output: Tensor
-    adapters: AdapterSlots | None
+    adapters: AdapterBank | None
 
 
 class GraphBatch(Batch):
     """See the module; arguments as :class:`Batch`'s."""
 
-    def __init__(
-        self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]) -> None:
         super().__init__(decoder, size, context, stop_ids)
         self._graphs: dict[tuple, _Captured] = {}
         self._pool: tuple[int, int] | None = None
@@ -54,7 +51,7 @@ class GraphBatch(Batch):
             length *= 2
         return sizes
 
-    def _decode(self, count: int, limit: int, adapters: AdapterSlots | None) -> Tensor:
+    def _decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
         rows = min(_power(count), self.size)
         reach = min(max(_power(limit), LEAST_LIMIT), self.cache.capacity)
         # Rows beyond the last are free: a token without an adapter at their first position.
@@ -69,7 +66,7 @@ class GraphBatch(Batch):
         return captured.output[:count]
 
     def _prefill(
-        self, embeddings: Tensor, rows: Tensor, last: Tensor, adapters: AdapterSlots | None
+        self, embeddings: Tensor, rows: Tensor, last: Tensor, adapters: AdapterBank | None
     ) -> Tensor:
         run = super()._prefill
         count, longest, width = embeddings.shape
@@ -90,7 +87,7 @@ class GraphBatch(Batch):
         return captured.output
 
     def _capture(
-        self, run: Callable[[], Tensor], inputs: tuple[Tensor, ...], adapters: AdapterSlots | None
+        self, run: Callable[[], Tensor], inputs: tuple[Tensor, ...], adapters: AdapterBank | None
     ) -> _Captured:
         """Passes that run before and during the capture write what they would have written."""
         if adapters is not None:

@@ -23,7 +23,7 @@ from v2l_fast.serving.requests import (
     told,
 )
 from v2l_fast.serving.slots import HostAdapters, Store
-from v2l_fast.video import VideoClip
+from v2l_fast.video import Clip
 
 # Videos read at the same time.
 WORKERS = 2
@@ -40,7 +40,7 @@ STATES = {
 # As Video2LoRA.internalize: max_frames, longest_edge, exact_frames.
 Options = tuple[int | None, int | None, bool]
 # A path, the options, and what may end the reading early.
-LoadClip = Callable[[str | os.PathLike, int | None, int | None, bool, Cancellation], VideoClip]
+LoadClip = Callable[[str | os.PathLike, int | None, int | None, bool, Cancellation], Clip]
 
 
 class Internalization:
@@ -145,10 +145,10 @@ class Internalization:
         longest_edge: int | None,
         exact_frames: bool,
         cancellation: Cancellation,
-    ) -> VideoClip:
+    ) -> Clip:
         return self._model.load_clip(path, max_frames, longest_edge, exact_frames)
 
-    def _check_length(self, clip: VideoClip, longest_edge: int | None) -> None:
+    def _check_length(self, clip: Clip, longest_edge: int | None) -> None:
         tokens = self._model.visual_tokens(clip, longest_edge)
         if tokens > MAX_VISUAL_TOKENS:
             edge = self._model.config.sampling.override(longest_edge=longest_edge).longest_edge

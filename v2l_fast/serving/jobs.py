@@ -15,15 +15,15 @@ from dataclasses import dataclass, field, replace
 from v2l_fast.errors import AdapterError, ConfigError
 from v2l_fast.serving import logs
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.index import StoredAdapter
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.metrics import Metrics
 from v2l_fast.serving.reading import VideoReader
 from v2l_fast.serving.requests import InternalizeJob, QueueFull
 from v2l_fast.serving.schemas import InternalizeOptions
-from v2l_fast.serving.settings import InternalizeSettings
-from v2l_fast.serving.store import AdapterStore, StoreError
 from v2l_fast.serving.videos import ReceivedVideo, VideoFolder, clean_name
+from v2l_fast.store.adapter_store import AdapterStore, StoreError
+from v2l_fast.store.index import StoredAdapter
+from v2l_fast.store.settings import InternalizeSettings
 
 _REMEMBERED = 1024
 

@@ -43,9 +43,7 @@ def bind(host: str, port: int) -> socket.socket:
     """
     bound = None
     try:
-        addresses = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # Of a name that has both, IPv4: "localhost" is 127.0.0.1 to most clients.
         addresses.sort(key=lambda entry: entry[0] != socket.AF_INET)
         family, kind, protocol, _, address = addresses[0]
@@ -167,9 +165,7 @@ class _Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self.loop.call_later(
-            self._limits.stalled_seconds, self.transport.abort
-        )
+        self._stall_timer = self.loop.call_later(self._limits.stalled_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()

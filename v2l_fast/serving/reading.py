@@ -20,14 +20,14 @@ from v2l_fast.serving import isolation
 from v2l_fast.serving.isolation import Isolation
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.requests import Cancellation
-from v2l_fast.video import Limits, VideoClip, VideoInfo, fallbacks, load_video, probe
+from v2l_fast.video import Clip, Limits, VideoInfo, fallbacks, load_video, probe
 from v2l_fast.video.reading import resolved
 
 if TYPE_CHECKING:
     from v2l_fast.model import Video2LoRA
 
 # What reading a file imports, and what each process imports again: the command it was started by.
-PRELOAD = ("v2l_fast.serving.reading", "v2l_fast.video.pyav_source", "v2l_fast.cli")
+PRELOAD = ("v2l_fast.serving.reading", "v2l_fast.video.pyav_source", "v2l_fast.cli.entry")
 # Files looked into at the same time; whoever decodes bounds that itself.
 PROBES = 4
 
@@ -69,7 +69,7 @@ class VideoReader:
         longest_edge: int,
         exact_frames: bool,
         cancellation: Cancellation | None = None,
-    ) -> VideoClip:
+    ) -> Clip:
         """:func:`v2l_fast.video.load_video` on the CPU, apart; raises as :meth:`probe`.
 
         Raises:
@@ -79,7 +79,7 @@ class VideoReader:
         found, frames = self._isolation.run(
             _load, path, self._limits.decoding, *options, cancellation=cancellation
         )
-        return VideoClip(
+        return Clip(
             frames=torch.from_numpy(frames),
             indices=np.array(found.pop("indices"), dtype=np.int64),
             timestamps=tuple(found.pop("timestamps")),
@@ -94,7 +94,7 @@ class VideoReader:
         longest_edge: int | None = None,
         exact_frames: bool = False,
         cancellation: Cancellation | None = None,
-    ) -> VideoClip:
+    ) -> Clip:
         """:meth:`Video2LoRA.load_clip` of a file: by the GPU where it can, else :meth:`load`; the
         frames are on the model's device. The GPU reads to the end whatever is cancelled."""
         sampling = self._config.sampling.override(max_frames, longest_edge)

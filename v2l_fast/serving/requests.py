@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from v2l_fast.errors import AdapterError, ConfigError, V2LError
-from v2l_fast.generation import Sampling
-from v2l_fast.video import VideoClip
+from v2l_fast.generation import SamplingParams
+from v2l_fast.video import Clip
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ class Cancellation:
 
 @contextmanager
 def room(places: threading.Semaphore) -> Iterator[None]:
-    """One of so many places for work that holds a thread, or QueueFull: who waits holds one, too.
-    """
+    """Try to acquire a worker permit; raise QueueFull instead of blocking a thread."""
     if not places.acquire(blocking=False):
         raise QueueFull("too many videos are being read; try again later")
     try:
@@ -120,8 +119,8 @@ class GenerationRequest:
 
     text: str
     adapters: tuple[str, ...] = ()
-    clip: VideoClip | None = None
-    sampling: Sampling = Sampling()
+    clip: Clip | None = None
+    sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -177,9 +176,7 @@ class _Waker:
             event.set()
 
 
-_wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = (
-    weakref.WeakKeyDictionary()
-)
+_wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = weakref.WeakKeyDictionary()
 
 
 class _Signal:

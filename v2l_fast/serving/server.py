@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from v2l_fast.errors import AdapterError, V2LError
-from v2l_fast.generation import Sampling
+from v2l_fast.generation import SamplingParams
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.auth import Keys
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.gate import AllowedHosts
 from v2l_fast.serving.http_errors import ApiError, body, translate
-from v2l_fast.serving.index import StoredAdapter
 from v2l_fast.serving.jobs import Job, Jobs
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.metrics import Metrics
 from v2l_fast.serving.reading import VideoReader
 from v2l_fast.serving.requests import GenerationRequest, room
 from v2l_fast.serving.schemas import ChatRequest, VideoBody
-from v2l_fast.serving.settings import InternalizeSettings
-from v2l_fast.serving.store import AdapterStore
 from v2l_fast.serving.videos import VideoFolder
-from v2l_fast.video import VideoClip
+from v2l_fast.store.adapter_store import AdapterStore
+from v2l_fast.store.index import StoredAdapter
+from v2l_fast.store.settings import InternalizeSettings
+from v2l_fast.video import Clip
 
 DEFAULT_NEW_TOKENS = 256
 _CLIPS = 4
@@ -82,7 +82,7 @@ class Server:
             engine, store, reader, self.videos, self.settings, self.limits, self.metrics
         )
         self.jobs.discard_orphans()
-        self._clips: OrderedDict[str, VideoClip] = OrderedDict()
+        self._clips: OrderedDict[str, Clip] = OrderedDict()
         self._decoding = threading.Semaphore(_DECODING)
         self._contexts = threading.Semaphore(_CONTEXTS)
 
@@ -227,13 +227,13 @@ class Server:
         request = GenerationRequest(text, adapters, sampling=sampling, stop=stop)
         return Asked(request, "adapter" if adapters else "plain")
 
-    def _sampling(self, chat: ChatRequest) -> Sampling:
+    def _sampling(self, chat: ChatRequest) -> SamplingParams:
         limit = self.limits.new_tokens
         wanted = chat.max_completion_tokens or chat.max_tokens or min(DEFAULT_NEW_TOKENS, limit)
         if wanted > limit:
             raise ApiError(400, f"at most {limit} tokens are generated here", "invalid_value",
                            "max_tokens")  # fmt: skip
-        return Sampling(
+        return SamplingParams(
             max_new_tokens=wanted,
             temperature=chat.temperature or 0.0,
             top_p=1.0 if chat.top_p is None else chat.top_p,
@@ -241,7 +241,7 @@ class Server:
             seed=chat.seed or 0,
         )
 
-    def _clip(self, adapter_id: str) -> VideoClip:
+    def _clip(self, adapter_id: str) -> Clip:
         """The frames an adapter was made from, decoded again; the last few stay in memory."""
         clip = self._clips.get(adapter_id)
         if clip is not None:

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 
-from v2l_fast.adapted import AdapterSlots, one_rank
-from v2l_fast.adapter import Adapter, BiasAdapter, Factors
+from v2l_fast.hypernet.adapted_linear import AdapterBank, one_rank
+from v2l_fast.hypernet.adapter import Adapter, BiasAdapter, Factors
 from v2l_fast.model import Video2LoRA
 
 Ids = tuple[str, ...]
@@ -151,7 +151,7 @@ def _same(one: BiasAdapter | None, other: BiasAdapter | None) -> bool:
     return one is other or one.id == other.id
 
 
-class DeviceSlots:
+class DeviceAdapterCache:
     """``count`` adapters side by side on the device, as a batch uses them.
 
     A slot is reserved by :meth:`acquire`, written by :meth:`fill` and kept until :meth:`release`.
@@ -182,7 +182,7 @@ class DeviceSlots:
             self._bias = _placed(model.bias, self._placed)
         self._stream = torch.cuda.Stream() if decoder.device.type == "cuda" else None
         self.tables = self._new_tables(2 * model.config.rank)
-        self._narrow: dict[int, AdapterSlots] = {}
+        self._narrow: dict[int, AdapterBank] = {}
 
     def resident(self, ids: Ids) -> bool:
         """Whether an adapter is on the device."""
@@ -235,7 +235,7 @@ class DeviceSlots:
             current.wait_event(copied)
         self._filled.add(slot)
 
-    def used(self, slots: Iterable[int]) -> AdapterSlots:
+    def used(self, slots: Iterable[int]) -> AdapterBank:
         """The tables, no wider than adapters in ``slots`` need on a CPU that does not compile.
 
         There every row of a batch costs as much as the widest table. Compiled code would need a
@@ -256,7 +256,7 @@ class DeviceSlots:
                 for side in (tables.A, tables.B)
             )
             ranks = tables.ranks.clamp_max(width)
-            self._narrow[width] = AdapterSlots(*sides, tables.index, tables.scale, ranks)
+            self._narrow[width] = AdapterBank(*sides, tables.index, tables.scale, ranks)
         return self._narrow[width]
 
     def _forget(self, slot: int) -> None:
@@ -305,7 +305,7 @@ class DeviceSlots:
 
     # The compiler tells tensors made in this mode from others: all tables are.
     @torch.inference_mode()
-    def _new_tables(self, rank: int) -> AdapterSlots:
+    def _new_tables(self, rank: int) -> AdapterBank:
         config = self._config
 
         def zeros(width: int) -> torch.Tensor:
@@ -313,7 +313,7 @@ class DeviceSlots:
 
         sizes = config.target_modules.items()
         whole = {"dtype": torch.long, "device": self._placed["device"]}
-        return AdapterSlots(
+        return AdapterBank(
             {module: zeros(d_in) for module, (d_in, _) in sizes},
             {module: zeros(d_out) for module, (_, d_out) in sizes},
             torch.empty(0, **whole),
@@ -322,7 +322,7 @@ class DeviceSlots:
         )
 
 
-def _width(tables: AdapterSlots) -> int:
+def _width(tables: AdapterBank) -> int:
     return next(iter(tables.A.values())).shape[2]
 
 

@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from v2l_fast.serving.http_errors import ApiError, from_validation
 from v2l_fast.serving.schemas import InternalizeOptions
-from v2l_fast.serving.store import StoreError
+from v2l_fast.store.adapter_store import StoreError
 
 _MAX_FIELD = 1024
 _MAX_HEADERS = 8192

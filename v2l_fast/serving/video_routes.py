@@ -16,7 +16,6 @@ from v2l_fast.serving.admission import Admission
 from v2l_fast.serving.auth import documented
 from v2l_fast.serving.gate import FORM, content_type
 from v2l_fast.serving.http_errors import ApiError, from_validation, responses
-from v2l_fast.serving.index import StoredAdapter
 from v2l_fast.serving.jobs import Job
 from v2l_fast.serving.schemas import (
     Deleted,
@@ -29,6 +28,7 @@ from v2l_fast.serving.schemas import (
 )
 from v2l_fast.serving.server import Server
 from v2l_fast.serving.videos import allowed_path
+from v2l_fast.store.index import StoredAdapter
 
 router = APIRouter(prefix="/v1/videos", tags=["Videos"], dependencies=[Depends(documented)])
 
@@ -165,14 +165,10 @@ def adapter(video_id: str, request: Request) -> FileResponse:
 @router.get(
     "/{video_id}/peft",
     response_class=Response,
-    responses={
-        200: {"content": {"application/zip": {}}, "description": "A PEFT directory, zipped"}
-    }
+    responses={200: {"content": {"application/zip": {}}, "description": "A PEFT directory, zipped"}}
     | responses(400, 401, 404, 409, 503),
 )
-def peft(
-    video_id: str, request: Request, wanted: Annotated[PeftQuery, Query()]
-) -> FileResponse:
+def peft(video_id: str, request: Request, wanted: Annotated[PeftQuery, Query()]) -> FileResponse:
     """The adapter as PEFT, vLLM and SGLang read it."""
     from v2l_fast.interop.peft import TEXT_LAYERS, VLM_LAYERS, save_peft
 

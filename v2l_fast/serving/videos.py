@@ -20,8 +20,8 @@ from pathlib import Path
 
 from v2l_fast.errors import V2LError, VideoError
 from v2l_fast.files import read_text
-from v2l_fast.serving.staging import Staging, sync_folder
-from v2l_fast.serving.store import StoreError
+from v2l_fast.store.adapter_store import StoreError
+from v2l_fast.store.staging import Staging, sync_folder
 
 FILE_NAME = "video"
 NAME_NAME = "name"

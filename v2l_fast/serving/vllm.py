@@ -11,9 +11,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-from v2l_fast.adapter import Adapter
 from v2l_fast.errors import AdapterError
-from v2l_fast.serving.store import AdapterStore, content_id
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.store.adapter_store import AdapterStore, content_id
 
 
 class VllmFolder:

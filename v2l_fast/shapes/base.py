@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, SmolVLMForConditionalGeneration
 
-from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.outputs import write_text
 from v2l_fast.shapes.tokenizer import build_tokenizer
 from v2l_fast.shapes.vlm import IMAGE_SIZE, seeded_model, shapes_vlm_config
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "shapes"
 BASE_FOLDER = ASSETS / "base"

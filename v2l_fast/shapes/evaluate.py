@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.backbones.smolvlm import SmolVLM
+from v2l_fast.data.manifest import Example
 from v2l_fast.evaluation.answering import BASELINE, SYSTEM
 from v2l_fast.evaluation.library import Settings
 from v2l_fast.evaluation.metrics import exact_match
@@ -22,15 +22,15 @@ from v2l_fast.evaluation.pipeline import Progress
 from v2l_fast.evaluation.pipeline import evaluate as evaluate_examples
 from v2l_fast.evaluation.report import text_scores
 from v2l_fast.evaluation.statistics import Interval, mean_interval, ratio_interval
-from v2l_fast.generation import Sampling, generate
+from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.language import CAPTION_PROMPTS, ask_several, caption
 from v2l_fast.shapes.render import CLIP_SECONDS, FRAME_TIMES, render, write_clip
 from v2l_fast.shapes.scene import Scene
 from v2l_fast.shapes.scoring import attribute_hits, plain
 from v2l_fast.shapes.vlm import IMAGE_SIZE
-from v2l_fast.training.manifest import Example
-from v2l_fast.video import VideoClip, load_video
+from v2l_fast.video import Clip, load_video
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 CAPTIONS, QUESTIONS = "shapes captions", "shapes questions"
 QUESTIONS_PER_VIDEO = 5
@@ -62,13 +62,13 @@ def examples_for(scenes: Sequence[Scene], split: str = "test", seed: int = 0) ->
     return examples
 
 
-def rendered_clips(scenes: Sequence[Scene]) -> list[VideoClip]:
+def rendered_clips(scenes: Sequence[Scene]) -> list[Clip]:
     """The frames that sampling takes from each scene's file, rendered without a codec."""
     frames = render(scenes, IMAGE_SIZE)
-    return [VideoClip.from_frames(video, len(FRAME_TIMES) / CLIP_SECONDS) for video in frames]
+    return [Clip.from_frames(video, len(FRAME_TIMES) / CLIP_SECONDS) for video in frames]
 
 
-def encoded_clips(scenes: Sequence[Scene]) -> list[VideoClip]:
+def encoded_clips(scenes: Sequence[Scene]) -> list[Clip]:
     """The scenes as H.264 files, sampled and decoded as any user's video is."""
     with tempfile.TemporaryDirectory() as folder:
         return [
@@ -137,9 +137,7 @@ def evaluate_direct(backbone: SmolVLM, scenes: Sequence[Scene]) -> dict[str, Any
     """Scores of a VLM that has no hypernetwork yet, the video in context."""
     examples = examples_for(scenes)
     clips = {clip_name("test", i): clip for i, clip in enumerate(rendered_clips(scenes))}
-    said = direct_answers(
-        backbone, [clips[e.path] for e in examples], [e.prompt for e in examples]
-    )
+    said = direct_answers(backbone, [clips[e.path] for e in examples], [e.prompt for e in examples])
     texts = {e.id: text for e, text in zip(examples, said, strict=True)}
     scores = {name: by[BASELINE] for name, by in text_scores(examples, {BASELINE: texts}).items()}
     by_kind: dict[str, list[float]] = {}
@@ -158,9 +156,7 @@ def evaluate_direct(backbone: SmolVLM, scenes: Sequence[Scene]) -> dict[str, Any
     }
 
 
-def direct_answers(
-    backbone: SmolVLM, clips: Sequence[VideoClip], prompts: Sequence[str]
-) -> list[str]:
+def direct_answers(backbone: SmolVLM, clips: Sequence[Clip], prompts: Sequence[str]) -> list[str]:
     """Answer each prompt with its clip in context, without the Video2LoRA that would do it."""
     said: list[str] = []
     for start in range(0, len(prompts), _BATCH):
@@ -169,7 +165,7 @@ def direct_answers(
             backbone.question_about(clip, text, IMAGE_SIZE).embeddings
             for clip, text in zip(clips[part], prompts[part], strict=True)
         ]
-        limit = Sampling(max_new_tokens=MAX_NEW_TOKENS)
+        limit = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
         found = generate(backbone.decoder, embedded, backbone.stop_ids, limit)
         said += [backbone.decode(tokens) for tokens in found.tokens]
     return said
@@ -191,8 +187,7 @@ def wrong_captions(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str
     """How many captions are "wrong", and how many of those have the reference's words in another
     order ("same_words"): token-F1 gives them 1."""
     pairs = [
-        (plain(text), plain(caption(scene)))
-        for text, scene in zip(captions, scenes, strict=True)
+        (plain(text), plain(caption(scene))) for text, scene in zip(captions, scenes, strict=True)
     ]
     wrong = [(text, reference) for text, reference in pairs if text != reference]
     same = sum(sorted(text.split()) == sorted(other.split()) for text, other in wrong)

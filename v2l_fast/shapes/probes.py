@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from v2l_fast.adapter import Adapter
 from v2l_fast.evaluation.answering import BASELINE, NONE, OTHER, SYSTEM
 from v2l_fast.evaluation.statistics import ratio_interval
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.evaluate import MAX_NEW_TOKENS, rendered_clips
 from v2l_fast.shapes.language import CAPTION_PROMPTS, ask, parse_caption, question_kinds
@@ -22,7 +22,7 @@ from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, render
 from v2l_fast.shapes.scene import COLORS, MOTIONS, SHAPES, SIZES, Scene
 from v2l_fast.shapes.scoring import attribute_hits, plain
 from v2l_fast.shapes.vlm import IMAGE_SIZE
-from v2l_fast.video import VideoClip, sample_indices
+from v2l_fast.video import Clip, sample_indices
 
 Progress = Callable[[str, int, int], None]
 
@@ -97,7 +97,7 @@ def probe(
 # --- clips ----------------------------------------------------------------------------------------
 
 
-def sampled_clips(scenes: Sequence[Scene], seconds: int) -> list[VideoClip]:
+def sampled_clips(scenes: Sequence[Scene], seconds: int) -> list[Clip]:
     """The scenes at another pace: what sampling takes from files of ``seconds`` s, 4 frames/s."""
     count = seconds * CLIP_FPS
     indices = sample_indices(count, CLIP_FPS, seconds, len(FRAME_TIMES))
@@ -105,7 +105,7 @@ def sampled_clips(scenes: Sequence[Scene], seconds: int) -> list[VideoClip]:
     stamps = tuple(float(index) / CLIP_FPS for index in indices)
     return [
         replace(
-            VideoClip.from_frames(video, CLIP_FPS),
+            Clip.from_frames(video, CLIP_FPS),
             indices=indices,
             timestamps=stamps,
             presentation_times=stamps,
@@ -116,7 +116,7 @@ def sampled_clips(scenes: Sequence[Scene], seconds: int) -> list[VideoClip]:
     ]
 
 
-def restamped(clip: VideoClip, seconds: float) -> VideoClip:
+def restamped(clip: Clip, seconds: float) -> Clip:
     """The same frames as if the clip lasted ``seconds``: only the prompt's times change."""
     pace = seconds / clip.duration
     stamps = tuple(stamp * pace for stamp in clip.timestamps)
@@ -139,7 +139,7 @@ class Answering:
     def __init__(
         self,
         model: Video2LoRA,
-        clips: Sequence[VideoClip],
+        clips: Sequence[Clip],
         conditions: Sequence[str] = (BASELINE, SYSTEM, OTHER, NONE),
     ) -> None:
         self.model, self.clips, self.conditions = model, clips, conditions
@@ -171,7 +171,7 @@ class Answering:
 
 
 def duration_row(
-    model: Video2LoRA, scenes: Sequence[Scene], clips: Sequence[VideoClip], seed: int | None
+    model: Video2LoRA, scenes: Sequence[Scene], clips: Sequence[Clip], seed: int | None
 ) -> dict[str, Any]:
     """Scores of clips that show the scenes.
 
@@ -352,8 +352,6 @@ def _by_clip(probes: Sequence[Probe], scores: Sequence[float]) -> list[tuple[flo
 def _intervals(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
     """condition -> interval of sum / count over videos, and "difference", adapter - direct."""
     found = {name: ratio_interval(*zip(*rows, strict=True)) for name, rows in pairs.items()}
-    changes = [
-        (a - d, n) for (a, n), (d, _) in zip(pairs[SYSTEM], pairs[BASELINE], strict=True)
-    ]
+    changes = [(a - d, n) for (a, n), (d, _) in zip(pairs[SYSTEM], pairs[BASELINE], strict=True)]
     found["difference"] = ratio_interval(*zip(*changes, strict=True), bounds=(-1.0, 1.0))
     return {name: asdict(interval) for name, interval in found.items()}

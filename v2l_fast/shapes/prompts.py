@@ -12,10 +12,10 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from v2l_fast.backbones.smolvlm_prompt import chat, video_text
-from v2l_fast.config import INSTRUCTION
+from v2l_fast.hypernet.config import INSTRUCTION
 from v2l_fast.shapes.render import CLIP_SECONDS, TIMESTAMPS
 from v2l_fast.shapes.vlm import TOKENS_PER_FRAME
+from v2l_fast.vlm.smolvlm_prompt import chat, video_text
 
 
 def shapes_video_text() -> str:

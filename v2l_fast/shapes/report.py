@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from v2l_fast.adapter import Adapter
 from v2l_fast.analysis.attribution import logit_attribution
 from v2l_fast.analysis.chunks import compare_chunks
 from v2l_fast.analysis.efficiency import compare_budgets
@@ -33,6 +32,7 @@ from v2l_fast.analysis.rank import rank_ablation
 from v2l_fast.analysis.records import read_json, write_json
 from v2l_fast.analysis.sweep import sweep
 from v2l_fast.errors import ConfigError
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.evaluate import (
     MAX_NEW_TOKENS,
@@ -248,9 +248,7 @@ def _chunks(report: Report, count: int) -> dict[str, Any]:
 
 
 def _efficiency(report: Report, count: int) -> dict[str, Any]:
-    setting = Setting(
-        report.model, exact_frames=True, max_new_tokens=MAX_NEW_TOKENS, fusion=FUSION
-    )
+    setting = Setting(report.model, exact_frames=True, max_new_tokens=MAX_NEW_TOKENS, fusion=FUSION)
     return compare_budgets(setting, report.files(count), right, BUDGETS, progress=report.progress)
 
 

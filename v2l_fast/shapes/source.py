@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from v2l_fast.backbones.smolvlm import SmolVLM
 from v2l_fast.console import note
+from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.outputs import save_tensors
 from v2l_fast.shapes.language import Turn, ask, ask_several
@@ -28,8 +28,8 @@ from v2l_fast.shapes.train_language import cache_visual_tokens
 from v2l_fast.shapes.vlm import IMAGE_SIZE
 from v2l_fast.tensor_files import load_tensors
 from v2l_fast.training.config import TrainConfig
-from v2l_fast.training.samples import ContextSample, Sample
 from v2l_fast.video import sample_indices
+from v2l_fast.vlm.smolvlm import SmolVLM
 
 DEFAULT_VIDEOS = 16384
 MAX_FRAMES = len(FRAME_TIMES)
@@ -66,7 +66,7 @@ def clip_parts(backbone: SmolVLM, count: int, instruction: str) -> tuple[Part, .
 
 @dataclass(frozen=True)
 class ShapesSource:
-    """Scenes with their visual tokens (see :class:`~v2l_fast.training.samples.Source`).
+    """Scenes with their visual tokens (see :class:`~v2l_fast.data.samples.Source`).
 
     Attributes:
         scenes: the videos.

@@ -13,7 +13,8 @@ import re
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from v2l_fast.backbones.smolvlm_prompt import (
+from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES
+from v2l_fast.vlm.smolvlm_prompt import (
     END_OF_UTTERANCE,
     FAKE_TOKEN,
     GLOBAL_TOKEN,
@@ -21,7 +22,6 @@ from v2l_fast.backbones.smolvlm_prompt import (
     row_col_token,
     spell_number,
 )
-from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES
 
 PAD_TOKEN = "<pad>"
 UNK_TOKEN = "<unk>"
@@ -60,9 +60,7 @@ _PUNCTUATION = (".", ",", "?", "!", ":", "'")
 
 def special_tokens() -> list[str]:
     """All special tokens, in id order."""
-    tiles = [
-        row_col_token(r, c) for r in range(1, MAX_TILES + 1) for c in range(1, MAX_TILES + 1)
-    ]
+    tiles = [row_col_token(r, c) for r in range(1, MAX_TILES + 1) for c in range(1, MAX_TILES + 1)]
     named = [PAD_TOKEN, UNK_TOKEN, BOS_TOKEN, END_OF_UTTERANCE, FAKE_TOKEN, GLOBAL_TOKEN]
     return [*named, IMAGE_TOKEN, *tiles]
 
@@ -74,7 +72,14 @@ def vocabulary() -> list[str]:
     numbers = [spell_number(n) for n in range(1, MAX_FRAMES + 1)]
     names = [*BACKGROUNDS, *COLORS, *SHAPES, *SIZES, *MOTIONS]
     tokens = [
-        *special_tokens(), *_PHRASES, *clocks, *durations, *numbers, *names, *_WORDS, *_PUNCTUATION
+        *special_tokens(),
+        *_PHRASES,
+        *clocks,
+        *durations,
+        *numbers,
+        *names,
+        *_WORDS,
+        *_PUNCTUATION,
     ]
     return list(dict.fromkeys(tokens))
 

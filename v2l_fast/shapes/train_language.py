@@ -86,7 +86,9 @@ def answer_logits(
     image = packed.ids == model.config.image_token_id
     embeds = embeds.masked_scatter(image[..., None], visual)
     hidden = model.model.text_model(
-        inputs_embeds=embeds, attention_mask=packed.mask, position_ids=packed.positions,
+        inputs_embeds=embeds,
+        attention_mask=packed.mask,
+        position_ids=packed.positions,
         use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden[packed.rows, packed.columns])

@@ -19,9 +19,7 @@ def shapes_vlm_config(
     vocab_size: int, image_token_id: int, pad_token_id: int, bos_token_id: int, eos_token_id: int
 ) -> SmolVLMConfig:
     """SmolVLM with a 64-wide two-layer vision tower and a 96-wide four-layer text decoder."""
-    special = dict(
-        pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id
-    )
+    special = dict(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
     text = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=96,

@@ -62,9 +62,7 @@ def _progress(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
     return progress
 
 
-def refuse_other_settings(
-    path: str | Path, saved: dict[str, Any], current: dict[str, Any]
-) -> None:
+def refuse_other_settings(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Compare flat settings, JSON-ready, of a checkpoint and of now.
 
     Raises CheckpointError naming the first difference and how many more there are.
@@ -110,9 +108,7 @@ def load_checkpoint(
     return progress
 
 
-def _check_layout(
-    header: TensorHeader, parameters: Mapping[str, Tensor], path: str | Path
-) -> None:
+def _check_layout(header: TensorHeader, parameters: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises CheckpointError where the tensors are none of this model's training."""
     shapes = {name: info.shape for name, info in header.tensors.items()}
     rng = header.tensors.get(_RNG)

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.config import INSTRUCTION, HypernetConfig
 from v2l_fast.errors import ConfigError
 from v2l_fast.files import read_text
-from v2l_fast.training.config_values import Given, build, nearest, parse_overrides, spread
+from v2l_fast.hypernet.config import INSTRUCTION, HypernetConfig
+from v2l_fast.training.config_values import ConfigSources, build, nearest, parse_overrides, spread
 from v2l_fast.video.reading import BACKENDS
 from v2l_fast.video.sampling import MAX_EDGE
 
@@ -287,7 +287,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Trai
         ConfigError: no such preset or file, not TOML, an unknown key (with the nearest one), a
             value of the wrong type or out of range; the message says where it was given.
     """
-    given = Given()
+    given = ConfigSources()
     _read(str(name_or_path), given)
     parse_overrides(overrides, given)
     section = "model.hypernet."
@@ -306,7 +306,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def _read(name_or_path: str, given: Given) -> None:
+def _read(name_or_path: str, given: ConfigSources) -> None:
     packaged = PRESETS / f"{name_or_path}.toml"
     path = packaged if packaged.is_file() else Path(name_or_path)
     where = f"preset {name_or_path}" if path == packaged else str(path)

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass
-class Given:
+class ConfigSources:
     """Values by dotted key, and where each was given; later ones replace earlier ones."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -49,7 +49,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def parse_overrides(overrides: Sequence[str], given: Given) -> None:
+def parse_overrides(overrides: Sequence[str], given: ConfigSources) -> None:
     """Add `section.key=value` texts; a value is a TOML literal, or text where it is none.
 
     Raises:
@@ -67,7 +67,7 @@ def parse_overrides(overrides: Sequence[str], given: Given) -> None:
         given.add({key: value}, "the command line")
 
 
-def build(cls: type[T], given: Given) -> T:
+def build(cls: type[T], given: ConfigSources) -> T:
     """The dataclass `cls` from dotted keys; fields of its own kind are sections.
 
     Raises:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v2l_fast.backbones import Backbone
+from v2l_fast.data.samples import ContextSample
 from v2l_fast.errors import ConfigError
-from v2l_fast.lengths import right_padded, similar_lengths
-from v2l_fast.training.samples import ContextSample
+from v2l_fast.padding import length_buckets, pad_right
 from v2l_fast.training.transfer import send
+from v2l_fast.vlm import Backbone
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def visual_features(backbone: Backbone, contexts: Sequence[ContextSample]) -> li
     if views:
         encoded = iter(backbone.encode_views(torch.cat(views)).split([len(v) for v in views]))
     return [
-        next(encoded) if c.features is None else send(c.features, device, dtype)
-        for c in contexts
+        next(encoded) if c.features is None else send(c.features, device, dtype) for c in contexts
     ]
 
 
@@ -77,11 +76,11 @@ def context_groups(
     max_padding: float,
     max_tokens: int,
 ) -> Iterator[ContextGroup]:
-    """Embedded contexts in groups by `similar_lengths`; `features` as from `visual_features`."""
+    """Embedded contexts in groups by `length_buckets`; `features` as from `visual_features`."""
     device = backbone.decoder.device
-    for members in similar_lengths([len(c.ids) for c in contexts], max_padding, max_tokens):
+    for members in length_buckets([len(c.ids) for c in contexts], max_padding, max_tokens):
         rows = [contexts[i].ids for i in members]
-        ids, mask = right_padded(rows, backbone.tokenizer.pad_token_id)
+        ids, mask = pad_right(rows, backbone.tokenizer.pad_token_id)
         places = torch.tensor([contexts[i].place for i in members], dtype=torch.float32)
         yield ContextGroup(
             members,

@@ -15,13 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from v2l_fast.backbones import Backbone
-from v2l_fast.backbones.base import PromptInputs
-from v2l_fast.errors import VideoError
-from v2l_fast.training.config import DataConfig
-from v2l_fast.training.feature_cache import FeatureCache, vision_fingerprint
-from v2l_fast.training.length_tags import length_class, with_length
-from v2l_fast.training.manifest import (
+from v2l_fast.data.feature_cache import FeatureCache, vision_fingerprint
+from v2l_fast.data.manifest import (
     Example,
     VideoExamples,
     group_by_video,
@@ -30,10 +25,15 @@ from v2l_fast.training.manifest import (
     trained_on,
     video_share,
 )
-from v2l_fast.training.manifest_checks import ManifestError
-from v2l_fast.training.reading import Chunk, ClipReader
-from v2l_fast.training.samples import ContextSample, Failure, Sample
+from v2l_fast.data.manifest_checks import ManifestError
+from v2l_fast.data.readers import Chunk, ClipReader
+from v2l_fast.data.samples import ContextSample, Failure, Sample
+from v2l_fast.errors import VideoError
+from v2l_fast.training.config import DataConfig
+from v2l_fast.training.length_tags import length_class, with_length
 from v2l_fast.video.reading import resolved
+from v2l_fast.vlm import Backbone
+from v2l_fast.vlm.base import PromptBuilder
 
 # Turns that name their answer's length where the option is on. The others teach that a prompt
 # without a tag is answered too.
@@ -42,7 +42,7 @@ TAGGED = 0.5
 
 @dataclass(frozen=True)
 class ManifestSource:
-    """A :class:`~v2l_fast.training.samples.Source` of a manifest's videos; holds no weights.
+    """A :class:`~v2l_fast.data.samples.Source` of a manifest's videos; holds no weights.
 
     Attributes:
         videos: with their examples.
@@ -62,7 +62,7 @@ class ManifestSource:
     """
 
     videos: Sequence[VideoExamples]
-    inputs: PromptInputs
+    inputs: PromptBuilder
     reader: ClipReader
     instruction: str
     prompts_per_video: int = 4

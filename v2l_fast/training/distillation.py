@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v2l_fast.backbones import Backbone
+from v2l_fast.data.samples import Sample
 from v2l_fast.errors import ConfigError
-from v2l_fast.lengths import similar_lengths
+from v2l_fast.padding import length_buckets
 from v2l_fast.training.contexts import embed_ids
 from v2l_fast.training.packing import pack_turns
-from v2l_fast.training.samples import Sample
 from v2l_fast.training.transfer import send
+from v2l_fast.vlm import Backbone
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _states_in_context(
         for prefix, sample in zip(prefixes, samples, strict=True)
     ]
     states: dict[int, Tensor] = {}
-    for members in similar_lengths(lengths, max_padding, max_tokens):
+    for members in length_buckets(lengths, max_padding, max_tokens):
         turns = [samples[i].turns for i in members]
         packed = pack_turns([prefixes[i] for i in members], turns, backbone.tokenizer.pad_token_id)
         embeddings = embed_ids(backbone, packed.ids, [features[i] for i in members])

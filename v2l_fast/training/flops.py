@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from csrc_triton.peaks import peak_of
-from v2l_fast.backbones import Backbone
-from v2l_fast.config import HypernetConfig
-from v2l_fast.training.samples import Sample
+from v2l_fast.data.samples import Sample
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.vlm import Backbone
 
 
 def peak_flops(device: torch.device) -> float | None:

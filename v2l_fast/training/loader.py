@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from v2l_fast.data.readers import read_ahead
+from v2l_fast.data.samples import Failure, Sample, Source
 from v2l_fast.training.config import DataConfig
 from v2l_fast.training.quarantine import Quarantine
-from v2l_fast.training.reading import read_ahead
 from v2l_fast.training.sampler import EpochOrder, even_part
-from v2l_fast.training.samples import Failure, Sample, Source
 
 # 0-based step and index of a video.
 Key = tuple[int, int]

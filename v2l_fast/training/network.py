@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from v2l_fast.backbones import Backbone
-from v2l_fast.config import HypernetConfig
 from v2l_fast.errors import ConfigError
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.loading import load_hypernet
 from v2l_fast.training.config import FROM_DATA, TrainConfig
+from v2l_fast.vlm import Backbone
 
 DEFAULT_MODULES = ("down_proj",)
 

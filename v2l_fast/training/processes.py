@@ -26,7 +26,7 @@ T = TypeVar("T")
 REMEDIES = {"tensorboard": '"v2l_fast[train]"', "wandb": "wandb"}
 
 
-class Processes:
+class Distributed:
     """One process on CPU or GPU, or those that `accelerate launch` started.
 
     Raises:
@@ -39,9 +39,7 @@ class Processes:
             from accelerate.tracking import get_available_trackers
             from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
         except ImportError:
-            raise ConfigError(
-                'training needs accelerate: pip install "v2l_fast[train]"'
-            ) from None
+            raise ConfigError('training needs accelerate: pip install "v2l_fast[train]"') from None
         wanted, gpu = config.run.device, torch.cuda.is_available()
         if wanted == "cuda" and not gpu:
             raise ConfigError("run.device=cuda: this machine has no usable GPU; see v2l doctor")
@@ -97,7 +95,7 @@ class Processes:
         torch.distributed.all_gather_object(found, value, group=self._hosts)
         return found
 
-    def on_first(self, action: Callable[[], None]) -> None:
+    def on_main_process(self, action: Callable[[], None]) -> None:
         """The first process acts, and no other goes on before; its error is that of all.
 
         Raises:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from v2l_fast.data.samples import Failure
 from v2l_fast.training.records import append_line, read_lines
-from v2l_fast.training.samples import Failure
 
 
 class Quarantine:

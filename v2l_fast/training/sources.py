@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from v2l_fast.backbones import Backbone
+from v2l_fast.data.samples import Source
 from v2l_fast.errors import ConfigError
 from v2l_fast.loading import shipped
 from v2l_fast.training.config import TrainConfig
-from v2l_fast.training.samples import Source
+from v2l_fast.vlm import Backbone
 
 # To train on, and to validate on if there is any.
 Sources = tuple[Source, Source | None]

@@ -42,9 +42,7 @@ class Speed:
         yield
         self.since += time.perf_counter() - start
 
-    def take(
-        self, total: Callable[[Sequence[float]], list[float]]
-    ) -> dict[str, float | None]:
+    def take(self, total: Callable[[Sequence[float]], list[float]]) -> dict[str, float | None]:
         """Rates since the last call; `total` adds numbers over the processes."""
         seconds = max(time.perf_counter() - self.since, 1e-9)
         videos, frames, waited, decoded, flops = total(self.sums)

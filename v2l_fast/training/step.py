@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from v2l_fast.adapted import LayerSlots
-from v2l_fast.adapter import AdapterBatch
-from v2l_fast.backbones import Backbone
+from v2l_fast.data.samples import Sample
 from v2l_fast.errors import ConfigError
-from v2l_fast.hypernet import HyperNetwork
+from v2l_fast.hypernet.adapted_linear import LayerAdapters
+from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.training.contexts import ContextGroup, context_groups, visual_features
 from v2l_fast.training.distillation import Teacher, teacher_of
 from v2l_fast.training.loss import example_means, token_kl
-from v2l_fast.training.samples import Sample
 from v2l_fast.training.transfer import send
-from v2l_fast.training.turns import TurnRows, turn_rows
+from v2l_fast.training.turns import ResponseRows, turn_rows
+from v2l_fast.vlm import Backbone
 
 # Float32 logits kept at a time: 256 MiB, 1,361 answer tokens of a vocabulary of 49,280.
 LOGITS_PER_CHUNK = 2**26
@@ -189,13 +189,13 @@ class TrainStep(nn.Module):
         ]
         return self.hypernet.assemble(per_layer)
 
-    def _answer_states(self, rows: TurnRows, adapters: AdapterBatch) -> Tensor:
+    def _answer_states(self, rows: ResponseRows, adapters: AdapterBatch) -> Tensor:
         """Normed hidden states [N, D] before each answer token, each row with its adapter."""
         decoder = self.backbone.decoder
-        layers = LayerSlots.of_batch(adapters)
+        layers = LayerAdapters.of_batch(adapters)
         states = []
         for ids, owners in rows.groups:
-            span = decoder.prefill_span(*ids.shape)
+            span = decoder.prefill_metadata(*ids.shape)
             hidden = decoder.embed(ids)
             for index, slots in enumerate(layers):
                 chosen = replace(slots, index=owners)
@@ -209,9 +209,7 @@ class TrainStep(nn.Module):
             return function(*arguments)
         return _recomputed(function, *arguments)
 
-    def _token_losses(
-        self, hidden: Tensor, targets: Tensor, teacher: Teacher | None
-    ) -> Tensor:
+    def _token_losses(self, hidden: Tensor, targets: Tensor, teacher: Teacher | None) -> Tensor:
         """Cross-entropy and, with a teacher, KL of each answer token: [N, 1 or 2], float32.
 
         Logits exist for a bounded number of tokens at a time, in the backward pass as well.

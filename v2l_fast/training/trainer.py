@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from v2l_fast.backbones import Backbone, load_backbone
 from v2l_fast.console import log
 from v2l_fast.errors import CheckpointError, ConfigError, V2LError
 from v2l_fast.files import read_json
@@ -42,7 +41,7 @@ from v2l_fast.training.folder import RunFolder
 from v2l_fast.training.loader import StepBatch, step_batches
 from v2l_fast.training.meter import Meter
 from v2l_fast.training.network import export, make_hypernet
-from v2l_fast.training.processes import Processes
+from v2l_fast.training.processes import Distributed
 from v2l_fast.training.progress import Report, environment, memory_gb
 from v2l_fast.training.quarantine import Quarantine
 from v2l_fast.training.records import write_record
@@ -53,6 +52,7 @@ from v2l_fast.training.speed import Speed
 from v2l_fast.training.step import StepOptions, StepResult, TrainStep
 from v2l_fast.training.stopping import Stopped, StopSignals
 from v2l_fast.training.validation import Validation
+from v2l_fast.vlm import Backbone, load_backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -91,10 +91,10 @@ def train(
             f"model.init={config.model.init} lies in run.folder, which the run writes; name "
             "another run.folder"
         )
-    processes, folder = Processes(config), RunFolder(config.run.folder)
+    processes, folder = Distributed(config), RunFolder(config.run.folder)
     try:
         accumulation = config.optim.accumulation(processes.count)
-        processes.on_first(lambda: folder.open(resume))
+        processes.on_main_process(lambda: folder.open(resume))
         folder.refuse_another(processes.gather)
         with processes.main_first():
             backbone = backbone or load_backbone(
@@ -114,7 +114,7 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        processes: Processes,
+        processes: Distributed,
         folder: RunFolder,
         backbone: Backbone,
         sources: Sources,

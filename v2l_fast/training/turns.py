@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from v2l_fast.lengths import similar_lengths
-from v2l_fast.training.samples import Sample
+from v2l_fast.data.samples import Sample
+from v2l_fast.padding import length_buckets
 from v2l_fast.training.transfer import send
 
 
 @dataclass(frozen=True)
-class TurnRows:
+class ResponseRows:
     """Groups of rows of similar length; answers are listed flat, in the samples' order.
 
     groups: ids int64 [n, T] and the sample of each row, int64 [n]. A row ends before its last
@@ -35,16 +35,18 @@ class TurnRows:
     targets: Tensor
     turns: Tensor
 
-    def to(self, device: torch.device) -> TurnRows:
+    def to(self, device: torch.device) -> ResponseRows:
         """The same on another device, without waiting for it."""
         groups = [(send(ids, device), send(owners, device)) for ids, owners in self.groups]
-        return TurnRows(groups, *(send(t, device) for t in (self.places, self.targets, self.turns)))
+        return ResponseRows(
+            groups, *(send(t, device) for t in (self.places, self.targets, self.turns))
+        )
 
 
 def turn_rows(
     samples: Sequence[Sample], pad_id: int, max_padding: float, max_tokens: int
-) -> TurnRows:
-    """Every turn of every sample, in groups by `similar_lengths`."""
+) -> ResponseRows:
+    """Every turn of every sample, in groups by `length_buckets`."""
     turns = [
         (owner, sample.prefix + question, answer)
         for owner, sample in enumerate(samples)
@@ -54,7 +56,7 @@ def turn_rows(
     groups: list[tuple[Tensor, Tensor]] = []
     starts = [0] * len(rows)
     filled = 0
-    for members in similar_lengths([len(row) for row in rows], max_padding, max_tokens):
+    for members in length_buckets([len(row) for row in rows], max_padding, max_tokens):
         ids = pad_sequence([rows[i] for i in members], batch_first=True, padding_value=pad_id)
         groups.append((ids, torch.tensor([turns[i][0] for i in members])))
         for member in members:
@@ -66,4 +68,4 @@ def turn_rows(
         places += range(first, first + len(answer))
         targets += answer
         numbers += [number] * len(answer)
-    return TurnRows(groups, torch.tensor(places), torch.tensor(targets), torch.tensor(numbers))
+    return ResponseRows(groups, torch.tensor(places), torch.tensor(targets), torch.tensor(numbers))

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from v2l_fast.adapted import AdapterSlots
-from v2l_fast.generation import Sampling, generate
+from v2l_fast.data.samples import Failure, Sample, Source
+from v2l_fast.generation import SamplingParams, generate
+from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.training.config import TrainConfig
 from v2l_fast.training.contexts import visual_features
 from v2l_fast.training.loader import Key, read
 from v2l_fast.training.meter import Sums, added, means
 from v2l_fast.training.quarantine import Quarantine
-from v2l_fast.training.samples import Failure, Sample, Source
 from v2l_fast.training.step import TrainStep
 
 MAX_NEW_TOKENS = 96
@@ -43,9 +43,7 @@ class Validation:
         self.indices = range(rank, count, processes)
 
     @torch.no_grad()
-    def loss(
-        self, step: TrainStep, gather: Callable[[Sums], list[Sums]]
-    ) -> dict[str, float]:
+    def loss(self, step: TrainStep, gather: Callable[[Sums], list[Sums]]) -> dict[str, float]:
         """`val_loss`, the mean over examples, `val_KIND` of each kind of task, and `val_ce`, the
         cross-entropy alone, every answer counted once: what the best network is chosen by."""
         sums: Sums = {}
@@ -87,8 +85,8 @@ class Validation:
             decoder,
             prompts,
             backbone.stop_ids,
-            Sampling(max_new_tokens=MAX_NEW_TOKENS),
-            AdapterSlots.pack(list(adapters), decoder.device, decoder.dtype),
+            SamplingParams(max_new_tokens=MAX_NEW_TOKENS),
+            AdapterBank.pack(list(adapters), decoder.device, decoder.dtype),
         )
         return [
             {
@@ -97,9 +95,7 @@ class Validation:
                 "answer": backbone.decode(tokens),
                 "reference": backbone.decode(answer),
             }
-            for sample, (question, answer), tokens in zip(
-                samples, turns, said.tokens, strict=True
-            )
+            for sample, (question, answer), tokens in zip(samples, turns, said.tokens, strict=True)
         ]
 
     def _batches(self) -> Iterator[Sequence[Sample]]:

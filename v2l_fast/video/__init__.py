@@ -3,7 +3,7 @@
 Every failure to read a file is a `v2l_fast.errors.VideoError` of one line that names it.
 """
 
-from v2l_fast.video.clip import VideoClip
+from v2l_fast.video.clip import Clip
 from v2l_fast.video.fallbacks import fallbacks
 from v2l_fast.video.info import VideoInfo
 from v2l_fast.video.limits import Limits
@@ -24,7 +24,7 @@ __all__ = [
     "FrameSampling",
     "FrameViews",
     "Limits",
-    "VideoClip",
+    "Clip",
     "VideoInfo",
     "decode",
     "fallbacks",

@@ -17,7 +17,7 @@ from v2l_fast.errors import VideoError
 
 
 @dataclass(frozen=True, eq=False)
-class VideoClip:
+class Clip:
     """Sampled frames and their provenance.
 
     frames: uint8 [F, 3, H, W], upright RGB. indices: int64 [F], positions in presentation order.
@@ -39,7 +39,7 @@ class VideoClip:
     presentation_times: tuple[float, ...] = ()
 
     @classmethod
-    def from_frames(cls, frames: torch.Tensor, fps: float) -> VideoClip:
+    def from_frames(cls, frames: torch.Tensor, fps: float) -> Clip:
         """Clip of all `frames` (uint8 [F, 3, H, W], F >= 1) shown at `fps` frames/s.
 
         Raises VideoError for another dtype or shape, or an fps that is not positive.

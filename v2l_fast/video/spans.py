@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from v2l_fast.errors import VideoError
-from v2l_fast.video.clip import VideoClip
+from v2l_fast.video.clip import Clip
 from v2l_fast.video.limits import Limits
 from v2l_fast.video.preprocess import resize_lanczos, resized_size
 from v2l_fast.video.reading import Backend, open_source
@@ -35,7 +35,7 @@ def load_video(
     backend: Backend = "auto",
     longest_edge: int | None = None,
     device: str | torch.device = "cpu",
-) -> VideoClip:
+) -> Clip:
     """Sample (see `sample_indices`) and decode a file.
 
     longest_edge: shrink each frame as it is decoded to `resized_size(.., longest_edge)`, the first
@@ -61,7 +61,7 @@ def load_spans(
     backend: Backend = "auto",
     longest_edge: int | None = None,
     device: str | torch.device = "cpu",
-) -> list[VideoClip]:
+) -> list[Clip]:
     """`span` of a file (seconds, None for all of it) in `chunks` equal parts, one clip each.
 
     Every part is sampled as `load_video` samples a file (`max_frames` each); a frame belongs to a
@@ -100,7 +100,7 @@ def load_spans(
         here = slice(start, start + len(indices))
         start = here.stop
         clips.append(
-            VideoClip(
+            Clip(
                 frames=frames[here].contiguous(),
                 indices=indices,
                 timestamps=tuple(float(i / info.fps) for i in indices - first),

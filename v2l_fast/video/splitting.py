@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from v2l_fast.video.clip import VideoClip
+from v2l_fast.video.clip import Clip
 
 
-def split_clip(clip: VideoClip, parts: int) -> list[VideoClip]:
+def split_clip(clip: Clip, parts: int) -> list[Clip]:
     """The clip's frames, in order, in `parts` parts of equal duration and (to one) equal count.
 
     At most as many parts as frames. As with `load_spans`, a part's times count from its start and

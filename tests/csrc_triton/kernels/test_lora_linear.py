@@ -316,9 +316,7 @@ def test_opcheck(ragged):
     for keep in (False, True):
         checks.opcheck_backward(torch.ops.v2l.lora_linear.default, (x, weight, bias, *args, keep))
     grad, u = random(*x.shape[:-1], 6).float(), random(x.numel() // 7, 4, seed=1).float()
-    checks.opcheck_backward(
-        torch.ops.v2l.lora_linear_backward.default, (grad, x, weight, *args, u)
-    )
+    checks.opcheck_backward(torch.ops.v2l.lora_linear_backward.default, (grad, x, weight, *args, u))
 
 
 def arguments() -> dict[str, object]:

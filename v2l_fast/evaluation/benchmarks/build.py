@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from v2l_fast.data.manifest import write_manifest
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.benchmarks.annotations import VIDEO_SUFFIXES, BenchmarkError
 from v2l_fast.evaluation.benchmarks.catalog import BENCHMARKS, Benchmark
 from v2l_fast.evaluation.benchmarks.formats import Item
 from v2l_fast.outputs import check_output
-from v2l_fast.training.manifest import write_manifest
 from v2l_fast.video import probe
 
 # Missing videos that an error names before it counts the rest.

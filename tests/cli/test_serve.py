@@ -1,0 +1,68 @@
+"""``v2l serve``: what is wrong with its options is said before a model is loaded."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from v2l_fast.cli import entry as cli
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["v2l", "serve", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code, " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--port", "70000"], 2, "--port"),
+        (["--max-batch", "0"], 2, "--max-batch"),
+        (["--log-level", "loud"], 2, "debug, info, warning, error"),
+        (["--dtype", "int4"], 2, "float32, bfloat16, float16"),
+        (["--allowed-root", "nowhere"], 1, "no such folder"),
+        (["--api-key-file", "nowhere"], 1, "write the keys to it"),
+        (["--api-key", "two words"], 1, "ASCII"),
+        (["--host", "0.0.0.0", "--port", "0"], 1, "--allow-unauthenticated"),
+        (["--host", "::", "--port", "0"], 1, "V2L_API_KEY"),
+        (["--host", "no such host"], 1, "choose another address"),
+        (["--allowed-host", "https://example.com"], 1, "without scheme and port"),
+        (["--vllm-folder", __file__], 1, "no folder that can be written (File exists)"),
+        (["--vllm-folder", "/proc/x"], 1, "no folder that can be written"),
+        (["--model", "nowhere"], 1, "nowhere: not a local path"),
+    ],
+)
+def test_wrong_options(monkeypatch, capsys, tmp_path, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    found, text = run(monkeypatch, capsys, *arguments)
+    assert found == code and message in text.replace("│ ", ""), text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--api-key", "key", "--host", "0.0.0.0"], ["--host", "0.0.0.0", "--allow-unauthenticated"],
+     ["--host", "127.0.0.2"], ["--host", "localhost"]],
+)  # fmt: skip
+def test_an_address_that_may_be_served(monkeypatch, capsys, tmp_path, arguments):
+    """All is well up to the model."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*arguments, "--port", "0", "--model", "nowhere"]
+    code, text = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and text.startswith("error: nowhere"), text
+
+
+def test_an_empty_key_file(monkeypatch, capsys, tmp_path):
+    (tmp_path / "keys").write_text("# nothing yet\n\n")
+    code, text = run(monkeypatch, capsys, "--api-key-file", str(tmp_path / "keys"))
+    assert code == 1 and "holds no key" in text
+
+
+def test_a_port_that_is_taken(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, text = run(monkeypatch, capsys, "--port", str(taken.getsockname()[1]))
+    assert code == 1 and "Address already in use; choose another address" in text

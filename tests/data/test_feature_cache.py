@@ -1,0 +1,195 @@
+"""Stored connector outputs: equal to computing them, whatever happens to the folder."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.training.broken import REASONS, write_folder
+from v2l_fast.data.feature_cache import (
+    CacheError,
+    FeatureCache,
+    fill_cache,
+    vision_fingerprint,
+)
+from v2l_fast.data.manifest import group_by_video, load_manifest
+from v2l_fast.data.readers import ClipReader
+from v2l_fast.data.samples import Failure
+from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.training.config import DataConfig
+from v2l_fast.training.contexts import visual_features
+from v2l_fast.training.data import ManifestSource, manifest_sources
+from v2l_fast.training.step import TrainStep
+from v2l_fast.vlm.smolvlm import SmolVLM
+
+READER = ClipReader(4, 32)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    manifest, _ = write_folder(tmp_path / "videos", 5, ("text",))
+    return group_by_video(load_manifest(manifest))
+
+
+def cache_of(folder: Path, backbone, reader: ClipReader = READER) -> FeatureCache:
+    return FeatureCache(folder, reader, vision_fingerprint(backbone))
+
+
+def source(backbone, videos, cache=None, **options) -> ManifestSource:
+    return ManifestSource(
+        videos, backbone.inputs, READER, tiny.CONFIG.instruction, cache=cache, **options
+    )
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Call to make every decoding fail from then on."""
+
+    def forbid() -> None:
+        monkeypatch.setattr(
+            ClipReader, "read", lambda *arguments: pytest.fail("a stored video was decoded")
+        )
+
+    return forbid
+
+
+def test_training_is_equal_bit_for_bit_with_and_without(backbone, videos, tmp_path, unread):
+    cache = cache_of(tmp_path / "cache", backbone)
+    failures = fill_cache(cache, backbone, videos, chunks=(1, 2))
+    assert [f.video for f in failures] == [videos[4].name] and len(cache) == 8
+    assert REASONS["text"] in failures[0].reason
+    plain = source(backbone, videos[:4], chunks=(1, 2))
+    expected = [plain.load(i, step) for i in range(4) for step in (0, 1)]
+    unread()
+    stored = source(backbone, videos[:4], cache_of(tmp_path / "cache", backbone), chunks=(1, 2))
+    found = [stored.load(i, step) for i in range(4) for step in (0, 1)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.turns == theirs.turns and ours.frames == theirs.frames
+        for mine, other in zip(ours.chunks, theirs.chunks, strict=True):
+            assert mine.pixels is None and torch.equal(mine.ids, other.ids)
+            assert mine.place == other.place
+            assert torch.equal(mine.features, backbone.encode_views(other.pixels))
+    results = [gradients(backbone, samples) for samples in (found, expected)]
+    assert torch.equal(results[0], results[1])
+
+
+def gradients(backbone: SmolVLM, samples) -> torch.Tensor:
+    network: HyperNetwork = tiny.hypernetwork()
+    TrainStep(network, backbone)(samples).loss.backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+def test_what_is_stored_is_not_computed_again(backbone, videos, tmp_path, unread):
+    folder = tmp_path / "cache"
+    fill_cache(cache_of(folder, backbone), backbone, videos[:4], videos_per_file=2)
+    before = sorted(folder.iterdir())
+    assert len(before) == 2
+    unread()
+    seen = []
+    fill_cache(
+        cache_of(folder, backbone), backbone, videos[:4],
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(4, 4)] and sorted(folder.iterdir()) == before
+
+
+def test_an_interrupted_fill_keeps_its_whole_files(backbone, videos, tmp_path):
+    folder = tmp_path / "cache"
+
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill_cache(cache_of(folder, backbone), backbone, videos, videos_per_file=2, progress=stop)
+    assert len(cache_of(folder, backbone)) == 2
+    fill_cache(cache_of(folder, backbone), backbone, videos)
+    assert len(cache_of(folder, backbone)) == 4
+
+
+def test_a_damaged_file_is_passed_over_and_stored_again(backbone, videos, tmp_path, caplog):
+    folder = tmp_path / "cache"
+    fill_cache(cache_of(folder, backbone), backbone, videos, videos_per_file=2)
+    damaged = sorted(folder.iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    (folder / f".{damaged.stem}.part").write_bytes(b"half")
+    cache = cache_of(folder, backbone)
+    assert len(cache) == 2 and f"{damaged}: not a whole feature file" in caplog.text
+    fill_cache(cache, backbone, videos, videos_per_file=2)
+    assert len(cache_of(folder, backbone)) == 4
+
+
+def test_other_content_settings_and_models_are_not_confused(backbone, videos, tmp_path):
+    folder = tmp_path / "cache"
+    cache = cache_of(folder, backbone)
+    fill_cache(cache, backbone, videos[:2])
+    first = videos[0]
+    assert cache.find(first, 1) and cache.find(first, 2) is None
+    assert cache.find(replace(first, span=(0.0, 1.0)), 1) is None
+    assert cache_of(folder, backbone, replace(READER, max_frames=1)).find(first, 1) is None
+    assert cache_of(folder, backbone, replace(READER, longest_edge=64)).find(first, 1) is None
+    assert cache_of(folder, backbone, replace(READER, seconds=1.0)).find(first, 1)
+    assert cache_of(folder, tiny.backbone(seed=1)).find(first, 1) is None
+    # The same bytes under another name are the same video; other bytes under its name are not.
+    moved = Path(first.path).with_name("moved.mp4")
+    os.rename(first.path, moved)
+    assert cache.find(replace(first, path=str(moved)), 1)
+    Path(first.path).write_bytes(Path(videos[2].path).read_bytes())
+    assert cache_of(folder, backbone).find(first, 1) is None
+    assert cache.find(replace(first, path=str(tmp_path / "gone.mp4")), 1) is None
+
+
+def test_the_fingerprint_is_of_the_vision_part_alone():
+    backbone = tiny.backbone()
+    before = vision_fingerprint(backbone)
+    with torch.no_grad():
+        backbone.model.lm_head.weight[0, 0] += 1
+        assert vision_fingerprint(backbone) == before
+        backbone.model.model.connector.modality_projection.proj.weight[0, 0] += 1
+    assert vision_fingerprint(backbone) != before
+    assert vision_fingerprint(SmolVLM(backbone.model.bfloat16(), backbone.tokenizer, "x")) != before
+
+
+def test_workers_get_a_copy_that_opens_its_own_files(backbone, videos, tmp_path, unread):
+    cache = cache_of(tmp_path / "cache", backbone)
+    fill_cache(cache, backbone, videos[:2])
+    reads = source(backbone, videos[:2], cache)
+    expected = reads.load(0, 0)
+    unread()
+    again = pickle.loads(pickle.dumps(reads)).load(0, 0)
+    assert torch.equal(again.chunks[0].features, expected.chunks[0].features)
+
+
+def test_videos_that_are_not_stored_are_decoded(backbone, videos, tmp_path):
+    cache = cache_of(tmp_path / "cache", backbone)
+    fill_cache(cache, backbone, videos[:1])
+    reads = source(backbone, videos, cache)
+    assert reads.load(0, 0).chunks[0].pixels is None
+    assert reads.load(1, 0).chunks[0].features is None
+    assert isinstance(reads.load(4, 0), Failure)
+    mixed, alone = (
+        visual_features(backbone, [from_.load(i, 0).chunks[0] for i in (0, 1)])
+        for from_ in (reads, source(backbone, videos))
+    )
+    for ours, theirs in zip(mixed, alone, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_cache_of_something_else_is_refused(backbone, videos, tmp_path):
+    manifest = str(Path(videos[0].path).with_name("manifest.jsonl"))
+    data = DataConfig(
+        manifests=(manifest,), max_frames=4, longest_edge=32, feature_cache=str(tmp_path / "cache")
+    )
+    with pytest.raises(CacheError, match="none of its 0 entries"):
+        manifest_sources(data, backbone, 0)
+    fill_cache(cache_of(tmp_path / "cache", backbone), backbone, videos)
+    train, _ = manifest_sources(data, backbone, 0)
+    assert train.load(0, 0).chunks[0].features is not None
+    with pytest.raises(CacheError, match="none of its 4 entries"):
+        manifest_sources(replace(data, max_frames=3), backbone, 0)

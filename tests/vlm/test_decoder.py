@@ -1,0 +1,154 @@
+"""The decoder against transformers' own forward on the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.golden import relative
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
+
+IDS = torch.randint(3, 60, (3, 11), generator=torch.Generator().manual_seed(0))
+
+
+def text_forward(backbone, ids, **kwargs):
+    return backbone.model.model.text_model(input_ids=ids, use_cache=False, **kwargs)
+
+
+@torch.no_grad()
+def test_layer_inputs_equal_hidden_states(backbone):
+    expected = text_forward(backbone, IDS, output_hidden_states=True).hidden_states
+    found = list(backbone.decoder.layer_inputs(backbone.decoder.embed(IDS)))
+    assert len(found) == len(expected) - 1 == 3
+    assert torch.equal(found[0], expected[0])
+    for one, other in zip(found, expected, strict=False):
+        assert relative(one, other) <= 3e-6
+
+
+def test_the_last_layer_is_never_run(monkeypatch):
+    backbone = tiny.backbone()
+    layers = backbone.model.model.text_model.layers
+
+    def fail(x):
+        raise AssertionError("the last layer ran")
+
+    monkeypatch.setattr(layers[-1].mlp.down_proj, "forward", fail)
+    with torch.no_grad():
+        assert len(list(backbone.decoder.layer_inputs(backbone.decoder.embed(IDS)))) == 3
+
+
+def test_layers_are_computed_only_when_asked_for(monkeypatch):
+    backbone = tiny.backbone()
+
+    def fail(x):
+        raise AssertionError("a layer ran ahead")
+
+    monkeypatch.setattr(backbone.model.model.text_model.layers[0].mlp.down_proj, "forward", fail)
+    inputs = backbone.decoder.layer_inputs(backbone.decoder.embed(IDS))
+    next(inputs)
+    with torch.no_grad(), pytest.raises(AssertionError, match="ran ahead"):
+        next(inputs)
+
+
+@torch.no_grad()
+def test_hidden_states_and_logits(backbone):
+    expected = backbone.model(input_ids=IDS, use_cache=False).logits
+    hidden = backbone.decoder.forward(backbone.decoder.embed(IDS))
+    assert relative(hidden, text_forward(backbone, IDS).last_hidden_state) <= 3e-6
+    found = backbone.decoder.logits(hidden)
+    assert found.dtype == torch.float32 and relative(found, expected) <= 3e-6
+
+
+@torch.no_grad()
+def test_half_precision():
+    """As far from float64 as transformers' own forward in that dtype is, at most twice."""
+    backbone = tiny.backbone()
+    exact = copy.deepcopy(backbone.model).double()(input_ids=IDS, use_cache=False).logits
+    backbone.model.bfloat16()
+    theirs = backbone.model(input_ids=IDS, use_cache=False).logits
+    ours = backbone.decoder.logits(backbone.decoder.forward(backbone.decoder.embed(IDS)))
+    assert ours.dtype == torch.float32
+    assert relative(ours, exact) <= 2 * relative(theirs, exact)
+
+
+@torch.no_grad()
+def test_right_padding_is_never_seen(backbone):
+    decoder = backbone.decoder
+    whole = decoder.forward(decoder.embed(IDS))
+    padded = decoder.embed(IDS).clone()
+    padded[0, 4:], padded[1, 9:] = 7.0, -3.0
+    found = decoder.forward(padded)
+    for row, length in enumerate((4, 9, 11)):
+        assert relative(found[row, :length], whole[row, :length]) <= 3e-6
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@torch.no_grad()
+def test_prefill_and_steps_equal_one_pass(adapted, backbone, adapters):
+    decoder = backbone.decoder
+    slots = None
+    if adapted:
+        slots = AdapterBank.pack([adapters[0], None, adapters[1]], "cpu", torch.float32)
+    embedded = decoder.embed(IDS)
+    expected = decoder.forward(embedded, adapters=slots)
+    lengths = torch.tensor([3, 6, 1])
+    # What stands behind a row's prompt is garbage: steps overwrite it before it can be seen.
+    start = embedded[:, :6].masked_fill((torch.arange(6) >= lengths[:, None])[..., None], 9.0)
+    cache = decoder.new_cache(3, 12)
+    assert cache.capacity == 12
+    found = decoder.forward(start, decoder.prefill_metadata(3, 6), cache, slots)
+    for row, length in enumerate(lengths):
+        assert relative(found[row, :length], expected[row, :length]) <= 3e-6
+    for step in range(5):
+        places = lengths + step
+        token = embedded[torch.arange(3), places][:, None]
+        span = decoder.decode_metadata(places, 6 + step + 1)
+        found = decoder.forward(token, span, cache, slots)[:, 0]
+        assert relative(found, expected[torch.arange(3), places]) <= 3e-6
+
+
+@torch.no_grad()
+def test_adapters_in_every_linear(backbone):
+    """One adapter on all seven linear layers equals merged weights."""
+    decoder = backbone.decoder
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    generator = torch.Generator().manual_seed(5)
+    a, b = {}, {}
+    for name in names:
+        linear = backbone.linear(0, name)
+        a[name] = 0.1 * torch.randn(3, 4, linear.in_features, generator=generator)
+        b[name] = 0.1 * torch.randn(3, 4, linear.out_features, generator=generator)
+    adapter = Adapter(a, b, 1.5)
+    found = decoder.forward(
+        decoder.embed(IDS), adapters=AdapterBank.pack([adapter] * 3, "cpu", torch.float32)
+    )
+    merged = tiny.backbone()
+    for layer in range(3):
+        for name in names:
+            weight = merged.linear(layer, name).weight
+            weight += adapter.scale * b[name][layer].mT @ a[name][layer]
+    assert relative(found, merged.decoder.forward(merged.decoder.embed(IDS))) <= 3e-6
+
+
+def test_the_model_is_frozen(backbone):
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+    assert not backbone.model.training
+
+
+@torch.no_grad()
+def test_a_merged_decoder_shares_all_other_weights(backbone, adapters):
+    decoder, adapter = backbone.decoder, adapters[0]
+    before = decoder.forward(decoder.embed(IDS))
+    merged = decoder.merged(adapter)
+    slots = AdapterBank.pack([adapter] * 3, "cpu", torch.float32)
+    expected = decoder.forward(decoder.embed(IDS), adapters=slots)
+    assert relative(merged.forward(merged.embed(IDS)), expected) <= 3e-6
+    assert torch.equal(decoder.forward(decoder.embed(IDS)), before)
+    own = {id(p) for p in merged.text_model.parameters()}
+    own -= {id(p) for p in decoder.text_model.parameters()}
+    assert len(own) == decoder.num_layers
+    assert not any(p.requires_grad for p in merged.text_model.parameters())

@@ -1,0 +1,167 @@
+"""SmolVLM prompts and vision against transformers' own model; loading and its errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tests.golden import relative
+from v2l_fast.errors import CheckpointError
+from v2l_fast.video.preprocess import frame_views, normalize
+from v2l_fast.vlm import load_backbone, smolvlm_prompt
+
+
+def views(clip) -> torch.Tensor:
+    return frame_views(clip.frames, 32, 32).views
+
+
+@torch.no_grad()
+def test_prompt_with_video_equals_transformers(backbone, clips):
+    prompt = backbone.context(clips[0], "Internalize this video for later captioning.", 32)
+    pixels = normalize(views(clips[0]), torch.float32)
+    assert prompt.visual_tokens == 3 * backbone.tokens_per_view == 12
+    features = list(backbone.decoder.layer_inputs(prompt.embeddings[None]))
+    # The same tokens through transformers' forward, which merges the images itself.
+    ids = _ids_of(backbone, clips[0], "Internalize this video for later captioning.")
+    expected = backbone.model(
+        input_ids=ids[None],
+        pixel_values=pixels[None],
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states
+    assert len(prompt) == len(ids)
+    for found, wanted in zip(features, expected, strict=False):
+        assert relative(found, wanted) <= 3e-6
+
+
+def _ids_of(backbone, clip, text) -> torch.Tensor:
+    shown = smolvlm_prompt.video_text(
+        len(clip.frames), clip.timestamps, clip.duration, 0, 0, backbone.tokens_per_view
+    )
+    return backbone.tokenize(smolvlm_prompt.chat(shown + text, False))
+
+
+@torch.no_grad()
+def test_views_are_encoded_alone_and_in_bounded_chunks(monkeypatch, backbone, clips):
+    all_views = torch.cat([views(clip) for clip in clips])
+    whole = backbone.encode_views(all_views)
+    assert whole.shape == (6, backbone.tokens_per_view, backbone.hidden_size)
+    calls = []
+    encode = type(backbone).encode_pixels
+
+    def counted(self, pixels):
+        calls.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(backbone, "_encode_pixels", counted)
+    monkeypatch.setattr(backbone, "views_per_unit", 4)
+    assert relative(backbone.encode_views(all_views), whole) <= 3e-6
+    assert calls == [4, 2]
+    for index in range(6):
+        alone = backbone.encode_views(all_views[index, None])
+        assert relative(alone[0], whole[index]) <= 3e-6
+
+
+def test_questions_have_no_visual_tokens(backbone, clips):
+    assert backbone.question("what happens?").visual_tokens == 0
+    direct = backbone.question_about(clips[1], "what happens?", 32)
+    assert direct.visual_tokens == 4 and len(direct) > len(backbone.question("what happens?"))
+
+
+def test_tiled_frames(backbone):
+    """Above the tower's size a frame becomes tiles and a global view."""
+    prompt = backbone.context(tiny.clip(2, 0, height=48, width=64), "what happens?", 64)
+    assert prompt.visual_tokens == 2 * (2 * 2 + 1) * backbone.tokens_per_view
+
+
+def test_a_prompt_does_not_depend_on_earlier_ones(backbone, clips):
+    first = backbone.context(clips[0], "what happens?", 32).embeddings
+    backbone.context(clips[2], "which color is it?", 32)
+    again = backbone.context(clips[0], "what happens?", 32).embeddings
+    assert torch.equal(first, again)
+    table = backbone.decoder.embed(torch.arange(10)).clone()
+    backbone.question("what happens?").embeddings.fill_(0)
+    assert torch.equal(backbone.decoder.embed(torch.arange(10)), table)
+
+
+def test_image_tokens_and_features_must_agree(backbone):
+    ids = backbone.tokenize("<image><image> what")
+    with pytest.raises(CheckpointError, match="2 image tokens for 4 features"):
+        backbone.embed(ids, torch.zeros(1, 4, 32))
+
+
+def test_stop_ids_are_those_of_generation_config_and_tokenizer(backbone):
+    assert backbone.stop_ids == (3,)
+
+
+def test_linear_layers_by_name(backbone):
+    assert backbone.linear(1, "down_proj").in_features == 48
+    assert backbone.linear(2, "q_proj").out_features == 32
+    for name in ("nothing", "act_fn", "training"):
+        with pytest.raises(CheckpointError, match="no linear layer"):
+            backbone.linear(0, name)
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_round_trip(pair, backbone):
+    back = load_backbone(pair / "base")
+    text = "<|im_start|>User: what happens?<end_of_utterance>\nAssistant:"
+    assert back.name_or_path == str(pair / "base")
+    assert back.stop_ids == backbone.stop_ids
+    ids = backbone.tokenize(text)
+    assert torch.equal(back.tokenize(text), ids)
+    ours, theirs = (b.decoder.forward(b.decoder.embed(ids[None])) for b in (back, backbone))
+    assert torch.equal(ours, theirs)
+    half = load_backbone(pair / "base", dtype=torch.bfloat16)
+    assert half.decoder.dtype == torch.bfloat16
+
+
+def _edit_config(base, **changes) -> None:
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _drop_a_weight(base) -> None:
+    path = base / "model.safetensors"
+    state = load_file(path)
+    del state["model.text_model.layers.1.mlp.down_proj.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+
+
+BREAKS = {
+    "no config": lambda base: (base / "config.json").unlink(),
+    "config is not JSON": lambda base: (base / "config.json").write_text("{"),
+    "another family": lambda base: _edit_config(base, model_type="llama"),
+    "unknown family": lambda base: _edit_config(base, model_type="nothing-known"),
+    "no weights": lambda base: (base / "model.safetensors").unlink(),
+    "empty weights": lambda base: (base / "model.safetensors").write_bytes(b""),
+    "weights that are text": lambda base: (base / "model.safetensors").write_text("weights"),
+    "truncated weights": lambda base: (base / "model.safetensors").write_bytes(
+        (base / "model.safetensors").read_bytes()[:20000]
+    ),
+    "a missing weight": _drop_a_weight,
+    "no tokenizer": lambda base: [p.unlink() for p in base.glob("tokenizer*")],
+    "broken tokenizer": lambda base: (base / "tokenizer.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_broken_folders(broken, pair):
+    base = pair / "base"
+    BREAKS[broken](base)
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(base)
+    assert str(base) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_nowhere(tmp_path):
+    for name in (tmp_path / "missing", "nobody/nothing"):
+        with pytest.raises(CheckpointError, match="cannot read the base model's config"):
+            load_backbone(name)

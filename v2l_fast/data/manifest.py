@@ -1,0 +1,247 @@
+"""JSONL manifests: one example a line, checked up front, grouped and split by video.
+
+Responsible for the text files and for who is trained on what. Reading the videos they name is
+`v2l_fast.training.data`'s.
+
+Fields, as the released code writes them: ``id``, ``video_path``, ``task_type``, ``prompt``,
+``target_text``, ``dataset``, ``split``, ``metadata``. Of the metadata two entries have a meaning
+here: ``span``, [start, end] in seconds, the part of the file the example is about (the whole file
+when absent), and ``truncated``, true where the target stops before its end. The released
+``clip_start_sec`` and ``clip_end_sec`` say where a clip that was already cut came from, and change
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from v2l_fast.data.manifest_checks import (
+    LISTED,
+    TEXT_FIELDS,
+    ManifestError,
+    faults,
+    id_key,
+    listed,
+    rows,
+)
+from v2l_fast.errors import excerpt
+from v2l_fast.outputs import write_text
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line: a prompt about a video and what to answer.
+
+    `video_path` is as written; `path` is where the file lies. `span` is (start, end) in seconds,
+    None for the whole file.
+    """
+
+    id: str
+    video_path: str
+    path: str
+    task_type: str
+    prompt: str
+    target_text: str
+    dataset: str = "unknown"
+    split: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        found = self.metadata.get("span")
+        return None if found is None else (float(found[0]), float(found[1]))
+
+    @property
+    def is_caption(self) -> bool:
+        """A description of the whole video rather than an answer to a question."""
+        return self.task_type.startswith(("caption", "summar", "describ"))
+
+    def row(self, **changes: Any) -> dict[str, Any]:
+        """The fields as a manifest line holds them."""
+        row = {
+            "id": self.id,
+            "video_path": self.video_path,
+            "task_type": self.task_type,
+            "prompt": self.prompt,
+            "target_text": self.target_text,
+            "dataset": self.dataset,
+            "split": self.split,
+            "metadata": dict(self.metadata),
+        }
+        return row | changes
+
+
+@dataclass(frozen=True)
+class VideoExamples:
+    """What is encoded once: a file, or a span of it, and every example about it."""
+
+    path: str
+    span: tuple[float, float] | None
+    examples: tuple[Example, ...]
+
+    @property
+    def name(self) -> str:
+        """For logs and the quarantine: the path as written, and the span in seconds."""
+        written = self.examples[0].video_path
+        return written if self.span is None else f"{written}#{self.span[0]:g}-{self.span[1]:g}"
+
+
+def load_manifest(
+    path: str | os.PathLike,
+    root: str | os.PathLike | None = None,
+    split: str | None = None,
+    required: Sequence[str] = TEXT_FIELDS,
+) -> list[Example]:
+    """Read and check a whole manifest.
+
+    Args:
+        root: what relative video paths start from; the manifest's folder when omitted.
+        split: keep only the examples of this split (all are checked).
+        required: text fields that must be there and not empty; a missing ``id`` is made from the
+            line's number, a missing ``task_type`` is "caption".
+
+    Raises:
+        ManifestError: it cannot be read, or some lines cannot be used: each problem with line
+            number, field and remedy, beyond `LISTED` of them only their number.
+    """
+    path = Path(path)
+    root = os.path.abspath(path.parent if root is None else root)
+    problems: list[str] = []
+    examples: list[Example] = []
+    ids: dict[str, int] = {}
+    missing: dict[str, str] = {}
+    for number, row in rows(path, problems):
+        before = len(problems)
+        problems += (f"line {number}: {what}" for what in islice(faults(row, required), LISTED))
+        if len(problems) > before:
+            continue
+        example = _example(row, number, root)
+        key = id_key(example.id)
+        if key in ids:
+            problems.append(
+                f"line {number}: field 'id': {excerpt(example.id)} is line {ids[key]}'s too; "
+                "ids must differ in more than case and Unicode form"
+            )
+        ids.setdefault(key, number)
+        if example.path not in missing:
+            missing[example.path] = _missing(example.path)
+        if missing[example.path]:
+            problems.append(f"line {number}: field 'video_path': {missing[example.path]}")
+        examples.append(example)
+    problems += _shared_videos(examples)
+    if not examples and not problems:
+        problems.append("it holds no example; write one JSON object a line")
+    if problems:
+        raise listed(path, problems)
+    kept = [e for e in examples if split is None or e.split == split]
+    if not kept:
+        found = ", ".join(sorted({str(e.split) for e in examples}))
+        raise ManifestError(f"{path}: no example of split {split!r}, only of {found}")
+    return kept
+
+
+def write_manifest(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a manifest, whole or not at all."""
+    write_text(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def group_by_video(examples: Iterable[Example]) -> list[VideoExamples]:
+    """Examples about the same span of the same file together, in the order of their first."""
+    groups: dict[tuple[str, tuple[float, float] | None], list[Example]] = {}
+    for example in examples:
+        groups.setdefault((example.path, example.span), []).append(example)
+    return [VideoExamples(path, span, tuple(group)) for (path, span), group in groups.items()]
+
+
+def split_by_video(
+    examples: Sequence[Example], val_share: float, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """(training, validation) examples that share no video.
+
+    A manifest that names splits is taken at its word ("val" and "test" are not trained on);
+    otherwise a hash of each video decides, so that adding lines moves nobody. The video is
+    ``metadata["video_id"]`` where given (spans and re-encodings of one video then stay together),
+    else the path as written; one file in several manifests is the video of its first line.
+    """
+    if any(example.split is not None for example in examples):
+        return (
+            [e for e in examples if e.split in ("train", None)],
+            [e for e in examples if e.split == "val"],
+        )
+    train: list[Example] = []
+    val: list[Example] = []
+    keys: dict[str, str] = {}
+    for example in examples:
+        key = keys.setdefault(example.path, video_key(example))
+        chosen = video_share(key, seed) < val_share
+        (val if chosen else train).append(example)
+    return train, val
+
+
+def video_key(example: Example) -> str:
+    """A name of the video that does not depend on where the data lies."""
+    return str(example.metadata.get("video_id") or os.path.normpath(example.video_path))
+
+
+def video_names(example: Example) -> tuple[str, ...]:
+    """Two examples that share one of these are about the same video, whatever their manifests."""
+    named = example.metadata.get("video_id")
+    return (example.path, f"video_id {named}") if named else (example.path,)
+
+
+def trained_on(train: Iterable[Example], val: Iterable[Example]) -> list[str]:
+    """Files of `val` whose video is in `train` too."""
+    known = {name for example in train for name in video_names(example)}
+    return sorted({e.path for e in val if not known.isdisjoint(video_names(e))})
+
+
+def video_share(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the video and the seed alone."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _example(row: dict[str, Any], number: int, root: str) -> Example:
+    written = row["video_path"]
+    return Example(
+        id=row.get("id") or f"line-{number}",
+        video_path=written,
+        path=os.path.normpath(os.path.join(root, written)),
+        task_type=row.get("task_type") or "caption",
+        prompt=row.get("prompt") or "",
+        target_text=row.get("target_text") or "",
+        dataset=row.get("dataset") or "unknown",
+        split=row.get("split"),
+        metadata=row.get("metadata") or {},
+    )
+
+
+def _missing(path: str) -> str:
+    """What is wrong with where a video should lie, "" if nothing is."""
+    if os.path.isfile(path):
+        return ""
+    if os.path.exists(path):
+        return f"{path} is not a regular file; name a video file"
+    return f"no such file {path}; give the folder of the videos with --root, or remove the line"
+
+
+def _shared_videos(examples: Sequence[Example]) -> Iterator[str]:
+    """A video that is trained on and validated on."""
+    seen: dict[str, Example] = {}
+    for example in examples:
+        for name in video_names(example):
+            first = seen.setdefault(name, example)
+            if first.split != example.split:
+                yield (
+                    f"field 'split': {example.video_path} is in {first.split} "
+                    f"(id {excerpt(first.id)}) and in {example.split} "
+                    f"(id {excerpt(example.id)}); a video belongs to one split"
+                )
+                break

@@ -1,0 +1,416 @@
+"""Adapters of a batch, packed for the linear layers they adapt.
+
+:class:`AdapterBank` holds the distinct adapters of a batch and which example uses which; a decoder
+passes it along and every adapted layer asks it. :func:`adapted_linear` does the same for a model
+whose forward is not ours; :mod:`v2l_fast.hypernet.adapter_scope` knows which adapters are
+in force where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from csrc_triton import lora_linear
+from v2l_fast.errors import AdapterError
+from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
+from v2l_fast.hypernet.adapter_scope import UNRESOLVED, Scope
+
+
+def one_rank(factors: Mapping[str, Tensor]) -> int:
+    """Rank of an adapter's A or B {module: [L, r, d]}.
+
+    Raises:
+        AdapterError: its modules have different ones, which slots cannot hold.
+    """
+    ranks = {factor.shape[1] for factor in factors.values()}
+    if len(ranks) > 1:
+        sizes = ", ".join(f"{m} {factor.shape[1]}" for m, factor in factors.items())
+        raise AdapterError(f"an adapter needs one rank for all modules, not {sizes}")
+    return ranks.pop()
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterBank:
+    """Distinct adapters of a batch.
+
+    Attributes:
+        A: module -> [L, n, r, d_in]; r is the largest rank, shorter adapters are zero-filled.
+        B: module -> [L, n, r, d_out].
+        index: [E] int64, the slot of each example, -1 for none.
+        scale: s, the same for all.
+        ranks: [n] int64 used ranks, or None when all are r.
+    """
+
+    A: Mapping[str, Tensor]
+    B: Mapping[str, Tensor]
+    index: Tensor
+    scale: float
+    ranks: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        adapters: Sequence[Adapter | None],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> AdapterBank | None:
+        """One adapter (or None) an example; the same object given twice takes one slot.
+
+        Raises:
+            AdapterError: adapters of different models or scales, or one without its bias.
+        """
+        distinct: list[Adapter] = []
+        index = []
+        for adapter in adapters:
+            if adapter is not None and not any(adapter is known for known in distinct):
+                distinct.append(adapter)
+            index.append(next((i for i, a in enumerate(distinct) if a is adapter), -1))
+        if not distinct:
+            return None
+        first = distinct[0]
+        if any(set(a.A) != set(first.A) or a.scale != first.scale for a in distinct):
+            raise AdapterError("adapters of different models or scales cannot share a batch")
+        merged = [adapter.merged() for adapter in distinct]
+        ranks = [one_rank(a) for a, _ in merged]
+        packed = []
+        for side in (0, 1):
+            factors = {}
+            for module in first.A:
+                rows = [m[side][module].to(device=device, dtype=dtype) for m in merged]
+                wide = rows[0].new_zeros(rows[0].shape[0], len(rows), max(ranks), rows[0].shape[2])
+                for slot, row in enumerate(rows):
+                    wide[:, slot, : row.shape[1]] = row
+                factors[module] = wide
+            packed.append(factors)
+        ragged = None
+        if len(set(ranks)) > 1:
+            ragged = torch.tensor(ranks, device=device)
+        return cls(*packed, torch.tensor(index, device=device), first.scale, ragged)
+
+    def apply(self, module: str, layer: int, linear: nn.Linear, x: Tensor) -> Tensor:
+        """``linear`` with each example's adapter: [E, T, d_in] -> [E, T, d_out].
+
+        Raises:
+            AdapterError: the batch is not of E examples.
+        """
+        self._check_batch(x)
+        a, b = self.factors(module, layer)
+        return lora_linear(
+            x, linear.weight, linear.bias, a, b, self.index, self.scale, ranks=self.ranks
+        )
+
+    def update(self, module: str, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        """What to add to a layer's output for its input [E, ..., d_in]: scale · (x A_iᵀ) B_i.
+
+        Plain torch operations, because this runs inside of models that are not ours: compiled,
+        under autocast, and on several devices.
+
+        Args:
+            y: the output [E, ..., d_out]; the update is of its dtype and device.
+
+        Raises:
+            AdapterError: the batch is not of E examples.
+        """
+        self._check_batch(x)
+        a, b = (t.to(y.device, y.dtype) for t in self.factors(module, layer))
+        index = self.index.to(y.device)
+        if a.shape[0] > 1:
+            # An example without one gets any, whose update is then not chosen.
+            a, b = a[index.clamp_min(0)], b[index.clamp_min(0)]
+        wide = torch.promote_types(y.dtype, torch.float32)
+        u = ((x.to(y.device, y.dtype).flatten(1, -2) @ a.mT).to(wide) * self.scale).to(y.dtype)
+        update = torch.where((index >= 0)[:, None, None], u @ b, 0)
+        return update.to(y.dtype).view(y.shape)
+
+    def _check_batch(self, x: Tensor) -> None:
+        examples = self.index.shape[0]
+        if x.dim() < 3:
+            raise AdapterError(
+                f"a layer gets {list(x.shape)}, in which examples cannot be told apart: adapters "
+                "need a batch [E, T, d]"
+            )
+        if x.shape[0] != examples:
+            raise AdapterError(
+                f"a batch of {x.shape[0]} runs with adapters chosen for {examples} examples; give "
+                "one adapter (or None) for each row, with num_beams or num_return_sequences k "
+                "each of them k times in a row: [a for a in adapters for _ in range(k)]"
+            )
+
+    def factors(self, module: str, layer: int) -> tuple[Tensor, Tensor]:
+        """A [n, r, d_in] and B [n, r, d_out] of a layer."""
+        return self.A[module].select(0, layer), self.B[module].select(0, layer)
+
+
+class LayerAdapters(AdapterBank):
+    """One layer's adapters, A and B [n, r, d]: the slots to train with, one for each layer.
+
+    The gradient of a selection from all layers' factors is of the size of all of them.
+    """
+
+    @classmethod
+    def of_batch(cls, batch: AdapterBatch) -> list[LayerAdapters]:
+        """Generated and composed adapters, differentiable, layer by layer; example i has the i-th.
+
+        Other examples: ``dataclasses.replace(slots, index=...)``.
+        """
+        like = next(iter(batch.A.values()))
+        index = torch.arange(len(batch), device=like.device)
+        sides = [{m: t.unbind(1) for m, t in f.items()} for f in (batch.A, batch.B)]
+        return [
+            cls(*({m: t[layer] for m, t in side.items()} for side in sides), index, batch.scale)
+            for layer in range(like.shape[1])
+        ]
+
+    def factors(self, module: str, layer: int) -> tuple[Tensor, Tensor]:
+        """The only ones it has."""
+        return self.A[module], self.B[module]
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """Forward hook of an adapted layer: adds the update of the adapters in force to its output.
+
+    The layer itself stays as it is: its class, hooks and parametrizations, whatever its weights.
+    """
+
+    scope: Scope
+    module: str
+    layer: int
+
+    def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if not torch.compiler.is_compiling():
+            return self._add(self.scope.current(), layer, args, output)
+        choice = self.scope.local()
+        if choice is UNRESOLVED:
+            return self._outside_graph(layer, args, output)
+        return self._add(choice, layer, args, output)
+
+    @torch.compiler.disable
+    def _outside_graph(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return self._add(self.scope.current(), layer, args, output)
+
+    def _add(
+        self, slots: AdapterBank | None, layer: nn.Module, args: tuple, output: Tensor
+    ) -> Tensor | None:
+        if slots is None:
+            return None
+        if getattr(layer, "_is_replica", False) and slots.index.unique().numel() > 1:
+            raise AdapterError(
+                "DataParallel divides the batch, and no replica knows which adapters are those of "
+                "its part: use DistributedDataParallel, or one adapter for the whole batch"
+            )
+        if not args or not isinstance(output, Tensor):
+            raise AdapterError(
+                f"{self.module} of layer {self.layer} ({type(layer).__name__}) is not called as a "
+                "linear layer is, with one tensor for one tensor"
+            )
+        return output + slots.update(self.module, self.layer, args[0], output)
+
+
+class AdaptedModel:
+    """Handle of a model made adaptable by :func:`adapted_linear`.
+
+    Attributes:
+        model: the model, changed by nothing but a forward hook on each adapted layer.
+    """
+
+    def __init__(self, model: nn.Module, module: str, layers: Sequence[nn.Module]) -> None:
+        self.model = model
+        self._module, self._layers = module, list(layers)
+        self._scope: Scope | None = Scope()
+        for index, layer in enumerate(self._layers):
+            # First, so that hooks which watch the layer's output see the adapted one.
+            layer.register_forward_hook(_Site(self._scope, module, index), prepend=True)
+        _forget_compiled()
+
+    def use(self, adapters: Sequence[Adapter | None]) -> contextlib.AbstractContextManager:
+        """Within the block, example i of every batch runs with ``adapters[i]`` (None: without).
+
+        Blocks may be nested and entered again; the innermost one counts. Threads and asyncio tasks
+        that the block starts run with its adapters, others are not affected, and nothing is left
+        behind. Backward passes may run later, with activation checkpointing too. An adapter of
+        several modules needs a handle for each of them.
+
+        Args:
+            adapters: one for each row of the batch that reaches the layers, so with beam search or
+                ``num_return_sequences`` as many copies of each, one behind the other.
+
+        Raises:
+            AdapterError: an adapter is not one of these layers, adapters cannot share a batch, or
+                layers were replaced since :func:`adapted_linear`.
+        """
+        self._check()
+        adapters = [adapters] if isinstance(adapters, str) else list(adapters)
+        for adapter in adapters:
+            if adapter is not None:
+                self._check_adapter(adapter)
+        return _Use(self, AdapterBank.pack(adapters, *self._placement()))
+
+    def remove(self) -> None:
+        """Leave the model as it was before :func:`adapted_linear`.
+
+        Raises:
+            AdapterError: a ``use`` block is open.
+        """
+        if self._scope is None:
+            return
+        if self._scope.open:
+            raise AdapterError("a use() block is open: leave it before you remove the handle")
+        for layer in self._layers:
+            for key, hook in list(layer._forward_hooks.items()):
+                if isinstance(hook, _Site) and hook.scope is self._scope:
+                    del layer._forward_hooks[key]
+        self._scope = None
+        _forget_compiled()
+
+    def _check(self) -> Scope:
+        if self._scope is None:
+            raise AdapterError("this handle was removed: call adapted_linear again")
+        present = {id(module) for module in self.model.modules()}
+        if not all(id(layer) in present for layer in self._layers):
+            raise AdapterError(
+                f"the model's {self._module} layers were replaced since adapted_linear: "
+                "call it again"
+            )
+        return self._scope
+
+    def _check_adapter(self, adapter: Adapter) -> None:
+        if not isinstance(adapter, Adapter):
+            raise AdapterError(f"adapters must be Adapter or None, got {type(adapter).__name__}")
+        module = self._module
+        if module not in adapter.A:
+            raise AdapterError(
+                f"the adapter is for {', '.join(sorted(adapter.A))}, this handle for {module}"
+            )
+        if adapter.num_layers != len(self._layers):
+            raise AdapterError(
+                f"the adapter has {adapter.num_layers} layers, this handle's {module} has "
+                f"{len(self._layers)}"
+            )
+        a, b = adapter.A[module], adapter.B[module]
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise AdapterError(f"the adapter's {module} is {a.dtype}, which is not floating point")
+        for index, layer in enumerate(self._layers):
+            sizes = layer.in_features, layer.out_features
+            if (a.shape[2], b.shape[2]) != sizes:
+                raise AdapterError(
+                    f"the adapter's {module} is {(a.shape[2], b.shape[2])}, the model's layer "
+                    f"{index} is {sizes}"
+                )
+
+    def _placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where the factors go: with the layers' weights, in a dtype that can be multiplied."""
+        tensors = [t for layer in self._layers for t in layer.parameters()]
+        tensors += self.model.parameters()
+        device = next((t.device for t in tensors if t.device.type != "meta"), "cpu")
+        dtype = next((t.dtype for t in tensors if t.dtype in _COMPUTES), torch.float32)
+        return torch.device(device), dtype
+
+
+class _Use(contextlib.ContextDecorator):
+    """What :meth:`AdaptedModel.use` returns; may be entered again, in itself too."""
+
+    def __init__(self, handle: AdaptedModel, slots: AdapterBank | None) -> None:
+        self._handle, self._slots = handle, slots
+
+    def __enter__(self) -> nn.Module:
+        self._handle._check().enter(self, self._slots, sys._getframe(1))
+        return self._handle.model
+
+    def __exit__(self, *_) -> None:
+        if self._handle._scope is not None:
+            self._handle._scope.leave(self)
+
+
+_COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def adapted_linear(model: nn.Module, suffix: str) -> AdaptedModel:
+    """Make any decoder accept a LoRA adapter for each example of a batch.
+
+    Every ``nn.Linear`` whose name ends in ``.{layer}.{suffix}`` gets a forward hook that adds the
+    update to its output, so subclasses, quantized ones too, keep their class, hooks and results.
+    The adapters' module name is the last part of ``suffix``, e.g. "mlp.down_proj". A model may have
+    several handles. Copies of the model (``copy.deepcopy``, pickle) run without adapters.
+
+    Returns:
+        A handle; ``with handle.use([adapter_a, None]): model(...)`` runs a batch of two.
+
+    Raises:
+        AdapterError: no layer matches, or several stacks of layers do, the numbering has gaps, or
+            layers are no linear ones or share one module.
+    """
+    pattern = re.compile(rf"(?:^|\.)(\d+)\.{re.escape(suffix)}$")
+    stacks: dict[str, dict[int, nn.Module]] = {}
+    others = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _WRAPPERS & dict(module.named_children()).keys():
+            continue
+        name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        match = pattern.search(name)
+        if match and _is_linear(module):
+            stacks.setdefault(name[: match.start()], {})[int(match[1])] = module
+        elif match:
+            others.add(type(module).__name__)
+    # One list of layers under two names is one stack.
+    distinct = {tuple(map(id, s.values())): (name, s) for name, s in reversed(stacks.items())}
+    stacks = dict(reversed(distinct.values()))
+    if len(stacks) > 1:
+        names = ", ".join(
+            f"{name or 'the model itself'} (layers {_ranges(stack)})"
+            for name, stack in list(stacks.items())[:4]
+        )
+        more = f" and {len(stacks) - 4} more" if len(stacks) > 4 else ""
+        first = next(iter(stacks)).rpartition(".")[0]
+        raise AdapterError(
+            f"{len(stacks)} stacks of layers match *.<layer>.{suffix} in {type(model).__name__}: "
+            f"{names}{more}; pass the submodule that holds the one you mean, as in "
+            f"adapted_linear(model.get_submodule({first!r}), ...), or a longer suffix"
+        )
+    stack = next(iter(stacks.values()), {})
+    if any(pattern.search(name) for name, _ in model.named_parameters()):
+        others.add("plain parameters, as of fused experts")
+    if not stack or sorted(stack) != list(range(len(stack))):
+        reason = f"; modules of that name are {', '.join(sorted(others))}" if others else ""
+        raise AdapterError(
+            f"no complete stack of linear layers named *.<layer>.{suffix} in "
+            f"{type(model).__name__}: found layers {sorted(stack)}{reason}"
+        )
+    layers = [stack[index] for index in range(len(stack))]
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise AdapterError(
+            f"layers of {type(model).__name__} share one {suffix} module, which cannot have an "
+            "adapter for each of them"
+        )
+    return AdaptedModel(model, suffix.rpartition(".")[2], layers)
+
+
+# Of torch.compile, FSDP and checkpoint_wrapper: no part of a layer's name.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is called for x Wᵀ (+ bias) or, as PEFT's, for that and something added."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        # nn.MultiheadAttention reads its weight and never calls it.
+        return False
+    return isinstance(getattr(module, "base_layer", module), nn.Linear)
+
+
+def _ranges(stack: Mapping[int, nn.Module]) -> str:
+    numbers = sorted(stack)
+    whole = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]} to {numbers[-1]}" if whole else ", ".join(map(str, numbers))
+
+
+def _forget_compiled() -> None:
+    """Graphs that torch.compile made before do not look at a module's hooks again."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

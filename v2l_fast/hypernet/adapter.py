@@ -1,0 +1,447 @@
+"""Adapters as immutable data: what a video became, and what can be done with it.
+
+An :class:`Adapter` holds the generated LoRA factors of one video (or of several chunks composed in
+rank); the learned bias adapter is shared by all videos of a hypernetwork and kept by reference.
+Nothing here knows a model: applying an adapter is ``csrc_triton.lora_linear``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from v2l_fast.errors import AdapterError, WriteError
+from v2l_fast.files import open_regular
+from v2l_fast.hypernet.adapter_files import Factors, is_adapter_file, read_adapter, write_adapter
+
+
+@dataclass(frozen=True, eq=False)
+class BiasAdapter:
+    """The learned adapter that all videos of a hypernetwork share (A and B: [L, R, d]).
+
+    Equal to another of the same id.
+
+    Attributes:
+        aliases: hashes of values that were cast to another dtype -> hash of the original ones.
+    """
+
+    A: Factors
+    B: Factors
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BiasAdapter):
+            return NotImplemented
+        return self is other or self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"BiasAdapter({_contents(self.A, self.B)}, id {self.id})"
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of the values in bfloat16, the same whatever dtype the model is loaded in."""
+        return self.aliases.get(self.value_hash, self.value_hash)
+
+    @cached_property
+    def value_hash(self) -> str:
+        """Hash of the values as they are now, rounded to bfloat16."""
+        digest = hashlib.sha256()
+        for module in sorted(self.A):
+            for factor in (self.A[module], self.B[module]):
+                digest.update(f"{module}{list(factor.shape)}".encode())
+                rounded = factor.detach().to("cpu", torch.bfloat16).float().contiguous()
+                digest.update(rounded.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The LoRA adapter of one video.
+
+    Equal to another that makes the same update to the bit: factors (wherever they are, in the same
+    dtype), scale and bias; provenance does not count.
+
+    Attributes:
+        A: module -> [L, r, d_in], the generated factors; r = chunks x R.
+        B: module -> [L, r, d_out].
+        scale: s of paper Eq. 7, used as it is, not divided by r.
+        bias: the shared adapter applied with it, or None.
+        detached_bias_id: id of the bias that belongs to it when it is not attached (a loaded file).
+        provenance: JSON-ready record of the source: content hash, frames, preprocessing, models.
+    """
+
+    A: Factors
+    B: Factors
+    scale: float
+    bias: BiasAdapter | None = None
+    detached_bias_id: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.A or set(self.A) != set(self.B):
+            raise AdapterError(f"A is of modules {sorted(self.A)}, B of {sorted(self.B)}")
+        if not math.isfinite(self.scale):
+            raise AdapterError(f"the scale is {self.scale}, which is not a finite number")
+        for module, a in self.A.items():
+            b = self.B[module]
+            if a.dim() != 3 or b.dim() != 3 or a.shape[:2] != b.shape[:2]:
+                raise AdapterError(
+                    f"{module}: A must be [L, r, d_in] and B [L, r, d_out], "
+                    f"not {list(a.shape)} and {list(b.shape)}"
+                )
+            if a.shape[0] != self.num_layers:
+                raise AdapterError(
+                    f"{module} has {a.shape[0]} layers, another module {self.num_layers}"
+                )
+        for name in ("A", "B", "provenance"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        if self is other:
+            return True
+        if (_signature(self), self.scale) != (_signature(other), other.scale):
+            return False
+        pairs = [(self.A[m], other.A[m]) for m in self.A]
+        pairs += [(self.B[m], other.B[m]) for m in self.B]
+        same = (x.dtype == y.dtype and torch.equal(x, y.to(x.device)) for x, y in pairs)
+        return self.rank == other.rank and all(same) and self.bias_id == other.bias_id
+
+    def __hash__(self) -> int:
+        return hash((tuple(_signature(self).items()), self.rank, self.scale))
+
+    def __repr__(self) -> str:
+        source = self.provenance.get("source")
+        name = source.get("name") if isinstance(source, Mapping) else None
+        parts = [_contents(self.A, self.B), f"scale {self.scale:g}"]
+        parts += [f"bias {self.bias_id}"] if self.bias_id else []
+        parts += [f"of {name}"] if name else []
+        return f"Adapter({', '.join(parts)})"
+
+    def __reduce__(self) -> tuple:
+        # Read-only views do not pickle.
+        a, b, record = dict(self.A), dict(self.B), dict(self.provenance)
+        return Adapter, (a, b, self.scale, self.bias, self.detached_bias_id, record)
+
+    @property
+    def bias_id(self) -> str | None:
+        """Which bias adapter belongs with this one, attached or not."""
+        return self.detached_bias_id if self.bias is None else self.bias.id
+
+    @property
+    def _made_by(self) -> str | None:
+        return self.provenance.get("hypernetwork")
+
+    @property
+    def num_layers(self) -> int:
+        return next(iter(self.A.values())).shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Generated rank, without the bias."""
+        return next(iter(self.A.values())).shape[1]
+
+    def merged(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A {module: [L, r + R, d_in]} and B likewise: generated ranks, then the bias once.
+
+        Raises:
+            AdapterError: the adapter belongs with a bias that is not attached.
+        """
+        if self.bias is None:
+            if self.bias_id is not None:
+                raise AdapterError(
+                    f"this adapter needs the bias adapter {self.bias_id} of its hypernetwork: "
+                    "load it with Video2LoRA.load_adapter, or attach one with with_bias"
+                )
+            return dict(self.A), dict(self.B)
+        return (
+            {m: torch.cat([a, self.bias.A[m].detach().to(a)], 1) for m, a in self.A.items()},
+            {m: torch.cat([b, self.bias.B[m].detach().to(b)], 1) for m, b in self.B.items()},
+        )
+
+    def with_bias(self, bias: BiasAdapter | None) -> Adapter:
+        """The same adapter with its shared bias attached.
+
+        Raises:
+            AdapterError: ``bias`` is not the one this adapter was generated with.
+        """
+        found = None if bias is None else bias.id
+        if self.bias_id != found:
+            raise AdapterError(
+                f"this adapter was generated with bias adapter {self.bias_id}, the model has "
+                f"{found}: it comes from another hypernetwork; internalize the video again"
+            )
+        return replace(self, bias=bias)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Adapter:
+        """The same adapter on another device or in another dtype; the bias stays where it is."""
+        a, b = (
+            {m: t.to(device=device, dtype=dtype) for m, t in factors.items()}
+            for factors in (self.A, self.B)
+        )
+        return replace(self, A=a, B=b)
+
+    # --- composition and ablation -------------------------------------------------------------
+
+    @staticmethod
+    def compose(adapters: Sequence[Adapter]) -> Adapter:
+        """Adapters of consecutive chunks as one: concatenated in rank, the bias once (Section 5.6).
+
+        Raises:
+            AdapterError: no adapters, or adapters of different models.
+        """
+        adapters = list(adapters)
+        if not adapters:
+            raise AdapterError("compose needs at least one adapter")
+        first = adapters[0]
+        for index, other in enumerate(adapters[1:], 1):
+            for what, mine, theirs in (
+                ("modules and layers", _signature(first), _signature(other)),
+                ("scale", first.scale, other.scale),
+                ("bias adapter", first.bias_id, other.bias_id),
+                ("hypernetwork", first._made_by, other._made_by),
+            ):
+                if mine != theirs:
+                    raise AdapterError(
+                        f"adapter {index} has another {what} than adapter 0 ({theirs} against "
+                        f"{mine}): only adapters of one hypernetwork compose"
+                    )
+        a, b = (
+            {m: torch.cat([getattr(x, name)[m] for x in adapters], 1) for m in first.A}
+            for name in ("A", "B")
+        )
+        bias = next((x.bias for x in adapters if x.bias is not None), None)
+        # Chunks of a composed adapter join the list, so that no number of compositions nests.
+        chunks = [
+            chunk
+            for x in adapters
+            for chunk in (
+                x.provenance["chunks"]
+                if x.provenance.keys() == {"hypernetwork", "chunks"}
+                else [dict(x.provenance)]
+            )
+        ]
+        record = {"hypernetwork": first._made_by, "chunks": chunks}
+        return Adapter(a, b, first.scale, bias, first.bias_id, record)
+
+    def prune(self, keep: int, by: str = "norm", seed: int = 0) -> Adapter:
+        """Keep ``keep`` generated ranks of every layer; the bias is untouched (Appendix C).
+
+        Args:
+            keep: ranks to keep, 0 to ``rank``.
+            by: "norm" keeps the largest products ‖A_r‖·‖B_r‖, "bottom" the smallest, "random" a
+                seeded choice per layer and module.
+
+        Raises:
+            AdapterError: ``keep`` or ``by`` is out of range.
+        """
+        if not 0 <= keep <= self.rank:
+            raise AdapterError(f"keep must be 0 to {self.rank} ranks, not {keep}")
+        if by not in ("norm", "bottom", "random"):
+            raise AdapterError(f"by must be norm, bottom or random, not {by!r}")
+        generator = torch.Generator().manual_seed(seed)
+        a, b = {}, {}
+        for module, norms in self.norms()["rank"].items():
+            if by == "random":
+                order = torch.rand(norms.shape, generator=generator).to(norms.device)
+            else:
+                order = norms if by == "norm" else -norms
+            # Kept ranks stay in their order, so keeping all of them changes no bit.
+            kept = order.topk(keep, dim=1).indices.sort(dim=1).values[..., None]
+            a[module] = self.A[module].take_along_dim(kept, 1)
+            b[module] = self.B[module].take_along_dim(kept, 1)
+        return replace(self, A=a, B=b, provenance={**self.provenance, "pruned": [keep, by, seed]})
+
+    def without_layers(self, layers: Sequence[int], include_bias: bool = False) -> Adapter:
+        """The update of some decoder layers removed (Appendix D).
+
+        Args:
+            layers: decoder layers, 0 to L - 1.
+            include_bias: also remove the shared bias adapter there.
+
+        Raises:
+            AdapterError: a layer is out of range.
+        """
+        for layer in layers:
+            if not 0 <= layer < self.num_layers:
+                raise AdapterError(f"layer {layer} is not one of 0 to {self.num_layers - 1}")
+        index = torch.tensor(list(layers), dtype=torch.long)
+
+        def cleared(factors: Factors) -> dict[str, Tensor]:
+            return {m: t.detach().index_fill(0, index.to(t.device), 0) for m, t in factors.items()}
+
+        bias = self.bias
+        if include_bias and bias is not None:
+            bias = BiasAdapter(cleared(bias.A), cleared(bias.B))
+        removed = {**self.provenance, "without_layers": sorted(layers)}
+        return replace(self, A=cleared(self.A), B=cleared(self.B), bias=bias, provenance=removed)
+
+    def norms(self) -> dict[str, dict[str, Tensor]]:
+        """Size of the generated update.
+
+        Returns:
+            "rank": module -> [L, r] products ‖A_r‖·‖B_r‖ (Appendix C); "layer": module -> [L]
+            Frobenius norms of s·Bᵀ A (Appendix D). float32, the bias not counted.
+        """
+        rank, layer = {}, {}
+        for module, a in self.A.items():
+            a, b = a.float(), self.B[module].float()
+            rank[module] = a.norm(dim=-1) * b.norm(dim=-1)
+            # ‖Bᵀ A‖² = tr(A Aᵀ B Bᵀ): two r x r Gram matrices instead of d_out x d_in.
+            squared = ((a @ a.mT) * (b @ b.mT)).sum((-2, -1))
+            layer[module] = abs(self.scale) * squared.clamp_min(0).sqrt()
+        return {"rank": rank, "layer": layer}
+
+    # --- files --------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write one safetensors file, atomically: the generated factors and the provenance.
+
+        The shared bias is named, not stored. A symbolic link is written through; a device or pipe
+        is written into.
+
+        Args:
+            overwrite: replace a file that is no adapter, such as a video, too.
+
+        Raises:
+            AdapterError: a factor is not finite, or the provenance is none that can be read again.
+            WriteError: the path is a folder or holds another kind of file, or cannot be written.
+        """
+        path = Path(path)
+        if not overwrite and path.is_file() and path.stat().st_size and not is_adapter_file(path):
+            raise WriteError(
+                f"{path}: holds something other than an adapter; name another file, or pass "
+                "overwrite=True"
+            )
+        write_adapter(path, self.A, self.B, self.scale, self.bias_id, self.provenance)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, bias: BiasAdapter | None = None) -> Adapter:
+        """Read what :meth:`save` wrote; attach ``bias`` when given.
+
+        Raises:
+            AdapterError: the file is missing, corrupt, not an adapter, not finite, or belongs with
+                another bias.
+        """
+        with open_regular(path, AdapterError, missing="make one with v2l internalize") as handle:
+            return cls.read(handle, path, bias)
+
+    @classmethod
+    def read(
+        cls, handle: BinaryIO, path: str | os.PathLike, bias: BiasAdapter | None = None
+    ) -> Adapter:
+        """As :meth:`load`, of a file that is open for reading; ``path`` names it in errors."""
+        a, b, record = read_adapter(handle, path)
+        try:
+            adapter = cls(a, b, record.scale, None, record.bias_id, record.provenance)
+            return adapter if bias is None else adapter.with_bias(bias)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from None
+
+    def save_peft(self, directory: str | os.PathLike, base: str) -> None:
+        """Write a PEFT directory for the base model ``base``; see ``v2l_fast.interop.peft``."""
+        from v2l_fast.interop.peft import save_peft
+
+        save_peft(self, directory, base)
+
+
+def _signature(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
+    return {
+        module: (a.shape[0], a.shape[2], adapter.B[module].shape[2])
+        for module, a in sorted(adapter.A.items())
+    }
+
+
+def _contents(a: Factors, b: Factors) -> str:
+    """Shapes, dtype and device of factors, in one line."""
+    first = next(iter(a.values()))
+    shown = [f"{m}: A {list(a[m].shape)}, B {list(b[m].shape)}" for m in list(a)[:4]]
+    shown += [f"{len(a) - 4} more modules"] if len(a) > 4 else []
+    dtype = str(first.dtype).removeprefix("torch.")
+    return f"{'; '.join(shown)}, {dtype} on {first.device}"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterBatch:
+    """What the hypernetwork generates for B videos or chunks, differentiable.
+
+    Attributes:
+        A: module -> [B, L, R, d_in], before the bias.
+        B: module -> [B, L, R, d_out].
+        scale: s of paper Eq. 7.
+        bias: the shared bias adapter, or None.
+    """
+
+    A: Factors
+    B: Factors
+    scale: float
+    bias: BiasAdapter | None = None
+
+    def __repr__(self) -> str:
+        return f"AdapterBatch({_contents(self.A, self.B)}, scale {self.scale:g})"
+
+    def __len__(self) -> int:
+        return next(iter(self.A.values())).shape[0]
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Adapter:
+        """One video's :class:`Adapter`, detached from the graph and from the batch's memory."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} in a batch of {len(self)} adapters")
+        a, b = ({m: t[index].detach().clone() for m, t in f.items()} for f in (self.A, self.B))
+        return Adapter(a, b, self.scale, self.bias)
+
+    def composed(self, n_chunks: Sequence[int] | Tensor | None = None) -> AdapterBatch:
+        """Chunks of each video side by side in rank, then the bias once, then zeros.
+
+        Args:
+            n_chunks: how many consecutive rows belong to each of the G videos, at least 1 each;
+                one row each when None.
+
+        Returns:
+            A [G, L, (max n + 1)·R, d_in] and B likewise, without a separate bias (max n · R wide
+            when there is no bias adapter).
+
+        Raises:
+            ValueError: ``n_chunks`` does not add up to the batch.
+        """
+        counts = [1] * len(self) if n_chunks is None else [int(n) for n in n_chunks]
+        if sum(counts) != len(self) or min(counts, default=0) < 1:
+            raise ValueError(f"n_chunks {counts} must be positive and add up to {len(self)}")
+
+        def joined(factors: Factors, bias: Factors | None) -> dict[str, Tensor]:
+            result = {}
+            for module, rows in factors.items():
+                groups = []
+                for group in rows.split(counts):
+                    chunks = group.transpose(0, 1).flatten(1, 2)
+                    parts = [chunks]
+                    if bias is not None:
+                        parts.append(bias[module].to(rows))
+                    missing = (max(counts) - len(group)) * rows.shape[2]
+                    parts.append(chunks.new_zeros(chunks.shape[0], missing, chunks.shape[2]))
+                    groups.append(torch.cat(parts, 1))
+                result[module] = torch.stack(groups)
+            return result
+
+        a = joined(self.A, None if self.bias is None else self.bias.A)
+        b = joined(self.B, None if self.bias is None else self.bias.B)
+        return AdapterBatch(a, b, self.scale)

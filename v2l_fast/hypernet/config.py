@@ -1,0 +1,209 @@
+"""Configuration of the hypernetwork, stored beside its weights as ``config.json``.
+
+Holds the architecture and the setting it was trained in (frames, resolution, instruction), so a
+video is internalized at inference as it was in training. It knows nothing about any VLM family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from v2l_fast.errors import ConfigError, excerpt
+from v2l_fast.files import read_json
+from v2l_fast.outputs import write_text
+from v2l_fast.video.sampling import FrameSampling
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+MODEL_TYPE = "v2l_hypernetwork"
+_MAX_LAYERS, _MAX_SIZE = 1024, 2**20
+INSTRUCTION = "Internalize this video for later captioning."
+
+
+@dataclass(frozen=True)
+class HypernetConfig:
+    """Architecture of a :class:`~v2l_fast.hypernet.network.HyperNetwork` and its training setting.
+
+    Args:
+        hidden_size: D, width of the VLM's decoder (the hypernetwork's input features).
+        num_layers: L, number of decoder layers, one adapter each.
+        target_modules: module name -> (d_in, d_out) of the adapted linear layer. Kept in sorted
+            order, the order of the rank latents and of the head's columns.
+        rank: R, generated rank per chunk.
+        latent_size: Z, width of the latents.
+        num_latents: Q, latents of the encoder.
+        num_blocks: cross-attention layers of the encoder.
+        num_self_attn_per_block: self-attention layers after each of them.
+        shared_weights: blocks after the second reuse the second's cross-attention, all blocks the
+            first's self-attention.
+        num_pre_head_layers: residual MLP blocks before the head.
+        shared_head: one head for all layers (the paper's Section 3.3) instead of one per layer.
+        bias_adapter: a learned adapter shared by all videos, concatenated in rank.
+        scale: s, the LoRA scale used as it is; ``2 * rank ** 1.5`` when omitted.
+        num_heads, num_kv_heads, head_dim: attention of both resamplers.
+        base_model_name_or_path: the frozen VLM the hypernetwork was trained for.
+        chunk_position: the network knows which part of its video a chunk is.
+        max_frames, longest_edge, target_fps: sampling and resolution (pixels) of training.
+        instruction: the text that follows the video in the context pass.
+
+    Raises:
+        ConfigError: a value is out of range or values contradict each other.
+    """
+
+    hidden_size: int
+    num_layers: int
+    target_modules: Mapping[str, tuple[int, int]]
+    rank: int = 16
+    latent_size: int = 512
+    num_latents: int = 8
+    num_blocks: int = 9
+    num_self_attn_per_block: int = 0
+    shared_weights: bool = False
+    num_pre_head_layers: int = 1
+    shared_head: bool = False
+    bias_adapter: bool = True
+    scale: float | None = None
+    num_heads: int = 16
+    num_kv_heads: int = 4
+    head_dim: int = 128
+    chunk_position: bool = False
+    base_model_name_or_path: str | None = None
+    max_frames: int = 12
+    longest_edge: int = 384
+    target_fps: float = 1.0
+    instruction: str = field(default=INSTRUCTION)
+
+    def __post_init__(self) -> None:
+        minimum = {
+            "hidden_size": 1,
+            "num_layers": 1,
+            "rank": 1,
+            "latent_size": 1,
+            "num_latents": 1,
+            "num_blocks": 1,
+            "num_self_attn_per_block": 0,
+            "num_pre_head_layers": 0,
+            "num_heads": 1,
+            "num_kv_heads": 1,
+            "head_dim": 1,
+            "max_frames": 1,
+            "longest_edge": 2,
+        }
+        for name, low in minimum.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(
+                    f"{name} must be an integer of at least {low}, not {excerpt(value)}"
+                )
+            # Far beyond any network; building one of a billion layers would never end.
+            limit = _MAX_LAYERS if name.startswith("num_") else _MAX_SIZE
+            if value > limit:
+                raise ConfigError(f"{name} must be at most {limit:,}, got {value:,}")
+        if self.num_blocks * (1 + self.num_self_attn_per_block) > _MAX_LAYERS:
+            raise ConfigError(
+                f"num_blocks ({self.num_blocks}) with num_self_attn_per_block "
+                f"({self.num_self_attn_per_block}) must be at most {_MAX_LAYERS:,} layers"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})"
+            )
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty: name at least one, e.g. down_proj")
+        modules = {}
+        for name, sizes in sorted(self.target_modules.items()):
+            pair = isinstance(sizes, list | tuple) and len(sizes) == 2
+            if not pair or any(type(n) is not int or not 1 <= n <= _MAX_SIZE for n in sizes):
+                raise ConfigError(
+                    f"target_modules[{excerpt(name)}] must be (d_in, d_out), not {excerpt(sizes)}"
+                )
+            modules[name] = (int(sizes[0]), int(sizes[1]))
+        object.__setattr__(self, "target_modules", modules)
+        scale = 2.0 * self.rank**1.5 if self.scale is None else self.scale
+        if type(scale) not in (int, float) or not math.isfinite(scale):
+            raise ConfigError(f"scale must be a finite number, not {excerpt(self.scale)}")
+        fps = self.target_fps
+        if type(fps) not in (int, float) or not 0 < fps < math.inf:
+            raise ConfigError(f"target_fps must be a positive number, not {excerpt(fps)}")
+        for name in ("shared_weights", "shared_head", "bias_adapter", "chunk_position"):
+            if not isinstance(getattr(self, name), bool):
+                value = excerpt(getattr(self, name))
+                raise ConfigError(f"{name} must be true or false, not {value}")
+        if not isinstance(self.instruction, str):
+            raise ConfigError(f"instruction must be text, not {excerpt(self.instruction)}")
+        base = self.base_model_name_or_path
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"base_model_name_or_path must be text, not {excerpt(base)}")
+        object.__setattr__(self, "scale", float(scale))
+
+    @property
+    def sampling(self) -> FrameSampling:
+        """Frames and resolution of the training, which everything else takes where nothing else
+        is asked for."""
+        return FrameSampling(self.max_frames, self.longest_edge, self.target_fps)
+
+    @property
+    def head_width(self) -> int:
+        """Columns of the head: the widest module's d_in + d_out."""
+        return max(d_in + d_out for d_in, d_out in self.target_modules.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; inverse of :meth:`from_dict`."""
+        values = dataclasses.asdict(self)
+        values["target_modules"] = {m: list(sizes) for m, sizes in self.target_modules.items()}
+        # Networks without it keep the record, and with it the fingerprint, they always had.
+        if not self.chunk_position:
+            del values["chunk_position"]
+        return {"model_type": MODEL_TYPE, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HypernetConfig:
+        """Build from :meth:`to_dict` output.
+
+        Raises:
+            ConfigError: another model's config, an unknown field or a missing one.
+        """
+        values = dict(values)
+        model_type = values.pop("model_type", None)
+        if model_type != MODEL_TYPE:
+            raise ConfigError(f"model_type is {excerpt(model_type)}, not {MODEL_TYPE!r}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ConfigError(f"unknown hypernetwork config fields: {', '.join(unknown)}")
+        required = ("hidden_size", "num_layers", "target_modules")
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise ConfigError(f"hypernetwork config lacks {', '.join(missing)}")
+        modules = values["target_modules"]
+        if not isinstance(modules, Mapping):
+            raise ConfigError("target_modules must map a module name to [d_in, d_out]")
+        return cls(**values)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write ``config.json`` into an existing directory, atomically."""
+        write_text(Path(directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> HypernetConfig:
+        """Read ``config.json`` of a directory.
+
+        Raises:
+            ConfigError: the file is missing, not JSON, or not a hypernetwork's config.
+        """
+        path = Path(directory) / CONFIG_NAME
+        values = read_json(
+            path, error=ConfigError, kind=dict, missing=f"is {directory} a hypernetwork?"
+        )
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,417 @@
+"""The hypernetwork: hidden states entering each decoder layer to a LoRA adapter for that layer.
+
+Weights are shared between layers but for the head, so a layer can be generated as soon as its
+input exists: :meth:`HyperNetwork.layer` is the streaming call, and the whole-batch call is a loop
+over it. State-dict names are those of the released checkpoints. The file knows nothing about VLMs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from csrc_triton import rank_projection
+from v2l_fast.compiling import compiled
+from v2l_fast.errors import CheckpointError, ConfigError
+from v2l_fast.hypernet.adapter import AdapterBatch, BiasAdapter
+from v2l_fast.hypernet.config import WEIGHTS_NAME, HypernetConfig
+from v2l_fast.hypernet.perceiver import Perceiver, attention_dtype
+from v2l_fast.outputs import save_tensors
+from v2l_fast.tensor_files import TensorInfo, load_tensors
+
+SMALL_PARAMETER = 65536
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype from itself or its name; None for None and "auto".
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
+    found = getattr(torch, name, None) if name else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ConfigError(
+            f"dtype must be 'bfloat16', 'float16', 'float32' or 'auto', or a torch.dtype, "
+            f"got {dtype!r}"
+        )
+    return found
+
+
+class PreHeadBlock(nn.Module):
+    """x + LayerNorm(Linear(silu(Linear(LayerNorm(x))))), Z -> 4Z -> Z, LayerNorm eps 1e-5.
+
+    Indices 1 and 4 of ``mlp``, dropout in the released module, do nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(size),
+            nn.Identity(),
+            nn.Linear(size, 4 * size),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Linear(4 * size, size),
+            nn.LayerNorm(size),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., Z] -> [..., Z], computed in x's dtype."""
+        hidden = x
+        for module in self.mlp:
+            if isinstance(module, nn.LayerNorm):
+                hidden = F.layer_norm(hidden, module.normalized_shape, *_cast(module, x.dtype))
+            elif isinstance(module, nn.Linear):
+                hidden = F.linear(hidden, *_cast(module, x.dtype))
+            else:
+                hidden = module(hidden)
+        return x + hidden
+
+
+def _cast(module: nn.LayerNorm | nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return module.weight.to(dtype), module.bias.to(dtype)
+
+
+class Head(nn.Module):
+    """Projection of each rank latent to the columns of A and B.
+
+    ``weight`` is [L, Z, W], [L, M, Z, W] with M > 1 modules, or [Z, W] / [M, Z, W] when one head
+    serves all layers.
+    """
+
+    def __init__(self, config: HypernetConfig) -> None:
+        super().__init__()
+        shape = [] if config.shared_head else [config.num_layers]
+        if len(config.target_modules) > 1:
+            shape.append(len(config.target_modules))
+        shape += [config.latent_size, config.head_width]
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.shared, self.num_layers = config.shared_head, config.num_layers
+
+    def of(self, layer: int) -> Tensor:
+        """Weight [M, Z, W] of one layer."""
+        # select, not [layer], which would compile a graph of its own for every layer.
+        return self._by_module(self.weight if self.shared else self.weight.select(0, layer))
+
+    def slices(self) -> list[Tensor]:
+        """Weights [M, Z, W] of all layers, for gradients: theirs are stacked once.
+
+        The gradient of :meth:`of` is as large as the whole head, and L of them would be added.
+        """
+        each = [self.weight] * self.num_layers if self.shared else self.weight.unbind(0)
+        return [self._by_module(weight) for weight in each]
+
+    def _by_module(self, weight: Tensor) -> Tensor:
+        return weight if weight.dim() == 3 else weight[None]
+
+
+class HyperNetwork(nn.Module):
+    """Generates LoRA adapters from per-layer context features (paper Section 3.3).
+
+    Master weights may be float32 while features are bfloat16: matrix products run in the features'
+    dtype, latents one step of precision above it.
+
+    Args:
+        config: architecture; a fresh network is initialized as the released code does.
+    """
+
+    def __init__(self, config: HypernetConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers, rank, modules = config.num_layers, config.rank, config.target_modules
+        self.aggregator = nn.ModuleDict(
+            {
+                "perceiver": Perceiver(
+                    config.hidden_size,
+                    config.latent_size,
+                    (
+                        config.num_latents,
+                        config.num_blocks,
+                        config.num_self_attn_per_block,
+                        config.shared_weights,
+                    ),
+                    len(modules) * rank,
+                    (config.num_heads, config.num_kv_heads, config.head_dim),
+                    config.chunk_position,
+                )
+            }
+        )
+        self.layers = nn.Sequential(
+            *(PreHeadBlock(config.latent_size) for _ in range(config.num_pre_head_layers))
+        )
+        if config.bias_adapter:
+            self.bias_A = nn.ParameterDict()
+            self.bias_B = nn.ParameterDict()
+        self.scaler_A = nn.ParameterDict()
+        self.scaler_B = nn.ParameterDict()
+        for module, (d_in, d_out) in modules.items():
+            if config.bias_adapter:
+                std = 0.2 / (d_in * rank) ** 0.5
+                self.bias_A[module] = nn.Parameter(torch.randn(layers, rank, d_in) * std)
+                self.bias_B[module] = nn.Parameter(torch.zeros(layers, rank, d_out))
+            self.scaler_A[module] = nn.Parameter(torch.ones(1, layers, rank, 1))
+            self.scaler_B[module] = nn.Parameter(torch.zeros(1, layers, rank, 1))
+        self.head = Head(config)
+        std = 0.5 / (config.latent_size + config.head_width * rank) ** 0.5
+        nn.init.normal_(self.head.weight, std=std)
+        self._run_layer = HyperNetwork._layer
+        # Hashes of values cast to another dtype -> those of the values that were cast.
+        self._aliases: dict[str, str] = {}
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Run :meth:`layer` through one compiled graph, for every layer and length.
+
+        The first call (with and without gradients) then takes seconds.
+        """
+        self._run_layer = compiled(HyperNetwork._layer, backend)
+
+    def forward(
+        self, features: Tensor, mask: Tensor | None = None, place: Tensor | None = None
+    ) -> AdapterBatch:
+        """Adapters of B videos or chunks.
+
+        Args:
+            features: [B, L, S, D] hidden states entering each decoder layer.
+            mask: [B, S]; a token is visible where it is 1. What stands elsewhere, NaN too, reaches
+                neither the result nor a gradient. None: all visible.
+            place: [B, 2], see :meth:`layer`.
+
+        Returns:
+            :class:`AdapterBatch` with A [B, L, R, d_in] and B [B, L, R, d_out] per module, of the
+            features' dtype. Each layer's activations are recomputed in the backward pass.
+
+        Raises:
+            ValueError: shapes that do not fit the config.
+        """
+        expected = (self.config.num_layers, self.config.hidden_size)
+        if features.dim() != 4 or (features.shape[1], features.shape[3]) != expected:
+            raise ValueError(
+                f"features must be [B, {expected[0]}, S, {expected[1]}], not {list(features.shape)}"
+            )
+        recompute = torch.is_grad_enabled()
+        per_layer = []
+        for index, head in enumerate(self.head.slices()):
+            given = index, features[:, index], mask, place, head
+            if recompute:
+                factors = checkpoint(self.layer, *given, use_reentrant=False)
+            else:
+                factors = self.layer(*given)
+            per_layer.append(factors)
+        return self.assemble(per_layer)
+
+    def layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        place: Tensor | None = None,
+        head: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Adapters of one decoder layer, as soon as its input exists.
+
+        Args:
+            index: the decoder layer, 0 to L - 1.
+            hidden: [B, S, D] its input.
+            mask: [B, S], 1 where visible, or None.
+            place: [B, 2] float32, where the context starts and ends in its video, as fractions;
+                None for whole videos. Only a network with ``chunk_position`` looks at it.
+            head: this layer's of :meth:`Head.slices`, taken once for all layers by who wants
+                gradients; None: the same weight, selected here.
+
+        Returns:
+            A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of hidden's dtype.
+        """
+        place = self._checked(hidden, mask, place)
+        # The dtypes of each step are chosen here; autocast would mix in its own.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._run_layer(self, index, hidden, mask, place, head)
+
+    def _checked(self, hidden: Tensor, mask: Tensor | None, place: Tensor | None) -> Tensor | None:
+        """The place that the network looks at, if it does."""
+        if mask is not None and mask.shape != hidden.shape[:2]:
+            raise ValueError(f"mask must be {list(hidden.shape[:2])}, not {list(mask.shape)}")
+        if not self.config.chunk_position:
+            return None
+        if place is None:
+            return torch.arange(2.0, device=hidden.device).expand(len(hidden), 2)
+        if place.shape != (len(hidden), 2):
+            raise ValueError(f"place must be {[len(hidden), 2]}, not {list(place.shape)}")
+        return place
+
+    @torch.no_grad()
+    def layer_in_units(
+        self,
+        index: int,
+        hidden: Tensor,
+        mask: Tensor | None,
+        place: Tensor | None,
+        chunks: Sequence[slice],
+    ) -> Generator[None, None, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """:meth:`layer` over a context in chunks of tokens; yields between them.
+
+        The result is the same, to rounding; to the bit where there is one chunk.
+        """
+        if len(chunks) == 1:
+            return self.layer(index, hidden, mask, place)
+        place = self._checked(hidden, mask, place)
+        visible = None if mask is None else mask == 1
+        latents = yield from self.aggregator["perceiver"].in_units(hidden, visible, place, chunks)
+        return self._factors(index, self.layers(latents), hidden.dtype, None)
+
+    def _layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        mask: Tensor | None,
+        place: Tensor | None,
+        head: Tensor | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """:meth:`layer`, as it is compiled."""
+        visible = None if mask is None else mask == 1
+        latents = self.layers(self.aggregator["perceiver"](hidden, visible, place))
+        return self._factors(index, latents, hidden.dtype, head)
+
+    def _factors(
+        self, index: int, latents: Tensor, dtype: torch.dtype, head: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The layer's A and B from the rank latents [B, M * R, Z]."""
+        rank, compute = self.config.rank, attention_dtype(dtype)
+        factors_a, factors_b = {}, {}
+        weights = (self.head.of(index) if head is None else head).split(1)
+        for number, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):
+            rows = latents[:, None, None, number * rank : (number + 1) * rank]
+            a, b = rank_projection(
+                rows.to(compute),
+                weights[number].to(compute),
+                self.scaler_A[module].select(1, index)[..., 0],
+                self.scaler_B[module].select(1, index)[..., 0],
+                d_in=d_in,
+                d_out=d_out,
+            )
+            factors_a[module] = a[:, 0].to(dtype)
+            factors_b[module] = b[:, 0].to(dtype)
+        return factors_a, factors_b
+
+    def assemble(
+        self, per_layer: list[tuple[dict[str, Tensor], dict[str, Tensor]]]
+    ) -> AdapterBatch:
+        """Stack the results of :meth:`layer` for layers 0 to L - 1 into one batch."""
+        a, b = (
+            {m: torch.stack([layer[i][m] for layer in per_layer], 1) for m in per_layer[0][i]}
+            for i in (0, 1)
+        )
+        return AdapterBatch(a, b, self.config.scale, self.bias_adapter())
+
+    def bias_adapter(self) -> BiasAdapter | None:
+        """The learned adapter shared by all videos (by reference), or None."""
+        if not self.config.bias_adapter:
+            return None
+        return BiasAdapter(dict(self.bias_A.items()), dict(self.bias_B.items()), self._aliases)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the config and of the small parameters (all that one training step changes).
+
+        The same in every dtype the network is loaded in or converted to.
+        """
+        return self._aliases.get(self._value_hash(), self._value_hash())
+
+    def _value_hash(self) -> str:
+        """Of the values as they are now, rounded to bfloat16."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for name, value in sorted(self.named_parameters()):
+            if value.numel() <= SMALL_PARAMETER:
+                digest.update(name.encode())
+                digest.update(value.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> HyperNetwork:
+        # What every conversion (.to, .half, .cuda, ..) goes through. Values rounded twice, to
+        # float16 and then for the hash, have another hash: it is known by that of the originals.
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return super()._apply(fn, recurse)
+        before = self.fingerprint, self.bias_adapter()
+        bias_id = before[1] and before[1].id
+        super()._apply(fn, recurse)
+        aliases = {self._value_hash(): before[0]}
+        if bias_id is not None:
+            aliases[self.bias_adapter().value_hash] = bias_id
+        self._aliases = {**self._aliases, **{k: v for k, v in aliases.items() if k != v}}
+        return self
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write ``config.json`` and ``model.safetensors``, each atomically."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_tensors(dict(self.state_dict()), directory / WEIGHTS_NAME)
+        self.config.save(directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+    ) -> HyperNetwork:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Args:
+            dtype: of the parameters, as in :func:`as_dtype`; float32 when omitted.
+
+        Raises:
+            ConfigError: config.json is missing or wrong.
+            CheckpointError: the weights are missing, corrupt or do not fit the config.
+        """
+        config = HypernetConfig.load(directory)
+        path = Path(directory) / WEIGHTS_NAME
+        with torch.device("meta"):
+            network = cls(config)
+        state, _ = load_tensors(
+            path, CheckpointError, judge=lambda header: network._check_layout(header.tensors, path)
+        )
+        network.load_checked(state, path)
+        return network.to(device=device, dtype=as_dtype(dtype) or torch.float32).eval()
+
+    def load_checked(self, state: dict[str, Tensor], source: str | os.PathLike) -> None:
+        """Adopt a state dict after checking every key, shape, dtype and value.
+
+        Raises:
+            CheckpointError: naming ``source`` and the first key at fault.
+        """
+        self._check_layout(state, source)
+        for key, value in state.items():
+            if not torch.isfinite(value).all():
+                raise CheckpointError(f"{source}: {key} holds NaN or infinity")
+        self.load_state_dict(state, assign=True)
+
+    def _check_layout(
+        self, state: Mapping[str, Tensor | TensorInfo], source: str | os.PathLike
+    ) -> None:
+        """Check every key, shape and dtype; raises CheckpointError naming the first at fault."""
+        expected = self.state_dict()
+        for problem, keys in (
+            ("lacks", sorted(set(expected) - set(state))),
+            ("has unexpected", sorted(set(state) - set(expected))),
+        ):
+            if keys:
+                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                raise CheckpointError(f"{source}: {problem} {keys[0][:120]!r}{more}")
+        for key, value in state.items():
+            if tuple(value.shape) != tuple(expected[key].shape):
+                raise CheckpointError(
+                    f"{source}: {key} is {list(value.shape)}, the config says "
+                    f"{list(expected[key].shape)}"
+                )
+            if not value.dtype.is_floating_point:
+                raise CheckpointError(f"{source}: {key} is {value.dtype}, not floating point")

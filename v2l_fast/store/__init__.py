@@ -1,0 +1,1 @@
+"""A folder of adapters that servers and batch jobs share; knows nothing about HTTP."""

@@ -1,0 +1,253 @@
+"""What a store knows of its adapters without opening them: a cache of their files' headers.
+
+The files are the truth. The index file spares reading every header at each start; whatever is
+missing, broken or behind in it is read from the files again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from v2l_fast.errors import AdapterError, V2LError, excerpt
+from v2l_fast.files import parse_json, read_lines
+from v2l_fast.hypernet.adapter_files import read_record
+from v2l_fast.outputs import append_text
+from v2l_fast.store.staging import exclusive
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+ID = re.compile(r"[0-9a-f]{32}")
+# A folder's modification time is only as fine as the kernel's clock tick or the file server's.
+_SETTLED_NS = 2_000_000_000
+# A line of the index has a few hundred bytes.
+_LINE_BYTES, _INDEX_BYTES = 2**16, 2**30
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What the index knows of an adapter.
+
+    Attributes:
+        id: 32 hexadecimal digits, a hash of the adapter's content.
+        bytes: size of its file.
+        created: Unix time in seconds at which the file was written.
+        rank: generated rank, all chunks together.
+        name: file name of the video, None when unknown or composed.
+        video: sha256 of the video's bytes, None when unknown or composed.
+        frames: frames it was made from.
+        duration: seconds of the video.
+        hypernetwork: fingerprint of the one that made it, None when unknown.
+    """
+
+    id: str
+    bytes: int
+    created: float
+    rank: int
+    name: str | None = None
+    video: str | None = None
+    frames: int | None = None
+    duration: float | None = None
+    hypernetwork: str | None = None
+
+    def __post_init__(self) -> None:
+        # An index file is only text: whoever lists adapters must not meet another type.
+        for name in ("bytes", "rank", "frames"):
+            value = getattr(self, name)
+            if not (type(value) is int and value >= 0 or value is None and name == "frames"):
+                raise ValueError(f"{name} must be an integer of at least 0, got {excerpt(value)}")
+        for name in ("created", "duration"):
+            value = getattr(self, name)
+            if value is None and name == "duration":
+                continue
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {excerpt(value)}")
+        for name in ("name", "video", "hypernetwork"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} must be text, got {excerpt(value)}")
+        if not isinstance(self.id, str) or not ID.fullmatch(self.id):
+            raise ValueError(f"id must be 32 hexadecimal digits, got {excerpt(self.id)}")
+
+
+# What tells that a file is still the same one: device, inode, size, times.
+Stamp = tuple[int, int, int, int, int]
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """A change of the file's content, by writing to it or by replacing it, changes this."""
+    return (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+
+
+def settled(status: os.stat_result) -> bool:
+    """Whether the next change will show in the file's times, which are only so fine."""
+    return time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
+
+
+class Index:
+    """The records of the adapters in a folder. One thread at a time.
+
+    Args:
+        file: the index file, one JSON line an adapter.
+        adapters: the folder; its files are ``<id>.safetensors``, others are left alone.
+        lock: lock file of the store, held to replace the index file.
+        damaged: called with the id, inode and reason of a file that is no adapter.
+        is_sound: called with the id of a file that was changed since it was indexed; whether its
+            content is still what its name says.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        adapters: Path,
+        lock: Path,
+        damaged: Callable[[str, int, str], None],
+        is_sound: Callable[[str], bool],
+    ) -> None:
+        self._file = file
+        self._adapters = adapters
+        self._lock = lock
+        self._damaged = damaged
+        self._is_sound = is_sound
+        self._running = False
+        self._scanned_ns: int | None = None
+        # Files that are no adapters, as they were when that was logged.
+        self._skipped: dict[str, Stamp] = {}
+        # Files that could not be read for a reason that may pass, such as too many open files.
+        self._unread: set[str] = set()
+        self._known = self._read()
+
+    def records(self) -> dict[str, StoredAdapter]:
+        """Id -> record, up to date with the folder; cheap when nothing changed.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        changed_ns = self._adapters.stat().st_mtime_ns
+        if changed_ns == self._scanned_ns:
+            return self._known
+        now_ns = time.time_ns()
+        files: dict[str, os.stat_result] = {}
+        with os.scandir(self._adapters) as entries:
+            for entry in entries:
+                adapter_id = entry.name.removesuffix(SUFFIX)
+                if entry.name.endswith(SUFFIX) and ID.fullmatch(adapter_id):
+                    # Another process may delete it between the two calls.
+                    with suppress(OSError):
+                        files[adapter_id] = entry.stat(follow_symlinks=False)
+        for adapter_id in self._known.keys() - files.keys():
+            del self._known[adapter_id]
+        for adapter_id in self._skipped.keys() - files.keys():
+            del self._skipped[adapter_id]
+        self._unread &= files.keys()
+        for adapter_id, status in files.items():
+            known = self._known.get(adapter_id)
+            same = known and (known.bytes, known.created) == (status.st_size, status.st_mtime)
+            if same and stat.S_ISREG(status.st_mode):
+                continue
+            # At the start, the index may be older than a folder that was copied without its times.
+            if known is None or not self._running or self._is_sound(adapter_id):
+                self.learn(adapter_id)
+        self._running = True
+        whole = now_ns - changed_ns > _SETTLED_NS and not self._unread
+        self._scanned_ns = changed_ns if whole else None
+        return self._known
+
+    def learn(self, adapter_id: str) -> None:
+        """Read a file's header; report a file that is no adapter, once."""
+        path = self._adapters / f"{adapter_id}{SUFFIX}"
+        self._known.pop(adapter_id, None)
+        try:
+            status = os.lstat(path)
+        except OSError:
+            # Deleted by another process.
+            return
+        if self._skipped.get(adapter_id) == stamp(status):
+            return
+        try:
+            record = _record(adapter_id, path, status)
+        except AdapterError as error:
+            cause = error.__context__
+            if isinstance(cause, FileNotFoundError):
+                return
+            if isinstance(cause, OSError) and not isinstance(cause, PermissionError):
+                if adapter_id not in self._unread:
+                    self._unread.add(adapter_id)
+                    log.warning("%s; skipped for now", error)
+                return
+            self._skipped[adapter_id] = stamp(status)
+            if isinstance(cause, OSError) or not stat.S_ISREG(status.st_mode):
+                log.error("%s; skipped", error)
+            else:
+                self._damaged(adapter_id, status.st_ino, str(error))
+            return
+        self._unread.discard(adapter_id)
+        self._known[adapter_id] = record
+        # The last line may have been cut short by a crash. One that is lost costs a header read.
+        with suppress(V2LError):
+            append_text(self._file, "\n" + json.dumps(asdict(record)))
+
+    def forget(self, adapter_id: str) -> None:
+        """An adapter is gone."""
+        self._known.pop(adapter_id, None)
+
+    def _read(self) -> dict[str, StoredAdapter]:
+        """What the index file says, unchecked."""
+        known: dict[str, StoredAdapter] = {}
+        lines = 0
+        try:
+            if not self._file.is_symlink() and not self._file.exists():
+                return {}
+            if self._file.is_symlink():
+                raise V2LError(f"{self._file}: a symbolic link, not a regular file")
+            for number, line in read_lines(
+                self._file, max_line_bytes=_LINE_BYTES, max_bytes=_INDEX_BYTES
+            ):
+                lines = number
+                # A line cut short by a crash, or one of another version: its file is read again.
+                with suppress(TypeError, ValueError, V2LError):
+                    record = StoredAdapter(**parse_json(line, "index"))
+                    known[record.id] = record
+        except V2LError as error:
+            log.warning("%s; the index is made anew", error)
+        else:
+            if lines <= 2 * len(known) + 64:
+                return known
+            # Mostly of adapters that are gone: written anew from the files.
+        with suppress(OSError), exclusive(self._lock):
+            self._file.unlink()
+        return {}
+
+
+def _record(adapter_id: str, path: Path, status: os.stat_result) -> StoredAdapter:
+    record = read_record(path, follow=False)
+    provenance = record.provenance
+    source = provenance.get("source") or {}
+    frames = source.get("frame_indices")
+    return StoredAdapter(
+        adapter_id,
+        status.st_size,
+        status.st_mtime,
+        record.rank,
+        source.get("name"),
+        source.get("sha256"),
+        None if frames is None else len(frames),
+        source.get("duration"),
+        provenance.get("hypernetwork"),
+    )

@@ -1,0 +1,349 @@
+"""Llama-family text decoder, run layer by layer with explicit adapters and cache.
+
+The weights are transformers' own modules; this file owns the order of operations, because three
+things must be explicit that transformers' forward hides: the input of every layer (the
+hypernetwork's features), the adapters of every example, and a static cache whose rows are at
+positions of their own. No hooks, no patched forwards, no state between calls.
+
+Sequences are right-padded. Under a causal mask no token sees what follows it, so padding needs no
+mask, and a row's next token overwrites the padding behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from v2l_fast.compiling import compiled
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.vlm import flash
+from v2l_fast.work_units import causal_chunks
+
+
+@dataclass(frozen=True)
+class KVCacheLayer:
+    """One layer's part of a :class:`Cache`: keys and values [rows, kv heads, capacity, head_dim].
+
+    A compiled layer takes this, not the whole: what it writes through a view of its own making it
+    copies back entirely.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor | None = None
+    flash: bool = False
+
+
+@dataclass
+class Cache:
+    """Static key/value cache: keys and values [L, rows, kv heads, capacity, head_dim].
+
+    ``rows`` [E] int64 says which row each example of a pass has; None: its first E rows. ``flash``:
+    one-token steps attend to it by FlashAttention 2.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor | None = None
+    flash: bool = False
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def layer(self, index: int) -> KVCacheLayer:
+        return KVCacheLayer(self.keys[index], self.values[index], self.rows, self.flash)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the tokens of a forward pass stand.
+
+    Attributes:
+        positions: [E, T] int64 position of each token in its sequence.
+        mask: [E, 1, T, K] bool over the first K cache slots (without a cache: over the pass's own
+            tokens), or None for plain causal attention among the pass's own tokens.
+        rope: cos and sin [E, T, head_dim].
+        lengths: of a one-token step, [E] int32: the mask says the same, that many cache slots of
+            each row from its first.
+    """
+
+    positions: Tensor
+    mask: Tensor | None
+    rope: tuple[Tensor, Tensor]
+    lengths: Tensor | None = None
+
+
+class Decoder:
+    """Functional view of a Llama-family decoder and its LM head.
+
+    Args:
+        text_model: module with ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``.
+        lm_head: hidden states to logits.
+    """
+
+    def __init__(self, text_model: nn.Module, lm_head: nn.Module) -> None:
+        self.text_model = text_model
+        self.lm_head = lm_head
+        self.config = text_model.config
+        self.num_layers = len(text_model.layers)
+        self._run_layer = Decoder.run_layer
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether layers run through a compiled graph."""
+        return self._run_layer is not Decoder.run_layer
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Run every layer through one compiled graph, whatever the length.
+
+        The first call of each kind (prefill, decoding, with adapters, ...) then takes seconds.
+        """
+        self._run_layer = compiled(Decoder.run_layer, backend)
+
+    def merged(self, adapter: Adapter) -> Decoder:
+        """A decoder with one adapter in its weights, W + s·BᵀA; it shares everything else.
+
+        The sum is rounded to the weights' dtype once. Answering costs what the plain model's does.
+        """
+        shared = [*self.text_model.parameters(), *self.text_model.buffers()]
+        twin = Decoder(copy.deepcopy(self.text_model, {id(t): t for t in shared}), self.lm_head)
+        twin._run_layer = self._run_layer
+        a, b = adapter.merged()
+        for index, layer in enumerate(twin.text_model.layers):
+            for name in a:
+                linear = getattr(layer.mlp, name, None) or getattr(layer.self_attn, name)
+                weight = linear.weight
+                wide = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
+                factors = (side[name][index].to(weight.device, **wide) for side in (b, a))
+                update = next(factors).mT @ next(factors)
+                total = (weight.to(**wide) + adapter.scale * update).to(weight.dtype)
+                linear.weight = nn.Parameter(total.detach(), requires_grad=False)
+        return twin
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text_model.embed_tokens.weight.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> embeddings [..., D]."""
+        return self.text_model.embed_tokens(ids)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Empty cache for ``batch`` rows of up to ``capacity`` tokens."""
+        heads, size = self.config.num_key_value_heads, self._head_dim()
+        shape = (self.num_layers, batch, heads, capacity, size)
+        # Zeros, not empty: masked slots are read with weight 0, and 0 * NaN is NaN.
+        keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        return Cache(keys, values, flash=flash.usable(keys))
+
+    def span(self, positions: Tensor, mask: Tensor | None) -> Span:
+        """A pass over tokens at any ``positions`` [E, T] under any ``mask``."""
+        return Span(positions, mask, self._rope(positions))
+
+    def prefill_metadata(self, batch: int, length: int) -> Span:
+        """Positions 0 to ``length`` - 1 of every row, causal."""
+        return self.span(torch.arange(length, device=self.device).expand(batch, length), None)
+
+    def decode_metadata(self, positions: Tensor, limit: int) -> Span:
+        """One token a row at ``positions`` [E], all below ``limit``; sees slots up to its own."""
+        slots = torch.arange(limit, device=self.device)
+        mask = (slots <= positions[:, None])[:, None, None, :]
+        lengths = (positions + 1).to(torch.int32)
+        return replace(self.span(positions[:, None], mask), lengths=lengths)
+
+    def layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        span: Span,
+        cache: Cache | None = None,
+        adapters: AdapterBank | None = None,
+    ) -> Tensor:
+        """One decoder layer: [E, T, D] -> [E, T, D]; writes keys and values into ``cache``."""
+        module = self.text_model.layers[index]
+        part = None if cache is None else cache.layer(index)
+        return self._run_layer(self, module, index, hidden, span, part, adapters)
+
+    def run_layer(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        span: Span,
+        cache: KVCacheLayer | None = None,
+        adapters: AdapterBank | None = None,
+    ) -> Tensor:
+        """:meth:`layer` with the layer's module given: compiled, it is one graph for all layers."""
+        hidden = hidden + self.attention_part(layer, index, hidden, span, cache, adapters)
+        return hidden + self.mlp_part(layer, index, hidden, adapters)
+
+    def attention_part(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        span: Span,
+        cache: KVCacheLayer | None = None,
+        adapters: AdapterBank | None = None,
+    ) -> Tensor:
+        """What a layer's attention adds to the residual stream: [E, T, D] -> [E, T, D]."""
+        attention = layer.self_attn
+        query, key, value = self.heads(layer, index, hidden, span, adapters)
+        if cache is not None:
+            _write(cache, span, key, value)
+        if cache is not None and cache.flash and span.lengths is not None:
+            rows = None if cache.rows is None else cache.rows.to(torch.int32)
+            mixed = flash.flash_step(
+                query, cache.keys, cache.values, span.lengths, rows, attention.scaling
+            )
+        else:
+            if cache is not None and span.mask is not None:
+                key, value = _read(cache, len(key), span.mask.shape[-1])
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=span.mask,
+                is_causal=span.mask is None,
+                scale=attention.scaling,
+                # A comparison of shapes is symbolic to the compiler and no bool.
+                enable_gqa=attention.num_key_value_groups != 1,
+            )
+        mixed = mixed.transpose(1, 2).reshape(*hidden.shape[:2], -1)
+        return _linear("o_proj", attention.o_proj, index, mixed, adapters)
+
+    def heads(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: Tensor,
+        span: Span,
+        adapters: AdapterBank | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [E, heads, T, head_dim] (rotated), keys (rotated) and values
+        [E, kv heads, T, head_dim] of a layer's attention."""
+        x = layer.input_layernorm(hidden)
+        # The module's own number is a constant to the compiler; the config's would be a symbol.
+        shape = (*x.shape[:2], -1, layer.self_attn.head_dim)
+        query, key, value = (
+            _linear(name, getattr(layer.self_attn, name), index, x, adapters)
+            .view(shape)
+            .transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        return *apply_rotary_pos_emb(query, key, *span.rope), value
+
+    def mlp_part(
+        self, layer: nn.Module, index: int, hidden: Tensor, adapters: AdapterBank | None = None
+    ) -> Tensor:
+        """What a layer's MLP adds to the residual stream: [E, T, D] -> [E, T, D]."""
+        mlp = layer.mlp
+        x = layer.post_attention_layernorm(hidden)
+        gate = mlp.act_fn(_linear("gate_proj", mlp.gate_proj, index, x, adapters))
+        up = _linear("up_proj", mlp.up_proj, index, x, adapters)
+        return _linear("down_proj", mlp.down_proj, index, gate * up, adapters)
+
+    def layer_inputs(self, embeddings: Tensor) -> Iterator[Tensor]:
+        """What enters layers 0 to L - 1, one after the other: L tensors [E, T, D].
+
+        Layer L - 1 itself is never computed, nor the LM head.
+        """
+        span = self.prefill_metadata(*embeddings.shape[:2])
+        hidden = embeddings
+        for index in range(self.num_layers):
+            yield hidden
+            if index + 1 < self.num_layers:
+                hidden = self.layer(index, hidden, span)
+
+    def layer_in_units(
+        self, index: int, hidden: Tensor, unit: int
+    ) -> Generator[None, None, Tensor]:
+        """:meth:`layer` of whole sequences [E, T, D] in chunks of at most ``unit`` tokens; yields
+        between two of them.
+
+        Chunks see those before them through keys and values, so the result is the same, to
+        rounding; to the bit where there is one chunk.
+        """
+        count, length = hidden.shape[:2]
+        parts = list(causal_chunks(length, unit))
+        if len(parts) == 1:
+            return self.layer(index, hidden, self.prefill_metadata(count, length))
+        shape = (count, self.config.num_key_value_heads, length, self._head_dim())
+        cache = KVCacheLayer(hidden.new_empty(shape), hidden.new_empty(shape))
+        module = self.text_model.layers[index]
+        result = torch.empty_like(hidden)
+        for part in parts:
+            if part.start:
+                yield
+            positions = torch.arange(part.start, part.stop, device=self.device)
+            mask = torch.arange(part.stop, device=self.device) <= positions[:, None]
+            span = self.span(positions.expand(count, -1), mask.expand(count, 1, -1, -1))
+            result[:, part] = self._run_layer(
+                self, module, index, hidden[:, part], span, cache, None
+            )
+        return result
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        span: Span | None = None,
+        cache: Cache | None = None,
+        adapters: AdapterBank | None = None,
+    ) -> Tensor:
+        """All layers and the final norm: [E, T, D] -> [E, T, D]; see :meth:`logits`."""
+        span = span or self.prefill_metadata(*embeddings.shape[:2])
+        hidden = embeddings
+        for index in range(self.num_layers):
+            hidden = self.layer(index, hidden, span, cache, adapters)
+        return self.text_model.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states [..., D] -> logits [..., vocabulary], float32 or wider."""
+        logits = self.lm_head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _head_dim(self) -> int:
+        size = getattr(self.config, "head_dim", None)
+        return size or self.config.hidden_size // self.config.num_attention_heads
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return self.text_model.rotary_emb(like, positions)
+
+
+def _linear(
+    name: str, module: nn.Linear, index: int, x: Tensor, adapters: AdapterBank | None
+) -> Tensor:
+    """A linear layer with each example's adapter, where there is one."""
+    if adapters is None or name not in adapters.A:
+        return module(x)
+    return adapters.apply(name, index, module, x)
+
+
+def _write(cache: KVCacheLayer, span: Span, key: Tensor, value: Tensor) -> None:
+    """Store the pass's keys and values."""
+    count, length = key.shape[0], key.shape[2]
+    rows = torch.arange(count, device=key.device) if cache.rows is None else cache.rows
+    if span.mask is None:
+        cache.keys[rows, :, :length], cache.values[rows, :, :length] = key, value
+    else:
+        cache.keys[rows[:, None], :, span.positions] = key.transpose(1, 2)
+        cache.values[rows[:, None], :, span.positions] = value.transpose(1, 2)
+
+
+def _read(cache: KVCacheLayer, count: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [E, kv heads, limit, head_dim] of a pass's ``count`` rows."""
+    rows = slice(0, count) if cache.rows is None else cache.rows
+    return cache.keys[rows, :, :limit], cache.values[rows, :, :limit]
