@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench aot gpu bench-gpu tune train-shapes evaluate-shapes report page-test wheel clean
+.PHONY: demo test test-slow lint bench aot gpu bench-gpu tune train-shapes evaluate-shapes report page-test wheel clean
 
 demo: $(VENV)/.core
 	@$(BIN)/v2l demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ import pytest
 from v2l_fast.evaluation.comparison import compare
 from v2l_fast.evaluation.statistics import mean_of_ratios, paired_difference
 
+pytestmark = pytest.mark.slow
+
 SIMULATIONS = 1500
 RESAMPLES = 399
 EXAMPLES = 300
