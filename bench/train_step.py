@@ -51,7 +51,7 @@ from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.training.contexts import visual_features
+from v2l_fast.training.batches import visual_features
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import frame_views, load_video
 from v2l_fast.vlm.smolvlm import SmolVLM

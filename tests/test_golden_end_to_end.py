@@ -13,7 +13,7 @@ from tests.golden import FOLDER, load, network, relative
 from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.hypernet.adapted_linear import AdapterBank, LayerAdapters
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.training.loss import example_means, token_kl
+from v2l_fast.training.losses import example_means, token_kl
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 M = "down_proj"

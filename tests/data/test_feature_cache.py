@@ -22,9 +22,9 @@ from v2l_fast.data.manifest import group_by_video, load_manifest
 from v2l_fast.data.readers import ClipReader
 from v2l_fast.data.samples import Failure
 from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.training.batches import visual_features
 from v2l_fast.training.config import DataConfig
-from v2l_fast.training.contexts import visual_features
-from v2l_fast.training.data import ManifestSource, manifest_sources
+from v2l_fast.training.sources import ManifestSource, manifest_sources
 from v2l_fast.training.step import TrainStep
 from v2l_fast.vlm.smolvlm import SmolVLM
 

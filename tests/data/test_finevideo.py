@@ -12,12 +12,12 @@ from v2l_fast.data.finevideo import (
     FineVideoError,
     Pools,
     Span,
+    build_manifest,
     candidates,
     mix_spans,
     read_pools,
     seconds,
 )
-from v2l_fast.data.finevideo_manifest import build_manifest
 from v2l_fast.data.manifest import load_manifest, split_by_video, video_key
 from v2l_fast.data.teach import REQUIRED
 from v2l_fast.video import load_video

@@ -8,14 +8,15 @@ import os
 import pytest
 
 from v2l_fast.data.manifest import (
+    LISTED,
     Example,
+    ManifestError,
     group_by_video,
     load_manifest,
     split_by_video,
     video_key,
     write_manifest,
 )
-from v2l_fast.data.manifest_checks import LISTED, ManifestError
 
 
 def row(number: int, **changes) -> dict:

@@ -75,7 +75,7 @@ class Failing:
 
 
 def test_an_error_of_the_work_is_told_as_it_is(ray, tmp_path):
-    from v2l_fast.data.shards_ray import run_on_ray
+    from v2l_fast.data.shards import run_on_ray
 
     shards = Shards.open(tmp_path, {}, 2, 1)
     with pytest.raises(ShardError, match="^clip.mp4: one clear line$"):

@@ -12,11 +12,10 @@ from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.render import SAMPLED_INDICES
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.source import clip_parts, prepare_base, shapes_sources
+from v2l_fast.training.batches import context_groups, visual_features
 from v2l_fast.training.config import load_config
-from v2l_fast.training.contexts import context_groups, visual_features
-from v2l_fast.training.network import make_hypernet
 from v2l_fast.training.step import TrainStep
-from v2l_fast.training.trainer import step_options, train
+from v2l_fast.training.trainer import make_hypernet, step_options, train
 
 
 @pytest.fixture

@@ -42,8 +42,8 @@ from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.train_language import cache_visual_tokens
 from v2l_fast.training import step as step_module
+from v2l_fast.training.batches import ResponseRows, turn_rows
 from v2l_fast.training.step import StepOptions, TrainStep
-from v2l_fast.training.turns import ResponseRows, turn_rows
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 KINDS = ("background", "color", "shape")

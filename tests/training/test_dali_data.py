@@ -13,10 +13,8 @@ from tests.video.clips import encode
 from v2l_fast.data.internalize import CorpusSettings, internalize_corpus
 from v2l_fast.errors import ConfigError
 from v2l_fast.training.config import DataConfig, TrainConfig
-from v2l_fast.training.data import ManifestSource, manifest_sources
-from v2l_fast.training.loader import step_batches
-from v2l_fast.training.quarantine import Quarantine
-from v2l_fast.training.sampler import EpochOrder
+from v2l_fast.training.loader import EpochOrder, Quarantine, step_batches
+from v2l_fast.training.sources import ManifestSource, manifest_sources
 from v2l_fast.video.dali_decoder import shared_decoder
 from v2l_fast.video.fallbacks import fallbacks
 

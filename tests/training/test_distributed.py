@@ -16,8 +16,12 @@ from tests import tiny
 from tests.training.test_trainer import curve, same, weights
 from tests.training.tiny_run import run, settings
 from tests.waiting import LIMIT
-from v2l_fast.training.checkpoint import checkpoint_path, latest_checkpoint, read_progress
-from v2l_fast.training.folder import RunFolder
+from v2l_fast.training.checkpoint import (
+    RunFolder,
+    checkpoint_path,
+    latest_checkpoint,
+    read_progress,
+)
 from v2l_fast.training.records import read_lines
 
 ROOT = Path(__file__).parents[2]

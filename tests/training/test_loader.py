@@ -1,14 +1,13 @@
-"""Reading ahead: order, shares of processes, failures."""
+"""Batches of a run: order, shares of processes, workers, and videos that cannot be read."""
 
 import pytest
 
 from tests import tiny
 from tests.training.tiny_run import TinySource
+from v2l_fast.data.samples import Failure
 from v2l_fast.training.config import DataConfig
-from v2l_fast.training.loader import step_batches
-from v2l_fast.training.quarantine import Quarantine
+from v2l_fast.training.loader import EpochOrder, Quarantine, step_batches
 from v2l_fast.training.records import read_lines
-from v2l_fast.training.sampler import EpochOrder
 
 LIST = "quarantine.jsonl"
 
@@ -67,3 +66,52 @@ def test_workers_keep_the_order(inputs, tmp_path):
         for n in "ab"
     ]
     assert lists[0] == lists[1] and len(lists[0]) == 2
+
+
+def test_an_epoch_shows_every_video_once():
+    order = EpochOrder(videos=10, batch_size=4, seed=1)
+    seen = [i for step in range(5) for i in order.batch(step)]
+    assert sorted(seen[:10]) == list(range(10)) == sorted(seen[10:])
+    assert seen[:10] != seen[10:]
+
+
+def test_batches_cross_epochs_at_full_size():
+    batch = EpochOrder(videos=3, batch_size=8, seed=1).batch(0)
+    assert len(batch) == 8
+    assert sorted(batch[:3]) == sorted(batch[3:6]) == [0, 1, 2]
+
+
+def test_any_step_can_be_asked_for():
+    forward = EpochOrder(videos=7, batch_size=3, seed=5)
+    batches = [forward.batch(step) for step in range(9)]
+    again = EpochOrder(videos=7, batch_size=3, seed=5)
+    assert [again.batch(step) for step in reversed(range(9))] == batches[::-1]
+    assert EpochOrder(videos=7, batch_size=3, seed=6).batch(0) != batches[0]
+
+
+def test_the_parts_of_processes_are_the_batch():
+    order = EpochOrder(videos=20, batch_size=12, seed=0)
+    for processes in (1, 2, 3, 5, 6, 7, 12):
+        parts = [order.share(4, rank, processes) for rank in range(processes)]
+        assert [i for part in parts for i in part] == order.batch(4)
+        assert {len(part) for part in parts} == {12 // processes, -(-12 // processes)}
+
+
+def test_processes_learn_from_each_other(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    first, second = Quarantine(path, 9), Quarantine(path, 9)
+    first.add(4, Failure("clip.mp4", "is empty\nmore"), 3)
+    second.refresh()
+    assert second.broken.nonzero().flatten().tolist() == [4]
+    second.add(4, Failure("clip.mp4", "is empty"), 5)
+    second.add(7, Failure("other.mp4", ""), 6)
+    assert len(first) == len(second) == 2
+    assert read_lines(path) == [
+        {"video": "clip.mp4", "reason": "is empty", "step": 3, "index": 4},
+        {"video": "other.mp4", "reason": "unknown", "step": 6, "index": 7},
+    ]
+    assert first.broken.nonzero().flatten().tolist() == [4, 7]
+
+
+def test_flags_are_seen_by_workers(tmp_path):
+    assert Quarantine(tmp_path / "quarantine.jsonl", 3).broken.is_shared()

@@ -19,7 +19,7 @@ from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.training import step as step_module
-from v2l_fast.training.contexts import visual_features
+from v2l_fast.training.batches import visual_features
 from v2l_fast.training.step import StepOptions, TrainStep, turn_weights
 from v2l_fast.vlm.smolvlm import SmolVLM
 

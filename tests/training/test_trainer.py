@@ -13,12 +13,11 @@ from tests import tiny
 from tests.training.tiny_run import TinySource, run, settings
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.training.checkpoint import latest_checkpoint, read_progress
-from v2l_fast.training.folder import RunFolder
-from v2l_fast.training.quarantine import Quarantine
+from v2l_fast.training.checkpoint import RunFolder, latest_checkpoint, read_progress
+from v2l_fast.training.distributed import Stopped
+from v2l_fast.training.loader import Quarantine
 from v2l_fast.training.records import read_lines
 from v2l_fast.training.step import TrainStep
-from v2l_fast.training.stopping import Stopped
 from v2l_fast.training.trainer import TrainingError, train
 
 LEARNED = ("loss", "grad_norm", "captioning", "qa")
@@ -62,8 +61,8 @@ def test_the_first_step_is_the_steps_own(whole, base, tmp_path, micro):
     """Accumulated micro-batches, clipping off: the loss and gradient of one forward pass."""
     config = settings(tmp_path, "optim.clip=0", "optim.steps=1", f"optim.micro_batch_size={micro}")
     run(config, base)
-    from v2l_fast.training.network import make_hypernet
-    from v2l_fast.training.sampler import EpochOrder
+    from v2l_fast.training.loader import EpochOrder
+    from v2l_fast.training.trainer import make_hypernet
 
     network = make_hypernet(config, base)
     source = TinySource(base.inputs)

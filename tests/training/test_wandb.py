@@ -13,7 +13,7 @@ from tests import tiny
 from tests.training.test_trainer import curve
 from tests.training.tiny_run import run, settings
 from v2l_fast.errors import ConfigError
-from v2l_fast.training.stopping import Stopped
+from v2l_fast.training.distributed import Stopped
 
 WANDB = 'run.trackers=["wandb"]'
 

@@ -210,8 +210,7 @@ def finevideo_build(
     v2l teach --manifest spans.jsonl --out taught/ --base HuggingFaceTB/SmolVLM2-2.2B-Instruct
     v2l train --config smolvlm2-500m 'data.manifests=["taught/manifest.jsonl"]'
     """
-    from v2l_fast.data.finevideo import MIX
-    from v2l_fast.data.finevideo_manifest import build_manifest
+    from v2l_fast.data.finevideo import MIX, build_manifest
     from v2l_fast.outputs import check_output
 
     if min(mix) < 0 or not sum(mix):

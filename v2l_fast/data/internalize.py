@@ -2,7 +2,7 @@
 
 Responsible for going through the videos: reading ahead, shards that resume, failures set aside. How
 videos become adapters is the model's, how adapters are kept the store's, how shards are spread over
-workers `v2l_fast.data.shards_ray`'s.
+workers `v2l_fast.data.shards`'s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from v2l_fast.data.manifest import VideoExamples, group_by_video, load_manifest
 from v2l_fast.data.readers import ClipReader, read_ahead
 from v2l_fast.data.samples import Failure
-from v2l_fast.data.shards import Line, Progress, Shards
+from v2l_fast.data.shards import Line, Progress, Shards, run_on_ray
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import BATCH_SIZE, Video2LoRA
@@ -182,8 +182,6 @@ def internalize_corpus(
         folder, settings.meaning() | {"digest": digest}, len(videos), settings.videos_per_shard
     )
     if engine == "ray":
-        from v2l_fast.data.shards_ray import run_on_ray
-
         gpus = 0 if settings.device == "cpu" else None
         run_on_ray(shards, Internalizer, (videos, store, settings), workers, gpus, progress)
     elif shards.missing():

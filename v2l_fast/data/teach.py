@@ -26,7 +26,7 @@ from v2l_fast.data.manifest import (
 )
 from v2l_fast.data.readers import ClipReader, read_ahead
 from v2l_fast.data.samples import Failure
-from v2l_fast.data.shards import Line, Progress, Shards
+from v2l_fast.data.shards import Line, Progress, Shards, run_on_ray
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.loading import shipped
@@ -189,8 +189,6 @@ def teach(
     meaning = settings.meaning() | {"manifest": _digest(examples)}
     shards = Shards.open(out, meaning, len(videos), settings.videos_per_shard)
     if engine == "ray":
-        from v2l_fast.data.shards_ray import run_on_ray
-
         gpus = 0 if settings.device == "cpu" else None
         run_on_ray(shards, Teacher, (videos, settings), workers, gpus, progress)
     elif shards.missing():

@@ -25,8 +25,8 @@ from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.render import FRAME_TIMES, render
 from v2l_fast.shapes.scene import Scene
 from v2l_fast.shapes.vlm import IMAGE_SIZE, freeze, video_tokens
+from v2l_fast.training.batches import PackedTurns, pack_turns
 from v2l_fast.training.checkpoint import load_checkpoint, named_parameters, save_checkpoint
-from v2l_fast.training.packing import PackedTurns, pack_turns
 
 
 @dataclass(frozen=True)

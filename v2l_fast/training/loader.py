@@ -1,7 +1,7 @@
-"""Batches ahead of the step: worker processes read videos while the model computes.
+"""Batches ahead of the step: which videos, read by workers while the model computes.
 
-Responsible for the order of loading, for failures (a micro-batch goes on without the video) and
-for the time the step had to wait. What a video becomes is the source's business.
+The batch of a step is a function of (seed, step) alone, so a checkpoint needs no state of the
+order. A video that cannot be read is listed in the quarantine and left out; its batch goes on.
 """
 
 from __future__ import annotations
@@ -12,15 +12,100 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from v2l_fast.data.readers import read_ahead
 from v2l_fast.data.samples import Failure, Sample, Source
 from v2l_fast.training.config import DataConfig
-from v2l_fast.training.quarantine import Quarantine
-from v2l_fast.training.sampler import EpochOrder, even_part
+from v2l_fast.training.records import append_line, read_lines
+
+T = TypeVar("T")
+
+
+class EpochOrder:
+    """Batches of video indices as a function of (seed, step) alone, so nothing must be restored.
+
+    Each epoch is a permutation that depends on (seed, epoch). The last short batch of an epoch is
+    filled from the next one, so every batch has the same size.
+    """
+
+    def __init__(self, videos: int, batch_size: int, seed: int) -> None:
+        self.videos, self.batch_size, self.seed = videos, batch_size, seed
+        self._epoch, self._order = -1, []
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the batch of 0-based `step`."""
+        picked: list[int] = []
+        place = step * self.batch_size
+        while len(picked) < self.batch_size:
+            epoch, start = divmod(place, self.videos)
+            part = self._permutation(epoch)[start : start + self.batch_size - len(picked)]
+            picked += part
+            place += len(part)
+        return picked
+
+    def share(self, step: int, rank: int, processes: int) -> list[int]:
+        """One process's part of the batch; the parts in order of rank are the batch."""
+        return even_part(self.batch(step), rank, processes)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.videos, generator=generator).tolist()
+            self._epoch, self._order = epoch, order
+        return self._order
+
+
+def even_part(items: list[T], index: int, parts: int) -> list[T]:
+    """Part `index` of `parts` whose lengths differ by at most one; in order they are `items`."""
+    return items[len(items) * index // parts : len(items) * (index + 1) // parts]
+
+
+class Quarantine:
+    """The broken videos of a source.
+
+    Args:
+        path: the list, JSON lines of video, reason, step (the one whose read failed; workers read
+            ahead of each other) and index.
+        videos: number of videos of the source.
+
+    Attributes:
+        broken: bool [videos], in memory that worker processes share.
+    """
+
+    def __init__(self, path: Path, videos: int) -> None:
+        self.path = path
+        self.broken = torch.zeros(videos, dtype=torch.bool).share_memory_()
+        self._size = 0
+        self._listed: set[int] = set()
+
+    def __len__(self) -> int:
+        self.refresh()
+        return len(self._listed)
+
+    def refresh(self) -> None:
+        """Know what the file lists by now; costs a look at its size when nothing is new."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        if size != self._size:
+            self._size = size
+            self._listed = {line["index"] for line in read_lines(self.path)}
+            self.broken[sorted(self._listed)] = True
+
+    def add(self, index: int, failure: Failure, step: int) -> None:
+        """List a video that failed in `step`, unless it is listed already."""
+        self.broken[index] = True
+        self.refresh()
+        if index not in self._listed:
+            reason = failure.reason.splitlines()[0] if failure.reason else "unknown"
+            line = {"video": failure.video, "reason": reason, "step": step, "index": index}
+            append_line(self.path, line)
+            self.refresh()
+
 
 # 0-based step and index of a video.
 Key = tuple[int, int]

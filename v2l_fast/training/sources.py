@@ -1,17 +1,260 @@
-"""Which data source a config names, and the frozen model that goes with it.
+"""Videos of a manifest as training samples, read in data workers.
 
-A source is one of the package's own: a config file names data, never code to run.
+`ManifestSource` decides which questions and chunks a step sees and builds their token ids, equal to
+those that `Video2LoRA.ask` and `Video2LoRA.internalize` build. Reading files is `data.readers`'.
 """
 
 from __future__ import annotations
 
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from v2l_fast.data.samples import Source
-from v2l_fast.errors import ConfigError
+import torch
+
+from v2l_fast.data.feature_cache import FeatureCache, vision_fingerprint
+from v2l_fast.data.manifest import (
+    Example,
+    ManifestError,
+    VideoExamples,
+    group_by_video,
+    load_manifest,
+    split_by_video,
+    trained_on,
+    video_share,
+)
+from v2l_fast.data.readers import Chunk, ClipReader
+from v2l_fast.data.samples import ContextSample, Failure, Sample, Source
+from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.loading import shipped
-from v2l_fast.training.config import TrainConfig
+from v2l_fast.training.config import DataConfig, TrainConfig
+from v2l_fast.video.reading import resolved
 from v2l_fast.vlm import Backbone
+from v2l_fast.vlm.base import PromptBuilder
+
+# Class -> most answer tokens, the stop token not counted.
+LENGTHS = {"short": 16, "medium": 64, "long": None}
+
+
+def length_class(tokens: int) -> str:
+    """Which class an answer of so many tokens is."""
+    return next(name for name, most in LENGTHS.items() if most is None or tokens <= most)
+
+
+def with_length(prompt: str, length: str) -> str:
+    """The prompt with its wish for a "short", "medium" or "long" answer.
+
+    Raises:
+        ConfigError: another length.
+    """
+    if length not in LENGTHS:
+        raise ConfigError(f"length {length!r}: use one of {', '.join(LENGTHS)}")
+    return f"{prompt} ({length} answer)"
+
+
+# Turns that name their answer's length where the option is on. The others teach that a prompt
+# without a tag is answered too.
+TAGGED = 0.5
+
+
+@dataclass(frozen=True)
+class ManifestSource:
+    """A :class:`~v2l_fast.data.samples.Source` of a manifest's videos; holds no weights.
+
+    Attributes:
+        videos: with their examples.
+        inputs: the backbone's prompts as ids.
+        reader: sampling and resolution.
+        instruction: the text that follows the video in the context pass.
+        prompts_per_video: turns of one load; all of a video's when it has fewer.
+        caption_share: share of the turns that describe the whole video, in the mean, where a video
+            has captions and questions both.
+        answer_length_tags: half of the turns say in the prompt how long their answer is.
+        chunks: numbers of parts a video is cut into; each load draws one.
+        seed: of all choices, with the step and the video's index.
+        cache: connector outputs to use instead of the file where they are stored.
+        teacher: give samples of one chunk the prefix of a teacher that sees the video. (Its text
+            has a space before the question that `Video2LoRA.ask_direct` does not write: turns
+            are the same ids for both models.)
+    """
+
+    videos: Sequence[VideoExamples]
+    inputs: PromptBuilder
+    reader: ClipReader
+    instruction: str
+    prompts_per_video: int = 4
+    caption_share: float = 0.5
+    answer_length_tags: bool = False
+    chunks: tuple[int, ...] = (1,)
+    seed: int = 0
+    cache: FeatureCache | None = None
+    teacher: bool = False
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether pixels are decoded to a GPU, which data workers are kept off."""
+        return torch.device(self.reader.device).type == "cuda"
+
+    def load(self, index: int, step: int) -> Sample | Failure:
+        """Read video `index`; a file that cannot be read is a Failure, within `reader.seconds`."""
+        video = self.videos[index]
+        rng = random.Random(f"{self.seed}/{step}/{index}")
+        chunks = rng.choice(self.chunks)
+        chosen = self._choose(video.examples, rng)
+        prefix, turns = self._turns(chosen, rng)
+        started = time.perf_counter()
+        try:
+            parts, kind = self._parts(video, chunks)
+        except VideoError as error:
+            return Failure(video.name, str(error))
+        return Sample(
+            video=video.name,
+            chunks=self._contexts(parts, kind),
+            prefix=prefix,
+            turns=turns,
+            kinds=tuple(example.task_type for example in chosen),
+            frames=sum(len(part.timestamps) for part in parts),
+            decode_seconds=time.perf_counter() - started,
+            teacher_prefix=self._teacher_prefix(parts, prefix) if self.teacher else None,
+        )
+
+    # --- turns ------------------------------------------------------------------------------------
+
+    def _choose(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
+        """Captions, then questions, drawn without replacement."""
+        wanted = min(self.prompts_per_video, len(examples))
+        captions = [example for example in examples if example.is_caption]
+        questions = [example for example in examples if not example.is_caption]
+        share = wanted * self.caption_share
+        count = int(share) + (rng.random() < share % 1)
+        count = min(len(captions), max(count, wanted - len(questions)))
+        return rng.sample(captions, count) + rng.sample(questions, wanted - count)
+
+    def _turns(
+        self, examples: Sequence[Example], rng: random.Random
+    ) -> tuple[list[int], tuple[tuple[list[int], list[int]], ...]]:
+        """What all questions begin with, and each one's rest with its answer."""
+        questions, answers = [], []
+        for example in examples:
+            finished = not example.metadata.get("truncated", False)
+            answer = self.inputs.answer(example.target_text.strip(), finished)
+            prompt = example.prompt
+            if self.answer_length_tags and rng.random() < TAGGED:
+                prompt = with_length(prompt, length_class(len(answer) - finished))
+            questions.append(self.inputs.question(prompt))
+            answers.append(answer)
+        # Whole prompts are tokenized, then cut: a tokenizer may join what stands around a cut.
+        # Each keeps a token of its own, from which its answer's first token is predicted.
+        shared = len(os.path.commonprefix([question[:-1] for question in questions]))
+        turns = tuple((q[shared:], a) for q, a in zip(questions, answers, strict=True))
+        return questions[0][:shared], turns
+
+    # --- contexts ---------------------------------------------------------------------------------
+
+    def _parts(self, video: VideoExamples, chunks: int) -> tuple[list[Chunk], str]:
+        """The parts, and which field of a context their tensors are: stored features or pixels."""
+        stored = None if self.cache is None else self.cache.find(video, chunks)
+        if stored is not None:
+            return stored, "features"
+        return self.reader.views(video, chunks, self.inputs.tile_size), "pixels"
+
+    def _contexts(self, parts: Sequence[Chunk], kind: str) -> tuple[ContextSample, ...]:
+        contexts = []
+        for number, part in enumerate(parts):
+            ids = self.inputs.about(
+                part.timestamps, part.duration, part.rows, part.cols, self.instruction, False
+            )
+            place = (number / len(parts), (number + 1) / len(parts))
+            contexts.append(ContextSample(torch.tensor(ids), place=place, **{kind: part.visual}))
+        return tuple(contexts)
+
+    def _teacher_prefix(self, parts: Sequence[Chunk], prefix: list[int]) -> list[int] | None:
+        opening = self.inputs.turn_opening()
+        if len(parts) > 1 or prefix[: len(opening)] != opening:
+            return None
+        (part,) = parts
+        shown = self.inputs.video_opening(part.timestamps, part.duration, part.rows, part.cols)
+        return shown + prefix[len(opening) :]
+
+
+def manifest_sources(
+    data: DataConfig, backbone: Backbone, seed: int, teacher: bool = False
+) -> tuple[ManifestSource, ManifestSource | None]:
+    """The videos to train on and those to validate on (None when there are none to keep).
+
+    teacher: for a KL teacher that sees the video, see :class:`ManifestSource`.
+
+    Raises:
+        ManifestError: a manifest cannot be used, or a video is in both parts.
+        CacheError: the feature cache has nothing of this model.
+    """
+    examples = [e for path in data.manifests for e in load_manifest(path)]
+    if data.val_manifests:
+        train = [e for e in examples if e.split in ("train", None)]
+        val = [e for path in data.val_manifests for e in load_manifest(path)]
+    else:
+        train, val = split_by_video(examples, data.val_share, seed)
+    # Each manifest is sound by itself; several may disagree.
+    if shared := trained_on(train, val):
+        raise ManifestError(
+            f"{', '.join(data.val_manifests or data.manifests)}: {len(shared)} of its videos are "
+            f"trained on, {shared[0]} among them; a video belongs to one split"
+        )
+    if not train:
+        splits = sorted({str(e.split) for e in examples if e.split not in ("train", None)})
+        remedy = (
+            f"all are of the splits {', '.join(splits)}; set split to train or leave it out"
+            if splits and all(e.split not in ("train", None) for e in examples)
+            else "lower data.val_share or add videos"
+        )
+        raise ManifestError(f"{', '.join(data.manifests)}: no example to train on; {remedy}")
+    device = backbone.decoder.device
+    on_gpu = resolved(data.decoder, device) == "dali"
+    reader = ClipReader(
+        data.max_frames,
+        data.longest_edge,
+        data.target_fps,
+        data.exact_frames,
+        decoder=data.decoder,
+        device=str(device) if on_gpu else "cpu",
+    )
+    cache = None
+    if data.feature_cache:
+        cache = FeatureCache(data.feature_cache, reader, vision_fingerprint(backbone))
+        cache.check()
+
+    def source(examples: Sequence[Example], most: int) -> ManifestSource:
+        return ManifestSource(
+            videos=_at_most(group_by_video(examples), most, seed),
+            inputs=backbone.inputs,
+            reader=reader,
+            instruction=data.instruction,
+            prompts_per_video=data.prompts_per_video,
+            caption_share=data.caption_share,
+            answer_length_tags=data.answer_length_tags,
+            chunks=data.chunks,
+            seed=seed,
+            cache=cache,
+            teacher=teacher,
+        )
+
+    keep = bool(val) and data.val_videos > 0
+    return source(train, data.videos), source(val, data.val_videos) if keep else None
+
+
+def _at_most(videos: list[VideoExamples], most: int, seed: int) -> list[VideoExamples]:
+    """`most` of them (0: all), chosen by hash, in their order."""
+    if not 0 < most < len(videos):
+        return videos
+    drawn = sorted(range(len(videos)), key=lambda i: video_share(videos[i].name, seed))[:most]
+    return [videos[i] for i in sorted(drawn)]
+
 
 # To train on, and to validate on if there is any.
 Sources = tuple[Source, Source | None]
@@ -46,8 +289,6 @@ def open_sources(config: TrainConfig, backbone: Backbone) -> Sources:
         return shapes_sources(config, backbone)
     if not config.data.manifests:
         raise ConfigError('data.manifests is empty; give data.manifests=["train.jsonl"]')
-    from v2l_fast.training.data import manifest_sources
-
     loss = config.loss
     train, val = manifest_sources(config.data, backbone, config.run.seed, loss.kl_weight > 0)
     videos = [*train.videos, *(val.videos if val is not None else ())]

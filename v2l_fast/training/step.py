@@ -25,11 +25,15 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapted_linear import LayerAdapters
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.training.contexts import ContextGroup, context_groups, visual_features
-from v2l_fast.training.distillation import Teacher, teacher_of
-from v2l_fast.training.loss import example_means, token_kl
-from v2l_fast.training.transfer import send
-from v2l_fast.training.turns import ResponseRows, turn_rows
+from v2l_fast.training.batches import (
+    ContextGroup,
+    ResponseRows,
+    context_groups,
+    send,
+    turn_rows,
+    visual_features,
+)
+from v2l_fast.training.losses import Teacher, example_means, teacher_of, token_kl
 from v2l_fast.vlm import Backbone
 
 # Float32 logits kept at a time: 256 MiB, 1,361 answer tokens of a vocabulary of 49,280.

@@ -1,15 +1,15 @@
 """The training loop: one for CPU and GPUs, one process and many, every data source.
 
-Responsible for the order of things: load or resume, step, log, validate, save, stop. The step's
-forward pass is `step`'s, batches are `loader`'s, processes Accelerate's (`processes`), files
-`folder`'s. Everything a step depends on is a function of (settings, step), so a resumed run gives
-the same numbers to the last bit, and a run on other processes the same up to the rounding of sums.
+Loads or resumes, then steps, logs, validates, saves and stops. Everything a step depends on is a
+function of (settings, step), so a resumed run gives the same numbers to the last bit, and a run on
+another number of processes the same up to the rounding of sums.
 
 Nothing waits for the device in a step that is not logged, validated or saved.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
@@ -25,7 +25,11 @@ from torch import nn
 from v2l_fast.console import log
 from v2l_fast.errors import CheckpointError, ConfigError, V2LError
 from v2l_fast.files import read_json
+from v2l_fast.hypernet.config import HypernetConfig
+from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.loading import load_hypernet
 from v2l_fast.training.checkpoint import (
+    RunFolder,
     checkpoint_path,
     load_checkpoint,
     named_parameters,
@@ -34,25 +38,82 @@ from v2l_fast.training.checkpoint import (
     rotate_checkpoints,
     save_checkpoint,
 )
-from v2l_fast.training.config import TrainConfig
+from v2l_fast.training.config import FROM_DATA, TrainConfig
 from v2l_fast.training.config_values import spread
+from v2l_fast.training.distributed import Distributed, Stopped, StopSignals
 from v2l_fast.training.flops import StepCost, peak_flops
-from v2l_fast.training.folder import RunFolder
-from v2l_fast.training.loader import StepBatch, step_batches
-from v2l_fast.training.meter import Meter
-from v2l_fast.training.network import export, make_hypernet
-from v2l_fast.training.processes import Distributed
-from v2l_fast.training.progress import Report, environment, memory_gb
-from v2l_fast.training.quarantine import Quarantine
+from v2l_fast.training.loader import EpochOrder, Quarantine, StepBatch, step_batches
+from v2l_fast.training.logging import Meter, Report, Speed, environment, memory_gb
+from v2l_fast.training.optim import make_optimizer, rate_factor, set_rate
 from v2l_fast.training.records import write_record
-from v2l_fast.training.sampler import EpochOrder
-from v2l_fast.training.schedule import make_optimizer, rate_factor, set_rate
 from v2l_fast.training.sources import Sources, base_model, open_sources
-from v2l_fast.training.speed import Speed
 from v2l_fast.training.step import StepOptions, StepResult, TrainStep
-from v2l_fast.training.stopping import Stopped, StopSignals
 from v2l_fast.training.validation import Validation
 from v2l_fast.vlm import Backbone, load_backbone
+
+DEFAULT_MODULES = ("down_proj",)
+
+
+def hypernet_config(config: TrainConfig, backbone: Backbone) -> HypernetConfig:
+    """The architecture: sizes from the base, sampling from `data`, the rest from `model.hypernet`.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+    chosen = dict(config.model.hypernet)
+    names = chosen.pop("target_modules", DEFAULT_MODULES)
+    linears = {name: backbone.linear(0, name) for name in names}
+    return HypernetConfig(
+        hidden_size=backbone.hidden_size,
+        num_layers=backbone.decoder.num_layers,
+        target_modules={n: (x.in_features, x.out_features) for n, x in linears.items()},
+        base_model_name_or_path=config.model.base or config.data.source,
+        **{name: getattr(config.data, name) for name in FROM_DATA},
+        **chosen,
+    )
+
+
+def make_hypernet(config: TrainConfig, backbone: Backbone) -> HyperNetwork:
+    """A fresh network, or that of `model.init` with what it does not know fresh.
+
+    Raises:
+        ConfigError: the two differ in architecture, but for parts that `model.init` lacks.
+    """
+    torch.manual_seed(config.run.seed)
+    if not config.model.init:
+        return HyperNetwork(hypernet_config(config, backbone))
+    started, _ = load_hypernet(config.model.init)
+    inherited = {
+        field.name: getattr(started.config, field.name)
+        for field in dataclasses.fields(HypernetConfig)
+        if field.name not in ("base_model_name_or_path", *FROM_DATA)
+    }
+    own = hypernet_config(config, backbone)
+    wanted = dataclasses.replace(
+        own, **{k: v for k, v in inherited.items() if k not in config.model.hypernet}
+    )
+    network = HyperNetwork(wanted)
+    state, known = network.state_dict(), started.state_dict()
+    for name, value in known.items():
+        if name not in state or state[name].shape != value.shape:
+            raise ConfigError(
+                f"model.init={config.model.init}: its {name} does not fit model.hypernet and the "
+                f"base {backbone.name_or_path}; leave out the fields that it was not trained with"
+            )
+    network.load_state_dict(state | known)
+    return network
+
+
+def export(network: HyperNetwork, folder: Path, dtype: torch.dtype) -> None:
+    """Write a copy of `dtype` as `HyperNetwork.from_pretrained` and `v2l` load it."""
+    with torch.device("meta"):
+        copy = HyperNetwork(network.config)
+    copy.load_state_dict(
+        {name: value.detach().to("cpu", dtype) for name, value in network.state_dict().items()},
+        assign=True,
+    )
+    copy.save_pretrained(folder)
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

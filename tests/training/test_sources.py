@@ -17,19 +17,23 @@ from tests.training.broken import REASONS, write_folder
 from tests.video.clips import encode, shown_index
 from v2l_fast.data.manifest import (
     Example,
+    ManifestError,
     VideoExamples,
     group_by_video,
     load_manifest,
 )
-from v2l_fast.data.manifest_checks import ManifestError
 from v2l_fast.data.readers import ClipReader, read_ahead
 from v2l_fast.data.samples import Failure, Sample
 from v2l_fast.errors import ConfigError, VideoError
+from v2l_fast.training.batches import visual_features
 from v2l_fast.training.config import DataConfig, LossConfig, TrainConfig
-from v2l_fast.training.contexts import visual_features
-from v2l_fast.training.data import ManifestSource, manifest_sources
-from v2l_fast.training.length_tags import length_class, with_length
-from v2l_fast.training.sources import open_sources
+from v2l_fast.training.sources import (
+    ManifestSource,
+    length_class,
+    manifest_sources,
+    open_sources,
+    with_length,
+)
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import load_video
 from v2l_fast.video.spans import load_spans

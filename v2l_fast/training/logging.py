@@ -1,16 +1,18 @@
-"""What a run shows and keeps about itself: a progress bar, plain lines where there is no terminal,
-`log.jsonl`, `samples.jsonl` and the trackers' numbers.
+"""What a run measures and shows: means of losses, speed, the progress bar and `log.jsonl`.
 
-Only the first process of a run reports.
+`Meter` keeps losses on the device until a log line needs them, `Speed` counts videos, frames and
+operations, and `Report` writes to the terminal, to the run's files and to the trackers.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +26,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from torch import Tensor
 
 from v2l_fast.console import log, printable
-from v2l_fast.training.folder import RunFolder
+from v2l_fast.training.checkpoint import RunFolder
+from v2l_fast.training.flops import StepCost
+from v2l_fast.training.loader import StepBatch
 from v2l_fast.training.records import append_line
+from v2l_fast.training.step import StepResult
 
 # What the bar shows, in this order, and how; log.jsonl has everything.
 SHOWN = {
@@ -174,3 +180,129 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+# Name -> [sum, number].
+Sums = dict[str, list[float]]
+
+
+class Meter:
+    """Collects one entry a step; `state` and `restore` carry an unfinished interval over.
+
+    Args:
+        counts: this process's entries count as steps (one process's do).
+    """
+
+    def __init__(self, counts: bool = True) -> None:
+        self._counts = float(counts)
+        self._merged: list[Sums] = []
+        self._pending: list[dict[str, Tensor]] = []
+
+    def add(self, results: list[StepResult], norm: Tensor) -> None:
+        """One step: its micro-batches on this process, each with its part of the batch's loss,
+        and the norm of the whole batch's gradient."""
+        loss = torch.stack([result.loss.detach().float() for result in results]).sum()
+        entry = {"loss": self._entry(loss), "grad_norm": self._entry(norm.float() * self._counts)}
+        for result in results:
+            for kind, pair in result.parts.items():
+                entry[kind] = entry[kind] + pair if kind in entry else pair
+        self._pending.append(entry)
+
+    def merge(self, gather: Callable[[list[Sums]], list[list[Sums]]]) -> None:
+        """Bring the pending steps of all processes to the host: the one wait for the device.
+
+        gather: a value to the list of every process's, in order of rank.
+        """
+        flat = [pair for entry in self._pending for pair in entry.values()]
+        values = iter(torch.stack(flat).tolist() if flat else [])
+        own = [{name: next(values) for name in entry} for entry in self._pending]
+        self._pending = []
+        for step in zip(*gather(own), strict=True):
+            self._merged.append(added(step))
+
+    def bad_step(self) -> int | None:
+        """How many steps ago a merged loss or gradient was first not finite, or None."""
+        for place, step in enumerate(self._merged):
+            if not all(math.isfinite(step[name][0]) for name in ("loss", "grad_norm")):
+                return len(self._merged) - 1 - place
+        return None
+
+    def means(self) -> dict[str, float]:
+        """Means over the merged steps, which are then forgotten."""
+        sums = added(self._merged)
+        self._merged = []
+        return means(sums)
+
+    def state(self) -> list[Any]:
+        """The merged steps, JSON-ready."""
+        return self._merged
+
+    def restore(self, state: list[Any]) -> None:
+        """Continue the interval of `state`."""
+        self._merged = state
+
+    def _entry(self, value: Tensor) -> Tensor:
+        return torch.stack([value, torch.full_like(value, self._counts)])
+
+
+def added(parts: Any) -> Sums:
+    """Sums and numbers by name, added in order."""
+    total: Sums = {}
+    for part in parts:
+        for name, (value, number) in part.items():
+            pair = total.setdefault(name, [0.0, 0.0])
+            pair[0] += value
+            pair[1] += number
+    return total
+
+
+def means(sums: Sums) -> dict[str, float]:
+    """Sum over number of each name."""
+    return {name: value / max(number, 1.0) for name, (value, number) in sums.items()}
+
+
+class Speed:
+    """Counts this process's steps since the last time someone asked.
+
+    Args:
+        cost: operations of a video.
+        peak: FLOP/s of one device, None where it is not known.
+        processes: how many count.
+    """
+
+    def __init__(self, cost: StepCost, peak: float | None, processes: int) -> None:
+        self.cost, self.peak, self.processes = cost, peak, processes
+        self.sums, self.since = [0.0] * 5, time.perf_counter()
+
+    def add(self, batch: StepBatch) -> None:
+        """A step that was enqueued."""
+        samples = batch.samples
+        new = (
+            len(samples),
+            sum(sample.frames for sample in samples),
+            batch.waited,
+            sum(sample.decode_seconds for sample in samples),
+            sum(self.cost.sample(sample) for sample in samples),
+        )
+        self.sums = [old + value for old, value in zip(self.sums, new, strict=True)]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training: its time does not count."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def take(self, total: Callable[[Sequence[float]], list[float]]) -> dict[str, float | None]:
+        """Rates since the last call; `total` adds numbers over the processes."""
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        videos, frames, waited, decoded, flops = total(self.sums)
+        self.sums, self.since = [0.0] * 5, time.perf_counter()
+        mfu = None if self.peak is None else flops / seconds / self.peak / self.processes
+        return {
+            "samples_per_second": videos / seconds,
+            "frames_per_second": frames / seconds,
+            "decode_wait": waited / seconds / self.processes,
+            "decode_seconds_per_video": decoded / max(videos, 1),
+            "mfu": mfu,
+        }

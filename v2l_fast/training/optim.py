@@ -1,4 +1,4 @@
-"""Learning-rate schedules as plain functions of the step, and the optimizer they drive."""
+"""The optimizer, and learning-rate schedules as plain functions of the step."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests import tiny
 from v2l_fast.training.config import OptimConfig
-from v2l_fast.training.schedule import cosine, make_optimizer, rate_factor, set_rate, trapezoid
+from v2l_fast.training.optim import cosine, make_optimizer, rate_factor, set_rate, trapezoid
 
 
 def test_trapezoid_rises_stays_and_falls():

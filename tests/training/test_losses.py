@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from v2l_fast.training.loss import example_means, token_kl
+from v2l_fast.training.losses import example_means, token_kl
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""The teacher of the KL option: the frozen model that sees the video, or its stored logits.
+"""Losses of answer tokens, and the teacher of the optional KL divergence.
 
-Responsible for what the teacher says at the answer tokens, in the order of
-`v2l_fast.training.turns`; the divergence is `v2l_fast.training.loss`'s.
+Values are flat, one per answer token in the order of `batches.ResponseRows`, because logits are
+computed at those positions only.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from v2l_fast.data.samples import Sample
 from v2l_fast.errors import ConfigError
 from v2l_fast.padding import length_buckets
-from v2l_fast.training.contexts import embed_ids
-from v2l_fast.training.packing import pack_turns
-from v2l_fast.training.transfer import send
+from v2l_fast.training.batches import embed_ids, pack_turns, send
 from v2l_fast.vlm import Backbone
 
 
@@ -87,3 +86,21 @@ def _states_in_context(
         found = hidden[packed.rows, packed.columns].split(sizes)
         states |= zip(members, found, strict=True)
     return torch.cat([states[i] for i in range(len(samples))])
+
+
+def example_means(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Mean of `values` [N] over the tokens of each of `count` examples: [count].
+
+    owner: int64 [N], which example a token belongs to. An example without tokens is 0.
+    """
+    zeros = torch.zeros(count, dtype=values.dtype, device=values.device)
+    tokens = zeros.index_add(0, owner, torch.ones_like(values))
+    return zeros.index_add(0, owner, values) / tokens.clamp_min(1)
+
+
+def token_kl(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² KL(teacher || student) of the distributions at temperature T: [N, V] twice -> [N]."""
+    student = F.log_softmax(logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    return temperature**2 * divergence

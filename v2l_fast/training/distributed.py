@@ -1,17 +1,19 @@
-"""The processes of a run, on Accelerate: who this one is and what they decide together.
+"""The processes of a run, on Accelerate, and the signals that stop them.
 
-Responsible for devices, for wrapping the step in DistributedDataParallel and for small numbers that
-all processes must agree on. Those travel between hosts over gloo, so no process waits for its GPU.
+`Distributed` wraps the step in DistributedDataParallel and exchanges small numbers that all
+processes must agree on. These travel between hosts over gloo, so no process waits for its GPU.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -167,3 +169,36 @@ def _wandb_errors() -> tuple[type[Exception], ...]:
     """W&B's own, where it is in use."""
     wandb = sys.modules.get("wandb")
     return () if wandb is None else (wandb.Error,)
+
+
+class Stopped(SystemExit):
+    """The run was stopped by a signal after saving; exits with 128 + the signal's number."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(128 + number)
+        self.signal, self.step = signal.Signals(number).name, step
+
+
+class StopSignals:
+    """While entered, notes the first SIGTERM or SIGINT; a second one acts as it always does."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
