@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from csrc_triton.backend import VARIABLE
+from csrc_triton.dispatch import VARIABLE
 
 
 @contextlib.contextmanager

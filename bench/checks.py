@@ -1,8 +1,8 @@
 """Are the Triton kernels right on this device? Against float64 on the CPU, bit for bit twice.
 
 Odd sizes, ragged lengths and ranks, strided inputs, forward and backward, in memory filled with
-NaN; and the canaries of small integers (csrc_triton/canary.py), at tiles and lengths of the real
-shapes. Nothing is timed here.
+NaN; and the self-checks on small integers (csrc_triton/self_check.py), at tiles and lengths of the
+real shapes. Nothing is timed here.
 """
 
 from __future__ import annotations
@@ -19,10 +19,18 @@ from torch import Tensor
 
 from bench.backends import backend
 from bench.forms import in_form
-from csrc_triton import canary, gated_projection, lora_linear, perceiver_attention, rank_projection
+from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
+from csrc_triton.lora_linear import op as lora_linear_op
+from csrc_triton.perceiver_attention import op as perceiver_attention_op
+from csrc_triton.rank_projection import op as rank_projection_op
 
 Call = Callable[..., tuple[Tensor, ...]]
 FORMS = ("expand", "epilogue", "recompute")
+SELF_CHECKS = {
+    f"{m.OP.name} {name}": (m.OP, name)
+    for m in (perceiver_attention_op, rank_projection_op, lora_linear_op)
+    for name in m.OP.self_checks
+}
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ def jobs(dtypes: Sequence[torch.dtype]) -> list[Job]:
     found = []
     for dtype in dtypes:
         if dtype != torch.float32:
-            found += [Job(name, dtype, canary=True) for name in canary.CANARIES]
+            found += [Job(name, dtype, canary=True) for name in SELF_CHECKS]
         found += [Job(name, dtype) for name in names]
     return found
 
@@ -269,5 +277,6 @@ def json_number(value: float) -> float | None:
 
 def _canary(name: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     with backend("triton"), poisoned():
-        wrong = canary.wrong_elements(name, dtype, device, small=device == "cpu")
+        op, check = SELF_CHECKS[name]
+        wrong = op.wrong_elements(check, dtype, torch.device(device), small=device == "cpu")
     return {"limit": 0.0, "wrong_elements": wrong, "passed": wrong == 0}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import lora_linear
-from csrc_triton.backend import choice
+from csrc_triton.dispatch import requested_backend
 
 
 def in_form(form: str) -> Callable[..., Tensor]:
@@ -23,7 +23,7 @@ def in_form(form: str) -> Callable[..., Tensor]:
         index: Tensor,
         scale: float,
     ) -> Tensor:
-        if choice() == "reference":
+        if requested_backend() == "reference":
             return lora_linear(x, weight, bias, lora_a, lora_b, index, scale)
         return _InForm.apply(x, weight, bias, lora_a, lora_b, index, scale, form)
 
@@ -33,7 +33,7 @@ def in_form(form: str) -> Callable[..., Tensor]:
 class _InForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, index, scale, form):
-        from csrc_triton.kernels import lora_linear as kernels
+        from csrc_triton.lora_linear import kernels
 
         ctx.rest = index, scale, None, None
         ctx.config = {"prefill": {"form": form}}
@@ -44,7 +44,7 @@ class _InForm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        from csrc_triton.kernels import lora_linear as kernels
+        from csrc_triton.lora_linear import kernels
 
         *tensors, u = ctx.saved_tensors
         grads = kernels.lora_linear_backward(grad, *tensors, *ctx.rest, u, ctx.config)

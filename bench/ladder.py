@@ -1,7 +1,7 @@
 """Every op at the 500M and 2.2B shapes against its ladder of baselines, on the same data.
 
 The ladder: ``released`` (the op order of the released code, bench/released.py), ``reference``
-(csrc_triton/reference.py), ``plain`` (bench/plain.py), ``compiled`` (the same under torch.compile),
+(an op's ``reference.py``), ``plain`` (bench/plain.py), ``compiled`` (the same under torch.compile),
 ``merged`` and ``bare`` where they mean something (adapter merged into W; the linear layer without
 adapter), the three forms of lora_linear in training, ``ours``. Rows of decoding are timed as CUDA
 graphs.

@@ -1,6 +1,6 @@
 """The best plain PyTorch we know for every op, in the inputs' dtype: what a kernel has to beat.
 
-``csrc_triton.reference`` is the ops' meaning and computes in float32 or wider; these give up that
+An op's ``reference.py`` is its meaning and computes in float32 or wider; these give up that
 for speed as a kernel does, with the fewest passes torch allows.
 """
 

@@ -1,6 +1,6 @@
 """Times candidate tiles of every kernel on the GPU at hand and writes them as data.
 
-For each entry of ``csrc_triton/configs/<op>.json`` (a shape under ``where``) the candidates around
+For each entry of ``csrc_triton/<op>/configs.json`` (a shape under ``where``) the candidates around
 its tile are timed on that shape. A candidate replaces the entry when its result is right and it is
 at least MARGIN faster; the forms of lora_linear are timed last, with the tiles found. Then
 ``faster.json`` gets, for this architecture, the shapes at which the fused path beats the reference.
@@ -26,13 +26,15 @@ from bench.backends import backend
 from bench.checks import limit, relative_error
 from bench.timing import captured, together
 from csrc_triton import (
-    configs,
+    device as gpu,
+)
+from csrc_triton import (
     gated_projection,
     lora_linear,
     perceiver_attention,
     rank_projection,
-    reference,
 )
+from csrc_triton.perceiver_attention import reference
 from v2l_fast.outputs import write_text
 
 TUNED = ("perceiver_attention", "rank_projection", "lora_linear")
@@ -52,7 +54,7 @@ CHOICES: dict[str, Sequence[int | str]] = {
     "num_warps": (4, 8),
     "num_stages": (1, 2, 3, 4),
 }
-FOLDER = Path(configs.__file__).parent
+FOLDER = Path(gpu.__file__).parent
 D_IN, D_OUT, SCALE = 2560, 960, 128.0
 # d_out of the model whose d_in is the key.
 WIDTHS = {D_IN: D_OUT, 8192: 2048}
@@ -134,7 +136,7 @@ def _rand(device: str, *shape: int) -> Tensor:
 
 
 def _attention_trial(where: Mapping[str, Any], device: str) -> Trial:
-    from csrc_triton.kernels import perceiver_attention as kernels
+    from csrc_triton.perceiver_attention import kernels
 
     width = where.get("width", kernels.MAX_WIDTH)
     # Every candidate's outputs exist at once: 264 slices are four waves of two programs each.
@@ -150,7 +152,7 @@ def _attention_trial(where: Mapping[str, Any], device: str) -> Trial:
 
 
 def _projection_trial(where: Mapping[str, Any], device: str) -> Trial:
-    from csrc_triton.kernels import rank_projection as kernels
+    from csrc_triton.rank_projection import kernels
 
     layers, rank = where["layers"], 16
     latents = _rand(device, where["rows"] // rank, 1, layers, rank, 512)
@@ -162,7 +164,7 @@ def _projection_trial(where: Mapping[str, Any], device: str) -> Trial:
 
 
 def _linear_trial(where: Mapping[str, Any], device: str) -> Trial:
-    from csrc_triton.kernels import lora_linear as kernels
+    from csrc_triton.lora_linear import kernels
 
     kernel, rank = where["kernel"], where.get("rank", 32)
     examples, tokens = where.get("examples", 32), where.get("tokens", 1)
@@ -189,10 +191,10 @@ def _linear_trial(where: Mapping[str, Any], device: str) -> Trial:
         return lambda tile: [kernels.reduce(u, x, a, order, bounds, None, None, {kernel: tile})]
     if kernel == "epilogue":
         args = x, weight, None, b, u, index, None, None
-        return lambda tile: [kernels.lora_gemm.epilogue(*args, {kernel: tile})]
+        return lambda tile: [kernels.gemm.epilogue(*args, {kernel: tile})]
     if kernel == "recompute":
         args = x, weight, None, a, b, *at, True
-        return lambda tile: list(kernels.lora_gemm.recompute(*args, {kernel: tile}))
+        return lambda tile: list(kernels.gemm.recompute(*args, {kernel: tile}))
     if kernel == "prefill":
         grad = _rand(device, examples * tokens, d_out)
         forward = where["direction"] == "forward"
@@ -231,7 +233,7 @@ def tune(op: str, section: str, forms: bool) -> list[Entry]:
 
     forms: only the entries that choose a form, else only the others.
     """
-    entries = list(configs.table(op)[section])
+    entries = list(gpu.table(op)[section])
     for entry in list(entries):
         where = entry["where"]
         run = trial(op, where) if ("form" in entry["config"]) == forms else None
@@ -358,7 +360,7 @@ def dump(table: Mapping[str, Sequence[Entry]]) -> str:
 
 
 def save(name: str, text: str) -> None:
-    write_text(FOLDER / f"{name}.json", text)
+    write_text(FOLDER / gpu.file_of(name), text)
 
 
 def main() -> None:
@@ -368,15 +370,15 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning times kernels and needs a GPU; none is visible to torch")
-    section = configs.architecture(torch.cuda.get_device_capability())
-    faster = {name: dict(rules) for name, rules in configs.table("faster").items()}
+    section = gpu.architecture(torch.cuda.get_device_capability())
+    faster = {name: dict(rules) for name, rules in gpu.table("faster").items()}
     for op in options.op or OPS:
         for forms in (False, True) if op in TUNED else ():
             entries = tune(op, section, forms)
             if not options.dry_run:
-                save(op, dump({**configs.table(op), section: entries}))
+                save(op, dump({**gpu.table(op), section: entries}))
                 # What follows is launched with the new tiles.
-                configs.forget()
+                gpu.clear_cache()
         faster.setdefault(section, {})[op] = wins(op)
         print(f"{op} beats the reference at {faster[section][op]}")
     if not options.dry_run:

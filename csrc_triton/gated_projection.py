@@ -9,7 +9,7 @@ No Triton kernel. The products are plain GEMMs and belong to cuBLAS; fusing the 
 into a GEMM of ours saves what it moves, 22.5 KB a token (5.4 ns of 29 at the 500M shape and
 4.3 TB/s), and so pays only if that GEMM reaches 78% of cuBLAS on an H200, 82% on an A100, 88% and
 91% at the 2.2B shape. On a GPU torch.compile can make that part one pass instead: with
-``V2L_BACKEND=triton``, and with ``auto`` where ``configs/faster.json`` marks the number of tokens.
+``V2L_BACKEND=triton``, and with ``auto`` where ``faster.json`` marks the number of tokens.
 None of it was timed yet.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from csrc_triton import backend, reference
+from csrc_triton import dispatch
 from csrc_triton.transforms import (
     differentiable_backward,
     refuse_forward_mode,
@@ -36,6 +36,33 @@ from csrc_triton.transforms import (
 # faster on a CPU. A GPU wants GEMMs that fill it: 8,192 x 3,840 outputs are 960 tiles of 128 x 256,
 # for 132 multiprocessors, and 0.4 GB of transients in a bf16 backward pass.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+def reference(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)) in plain PyTorch: the op's definition and CPU path."""
+    if visible is not None:
+        x = torch.where(visible[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+    hidden = F.silu(x @ gate.T) * (x @ up.T)
+    return hidden @ down.T
+
+
+def reference_backward(
+    grad: Tensor, x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x (zero at masked rows), gate, up and down; activations are recomputed."""
+    if visible is not None:
+        x = torch.where(visible[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    gated, raised = x @ gate.T, x @ up.T
+    sigmoid = torch.sigmoid(gated)
+    silu = gated * sigmoid
+    d_hidden = grad @ down
+    d_raised = d_hidden * silu
+    d_gated = d_hidden * raised * (sigmoid + silu * (1 - sigmoid))
+    d_x = d_gated @ gate + d_raised @ up
+    if visible is not None:
+        d_x = d_x * visible.reshape(-1, 1)
+    return d_x, d_gated.T @ x, d_raised.T @ x, grad.T @ (silu * raised)
 
 
 def _hidden(gated: Tensor, raised: Tensor) -> Tensor:
@@ -71,7 +98,7 @@ def _one_kind_of_tensor() -> Iterator[None]:
 
 
 def fused(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """``reference.gated_projection`` of rows [T, D] with one elementwise pass.
+    """:func:`reference` of rows [T, D] with one elementwise pass.
 
     Rows do not mix, so those that are not visible are computed from what they hold and zeroed.
     """
@@ -89,7 +116,7 @@ def fused_backward(
     down: Tensor,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """``reference.gated_projection_backward`` of rows [T, D] with one elementwise pass.
+    """:func:`reference_backward` of rows [T, D] with one elementwise pass.
 
     Frozen features need no gradient, which is two of the eight products.
     """
@@ -104,10 +131,10 @@ def fused_backward(
 
 def _fuses(x: Tensor) -> bool:
     """Whether the elementwise part is compiled: never on a CPU."""
-    if x.device.type != "cuda" or backend.choice() == "reference":
+    if x.device.type != "cuda" or dispatch.requested_backend() == "reference":
         return False
     tokens = x.numel() // max(1, x.shape[-1])
-    return backend.choice() == "triton" or backend.prefers_fused(
+    return dispatch.requested_backend() == "triton" or dispatch.prefers_fused(
         "gated_projection", x, tokens=tokens
     )
 
@@ -148,7 +175,7 @@ def _forward(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: 
     rows = x.reshape(-1, x.shape[-1])
     seen = None if visible is None else visible.reshape(-1)
     out = torch.empty(rows.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
-    project = fused if _fuses(x) else reference.gated_projection
+    project = fused if _fuses(x) else reference
     for part in _chunks(rows):
         out[part] = project(rows[part], None if seen is None else seen[part], gate, up, down)
     return out.view(*x.shape[:-1], down.shape[0])
@@ -181,7 +208,7 @@ def _backward(
         if fuses:
             d_rows, *d_parts = fused_backward(*inputs, needs_x)
         else:
-            d_rows, *d_parts = reference.gated_projection_backward(*inputs)
+            d_rows, *d_parts = reference_backward(*inputs)
         if needs_x:
             d_x.view(rows.shape)[part] = d_rows
         for total, d_part in zip(d_weights, d_parts, strict=True):
@@ -209,7 +236,7 @@ register_autocast("gated_projection_backward", 0)
 def _plain(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The op in plain torch operations, whose derivatives PyTorch knows."""
     _check(x, visible, gate, up, down)
-    return reference.gated_projection(x, visible, gate, up, down)
+    return reference(x, visible, gate, up, down)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -220,9 +247,7 @@ def _autograd(ctx, grad):
     x, visible, gate, up, down = ctx.saved_tensors
     if torch.is_grad_enabled():
         # create_graph=True: these gradients are to be differentiated again.
-        return tuple(
-            differentiable_backward(reference.gated_projection, ctx.saved_tensors, (grad,))
-        )
+        return tuple(differentiable_backward(reference, ctx.saved_tensors, (grad,)))
     needs_x = ctx.needs_input_grad[0]
     d_x, *d_weights = _backward(grad.contiguous(), x, visible, gate, up, down, needs_x)
     return d_x if needs_x else None, None, *d_weights

@@ -1,6 +1,6 @@
 """What every kernel needs on a GPU, found without one: registers, spills, shared memory, loops.
 
-Compiles the kernels of ``csrc_triton/kernels`` in all their configurations and holds each against
+Compiles the kernels of ``csrc_triton`` in all their configurations and holds each against
 its budget: it fits into shared memory, touches no local memory inside a loop, spills at most
 ``SPILL_LIMIT`` bytes outside, uses the tensor cores where it should, and has no warpgroup product
 in a loop with its left operand in registers, which an assembler before ptxas 13.3 can get wrong.
@@ -34,8 +34,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from csrc_triton import kernels
-from csrc_triton.kernels.aot import AotCase
+import csrc_triton
+from csrc_triton.aot import AotCase
 from profiling import sass
 
 SPILL_LIMIT = 64
@@ -90,13 +90,12 @@ def blocks_per_multiprocessor(
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"{kernels.__name__}.{name}")
+    return importlib.import_module(f"csrc_triton.{name}.kernels")
 
 
 def operations() -> list[str]:
-    """Names of the modules of kernels that list cases."""
-    names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
-    return [name for name in names if hasattr(_module(name), "aot_cases")]
+    """Names of the ops that have kernels."""
+    return [m.name for m in pkgutil.iter_modules(csrc_triton.__path__) if m.ispkg]
 
 
 def cases(op: str) -> list[AotCase]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from csrc_triton import reference
 from tests.csrc_triton import checks
 from tests.csrc_triton.checks import random
 
@@ -46,7 +45,7 @@ def test_equals_the_reference(graphs, tokens, dtype, masked):
     visible = torch.arange(2 * tokens).view(2, tokens) % 3 > 0 if masked else None
     checks.assert_equals_oracle(
         lambda x, *w: module.gated_projection(x, visible, *w),
-        lambda x, *w: reference.gated_projection(x, visible, *w),
+        lambda x, *w: module.reference(x, visible, *w),
         [random(2, tokens, 5), *weights(5, 9, 3)],
         dtype,
     )
@@ -118,8 +117,8 @@ def test_compiled_once_for_every_length_training_and_inference(graphs):
 )
 def test_only_a_gpu_fuses_and_data_says_where(monkeypatch, backend, tokens, fuses):
     rules = {"faster": {"sm_90": {"gated_projection": [{"tokens": [832, None]}]}}}
-    monkeypatch.setattr(module.backend.configs, "table", rules.__getitem__)
-    monkeypatch.setattr(module.backend, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(module.dispatch.device, "table", rules.__getitem__)
+    monkeypatch.setattr(module.dispatch.device, "capability", lambda device: (9, 0))
     monkeypatch.setenv("V2L_BACKEND", backend)
     with FakeTensorMode():
         assert module._fuses(torch.zeros(1, tokens, 3, device="cuda")) is fuses

@@ -1,5 +1,6 @@
 """The bar in a terminal, and what MFU counts."""
 
+import importlib
 import io
 from collections.abc import Callable
 
@@ -9,7 +10,9 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from csrc_triton import reference
+from csrc_triton.lora_linear import reference as lora_reference
+from csrc_triton.perceiver_attention import reference as attention_reference
+from csrc_triton.rank_projection import reference as projection_reference
 from tests import tiny
 from tests.training.tiny_run import TinySource, run, settings
 from v2l_fast.hypernet import adapted_linear as adapted
@@ -48,16 +51,19 @@ def test_the_peak_is_that_of_the_longest_name(monkeypatch):
 @pytest.fixture
 def visible_ops(monkeypatch):
     """The package's ops as plain torch, into which torch's counter can look."""
-    monkeypatch.setattr(perceiver, "perceiver_attention", reference.perceiver_attention)
-    monkeypatch.setattr(perceiver, "gated_projection", reference.gated_projection)
+    gated = importlib.import_module("csrc_triton.gated_projection")
+    monkeypatch.setattr(perceiver, "perceiver_attention", attention_reference.perceiver_attention)
+    monkeypatch.setattr(perceiver, "gated_projection", gated.reference)
 
     def rank_projection(latents, weight, scaler_a, scaler_b, *, d_in, d_out):
-        return reference.rank_projection(
+        return projection_reference.rank_projection(
             latents, weight, scaler_a, scaler_b, None, None, d_in, d_out
         )
 
     def lora_linear(x, weight, bias, a, b, index, scale, ranks=None, offsets=None):
-        return reference.lora_linear(x, weight, bias, a, b, index, scale, ranks, offsets, False)[0]
+        return lora_reference.lora_linear(
+            x, weight, bias, a, b, index, scale, ranks, offsets, False
+        )[0]
 
     monkeypatch.setattr(hypernet, "rank_projection", rank_projection)
     monkeypatch.setattr(adapted, "lora_linear", lora_linear)

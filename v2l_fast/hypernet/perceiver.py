@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from csrc_triton import backend, gated_projection, perceiver_attention
+from csrc_triton import dispatch, gated_projection, perceiver_attention
 
 RMS_EPS = 1e-6
 
@@ -32,7 +32,7 @@ def latent_dtype(features: torch.dtype) -> torch.dtype:
     """Where latents, their norms and their residual stream live."""
     if features.itemsize < 4:
         return torch.float32
-    wider = torch.is_grad_enabled() and backend.choice() != "triton"
+    wider = torch.is_grad_enabled() and dispatch.requested_backend() != "triton"
     return torch.float64 if wider else features
 
 

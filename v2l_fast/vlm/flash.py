@@ -15,7 +15,7 @@ import importlib.metadata
 import torch
 from torch import Tensor
 
-from csrc_triton import backend
+from csrc_triton import dispatch
 
 
 def usable(cache: Tensor) -> bool:
@@ -29,7 +29,7 @@ def usable(cache: Tensor) -> bool:
         and cache.shape[-1] <= 256
         and cache.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(cache.device) >= (8, 0)
-        and backend.choice() != "reference"
+        and dispatch.requested_backend() != "reference"
         and _installed()
     )
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from csrc_triton import configs, lora_linear, reference
-from csrc_triton.kernels import lora_gemm
-from csrc_triton.kernels import lora_linear as kernels
+from csrc_triton import device, lora_linear
+from csrc_triton.lora_linear import gemm as lora_gemm
+from csrc_triton.lora_linear import kernels, reference
 from tests.csrc_triton import checks
 from tests.csrc_triton.kernels.test_lora_linear import of_form, tiled
 from tests.csrc_triton.test_lora_linear import SCALE, frozen, inputs, oracle_of, packed
@@ -147,17 +147,17 @@ def test_the_table_chooses_the_form(form, monkeypatch):
 
         launches[name] = getattr(module, name)
         monkeypatch.setattr(module, name, record)
-    shipped = configs.table("lora_linear")["default"]
+    shipped = device.table("lora_linear")["default"]
     entries = [
         {**entry, "config": {"form": form}} if "form" in entry["config"] else entry
         for entry in shipped
     ]
-    monkeypatch.setattr(configs, "table", lambda name: {"default": entries})
-    configs._nearest.cache_clear()
+    monkeypatch.setattr(device, "table", lambda name: {"default": entries})
+    device._nearest.cache_clear()
     x, lora_a, lora_b = (t.float().requires_grad_() for t in inputs())
     weight, bias = (t.float() for t in frozen())
     lora_linear(x, weight, bias, lora_a, lora_b, torch.tensor([0, 1, 0]), SCALE).sum().backward()
-    configs._nearest.cache_clear()
+    device._nearest.cache_clear()
     assert launched == [form, form]
 
 

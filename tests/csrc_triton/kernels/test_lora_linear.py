@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from csrc_triton import lora_linear, reference
-from csrc_triton.kernels import lora_linear as kernels
-from csrc_triton.lora_linear import _check
+from csrc_triton import lora_linear
+from csrc_triton.lora_linear import kernels, reference
+from csrc_triton.lora_linear.op import _check
 from tests.csrc_triton import checks
 from tests.csrc_triton.checks import random
 from tests.csrc_triton.test_lora_linear import SCALE, frozen, inputs, op_of, oracle_of, packed

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from csrc_triton import configs, perceiver_attention, reference
-from csrc_triton.kernels import perceiver_attention as kernels
+from csrc_triton import device, perceiver_attention
+from csrc_triton.perceiver_attention import kernels, reference
 from tests.csrc_triton import checks
 from tests.csrc_triton.checks import random
 from tests.csrc_triton.test_perceiver_attention import finite_lse, finite_oracle, inputs
@@ -27,7 +27,7 @@ def shipped(kernel: str) -> list[dict[str, int]]:
     """The distinct configurations of a kernel, whatever the architecture."""
     found = {
         tuple(entry["config"].items()): entry["config"]
-        for section in configs.table("perceiver_attention").values()
+        for section in device.table("perceiver_attention").values()
         for entry in section
         if entry["where"]["kernel"] == kernel
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from csrc_triton import rank_projection, reference
-from csrc_triton.kernels import rank_projection as kernels
-from csrc_triton.rank_projection import _check
+from csrc_triton import rank_projection
+from csrc_triton.rank_projection import kernels, reference
+from csrc_triton.rank_projection.op import _check
 from tests.csrc_triton import checks
 from tests.csrc_triton.checks import random
 from tests.csrc_triton.test_rank_projection import inputs, op_of, oracle_of

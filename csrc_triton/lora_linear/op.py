@@ -7,7 +7,7 @@ hundred tokens; a training batch is bound by the GEMM over W, to which the adapt
 Where fusing cannot win: an adapter added inside a GEMM of ours saves up to 33% of a token's time at
 the 500M shape and 10-13% at the 2.2B shape (d_in 8,192), less what our GEMM lacks of cuBLAS's rate;
 with rank 32 and the 2.2B shape nothing is left of it when that GEMM recomputes x Aᵀ. The product
-over W therefore has three forms (``kernels/lora_linear.py``), and data chooses.
+over W therefore has three forms (``kernels.py``), and data chooses.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from csrc_triton import reference
-from csrc_triton.backend import use_triton
+from csrc_triton.dispatch import Op
+from csrc_triton.lora_linear import reference
+from csrc_triton.lora_linear.self_check import SELF_CHECKS
 from csrc_triton.transforms import (
     differentiable_backward,
     refuse_forward_mode,
@@ -27,6 +28,15 @@ from csrc_triton.transforms import (
     run_plain,
     transformed,
 )
+
+
+def _load_kernels() -> ModuleType:
+    from csrc_triton.lora_linear import kernels
+
+    return kernels
+
+
+OP = Op("lora_linear", reference, _load_kernels, SELF_CHECKS)
 
 
 def _implementation(
@@ -40,11 +50,7 @@ def _implementation(
         "tokens": rows // max(1, examples),
         "rank": lora_a.shape[1],
     }
-    if use_triton(x, lora_a, adapter_index, *others, op="lora_linear", **shape):
-        from csrc_triton.kernels import lora_linear as kernels
-
-        return kernels
-    return reference
+    return OP.implementation(x, lora_a, adapter_index, *others, **shape)
 
 
 def _require(holds: bool, name: str, expected: str, found: object) -> None:

@@ -3,12 +3,12 @@
 Roofline, 500M shape (d_in 2,560, d_out 960), bf16, rank r, H200 (790 TFLOP/s, 4.3 TB/s measured)
 and A100 (312, 2.0). Per token the GEMM over W is 4.9 MFLOP, 6.2 and 15.8 ns. The adapter adds r/700
 of the FLOPs and is bound by memory; three forms, chosen by the ``prefill`` entries of
-configs/lora_linear.json:
+configs.json:
 
 - ``expand``: cuBLAS, shrink, expand. Shrink reads x again (5.1 KB, 1.2 and 2.6 ns), expand reads
   and writes y (3.8 KB, 0.9 and 1.9 ns; 2.4 and 5.1 ns for the gradient of x). The default as long
   as no GPU has timed the others: a Triton GEMM rarely reaches cuBLAS's rate.
-- ``epilogue``: shrink, then our GEMM over W with u B as its last step (lora_gemm.py): no second
+- ``epilogue``: shrink, then our GEMM over W with u B as its last step (gemm.py): no second
   pass over y. It pays above 87% of cuBLAS's rate forward, 72% backward, at 4.3 TB/s.
 - ``recompute``: the same GEMM computes u beside y, again in every column tile (r/BLOCK_N more
   FLOPs): no second pass over x either. It pays above 84% for tiles of 256 columns at rank 32
@@ -36,10 +36,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from csrc_triton import configs
-from csrc_triton.kernels import lora_decode, lora_gemm
-from csrc_triton.kernels.aot import SECTIONS, AotCase
-from csrc_triton.kernels.lora_tiles import (
+from csrc_triton import device
+from csrc_triton.aot import SECTIONS, AotCase
+from csrc_triton.lora_linear import decode, gemm
+from csrc_triton.lora_linear.tiles import (
     OP,
     Config,
     block_of_ranks,
@@ -322,7 +322,7 @@ def product(
     )["form"]  # fmt: skip
     where = adapter_index, scale, ranks, offsets
     if form == "recompute":
-        fused = lora_gemm.recompute(x, weight, bias, down, up, *where, keep, config)
+        fused = gemm.recompute(x, weight, bias, down, up, *where, keep, config)
         if fused is not None:
             return fused
     u = shrink(x, down, *where, config)
@@ -331,7 +331,7 @@ def product(
         y = F.linear(x, weight, bias)
         expand_(y, u, up, adapter_index, ranks, offsets, config)
         return y, u
-    return lora_gemm.epilogue(x, weight, bias, up, u, adapter_index, ranks, offsets, config), u
+    return gemm.epilogue(x, weight, bias, up, u, adapter_index, ranks, offsets, config), u
 
 
 def lora_linear(
@@ -347,14 +347,14 @@ def lora_linear(
     keep: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`csrc_triton.reference.lora_linear`.
+    """As ``reference.lora_linear``.
 
     Up to 64 examples of one token each take the decode kernels, whose GEMM is not cuBLAS: their
     bits differ from a prefill's.
 
     Args:
         config: by kernel (shrink, expand, epilogue, recompute, decode_shrink, decode_linear) its
-            tile sizes, and {"form": ...} by "prefill", instead of configs/lora_linear.json.
+            tile sizes, and {"form": ...} by "prefill", instead of configs.json.
     """
     rows = x.reshape(-1, x.shape[-1])
     index, ranks, offsets = (_contiguous(t) for t in (adapter_index, ranks, offsets))
@@ -363,9 +363,9 @@ def lora_linear(
         u = rows.new_zeros(rows.shape[0] if keep else 0, lora_a.shape[1])
         return F.linear(rows, weight, bias).view(shape), u
     with torch.cuda.device_of(x):
-        decodes = offsets is None and index.numel() == rows.shape[0] <= lora_decode.MAX_EXAMPLES
+        decodes = offsets is None and index.numel() == rows.shape[0] <= decode.MAX_EXAMPLES
         if decodes:
-            y = lora_decode.decode(rows, weight, bias, lora_a, lora_b, index, scale, ranks, config)
+            y = decode.decode(rows, weight, bias, lora_a, lora_b, index, scale, ranks, config)
             u = shrink(rows, lora_a, index, scale, ranks, offsets, config) if keep else None
         else:
             y, u = product(
@@ -388,7 +388,7 @@ def lora_linear_backward(
     u: Tensor,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`csrc_triton.reference.lora_linear_backward`; config as there, and for reduce."""
+    """As ``reference.lora_linear_backward``; config as above, and for reduce."""
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     index, ranks, offsets = (_contiguous(t) for t in (adapter_index, ranks, offsets))
     if rows.numel() == 0 or lora_a.numel() == 0:
@@ -412,10 +412,10 @@ KERNELS = {
     "shrink": _shrink,
     "expand": _expand,
     "reduce": _reduce,
-    "epilogue": lora_gemm.gemm,
-    "recompute": lora_gemm.gemm,
-    "decode_shrink": lora_decode.decode_shrink,
-    "decode_linear": lora_decode.decode_linear,
+    "epilogue": gemm.gemm,
+    "recompute": gemm.gemm,
+    "decode_shrink": decode.decode_shrink,
+    "decode_linear": decode.decode_linear,
 }
 
 
@@ -425,7 +425,7 @@ def aot_cases() -> list[AotCase]:
     Half precision with packed examples, ragged ranks and a bias, float32 without. What multiplies
     by W in training is there twice, for y and for the gradient of x, which reads W transposed.
     """
-    table = configs.table(OP)
+    table = device.table(OP)
     served = [(SECTIONS[section], entry) for section in SECTIONS for entry in table[section]]
     # sm_90 takes the defaults of what has no entry of its own there.
     served += [

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.kernels.lora_tiles import (
+from csrc_triton.lora_linear.tiles import (
     Config,
     block_of_ranks,
     chosen,

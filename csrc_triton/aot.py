@@ -1,9 +1,9 @@
 """What it takes to compile a kernel without a GPU, and what the result must look like.
 
-Every module of kernels has a function ``aot_cases() -> list[AotCase]``: each of its kernels with
-each configuration of its JSON file (those under ``default`` for sm_86), at the shape the
-configuration was chosen for. Listing the cases compiles nothing; ``profiling/aot_report.py``
-compiles them and reads the result.
+Every op's ``kernels.py`` has a function ``aot_cases() -> list[AotCase]``: each of its kernels with
+each entry of its ``configs.json`` (those under ``default`` for sm_86), at the shape the entry was
+chosen for. Listing the cases compiles nothing; ``profiling/aot_report.py`` compiles them and reads
+the result.
 
 Needs no triton itself.
 """

@@ -7,7 +7,7 @@ GEMM and belongs in its epilogue, as do the scalers.
 
 Where the kernel cannot win: far above 180 rows the product is all that counts and cuBLAS is as
 fast or faster; the backward is batched products and nothing else, on both paths. The rules of
-``csrc_triton/configs/faster.json`` say up to which row.
+``faster.json`` say up to which row.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from csrc_triton import reference
-from csrc_triton.backend import use_triton
+from csrc_triton.dispatch import Op
+from csrc_triton.rank_projection import reference
+from csrc_triton.rank_projection.self_check import SELF_CHECKS
 from csrc_triton.transforms import (
     differentiable_backward,
     refuse_forward_mode,
@@ -28,14 +29,19 @@ from csrc_triton.transforms import (
 )
 
 
+def _load_kernels() -> ModuleType:
+    from csrc_triton.rank_projection import kernels
+
+    return kernels
+
+
+OP = Op("rank_projection", reference, _load_kernels, SELF_CHECKS)
+
+
 def _implementation(direction: str, latents: Tensor, *others: Tensor | None) -> ModuleType:
     groups, chunks, layers, rank, _ = latents.shape
     shape = {"direction": direction, "rows": groups * chunks * rank, "layers": layers}
-    if use_triton(latents, *others, op="rank_projection", **shape):
-        from csrc_triton.kernels import rank_projection as kernels
-
-        return kernels
-    return reference
+    return OP.implementation(latents, *others, **shape)
 
 
 def _require(holds: bool, name: str, expected: str, found: object) -> None:

@@ -1,7 +1,7 @@
 """Triton kernels of perceiver_attention: forward with split-KV, combine, and score gradients.
 
 Responsible for tiles, launches and the order of every sum; what is computed is defined in
-:mod:`csrc_triton.reference`, when to launch in :mod:`csrc_triton.backend`.
+``reference.py``, when to launch in :mod:`csrc_triton.dispatch`.
 
 Forward. Per token at Z = 512, P = 128 in bf16: 262 kFLOP for 1 KB of context, 256 FLOP/B, above
 the ridge of an A100 (156) and of an H200 (184 at the rates measured): bound by tensor cores and by
@@ -41,8 +41,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton import backend, configs
-from csrc_triton.kernels.aot import AotCase
+from csrc_triton import device
+from csrc_triton.aot import AotCase
 
 OP = "perceiver_attention"
 MAX_WIDTH = 512
@@ -329,9 +329,9 @@ def _rows_contiguous(tensor: Tensor) -> Tensor:
 
 
 def _config(kernel: str, query: Tensor) -> dict[str, int]:
-    return configs.lookup(
+    return device.lookup(
         OP,
-        backend.capability(query.device),
+        device.capability(query.device),
         kernel=kernel,
         inputs="single" if query.dtype == torch.float32 else "half",
         width=padded_width(query.shape[-1]),
@@ -372,10 +372,10 @@ def perceiver_attention(
     programs = n * triton.cdiv(p, config["BLOCK_P"])
     if n_splits is None:
         on_gpu = query.device.type == "cuda"
-        device = torch.cuda.get_device_properties(query.device) if on_gpu else None
+        gpu = torch.cuda.get_device_properties(query.device) if on_gpu else None
         n_splits = split_count(
             programs,
-            1 if device is None else device.multi_processor_count,
+            1 if gpu is None else gpu.multi_processor_count,
             triton.cdiv(s, config["BLOCK_S"]),
         )
     part, part_lse = out, lse
@@ -455,7 +455,7 @@ def aot_cases() -> list[AotCase]:
     sm_90 also takes those defaults that no entry of its own replaces. What writes float32 partial
     results of half-precision inputs is a case of its own.
     """
-    table = configs.table(OP)
+    table = device.table(OP)
     served = [
         *(("sm_80", entry, "") for entry in table["sm_80"]),
         *(("sm_90", entry, "") for entry in table["sm_90"]),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-from importlib import resources
 
 import pytest
+import torch
 
-from csrc_triton import configs
+from csrc_triton import device
 
+SHIPPED = device.table
 TABLE = {
     "sm_90": [
         {"where": {"kernel": "shrink", "rank": 16, "width": 960}, "config": {"BLOCK": 1}},
@@ -28,10 +28,10 @@ FASTER = {
 
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
-    monkeypatch.setattr(configs, "table", {"product": TABLE, "faster": FASTER}.__getitem__)
-    configs._nearest.cache_clear()
+    monkeypatch.setattr(device, "table", {"product": TABLE, "faster": FASTER}.__getitem__)
+    device._nearest.cache_clear()
     yield
-    configs._nearest.cache_clear()
+    device._nearest.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -53,18 +53,18 @@ def tables(monkeypatch):
     ],
 )
 def test_nearest(capability, key, block):
-    assert configs.lookup("product", capability, **key) == {"BLOCK": block}
+    assert device.lookup("product", capability, **key) == {"BLOCK": block}
 
 
 def test_result_is_the_callers_own():
-    configs.lookup("product", (9, 0), kernel="expand")["BLOCK"] = 99
-    assert configs.lookup("product", (9, 0), kernel="expand") == {"BLOCK": 3}
+    device.lookup("product", (9, 0), kernel="expand")["BLOCK"] = 99
+    assert device.lookup("product", (9, 0), kernel="expand") == {"BLOCK": 3}
 
 
 @pytest.mark.parametrize("key", [{"kernel": "other"}, {}, {"kernel": 3}])
 def test_no_entry_for_a_word(key):
-    with pytest.raises(KeyError, match="configs/product.json has no entry for"):
-        configs.lookup("product", (8, 0), **key)
+    with pytest.raises(KeyError, match="product/configs.json has no entry for"):
+        device.lookup("product", (8, 0), **key)
 
 
 @pytest.mark.parametrize(
@@ -82,32 +82,34 @@ def test_no_entry_for_a_word(key):
     ],
 )
 def test_prefers_fused(capability, op, shape, faster):
-    assert configs.prefers_fused(op, capability, **shape) is faster
+    assert device.prefers_fused(op, capability, **shape) is faster
 
 
 def test_files_are_read_again_when_forgotten():
-    first = configs.lookup("product", (9, 0), kernel="expand")
-    configs.table = functools.cache(lambda name: {"default": [{"where": {}, "config": {"B": 9}}]})
-    assert configs.lookup("product", (9, 0), kernel="expand") == first
-    configs.forget()
-    assert configs.lookup("product", (9, 0), kernel="expand") == {"B": 9}
+    first = device.lookup("product", (9, 0), kernel="expand")
+    device.table = functools.cache(lambda name: {"default": [{"where": {}, "config": {"B": 9}}]})
+    assert device.lookup("product", (9, 0), kernel="expand") == first
+    device.clear_cache()
+    assert device.lookup("product", (9, 0), kernel="expand") == {"B": 9}
 
 
-def shipped() -> dict[str, dict]:
-    files = resources.files(configs).iterdir()
-    return {f.name: json.loads(f.read_text()) for f in files if f.name.endswith(".json")}
-
-
-def test_shipped_files_are_well_formed():
-    for name, content in shipped().items():
-        assert set(content) <= {"sm_80", "sm_90", "default"}, name
-        if name == "faster.json":
+@pytest.mark.parametrize(
+    "name", ["perceiver_attention", "rank_projection", "lora_linear", "faster"]
+)
+def test_shipped_files_are_well_formed(name):
+    content = SHIPPED(name)
+    assert set(content) <= {"sm_80", "sm_90", "default"}
+    if name == "faster":
+        return
+    for entry in (entry for section in content.values() for entry in section):
+        assert set(entry) == {"where", "config"}
+        if entry["where"].get("kernel") == "prefill":
+            assert entry["config"].keys() == {"form"}
             continue
-        for entry in (entry for section in content.values() for entry in section):
-            assert set(entry) == {"where", "config"}, name
-            if entry["where"].get("kernel") == "prefill":
-                assert entry["config"].keys() == {"form"}, name
-                continue
-            assert {"num_warps", "num_stages"} <= set(entry["config"]), name
-            assert entry["config"]["num_warps"] in (1, 2, 4, 8, 16), name
-            assert all(isinstance(value, int) for value in entry["config"].values()), name
+        assert {"num_warps", "num_stages"} <= set(entry["config"])
+        assert entry["config"]["num_warps"] in (1, 2, 4, 8, 16)
+        assert all(isinstance(value, int) for value in entry["config"].values())
+
+
+def test_devices_without_a_capability():
+    assert device.capability(torch.device("cpu")) is None

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton import configs
-from csrc_triton.backend import capability
+from csrc_triton import device
 
 OP = "lora_linear"
 
@@ -60,7 +59,7 @@ def chosen(kernel: str, x: Tensor, config: Config | None, **key: int | str) -> d
     if config is not None and kernel in config:
         return dict(config[kernel])
     inputs = "single" if x.dtype == torch.float32 else "half"
-    return configs.lookup(OP, capability(x.device), kernel=kernel, inputs=inputs, **key)
+    return device.lookup(OP, device.capability(x.device), kernel=kernel, inputs=inputs, **key)
 
 
 def block_of_ranks(largest: int, rank: int) -> int:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.kernels.lora_tiles import Config, block_of_ranks, chosen, precision, used_rank
+from csrc_triton.lora_linear.tiles import Config, block_of_ranks, chosen, precision, used_rank
 
 MAX_EXAMPLES = 64  # the largest tile of examples: with more, W would be read more than once
 

@@ -13,15 +13,19 @@ Against the same form in plain torch (two batched products around a softmax) the
 of the bytes, 27 of 53 GB over those nine blocks, 6 of 12 ms at 4.3 TB/s. It cannot win in float32,
 where no tensor core helps and its tiles of 16 rows read the context P / 16 times, nor above
 Z = 512, which it refuses; below some hundred tokens launches decide.
-``csrc_triton/configs/faster.json`` draws the line.
+``faster.json`` draws the line.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from csrc_triton import backend, reference
+from csrc_triton.dispatch import Op
+from csrc_triton.perceiver_attention import reference
+from csrc_triton.perceiver_attention.self_check import SELF_CHECKS
 from csrc_triton.transforms import (
     differentiable_backward,
     refuse_forward_mode,
@@ -31,29 +35,27 @@ from csrc_triton.transforms import (
 )
 
 
-def _use_triton(query: Tensor, context: Tensor, *others: Tensor) -> bool:
+def _load_kernels() -> ModuleType:
+    from csrc_triton.perceiver_attention import kernels
+
+    return kernels
+
+
+OP = Op("perceiver_attention", reference, _load_kernels, SELF_CHECKS)
+
+
+def _implementation(query: Tensor, context: Tensor, *others: Tensor) -> ModuleType:
     slices, rows, width = query.shape
-    return backend.use_triton(
-        query,
-        context,
-        *others,
-        op="perceiver_attention",
-        slices=slices,
-        rows=rows,
-        tokens=context.shape[1],
-        width=width,
-    )
+    shape = {"slices": slices, "rows": rows, "tokens": context.shape[1], "width": width}
+    return OP.implementation(query, context, *others, **shape)
 
 
 @torch.library.custom_op("v2l::perceiver_attention", mutates_args=())
 def _forward(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
     refuse_forward_mode("perceiver_attention", query, context, inv_rms)
     _check(query, context, inv_rms)
-    if _use_triton(query, context, inv_rms):
-        from csrc_triton.kernels import perceiver_attention as kernels
-
-        return kernels.perceiver_attention(query, context, inv_rms)
-    return reference.perceiver_attention(query, context, inv_rms)
+    implementation = _implementation(query, context, inv_rms)
+    return implementation.perceiver_attention(query, context, inv_rms)
 
 
 @_forward.register_fake
@@ -74,12 +76,10 @@ def _backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    args = grad_out, grad_lse, query, context, inv_rms, out, lse
-    if _use_triton(query, context, inv_rms, grad_out, grad_lse, out, lse):
-        from csrc_triton.kernels import perceiver_attention as kernels
-
-        return kernels.perceiver_attention_backward(*args)
-    return reference.perceiver_attention_backward(*args)
+    implementation = _implementation(query, context, inv_rms, grad_out, grad_lse, out, lse)
+    return implementation.perceiver_attention_backward(
+        grad_out, grad_lse, query, context, inv_rms, out, lse
+    )
 
 
 @_backward.register_fake

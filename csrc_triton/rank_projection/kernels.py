@@ -27,9 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton import configs
-from csrc_triton.backend import capability
-from csrc_triton.kernels.aot import SECTIONS, AotCase
+from csrc_triton import device
+from csrc_triton.aot import SECTIONS, AotCase
 
 OP = "rank_projection"
 
@@ -127,10 +126,10 @@ def rank_projection(
     d_out: int,
     config: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`csrc_triton.reference.rank_projection`.
+    """As ``reference.rank_projection``.
 
     Args:
-        config: tile sizes instead of those of configs/rank_projection.json.
+        config: tile sizes instead of those of configs.json.
     """
     groups, chunks, layers, rank, depth = latents.shape
     shared = 0 if bias_a is None else bias_a.shape[1]
@@ -140,8 +139,8 @@ def rank_projection(
     )
     if config is None:
         inputs = "single" if torch.float32 in (latents.dtype, weight.dtype) else "half"
-        config = configs.lookup(
-            OP, capability(latents.device), inputs=inputs, rows=rows, layers=layers
+        config = device.lookup(
+            OP, device.capability(latents.device), inputs=inputs, rows=rows, layers=layers
         )
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     grid = (
@@ -174,7 +173,7 @@ def rank_projection_backward(
     d_in: int,
     d_out: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`csrc_triton.reference.rank_projection_backward`, in batched GEMMs.
+    """As ``reference.rank_projection_backward``, in batched GEMMs.
 
     They run in the wider dtype of latents and weight; the pointwise part in float32.
     """
@@ -214,7 +213,7 @@ def aot_cases() -> list[AotCase]:
     return [
         _aot_case(architecture, entry["where"], entry["config"])
         for section, architecture in SECTIONS.items()
-        for entry in configs.table(OP)[section]
+        for entry in device.table(OP)[section]
     ]
 
 

@@ -1,0 +1,118 @@
+"""What the ops know about a GPU: its compute capability and the launch configurations tuned for it.
+
+Tuned choices are data. ``<op>/configs.json`` lists entries under ``sm_80``, ``sm_90`` and
+``default`` (sm_86, sm_89 and every unknown GPU; at most 99 KB of shared memory a block)::
+
+    {"sm_90": [{"where": {"kernel": "shrink", "rank": 32, "width": 2560},
+                "config": {"BLOCK_T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}}]}
+
+``where`` is the shape that the entry was chosen for: strings must match exactly, numbers match by
+nearest ratio, and keys it does not name are ignored. ``config`` holds the launch's block sizes,
+num_warps and num_stages.
+
+``faster.json`` lists, by architecture and op, where the fused path replaces the reference:
+``{"sm_90": {"perceiver_attention": [{"slices": [32, 4096]}]}}`` gives the inclusive range of each
+number (null for an open end) or the string it must equal. The rules that ship follow from the
+roofline at the head of each op's file; ``bench/tune.py`` rewrites these files from what it measures
+on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import torch
+
+Capability = tuple[int, int] | None
+
+
+@functools.cache
+def capability(device: torch.device) -> Capability:
+    """Compute capability of a CUDA device; None for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def architecture(capability: Capability) -> str:
+    """The section of the configuration files that serves a compute capability."""
+    return {(8, 0): "sm_80", (9, 0): "sm_90"}.get(capability or (0, 0), "default")
+
+
+def file_of(name: str) -> str:
+    """Path of a configuration file below the package: of an op, or of "faster"."""
+    return "faster.json" if name == "faster" else f"{name}/configs.json"
+
+
+@functools.cache
+def table(name: str) -> dict[str, Any]:
+    """The parsed configuration file of an op, or of "faster"; do not modify it."""
+    return json.loads(resources.files("csrc_triton").joinpath(file_of(name)).read_text())
+
+
+def _distance(where: Mapping[str, Any], shape: Mapping[str, float | str]) -> float:
+    """Squared distance in log space over the numbers both name; inf when a string differs."""
+    total = 0.0
+    for name, wanted in where.items():
+        value = shape.get(name)
+        if isinstance(wanted, str) or isinstance(value, str):
+            if value != wanted:
+                return math.inf
+        elif value is not None:
+            total += math.log(max(wanted, 1) / max(value, 1)) ** 2
+    return total
+
+
+# An op looks up at every call, from a handful of shapes while it decodes.
+@functools.lru_cache(maxsize=4096)
+def _nearest(
+    op: str, capability: Capability, key: tuple[tuple[str, float | str], ...]
+) -> Mapping[str, int]:
+    entries, shape = table(op), dict(key)
+    for section in dict.fromkeys((architecture(capability), "default")):
+        ranked = [(_distance(entry["where"], shape), entry) for entry in entries.get(section, ())]
+        distance, nearest = min(ranked, key=lambda pair: pair[0], default=(math.inf, None))
+        if nearest is not None and distance < math.inf:
+            return nearest["config"]
+    raise KeyError(f"{op}/configs.json has no entry for {shape} on {architecture(capability)}")
+
+
+def lookup(op: str, capability: Capability, **shape: float | str) -> dict[str, int]:
+    """The launch configuration tuned for the nearest shape; the first of equally near ones.
+
+    Args:
+        op: name of the op's folder.
+        capability: of the device; None (CPU, interpreter) gets the defaults.
+        shape: numbers (compared by ratio) and strings (compared exactly).
+
+    Returns:
+        A new dict: block sizes, num_warps, num_stages.
+
+    Raises:
+        KeyError: no entry matches the strings of the shape.
+    """
+    return dict(_nearest(op, capability, tuple(shape.items())))
+
+
+def clear_cache() -> None:
+    """Read the files again at the next call, after they were rewritten."""
+    table.cache_clear()
+    _nearest.cache_clear()
+
+
+def _within(wanted: str | list[float | None], value: float | str | None) -> bool:
+    if value is None or isinstance(value, str) or isinstance(wanted, str):
+        return value == wanted
+    low, high = wanted
+    return (low is None or low <= value) and (high is None or value <= high)
+
+
+def prefers_fused(op: str, capability: Capability, **shape: float | str) -> bool:
+    """Whether ``faster.json`` selects the op's fused path for this shape."""
+    rules = table("faster").get(architecture(capability), {}).get(op, ())
+    return any(
+        all(_within(wanted, shape.get(name)) for name, wanted in rule.items()) for rule in rules
+    )

@@ -1,1 +1,0 @@
-"""Triton kernels of the ops, one file an op; importing one of those files imports triton."""

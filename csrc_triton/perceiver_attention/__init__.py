@@ -1,0 +1,1 @@
+"""Absorbed Perceiver cross-attention over an RMS-normalized context."""

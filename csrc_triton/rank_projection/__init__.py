@@ -1,0 +1,1 @@
+"""Rank latents to LoRA factors: unit norm, per-layer head, scalers, split."""
