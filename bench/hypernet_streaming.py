@@ -29,7 +29,7 @@ from bench import records, released
 from bench.environment import environment
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.outputs import save_tensors
+from v2l_fast.tensor_files import save_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ("released", "streamed")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import RESULTS
-from v2l_fast.outputs import write_text
+from v2l_fast.files import write_text
 
 Record = Mapping[str, Any]
 FAILED = "failed"

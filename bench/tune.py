@@ -35,7 +35,7 @@ from csrc_triton import (
     rank_projection,
 )
 from csrc_triton.perceiver_attention import reference
-from v2l_fast.outputs import write_text
+from v2l_fast.files import write_text
 
 TUNED = ("perceiver_attention", "rank_projection", "lora_linear")
 OPS = (*TUNED, "gated_projection")

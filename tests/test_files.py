@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import tempfile
@@ -11,6 +12,9 @@ import pytest
 from v2l_fast import files
 from v2l_fast.errors import LINE_LENGTH, ConfigError, V2LError, excerpt
 from v2l_fast.files import (
+    append_jsonl,
+    drop_torn_line,
+    file_sha256,
     open_regular,
     parse_json,
     read_bytes,
@@ -18,6 +22,8 @@ from v2l_fast.files import (
     read_jsonl,
     read_lines,
     read_text,
+    write_json,
+    write_jsonl,
 )
 
 DEEP = 100_000
@@ -255,6 +261,68 @@ def test_a_torn_last_line(tmp_path):
     assert list(read_jsonl(path, torn=True)) == [(1, {"a": 1}), (3, {"a": 2})]
     with pytest.raises(V2LError, match="line 4"):
         list(read_jsonl(path))
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_json_is_written_whole_and_read_back(tmp_path):
+    path = tmp_path / "new" / "record.json"
+    value = {"name": "ä 😀", "rows": [1, None, 2.5]}
+    write_json(path, value)
+    assert read_json(path) == value
+    assert path.read_text("utf-8").startswith('{\n  "name": "ä 😀"') and path.read_bytes()[-1] == 10
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"x": float("nan")}, allow_nan=False)
+    write_json(path.with_name("nan.json"), float("nan"))
+    assert path.with_name("nan.json").read_text() == "NaN\n"
+    assert read_json(path) == value
+    assert sorted(p.name for p in path.parent.iterdir()) == ["nan.json", "record.json"]
+
+
+def test_json_lines_are_written_and_appended(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    write_jsonl(path, ({"step": step} for step in range(2)))
+    append_jsonl(path, [{"step": 2}, {"text": "a\nb"}], fsync=True)
+    assert [row for _, row in read_jsonl(path)] == [
+        {"step": 0}, {"step": 1}, {"step": 2}, {"text": "a\nb"}
+    ]  # fmt: skip
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(V2LError, match="cannot be written"):
+        append_jsonl(tmp_path / "link", [1])
+    with pytest.raises(V2LError, match="cannot be written"):
+        append_jsonl(tmp_path / "none" / "log.jsonl", [1])
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_text_that_is_not_unicode_is_written_as_an_escape(tmp_path):
+    path = tmp_path / "log.jsonl"
+    append_jsonl(path, [{"name": "a\udcff.mp4"}])
+    assert path.read_text() == '{"name": "a\\udcff.mp4"}\n'
+
+
+def test_appending_after_a_torn_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    append_jsonl(path, [1])
+    with open(path, "a") as handle:
+        handle.write('{"half')
+    append_jsonl(path, [2])
+    assert path.read_text() == '1\n{"half\n2\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"), [("1\n2\n", "1\n2\n"), ("1\n2", "1\n"), ("12", ""), ("", "")]
+)
+def test_a_torn_line_is_dropped(text, whole, tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(text)
+    drop_torn_line(path)
+    assert path.read_text() == whole
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
 
 
 # --- messages -------------------------------------------------------------------------------------

@@ -12,18 +12,12 @@ import pytest
 import torch
 
 from tests.tiny import clip
-from v2l_fast.errors import V2LError, WriteError
+from v2l_fast.errors import AdapterError, ConfigError, V2LError, WriteError
+from v2l_fast.files import replacing, write_text
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.directories import whole_directory
-from v2l_fast.outputs import (
-    check_folder,
-    check_new_folder,
-    check_output,
-    replacing,
-    save_tensors,
-    write_text,
-)
-from v2l_fast.tensor_files import load_tensors
+from v2l_fast.outputs import ResumableFolder, check_folder, check_new_folder, check_output
+from v2l_fast.tensor_files import load_tensors, save_tensors
 
 
 @pytest.fixture
@@ -153,12 +147,12 @@ def test_a_disk_and_a_socket_are_refused(tmp_path, monkeypatch):
 def test_full_disks_are_told_as_such(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    from v2l_fast import outputs
+    from v2l_fast import tensor_files
 
     def fail(*args, **kwargs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(outputs, "save_file", fail)
+    monkeypatch.setattr(tensor_files, "save_file", fail)
     with pytest.raises(WriteError, match="a: cannot be written: No space left") as caught:
         save_tensors({"x": torch.ones(2)}, tmp_path / "a")
     assert caught.value.errno == 28 and list(tmp_path.iterdir()) == []
@@ -229,3 +223,39 @@ def test_process_substitution():
     os.close(write)
     with open(read) as handle:
         assert handle.read() == "text"
+
+
+def test_a_folder_resumes_the_same_run_only(tmp_path):
+    folder = tmp_path / "new" / "run"
+    fingerprint = {"model": {"name": "a", "rank": 8}, "budgets": (1, 2)}
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"score": float("nan")}
+
+    for _ in range(2):
+        record = ResumableFolder(folder, fingerprint).record("piece", compute)
+        assert list(record) == ["score"] and len(calls) == 1
+    changed = {"model": {"name": "b", "rank": 9}, "budgets": (1, 2)}
+    with pytest.raises(
+        AdapterError,
+        match=r"run: made with model.name=\"a\", now it is \"b\" \(and 1 more settings",
+    ):
+        ResumableFolder(folder, changed, AdapterError)
+    with pytest.raises(ConfigError, match="made with budgets=.*repeat that run's settings or name"):
+        ResumableFolder(folder, fingerprint | {"budgets": [1]})
+    with pytest.raises(ConfigError, match="made with seed=null, now it is 1;"):
+        ResumableFolder(folder, fingerprint | {"seed": 1})
+    (folder / "piece.json").write_text("[]")
+    with pytest.raises(ConfigError, match="piece.json: must hold a JSON object.*delete it"):
+        ResumableFolder(folder, fingerprint).record("piece", compute)
+
+
+def test_a_folder_of_other_files_is_not_a_run(video, tmp_path):
+    with pytest.raises(ConfigError, match="is not empty and holds no earlier run"):
+        ResumableFolder(tmp_path, {})
+    ResumableFolder(tmp_path, {}, shared=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "run.json"]
+    with pytest.raises(WriteError, match="cannot be written"):
+        ResumableFolder(video, {})

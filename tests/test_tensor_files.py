@@ -7,10 +7,10 @@ import os
 import pytest
 import torch
 
-from v2l_fast import outputs
+from v2l_fast import tensor_files
 from v2l_fast.errors import AdapterError, CheckpointError, V2LError
-from v2l_fast.outputs import replacing, save_tensors, write_text
-from v2l_fast.tensor_files import load_tensors
+from v2l_fast.files import replacing, write_text
+from v2l_fast.tensor_files import load_tensors, save_tensors
 
 
 def test_round_trip(tmp_path):
@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(step, tmp_path, mon
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(*((outputs, step) if step == "save_file" else (os, "replace")), fail)
+    monkeypatch.setattr(*((tensor_files, step) if step == "save_file" else (os, "replace")), fail)
     with pytest.raises(OSError, match="disk full"):
         save_tensors({"x": torch.ones(3)}, path)
     assert path.read_bytes() == before

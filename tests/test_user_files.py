@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save
 
 from tests import tiny
-from v2l_fast.analysis.records import read_json as read_analysis
 from v2l_fast.data.manifest import load_manifest
 from v2l_fast.data.shards import Shards
 from v2l_fast.errors import LINE_LENGTH, CheckpointError, V2LError
@@ -22,11 +21,17 @@ from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.interop import frames2lora
 from v2l_fast.interop.peft import load_peft
+from v2l_fast.outputs import ResumableFolder
 from v2l_fast.serving.auth import Keys
 from v2l_fast.tensor_files import load_tensors, read_header
 from v2l_fast.training.checkpoint import read_progress
 from v2l_fast.training.config import load_config
 from v2l_fast.vlm.loading import load_backbone
+
+
+def _read_record(path: Path):
+    return ResumableFolder(path.parent, {}, shared=True).read("record")
+
 
 DEEP = "[" * 100_000
 
@@ -37,7 +42,7 @@ JSON_READERS = {
     "PEFT": ("adapter_config.json", lambda path: load_peft(path.parent)),
     "manifest": ("manifest.jsonl", load_manifest),
     "journal": ("journal.jsonl", Journal),
-    "analysis": ("record.json", read_analysis),
+    "record": ("record.json", _read_record),
     "shards": ("run.json", lambda path: Shards.open(path.parent, {}, 1, 1)),
     "training config": ("run.toml", lambda path: load_config(str(path))),
     **{
@@ -110,7 +115,7 @@ def test_json_of_another_kind(reader, content, tmp_path):
     name, read = JSON_READERS[reader]
     path = tmp_path / name
     path.write_bytes(content)
-    if reader == "analysis" and content.startswith(b'{"' + b"xx"):
+    if reader == "record" and content.startswith(b'{"' + b"xx"):
         # An object is all that is asked for here.
         assert read(path)
         return

@@ -7,6 +7,7 @@ runs on these.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -16,6 +17,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from v2l_fast.files import read_jsonl
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.video import Clip
@@ -152,3 +154,8 @@ def save_pair(folder: Path, base: SmolVLM, hypernet: HyperNetwork) -> None:
     base.model.save_pretrained(folder / "base")
     base.tokenizer.save_pretrained(folder / "base")
     hypernet.save_pretrained(folder / "hypernet")
+
+
+def json_lines(path: Path) -> list[Any]:
+    """The values of a JSON-lines file."""
+    return [value for _, value in read_jsonl(path, allow_nan=True)]

@@ -1,22 +1,29 @@
-"""Bounded reads of files that users name. What is written is ``outputs``'.
+"""Files of text, JSON and JSON lines: bounded reads, and writes that leave a whole file or none.
 
-Errors name the file, the fault and the remedy.
+Errors name the file, the fault and the remedy. ``outputs`` says which files a command may write.
 """
 
 from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
+import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from v2l_fast.errors import V2LError, excerpt
+from v2l_fast.errors import V2LError, WriteError, excerpt, os_error_reason
 
 # Largest files read whole: configurations and records; data that others publish.
 SMALL_BYTES = 16 * 2**20
@@ -28,8 +35,8 @@ LINES_BYTES = 8 * 2**30
 MAX_DEPTH = 64
 
 # Windows has neither; its named pipes and devices are not found in folders.
-NONBLOCK = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -43,9 +50,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # --- reading --------------------------------------------------------------------------------------
 #
-# Every file a user names is opened here: a regular file, of bounded size, read at most up to that
-# bound even when it grows meanwhile. What waits for a writer (a named pipe) or never ends (a
-# device) is refused without waiting.
+# Every file that a user names is opened here. It must be a regular file, and at most a fixed number
+# of bytes is read, even if the file grows meanwhile. A named pipe, whose writer may never come, or
+# a device, which may never end, is refused without waiting.
 
 
 def open_regular(
@@ -60,30 +67,29 @@ def open_regular(
     Args:
         error: class of the error raised.
         follow: whether a symbolic link in the last component is followed.
-        missing: the remedy when there is no such file.
+        missing: the remedy if the file does not exist.
 
     Raises:
-        error: the path names no file, something other than a regular file, or a file that cannot
-            be read. An OSError is its ``__context__``.
+        error: the path does not exist, is not a regular file, or cannot be read. An OSError is its
+            ``__context__``.
     """
-    flags = os.O_RDONLY | NONBLOCK | (0 if follow else NOFOLLOW)
+    flags = os.O_RDONLY | _NONBLOCK | (0 if follow else _NOFOLLOW)
     try:
-        # Looked at before it is opened, since opening can act on a device or wake a pipe's writer,
-        # and again on the open file, which nothing can exchange.
-        refuse_special(path, (os.stat if follow else os.lstat)(path).st_mode, error)
-        descriptor = os.open(path, flags)
-        try:
-            refuse_special(path, os.fstat(descriptor).st_mode, error)
-            return os.fdopen(descriptor, "rb")
-        except BaseException:
-            os.close(descriptor)
-            raise
-    except V2LError:
-        raise
+        with _read_errors(path, error):
+            # Checked before it is opened, because opening can act on a device or wake a pipe's
+            # writer, and again on the open file, which nothing can exchange.
+            _refuse_special(path, (os.stat if follow else os.lstat)(path).st_mode, error)
+            descriptor = os.open(path, flags)
+            try:
+                _refuse_special(path, os.fstat(descriptor).st_mode, error)
+                return os.fdopen(descriptor, "rb")
+            except BaseException:
+                os.close(descriptor)
+                raise
     except FileNotFoundError:
         raise error(f"{path}: no such file; {missing}") from None
-    except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror}); {_remedy(cause)}") from None
+    except V2LError:
+        raise
     except ValueError:
         # A NUL byte, or characters that the file system's encoding lacks.
         raise error(f"{path}: not a path; check the characters in it") from None
@@ -96,16 +102,13 @@ def read_bytes(
     *,
     missing: str = "check the path",
 ) -> bytes:
-    """The whole of a regular file.
+    """The content of a regular file.
 
     Raises:
         error: as :func:`open_regular`, or the file is larger than `max_bytes`.
     """
-    with open_regular(path, error, missing=missing) as handle:
-        try:
-            data = handle.read(max_bytes + 1)
-        except OSError as cause:
-            raise error(f"{path}: cannot be read ({cause.strerror}); {_remedy(cause)}") from None
+    with open_regular(path, error, missing=missing) as handle, _read_errors(path, error):
+        data = handle.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise error(
             f"{path}: larger than {max_bytes:,} bytes, the limit for this kind of file; "
@@ -175,20 +178,15 @@ def read_lines(
     max_line_bytes: int = LINE_BYTES,
     max_bytes: int = LINES_BYTES,
 ) -> Iterator[tuple[int, str]]:
-    """(number from 1, text with its line break) of every line of a UTF-8 text file, lazily.
+    """Lazily yield (number from 1, text with its line break) for every line of a UTF-8 text file.
 
     Raises:
-        error: as :func:`open_regular`; a line or the file is too long, or a line is not UTF-8.
+        error: as :func:`open_regular`, or a line or the file is too long, or a line is not UTF-8.
     """
     total = 0
-    with open_regular(path, error, missing=missing) as handle:
+    with open_regular(path, error, missing=missing) as handle, _read_errors(path, error):
         for number in itertools.count(1):
-            try:
-                line = handle.readline(max_line_bytes + 1)
-            except OSError as cause:
-                raise error(
-                    f"{path}: cannot be read ({cause.strerror}); {_remedy(cause)}"
-                ) from None
+            line = handle.readline(max_line_bytes + 1)
             if not line:
                 return
             total += len(line)
@@ -219,10 +217,10 @@ def read_jsonl(
     allow_nan: bool = False,
     torn: bool = False,
 ) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every line of a JSON-lines file that is not blank, lazily.
+    """Lazily yield (line number, value) for every line of a JSON-lines file that is not blank.
 
     Args:
-        torn: a last line without a line break, which a crash has cut short, is left out.
+        torn: skip a last line without a line break: a crash has cut it short.
 
     Raises:
         error: as :func:`read_lines` and :func:`parse_json`.
@@ -232,6 +230,16 @@ def read_jsonl(
             continue
         where = f"{path}: line {number}"
         yield number, parse_json(line, where, error, remedy=remedy, allow_nan=allow_nan)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def parse_json(
@@ -279,17 +287,25 @@ class _RefusedValue(ValueError):
     """A JSON value that parses but is not accepted; the message says why."""
 
 
-def refuse_special(path: str | os.PathLike, mode: int, error: type[V2LError]) -> None:
+def _refuse_special(path: str | os.PathLike, mode: int, error: type[V2LError]) -> None:
     if stat.S_ISREG(mode):
         return
     kind = next((name for test, name in _KINDS if test(mode)), "not a regular file")
     raise error(f"{path}: {kind}, not a regular file; name a file")
 
 
-def _remedy(cause: OSError) -> str:
-    if cause.errno in (errno.EMFILE, errno.ENFILE):
-        return "close files or raise the limit (ulimit -n)"
-    return "check the path and its permissions"
+@contextmanager
+def _read_errors(path: str | os.PathLike, error: type[V2LError]) -> Iterator[None]:
+    """Raise the operating system's errors as one that names the file."""
+    try:
+        yield
+    except (V2LError, FileNotFoundError):
+        raise
+    except OSError as cause:
+        remedy = "check the path and its permissions"
+        if cause.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "close files or raise the limit (ulimit -n)"
+        raise error(f"{path}: cannot be read ({cause.strerror}); {remedy}") from None
 
 
 def _integer(digits: str) -> int:
@@ -339,3 +355,192 @@ def _refuse_depth(value: Any) -> None:
         if not level:
             return
     raise RecursionError
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: str | os.PathLike, suffix: str = ".part") -> Iterator[Path]:
+    """Write the yielded file, and ``path`` becomes it when the block ends, never a part of it.
+
+    The file is on the disk before it takes its place; when the block raises, it is removed. A
+    symbolic link stays: the file it points to is replaced. A device or pipe stays, too: the
+    content is written into it.
+
+    Args:
+        suffix: of the yielded file, for writers that go by it.
+
+    Raises:
+        WriteError: the path is a folder, a disk or a socket, or cannot be written.
+    """
+    path = Path(path)
+    target = write_target(path)
+    # The name itself may already be as long as the file system allows.
+    name = f".{path.name[:50]}.{uuid.uuid4().hex}{suffix}"
+    with write_errors(path):
+        if target is None:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder) / name
+                _copy_into(Path(folder) / name, path)
+            return
+        part = target.with_name(name)
+        try:
+            yield part
+            with open(part, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file (UTF-8) so that ``path`` is either the old file or the whole new one.
+
+    Raises:
+        WriteError: its folder does not exist, is not writable, or the disk is full.
+    """
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | os.PathLike, value: Any, *, allow_nan: bool = True) -> None:
+    """Write a JSON file, indented, as :func:`write_text` does; make its folder if needed.
+
+    Args:
+        allow_nan: write NaN and infinite numbers, which are not JSON.
+
+    Raises:
+        WriteError: as :func:`write_text`.
+        ValueError: a number is not finite and `allow_nan` is False.
+    """
+    _write_bytes(path, _json_bytes(value, indent=2, allow_nan=allow_nan))
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
+    """Write a JSON-lines file as :func:`write_text` does; make its folder if needed.
+
+    Raises:
+        WriteError: as :func:`write_text`.
+    """
+    _write_bytes(path, b"".join(map(_json_bytes, rows)))
+
+
+def append_jsonl(path: str | os.PathLike, rows: Iterable[Any], *, fsync: bool = False) -> None:
+    """Append lines to a JSON-lines file in one write; make the file if needed, not its folder.
+
+    Other processes may append to the same file. A last line that a crash has cut short stays a
+    line of its own. A symbolic link is not followed.
+
+    Args:
+        fsync: whether the lines are on the disk when this returns.
+
+    Raises:
+        V2LError: the file cannot be written, or is not a regular file. An OSError is its
+            ``__context__``.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | _NONBLOCK | _NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            status = os.fstat(descriptor)
+            _refuse_special(path, status.st_mode, V2LError)
+            data = b"".join(map(_json_bytes, rows))
+            if status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n":
+                data = b"\n" + data
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            if fsync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as cause:
+        raise V2LError(
+            f"{path}: cannot be written ({cause.strerror}); "
+            "check its folder, its permissions and the free space"
+        ) from None
+
+
+def drop_torn_line(path: str | os.PathLike) -> None:
+    """Cut a text file back to its last line break, if a crash has cut its last line short.
+
+    Raises:
+        WriteError: the file cannot be changed.
+    """
+    with write_errors(Path(path)), open(path, "rb+") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size:
+            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                whole = content.rfind(b"\n") + 1
+            if whole < size:
+                handle.truncate(whole)
+
+
+def _json_bytes(value: Any, **options: Any) -> bytes:
+    # The escape of a lone surrogate is the same in JSON and in Python.
+    text = json.dumps(value, ensure_ascii=False, **options) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    path = Path(path)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """The operating system's errors as one that names what was to be written."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        reason = os_error_reason(error)
+        raise WriteError(f"{path}: cannot be written: {reason}", error) from None
+
+
+def write_target(path: Path) -> Path | None:
+    """The file that a write to ``path`` replaces or makes; None for a device or pipe, which is
+    written into.
+
+    Raises:
+        WriteError: the path is a folder, a disk or a socket.
+    """
+    with write_errors(path):
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            # Behind a link there may be nothing yet.
+            return Path(os.path.realpath(path)) if path.is_symlink() else path
+    if stat.S_ISDIR(mode):
+        raise WriteError(f"{path}: is a folder; name a file in it")
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        return None
+    if not stat.S_ISREG(mode):
+        raise WriteError(f"{path}: is neither a file, a pipe nor a character device; name a file")
+    link = path
+    while link.is_symlink():
+        if os.path.realpath(link.parent).startswith("/proc/"):
+            # An open file of this process, as /dev/stdout is: its owner goes on writing to it.
+            return None
+        link = link.parent / os.readlink(link)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _copy_into(source: Path, path: Path) -> None:
+    """Write a file's bytes into a device or pipe."""
+    try:
+        # Without O_NONBLOCK, opening a pipe that nothing reads from waits for ever.
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            line = f"{path}: nothing reads from this pipe; start its reader first"
+            raise WriteError(line) from None
+        raise
+    os.set_blocking(handle, True)
+    with open(handle, "wb") as sink, open(source, "rb") as content:
+        shutil.copyfileobj(content, sink)

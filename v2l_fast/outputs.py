@@ -1,32 +1,21 @@
-"""Output files and folders: checked before the work, written whole, and never over an input.
+"""What a command may write: outputs are checked before the work, and folders of long runs resume.
 
-Errors name the file, the fault and the remedy. Reading is ``files``'.
+An output never replaces an input, a device, or a file that exists already, unless ``--force`` says
+so. Errors name the file, the fault and the remedy.
 """
 
 from __future__ import annotations
 
-import errno
+import json
 import os
-import re
-import shutil
 import stat
 import tempfile
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
-from v2l_fast.errors import V2LError, WriteError, os_error_reason
-from v2l_fast.files import NOFOLLOW, NONBLOCK, refuse_special
-
-# Safetensors reports errors of the operating system as text.
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
-
-# --- before the work ------------------------------------------------------------------------------
+from v2l_fast.errors import ConfigError, V2LError, WriteError, excerpt
+from v2l_fast.files import LARGE_BYTES, read_json, write_errors, write_json, write_target
 
 
 def check_output(
@@ -47,12 +36,12 @@ def check_output(
     for source in inputs:
         if _same_file(path, source):
             raise WriteError(f"{path}: is the input {source}; name another output")
-    target = _destination(path)
+    target = write_target(path)
     if target is None:
         if not os.access(path, os.W_OK):
             raise WriteError(f"{path}: cannot be written; check its permissions")
         return
-    with _write_errors(path):
+    with write_errors(path):
         size = target.stat().st_size if target.exists() else 0
     if size and not force:
         raise WriteError(f"{path}: exists already; name another output, or use --force")
@@ -74,7 +63,7 @@ def check_folder(
         WriteError: the folder is a file or cannot be written, or a file in it is refused.
     """
     folder, inputs = Path(folder), list(inputs)
-    with _write_errors(folder):
+    with write_errors(folder):
         if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
             raise WriteError(f"{folder}: is not a folder; name another one")
     _check_writable(folder, folder)
@@ -118,7 +107,7 @@ def _same_file(path: str | os.PathLike, other: str | os.PathLike) -> bool:
 def _check_writable(path: Path, folder: Path) -> None:
     """Make a file in the folder, or where the folder would be made: permissions alone do not say
     what a file system allows."""
-    with _write_errors(path):
+    with write_errors(path):
         while not folder.exists():
             # A link to nowhere: the folder would be made behind it.
             folder = Path(os.path.realpath(folder)).parent
@@ -126,161 +115,96 @@ def _check_writable(path: Path, folder: Path) -> None:
             pass
 
 
-# --- writing --------------------------------------------------------------------------------------
+# --- folders of long runs -------------------------------------------------------------------------
 
 
-@contextmanager
-def replacing(path: str | os.PathLike, suffix: str = ".part") -> Iterator[Path]:
-    """Write the yielded file, and ``path`` becomes it when the block ends, never a part of it.
+class ResumableFolder:
+    """A folder of results that a later run continues if its fingerprint is the same.
 
-    The file is on the disk before it takes its place; when the block raises, it is removed. A
-    symbolic link stays: the file it points to is replaced. A device or pipe stays, too: the
-    content is written into it.
+    The fingerprint is kept in ``run.json``.
 
     Args:
-        suffix: of the yielded file, for writers that go by it.
+        path: made if needed.
+        fingerprint: JSON values of everything that the results depend on.
+        error: class of the errors raised.
+        shared: accept a folder with other files in it.
 
     Raises:
-        WriteError: the path is a folder, a disk or a socket, or cannot be written.
+        error: the folder belongs to a run with another fingerprint, or it holds other files.
+        WriteError: the folder cannot be written.
     """
-    path = Path(path)
-    target = _destination(path)
-    # The name itself may already be as long as the file system allows.
-    name = f".{path.name[:50]}.{uuid.uuid4().hex}{suffix}"
-    with _write_errors(path):
-        if target is None:
-            with tempfile.TemporaryDirectory() as folder:
-                yield Path(folder) / name
-                _copy_into(Path(folder) / name, path)
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fingerprint: Mapping[str, Any],
+        error: type[V2LError] = ConfigError,
+        *,
+        shared: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self._error = error
+        record = self.path / "run.json"
+        if record.exists():
+            remedy = f"delete {self.path} or name another folder"
+            saved = read_json(record, error=error, kind=dict, remedy=remedy)
+            remedy = "repeat that run's settings or name another folder"
+            check_fingerprint(self.path, saved, fingerprint, error, remedy)
             return
-        part = target.with_name(name)
-        try:
-            yield part
-            with open(part, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        if not shared and self.path.is_dir() and any(self.path.iterdir()):
+            raise error(f"{self.path}: is not empty and holds no earlier run; name another folder")
+        write_json(record, fingerprint)
+
+    def record(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The JSON record ``name``, computed unless an earlier run has written it.
+
+        Raises:
+            error: the file is not a JSON object.
+        """
+        path = self.path / f"{name}.json"
+        if not path.exists():
+            write_json(path, compute())
+        return self.read(name)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The JSON record ``name``, which exists.
+
+        Raises:
+            error: the file is not a JSON object.
+        """
+        return read_json(
+            self.path / f"{name}.json", LARGE_BYTES, self._error, kind=dict,
+            remedy="delete it to make it again", allow_nan=True,
+        )  # fmt: skip
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file (UTF-8) so that ``path`` is either the old file or the whole new one.
-
-    Raises:
-        WriteError: its folder does not exist, is not writable, or the disk is full.
-    """
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", newline="")
-
-
-def append_text(path: str | os.PathLike, text: str, *, fsync: bool = False) -> None:
-    """Add text (UTF-8) at the end of a regular file in one write; make the file when missing.
-
-    Other processes may append to the same file. A symbolic link is not followed.
-
-    Args:
-        fsync: the text is on the disk when this returns.
-
-    Raises:
-        V2LError: the file cannot be written, or is no regular file. An OSError is its
-            ``__context__``.
-    """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NONBLOCK | NOFOLLOW
-    try:
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            refuse_special(path, os.fstat(descriptor).st_mode, V2LError)
-            data = memoryview(text.encode("utf-8"))
-            while data:
-                data = data[os.write(descriptor, data) :]
-            if fsync:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as cause:
-        raise V2LError(
-            f"{path}: cannot be written ({cause.strerror}); "
-            "check its folder, its permissions and the free space"
-        ) from None
-
-
-def save_tensors(
-    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+def check_fingerprint(
+    where: str | os.PathLike,
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    error: type[V2LError],
+    remedy: str,
 ) -> None:
-    """Write a safetensors file so that ``path`` is either the old file or the whole new one.
+    """Compare what an earlier run depended on with what this one does.
 
     Raises:
-        WriteError: its folder does not exist, is not writable, or the disk is full.
+        error: they differ; names the first difference and the number of others.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise WriteError(f"{path}: there is no folder {path.parent}; make it first")
-    # Clones of views and of tensors that share storage (shared weights) are independent.
-    ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    with replacing(path) as part:
-        # save_file makes its file private; adapters and weights follow the user's umask.
-        part.touch()
-        mode = part.stat().st_mode
-        try:
-            save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            code = _OS_ERROR.search(str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
-        os.chmod(part, mode)
+    old = dict(_flatten(saved))
+    new = dict(_flatten(json.loads(json.dumps(current))))
+    if changed := [key for key in sorted(old | new) if old.get(key) != new.get(key)]:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more settings differ)" if len(changed) > 1 else ""
+        before, now = (json.dumps(values.get(key)) for values in (old, new))
+        raise error(
+            f"{where}: made with {key}={excerpt(before)[1:-1]}, now it is {excerpt(now)[1:-1]}"
+            f"{more}; {remedy}"
+        )
 
 
-@contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    """The operating system's errors as one that names what was to be written."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except OSError as error:
-        reason = os_error_reason(error)
-        raise WriteError(f"{path}: cannot be written: {reason}", error) from None
-
-
-def _destination(path: Path) -> Path | None:
-    """The file that a write to ``path`` replaces or makes; None for a device or pipe, which is
-    written into.
-
-    Raises:
-        WriteError: the path is a folder, a disk or a socket.
-    """
-    with _write_errors(path):
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            # Behind a link there may be nothing yet.
-            return Path(os.path.realpath(path)) if path.is_symlink() else path
-    if stat.S_ISDIR(mode):
-        raise WriteError(f"{path}: is a folder; name a file in it")
-    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
-        return None
-    if not stat.S_ISREG(mode):
-        raise WriteError(f"{path}: is neither a file, a pipe nor a character device; name a file")
-    link = path
-    while link.is_symlink():
-        if os.path.realpath(link.parent).startswith("/proc/"):
-            # An open file of this process, as /dev/stdout is: its owner goes on writing to it.
-            return None
-        link = link.parent / os.readlink(link)
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
-
-
-def _copy_into(source: Path, path: Path) -> None:
-    """Write a file's bytes into a device or pipe."""
-    try:
-        # Without O_NONBLOCK, opening a pipe that nothing reads from waits for ever.
-        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            line = f"{path}: nothing reads from this pipe; start its reader first"
-            raise WriteError(line) from None
-        raise
-    os.set_blocking(handle, True)
-    with open(handle, "wb") as sink, open(source, "rb") as content:
-        shutil.copyfileobj(content, sink)
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

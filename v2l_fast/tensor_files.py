@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from v2l_fast.errors import V2LError, excerpt
-from v2l_fast.files import open_regular, parse_json
+from v2l_fast.errors import V2LError, WriteError, excerpt
+from v2l_fast.files import open_regular, parse_json, replacing
 
 # A hundred times what the largest adapter or checkpoint of this package has.
 HEADER_BYTES = 32 * 2**20
@@ -40,6 +42,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Safetensors reports errors of the operating system as text.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,33 @@ def read_tensors(
         return safetensors.torch.load(data), dict(header.metadata)
     except (SafetensorError, OSError) as cause:
         raise error(f"{name}: not a whole safetensors file ({cause}); {remedy}") from None
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file so that ``path`` is either the old file or the whole new one.
+
+    Raises:
+        WriteError: its folder does not exist, is not writable, or the disk is full.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise WriteError(f"{path}: there is no folder {path.parent}; make it first")
+    # Clones of views and of tensors that share storage (shared weights) are independent.
+    ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    with replacing(path) as part:
+        # save_file makes its file private; adapters and weights follow the user's umask.
+        part.touch()
+        mode = part.stat().st_mode
+        try:
+            save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            code = _OS_ERROR.search(str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+        os.chmod(part, mode)
 
 
 def _check_entry(entry: Any) -> tuple[str, tuple[int, int]]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-
-import pytest
 
 from v2l_fast.analysis import plots
 from v2l_fast.analysis.attribution import logit_attribution
@@ -15,10 +12,9 @@ from v2l_fast.analysis.layers import layer_removal
 from v2l_fast.analysis.methods import Setting
 from v2l_fast.analysis.norms import adapter_norms
 from v2l_fast.analysis.rank import rank_ablation
-from v2l_fast.analysis.records import read_json, write_csv, write_json
+from v2l_fast.analysis.records import write_csv
 from v2l_fast.analysis.sweep import sweep
 from v2l_fast.analysis.tables import columns, markdown
-from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.metrics import token_f1
 
 ROWS = [
@@ -52,15 +48,6 @@ def test_csv(tmp_path):
     assert first["score.low"] == "0.25" and second["score.low"] == ""
     assert second["names"] == "x y" and second["by.a"] == "123456.7"
     assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]
-
-
-def test_json(tmp_path):
-    path = tmp_path / "new" / "record.json"
-    write_json(path, {"rows": ROWS})
-    assert read_json(path) == json.loads(path.read_text()) == {"rows": ROWS}
-    path.write_text("[1")
-    with pytest.raises(ConfigError, match=r"record\.json: not JSON"):
-        read_json(path)
 
 
 def drawn(path) -> bool:

@@ -93,14 +93,14 @@ def test_goes_on_where_it_was(model, files, tmp_path, monkeypatch):
     run = (model, files, token_f1, tmp_path / "cells", (2, 4), (32, 64), 2)
     with pytest.raises(KeyboardInterrupt):
         sweep(*run)
-    assert len(list((tmp_path / "cells").glob("*.json"))) == 3
+    assert len(list((tmp_path / "cells").glob("*x*.json"))) == 3
     calls.clear()
     rows = sweep(*run)["rows"]
     assert calls == [(4, 64)]
     assert [(r["frames"], r["longest_edge"]) for r in rows] == [(2, 32), (2, 64), (4, 32), (4, 64)]
     calls.clear()
     assert sweep(*run)["rows"] == rows and not calls
-    with pytest.raises(ConfigError, match="other examples"):
+    with pytest.raises(ConfigError, match="made with questions="):
         sweep(model, files[:2], *run[2:])
 
 

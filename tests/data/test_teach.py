@@ -87,7 +87,7 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
 
 def test_another_run_in_the_same_folder_is_refused(folder, tmp_path):
     teach(folder / "manifest.jsonl", tmp_path, SETTINGS)
-    with pytest.raises(ShardError, match="another max_frames, max_new_tokens"):
+    with pytest.raises(ShardError, match="made with max_frames=8, now it is 4 .and 1 more"):
         settings = replace(SETTINGS, max_new_tokens=9, reader=ClipReader(4, 48))
         teach(folder / "manifest.jsonl", tmp_path, settings)
 

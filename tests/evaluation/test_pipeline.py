@@ -149,17 +149,17 @@ def test_an_interrupted_evaluation_repeats_no_work(model, examples, tmp_path, st
 def test_a_folder_of_another_evaluation_is_refused(model, examples, tmp_path):
     folder = tmp_path / "out"
     evaluate(model, examples, SETTINGS, load, folder)
-    with pytest.raises(ConfigError, match="another settings; repeat that one's options"):
+    with pytest.raises(ConfigError, match="made with settings.max_new_tokens=.* repeat that run"):
         evaluate(model, examples, Settings(max_new_tokens=7), load, folder)
-    with pytest.raises(ConfigError, match="another questions"):
+    with pytest.raises(ConfigError, match="made with questions="):
         evaluate(model, examples[1:], SETTINGS, load, folder)
     other = Video2LoRA(model.backbone, tiny.hypernetwork(seed=9))
-    with pytest.raises(ConfigError, match="another model"):
+    with pytest.raises(ConfigError, match="made with model.hypernetwork="):
         evaluate(other, examples, SETTINGS, load, folder)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty and no evaluation"):
+    with pytest.raises(ConfigError, match="not empty and holds no earlier run"):
         evaluate(model, examples, SETTINGS, load, foreign)
     (folder / "run.json").write_text("{")
     with pytest.raises(ConfigError, match="not JSON"):

@@ -384,7 +384,7 @@ def test_no_space_for_an_upload(serve, videos, monkeypatch, step):
 def test_no_space_for_an_adapter(serve, videos, monkeypatch):
     live = serve()
     with monkeypatch.context() as patch, open(videos[0], "rb") as file:
-        patch.setattr("v2l_fast.outputs.save_file", full)
+        patch.setattr("v2l_fast.tensor_files.save_file", full)
         job = live.http.post("/v1/videos", files={"file": file}).json()
         wait_until(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
     failed = live.http.get(f"/v1/videos/{job['id']}").json()

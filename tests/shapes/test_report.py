@@ -72,7 +72,7 @@ def test_a_network_told_of_chunks_stands_beside(pair, small, tmp_path):
     }  # fmt: skip
     page = write_page(Report(pair, tmp_path).made(), tmp_path / "page").read_text()
     assert "**trained on chunks**" in page and "`v2l shapes report --only chunks`" in page
-    with pytest.raises(ConfigError, match="another model"):
+    with pytest.raises(ConfigError, match="made with trained="):
         measure(Report(pair, tmp_path, videos=2), ["chunks"])
 
 
@@ -85,7 +85,7 @@ def test_pieces_are_not_made_again(pair, measured, monkeypatch):
     monkeypatch.setattr(module, "PIECES", dict.fromkeys(PIECES, again))
     assert measure(Report(pair, folder, videos=2)) == records
     assert Report(pair, folder).made() == records
-    with pytest.raises(ConfigError, match="number of videos"):
+    with pytest.raises(ConfigError, match="made with videos=2, now it is 64"):
         measure(Report(pair, folder, videos=64), ["rank"])
     other = Video2LoRA(pair.backbone, HyperNetwork(pair.config))
     with pytest.raises(ConfigError, match="of another model"):

@@ -209,7 +209,8 @@ def test_many_adapters_start_fast_from_the_index(store):
 
 
 @pytest.mark.parametrize(
-    "step", ["v2l_fast.outputs.save_file", "os.fsync", "v2l_fast.store.adapter_store.os.replace"]
+    "step",
+    ["v2l_fast.tensor_files.save_file", "os.fsync", "v2l_fast.store.adapter_store.os.replace"],
 )
 def test_a_full_disk_leaves_nothing(store, monkeypatch, step):
     kept = store.put(made(0))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.tiny import json_lines
 from tests.training.test_trainer import curve, same, weights
 from tests.training.tiny_run import run, settings
 from tests.waiting import LIMIT
@@ -22,7 +23,6 @@ from v2l_fast.training.checkpoint import (
     latest_checkpoint,
     read_progress,
 )
-from v2l_fast.training.records import read_lines
 
 ROOT = Path(__file__).parents[2]
 # Both the exact loss curve and, from every step, the gradient as AdamW first saw it.
@@ -110,7 +110,7 @@ def test_two_processes_learn_what_one_does(pair, start, tmp_path):
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
         assert shared["qa"] == pytest.approx(alone["qa"], rel=1e-4)
     for folder in (tmp_path, pair):
-        assert [x["video"] for x in read_lines(folder / "quarantine.jsonl")] == [f"video {BROKEN}"]
+        assert [x["video"] for x in json_lines(folder / "quarantine.jsonl")] == [f"video {BROKEN}"]
 
 
 def test_killed_processes_continue_bit_for_bit(pair, start, tmp_path):

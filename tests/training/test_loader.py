@@ -3,11 +3,11 @@
 import pytest
 
 from tests import tiny
+from tests.tiny import json_lines
 from tests.training.tiny_run import TinySource
 from v2l_fast.data.samples import Failure
 from v2l_fast.training.config import DataConfig
 from v2l_fast.training.loader import EpochOrder, Quarantine, step_batches
-from v2l_fast.training.records import read_lines
 
 LIST = "quarantine.jsonl"
 
@@ -62,7 +62,7 @@ def test_workers_keep_the_order(inputs, tmp_path):
     assert names(inputs, tmp_path / "b", workers=2, broken=(1, 6)) == here
     # Which of two workers meets a broken video first, and so at which step, is not determined.
     lists = [
-        sorted((line["index"], line["reason"]) for line in read_lines(tmp_path / n / LIST))
+        sorted((line["index"], line["reason"]) for line in json_lines(tmp_path / n / LIST))
         for n in "ab"
     ]
     assert lists[0] == lists[1] and len(lists[0]) == 2
@@ -106,7 +106,7 @@ def test_processes_learn_from_each_other(tmp_path):
     second.add(4, Failure("clip.mp4", "is empty"), 5)
     second.add(7, Failure("other.mp4", ""), 6)
     assert len(first) == len(second) == 2
-    assert read_lines(path) == [
+    assert json_lines(path) == [
         {"video": "clip.mp4", "reason": "is empty", "step": 3, "index": 4},
         {"video": "other.mp4", "reason": "unknown", "step": 6, "index": 7},
     ]

@@ -14,6 +14,7 @@ from csrc_triton.lora_linear import reference as lora_reference
 from csrc_triton.perceiver_attention import reference as attention_reference
 from csrc_triton.rank_projection import reference as projection_reference
 from tests import tiny
+from tests.tiny import json_lines
 from tests.training.tiny_run import TinySource, run, settings
 from v2l_fast.hypernet import adapted_linear as adapted
 from v2l_fast.hypernet import network as hypernet
@@ -21,7 +22,6 @@ from v2l_fast.hypernet import perceiver
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.training.batches import visual_features
 from v2l_fast.training.flops import StepCost, peak_flops
-from v2l_fast.training.records import read_lines
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.training.trainer import train
 
@@ -121,5 +121,5 @@ def test_operations_are_those_of_the_step(visible_ops):
 def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr("v2l_fast.training.trainer.peak_flops", lambda device: 1e13)
     run(settings(tmp_path, "optim.steps=2"))
-    line = read_lines(tmp_path / "log.jsonl")[0]
+    line = json_lines(tmp_path / "log.jsonl")[0]
     assert 0 < line["mfu"] < 1

@@ -10,13 +10,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.tiny import json_lines
 from tests.training.tiny_run import TinySource, run, settings
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.training.checkpoint import RunFolder, latest_checkpoint, read_progress
 from v2l_fast.training.distributed import Stopped
 from v2l_fast.training.loader import Quarantine
-from v2l_fast.training.records import read_lines
 from v2l_fast.training.step import TrainStep
 from v2l_fast.training.trainer import TrainingError, train
 
@@ -30,7 +30,7 @@ def base():
 
 def curve(folder):
     """What a log says about learning, without times."""
-    lines = read_lines(folder / "log.jsonl")
+    lines = json_lines(folder / "log.jsonl")
     return [{name: x.get(name) for name in ("step", "lr", "val_loss", *LEARNED)} for x in lines]
 
 
@@ -69,7 +69,7 @@ def test_the_first_step_is_the_steps_own(whole, base, tmp_path, micro):
     samples = [source.load(i, 0) for i in EpochOrder(13, 8, 0).batch(0)]
     result = TrainStep(network, base)(samples)
     result.loss.backward()
-    line = read_lines(tmp_path / "log.jsonl")[0]
+    line = json_lines(tmp_path / "log.jsonl")[0]
     assert line["loss"] == pytest.approx(result.loss.item(), rel=1e-6)
     norm = torch.stack([p.grad.norm() for p in network.parameters()]).norm()
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
@@ -106,7 +106,7 @@ def test_the_best_network_is_that_of_the_lowest_validation_cross_entropy(base, t
         'optim.schedule="trapezoid"', "optim.decay_ratio=0",
     )  # fmt: skip
     run(settings(tmp_path / "whole", *changes), base)
-    lines = read_lines(tmp_path / "whole" / "log.jsonl")
+    lines = json_lines(tmp_path / "whole" / "log.jsonl")
     passes = {line["step"]: line["val_ce"] for line in lines if "val_ce" in line}
     lowest = min(passes, key=passes.get)
     record, best = best_of(tmp_path / "whole")
@@ -244,7 +244,7 @@ def test_another_machines_folder_is_refused(tmp_path):
 def test_broken_videos_are_quarantined_once_and_not_tried_again(base, tmp_path):
     source = TinySource(base.inputs, broken=frozenset({2, 5}))
     train(settings(tmp_path), backbone=base, sources=(source, None))
-    lines = read_lines(tmp_path / "quarantine.jsonl")
+    lines = json_lines(tmp_path / "quarantine.jsonl")
     assert sorted((line["video"], line["reason"]) for line in lines) == [
         ("video 2", "cannot be read"), ("video 5", "cannot be read"),
     ]  # fmt: skip
@@ -261,7 +261,7 @@ def test_a_resumed_run_knows_the_broken_videos_of_its_past(base, tmp_path):
     run(settings(tmp_path / "whole"), base, broken=broken)
     with pytest.raises(Stopped):
         run(settings(tmp_path / "parts"), base, broken=broken, events={2: signal.SIGTERM})
-    known = {line["index"] for line in read_lines(tmp_path / "parts" / "quarantine.jsonl")}
+    known = {line["index"] for line in json_lines(tmp_path / "parts" / "quarantine.jsonl")}
     source = TinySource(base.inputs, broken=broken)
     sources = source, TinySource(base.inputs, videos=4)
     train(settings(tmp_path / "parts"), backbone=base, sources=sources)
@@ -300,7 +300,7 @@ def test_progress_without_a_terminal_is_lines(base, tmp_path):
     for part in ("step 2/7", "loss", "videos/s", "frames/s", "wait", "MFU n/a", "GB", "left"):
         assert part in text
     assert "step 4 · val_captioning" in text and "done:" in text
-    rows = read_lines(tmp_path / "samples.jsonl")
+    rows = json_lines(tmp_path / "samples.jsonl")
     assert len(rows) == 3 and all(row["step"] == 4 and row["reference"] for row in rows)
 
 

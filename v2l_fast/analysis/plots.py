@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from v2l_fast.analysis.efficiency import amortized
 from v2l_fast.analysis.rank import STRATEGIES
-from v2l_fast.outputs import replacing
+from v2l_fast.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,39 +1,14 @@
-"""Results on disk: a JSON record and its rows as CSV, each written whole or not at all."""
+"""Rows of results as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from v2l_fast import files
-from v2l_fast.errors import ConfigError
-from v2l_fast.outputs import write_text
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote.
-
-    Raises:
-        ConfigError: the file is not a JSON object.
-    """
-    return files.read_json(
-        path,
-        files.LARGE_BYTES,
-        ConfigError,
-        kind=dict,
-        remedy="delete it to make it again",
-        allow_nan=True,
-    )
+from v2l_fast.files import write_text
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -26,12 +27,11 @@ from v2l_fast.analysis.examples import (
     interval,
     silent,
 )
-from v2l_fast.analysis.records import read_json, write_json
 from v2l_fast.analysis.timing import PeakMemory, Stopwatch, timed
-from v2l_fast.errors import ConfigError
 from v2l_fast.generation.answers import Answer
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
+from v2l_fast.outputs import ResumableFolder
 
 FRAMES = (8, 12, 24, 48, 128, 256, 512, 1024)
 RESOLUTIONS = (224, 336, 512, 1024)
@@ -70,24 +70,13 @@ def sweep(
     Raises:
         ConfigError: the folder holds a sweep of other examples, another model or other settings.
     """
-    key = _key(model, examples, max_new_tokens)
+    results = ResumableFolder(folder, _fingerprint(model, examples, max_new_tokens))
     cells = [(count, edge) for count in frames for edge in resolutions]
     rows = []
     for done, (count, edge) in enumerate(cells):
         progress(f"{count} frames, {edge} px", done, len(cells))
-        path = folder / f"{count}x{edge}.json"
-        if path.exists():
-            record = read_json(path)
-            if record.get("key") != key:
-                raise ConfigError(
-                    f"{path}: of another model, other examples or settings; "
-                    "choose another folder or delete this one"
-                )
-        else:
-            cell = measure_cell(model, examples, metric, count, edge, max_new_tokens)
-            record = {"key": key, **cell}
-            write_json(path, record)
-        rows.append({name: value for name, value in record.items() if name != "key"})
+        measure = partial(measure_cell, model, examples, metric, count, edge, max_new_tokens)
+        rows.append(results.record(f"{count}x{edge}", measure))
     progress("swept", len(cells), len(cells))
     return {"rows": rows}
 
@@ -201,14 +190,16 @@ class _Cell:
         }
 
 
-def _key(model: Video2LoRA, examples: Sequence[Example], max_new_tokens: int) -> str:
+def _fingerprint(
+    model: Video2LoRA, examples: Sequence[Example], max_new_tokens: int
+) -> dict[str, Any]:
     decoder = model.backbone.decoder
-    described = [
-        model.hypernet.fingerprint,
-        model.backbone.name_or_path,
-        str(decoder.device),
-        str(decoder.dtype),
-        max_new_tokens,
-        [(str(e.video_key), e.prompt, e.references) for e in examples],
-    ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    questions = [(str(e.video_key), e.prompt, e.references) for e in examples]
+    return {
+        "hypernetwork": model.hypernet.fingerprint,
+        "base": model.backbone.name_or_path,
+        "device": str(decoder.device),
+        "dtype": str(decoder.dtype),
+        "max_new_tokens": max_new_tokens,
+        "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
+    }

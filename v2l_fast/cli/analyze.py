@@ -475,8 +475,9 @@ def _write(
     Args:
         shown: field of a row -> its heading, for tables that show a part of the fields.
     """
-    from v2l_fast.analysis.records import write_csv, write_json
+    from v2l_fast.analysis.records import write_csv
     from v2l_fast.analysis.tables import columns
+    from v2l_fast.files import write_json
 
     folder = folder or Path("runs") / name
     write_json(folder / f"{name}.json", record)

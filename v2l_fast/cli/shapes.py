@@ -105,6 +105,7 @@ def evaluate(
     hide."""
     import torch
 
+    from v2l_fast.files import write_json
     from v2l_fast.model import Video2LoRA
     from v2l_fast.outputs import check_output
     from v2l_fast.shapes.evaluate import evaluate as run
@@ -112,7 +113,6 @@ def evaluate(
     from v2l_fast.shapes.probes import probe
     from v2l_fast.shapes.report_page import probe_tables
     from v2l_fast.shapes.scene import sample_scenes
-    from v2l_fast.training.records import write_record
 
     check_output(record, force=force)
     torch.set_num_threads(threads)
@@ -125,7 +125,7 @@ def evaluate(
             result["encoded_files"] = evaluate_files(model, scenes[:encoded])
         if probes:
             result["probes"] = probe(model, scenes, seed, progress)
-    write_record(record, result)
+    write_json(record, result)
     rows = []
     for name in result["conditions"]:
         shares = (result[key][name] for key in ("attributes", "caption_exact"))

@@ -24,11 +24,10 @@ from torch import Tensor, uint8
 from v2l_fast.data.manifest import VideoExamples
 from v2l_fast.data.readers import Chunk, ClipReader, read_ahead
 from v2l_fast.data.samples import Failure
-from v2l_fast.data.shards import Progress, file_digest
+from v2l_fast.data.shards import Progress
 from v2l_fast.errors import V2LError, VideoError
-from v2l_fast.files import parse_json
-from v2l_fast.outputs import save_tensors
-from v2l_fast.tensor_files import TensorHeader, read_header
+from v2l_fast.files import file_sha256, parse_json
+from v2l_fast.tensor_files import TensorHeader, read_header, save_tensors
 from v2l_fast.vlm import Backbone
 
 log = logging.getLogger(__name__)
@@ -179,7 +178,7 @@ class FeatureCache:
             status = os.stat(path)
             known = (path, status.st_size, status.st_mtime_ns)
             if known not in self._digests:
-                self._digests[known] = file_digest(path)
+                self._digests[known] = file_sha256(path)
         except OSError:
             return ""
         return self._digests[known]

@@ -23,9 +23,9 @@ from v2l_fast.data.readers import ClipReader, read_ahead
 from v2l_fast.data.samples import Failure
 from v2l_fast.data.shards import Line, Progress, Shards, run_on_ray
 from v2l_fast.errors import ConfigError, VideoError
+from v2l_fast.files import write_jsonl
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import BATCH_SIZE, Video2LoRA
-from v2l_fast.outputs import write_text
 from v2l_fast.store.adapter_store import AdapterStore
 from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.video.reading import BACKENDS, Backend
@@ -190,5 +190,5 @@ def internalize_corpus(
     lines = list(shards.lines())
     failures = [Failure(**line["failure"]) for line in lines if "failure" in line]
     made = [line for line in lines if "failure" not in line]
-    write_text(folder / "adapters.jsonl", "".join(json.dumps(line) + "\n" for line in made))
+    write_jsonl(folder / "adapters.jsonl", made)
     return Corpus(folder / "adapters.jsonl", len(made), failures)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import math
 import os
 import re
@@ -24,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.errors import ListError, excerpt, one_line
-from v2l_fast.files import parse_json, read_lines
-from v2l_fast.outputs import write_text
+from v2l_fast.files import parse_json, read_lines, write_jsonl
 
 SPLITS = ("train", "val", "test")
 TEXT_FIELDS = ("id", "video_path", "task_type", "prompt", "target_text")
@@ -277,7 +275,7 @@ def load_manifest(
 
 def write_manifest(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a manifest, whole or not at all."""
-    write_text(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(path, map(dict, rows))
 
 
 def group_by_video(examples: Iterable[Example]) -> list[VideoExamples]:

@@ -11,8 +11,6 @@ Layout of the folder::
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.errors import V2LError
-from v2l_fast.files import read_json, read_jsonl
-from v2l_fast.outputs import write_text
+from v2l_fast.files import read_jsonl, write_jsonl
+from v2l_fast.outputs import ResumableFolder
 
 Line = Mapping[str, Any]
 # Item numbers of one shard -> its lines.
@@ -57,23 +55,11 @@ class Shards:
         """
         folder = Path(folder).resolve()
         record = {**meaning, "items": items, "shard_size": size}
-        path = folder / "run.json"
+        ResumableFolder(folder, record, ShardError, shared=True)
         try:
-            (folder / "shards").mkdir(parents=True, exist_ok=True)
+            (folder / "shards").mkdir(exist_ok=True)
         except OSError as error:
             raise ShardError(f"{folder}: cannot be used ({error.strerror})") from None
-        remedy = f"delete {folder} or take another folder"
-        found = None
-        if path.exists():
-            found = read_json(path, error=ShardError, kind=dict, remedy=remedy)
-        if found is None:
-            write_text(path, json.dumps(record, indent=2) + "\n")
-        elif found != json.loads(json.dumps(record)):
-            names = sorted(k for k in record.keys() | found.keys() if record.get(k) != found.get(k))
-            raise ShardError(
-                f"{folder}: holds a run with another {', '.join(names)}; "
-                "repeat that run's settings or take another folder"
-            )
         return cls(folder, items, size)
 
     def __len__(self) -> int:
@@ -97,11 +83,7 @@ class Shards:
     def compute(self, shard: int, work: ShardWork) -> None:
         """Do one shard unless it is done."""
         if not self.path(shard).exists():
-            lines = work(self.numbers(shard))
-            write_text(
-                self.path(shard),
-                "".join(json.dumps(dict(line), ensure_ascii=False) + "\n" for line in lines),
-            )
+            write_jsonl(self.path(shard), map(dict, work(self.numbers(shard))))
 
     def run(self, work: ShardWork, progress: Progress) -> None:
         """Do the shards that are missing, one after the other, in this process."""
@@ -127,12 +109,6 @@ class Shards:
                 self.path(shard), ShardError, remedy="delete the file and run it again"
             ):
                 yield line
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Worker:

@@ -28,9 +28,10 @@ from v2l_fast.data.readers import ClipReader, read_ahead
 from v2l_fast.data.samples import Failure
 from v2l_fast.data.shards import Line, Progress, Shards, run_on_ray
 from v2l_fast.errors import ConfigError, VideoError
+from v2l_fast.files import write_jsonl
 from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.loading import shipped
-from v2l_fast.outputs import check_folder, write_text
+from v2l_fast.outputs import check_folder
 from v2l_fast.video import Clip
 from v2l_fast.vlm import Backbone, load_backbone
 from v2l_fast.vlm.base import EncodedVideo
@@ -208,8 +209,7 @@ def _gather(shards: Shards) -> TeachResult:
             rows.append(line["row"] | {"video_path": path})
     target = shards.folder / "manifest.jsonl"
     write_manifest(target, rows)
-    quarantined = "".join(json.dumps(asdict(failure)) + "\n" for failure in failures)
-    write_text(shards.folder / "quarantine.jsonl", quarantined)
+    write_jsonl(shards.folder / "quarantine.jsonl", map(asdict, failures))
     return TeachResult(target, len(rows), failures)
 
 

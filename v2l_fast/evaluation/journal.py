@@ -7,16 +7,13 @@ caller's business.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.files import parse_json, read_lines
-from v2l_fast.outputs import append_text
+from v2l_fast.files import append_jsonl, drop_torn_line, read_jsonl
 
 
 class Journal:
@@ -49,23 +46,18 @@ class Journal:
         """Add entries (JSON values); a key that is there already is overwritten."""
         with self._lock:
             if self.path is not None:
-                lines = [json.dumps({"key": k, "value": v}) + "\n" for k, v in entries.items()]
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                append_text(self.path, "".join(lines), fsync=True)
+                rows = ({"key": key, "value": value} for key, value in entries.items())
+                append_jsonl(self.path, rows, fsync=True)
             self._entries.update(entries)
 
     def _read(self, path: Path) -> None:
-        whole, torn = 0, False
         remedy = "delete the line to make it again"
-        for number, line in read_lines(path, ConfigError):
-            torn = not line.endswith("\n")
-            if torn:
-                break
-            whole += len(line.encode())
-            where = f"{path}: line {number}"
-            entry = parse_json(line, where, ConfigError, remedy=remedy, allow_nan=True)
+        lines = read_jsonl(path, ConfigError, remedy=remedy, allow_nan=True, torn=True)
+        for number, entry in lines:
             if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
-                raise ConfigError(f"{where} is not an entry of an evaluation; {remedy}")
+                raise ConfigError(
+                    f"{path}: line {number} is not an entry of an evaluation; {remedy}"
+                )
             self._entries[entry["key"]] = entry.get("value")
-        if torn:
-            os.truncate(path, whole)
+        drop_torn_line(path)

@@ -29,10 +29,10 @@ from v2l_fast.evaluation.judging import judge_all, judge_pairs
 from v2l_fast.evaluation.library import Library, Loader, Settings
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import markdown, summarize, text_scores
-from v2l_fast.files import read_json
+from v2l_fast.files import write_json, write_text
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
-from v2l_fast.outputs import write_text
+from v2l_fast.outputs import ResumableFolder
 
 # (stage, done, total)
 Progress = Callable[[str, int, int], None]
@@ -88,7 +88,7 @@ def evaluate(
     videos = group_by_video(examples)
     identity = _identity(model, settings, videos)
     if folder is not None:
-        _open(folder, identity)
+        ResumableFolder(folder, identity)
     library = Library(model, settings, load, folder and folder / "adapters", clips=batch + 1)
     journals = {
         name: Journal(folder and folder / "answers" / f"{_file_name(name)}.jsonl")
@@ -126,7 +126,7 @@ def evaluate(
     table = markdown(record["metrics"], _notes(record))
     files: tuple[Path, ...] = ()
     if folder is not None:
-        write_text(folder / "result.json", json.dumps(record, indent=2) + "\n")
+        write_json(folder / "result.json", record)
         write_text(folder / "table.md", table)
         plots = plot_distributions(examples, scores, folder)
         files = (folder / "table.md", folder / "result.json", *plots)
@@ -171,28 +171,6 @@ def _identity(
         },
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
     }
-
-
-def _open(folder: Path, identity: Mapping[str, Any]) -> None:
-    path = folder / "run.json"
-    if path.exists():
-        found = read_json(
-            path,
-            error=ConfigError,
-            kind=dict,
-            remedy=f"delete {folder} or take another --out",
-        )
-        if found != identity:
-            names = sorted(k for k in identity if found.get(k) != identity[k])
-            raise ConfigError(
-                f"{folder}: holds an evaluation with another {', '.join(names)}; repeat that one's "
-                "options or take another --out"
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: not empty and no evaluation; take another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(identity, indent=2) + "\n")
 
 
 def _file_name(condition: str) -> str:

@@ -9,7 +9,7 @@ from v2l_fast.data.manifest import Example
 from v2l_fast.evaluation.answering import BASELINE, SYSTEM
 from v2l_fast.evaluation.comparison import Scores
 from v2l_fast.evaluation.report import TITLES
-from v2l_fast.outputs import replacing
+from v2l_fast.files import replacing
 
 
 def plot_distributions(

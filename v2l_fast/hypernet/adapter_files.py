@@ -20,8 +20,7 @@ from torch import Tensor
 
 from v2l_fast.errors import AdapterError, excerpt
 from v2l_fast.files import open_regular, parse_json
-from v2l_fast.outputs import save_tensors
-from v2l_fast.tensor_files import TensorHeader, parse_header, read_tensors
+from v2l_fast.tensor_files import TensorHeader, parse_header, read_tensors, save_tensors
 
 FORMAT = "v2l_adapter"
 FORMAT_VERSION = 1

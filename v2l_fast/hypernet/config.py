@@ -7,7 +7,6 @@ video is internalized at inference as it was in training. It knows nothing about
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.errors import ConfigError, excerpt
-from v2l_fast.files import read_json
-from v2l_fast.outputs import write_text
+from v2l_fast.files import read_json, write_json
 from v2l_fast.video.sampling import FrameSampling
 
 CONFIG_NAME = "config.json"
@@ -190,7 +188,7 @@ class HypernetConfig:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write ``config.json`` into an existing directory, atomically."""
-        write_text(Path(directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(Path(directory) / CONFIG_NAME, self.to_dict())
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> HypernetConfig:

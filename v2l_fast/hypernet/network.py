@@ -24,8 +24,7 @@ from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch, BiasAdapter
 from v2l_fast.hypernet.config import WEIGHTS_NAME, HypernetConfig
 from v2l_fast.hypernet.perceiver import Perceiver, attention_dtype
-from v2l_fast.outputs import save_tensors
-from v2l_fast.tensor_files import TensorInfo, load_tensors
+from v2l_fast.tensor_files import TensorInfo, load_tensors, save_tensors
 
 SMALL_PARAMETER = 65536
 

@@ -7,7 +7,6 @@ bias adapter is concatenated in rank, so a directory needs nothing else of this 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from v2l_fast.errors import AdapterError
-from v2l_fast.files import read_json
+from v2l_fast.files import read_json, write_json
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_files import check_provenance
 from v2l_fast.interop.directories import whole_directory
-from v2l_fast.outputs import save_tensors
-from v2l_fast.tensor_files import load_tensors
+from v2l_fast.tensor_files import load_tensors, save_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -111,7 +109,7 @@ def save_peft(
     with whole_directory(directory, AdapterError) as part:
         save_tensors(tensors, part / WEIGHTS_NAME)
         for name, record in ((CONFIG_NAME, config), (SIDECAR_NAME, sidecar)):
-            (part / name).write_text(json.dumps(record, indent=2) + "\n")
+            write_json(part / name, record)
 
 
 def load_peft(directory: str | os.PathLike) -> Adapter:

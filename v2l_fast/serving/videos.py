@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import threading
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from v2l_fast.errors import V2LError, VideoError
-from v2l_fast.files import read_text
+from v2l_fast.files import file_sha256, read_text
 from v2l_fast.store.adapter_store import StoreError
 from v2l_fast.store.staging import Staging, sync_folder
 
@@ -292,8 +291,7 @@ def file_hash(path: Path) -> str:
         VideoError: it cannot be read.
     """
     try:
-        with open(path, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise VideoError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, SmolVLMForConditionalGeneration
 
-from v2l_fast.outputs import write_text
+from v2l_fast.files import write_json
 from v2l_fast.shapes.tokenizer import build_tokenizer
 from v2l_fast.shapes.vlm import IMAGE_SIZE, seeded_model, shapes_vlm_config
 from v2l_fast.vlm.smolvlm import SmolVLM
@@ -63,7 +62,7 @@ def save_base(
     model.to(torch.bfloat16).save_pretrained(folder)
     model.to(dtype)
     tokenizer.save_pretrained(folder)
-    write_text(folder / "preprocessor_config.json", json.dumps(_PREPROCESSOR, indent=2) + "\n")
+    write_json(folder / "preprocessor_config.json", _PREPROCESSOR)
 
 
 def load_base(folder: str | Path = BASE_FOLDER) -> SmolVLM:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v2l_fast.outputs import replacing
+from v2l_fast.files import replacing
 from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, SHAPES, Scene
 
 CLIP_SECONDS = 8

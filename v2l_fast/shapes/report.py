@@ -10,7 +10,6 @@ many words that token-F1 is high for the caption of another video.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +28,12 @@ from v2l_fast.analysis.layers import layer_removal
 from v2l_fast.analysis.methods import Setting
 from v2l_fast.analysis.norms import adapter_norms
 from v2l_fast.analysis.rank import rank_ablation
-from v2l_fast.analysis.records import read_json, write_json
 from v2l_fast.analysis.sweep import sweep
 from v2l_fast.errors import ConfigError
+from v2l_fast.files import LARGE_BYTES, read_json
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
+from v2l_fast.outputs import ResumableFolder
 from v2l_fast.shapes.evaluate import (
     MAX_NEW_TOKENS,
     clip_name,
@@ -106,21 +106,19 @@ class Report:
         Raises:
             ConfigError: the folder's record is of another model or number of videos.
         """
-        path = self.folder / f"{name}.json"
-        key = self._key(name)
-        if path.exists():
-            record = read_json(path)
-            if record.get("key") != key:
-                raise ConfigError(
-                    f"{path}: of another model, seed or number of videos; choose another folder "
-                    "or delete it"
-                )
-            return record
-        found = PIECES[name](self, self.count(name))
-        about = {"key": key, "network": self.model.hypernet.fingerprint, "machine": machine()}
-        record = {**about, "videos": self.count(name), **found}
-        write_json(path, record)
-        return record
+        fingerprint = {
+            "network": self.model.hypernet.fingerprint,
+            "trained": None if self.trained is None else self.trained.hypernet.fingerprint,
+            "videos": self.videos,
+            "seed": self.seed,
+        }
+
+        def measure() -> dict[str, Any]:
+            result = PIECES[name](self, self.count(name))
+            about = {"network": fingerprint["network"], "machine": machine()}
+            return {**about, "videos": self.count(name), **result}
+
+        return ResumableFolder(self.folder, fingerprint).record(name, measure)
 
     def made(self) -> dict[str, dict[str, Any]]:
         """The records that the folder holds, whoever made them.
@@ -131,7 +129,7 @@ class Report:
         found = {}
         for name in PIECES:
             if (path := self.folder / f"{name}.json").exists():
-                found[name] = read_json(path)
+                found[name] = read_json(path, LARGE_BYTES, ConfigError, kind=dict, allow_nan=True)
                 if found[name].get("network") != self.model.hypernet.fingerprint:
                     raise ConfigError(f"{path}: of another model; delete it to make it again")
         return found
@@ -175,12 +173,6 @@ class Report:
             )
             for line in examples_for(scenes, seed=self.seed)
         ]
-
-    def _key(self, name: str) -> str:
-        networks = [self.model] if self.trained is None else [self.model, self.trained]
-        used = networks if name == "chunks" else networks[:1]
-        parts = [name, self.count(name), self.seed, *(m.hypernet.fingerprint for m in used)]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def machine() -> str:

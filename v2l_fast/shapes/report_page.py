@@ -19,7 +19,7 @@ from v2l_fast.analysis.plots import (
 )
 from v2l_fast.analysis.tables import interval_text, markdown
 from v2l_fast.evaluation.answering import BASELINE, SYSTEM
-from v2l_fast.outputs import write_text
+from v2l_fast.files import write_text
 
 Record = Mapping[str, Any]
 

@@ -19,14 +19,13 @@ from torch import Tensor
 from v2l_fast.console import note
 from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.outputs import save_tensors
 from v2l_fast.shapes.language import Turn, ask, ask_several
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, NUM_FRAMES
 from v2l_fast.shapes.scene import Scene, sample_scenes
 from v2l_fast.shapes.train_language import cache_visual_tokens
 from v2l_fast.shapes.vlm import IMAGE_SIZE
-from v2l_fast.tensor_files import load_tensors
+from v2l_fast.tensor_files import load_tensors, save_tensors
 from v2l_fast.training.config import TrainConfig
 from v2l_fast.video import sample_indices
 from v2l_fast.vlm.smolvlm import SmolVLM

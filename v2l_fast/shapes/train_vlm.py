@@ -18,15 +18,14 @@ from transformers import SmolVLMForConditionalGeneration
 
 from v2l_fast.console import Report, note, progress_bar
 from v2l_fast.errors import CheckpointError
-from v2l_fast.outputs import save_tensors
+from v2l_fast.files import write_json
 from v2l_fast.shapes.base import load_base, new_base, save_base
 from v2l_fast.shapes.evaluate import evaluate_direct
 from v2l_fast.shapes.pretrain_vision import SCHEDULE, pretrain_vision
 from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.train_language import LanguageSettings, cache_visual_tokens, train_language
-from v2l_fast.tensor_files import load_tensors
-from v2l_fast.training.records import write_record
+from v2l_fast.tensor_files import load_tensors, save_tensors
 
 _VAL_VIDEOS = 512
 
@@ -78,7 +77,7 @@ def train_vlm(
         "parameters": sum(p.numel() for p in model.parameters()),
         "validation": validation,
     }
-    write_record(record, result)
+    write_json(record, result)
     note(
         f"base model: captions and questions about {_VAL_VIDEOS} unseen videos are in {record}; "
         f"the model is in {folder / 'base'}"

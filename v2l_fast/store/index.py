@@ -6,7 +6,6 @@ missing, broken or behind in it is read from the files again.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -19,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from v2l_fast.errors import AdapterError, V2LError, excerpt
-from v2l_fast.files import parse_json, read_lines
+from v2l_fast.files import append_jsonl, parse_json, read_lines
 from v2l_fast.hypernet.adapter_files import read_record
-from v2l_fast.outputs import append_text
 from v2l_fast.store.staging import exclusive
 
 log = logging.getLogger(__name__)
@@ -199,9 +197,9 @@ class Index:
             return
         self._unread.discard(adapter_id)
         self._known[adapter_id] = record
-        # The last line may have been cut short by a crash. One that is lost costs a header read.
+        # A line that is lost costs one header read.
         with suppress(V2LError):
-            append_text(self._file, "\n" + json.dumps(asdict(record)))
+            append_jsonl(self._file, [asdict(record)])
 
     def forget(self, adapter_id: str) -> None:
         """An adapter is gone."""

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.files import parse_json, read_text
-from v2l_fast.outputs import check_folder, save_tensors
-from v2l_fast.tensor_files import TensorHeader, load_tensors, read_header
-from v2l_fast.training.records import cut_lines
+from v2l_fast.files import drop_torn_line, parse_json, read_jsonl, read_text, write_jsonl
+from v2l_fast.outputs import check_fingerprint, check_folder
+from v2l_fast.tensor_files import TensorHeader, load_tensors, read_header, save_tensors
 
 _RNG = "rng.torch"
 _PROGRESS = "progress"
@@ -69,21 +68,16 @@ def _progress(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
     return progress
 
 
-def refuse_other_settings(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Compare flat settings, JSON-ready, of a checkpoint and of now.
+def refuse_other_settings(
+    path: str | Path, saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> None:
+    """Compare the settings of a checkpoint with those of this run.
 
-    Raises CheckpointError naming the first difference and how many more there are.
+    Raises:
+        CheckpointError: they differ; names the first difference and the number of others.
     """
-    current = json.loads(json.dumps(current))
-    changed = [k for k in sorted({*saved, *current}) if saved.get(k) != current.get(k)]
-    if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more settings differ)" if len(changed) > 1 else ""
-        raise CheckpointError(
-            f"{path}: made with {key}={json.dumps(saved.get(key))}, now it is "
-            f"{json.dumps(current.get(key))}{more}; set it back, name another run.folder, or "
-            "start over with --fresh"
-        )
+    remedy = "set it back, name another run.folder, or start over with --fresh"
+    check_fingerprint(path, saved, current, CheckpointError, remedy)
 
 
 def load_checkpoint(
@@ -219,7 +213,9 @@ class RunFolder:
         if found is not None and resume is not False:
             step = read_progress(found)["step"]
             for lines in (self.log, self.samples, self.quarantine):
-                cut_lines(lines, step)
+                _cut_lines(lines, step)
+            if self.val_quarantine.is_file():
+                drop_torn_line(self.val_quarantine)
             return
         for path in self.checkpoints.glob("step-*.safetensors"):
             path.unlink()
@@ -256,3 +252,13 @@ class RunFolder:
     def latest(self) -> Path | None:
         """The checkpoint of the highest step."""
         return latest_checkpoint(self.checkpoints)
+
+
+def _cut_lines(path: Path, step: int) -> None:
+    """Keep the lines up to `step`; a resumed run writes the later ones again."""
+    if path.is_file():
+        drop_torn_line(path)
+        rows = [row for _, row in read_jsonl(path, CheckpointError, allow_nan=True)]
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            write_jsonl(path, kept)

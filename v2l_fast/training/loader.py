@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from v2l_fast.data.readers import read_ahead
 from v2l_fast.data.samples import Failure, Sample, Source
+from v2l_fast.files import append_jsonl, read_jsonl
 from v2l_fast.training.config import DataConfig
-from v2l_fast.training.records import append_line, read_lines
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class Quarantine:
         size = self.path.stat().st_size if self.path.is_file() else 0
         if size != self._size:
             self._size = size
-            self._listed = {line["index"] for line in read_lines(self.path)}
+            self._listed = {row["index"] for _, row in read_jsonl(self.path, torn=True)}
             self.broken[sorted(self._listed)] = True
 
     def add(self, index: int, failure: Failure, step: int) -> None:
@@ -103,7 +103,7 @@ class Quarantine:
         if index not in self._listed:
             reason = failure.reason.splitlines()[0] if failure.reason else "unknown"
             line = {"video": failure.video, "reason": reason, "step": step, "index": index}
-            append_line(self.path, line)
+            append_jsonl(self.path, [line])
             self.refresh()
 
 

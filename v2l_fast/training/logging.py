@@ -29,10 +29,10 @@ from rich.text import Text
 from torch import Tensor
 
 from v2l_fast.console import log, printable
+from v2l_fast.files import append_jsonl
 from v2l_fast.training.checkpoint import RunFolder
 from v2l_fast.training.flops import StepCost
 from v2l_fast.training.loader import StepBatch
-from v2l_fast.training.records import append_line
 from v2l_fast.training.step import StepResult
 
 # What the bar shows, in this order, and how; log.jsonl has everything.
@@ -104,7 +104,7 @@ class Report:
         """A line of the log, numbers for the trackers, the bar's note."""
         if not self.enabled:
             return
-        append_line(self.folder.log, {"step": step, **numbers})
+        append_jsonl(self.folder.log, [{"step": step, **numbers}])
         self.track({name: value for name, value in numbers.items() if value is not None}, step)
         self.shown |= {name: value for name, value in numbers.items() if name in SHOWN}
         note = " · ".join(
@@ -120,7 +120,7 @@ class Report:
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Numbers of a validation pass."""
         if self.enabled:
-            append_line(self.folder.log, {"step": step, **values})
+            append_jsonl(self.folder.log, [{"step": step, **values}])
             self.track(dict(values), step)
             self.shown |= {name: value for name, value in values.items() if name in SHOWN}
             shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -131,7 +131,7 @@ class Report:
         if not self.enabled:
             return
         for row in rows:
-            append_line(self.folder.samples, {"step": step, **row})
+            append_jsonl(self.folder.samples, [{"step": step, **row}])
             self.say(
                 f"step {step} · {row['video']} · {row['question']}\n"
                 f"    says: {row['answer']}\n    true: {row['reference']}"

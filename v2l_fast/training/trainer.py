@@ -24,7 +24,7 @@ from torch import nn
 
 from v2l_fast.console import log
 from v2l_fast.errors import CheckpointError, ConfigError, V2LError
-from v2l_fast.files import read_json
+from v2l_fast.files import read_json, write_json
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.loading import load_hypernet
@@ -45,7 +45,6 @@ from v2l_fast.training.flops import StepCost, peak_flops
 from v2l_fast.training.loader import EpochOrder, Quarantine, StepBatch, step_batches
 from v2l_fast.training.logging import Meter, Report, Speed, environment, memory_gb
 from v2l_fast.training.optim import make_optimizer, rate_factor, set_rate
-from v2l_fast.training.records import write_record
 from v2l_fast.training.sources import Sources, base_model, open_sources
 from v2l_fast.training.step import StepOptions, StepResult, TrainStep
 from v2l_fast.training.validation import Validation
@@ -334,7 +333,7 @@ class _Run:
         if found < (math.inf if best is None else best["val_ce"]):
             export(self.hypernet, self.folder.best, DTYPES[self.config.run.export_dtype])
             # Behind the weights: a run killed in between writes both again.
-            write_record(self.folder.best_record, {"step": step, **self.val})
+            write_json(self.folder.best_record, {"step": step, **self.val})
 
     def _restore(self) -> None:
         """Continue from the latest checkpoint, if there is one."""
@@ -407,7 +406,7 @@ class _Run:
             "environment": environment(self.processes.device, self.processes.count),
         }
         if self.processes.is_main:
-            write_record(path, summary)
+            write_json(path, summary)
         return summary
 
     def _elapsed(self) -> float:

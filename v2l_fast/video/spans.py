@@ -6,7 +6,6 @@ is its own. Only `indices` and the hash are the whole file's.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from functools import partial
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from v2l_fast.errors import VideoError
+from v2l_fast.files import file_sha256
 from v2l_fast.video.clip import Clip
 from v2l_fast.video.limits import Limits
 from v2l_fast.video.preprocess import resize_lanczos, resized_size
@@ -91,8 +91,7 @@ def load_spans(
     if decoded.available is not None:
         count = decoded.available
         parts, picked, decoded = read(count)
-    with open(source.path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = file_sha256(source.path)
     frames = decoded.frames.to(device).permute(0, 3, 1, 2)
     clips = []
     start = 0
