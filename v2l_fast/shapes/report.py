@@ -33,7 +33,7 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.files import LARGE_BYTES, read_json
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
-from v2l_fast.outputs import ResumableFolder
+from v2l_fast.outputs import ResumableFolder, check_fingerprint
 from v2l_fast.shapes.evaluate import (
     MAX_NEW_TOKENS,
     clip_name,
@@ -106,19 +106,22 @@ class Report:
         Raises:
             ConfigError: the folder's record is of another model or number of videos.
         """
-        fingerprint = {
-            "network": self.model.hypernet.fingerprint,
-            "trained": None if self.trained is None else self.trained.hypernet.fingerprint,
-            "videos": self.videos,
-            "seed": self.seed,
-        }
+        network = self.model.hypernet.fingerprint
+        # Only this piece depends on it.
+        with_trained = name == "chunks" and self.trained is not None
+        trained = {"trained": self.trained.hypernet.fingerprint if with_trained else None}
 
         def measure() -> dict[str, Any]:
-            result = PIECES[name](self, self.count(name))
-            about = {"network": fingerprint["network"], "machine": machine()}
-            return {**about, "videos": self.count(name), **result}
+            about = {"network": network, **trained, "machine": machine()}
+            count = self.count(name)
+            return {**about, "videos": count, **PIECES[name](self, count)}
 
-        return ResumableFolder(self.folder, fingerprint).record(name, measure)
+        fingerprint = {"network": network, "videos": self.videos, "seed": self.seed}
+        record = ResumableFolder(self.folder, fingerprint).record(name, measure)
+        saved = {"trained": record.get("trained")}
+        remedy = "choose another folder or delete it"
+        check_fingerprint(self.folder / f"{name}.json", saved, trained, ConfigError, remedy)
+        return record
 
     def made(self) -> dict[str, dict[str, Any]]:
         """The records that the folder holds, whoever made them.
