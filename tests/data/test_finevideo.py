@@ -20,7 +20,6 @@ from v2l_fast.data.finevideo import (
 )
 from v2l_fast.data.manifest import load_manifest, split_by_video, video_key
 from v2l_fast.data.teach import REQUIRED
-from v2l_fast.video import load_video
 from v2l_fast.video.spans import load_spans
 
 
@@ -139,37 +138,6 @@ def test_the_manifest_reads_the_spans_without_cutting(folder, tmp_path):
     (clip,) = load_spans(spanned.path, spanned.span, 1, 99, exact_frames=True)
     shown = [shown_index(frame.movedim(0, -1).numpy()) for frame in clip.frames]
     assert shown == list(range(15, 32))
-
-
-def test_cut_clips_hold_the_same_frames(folder, tmp_path):
-    out = tmp_path / "train.jsonl"
-    build_manifest(folder, out, total=10, cut=True)
-    examples = load_manifest(out, required=REQUIRED)
-    assert all(e.span is None for e in examples)
-    clips = sorted((tmp_path / "clips").iterdir())
-    assert len(clips) == 9
-    by_id = {e.id: e for e in examples}
-    span = next(s for s in mix_spans(read_pools(folder), 10) if (s.start, s.end) == (1.5, 3.2))
-    cut = load_video(by_id[span.id].path, 99, exact_frames=True)
-    shown = [shown_index(frame.movedim(0, -1).numpy()) for frame in cut.frames]
-    assert shown == list(range(15, 32)) and cut.fps == 10
-    # Sampled, both are told the same story.
-    (whole,) = load_spans(folder / span.video, (1.5, 3.2), 1, 4)
-    again = load_video(by_id[span.id].path, 4, longest_edge=64)
-    assert whole.timestamps == again.timestamps and whole.duration == again.duration
-
-
-def test_spans_that_cannot_be_cut_are_left_out(folder, tmp_path):
-    root = tmp_path / "data"
-    root.mkdir()
-    for number in range(4):
-        path = root / f"v{number}.mp4"
-        path.write_bytes((folder / "video-0.mp4").read_bytes() if number else b"no video")
-        path.with_suffix(".json").write_text(json.dumps(metadata([(0, 3), (3, 6)])))
-    mix = {"scene": 1}
-    built = build_manifest(root, tmp_path / "train.jsonl", total=8, mix=mix, cut=True)
-    assert len(built.rows) == 6 and len(built.left_out) == 2
-    assert all("v0.mp4" in reason for reason in built.left_out.values())
 
 
 def test_the_cards_own_layout(tmp_path):

@@ -196,9 +196,6 @@ def finevideo_build(
         int, typer.Option(min=0, help="The metadata's questions, so many for a whole video.")
     ] = 0,
     val_share: Annotated[float, typer.Option(help="Share of the videos kept to validate.")] = 0.01,
-    cut: Annotated[
-        bool, typer.Option("--cut", help="Also write each span as a file, under clips/.")
-    ] = False,
     seed: Seed = 0,
     force: Force = False,
     as_json: Json = False,
@@ -219,18 +216,7 @@ def finevideo_build(
         raise typer.BadParameter(f"--val-share must be at least 0 and below 1, got {val_share}")
     check_output(out_path, (p for p in folder.glob("*") if p.suffix in (".json", ".mp4")), force)
     shares = dict(zip(MIX, mix, strict=True))
-    with progress_bar("cutting") as report:
-        built = build_manifest(
-            folder,
-            out_path,
-            total,
-            shares,
-            val_share,
-            questions,
-            seed,
-            cut,
-            partial(report, "spans"),
-        )
+    built = build_manifest(folder, out_path, total, shares, val_share, questions, seed)
     counts = {p: sum(row["metadata"]["pool"] == p for row in built.rows) for p in MIX}
     if as_json:
         show_json(
@@ -239,13 +225,13 @@ def finevideo_build(
                 "rows": len(built.rows),
                 "pools": counts,
                 "videos": built.pools.videos,
-                "left_out": dict(built.left_out),
+                "left_out": dict(built.pools.left_out),
             }
         )
         return
     pools = ", ".join(f"{count} {pool}" for pool, count in counts.items())
     say(f"{out_path}: {len(built.rows)} rows ({pools}) of {built.pools.videos} videos")
-    for name, reason in built.left_out.items():
+    for name, reason in built.pools.left_out.items():
         note(f"left out: {name}: {reason}")
 
 

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.data.manifest import video_share, write_manifest
-from v2l_fast.data.shards import Progress
-from v2l_fast.errors import V2LError, VideoError
+from v2l_fast.errors import V2LError
 from v2l_fast.files import read_json
-from v2l_fast.video.cut import cut_span
 
 PUBLISHED = "https://huggingface.co/datasets/HuggingFaceFV/finevideo"
 MIX = {"scene": 0.6, "adjacent": 0.3, "full": 0.1}
@@ -237,11 +235,10 @@ PROMPTS = {
 
 @dataclass(frozen=True)
 class Built:
-    """The rows written, the pools they came from, and what was left out of either, with why."""
+    """The rows written, and the pools they were drawn from."""
 
     rows: list[dict[str, Any]]
     pools: Pools
-    left_out: Mapping[str, str]
 
 
 def build_manifest(
@@ -252,50 +249,23 @@ def build_manifest(
     val_share: float = 0.01,
     questions: int = 0,
     seed: int = 0,
-    cut: bool = False,
-    progress: Progress = lambda done, total: None,
 ) -> Built:
     """Write a manifest of spans without targets.
 
     Args:
         val_share: of the videos; their spans are the split "val".
         questions: of the metadata, at most so many for each whole video, as further prompts.
-        cut: also write every span as a file under ``clips/`` beside the manifest, for which the
-            lines then stand; a span that cannot be cut is left out.
     """
     pools = read_pools(folder)
     home = Path(out).resolve().parent
     home.mkdir(parents=True, exist_ok=True)
     base = os.path.relpath(Path(folder), home)
     rows: list[dict[str, Any]] = []
-    left_out = dict(pools.left_out)
-    spans = mix_spans(pools, total, mix, seed)
-    for number, span in enumerate(spans):
-        progress(number, len(spans))
+    for span in mix_spans(pools, total, mix, seed):
         split = "val" if video_share(span.video, seed) < val_share else "train"
-        made = list(_rows(span, base, split, questions))
-        if cut and span.start is not None:
-            try:
-                made = [_cut(row, home) for row in made]
-            except VideoError as error:
-                left_out[span.id] = str(error)
-                continue
-        rows += made
-    progress(len(spans), len(spans))
+        rows += _rows(span, base, split, questions)
     write_manifest(out, rows)
-    return Built(rows, pools, left_out)
-
-
-def _cut(row: dict[str, Any], home: Path) -> dict[str, Any]:
-    """The row about a file that holds its span alone."""
-    start, end = row["metadata"]["span"]
-    clip = Path("clips") / f"{row['id']}.mp4"
-    (home / clip).parent.mkdir(parents=True, exist_ok=True)
-    if not (home / clip).exists():
-        cut_span(home / row["video_path"], (start, end), home / clip)
-    kept = {k: v for k, v in row["metadata"].items() if k != "span"}
-    told = {"video_path": str(clip), "clip_start_sec": start, "clip_end_sec": end}
-    return row | told | {"metadata": kept}
+    return Built(rows, pools)
 
 
 def _rows(span: Span, base: str, split: str, questions: int) -> Iterator[dict[str, Any]]:
