@@ -22,12 +22,12 @@ from bench.end_to_end import Shape, _Bench
 from bench.timing import together
 from csrc_triton.peaks import peak_of
 from v2l_fast.analysis.prefix import continue_greedily, prefill
-from v2l_fast.generation import Batch, Row, SamplingParams
+from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.peft import save_peft
 from v2l_fast.model import Video2LoRA
-from v2l_fast.serving.graphs import GraphBatch
+from v2l_fast.serving.graphs import CudaGraphRunner
 from v2l_fast.shapes.language import CAPTION_PROMPTS
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.scene import sample_scenes
@@ -75,12 +75,12 @@ def shipped(seed: int) -> Asked:
     return Asked(
         backbone,
         model.internalize(clip),
-        torch.tensor(backbone.inputs.question(text)),
+        torch.tensor(backbone.prompt_builder.question(text)),
         lambda: backbone.encode(clip, edge),
-        lambda encoded: backbone.about(encoded, text).embeddings,
-        lambda encoded: backbone.opening(encoded).embeddings,
-        backbone.continuation(text).embeddings,
-        backbone.about(video, text).visual_tokens,
+        lambda encoded: backbone.video_prompt(encoded, text).embeddings,
+        lambda encoded: backbone.video_prefix(encoded).embeddings,
+        backbone.question_suffix(text).embeddings,
+        backbone.video_prompt(video, text).visual_tokens,
     )
 
 
@@ -185,15 +185,15 @@ def _ways(asked: Asked, new_tokens: int, folder: Path) -> dict[str, Callable[[in
     video = asked.features()
     longest = len(asked.about(video)) + new_tokens
     slots = AdapterBank.pack([asked.adapter], decoder.device, decoder.dtype)
-    kind = GraphBatch if decoder.device.type == "cuda" else Batch
+    kind = CudaGraphRunner if decoder.device.type == "cuda" else ModelRunner
     plain, merged = (kind(d, 1, longest, ()) for d in (decoder, decoder.merged(asked.adapter)))
     peft = _peft(asked, folder)
 
-    def answer(batch: Batch, prompt: Tensor, count: int, adapters: Any = None) -> list[int]:
-        row = Row(SamplingParams(count), -1 if adapters is None else 0)
-        batch.join([row], [prompt], adapters)
-        while batch.drop_finished():
-            batch.step(adapters)
+    def answer(batch: ModelRunner, prompt: Tensor, count: int, adapters: Any = None) -> list[int]:
+        row = Request(SamplingParams(count), -1 if adapters is None else 0)
+        batch.prefill([row], [prompt], adapters)
+        while batch.retire_finished():
+            batch.decode(adapters)
         return row.tokens
 
     def question() -> Tensor:

@@ -38,7 +38,7 @@ from bench.models import random_ids
 from bench.records import write
 from bench.train_step import CASES, QUESTION_TOKENS, Case, batch, models
 from v2l_fast.data.samples import ContextSample, Sample
-from v2l_fast.generation import Batch, Row, SamplingParams
+from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.network import HyperNetwork
@@ -105,12 +105,12 @@ def job(name: str, case: Case, device: str, compile: bool) -> Job:
 
 
 def _answer(decoder: Decoder, prompt: Tensor, slots: AdapterBank) -> None:
-    running = Batch(decoder, 1, len(prompt) + NEW_TOKENS, ())
+    running = ModelRunner(decoder, 1, len(prompt) + NEW_TOKENS, ())
     with record_function("first token"):
-        running.join([Row(SamplingParams(NEW_TOKENS), slot=0)], [prompt], slots)
+        running.prefill([Request(SamplingParams(NEW_TOKENS), slot=0)], [prompt], slots)
     for _ in range(NEW_TOKENS - 1):
         with record_function("further token"):
-            running.step(slots)
+            running.decode(slots)
 
 
 def _training(step: TrainStep, samples: Sequence[Sample]) -> Job:

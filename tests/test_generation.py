@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from v2l_fast.errors import AdapterError, ConfigError
-from v2l_fast.generation import Batch, Row, SamplingParams, generate
+from v2l_fast.generation import ModelRunner, Request, SamplingParams, generate
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.vlm.decoder import Decoder
 
@@ -103,9 +103,9 @@ def test_sampling_is_reproducible(backbone):
 def test_sampling_does_not_depend_on_the_batch(backbone, adapters):
     chosen = [adapters[0], None, adapters[1], None]
     together = run(backbone, PROMPTS, chosen, **SAMPLED)
-    for place, (prompt, adapter) in enumerate(zip(PROMPTS, chosen, strict=True)):
-        alone = run(backbone, [prompt], [adapter], **{**SAMPLED, "seed": 5 + place})
-        assert alone == [together[place]]
+    for i, (prompt, adapter) in enumerate(zip(PROMPTS, chosen, strict=True)):
+        alone = run(backbone, [prompt], [adapter], **{**SAMPLED, "seed": 5 + i})
+        assert alone == [together[i]]
 
 
 def test_sampling_leaves_the_global_generator_alone(backbone):
@@ -166,22 +166,22 @@ def test_settings_out_of_range(wrong):
         SamplingParams(**wrong)
 
 
-# --- failures belong to the row that causes them --------------------------------------------------
+# --- a failure belongs to the request that causes it ----------------------------------------------
 
 
-def running(backbone, adapters=None, count=5, **sampling) -> tuple[Batch, list[Row]]:
-    """A batch whose row i starts with token 20 + i and has the adapter in slot i, if any."""
-    batch = Batch(backbone.decoder, count, 40, ())
-    rows = [Row(SamplingParams(max_new_tokens=9, **sampling), -1 if adapters is None else place)
-            for place in range(count)]  # fmt: skip
-    prompts = [backbone.decoder.embed(torch.tensor([2, 20 + place, 30])) for place in range(count)]
-    batch.join(rows, prompts, adapters)
-    return batch, rows
+def running(backbone, adapters=None, count=5, **sampling) -> tuple[ModelRunner, list[Request]]:
+    """A runner whose request i starts with token 20 + i and has the adapter in slot i, if any."""
+    runner = ModelRunner(backbone.decoder, count, 40, ())
+    requests = [Request(SamplingParams(max_new_tokens=9, **sampling), -1 if adapters is None else i)
+            for i in range(count)]  # fmt: skip
+    prompts = [backbone.decoder.embed(torch.tensor([2, 20 + i, 30])) for i in range(count)]
+    runner.prefill(requests, prompts, adapters)
+    return runner, requests
 
 
-def finish(batch, adapters=None) -> None:
-    while batch.drop_finished():
-        batch.step(adapters)
+def finish(runner, adapters=None) -> None:
+    while runner.retire_finished():
+        runner.decode(adapters)
 
 
 @pytest.fixture
@@ -202,73 +202,71 @@ def bad_token(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("guilty", range(5))
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_p": 0.9}])
 def test_a_failing_step_ends_one_row(guilty, sampling, backbone, bad_token):
-    batch, expected = running(backbone, **sampling)
-    finish(batch)
-    batch, rows = running(backbone, **sampling)
-    batch.step()
-    # Only the guilty row's token: a token that others have chosen, too, would fail them as well.
-    token = rows[guilty].tokens[-1]
-    also = [i for i, row in enumerate(rows) if row.tokens[-1] == token]
+    runner, expected = running(backbone, **sampling)
+    finish(runner)
+    runner, requests = running(backbone, **sampling)
+    runner.decode()
+    # A token that other requests have chosen too makes them fail as well.
+    token = requests[guilty].tokens[-1]
+    also = [i for i, request in enumerate(requests) if request.tokens[-1] == token]
     bad_token.append(token)
-    batch.step()
+    runner.decode()
     bad_token.clear()
-    finish(batch)
-    for place, (row, whole) in enumerate(zip(rows, expected, strict=True)):
-        if place in also:
-            assert row.finished == "error" and "breaks the pass" in str(row.error)
-            assert row.tokens == whole.tokens[:2]
+    finish(runner)
+    for i, (request, whole) in enumerate(zip(requests, expected, strict=True)):
+        if i in also:
+            assert request.finish_reason == "error" and "breaks the pass" in str(request.error)
+            assert request.tokens == whole.tokens[:2]
         else:
-            assert (row.finished, row.tokens) == (whole.finished, whole.tokens)
+            assert (request.finish_reason, request.tokens) == (whole.finish_reason, whole.tokens)
 
 
 @torch.inference_mode()
 def test_a_failing_prefill_ends_one_row(backbone, monkeypatch):
-    batch, expected = running(backbone)
-    finish(batch)
-    prefill = Batch._prefill
+    runner, expected = running(backbone)
+    finish(runner)
+    prefill = ModelRunner.run_prefill
 
     def fails(self, embeddings, rows, last, adapters):
         if 3 in rows:
-            raise RuntimeError("row 3")
+            raise RuntimeError("request 3")
         return prefill(self, embeddings, rows, last, adapters)
 
-    monkeypatch.setattr(Batch, "_prefill", fails)
-    batch, rows = running(backbone)
-    finish(batch)
-    assert [row.finished for row in rows] == ["length"] * 3 + ["error", "length"]
+    monkeypatch.setattr(ModelRunner, "run_prefill", fails)
+    runner, requests = running(backbone)
+    finish(runner)
+    assert [request.finish_reason for request in requests] == ["length"] * 3 + ["error", "length"]
     kept = [0, 1, 2, 4]
-    assert [rows[i].tokens for i in kept] == [expected[i].tokens for i in kept]
+    assert [requests[i].tokens for i in kept] == [expected[i].tokens for i in kept]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38, -1e30])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_k": 5}])
 def test_a_poisoned_adapter_hurts_its_row_alone(value, sampling, backbone, adapters):
-    """Nor the rows that use its row of the cache afterwards."""
+    """Nor the requests that use its request of the cache afterwards."""
     own = [adapters[0], adapters[1], adapters[2], adapters[0], adapters[1]]
     good = slots([*own[:3], adapters[0].to(), adapters[1].to()])
-    batch, expected = running(backbone, good, **sampling)
-    finish(batch, good)
+    runner, expected = running(backbone, good, **sampling)
+    finish(runner, good)
     bad = replace(good, B={M: good.B[M].clone()})
     bad.B[M][:, 1] = value
-    batch = Batch(backbone.decoder, 5, 40, ())
+    runner = ModelRunner(backbone.decoder, 5, 40, ())
     for _ in range(2):
-        batch_rows = [
-            Row(SamplingParams(max_new_tokens=9, **sampling), place) for place in range(5)
-        ]
+        requests = [Request(SamplingParams(max_new_tokens=9, **sampling), i) for i in range(5)]
         prompts = [backbone.decoder.embed(torch.tensor([2, 20 + i, 30])) for i in range(5)]
-        batch.join(batch_rows, prompts, bad)
-        finish(batch, bad)
-        for place in (0, 2, 3, 4):
-            assert batch_rows[place].tokens == expected[place].tokens
-        row = batch_rows[1]
+        runner.prefill(requests, prompts, bad)
+        finish(runner, bad)
+        for i in (0, 2, 3, 4):
+            assert requests[i].tokens == expected[i].tokens
+        request = requests[1]
         if value != -1e30:
-            assert row.finished == "error" and isinstance(row.error, AdapterError)
-            assert "NaN or infinite" in str(row.error) and row.tokens == []
-        assert batch.cache.keys.isfinite().all() and batch.cache.values.isfinite().all()
-    one = Row(SamplingParams(max_new_tokens=9, **sampling), 1)
-    batch.join([one], [prompts[1]], good)
-    finish(batch, good)
+            assert request.finish_reason == "error" and isinstance(request.error, AdapterError)
+            assert "NaN or infinite" in str(request.error) and request.tokens == []
+        assert runner.cache.keys.isfinite().all() and runner.cache.values.isfinite().all()
+    one = Request(SamplingParams(max_new_tokens=9, **sampling), 1)
+    runner.prefill([one], [prompts[1]], good)
+    finish(runner, good)
     assert one.tokens == expected[1].tokens
 
 

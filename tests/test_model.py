@@ -103,7 +103,7 @@ def test_adapters_by_path(model, adapters, tmp_path):
 
 def test_autocast_changes_nothing(model, clips, adapters):
     def everything() -> list:
-        steps = model.internalize_steps(clips[0])
+        steps = model.iter_internalize(clips[0])
         dtypes = set()
         while True:
             try:
@@ -245,8 +245,8 @@ def test_special_tokens_in_a_question_are_text(model, clips, adapters, question)
     (direct,) = model.answer_direct(question, clips[0], **SHORT)
     (answer,) = model.answer(question, adapters[0], **SHORT)
     assert direct.visual_tokens == 12 and answer.visual_tokens == 0
-    ids = model.backbone.inputs.question(question)
-    template = model.backbone.inputs.question("")
+    ids = model.backbone.prompt_builder.question(question)
+    template = model.backbone.prompt_builder.question("")
     special = set(model.backbone.tokenizer.all_special_ids) - {
         model.backbone.tokenizer.unk_token_id
     }

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from v2l_fast.effect import Effect, measure_effect
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
-from v2l_fast.generation import SamplingParams
-from v2l_fast.generation.answers import Answer, answer_prompts
+from v2l_fast.generation import Answer, SamplingParams, answer_prompts
 from v2l_fast.hypernet.adapter import Adapter, BiasAdapter
 from v2l_fast.hypernet.network import HyperNetwork, as_dtype
 from v2l_fast.internalizing.batches import BATCH_TOKENS
@@ -29,7 +28,7 @@ from v2l_fast.video import Clip
 from v2l_fast.video.reading import Backend
 from v2l_fast.vlm import Backbone, Prompt, load_backbone
 from v2l_fast.vlm.base import prompt_ids, visual_tokens
-from v2l_fast.work_units import Step, finish
+from v2l_fast.work_units import WorkUnit, run_to_completion
 
 # Videos internalized together, as far as their tokens allow it.
 BATCH_SIZE = 8
@@ -232,11 +231,13 @@ class Video2LoRA:
         reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
         videos = iter(videos)
         while batch := [_as_video(video) for video in islice(videos, batch_size)]:
-            with self._own_precision():
-                outcomes = finish(self._internalizer.steps(batch, reading, BATCH_TOKENS), progress)
+            with self._without_autocast():
+                outcomes = run_to_completion(
+                    self._internalizer.steps(batch, reading, BATCH_TOKENS), progress
+                )
             yield from outcomes
 
-    def internalize_steps(
+    def iter_internalize(
         self,
         video: Video,
         max_frames: int | None = None,
@@ -244,7 +245,7 @@ class Video2LoRA:
         exact_frames: bool = False,
         chunks: int = 1,
         decoder: Backend = "auto",
-    ) -> Generator[Step, None, Adapter]:
+    ) -> Generator[WorkUnit, None, Adapter]:
         """:meth:`internalize` of one video in small units of work, for whoever does more than one
         thing at a time.
 
@@ -254,11 +255,11 @@ class Video2LoRA:
         is longer for their number. Units may run in different threads.
 
         Returns:
-            The adapter, as the generator's value; see :func:`~v2l_fast.work_units.finish`.
+            The adapter, as the generator's value (:func:`~v2l_fast.work_units.run_to_completion`).
         """
         reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
         steps = self._internalizer.steps([_as_video(video)], reading, 0)
-        (outcome,) = yield from self._with_own_precision(steps)
+        (outcome,) = yield from self._iter_without_autocast(steps)
         if isinstance(outcome, VideoError):
             raise outcome
         return outcome
@@ -282,14 +283,14 @@ class Video2LoRA:
             self.backbone.decoder.device,
         )
 
-    def question_steps(
+    def iter_question_prompt(
         self,
         clip: Clip,
         question: str,
         longest_edge: int | None = None,
         check: Callable[[int], None] = lambda tokens: None,
-    ) -> Generator[Step, None, Prompt]:
-        """The prompt of a question with the video in context, as :meth:`internalize_steps`.
+    ) -> Generator[WorkUnit, None, Prompt]:
+        """The prompt of a question with the video in context, as :meth:`iter_internalize`.
 
         Args:
             check: called with the prompt's number of tokens before anything is computed; what it
@@ -297,16 +298,16 @@ class Video2LoRA:
         """
         edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
         yield "decode", 0, 1
-        ids = prompt_ids(self.backbone.inputs, clip, question, edge, answer_follows=True)
+        ids = prompt_ids(self.backbone.prompt_builder, clip, question, edge, answer_follows=True)
         check(len(ids))
-        video = yield from self._with_own_precision(self.backbone.encode_steps(clip, edge))
-        with self._own_precision():
-            return self.backbone.about(video, question, ids=ids)
+        video = yield from self._iter_without_autocast(self.backbone.iter_encode(clip, edge))
+        with self._without_autocast():
+            return self.backbone.video_prompt(video, question, ids=ids)
 
     def visual_tokens(self, clip: Clip, longest_edge: int | None = None) -> int:
         """How many tokens of the context stand for the clip's pixels."""
         edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
-        return visual_tokens(self.backbone.inputs, clip, edge)
+        return visual_tokens(self.backbone.prompt_builder, clip, edge)
 
     # --- answering ------------------------------------------------------------------------------
 
@@ -390,7 +391,7 @@ class Video2LoRA:
             )
         # One attached copy of each, so that an adapter given twice still takes one slot.
         known = {id(a): None if a is None else self._attached(a) for a in adapters}
-        with self._own_precision():
+        with self._without_autocast():
             return list(
                 answer_prompts(
                     self.backbone,
@@ -419,7 +420,7 @@ class Video2LoRA:
         if len(clips) != len(questions):
             raise VideoError(f"{len(questions)} questions and {len(clips)} clips: give one each")
         edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
-        with self._own_precision():
+        with self._without_autocast():
             return list(
                 answer_prompts(
                     self.backbone,
@@ -495,7 +496,7 @@ class Video2LoRA:
             AdapterError: the adapter does not belong to this model.
         """
         adapter = self._attached(adapter)
-        with self._own_precision():
+        with self._without_autocast():
             return measure_effect(self.backbone, adapter, question)
 
     def _attached(self, adapter: AdapterOrPath) -> Adapter:
@@ -508,14 +509,14 @@ class Video2LoRA:
             )
         return self.attach(adapter)
 
-    def _own_precision(self) -> torch.autocast:
+    def _without_autocast(self) -> torch.autocast:
         """Without autocast: models run in the dtype they were loaded in."""
         return torch.autocast(self.backbone.decoder.device.type, enabled=False)
 
-    def _with_own_precision(self, steps: Generator[Step, None, Result]) -> Generator:
-        """Each unit of work in :meth:`_own_precision`; what runs between them is not affected."""
+    def _iter_without_autocast(self, steps: Generator[WorkUnit, None, Result]) -> Generator:
+        """Run each unit in :meth:`_without_autocast`; code between units is not affected."""
         while True:
-            with self._own_precision():
+            with self._without_autocast():
                 try:
                     step = next(steps)
                 except StopIteration as end:

@@ -1,8 +1,9 @@
-"""Long work in small units: a generator names each unit before it does it, and returns the result.
+"""Long computations as generators of bounded work units.
 
-A caller that interleaves work advances the generator one unit at a time; :func:`finish` runs all.
-Units are bounded whatever the length of a video: a pass over a long context is split into chunks of
-tokens, and a context of one chunk is computed as it would be without chunks, to the bit.
+A generator yields a :data:`WorkUnit` before it computes it, and returns the result. A caller that
+interleaves work advances the generator one unit at a time; :func:`run_to_completion` runs all of
+it. Units are bounded whatever the length of a video: a pass over a long context is split into
+chunks of tokens. A context of one chunk is computed exactly as without chunks.
 """
 
 from __future__ import annotations
@@ -13,30 +14,32 @@ from typing import TypeVar
 
 import torch
 
-# Stage, units of it done, units of it in all.
-Step = tuple[str, int, int]
+# Stage, units of it done, units of it in total.
+WorkUnit = tuple[str, int, int]
+# Called with the fields of each unit before it is computed.
+Progress = Callable[[str, int, int], None]
 
 Result = TypeVar("Result")
 
-# Tokens of one chunk: some tenths of a second for a decoder layer of SmolVLM2-500M.
-UNIT_TOKENS = {"cpu": 2048, "cuda": 32768}
+# Tokens of one chunk: a few tenths of a second for a decoder layer of SmolVLM2-500M.
+TOKENS_PER_UNIT = {"cpu": 2048, "cuda": 32768}
 
 
-def unit_tokens(device: torch.device) -> int:
-    """Tokens of a context that one unit of work processes."""
-    return UNIT_TOKENS.get(device.type, UNIT_TOKENS["cpu"])
+def tokens_per_unit(device: torch.device) -> int:
+    """Context tokens that one work unit processes."""
+    return TOKENS_PER_UNIT.get(device.type, TOKENS_PER_UNIT["cpu"])
 
 
-def chunks(length: int, unit: int) -> Iterator[slice]:
+def token_chunks(length: int, unit: int) -> Iterator[slice]:
     """``length`` tokens in chunks of at most ``unit``."""
     return (slice(i, min(i + unit, length)) for i in range(0, length, unit))
 
 
-def causal_chunks(length: int, unit: int) -> Iterator[slice]:
-    """The same for a pass in which each token attends to all before it.
+def causal_token_chunks(length: int, unit: int) -> Iterator[slice]:
+    """Chunks for causal attention, where a chunk also attends to all tokens before it.
 
-    Chunks shrink towards the end: a chunk's tokens times those they attend to are at most
-    ``unit`` squared, but for chunks of one token.
+    Chunks shrink towards the end: a chunk's tokens times the tokens they attend to are at most
+    ``unit`` squared, except for chunks of one token.
     """
     start = 0
     while start < length:
@@ -47,24 +50,26 @@ def causal_chunks(length: int, unit: int) -> Iterator[slice]:
         start = stop
 
 
-def finish(
-    steps: Generator[Step, None, Result], progress: Callable[[str, int, int], None] | None = None
+def run_to_completion(
+    units: Generator[WorkUnit, None, Result], progress: Progress | None = None
 ) -> Result:
-    """Do all that is left; ``progress`` is told of each unit before it is done."""
+    """Run the remaining units and return the generator's result."""
     while True:
         try:
-            step = next(steps)
+            unit = next(units)
         except StopIteration as end:
             return end.value
         if progress is not None:
-            progress(*step)
+            progress(*unit)
 
 
-def named(units: Generator[None, None, Result], step: Step) -> Generator[Step, None, Result]:
-    """Units without names as parts of one step."""
+def label_units(
+    units: Generator[None, None, Result], label: WorkUnit
+) -> Generator[WorkUnit, None, Result]:
+    """Unlabeled units, each yielded as ``label``."""
     while True:
         try:
             next(units)
         except StopIteration as end:
             return end.value
-        yield step
+        yield label

@@ -30,7 +30,10 @@ def with_update(backbone: SmolVLM, adapter: Adapter, without: Collection[int] = 
 @torch.no_grad()
 def log_probability(backbone: SmolVLM, model, prompt: str, text: str) -> float:
     """Eq. 10, token by token."""
-    question, answer = backbone.inputs.question(prompt), backbone.inputs.ids(f" {text}")
+    question, answer = (
+        backbone.prompt_builder.question(prompt),
+        backbone.prompt_builder.ids(f" {text}"),
+    )
     logits = model(input_ids=torch.tensor([question + answer]), use_cache=False).logits[0]
     total = 0.0
     for t, token in enumerate(answer):

@@ -34,7 +34,7 @@ def streams(backbone, weights, prompt: str) -> list[torch.Tensor]:
                 found.append(output[0, -1].clone())
 
             hooks.append(module.register_forward_hook(keep))
-    weights(input_ids=torch.tensor([backbone.inputs.question(prompt)]), use_cache=False)
+    weights(input_ids=torch.tensor([backbone.prompt_builder.question(prompt)]), use_cache=False)
     for hook in hooks:
         hook.remove()
     return [torch.stack(found) for found in kept]
@@ -55,7 +55,7 @@ def test_shifts_are_those_of_the_written_in_update(model, adapters):
 
 def test_direction_is_the_normalized_mean_output_embedding(model):
     reference = "red circle moves"
-    ids = model.backbone.inputs.ids(f" {reference}")
+    ids = model.backbone.prompt_builder.ids(f" {reference}")
     mean = sum(model.backbone.model.lm_head.weight[i] for i in ids) / len(ids)
     found = answer_direction(model, reference)
     assert found.norm().item() == pytest.approx(1, rel=1e-6)

@@ -55,8 +55,8 @@ def test_same_tokens_as_direct(setting, clip, name):
 def test_a_prompt_is_its_opening_and_its_continuation(backbone, clip):
     video = backbone.encode(clip, 64)
     for question in (*QUESTIONS, "<fake_token_around_image> what?"):
-        whole = backbone.about(video, question)
-        opening, rest = backbone.opening(video), backbone.continuation(question)
+        whole = backbone.video_prompt(video, question)
+        opening, rest = backbone.video_prefix(video), backbone.question_suffix(question)
         assert torch.equal(torch.cat([opening.embeddings, rest.embeddings]), whole.embeddings)
         assert opening.visual_tokens == whole.visual_tokens == int(opening.visual.sum())
         assert torch.equal(whole.visual[: len(opening)], opening.visual)
@@ -73,8 +73,8 @@ def test_a_cache_is_reused_by_any_number_of_questions(setting, clip):
 
 def test_a_cache_without_room(backbone, clip):
     decoder = backbone.decoder
-    prefix = prefill(decoder, backbone.opening(backbone.encode(clip, 32)).embeddings, room=8)
-    rest = backbone.continuation("what happens?").embeddings
+    prefix = prefill(decoder, backbone.video_prefix(backbone.encode(clip, 32)).embeddings, room=8)
+    rest = backbone.question_suffix("what happens?").embeddings
     with pytest.raises(ConfigError, match="more room"):
         continue_greedily(decoder, prefix, rest, backbone.stop_ids, 8)
 
@@ -117,7 +117,7 @@ def test_merged_adapter_equals_unmerged(setting, clip):
 
 def test_bytes_stored(setting, clip):
     backbone, config = setting.model.backbone, setting.model.config
-    opening = backbone.opening(backbone.encode(clip, 64))
+    opening = backbone.video_prefix(backbone.encode(clip, 64))
     text = backbone.decoder.config
     expected = {
         "direct": 0,

@@ -24,14 +24,14 @@ from v2l_fast.vlm import Prompt
 @pytest.fixture(scope="module")
 def prompt(backbone) -> Prompt:
     """Six frames of four visual tokens, all different."""
-    return backbone.opening(backbone.encode(tiny.clip(6, 3), 32))
+    return backbone.video_prefix(backbone.encode(tiny.clip(6, 3), 32))
 
 
 def repeated(backbone, frames: int) -> Prompt:
     """The same frame over and over."""
     one = tiny.clip(1, 0).frames
     clip = Clip.from_frames(one.repeat(frames, 1, 1, 1), fps=1.0)
-    return backbone.opening(backbone.encode(clip, 32))
+    return backbone.video_prefix(backbone.encode(clip, 32))
 
 
 def lengths(backbone, prompt, frames, settings, reduction=None) -> list[int]:
@@ -81,7 +81,7 @@ def test_the_budget_limits_merging_to_the_most_similar(backbone):
 def last_attention(decoder, index, hidden, span) -> torch.Tensor:
     """Mean over heads of what the last token attends to, written out."""
     layer = decoder.text_model.layers[index]
-    query, key, _ = decoder.heads(layer, index, hidden, span)
+    query, key, _ = decoder.project_qkv(layer, index, hidden, span)
     key = key.repeat_interleave(2, 1)
     scores = query @ key.mT * layer.self_attn.scaling
     ahead = torch.ones(hidden.shape[1], hidden.shape[1]).triu(1).bool()
@@ -101,12 +101,12 @@ def test_different_frames_are_pruned_by_the_last_tokens_attention(backbone, prom
     span = decoder.prefill_metadata(1, len(prompt))
     received = last_attention(decoder, 0, found[0], span)
     layer = decoder.text_model.layers[0]
-    attended = found[0] + decoder.attention_part(layer, 0, found[0], span)
+    attended = found[0] + decoder.attention_block(layer, 0, found[0], span)
     visual = prompt.visual.nonzero()[:, 0]
     best = visual[received[visual].topk(6).indices]
     kept = sorted([*best.tolist(), *(~prompt.visual).nonzero()[:, 0].tolist()])
     survivors = attended[:, kept]
-    expected = survivors + decoder.mlp_part(layer, 0, survivors)
+    expected = survivors + decoder.mlp_block(layer, 0, survivors)
     assert torch.allclose(found[1], expected, atol=1e-6)
 
 
@@ -120,14 +120,14 @@ def test_layers_merge_between_attention_and_mlp(backbone, prompt):
     visual = prompt.visual.nonzero()[:, 0]
     shift = torch.zeros(prompt.embeddings.shape[1])
     shift[0] = 100.0
-    real, calls = decoder.attention_part, []
+    real, calls = decoder.attention_block, []
 
     def drowning(layer, index, hidden, span, cache=None, adapters=None):
         calls.append(hidden.shape[1])
         return real(layer, index, hidden, span, cache, adapters) + shift
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "attention_part", drowning)
+        patch.setattr(decoder, "attention_block", drowning)
         reduction = Reduction()
         found = lengths(backbone, prompt, 6, settings, reduction)
     assert found == [len(prompt), len(prompt) - 20, len(prompt) - 20]
@@ -148,7 +148,7 @@ def test_text_is_never_touched_and_answers_follow(backbone, prompt):
     text = len(prompt) - prompt.visual_tokens
     assert all(text < length <= len(prompt) for length in prefix.lengths)
     assert prefix.lengths[-1] == text + 1 and prefix.position == len(prompt)
-    rest = backbone.continuation("what happens?").embeddings
+    rest = backbone.question_suffix("what happens?").embeddings
     found = continue_greedily(backbone.decoder, prefix, rest, backbone.stop_ids, 8)
     assert len(found.tokens[0]) == 8
 
@@ -161,7 +161,7 @@ def test_survivors_keep_their_positions(backbone, prompt):
     prefix, _ = reduced_prefix(decoder, prompt, 6, settings, room=64)
     # Layer 0 attends to all: it is the attention that decides.
     assert prefix.lengths == (len(prompt), len(prompt) - 18, len(prompt) - 18)
-    rest = backbone.continuation("what happens?").embeddings
+    rest = backbone.question_suffix("what happens?").embeddings
     found = continue_greedily(decoder, prefix, rest, backbone.stop_ids, 1)
     received = last_attention(
         decoder, 0, prompt.embeddings[None], decoder.prefill_metadata(1, len(prompt))
@@ -175,9 +175,11 @@ def test_survivors_keep_their_positions(backbone, prompt):
     # A dropped token still needs something to see.
     masked[dropped, dropped] = True
     positions = torch.arange(whole.shape[1])[None]
-    hidden = decoder.layer(0, whole, decoder.span(positions, causal[None, None]))
+    hidden = decoder.layer(0, whole, decoder.attention_metadata(positions, causal[None, None]))
     for index in (1, 2):
-        hidden = decoder.layer(index, hidden, decoder.span(positions, masked[None, None]))
+        hidden = decoder.layer(
+            index, hidden, decoder.attention_metadata(positions, masked[None, None])
+        )
     expected = decoder.logits(decoder.text_model.norm(hidden[0, -1])).argmax().item()
     assert found.tokens == [[expected]]
 
@@ -192,13 +194,13 @@ def test_the_last_hidden_state_gives_the_first_token(backbone, prompt):
 
 
 def test_a_single_frame_is_only_pruned(backbone):
-    prompt = backbone.opening(backbone.encode(tiny.clip(1, 0), 32))
+    prompt = backbone.video_prefix(backbone.encode(tiny.clip(1, 0), 32))
     found = lengths(backbone, prompt, 1, FrameFusion(keep=0.5))
     assert found == [len(prompt), len(prompt) - 2, len(prompt) - 2]
 
 
 def test_plain_generation_agrees_with_the_prefix(backbone, prompt):
-    rest = backbone.continuation("which color is it?").embeddings
+    rest = backbone.question_suffix("which color is it?").embeddings
     whole = torch.cat([prompt.embeddings, rest])
     limit = SamplingParams(max_new_tokens=8)
     expected = generate(backbone.decoder, [whole], backbone.stop_ids, limit).tokens

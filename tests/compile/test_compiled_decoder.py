@@ -9,7 +9,7 @@ from tests.compile.graphs import LENGTHS, assert_one_graph, ramp
 from tests.compile.models import INNER, SIZE, decoder
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.vlm.decoder import Cache, Decoder
+from v2l_fast.vlm.decoder import Decoder, StaticKVCache
 
 BATCH, CAPACITY = 3, 40
 
@@ -24,7 +24,7 @@ def slots(layers: int, dtype: torch.dtype, ragged: bool = False) -> AdapterBank:
     return AdapterBank.pack([adapters[1], None, adapters[0]], "cpu", dtype)
 
 
-def filled(decoder: Decoder) -> Cache:
+def filled(decoder: Decoder) -> StaticKVCache:
     """A cache in the middle of an answer."""
     cache = decoder.new_cache(BATCH, CAPACITY)
     cache.keys.copy_(ramp(*cache.keys.shape))
@@ -54,7 +54,7 @@ def test_decode_layer(dtype, backend, dynamic, compilations):
     model, adapters = decoder(3, dtype), slots(3, dtype, ragged=True)
 
     def step(hidden, keys, values, positions, limit):
-        cache = Cache(keys.clone(), values.clone())
+        cache = StaticKVCache(keys.clone(), values.clone())
         out = model.layer(1, hidden, model.decode_metadata(positions, limit), cache, adapters)
         return out, cache.keys, cache.values
 

@@ -43,7 +43,7 @@ def cache_of(folder: Path, backbone, reader: ClipReader = READER) -> FeatureCach
 
 def source(backbone, videos, cache=None, **options) -> ManifestSource:
     return ManifestSource(
-        videos, backbone.inputs, READER, tiny.CONFIG.instruction, cache=cache, **options
+        videos, backbone.prompt_builder, READER, tiny.CONFIG.instruction, cache=cache, **options
     )
 
 

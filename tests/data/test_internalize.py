@@ -129,7 +129,9 @@ def test_a_video_without_finite_features_costs_its_batch_nothing(tmp_path, monke
     path, _ = write_folder(tmp_path / "videos", 4)
     model = Video2LoRA.from_pretrained("shapes", device="cpu")
     clip = model.load_clip(path.parent / "clip-0001.mp4")
-    views = frame_views(clip.frames, model.config.longest_edge, model.backbone.inputs.tile_size)
+    views = frame_views(
+        clip.frames, model.config.longest_edge, model.backbone.prompt_builder.tile_size
+    )
     encode = SmolVLM.encode_views
 
     def overflowing(self, seen):

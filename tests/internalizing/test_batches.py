@@ -23,7 +23,7 @@ from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
 from v2l_fast.video import Clip, preprocess
-from v2l_fast.work_units import finish
+from v2l_fast.work_units import run_to_completion
 
 M = "down_proj"
 
@@ -43,7 +43,7 @@ def mixed() -> list[Clip]:
 
 def alone(model: Video2LoRA, video: object, **options) -> Adapter:
     """Unit by unit, each chunk by itself."""
-    return finish(model.internalize_steps(video, **options))
+    return run_to_completion(model.iter_internalize(video, **options))
 
 
 def assert_near(found: Adapter, expected: Adapter) -> None:
@@ -117,7 +117,7 @@ def test_tokens_bound_a_batch(tokens, batches, model, mixed, monkeypatch):
 
 
 def test_units_of_one_video_stay_small(model, mixed):
-    units = model.internalize_steps(mixed[3], chunks=2)
+    units = model.iter_internalize(mixed[3], chunks=2)
     layers = [("generate adapter", done, 3) for done in range(4)]
     with watched() as seen:
         found = list(units)
@@ -203,7 +203,7 @@ def test_the_decoder_is_chosen(model, tmp_path):
 @pytest.mark.parametrize("unit", [1, 7, 16, 50])
 def test_chunks_of_tokens_change_nothing_but_rounding(unit, knowing, mixed, monkeypatch):
     expected = [alone(knowing, clip, chunks=2) for clip in mixed]
-    monkeypatch.setitem(steps.UNIT_TOKENS, "cpu", unit)
+    monkeypatch.setitem(steps.TOKENS_PER_UNIT, "cpu", unit)
     found = [alone(knowing, clip, chunks=2) for clip in mixed]
     # Padded and masked, too.
     together = knowing.internalize(mixed, chunks=2)
@@ -215,7 +215,7 @@ def test_chunks_of_tokens_change_nothing_but_rounding(unit, knowing, mixed, monk
 def test_units_do_not_grow_with_the_context(model, monkeypatch):
     """Tokens of a unit, and those times what they attend to, are bounded whatever the video."""
     unit, seen, decoder = 24, [], model.backbone.decoder
-    monkeypatch.setitem(steps.UNIT_TOKENS, "cpu", unit)
+    monkeypatch.setitem(steps.TOKENS_PER_UNIT, "cpu", unit)
     run_layer = decoder._run_layer
 
     def watched_layer(self, layer, index, hidden, span, cache, adapters):
@@ -232,7 +232,7 @@ def test_units_do_not_grow_with_the_context(model, monkeypatch):
         return attention(query, context, inv_rms)
 
     monkeypatch.setattr(perceiver, "perceiver_attention", watched_attention)
-    work = model.internalize_steps(tiny.clip(12, 0, 32))
+    work = model.iter_internalize(tiny.clip(12, 0, 32))
     passes = []
     for _ in work:
         passes.append((len(seen), len(contexts)))
@@ -247,7 +247,7 @@ def test_units_do_not_grow_with_the_context(model, monkeypatch):
 
 @pytest.mark.parametrize(("length", "unit"), [(1, 4), (4, 4), (5, 4), (1000, 30), (37, 1)])
 def test_causal_chunks_cover_everything_once(length, unit):
-    parts = list(steps.causal_chunks(length, unit))
+    parts = list(steps.causal_token_chunks(length, unit))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(length))
     assert all(
         part.stop - part.start == 1 or (part.stop - part.start) * part.stop <= unit * unit
@@ -260,7 +260,7 @@ def test_large_frames_are_resized_in_groups(model, monkeypatch):
     clip = tiny.clip(5, 0, 32)
     expected = alone(model, clip)
     monkeypatch.setattr(preprocess, "GROUP_PIXELS", 2 * clip.frames[0, 0].numel())
-    found = model.internalize_steps(clip)
+    found = model.iter_internalize(clip)
     names = [next(found) for _ in range(3)]
     assert names == [("decode", 0, 1), ("decode", 2, 5), ("decode", 4, 5)]
-    assert_near(finish(found), expected)
+    assert_near(run_to_completion(found), expected)

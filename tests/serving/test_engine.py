@@ -317,7 +317,7 @@ def test_internalizing_and_answering_take_turns(model, store, tmp_path, monkeypa
     with Engine(model, store, max_batch=2, max_context=160) as engine:
         events: list[str] = []
         batch = engine._answering.batch
-        step, unit = batch.step, engine._background.step
+        step, unit = batch.decode, engine._background.step
 
         def logged_step(adapters=None):
             events.append("step")
@@ -328,7 +328,7 @@ def test_internalizing_and_answering_take_turns(model, store, tmp_path, monkeypa
             events.extend(["unit"] * found)
             return found
 
-        monkeypatch.setattr(batch, "step", logged_step)
+        monkeypatch.setattr(batch, "decode", logged_step)
         monkeypatch.setattr(engine._background, "step", logged_unit)
         asked = request(QUESTIONS[0], "a0", max_new_tokens=140)
         generation = engine.submit(asked)

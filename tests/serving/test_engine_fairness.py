@@ -99,7 +99,7 @@ def test_a_failure_anywhere_belongs_to_its_request(where, model, store, monkeypa
 
         monkeypatch.setattr(DeviceAdapterCache, "_fill", copies)
     else:
-        ids = model.backbone.inputs.question(odd.text)
+        ids = model.backbone.prompt_builder.question(odd.text)
         embed = Decoder.embed
 
         def embeds(self, given):
@@ -129,7 +129,7 @@ def taking(model, store):
 
         def ask(*ids: str, tokens: int = 100) -> Generation:
             made = Generation(request(QUESTIONS[0], *ids, max_new_tokens=tokens))
-            prompt = model.backbone.inputs.question(QUESTIONS[0])
+            prompt = model.backbone.prompt_builder.question(QUESTIONS[0])
             queue.append(Waiting(made, prompt, adapter=host.get(ids) if ids else None))
             return made
 
@@ -148,7 +148,7 @@ def test_what_has_no_slot_is_skipped(taking):
     stuck = ask("a2"), ask("a0", "a1")
     free = ask(), ask("a0"), ask("a1"), ask()
     turn()
-    running = {row.waiting.generation for row in part.batch.rows}
+    running = {row.waiting.generation for row in part.batch.requests}
     assert running >= set(free) and not running & set(stuck)
     assert [waiting.generation for waiting in queue] == list(stuck)
     assert [waiting.passed for waiting in queue] == [4, 4]
@@ -172,7 +172,7 @@ def test_nothing_starves(taking, monkeypatch):
             break
     assert place < 399
     # Each was passed by few, though all that time the others had slots.
-    assert all(row.waiting.passed <= 5 + 1 for row in part.batch.rows)
+    assert all(row.waiting.passed <= 5 + 1 for row in part.batch.requests)
 
 
 def test_the_plain_model_is_never_held_up_by_slots(taking, monkeypatch):
@@ -184,7 +184,7 @@ def test_the_plain_model_is_never_held_up_by_slots(taking, monkeypatch):
     plain = ask()
     user = ask("a0")
     turn()
-    running = {row.waiting.generation for row in part.batch.rows}
+    running = {row.waiting.generation for row in part.batch.requests}
     assert plain in running and user not in running and len(queue) == 2
 
 
@@ -195,11 +195,11 @@ def test_a_turn_takes_bounded_work(taking, monkeypatch):
         ask()
     length = len(queue[0].prompt)
     turn()
-    assert len(part.batch.rows) == max(1, 40 // length)
+    assert len(part.batch.requests) == max(1, 40 // length)
     monkeypatch.setattr(answering, "PREFILL_TOKENS", 1)
-    before = len(part.batch.rows)
+    before = len(part.batch.requests)
     turn()
-    assert len(part.batch.rows) == before + 1
+    assert len(part.batch.requests) == before + 1
 
 
 def test_a_turn_fills_a_bounded_number_of_slots(taking, monkeypatch):

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
-from v2l_fast.generation import Row, SamplingParams
+from v2l_fast.generation import Request, SamplingParams
 from v2l_fast.serving import answering, graphs
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.graphs import GraphBatch
+from v2l_fast.serving.graphs import CudaGraphRunner
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def captures(monkeypatch) -> list[str]:
         graph = SimpleNamespace(replay=lambda: output.copy_(run()))
         return graphs._Captured(graph, inputs, output, adapters)
 
-    monkeypatch.setattr(GraphBatch, "_capture", capture)
+    monkeypatch.setattr(CudaGraphRunner, "_capture", capture)
     monkeypatch.setattr(graphs, "LEAST_LIMIT", 16)
-    monkeypatch.setattr(answering, "Batch", GraphBatch)
+    monkeypatch.setattr(answering, "ModelRunner", CudaGraphRunner)
     return made
 
 
@@ -44,7 +44,7 @@ def test_answers_are_the_same(captures, model, adapters):
             adapter = store.adapters[ids[0]] if ids else None
             expected.append(model.ask(question, adapter, max_new_tokens=9))
     with Engine(model, store, max_batch=6, max_context=100) as engine:
-        assert isinstance(engine._answering.batch, GraphBatch)
+        assert isinstance(engine._answering.batch, CudaGraphRunner)
         for one, wanted in zip(asked, expected, strict=True):
             assert engine.submit(one).result(WAIT)[0] == wanted
         many = [engine.submit(one) for one in asked * 3]
@@ -73,18 +73,18 @@ def test_short_questions_find_their_graphs_captured(captures, model, adapters, m
 
 @torch.inference_mode()
 def test_a_graph_for_each_power_of_two(captures, backbone):
-    batch = GraphBatch(backbone.decoder, 6, 60, ())
+    batch = CudaGraphRunner(backbone.decoder, 6, 60, ())
     prompts = [backbone.decoder.embed(torch.arange(3, 3 + n)) for n in (4, 7, 12, 5, 9)]
     for prompt in prompts:
-        batch.join([Row(SamplingParams(40))], [prompt])
+        batch.prefill([Request(SamplingParams(40))], [prompt])
     assert len(captures) == 1  # prompts of up to 16 tokens
     for _ in range(3):
-        batch.step()
+        batch.decode()
     assert len(captures) == 2  # 8, but at most 6 rows; attention to 16 tokens
     for _ in range(3):
-        batch.step()
+        batch.decode()
     assert len(captures) == 3  # attention to 32
-    batch.rows[1].finished = "stop"
-    batch.drop_finished()
-    batch.step()
+    batch.requests[1].finish_reason = "stop"
+    batch.retire_finished()
+    batch.decode()
     assert len(captures) == 4  # 4 rows

@@ -43,7 +43,7 @@ def sample(backbone: SmolVLM, seed: int, frames: tuple[int, ...], turns: int) ->
     for place, count in enumerate(frames):
         pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
         times = [float(i) for i in range(count)]
-        ids = backbone.inputs.about(times, float(count), 0, 0, INSTRUCTION, False)
+        ids = backbone.prompt_builder.video_prompt(times, float(count), 0, 0, INSTRUCTION, False)
         where = (place / len(frames), (place + 1) / len(frames))
         chunks.append(ContextSample(torch.tensor(ids), pixels, place=where))
     return Sample(

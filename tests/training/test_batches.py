@@ -95,7 +95,7 @@ def test_packed_turns_equal_single_turns(base, prompts, turns):
 def test_the_backbones_decoder_agrees_with_transformers(base, prompts, turns):
     packed = pack_turns([prompts.text_prefix] * 2, turns, prompts.tokenizer.pad_token_id)
     decoder = base.decoder
-    span = decoder.span(packed.positions, packed.mask)
+    span = decoder.attention_metadata(packed.positions, packed.mask)
     hidden = decoder.forward(decoder.embed(packed.ids), span)
     found = decoder.logits(hidden[packed.rows, packed.columns])
     empty = torch.zeros(0, base.hidden_size)

@@ -14,7 +14,7 @@ LIST = "quarantine.jsonl"
 
 @pytest.fixture(scope="module")
 def inputs():
-    return tiny.backbone().inputs
+    return tiny.backbone().prompt_builder
 
 
 def names(inputs, tmp_path, workers=0, broken=(), steps=range(3), **share):

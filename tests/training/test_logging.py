@@ -30,7 +30,7 @@ def test_a_terminal_shows_a_bar(tmp_path):
     backbone = tiny.backbone()
     said = io.StringIO()
     console = Console(file=said, force_terminal=True, width=160)
-    sources = TinySource(backbone.inputs), None
+    sources = TinySource(backbone.prompt_builder), None
     train(settings(tmp_path, "optim.steps=2"), backbone=backbone, sources=sources, console=console)
     text = said.getvalue()
     for part in ("training", "2/2", "loss", "videos/s", "wait", "MFU n/a"):
@@ -94,7 +94,7 @@ def counted(run: Callable[[], Tensor]) -> int:
 
 def test_operations_are_those_of_the_step(visible_ops):
     backbone, network = tiny.backbone(), tiny.hypernetwork()
-    source = TinySource(backbone.inputs)
+    source = TinySource(backbone.prompt_builder)
     samples = [source.load(index, 0) for index in range(8)]
     step = TrainStep(network, backbone, StepOptions(recompute=False))
     features = visual_features(backbone, [c for sample in samples for c in sample.chunks])

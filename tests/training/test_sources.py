@@ -37,7 +37,7 @@ from v2l_fast.training.sources import (
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import load_video
 from v2l_fast.video.spans import load_spans
-from v2l_fast.vlm.smolvlm_inputs import SmolVLMInputs
+from v2l_fast.vlm.smolvlm_inputs import SmolVLMPromptBuilder
 
 READER = ClipReader(max_frames=4, longest_edge=32)
 
@@ -52,7 +52,10 @@ def example(number: int, path: str, task: str = "qa", **changes) -> Example:
 def source(backbone, examples, **options) -> ManifestSource:
     options = {"reader": READER} | options
     return ManifestSource(
-        group_by_video(examples), backbone.inputs, instruction=tiny.CONFIG.instruction, **options
+        group_by_video(examples),
+        backbone.prompt_builder,
+        instruction=tiny.CONFIG.instruction,
+        **options,
     )
 
 
@@ -118,7 +121,7 @@ def test_a_teacher_that_sees_the_video_can_be_learned_from(backbone, hypernet, v
     assert in_parts.teacher_prefix is None
 
 
-def byte_pair_inputs() -> SmolVLMInputs:
+def byte_pair_inputs() -> SmolVLMPromptBuilder:
     """As SmolVLM2's own: byte-level pairs that join spaces with the words after them."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -134,10 +137,10 @@ def byte_pair_inputs() -> SmolVLMInputs:
     words = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<end_of_utterance>", pad_token="<pad>"
     )
-    return SmolVLMInputs(words, 32, 4)
+    return SmolVLMPromptBuilder(words, 32, 4)
 
 
-@pytest.mark.parametrize("make", [byte_pair_inputs, lambda: tiny.backbone().inputs])
+@pytest.mark.parametrize("make", [byte_pair_inputs, lambda: tiny.backbone().prompt_builder])
 def test_prefix_question_and_answer_are_the_whole_text_cut(video, make):
     inputs = make()
     prompts = ["What is the color?", "What is it?", "Describe it."]
@@ -169,7 +172,7 @@ def test_one_turn_and_equal_prompts_keep_a_token_to_predict_from(backbone, video
         sample = source(backbone, examples).load(0, 0)
         for question, _ in sample.turns:
             assert len(question) == 1
-            assert sample.prefix + question == backbone.inputs.question("what is 1 ?")
+            assert sample.prefix + question == backbone.prompt_builder.question("what is 1 ?")
 
 
 def test_a_target_cut_short_has_no_stop_token(backbone, video):
@@ -232,12 +235,12 @@ def test_length_tags_name_the_class_of_the_answer(backbone, video):
             asked = sample.prefix + question
             for number in range(8):
                 prompt = f"what is {number} ?"
-                if asked == backbone.inputs.question(
+                if asked == backbone.prompt_builder.question(
                     with_length(prompt, "medium" if long else "short")
                 ):
                     tagged += 1
                     break
-                if asked == backbone.inputs.question(prompt):
+                if asked == backbone.prompt_builder.question(prompt):
                     break
             else:
                 pytest.fail("a prompt that is neither plain nor tagged")

@@ -180,7 +180,7 @@ def taught(pair) -> list[Sample]:
     for seed, frames in enumerate((2, 1, 3)):
         one = plain.sample(backbone, seed, (frames,), 2)
         times = [float(i) for i in range(frames)]
-        opening = backbone.inputs.about(times, float(frames), 0, 0, "", False)
+        opening = backbone.prompt_builder.video_prompt(times, float(frames), 0, 0, "", False)
         end = backbone.tokenizer("<end_of_utterance>\n", add_special_tokens=False)["input_ids"]
         samples.append(replace(one, teacher_prefix=opening[: -len(end)]))
     return samples

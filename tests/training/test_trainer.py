@@ -65,7 +65,7 @@ def test_the_first_step_is_the_steps_own(whole, base, tmp_path, micro):
     from v2l_fast.training.trainer import make_hypernet
 
     network = make_hypernet(config, base)
-    source = TinySource(base.inputs)
+    source = TinySource(base.prompt_builder)
     samples = [source.load(i, 0) for i in EpochOrder(13, 8, 0).batch(0)]
     result = TrainStep(network, base)(samples)
     result.loss.backward()
@@ -126,7 +126,7 @@ def test_the_best_network_is_that_of_the_lowest_validation_cross_entropy(base, t
     assert again == record and same(found, best)
     # Another run in the same folder does not inherit it.
     once = settings(tmp_path / "short", *changes, "optim.steps=1")
-    sources = TinySource(base.inputs), TinySource(base.inputs, videos=4)
+    sources = TinySource(base.prompt_builder), TinySource(base.prompt_builder, videos=4)
     train(once, resume=False, backbone=base, sources=sources)
     assert best_of(tmp_path / "short")[0]["step"] == 1
 
@@ -158,7 +158,7 @@ def test_a_crash_between_checkpoints_changes_nothing(whole, base, tmp_path):
             return super().load(index, step)
 
     with pytest.raises(RuntimeError, match="out of luck"):
-        sources = Crashing(base.inputs), TinySource(base.inputs, videos=4)
+        sources = Crashing(base.prompt_builder), TinySource(base.prompt_builder, videos=4)
         train(settings(tmp_path), backbone=base, sources=sources)
     # Later lines than the checkpoint's, and a file that was being written.
     assert curve(tmp_path)[-1]["step"] == 4
@@ -203,7 +203,7 @@ def test_other_settings_are_refused_and_fresh_starts_over(base, tmp_path):
     first = weights(tmp_path)
     with pytest.raises(CheckpointError, match="optim.lr=0.01, now it is 0.02"):
         run(settings(tmp_path, "optim.steps=3", "optim.lr=2e-2"), base)
-    sources = TinySource(base.inputs), None
+    sources = TinySource(base.prompt_builder), None
     other = settings(tmp_path, "optim.steps=3", "optim.lr=2e-2")
     train(other, resume=False, backbone=base, sources=sources)
     assert not same(weights(tmp_path), first)
@@ -242,7 +242,7 @@ def test_another_machines_folder_is_refused(tmp_path):
 
 
 def test_broken_videos_are_quarantined_once_and_not_tried_again(base, tmp_path):
-    source = TinySource(base.inputs, broken=frozenset({2, 5}))
+    source = TinySource(base.prompt_builder, broken=frozenset({2, 5}))
     train(settings(tmp_path), backbone=base, sources=(source, None))
     lines = json_lines(tmp_path / "quarantine.jsonl")
     assert sorted((line["video"], line["reason"]) for line in lines) == [
@@ -262,8 +262,8 @@ def test_a_resumed_run_knows_the_broken_videos_of_its_past(base, tmp_path):
     with pytest.raises(Stopped):
         run(settings(tmp_path / "parts"), base, broken=broken, events={2: signal.SIGTERM})
     known = {line["index"] for line in json_lines(tmp_path / "parts" / "quarantine.jsonl")}
-    source = TinySource(base.inputs, broken=broken)
-    sources = source, TinySource(base.inputs, videos=4)
+    source = TinySource(base.prompt_builder, broken=broken)
+    sources = source, TinySource(base.prompt_builder, videos=4)
     train(settings(tmp_path / "parts"), backbone=base, sources=sources)
     assert known and not known & {index for _, index in source.loaded}
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
@@ -285,14 +285,14 @@ def test_a_loss_that_is_not_finite_stops_before_saving(base, tmp_path):
             return sample
 
     with pytest.raises(TrainingError, match="not finite in step 5"):
-        train(settings(tmp_path), backbone=base, sources=(Poisoned(base.inputs), None))
+        train(settings(tmp_path), backbone=base, sources=(Poisoned(base.prompt_builder), None))
     assert read_progress(latest_checkpoint(tmp_path / "checkpoints"))["step"] == 3
 
 
 def test_progress_without_a_terminal_is_lines(base, tmp_path):
     said = io.StringIO()
     config = settings(tmp_path, "run.sample_every=4", "run.val_every=4")
-    sources = TinySource(base.inputs), TinySource(base.inputs, videos=4)
+    sources = TinySource(base.prompt_builder), TinySource(base.prompt_builder, videos=4)
     train(config, backbone=base, sources=sources, console=Console(file=said))
     text = said.getvalue()
     assert "\x1b" not in text

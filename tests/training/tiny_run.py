@@ -19,7 +19,7 @@ from v2l_fast.data.samples import ContextSample, Failure, Sample
 from v2l_fast.training.config import TrainConfig, load_config
 from v2l_fast.training.trainer import train
 from v2l_fast.vlm.smolvlm import SmolVLM
-from v2l_fast.vlm.smolvlm_inputs import SmolVLMInputs
+from v2l_fast.vlm.smolvlm_inputs import SmolVLMPromptBuilder
 
 SETTINGS = Path(__file__).with_suffix(".toml")
 TURNS = (
@@ -41,7 +41,7 @@ class TinySource:
         loaded: (step, index) of every call in this process.
     """
 
-    inputs: SmolVLMInputs
+    inputs: SmolVLMPromptBuilder
     videos: int = 13
     broken: frozenset[int] = frozenset()
     events: dict[int, int] = field(default_factory=dict)
@@ -58,7 +58,9 @@ class TinySource:
             return Failure(f"video {index}", "cannot be read\nsecond line")
         generator = torch.Generator().manual_seed(index)
         frames = 1 + index % 2
-        ids = self.inputs.about(list(range(frames)), frames, 0, 0, "Internalize this.", False)
+        ids = self.inputs.video_prompt(
+            list(range(frames)), frames, 0, 0, "Internalize this.", False
+        )
         features = torch.randn(frames, self.inputs.tokens_per_view, 32, generator=generator)
         count = 1 + (index + step) % len(TURNS)
         return Sample(
@@ -82,7 +84,10 @@ def settings(folder: Path, *overrides: str) -> TrainConfig:
 def run(config: TrainConfig, backbone: SmolVLM | None = None, **source: object) -> dict:
     """Train; `source` goes to `TinySource`."""
     backbone = backbone or tiny.backbone()
-    sources = TinySource(backbone.inputs, **source), TinySource(backbone.inputs, videos=4)
+    sources = (
+        TinySource(backbone.prompt_builder, **source),
+        TinySource(backbone.prompt_builder, videos=4),
+    )
     return train(config, backbone=backbone, sources=sources)
 
 

@@ -52,9 +52,9 @@ def residual_shifts(
     span = decoder.prefill_metadata(*hidden.shape[:2])
     shifts: tuple[list[Tensor], ...] = ([], [], [])
     for index, layer in enumerate(decoder.text_model.layers):
-        attention = decoder.attention_part(layer, index, hidden, span, adapters=slots)
+        attention = decoder.attention_block(layer, index, hidden, span, adapters=slots)
         hidden = hidden + attention
-        mlp = decoder.mlp_part(layer, index, hidden, slots)
+        mlp = decoder.mlp_block(layer, index, hidden, slots)
         hidden = hidden + mlp
         for kept, rows in zip(shifts, (hidden, attention, mlp), strict=True):
             base, adapted = rows[:, -1].float()

@@ -174,5 +174,5 @@ def _measure(
 
 def _visual_tokens(setting: Setting, groups: Sequence[Sequence[Example]]) -> float:
     backbone = setting.model.backbone
-    counts = [backbone.opening(setting.encode(g[0].video)).visual_tokens for g in groups]
+    counts = [backbone.video_prefix(setting.encode(g[0].video)).visual_tokens for g in groups]
     return sum(counts) / len(counts)

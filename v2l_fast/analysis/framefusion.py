@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from v2l_fast.analysis.prefix import Prefix
 from v2l_fast.errors import ConfigError
 from v2l_fast.vlm import Prompt
-from v2l_fast.vlm.decoder import Cache, Decoder, Span
+from v2l_fast.vlm.decoder import AttentionMetadata, Decoder, StaticKVCache
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def reduced_layers(
     prompt: Prompt,
     frames: int,
     settings: FrameFusion,
-    cache: Cache | None = None,
+    cache: StaticKVCache | None = None,
     reduction: Reduction | None = None,
 ) -> Iterator[Tensor]:
     """What enters each layer, [1, n, D] with n falling; as ``Decoder.layer_inputs`` otherwise.
@@ -95,14 +95,14 @@ def reduced_layers(
         if index + 1 == decoder.num_layers and cache is None:
             return
         layer = decoder.text_model.layers[index]
-        span = decoder.span(tokens.positions[None], None)
+        metadata = decoder.attention_metadata(tokens.positions[None], None)
         part = None if cache is None else cache.layer(index)
-        received = _received(decoder, index, hidden, span) if tokens.prunes_next else None
-        hidden = hidden + decoder.attention_part(layer, index, hidden, span, part)
+        received = _received(decoder, index, hidden, metadata) if tokens.prunes_next else None
+        hidden = hidden + decoder.attention_block(layer, index, hidden, metadata, part)
         tokens.update(hidden[0])
         tokens.reduce(received)
         hidden = tokens.hidden[None]
-        tokens.update((hidden + decoder.mlp_part(layer, index, hidden))[0])
+        tokens.update((hidden + decoder.mlp_block(layer, index, hidden))[0])
     yield tokens.hidden[None]
 
 
@@ -208,10 +208,10 @@ def _prune(tokens: _Tokens, excess: int, received: Tensor) -> _Tokens:
     return tokens.kept(keep)
 
 
-def _received(decoder: Decoder, index: int, hidden: Tensor, span: Span) -> Tensor:
+def _received(decoder: Decoder, index: int, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
     """Attention that the last token pays to each token in a layer, mean over heads: [n]."""
     layer = decoder.text_model.layers[index]
-    query, key, _ = decoder.heads(layer, index, hidden, span)
+    query, key, _ = decoder.project_qkv(layer, index, hidden, metadata)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = query[0, :, -1:] @ key[0].mT * layer.self_attn.scaling
     return scores.float().softmax(-1)[:, 0].mean(0)

@@ -127,7 +127,7 @@ def _keep_nothing(setting: Setting, video: Video) -> Prepared:
 
 def _ask_video(setting: Setting, prepared: Prepared, question: str) -> Said:
     backbone = setting.model.backbone
-    return _answer(setting, lambda: backbone.about(setting.encode(prepared.kept), question))
+    return _answer(setting, lambda: backbone.video_prompt(setting.encode(prepared.kept), question))
 
 
 def _keep_features(setting: Setting, video: Video) -> Prepared:
@@ -136,12 +136,12 @@ def _keep_features(setting: Setting, video: Video) -> Prepared:
 
 
 def _ask_features(setting: Setting, prepared: Prepared, question: str) -> Said:
-    return _answer(setting, lambda: setting.model.backbone.about(prepared.kept, question))
+    return _answer(setting, lambda: setting.model.backbone.video_prompt(prepared.kept, question))
 
 
 def _keep_cache(setting: Setting, video: Video) -> Prepared:
     backbone = setting.model.backbone
-    opening = backbone.opening(setting.encode(video))
+    opening = backbone.video_prefix(setting.encode(video))
     prefix = prefill(backbone.decoder, opening.embeddings, _room(setting))
     return Prepared(prefix, prefix.bytes)
 
@@ -149,7 +149,7 @@ def _keep_cache(setting: Setting, video: Video) -> Prepared:
 def _keep_fused_cache(setting: Setting, video: Video) -> Prepared:
     backbone = setting.model.backbone
     encoded = setting.encode(video)
-    opening, frames = backbone.opening(encoded), len(encoded.timestamps)
+    opening, frames = backbone.video_prefix(encoded), len(encoded.timestamps)
     reduction = Reduction()
     prefix, _ = reduced_prefix(
         backbone.decoder, opening, frames, setting.fusion, _room(setting), reduction
@@ -163,7 +163,7 @@ def _ask_fused(setting: Setting, prepared: Prepared, question: str) -> Said:
     start = time.perf_counter()
     backbone, encoded = setting.model.backbone, setting.encode(prepared.kept)
     prompt, frames, decoder = (
-        backbone.about(encoded, question), len(encoded.timestamps), backbone.decoder
+        backbone.video_prompt(encoded, question), len(encoded.timestamps), backbone.decoder
     )  # fmt: skip
     reduction = Reduction()
     prefix, last = reduced_prefix(
@@ -183,7 +183,7 @@ def _ask_fused(setting: Setting, prepared: Prepared, question: str) -> Said:
 def _ask_cache(setting: Setting, prepared: Prepared, question: str) -> Said:
     start = time.perf_counter()
     backbone = setting.model.backbone
-    rest = backbone.continuation(question).embeddings
+    rest = backbone.question_suffix(question).embeddings
     built = time.perf_counter() - start
     generated = continue_greedily(
         backbone.decoder, prepared.kept, rest, backbone.stop_ids, setting.max_new_tokens

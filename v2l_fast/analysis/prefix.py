@@ -16,7 +16,7 @@ from torch import Tensor
 
 from v2l_fast.errors import ConfigError
 from v2l_fast.generation import GenerationOutput
-from v2l_fast.vlm.decoder import Cache, Decoder, Span
+from v2l_fast.vlm.decoder import AttentionMetadata, Decoder, StaticKVCache
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Prefix:
         position: rotary position of the token that comes next.
     """
 
-    cache: Cache
+    cache: StaticKVCache
     lengths: tuple[int, ...]
     position: int
 
@@ -74,9 +74,9 @@ def continue_greedily(
     pending = embeddings[None]
     while len(tokens) < max_new_tokens:
         hidden = pending
-        spans = _spans(decoder, prefix, behind, pending.shape[1])
+        metadata = _layer_metadata(decoder, prefix, behind, pending.shape[1])
         for index in range(decoder.num_layers):
-            hidden = decoder.layer(index, hidden, spans[prefix.lengths[index]], prefix.cache)
+            hidden = decoder.layer(index, hidden, metadata[prefix.lengths[index]], prefix.cache)
         logits = decoder.logits(decoder.text_model.norm(hidden[:, -1]))
         chosen = logits.argmax(-1)
         token = int(chosen)
@@ -90,13 +90,15 @@ def continue_greedily(
     return GenerationOutput([tokens], first)
 
 
-def _spans(decoder: Decoder, prefix: Prefix, behind: int, count: int) -> dict[int, Span]:
+def _layer_metadata(
+    decoder: Decoder, prefix: Prefix, behind: int, count: int
+) -> dict[int, AttentionMetadata]:
     """For each number of kept tokens: where ``count`` more stand, ``behind`` tokens after them."""
     steps = behind + torch.arange(count, device=decoder.device)
-    rope = decoder.span((prefix.position + steps)[None], None).rope
-    spans = {}
+    rope = decoder.attention_metadata((prefix.position + steps)[None], None).rope
+    metadata = {}
     for length in set(prefix.lengths):
         slots = length + steps
         visible = torch.arange(length + behind + count, device=decoder.device) <= slots[:, None]
-        spans[length] = Span(slots[None], visible[None, None], rope)
-    return spans
+        metadata[length] = AttentionMetadata(slots[None], visible[None, None], rope)
+    return metadata

@@ -25,7 +25,7 @@ def candidate_ids(model: Video2LoRA, candidates: Sequence[str]) -> list[list[int
     Raises:
         ConfigError: a candidate has no tokens.
     """
-    ids = [model.backbone.inputs.answer(text, finished=False) for text in candidates]
+    ids = [model.backbone.prompt_builder.answer(text, finished=False) for text in candidates]
     for text, found in zip(candidates, ids, strict=True):
         if not found:
             raise ConfigError(f"the reference {text!r} has no tokens: give one that says something")
@@ -45,7 +45,7 @@ def log_probabilities(
         [len(adapters), len(candidates)] float64 on the CPU, nats a token.
     """
     decoder = model.backbone.decoder
-    question = model.backbone.inputs.question(prompt)
+    question = model.backbone.prompt_builder.question(prompt)
     answers = candidate_ids(model, candidates)
     pairs = [(adapter, answer) for adapter in adapters for answer in answers]
     found = []

@@ -28,7 +28,7 @@ from v2l_fast.analysis.examples import (
     silent,
 )
 from v2l_fast.analysis.timing import PeakMemory, Stopwatch, timed
-from v2l_fast.generation.answers import Answer
+from v2l_fast.generation import Answer
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.outputs import ResumableFolder

@@ -208,7 +208,7 @@ def fill_cache(
     def read(item: tuple[VideoExamples, list[int]]) -> list[list[Chunk]] | Failure:
         video, counts = item
         try:
-            return [cache.reader.views(video, n, backbone.inputs.tile_size) for n in counts]
+            return [cache.reader.views(video, n, backbone.prompt_builder.tile_size) for n in counts]
         except VideoError as error:
             return Failure(video.name, str(error))
 
@@ -234,7 +234,9 @@ def vision_fingerprint(backbone: Backbone) -> str:
     """Hash of everything in a model that turns frames into features: rules, weights, dtype."""
     decoder = backbone.decoder
     text = {id(p) for part in (decoder.text_model, decoder.lm_head) for p in part.parameters()}
-    digest = hashlib.sha256(f"{backbone.preprocessing}/{backbone.inputs.tile_size}".encode())
+    digest = hashlib.sha256(
+        f"{backbone.preprocessing}/{backbone.prompt_builder.tile_size}".encode()
+    )
     for name, parameter in backbone.model.named_parameters():
         if id(parameter) not in text:
             digest.update(f"{name}/{parameter.dtype}/{tuple(parameter.shape)}".encode())

@@ -121,7 +121,10 @@ class Teacher:
         limit = self.settings.max_new_tokens
         generated = generate(
             self.backbone.decoder,
-            [self.backbone.about(video, example.prompt).embeddings for example, video in asked],
+            [
+                self.backbone.video_prompt(video, example.prompt).embeddings
+                for example, video in asked
+            ],
             self.backbone.stop_ids,
             SamplingParams(max_new_tokens=limit),
         )

@@ -17,7 +17,7 @@ from v2l_fast.data.manifest import Example, VideoExamples
 from v2l_fast.errors import VideoError
 from v2l_fast.evaluation.journal import Journal
 from v2l_fast.evaluation.library import Library
-from v2l_fast.generation.answers import Answer
+from v2l_fast.generation import Answer
 from v2l_fast.hypernet.adapter import Adapter
 
 BASELINE = "direct"

@@ -1,7 +1,4 @@
-"""Questions to answers: prompts built and answered in batches, with what each cost.
-
-Responsible for batches of bounded size and for their times; how one batch runs is the package's.
-"""
+"""From prompts to answers: one batch from prefill to its end, and any number of questions."""
 
 from __future__ import annotations
 
@@ -9,26 +6,40 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from v2l_fast.generation import SamplingParams, generate
+import torch
+from torch import Tensor
+
+from v2l_fast.errors import V2LError
+from v2l_fast.generation.runner import ModelRunner, Request
+from v2l_fast.generation.sampling import SamplingParams
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.vlm import Backbone, Prompt
+from v2l_fast.vlm.decoder import Decoder
 
-# Questions answered in one forward pass; more are split.
+# Questions answered in one batch; more are split.
 MAX_BATCH = 32
 
 
 @dataclass(frozen=True)
+class GenerationOutput:
+    """Generated token ids per prompt, without the stop token, and the time to first token (s)."""
+
+    tokens: list[list[int]]
+    time_to_first_token: float
+
+
+@dataclass(frozen=True)
 class Answer:
-    """One answer and what it cost.
+    """An answer and its cost.
 
     Attributes:
         text: the answer.
-        prompt_tokens: tokens in context, visual ones included.
+        prompt_tokens: tokens in context, visual tokens included.
         visual_tokens: tokens that stand for pixels; 0 with an adapter.
-        new_tokens: tokens generated.
-        time_to_first_token: seconds from the call to the first token of its batch, building the
-            prompt (for the direct baseline: resizing and vision tower) included.
+        new_tokens: generated tokens, without the stop token.
+        time_to_first_token: seconds from the call to the first token of its batch, including the
+            prompt (for the direct baseline: resizing and vision tower).
     """
 
     text: str
@@ -38,38 +49,81 @@ class Answer:
     time_to_first_token: float
 
 
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    stop_ids: Sequence[int],
+    sampling: SamplingParams,
+    adapters: AdapterBank | None = None,
+) -> GenerationOutput:
+    """Answer E prompts in one batch.
+
+    Args:
+        prompts: E tensors [T_e, D], embedded; lengths may differ.
+        stop_ids: token ids that end an answer.
+        sampling: parameters for every prompt; prompt i uses ``seed + i``.
+        adapters: a bank whose ``index`` has E entries, or None for the plain model.
+
+    Returns:
+        :class:`GenerationOutput`. ``time_to_first_token`` is that of the whole batch, from embedded
+        prompts to first tokens.
+
+    Raises:
+        V2LError: the logits of a prompt are NaN or infinite.
+    """
+    start = time.perf_counter()
+    slots = [-1] * len(prompts) if adapters is None else adapters.index.tolist()
+    requests = [Request(sampling.for_example(i), slot) for i, slot in enumerate(slots)]
+    longest = max(len(prompt) for prompt in prompts)
+    runner = ModelRunner(decoder, len(requests), longest + sampling.max_new_tokens, stop_ids)
+    runner.prefill(requests, prompts, adapters)
+    first = time.perf_counter() - start
+    while runner.retire_finished():
+        runner.decode(adapters)
+    for i, request in enumerate(requests):
+        if isinstance(request.error, V2LError):
+            raise type(request.error)(f"example {i}: {request.error}")
+        if request.error is not None:
+            raise request.error
+    return GenerationOutput([request.tokens for request in requests], first)
+
+
 def answer_prompts(
     backbone: Backbone,
-    builders: Sequence[Callable[[], Prompt]],
+    prompts: Sequence[Callable[[], Prompt]],
     adapters: Sequence[Adapter | None],
     sampling: SamplingParams,
 ) -> Iterator[Answer]:
-    """Answer in batches; each prompt is built, and its cost timed, when its turn comes.
+    """Answer any number of prompts in batches of at most :data:`MAX_BATCH`.
 
     Args:
-        builders: of the prompts.
-        adapters: one for each prompt, with its bias; None for the plain model.
+        prompts: build one prompt each; called, and timed, when its batch is computed.
+        adapters: one per prompt, with its bias; None for the plain model.
         sampling: parameters for every prompt; prompt i uses ``seed + i``.
+
+    Raises:
+        V2LError: the logits of a prompt are NaN or infinite.
     """
     decoder = backbone.decoder
-    for first in range(0, len(builders), MAX_BATCH):
+    for first in range(0, len(prompts), MAX_BATCH):
         start = time.perf_counter()
         part = slice(first, first + MAX_BATCH)
-        prompts = [build() for build in builders[part]]
-        slots = AdapterBank.pack(adapters[part], decoder.device, decoder.dtype)
-        built = time.perf_counter() - start
-        generated = generate(
+        built = [build() for build in prompts[part]]
+        bank = AdapterBank.pack(adapters[part], decoder.device, decoder.dtype)
+        prompt_seconds = time.perf_counter() - start
+        output = generate(
             decoder,
-            [prompt.embeddings for prompt in prompts],
+            [prompt.embeddings for prompt in built],
             backbone.stop_ids,
             sampling.for_example(first),
-            slots,
+            bank,
         )
-        for prompt, tokens in zip(prompts, generated.tokens, strict=True):
+        for prompt, tokens in zip(built, output.tokens, strict=True):
             yield Answer(
                 backbone.decode(tokens),
                 len(prompt),
                 prompt.visual_tokens,
                 len(tokens),
-                built + generated.time_to_first_token,
+                prompt_seconds + output.time_to_first_token,
             )

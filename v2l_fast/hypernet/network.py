@@ -249,7 +249,7 @@ class HyperNetwork(nn.Module):
         return place
 
     @torch.no_grad()
-    def layer_in_units(
+    def iter_layer(
         self,
         index: int,
         hidden: Tensor,

@@ -17,8 +17,8 @@ from v2l_fast.internalizing.parts import Part
 from v2l_fast.padding import length_buckets, pad_right
 from v2l_fast.video import FrameViews
 from v2l_fast.vlm import Backbone, Prompt
-from v2l_fast.vlm.base import EncodedVideo, prompt_ids, resize_steps
-from v2l_fast.work_units import Step, chunks, named, unit_tokens
+from v2l_fast.vlm.base import EncodedVideo, iter_resize, prompt_ids
+from v2l_fast.work_units import WorkUnit, label_units, token_chunks, tokens_per_unit
 
 # Tokens of contexts that are computed together; a longer context is alone. Eight videos of twelve
 # frames are 7,000. At the widest decoder (MLP of 8,192) a layer then needs 2 GB in bfloat16.
@@ -37,13 +37,13 @@ class _Context:
     ids: list[int]
 
 
-def generate_steps(
+def iter_generate(
     backbone: Backbone,
     hypernet: HyperNetwork,
     parts: Sequence[Part],
     longest_edge: int,
     batch_tokens: int = BATCH_TOKENS,
-) -> Generator[Step, None, list[Adapter | None]]:
+) -> Generator[WorkUnit, None, list[Adapter | None]]:
     """The adapter of each part, in units of work (see :mod:`v2l_fast.work_units`).
 
     Batching changes results only by floating-point rounding. Resizing precedes each batch's first
@@ -64,7 +64,9 @@ def generate_steps(
         )
         videos = yield from _encode_steps(backbone, contexts)
         prompts = [
-            backbone.about(video, hypernet.config.instruction, answer_follows=False, ids=c.ids)
+            backbone.video_prompt(
+                video, hypernet.config.instruction, answer_follows=False, ids=c.ids
+            )
             for video, c in zip(videos, contexts, strict=True)
         ]
         lengths = [len(prompt) for prompt in prompts]
@@ -86,14 +88,14 @@ def _next_batch(
     remaining: list[tuple[int, Part]],
     longest_edge: int,
     tokens: int,
-) -> Generator[Step, None, list[_Context]]:
+) -> Generator[WorkUnit, None, list[_Context]]:
     """Parts taken from ``remaining`` up to (and with the one that reaches) so many visual
     tokens."""
-    inputs = backbone.inputs
+    inputs = backbone.prompt_builder
     batch, filled = [], 0
     while remaining:
         index, part = remaining.pop(0)
-        views = yield from resize_steps(part.clip.frames, longest_edge, inputs.tile_size)
+        views = yield from iter_resize(part.clip.frames, longest_edge, inputs.tile_size)
         ids = prompt_ids(inputs, part.clip, instruction, longest_edge, answer_follows=False)
         batch.append(_Context(index, part, views, ids))
         filled += len(views.views) * inputs.tokens_per_view
@@ -104,7 +106,7 @@ def _next_batch(
 
 def _encode_steps(
     backbone: Backbone, contexts: Sequence[_Context]
-) -> Generator[Step, None, list[EncodedVideo]]:
+) -> Generator[WorkUnit, None, list[EncodedVideo]]:
     """Vision tower and connector over the views of all contexts."""
     counts = [len(context.views.views) for context in contexts]
     # One long video's views are not copied.
@@ -128,23 +130,23 @@ def _layer_steps(
     hypernet: HyperNetwork,
     prompts: Sequence[Prompt],
     places: Sequence[tuple[float, float]],
-) -> Generator[Step, None, AdapterBatch]:
+) -> Generator[WorkUnit, None, AdapterBatch]:
     """Each layer's factors as the decoder produces its input; long contexts in chunks."""
     # The decoder needs no mask: what follows a token does not reach it.
     embeddings, mask = pad_right([prompt.embeddings for prompt in prompts])
     where = torch.tensor(places, device=embeddings.device)
     total = hypernet.config.num_layers
-    unit = unit_tokens(embeddings.device)
-    parts = list(chunks(embeddings.shape[1], unit))
+    unit = tokens_per_unit(embeddings.device)
+    parts = list(token_chunks(embeddings.shape[1], unit))
     per_layer, hidden = [], embeddings
     for index in range(total):
         step = "generate adapter", index, total
         yield step
-        factors = hypernet.layer_in_units(index, hidden, mask, where, parts)
-        per_layer.append((yield from named(factors, step)))
+        factors = hypernet.iter_layer(index, hidden, mask, where, parts)
+        per_layer.append((yield from label_units(factors, step)))
         if index + 1 < total:
-            layer = backbone.decoder.layer_in_units(index, hidden, unit)
-            hidden = yield from named(layer, step)
+            layer = backbone.decoder.iter_layer(index, hidden, unit)
+            hidden = yield from label_units(layer, step)
     yield "generate adapter", total, total
     return hypernet.assemble(per_layer)
 

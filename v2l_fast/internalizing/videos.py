@@ -14,10 +14,10 @@ from typing import Any
 from v2l_fast.errors import VideoError
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.internalizing.batches import generate_steps
+from v2l_fast.internalizing.batches import iter_generate
 from v2l_fast.internalizing.parts import Part, Reading, Video
 from v2l_fast.vlm import Backbone
-from v2l_fast.work_units import Step
+from v2l_fast.work_units import WorkUnit
 
 
 class VideoInternalizer:
@@ -35,12 +35,12 @@ class VideoInternalizer:
 
     def steps(
         self, videos: Sequence[Video | VideoError], reading: Reading, batch_tokens: int
-    ) -> Generator[Step, None, list[Adapter | VideoError]]:
+    ) -> Generator[WorkUnit, None, list[Adapter | VideoError]]:
         """What becomes of each video, in units of work (see :mod:`v2l_fast.work_units`).
 
         Args:
             videos: files, clips, or the error of one that could not be read.
-            batch_tokens: as of :func:`~v2l_fast.internalizing.batches.generate_steps`.
+            batch_tokens: as of :func:`~v2l_fast.internalizing.batches.iter_generate`.
 
         Returns:
             For each video its adapter, composed of its parts', or the error that names it.
@@ -60,7 +60,7 @@ class VideoInternalizer:
                 continue
             parts += found
             owners += [number] * len(found)
-        adapters = yield from generate_steps(
+        adapters = yield from iter_generate(
             self._backbone, self._hypernet, parts, reading.longest_edge, batch_tokens
         )
         made: list[list[Adapter]] = [[] for _ in videos]

@@ -20,11 +20,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from v2l_fast.generation import Batch, Row, SamplingParams
+from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
-from v2l_fast.serving.graphs import GraphBatch
+from v2l_fast.serving.graphs import CudaGraphRunner
 from v2l_fast.serving.requests import Generation, Usage, told
 from v2l_fast.serving.slots import DeviceAdapterCache, HostAdapter
 from v2l_fast.serving.text import TextStream
@@ -55,7 +55,7 @@ class Waiting:
 
 
 @dataclass(eq=False, kw_only=True)
-class _Answer(Row):
+class _Answer(Request):
     """A row of the batch and whose it is."""
 
     waiting: Waiting
@@ -96,7 +96,7 @@ class Answering:
         decoder = model.backbone.decoder
         if merged is not None:
             decoder = decoder.merged(merged)
-        kind = GraphBatch if decoder.device.type == "cuda" else Batch
+        kind = CudaGraphRunner if decoder.device.type == "cuda" else ModelRunner
         with torch.inference_mode():
             self.batch = kind(decoder, rows, context, model.backbone.stop_ids)
         self._decode = partial(model.backbone.decode, strip=False)
@@ -108,7 +108,7 @@ class Answering:
     @property
     def running(self) -> int:
         """Requests being answered."""
-        return len(self.batch.rows)
+        return len(self.batch.requests)
 
     def warm_up(self) -> None:
         """Compile and capture the passes of short questions, so that no request waits for it.
@@ -117,17 +117,17 @@ class Answering:
         """
         # One token, or one row, would be a kind of its own to the compiler.
         sizes = [(1, 2), (min(2, self.batch.size), 2)]
-        if isinstance(self.batch, GraphBatch):
+        if isinstance(self.batch, CudaGraphRunner):
             sizes = self.batch.captured_sizes()
         for count, length in sizes:
             prompt = self._embedded([0] * length)
             for tables in (None,) if self._merged else (None, self.slots.tables):
-                rows = [Row(SamplingParams(max_new_tokens=3)) for _ in range(count)]
+                rows = [Request(SamplingParams(max_new_tokens=3)) for _ in range(count)]
                 try:
-                    self.batch.join(rows, [prompt] * count, tables)
-                    self.batch.step(tables)
+                    self.batch.prefill(rows, [prompt] * count, tables)
+                    self.batch.decode(tables)
                 finally:
-                    self.batch.rows.clear()
+                    self.batch.requests.clear()
 
     def take(self, queue: deque[Waiting]) -> None:
         """Take out of the queue what can join the batch now; see the module.
@@ -152,15 +152,15 @@ class Answering:
     def step(self) -> None:
         """Prefill what was taken in, then one more token for all."""
         self._join()
-        if self.batch.rows:
-            self.batch.step(self._tables(self.batch.rows))
+        if self.batch.requests:
+            self.batch.decode(self._tables(self.batch.requests))
             self.steps += 1
             self._deliver()
 
     def abandon(self) -> list[Generation]:
         """Forget all rows, and those about to become one, after an error; whose they were."""
-        joining = [row for row in self._joining if row not in self.batch.rows]
-        rows = [*self.batch.rows, *joining]
+        joining = [row for row in self._joining if row not in self.batch.requests]
+        rows = [*self.batch.requests, *joining]
         self._joining.clear()
         for row in rows:
             self._release(row)
@@ -212,14 +212,14 @@ class Answering:
             else:
                 short.append(row)
         for group in [short, *groups] if short else groups:
-            self.batch.join(group, [row.prompt for row in group], self._tables(group))
+            self.batch.prefill(group, [row.prompt for row in group], self._tables(group))
             now = time.perf_counter()
             for row in group:
                 row.first_token, row.prompt = now, None
         self._joining.clear()
         self._deliver()
 
-    def _tables(self, rows: Sequence[Row]) -> AdapterBank | None:
+    def _tables(self, rows: Sequence[Request]) -> AdapterBank | None:
         """The adapter slots, unless no row has one: the plain model is cheaper."""
         slots = {row.slot for row in rows if row.slot >= 0}
         return self.slots.used(slots) if slots else None
@@ -234,7 +234,7 @@ class Answering:
 
     def _deliver(self) -> None:
         """Send new text, and let go what has ended."""
-        for row in self.batch.rows:
+        for row in self.batch.requests:
             text = ""
             try:
                 if len(row.tokens) != row.seen:
@@ -243,14 +243,14 @@ class Answering:
             except Exception as error:
                 row.fail(error)
             if row.error is None and row.text.stopped:
-                row.finished = "stop"
-            elif row.finished is None and row.waiting.generation.cancelled:
-                row.finished = "cancelled"
-            if row.finished is not None:
-                self._finish(row, row.finished, text)
+                row.finish_reason = "stop"
+            elif row.finish_reason is None and row.waiting.generation.cancelled:
+                row.finish_reason = "cancelled"
+            if row.finish_reason is not None:
+                self._finish(row, row.finish_reason, text)
             elif text:
                 row.waiting.generation.put(text)
-        self.batch.drop_finished()
+        self.batch.retire_finished()
 
     def _release(self, row: _Answer) -> None:
         if row.slot >= 0:

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 from v2l_fast.errors import V2LError
 from v2l_fast.serving.requests import Cancellation
-from v2l_fast.work_units import Step
+from v2l_fast.work_units import WorkUnit
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class _Task:
-    steps: Generator[Step, None, Any]
+    steps: Generator[WorkUnit, None, Any]
     progress: Callable[[str, int, int], None]
     cancellation: Cancellation
     done: Future
@@ -47,7 +47,7 @@ class Background:
 
     def run(
         self,
-        steps: Generator[Step, None, Result],
+        steps: Generator[WorkUnit, None, Result],
         progress: Callable[[str, int, int], None] | None = None,
         cancellation: Cancellation | None = None,
     ) -> Result:

@@ -142,7 +142,7 @@ class Engine:
         adapter = None
         if request.adapters and self._merged is None:
             adapter = self._host.get(request.adapters)
-        ids = self._model.backbone.inputs.question(request.text)
+        ids = self._model.backbone.prompt_builder.question(request.text)
         self._check_length(len(ids), request.sampling)
         with self._changed:
             self._enter(generation)
@@ -277,7 +277,7 @@ class Engine:
         """The prompt of a question with its video in context."""
         request = generation.request
         try:
-            steps = self._model.question_steps(
+            steps = self._model.iter_question_prompt(
                 request.clip,
                 request.text,
                 check=lambda tokens: self._check_length(tokens, request.sampling),

@@ -3,7 +3,7 @@
 Launching a decode step from Python takes longer than computing it. A step is captured once for each
 number of rows (a power of two), reach of the attention (a power of two) and set of adapter tables;
 a prefill for a single short prompt, the common case of a first token. Everything that changes lies
-in tensors that stay where they are. What a step computes is :class:`Batch`'s alone.
+in tensors that stay where they are. What a step computes is :class:`ModelRunner`'s alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v2l_fast.generation.batch import Batch
+from v2l_fast.generation.runner import ModelRunner
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.vlm.decoder import Decoder
 
@@ -32,8 +32,8 @@ class _Captured:
     adapters: AdapterBank | None
 
 
-class GraphBatch(Batch):
-    """See the module; arguments as :class:`Batch`'s."""
+class CudaGraphRunner(ModelRunner):
+    """See the module; arguments as :class:`ModelRunner`'s."""
 
     def __init__(self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]) -> None:
         super().__init__(decoder, size, context, stop_ids)
@@ -51,7 +51,7 @@ class GraphBatch(Batch):
             length *= 2
         return sizes
 
-    def _decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
+    def run_decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
         rows = min(_power(count), self.size)
         reach = min(max(_power(limit), LEAST_LIMIT), self.cache.capacity)
         # Rows beyond the last are free: a token without an adapter at their first position.
@@ -59,16 +59,16 @@ class GraphBatch(Batch):
         self._slots[count:rows] = -1
         key = ("decode", rows, reach, id(adapters))
         if key not in self._graphs:
-            run = super()._decode
+            run = super().run_decode
             self._graphs[key] = self._capture(lambda: run(rows, reach, adapters), (), adapters)
         captured = self._graphs[key]
         captured.graph.replay()
         return captured.output[:count]
 
-    def _prefill(
+    def run_prefill(
         self, embeddings: Tensor, rows: Tensor, last: Tensor, adapters: AdapterBank | None
     ) -> Tensor:
-        run = super()._prefill
+        run = super().run_prefill
         count, longest, width = embeddings.shape
         length = max(_power(longest), LEAST_PROMPT)
         if count > 1 or length > min(MOST_PROMPT, self.cache.capacity):

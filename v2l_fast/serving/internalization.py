@@ -126,7 +126,7 @@ class Internalization:
             progress("decode", 0, 1)
             clip = self._load_clip(path, *options, job.cancellation)
             self._check_length(clip, options[1])
-            steps = self._model.internalize_steps(clip, *options)
+            steps = self._model.iter_internalize(clip, *options)
             adapter = self._background.run(steps, progress, job.cancellation)
             with self._changed:
                 job.cancellation.check()

@@ -157,7 +157,7 @@ class DeviceAdapterCache:
     A slot is reserved by :meth:`acquire`, written by :meth:`fill` and kept until :meth:`release`.
 
     Attributes:
-        tables: the slots, for :class:`~v2l_fast.generation.batch.Batch`; another object when a
+        tables: the slots, for :class:`~v2l_fast.generation.ModelRunner`; another object when a
             wider adapter has made them anew.
         hits, misses: requests whose adapter was there, or not.
     """

@@ -57,7 +57,7 @@ def clip_parts(backbone: SmolVLM, count: int, instruction: str) -> tuple[Part, .
         duration = (stop - first) / CLIP_FPS
         shown = sample_indices(stop - first, CLIP_FPS, duration, MAX_FRAMES).tolist()
         times = [frame / CLIP_FPS for frame in shown]
-        ids = backbone.inputs.about(times, duration, 0, 0, instruction, False)
+        ids = backbone.prompt_builder.video_prompt(times, duration, 0, 0, instruction, False)
         frames = tuple(first + frame for frame in shown)
         parts.append(Part(torch.tensor(ids), frames, (index / count, (index + 1) / count)))
     return tuple(parts)

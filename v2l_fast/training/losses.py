@@ -81,7 +81,9 @@ def _states_in_context(
         packed = pack_turns([prefixes[i] for i in members], turns, backbone.tokenizer.pad_token_id)
         embeddings = embed_ids(backbone, packed.ids, [features[i] for i in members])
         packed = packed.to(decoder.device)
-        hidden = decoder.forward(embeddings, decoder.span(packed.positions, packed.mask))
+        hidden = decoder.forward(
+            embeddings, decoder.attention_metadata(packed.positions, packed.mask)
+        )
         sizes = [sum(len(answer) for _, answer in row) for row in turns]
         found = hidden[packed.rows, packed.columns].split(sizes)
         states |= zip(members, found, strict=True)

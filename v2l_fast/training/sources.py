@@ -167,7 +167,7 @@ class ManifestSource:
     def _contexts(self, parts: Sequence[Chunk], kind: str) -> tuple[ContextSample, ...]:
         contexts = []
         for number, part in enumerate(parts):
-            ids = self.inputs.about(
+            ids = self.inputs.video_prompt(
                 part.timestamps, part.duration, part.rows, part.cols, self.instruction, False
             )
             place = (number / len(parts), (number + 1) / len(parts))
@@ -175,11 +175,13 @@ class ManifestSource:
         return tuple(contexts)
 
     def _teacher_prefix(self, parts: Sequence[Chunk], prefix: list[int]) -> list[int] | None:
-        opening = self.inputs.turn_opening()
+        opening = self.inputs.text_prefix()
         if len(parts) > 1 or prefix[: len(opening)] != opening:
             return None
         (part,) = parts
-        shown = self.inputs.video_opening(part.timestamps, part.duration, part.rows, part.cols)
+        shown = self.inputs.text_prefix_with_video(
+            part.timestamps, part.duration, part.rows, part.cols
+        )
         return shown + prefix[len(opening) :]
 
 
@@ -232,7 +234,7 @@ def manifest_sources(
     def source(examples: Sequence[Example], most: int) -> ManifestSource:
         return ManifestSource(
             videos=_at_most(group_by_video(examples), most, seed),
-            inputs=backbone.inputs,
+            inputs=backbone.prompt_builder,
             reader=reader,
             instruction=data.instruction,
             prompts_per_video=data.prompts_per_video,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from v2l_fast.video import Clip, FrameViews
 from v2l_fast.video.preprocess import frame_tiles, frame_views_in_groups
 from v2l_fast.vlm.decoder import Decoder
-from v2l_fast.work_units import Step
+from v2l_fast.work_units import WorkUnit
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PromptBuilder(Protocol):
     def answer(self, text: str, finished: bool = True) -> list[int]:
         """What the model says after a question; the stop token last when it is `finished`."""
 
-    def about(
+    def video_prompt(
         self,
         timestamps: Sequence[float],
         duration: float,
@@ -64,13 +64,13 @@ class PromptBuilder(Protocol):
         timestamps, duration: seconds, of the clip. rows, cols: tiles of a frame, 0 when not split.
         """
 
-    def turn_opening(self) -> list[int]:
+    def text_prefix(self) -> list[int]:
         """What :meth:`question` begins with, whatever is asked."""
 
-    def video_opening(
+    def text_prefix_with_video(
         self, timestamps: Sequence[float], duration: float, rows: int, cols: int
     ) -> list[int]:
-        """What stands in place of :meth:`turn_opening` where the video is in context."""
+        """What stands in place of :meth:`text_prefix` where the video is in context."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class EncodedVideo:
     cols: int
 
 
-def resize_steps(
+def iter_resize(
     frames: Tensor, longest_edge: int, tile_size: int
-) -> Generator[Step, None, FrameViews]:
+) -> Generator[WorkUnit, None, FrameViews]:
     """Frames to views; yields "decode" between groups of large frames."""
     groups = frame_views_in_groups(frames, longest_edge, tile_size)
     while True:
@@ -105,18 +105,18 @@ def resize_steps(
 
 
 def prompt_ids(
-    inputs: PromptBuilder, clip: Clip, text: str, longest_edge: int, answer_follows: bool
+    prompt_builder: PromptBuilder, clip: Clip, text: str, longest_edge: int, answer_follows: bool
 ) -> list[int]:
     """Token ids of a prompt with the clip in it, before its frames are resized or encoded."""
     height, width = clip.frames.shape[-2:]
-    tiles = frame_tiles(height, width, longest_edge, inputs.tile_size)
-    return inputs.about(clip.timestamps, clip.duration, *tiles, text, answer_follows)
+    tiles = frame_tiles(height, width, longest_edge, prompt_builder.tile_size)
+    return prompt_builder.video_prompt(clip.timestamps, clip.duration, *tiles, text, answer_follows)
 
 
-def visual_tokens(inputs: PromptBuilder, clip: Clip, longest_edge: int) -> int:
+def visual_tokens(prompt_builder: PromptBuilder, clip: Clip, longest_edge: int) -> int:
     """How many tokens stand for the clip's pixels."""
-    rows, cols = frame_tiles(*clip.frames.shape[-2:], longest_edge, inputs.tile_size)
-    return len(clip.frames) * (rows * cols + 1) * inputs.tokens_per_view
+    rows, cols = frame_tiles(*clip.frames.shape[-2:], longest_edge, prompt_builder.tile_size)
+    return len(clip.frames) * (rows * cols + 1) * prompt_builder.tokens_per_view
 
 
 class Backbone(Protocol):
@@ -126,7 +126,7 @@ class Backbone(Protocol):
         model: transformers' model.
         tokenizer: its tokenizer.
         decoder: its text decoder, run layer by layer.
-        inputs: its prompts as token ids, without the model.
+        prompt_builder: its prompts as token ids, without the model.
         name_or_path: where it came from.
         preprocessing: name and version of the rules that turn frames into prompts.
         stop_ids: token ids that end an answer.
@@ -136,7 +136,7 @@ class Backbone(Protocol):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoder: Decoder
-    inputs: PromptBuilder
+    prompt_builder: PromptBuilder
     name_or_path: str
     preprocessing: str
     stop_ids: tuple[int, ...]
@@ -171,24 +171,24 @@ class Backbone(Protocol):
     def encode_views(self, views: Tensor) -> Tensor:
         """Vision tower and connector over views of any videos: uint8 [V, 3, M, M] -> [V, t, D]."""
 
-    def encode_steps(self, clip: Clip, longest_edge: int) -> Generator[Step, None, EncodedVideo]:
+    def iter_encode(self, clip: Clip, longest_edge: int) -> Generator[WorkUnit, None, EncodedVideo]:
         """:meth:`encode` in units: resizing, on the CPU, then bounded chunks of views."""
 
-    def about(
+    def video_prompt(
         self,
         video: EncodedVideo,
         text: str,
         answer_follows: bool = True,
         ids: Sequence[int] | None = None,
     ) -> Prompt:
-        """:meth:`question_about` of an encoded video: :meth:`opening`, then
-        :meth:`continuation`; or, where no answer follows, :meth:`context`. ``ids``: those of
-        ``inputs.about``, if they are known."""
+        """:meth:`question_about` of an encoded video: :meth:`video_prefix`, then
+        :meth:`question_suffix`; or, where no answer follows, :meth:`context`. ``ids``: those of
+        ``prompt_builder.video_prompt``, if they are known."""
 
-    def opening(self, video: EncodedVideo) -> Prompt:
+    def video_prefix(self, video: EncodedVideo) -> Prompt:
         """What all questions about a video begin with, to the video's last token."""
 
-    def continuation(self, text: str) -> Prompt:
+    def question_suffix(self, text: str) -> Prompt:
         """The rest of the prompt: the question; the model's answer follows."""
 
     def decode(self, ids: list[int], strip: bool = True) -> str:

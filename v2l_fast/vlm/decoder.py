@@ -1,12 +1,12 @@
 """Llama-family text decoder, run layer by layer with explicit adapters and cache.
 
-The weights are transformers' own modules; this file owns the order of operations, because three
-things must be explicit that transformers' forward hides: the input of every layer (the
-hypernetwork's features), the adapters of every example, and a static cache whose rows are at
-positions of their own. No hooks, no patched forwards, no state between calls.
+The weights are transformers' own modules. This file owns the order of operations, because it needs
+three things that transformers' forward hides: the input of every layer (the hypernetwork's
+features), an adapter per example, and a static cache whose rows are at different positions. No
+hooks, no patched forwards, no state between calls.
 
-Sequences are right-padded. Under a causal mask no token sees what follows it, so padding needs no
-mask, and a row's next token overwrites the padding behind it.
+Sequences are right-padded. Under a causal mask no token attends to a later one, so padding needs no
+mask, and a row's next token overwrites the padding after it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,35 @@ from v2l_fast.compiling import compiled
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.vlm import flash
-from v2l_fast.work_units import causal_chunks
+from v2l_fast.work_units import causal_token_chunks
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Positions and visibility of the tokens of a forward pass.
+
+    Attributes:
+        positions: [E, T] int64 position of each token in its sequence.
+        mask: [E, 1, T, K] bool over the first K cache slots (without a cache: over the pass's own
+            tokens), or None for causal attention among the pass's own tokens.
+        rope: cos and sin [E, T, head_dim].
+        lengths: of a one-token step, [E] int32: the number of leading cache slots that ``mask``
+            makes visible.
+    """
+
+    positions: Tensor
+    mask: Tensor | None
+    rope: tuple[Tensor, Tensor]
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class KVCacheLayer:
-    """One layer's part of a :class:`Cache`: keys and values [rows, kv heads, capacity, head_dim].
+    """One layer's part of a :class:`StaticKVCache`: keys and values
+    [rows, kv heads, capacity, head_dim].
 
-    A compiled layer takes this, not the whole: what it writes through a view of its own making it
-    copies back entirely.
+    A compiled layer takes this, not the whole cache: if it sliced the full cache itself,
+    functionalization would copy the whole cache back.
     """
 
     keys: Tensor
@@ -40,13 +60,29 @@ class KVCacheLayer:
     rows: Tensor | None = None
     flash: bool = False
 
+    def append(self, metadata: AttentionMetadata, key: Tensor, value: Tensor) -> None:
+        """Store the keys and values [E, kv heads, T, head_dim] of a pass."""
+        count, length = key.shape[0], key.shape[2]
+        rows = torch.arange(count, device=key.device) if self.rows is None else self.rows
+        if metadata.mask is None:
+            self.keys[rows, :, :length], self.values[rows, :, :length] = key, value
+        else:
+            self.keys[rows[:, None], :, metadata.positions] = key.transpose(1, 2)
+            self.values[rows[:, None], :, metadata.positions] = value.transpose(1, 2)
+
+    def gather(self, count: int, limit: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [E, kv heads, limit, head_dim] of the ``count`` rows of a pass."""
+        rows = slice(0, count) if self.rows is None else self.rows
+        return self.keys[rows, :, :limit], self.values[rows, :, :limit]
+
 
 @dataclass
-class Cache:
-    """Static key/value cache: keys and values [L, rows, kv heads, capacity, head_dim].
+class StaticKVCache:
+    """Preallocated keys and values [L, rows, kv heads, capacity, head_dim].
 
-    ``rows`` [E] int64 says which row each example of a pass has; None: its first E rows. ``flash``:
-    one-token steps attend to it by FlashAttention 2.
+    Attributes:
+        rows: [E] int64, the cache row of each example of a pass; None for the first E rows.
+        flash: one-token steps attend to the cache with FlashAttention 2.
     """
 
     keys: Tensor
@@ -62,27 +98,8 @@ class Cache:
         return KVCacheLayer(self.keys[index], self.values[index], self.rows, self.flash)
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where the tokens of a forward pass stand.
-
-    Attributes:
-        positions: [E, T] int64 position of each token in its sequence.
-        mask: [E, 1, T, K] bool over the first K cache slots (without a cache: over the pass's own
-            tokens), or None for plain causal attention among the pass's own tokens.
-        rope: cos and sin [E, T, head_dim].
-        lengths: of a one-token step, [E] int32: the mask says the same, that many cache slots of
-            each row from its first.
-    """
-
-    positions: Tensor
-    mask: Tensor | None
-    rope: tuple[Tensor, Tensor]
-    lengths: Tensor | None = None
-
-
 class Decoder:
-    """Functional view of a Llama-family decoder and its LM head.
+    """A Llama-family decoder and its LM head as functions of their inputs.
 
     Args:
         text_model: module with ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``.
@@ -102,16 +119,17 @@ class Decoder:
         return self._run_layer is not Decoder.run_layer
 
     def compile(self, backend: str = "inductor") -> None:
-        """Run every layer through one compiled graph, whatever the length.
+        """Run every layer through one compiled graph, for all lengths.
 
         The first call of each kind (prefill, decoding, with adapters, ...) then takes seconds.
         """
         self._run_layer = compiled(Decoder.run_layer, backend)
 
     def merged(self, adapter: Adapter) -> Decoder:
-        """A decoder with one adapter in its weights, W + s·BᵀA; it shares everything else.
+        """A decoder with one adapter merged into its weights, W + s·BᵀA; all else is shared.
 
-        The sum is rounded to the weights' dtype once. Answering costs what the plain model's does.
+        The sum is rounded to the weights' dtype once. Answering costs the same as with the plain
+        model.
         """
         shared = [*self.text_model.parameters(), *self.text_model.buffers()]
         twin = Decoder(copy.deepcopy(self.text_model, {id(t): t for t in shared}), self.lm_head)
@@ -121,11 +139,11 @@ class Decoder:
             for name in a:
                 linear = getattr(layer.mlp, name, None) or getattr(layer.self_attn, name)
                 weight = linear.weight
-                wide = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
-                factors = (side[name][index].to(weight.device, **wide) for side in (b, a))
-                update = next(factors).mT @ next(factors)
-                total = (weight.to(**wide) + adapter.scale * update).to(weight.dtype)
-                linear.weight = nn.Parameter(total.detach(), requires_grad=False)
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                left, right = (side[name][index].to(weight.device, wide) for side in (b, a))
+                total = weight.to(wide) + adapter.scale * (left.mT @ right)
+                merged = total.to(weight.dtype).detach()
+                linear.weight = nn.Parameter(merged, requires_grad=False)
         return twin
 
     @property
@@ -140,102 +158,103 @@ class Decoder:
         """Token ids [...] -> embeddings [..., D]."""
         return self.text_model.embed_tokens(ids)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
+    def new_cache(self, batch: int, capacity: int) -> StaticKVCache:
         """Empty cache for ``batch`` rows of up to ``capacity`` tokens."""
         heads, size = self.config.num_key_value_heads, self._head_dim()
         shape = (self.num_layers, batch, heads, capacity, size)
-        # Zeros, not empty: masked slots are read with weight 0, and 0 * NaN is NaN.
+        # Zeros, not empty: attention reads masked slots with weight 0, and 0 * NaN is NaN.
         keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        return Cache(keys, values, flash=flash.usable(keys))
+        return StaticKVCache(keys, values, flash=flash.usable(keys))
 
-    def span(self, positions: Tensor, mask: Tensor | None) -> Span:
-        """A pass over tokens at any ``positions`` [E, T] under any ``mask``."""
-        return Span(positions, mask, self._rope(positions))
+    def attention_metadata(self, positions: Tensor, mask: Tensor | None) -> AttentionMetadata:
+        """For tokens at any ``positions`` [E, T] under any ``mask``."""
+        return AttentionMetadata(positions, mask, self._rope(positions))
 
-    def prefill_metadata(self, batch: int, length: int) -> Span:
+    def prefill_metadata(self, batch: int, length: int) -> AttentionMetadata:
         """Positions 0 to ``length`` - 1 of every row, causal."""
-        return self.span(torch.arange(length, device=self.device).expand(batch, length), None)
+        positions = torch.arange(length, device=self.device).expand(batch, length)
+        return self.attention_metadata(positions, None)
 
-    def decode_metadata(self, positions: Tensor, limit: int) -> Span:
-        """One token a row at ``positions`` [E], all below ``limit``; sees slots up to its own."""
+    def decode_metadata(self, positions: Tensor, limit: int) -> AttentionMetadata:
+        """For one token per row at ``positions`` [E] below ``limit``; sees slots up to its own."""
         slots = torch.arange(limit, device=self.device)
         mask = (slots <= positions[:, None])[:, None, None, :]
         lengths = (positions + 1).to(torch.int32)
-        return replace(self.span(positions[:, None], mask), lengths=lengths)
+        return replace(self.attention_metadata(positions[:, None], mask), lengths=lengths)
 
     def layer(
         self,
         index: int,
         hidden: Tensor,
-        span: Span,
-        cache: Cache | None = None,
+        metadata: AttentionMetadata,
+        cache: StaticKVCache | None = None,
         adapters: AdapterBank | None = None,
     ) -> Tensor:
         """One decoder layer: [E, T, D] -> [E, T, D]; writes keys and values into ``cache``."""
         module = self.text_model.layers[index]
-        part = None if cache is None else cache.layer(index)
-        return self._run_layer(self, module, index, hidden, span, part, adapters)
+        own = None if cache is None else cache.layer(index)
+        return self._run_layer(self, module, index, hidden, metadata, own, adapters)
 
     def run_layer(
         self,
         layer: nn.Module,
         index: int,
         hidden: Tensor,
-        span: Span,
+        metadata: AttentionMetadata,
         cache: KVCacheLayer | None = None,
         adapters: AdapterBank | None = None,
     ) -> Tensor:
-        """:meth:`layer` with the layer's module given: compiled, it is one graph for all layers."""
-        hidden = hidden + self.attention_part(layer, index, hidden, span, cache, adapters)
-        return hidden + self.mlp_part(layer, index, hidden, adapters)
+        """:meth:`layer` with the module as an argument, so that one graph serves all layers."""
+        hidden = hidden + self.attention_block(layer, index, hidden, metadata, cache, adapters)
+        return hidden + self.mlp_block(layer, index, hidden, adapters)
 
-    def attention_part(
+    def attention_block(
         self,
         layer: nn.Module,
         index: int,
         hidden: Tensor,
-        span: Span,
+        metadata: AttentionMetadata,
         cache: KVCacheLayer | None = None,
         adapters: AdapterBank | None = None,
     ) -> Tensor:
-        """What a layer's attention adds to the residual stream: [E, T, D] -> [E, T, D]."""
+        """A layer's attention, to be added to the residual stream: [E, T, D] -> [E, T, D]."""
         attention = layer.self_attn
-        query, key, value = self.heads(layer, index, hidden, span, adapters)
+        query, key, value = self.project_qkv(layer, index, hidden, metadata, adapters)
         if cache is not None:
-            _write(cache, span, key, value)
-        if cache is not None and cache.flash and span.lengths is not None:
+            cache.append(metadata, key, value)
+        if cache is not None and cache.flash and metadata.lengths is not None:
             rows = None if cache.rows is None else cache.rows.to(torch.int32)
-            mixed = flash.flash_step(
-                query, cache.keys, cache.values, span.lengths, rows, attention.scaling
+            mixed = flash.flash_decode(
+                query, cache.keys, cache.values, metadata.lengths, rows, attention.scaling
             )
         else:
-            if cache is not None and span.mask is not None:
-                key, value = _read(cache, len(key), span.mask.shape[-1])
+            if cache is not None and metadata.mask is not None:
+                key, value = cache.gather(len(key), metadata.mask.shape[-1])
             mixed = F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                attn_mask=span.mask,
-                is_causal=span.mask is None,
+                attn_mask=metadata.mask,
+                is_causal=metadata.mask is None,
                 scale=attention.scaling,
-                # A comparison of shapes is symbolic to the compiler and no bool.
+                # Comparing shapes instead would give the compiler a symbol, not a bool.
                 enable_gqa=attention.num_key_value_groups != 1,
             )
         mixed = mixed.transpose(1, 2).reshape(*hidden.shape[:2], -1)
         return _linear("o_proj", attention.o_proj, index, mixed, adapters)
 
-    def heads(
+    def project_qkv(
         self,
         layer: nn.Module,
         index: int,
         hidden: Tensor,
-        span: Span,
+        metadata: AttentionMetadata,
         adapters: AdapterBank | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [E, heads, T, head_dim] (rotated), keys (rotated) and values
         [E, kv heads, T, head_dim] of a layer's attention."""
         x = layer.input_layernorm(hidden)
-        # The module's own number is a constant to the compiler; the config's would be a symbol.
+        # The module's attribute is a constant to the compiler; the config's would be a symbol.
         shape = (*x.shape[:2], -1, layer.self_attn.head_dim)
         query, key, value = (
             _linear(name, getattr(layer.self_attn, name), index, x, adapters)
@@ -243,12 +262,12 @@ class Decoder:
             .transpose(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        return *apply_rotary_pos_emb(query, key, *span.rope), value
+        return *apply_rotary_pos_emb(query, key, *metadata.rope), value
 
-    def mlp_part(
+    def mlp_block(
         self, layer: nn.Module, index: int, hidden: Tensor, adapters: AdapterBank | None = None
     ) -> Tensor:
-        """What a layer's MLP adds to the residual stream: [E, T, D] -> [E, T, D]."""
+        """A layer's MLP, to be added to the residual stream: [E, T, D] -> [E, T, D]."""
         mlp = layer.mlp
         x = layer.post_attention_layernorm(hidden)
         gate = mlp.act_fn(_linear("gate_proj", mlp.gate_proj, index, x, adapters))
@@ -256,28 +275,26 @@ class Decoder:
         return _linear("down_proj", mlp.down_proj, index, gate * up, adapters)
 
     def layer_inputs(self, embeddings: Tensor) -> Iterator[Tensor]:
-        """What enters layers 0 to L - 1, one after the other: L tensors [E, T, D].
+        """The inputs of layers 0 to L - 1, one after the other: L tensors [E, T, D].
 
-        Layer L - 1 itself is never computed, nor the LM head.
+        Neither layer L - 1 nor the LM head is computed.
         """
-        span = self.prefill_metadata(*embeddings.shape[:2])
+        metadata = self.prefill_metadata(*embeddings.shape[:2])
         hidden = embeddings
         for index in range(self.num_layers):
             yield hidden
             if index + 1 < self.num_layers:
-                hidden = self.layer(index, hidden, span)
+                hidden = self.layer(index, hidden, metadata)
 
-    def layer_in_units(
-        self, index: int, hidden: Tensor, unit: int
-    ) -> Generator[None, None, Tensor]:
-        """:meth:`layer` of whole sequences [E, T, D] in chunks of at most ``unit`` tokens; yields
-        between two of them.
+    def iter_layer(self, index: int, hidden: Tensor, unit: int) -> Generator[None, None, Tensor]:
+        """:meth:`layer` over whole sequences [E, T, D] in chunks of at most ``unit`` tokens;
+        yields between chunks.
 
-        Chunks see those before them through keys and values, so the result is the same, to
-        rounding; to the bit where there is one chunk.
+        A chunk attends to earlier ones through their keys and values, so the result is the same
+        up to rounding, and exactly the same for a single chunk.
         """
         count, length = hidden.shape[:2]
-        parts = list(causal_chunks(length, unit))
+        parts = list(causal_token_chunks(length, unit))
         if len(parts) == 1:
             return self.layer(index, hidden, self.prefill_metadata(count, length))
         shape = (count, self.config.num_key_value_heads, length, self._head_dim())
@@ -289,24 +306,26 @@ class Decoder:
                 yield
             positions = torch.arange(part.start, part.stop, device=self.device)
             mask = torch.arange(part.stop, device=self.device) <= positions[:, None]
-            span = self.span(positions.expand(count, -1), mask.expand(count, 1, -1, -1))
+            metadata = self.attention_metadata(
+                positions.expand(count, -1), mask.expand(count, 1, -1, -1)
+            )
             result[:, part] = self._run_layer(
-                self, module, index, hidden[:, part], span, cache, None
+                self, module, index, hidden[:, part], metadata, cache, None
             )
         return result
 
     def forward(
         self,
         embeddings: Tensor,
-        span: Span | None = None,
-        cache: Cache | None = None,
+        metadata: AttentionMetadata | None = None,
+        cache: StaticKVCache | None = None,
         adapters: AdapterBank | None = None,
     ) -> Tensor:
         """All layers and the final norm: [E, T, D] -> [E, T, D]; see :meth:`logits`."""
-        span = span or self.prefill_metadata(*embeddings.shape[:2])
+        metadata = metadata or self.prefill_metadata(*embeddings.shape[:2])
         hidden = embeddings
         for index in range(self.num_layers):
-            hidden = self.layer(index, hidden, span, cache, adapters)
+            hidden = self.layer(index, hidden, metadata, cache, adapters)
         return self.text_model.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -326,24 +345,7 @@ class Decoder:
 def _linear(
     name: str, module: nn.Linear, index: int, x: Tensor, adapters: AdapterBank | None
 ) -> Tensor:
-    """A linear layer with each example's adapter, where there is one."""
+    """A linear layer with the adapter of each example that has one."""
     if adapters is None or name not in adapters.A:
         return module(x)
     return adapters.apply(name, index, module, x)
-
-
-def _write(cache: KVCacheLayer, span: Span, key: Tensor, value: Tensor) -> None:
-    """Store the pass's keys and values."""
-    count, length = key.shape[0], key.shape[2]
-    rows = torch.arange(count, device=key.device) if cache.rows is None else cache.rows
-    if span.mask is None:
-        cache.keys[rows, :, :length], cache.values[rows, :, :length] = key, value
-    else:
-        cache.keys[rows[:, None], :, span.positions] = key.transpose(1, 2)
-        cache.values[rows[:, None], :, span.positions] = value.transpose(1, 2)
-
-
-def _read(cache: KVCacheLayer, count: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [E, kv heads, limit, head_dim] of a pass's ``count`` rows."""
-    rows = slice(0, count) if cache.rows is None else cache.rows
-    return cache.keys[rows, :, :limit], cache.values[rows, :, :limit]

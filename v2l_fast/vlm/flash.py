@@ -42,8 +42,8 @@ def _installed() -> bool:
         return False
 
 
-@torch.library.custom_op("v2l_fast::flash_step", mutates_args=())
-def flash_step(
+@torch.library.custom_op("v2l_fast::flash_decode", mutates_args=())
+def flash_decode(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -76,6 +76,6 @@ def flash_step(
     return mixed.transpose(1, 2).contiguous()
 
 
-@flash_step.register_fake
+@flash_decode.register_fake
 def _(query: Tensor, *_: object) -> Tensor:
     return query.new_empty(query.shape)

@@ -19,11 +19,11 @@ from v2l_fast.compiling import compiled
 from v2l_fast.errors import CheckpointError
 from v2l_fast.video import Clip
 from v2l_fast.video.preprocess import PREPROCESSING_VERSION, normalize
-from v2l_fast.vlm.base import EncodedVideo, Prompt, resize_steps
+from v2l_fast.vlm.base import EncodedVideo, Prompt, iter_resize
 from v2l_fast.vlm.decoder import Decoder
-from v2l_fast.vlm.smolvlm_inputs import SmolVLMInputs
+from v2l_fast.vlm.smolvlm_inputs import SmolVLMPromptBuilder
 from v2l_fast.vlm.smolvlm_prompt import FAKE_TOKEN, IMAGE_TOKEN
-from v2l_fast.work_units import Step, finish
+from v2l_fast.work_units import WorkUnit, run_to_completion
 
 # Views in one vision call at most: 64 of 1,024 patches hold activations under 2 GB.
 VIEWS_PER_CHUNK = 64
@@ -56,7 +56,7 @@ class SmolVLM:
         self.tile_size = vision.image_size
         side = vision.image_size // vision.patch_size
         self.tokens_per_view = side**2 // model.config.scale_factor**2
-        self.inputs = SmolVLMInputs(tokenizer, self.tile_size, self.tokens_per_view)
+        self.prompt_builder = SmolVLMPromptBuilder(tokenizer, self.tile_size, self.tokens_per_view)
         on_cpu = self.decoder.device.type == "cpu"
         affordable = max(1, PATCHES_CPU // side**2) if on_cpu else VIEWS_PER_CHUNK
         self.views_per_unit = min(VIEWS_PER_CHUNK, affordable)
@@ -124,23 +124,23 @@ class SmolVLM:
 
     def question(self, text: str) -> Prompt:
         """A question without a video; the model's answer follows."""
-        return self.embed(self._tensor(self.inputs.question(text)))
+        return self.embed(self._tensor(self.prompt_builder.question(text)))
 
     def question_about(self, clip: Clip, text: str, longest_edge: int) -> Prompt:
         """A question with the video in context: the direct baseline."""
-        return self.about(self.encode(clip, longest_edge), text)
+        return self.video_prompt(self.encode(clip, longest_edge), text)
 
     def context(self, clip: Clip, instruction: str, longest_edge: int) -> Prompt:
         """The pass whose hidden states become the adapter: video and instruction, no answer."""
-        return self.about(self.encode(clip, longest_edge), instruction, answer_follows=False)
+        return self.video_prompt(self.encode(clip, longest_edge), instruction, answer_follows=False)
 
     def encode(self, clip: Clip, longest_edge: int) -> EncodedVideo:
         """Vision tower and connector, once for any number of prompts."""
-        return finish(self.encode_steps(clip, longest_edge))
+        return run_to_completion(self.iter_encode(clip, longest_edge))
 
-    def encode_steps(self, clip: Clip, longest_edge: int) -> Generator[Step, None, EncodedVideo]:
+    def iter_encode(self, clip: Clip, longest_edge: int) -> Generator[WorkUnit, None, EncodedVideo]:
         """:meth:`encode` in units: resizing where the frames are, then bounded chunks of views."""
-        views = yield from resize_steps(clip.frames, longest_edge, self.tile_size)
+        views = yield from iter_resize(clip.frames, longest_edge, self.tile_size)
         features = []
         for chunk in views.views.split(self.views_per_unit):
             yield "encode frames", len(features) * self.views_per_unit, len(views.views)
@@ -149,38 +149,38 @@ class SmolVLM:
             torch.cat(features), clip.timestamps, clip.duration, views.rows, views.cols
         )
 
-    def about(
+    def video_prompt(
         self,
         video: EncodedVideo,
         text: str,
         answer_follows: bool = True,
         ids: Sequence[int] | None = None,
     ) -> Prompt:
-        """:meth:`question_about` of an encoded video: :meth:`opening`, then
-        :meth:`continuation`; or, where no answer follows, :meth:`context`. ``ids``: those of
-        ``inputs.about``, if they are known."""
+        """:meth:`question_about` of an encoded video: :meth:`video_prefix`, then
+        :meth:`question_suffix`; or, where no answer follows, :meth:`context`. ``ids``: those of
+        ``prompt_builder.video_prompt``, if they are known."""
         known = self._ids_about(video, text, answer_follows) if ids is None else self._tensor(ids)
         return self.embed(known, video.features)
 
-    def opening(self, video: EncodedVideo) -> Prompt:
+    def video_prefix(self, video: EncodedVideo) -> Prompt:
         """What all questions about a video begin with, to the video's last special token."""
         ids = self._ids_about(video, "", False)
         last = (ids == self.tokenizer.convert_tokens_to_ids(FAKE_TOKEN)).nonzero()[-1]
         return self.embed(ids[: last + 1], video.features)
 
-    def continuation(self, text: str) -> Prompt:
+    def question_suffix(self, text: str) -> Prompt:
         """The rest of the prompt: the question; the model's answer follows."""
-        return self.embed(self._tensor(self.inputs.continuation(text)))
+        return self.embed(self._tensor(self.prompt_builder.question_suffix(text)))
 
     def _ids_about(self, video: EncodedVideo, text: str, answer_follows: bool) -> Tensor:
         clip = video.timestamps, video.duration, video.rows, video.cols
-        return self._tensor(self.inputs.about(*clip, text, answer_follows))
+        return self._tensor(self.prompt_builder.video_prompt(*clip, text, answer_follows))
 
     # --- tensors --------------------------------------------------------------------------------
 
     def tokenize(self, text: str) -> Tensor:
         """Text with special tokens spelled out -> ids [T] on the model's device."""
-        return self._tensor(self.inputs.ids(text))
+        return self._tensor(self.prompt_builder.ids(text))
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)

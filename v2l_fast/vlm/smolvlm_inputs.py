@@ -23,7 +23,7 @@ from v2l_fast.vlm.tokenization import PromptTokenizer
 
 
 @dataclass(frozen=True)
-class SmolVLMInputs:
+class SmolVLMPromptBuilder:
     """Prompts as ids (see :class:`~v2l_fast.vlm.base.PromptBuilder`)."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ class SmolVLMInputs:
         """What the model says after a question; the stop token last when it is `finished`."""
         return self._prompt_tokenizer.encode(" ", text, END_OF_UTTERANCE if finished else "")
 
-    def about(
+    def video_prompt(
         self,
         timestamps: Sequence[float],
         duration: float,
@@ -62,19 +62,19 @@ class SmolVLMInputs:
         video = video_text(len(timestamps), timestamps, duration, rows, cols, self.tokens_per_view)
         return self._prompt_tokenizer.encode(TURN_START + video, text, turn_end(answer_follows))
 
-    def continuation(self, text: str) -> list[int]:
+    def question_suffix(self, text: str) -> list[int]:
         """What follows a video's last special token when `text` is asked about it and an answer is
         to follow. Tokenizers split at special tokens, so its ids are those it has in the whole
         prompt."""
         return self._prompt_tokenizer.encode(AFTER_VIDEO, text, turn_end(True))
 
-    def turn_opening(self) -> list[int]:
+    def text_prefix(self) -> list[int]:
         """What :meth:`question` begins with, whatever is asked."""
         return self.ids(TURN_START.rstrip())
 
-    def video_opening(
+    def text_prefix_with_video(
         self, timestamps: Sequence[float], duration: float, rows: int, cols: int
     ) -> list[int]:
-        """What stands in place of :meth:`turn_opening` where the video is in context."""
-        ids = self.about(timestamps, duration, rows, cols, "", answer_follows=False)
+        """What stands in place of :meth:`text_prefix` where the video is in context."""
+        ids = self.video_prompt(timestamps, duration, rows, cols, "", answer_follows=False)
         return ids[: -len(self.ids(turn_end(False)))]

@@ -1,0 +1,261 @@
+"""Continuous batching over a static KV cache: requests are prefilled, decoded together and retired.
+
+Used for one batch (:func:`~v2l_fast.generation.generate`) and by the serving engine alike, so that
+both give the same answers. The requests of a runner always use the first rows of its cache: the
+last row moves into the place of one that is retired, and a decode step computes nothing for free
+rows. Text, readers and cancellation are the caller's.
+
+An error belongs to the request that causes it. A pass changes no request until its tokens are
+known, so a pass that fails is repeated in halves, down to the request that fails alone. A request
+whose logits are NaN or infinite fails without affecting the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from v2l_fast.errors import AdapterError, V2LError
+from v2l_fast.generation.sampling import SamplingParams, SamplingTensors, on_device, sample
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.vlm.decoder import Decoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Request:
+    """One answer while it is generated.
+
+    Attributes:
+        sampling: how tokens are chosen, and how many at most.
+        slot: index of its adapter in the bank, -1 for the plain model.
+        tokens: token ids so far, without the stop token.
+        finish_reason: "stop", "length", "error" or the caller's own; None while it runs.
+        error: the exception behind "error".
+        cached: its tokens in the KV cache.
+    """
+
+    sampling: SamplingParams
+    slot: int = -1
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+    cached: int = 0
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error."""
+        self.finish_reason, self.error = "error", error
+
+
+class ModelRunner:
+    """Prefill and decode passes for up to ``size`` requests at a time.
+
+    Args:
+        decoder: the frozen text decoder.
+        size: rows of the KV cache.
+        context: tokens of one row; the caller checks that prompt and answer fit.
+        stop_ids: token ids that end an answer.
+
+    Attributes:
+        requests: the running requests, in the order of the cache's rows.
+    """
+
+    def __init__(self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]) -> None:
+        self.decoder = decoder
+        self.size = size
+        self.stop_ids = frozenset(stop_ids)
+        self.cache = decoder.new_cache(size, context)
+        self.requests: list[Request] = []
+        # Of every row: the last token, its position, the adapter's slot, the prompt's length and
+        # the sampling parameters.
+        self._integers = torch.zeros(6, size, dtype=torch.long, device=decoder.device)
+        self._floats = torch.zeros(2, size, dtype=torch.float64, device=decoder.device)
+        self._tokens, self._positions, self._slots, self._prompts = self._integers[:4]
+        self._sampling = SamplingTensors(*self._floats, *self._integers[4:])
+
+    @property
+    def free(self) -> int:
+        """Rows without a request."""
+        return self.size - len(self.requests)
+
+    def prefill(
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[Tensor],
+        adapters: AdapterBank | None = None,
+    ) -> None:
+        """Compute the prompts of new requests together and choose their first tokens.
+
+        Args:
+            requests: at most :attr:`free`.
+            prompts: embedded, [T, D] each; lengths may differ.
+            adapters: the bank that the requests' slots refer to; its ``index`` is ignored.
+        """
+        first = len(self.requests)
+        part = slice(first, first + len(requests))
+        for request, prompt in zip(requests, prompts, strict=True):
+            request.cached = len(prompt)
+        columns = [[request.cached for request in requests], [request.slot for request in requests]]
+        lengths, slots = on_device(columns, torch.long, self.decoder.device)
+        self._positions[part], self._prompts[part], self._slots[part] = lengths, lengths, slots
+        if any(request.sampling.temperature > 0 for request in requests):
+            self._sampling.write(part, [r.sampling for r in requests], self._vocabulary)
+        self.requests.extend(requests)
+
+        def run(part: slice) -> Tensor:
+            own = slice(part.start - first, part.stop - first)
+            embeddings = pad_sequence(list(prompts[own]), batch_first=True)
+            rows = torch.arange(part.start, part.stop, device=self.decoder.device)
+            return self.run_prefill(embeddings, rows, lengths[own] - 1, adapters)
+
+        self._advance(part, run, 0)
+
+    def decode(self, adapters: AdapterBank | None = None) -> None:
+        """One more token for every request; ``adapters`` as in :meth:`prefill`."""
+        limit = max(request.cached for request in self.requests) + 1
+        whole = slice(0, len(self.requests))
+
+        def run(part: slice) -> Tensor:
+            if part == whole:
+                return self.run_decode(part.stop, limit, adapters)
+            return self._decode_rows(part, limit, adapters)
+
+        self._advance(whole, run, 1)
+
+    def retire_finished(self) -> int:
+        """Free the rows of finished requests; returns how many requests are left."""
+        for row in reversed(range(len(self.requests))):
+            request = self.requests[row]
+            if request.finish_reason is not None:
+                if request.error is not None:
+                    # Attention reads masked slots with weight 0, and 0 * NaN is NaN.
+                    self.cache.keys[:, row].zero_()
+                    self.cache.values[:, row].zero_()
+                last = self.requests.pop()
+                if row < len(self.requests):
+                    self.requests[row] = last
+                    self._move(len(self.requests), row, last.cached)
+        return len(self.requests)
+
+    def clear(self) -> None:
+        """Drop all requests, whatever state an error has left them in."""
+        self.requests.clear()
+        self.cache.keys.zero_()
+        self.cache.values.zero_()
+
+    # --- passes, which a subclass may run in another way ------------------------------------------
+
+    def run_prefill(
+        self, embeddings: Tensor, rows: Tensor, last: Tensor, adapters: AdapterBank | None
+    ) -> Tensor:
+        """Prompts [E, T, D] into ``rows`` [E] of the cache -> logits [E, V] of tokens ``last``."""
+        count, longest = embeddings.shape[:2]
+        metadata = self.decoder.prefill_metadata(count, longest)
+        bank = self._indexed(adapters, rows)
+        hidden = self.decoder.forward(embeddings, metadata, replace(self.cache, rows=rows), bank)
+        return self.decoder.logits(hidden[torch.arange(count, device=hidden.device), last])
+
+    def run_decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
+        """Last tokens of the first ``count`` rows, at positions below ``limit`` -> logits
+        [count, V]."""
+        return self._decode_rows(slice(0, count), limit, adapters)
+
+    def _decode_rows(self, part: slice, limit: int, adapters: AdapterBank | None) -> Tensor:
+        """:meth:`run_decode` of some rows."""
+        cache = self.cache
+        if part.start:
+            rows = torch.arange(part.start, part.stop, device=self.decoder.device)
+            cache = replace(cache, rows=rows)
+        metadata = self.decoder.decode_metadata(self._positions[part], limit)
+        embeddings = self.decoder.embed(self._tokens[part, None])
+        bank = self._indexed(adapters, part)
+        return self.decoder.logits(self.decoder.forward(embeddings, metadata, cache, bank)[:, 0])
+
+    def _indexed(self, adapters: AdapterBank | None, part: slice | Tensor) -> AdapterBank | None:
+        """The bank with the slots of some rows as its index."""
+        return None if adapters is None else replace(adapters, index=self._slots[part])
+
+    # --- bookkeeping ------------------------------------------------------------------------------
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.decoder.lm_head.weight.shape[0]
+
+    def _advance(self, part: slice, run: Callable[[slice], Tensor], cached: int) -> None:
+        """Append a token to the requests of ``part``; ``run`` gives their logits.
+
+        Args:
+            cached: tokens per row that the pass adds to the KV cache.
+        """
+        try:
+            chosen = self._choose(part, run(part), cached)
+            # The only wait for the device; errors of the pass are raised here.
+            tokens = chosen.tolist()
+        except Exception as error:
+            if part.stop - part.start == 1:
+                self.requests[part.start].fail(error)
+                return
+            log.warning("a pass over %d requests failed; repeating it in halves",
+                        part.stop - part.start, exc_info=error)  # fmt: skip
+            middle = (part.start + part.stop) // 2
+            for half in (slice(part.start, middle), slice(middle, part.stop)):
+                self._advance(half, run, cached)
+            return
+        self._tokens[part] = chosen.clamp_min(0)
+        self._positions[part] += cached
+        for request, token in zip(self.requests[part], tokens, strict=True):
+            request.cached += cached
+            if token < 0:
+                request.fail(_not_finite(request))
+            elif token in self.stop_ids:
+                request.finish_reason = "stop"
+            else:
+                request.tokens.append(token)
+                if len(request.tokens) == request.sampling.max_new_tokens:
+                    request.finish_reason = "length"
+
+    def _choose(self, part: slice, logits: Tensor, cached: int) -> Tensor:
+        """Logits [E, V] to token ids [E] on their device; -1 where logits are NaN or infinite."""
+        chosen = logits.argmax(-1, keepdim=True)
+        # argmax treats NaN as the largest value.
+        finite = logits.gather(1, chosen)[:, 0].isfinite()
+        chosen = chosen[:, 0]
+        sampling = [request.sampling for request in self.requests[part]]
+        sampled = [row for row, params in enumerate(sampling) if params.temperature > 0]
+        if sampled:
+            rows: slice | Tensor = slice(None)
+            if len(sampled) < len(sampling):
+                rows = on_device(sampled, torch.long, logits.device)
+            index = self._positions[part] - self._prompts[part] + cached
+            chosen[rows] = sample(
+                logits[rows],
+                self._sampling.rows(part).rows(rows),
+                index[rows],
+                by_mass=any(sampling[row].top_p < 1 for row in sampled),
+                by_count=any(sampling[row].top_k for row in sampled),
+            )
+        return torch.where(finite, chosen, -1)
+
+    def _move(self, source: int, target: int, length: int) -> None:
+        for side in (self.cache.keys, self.cache.values):
+            side[:, target, :, :length] = side[:, source, :, :length]
+        for vectors in (self._integers, self._floats):
+            vectors[:, target] = vectors[:, source]
+
+
+def _not_finite(request: Request) -> V2LError:
+    if request.slot >= 0:
+        return AdapterError(
+            "the logits are NaN or infinite with this adapter: its factors are too large for this "
+            "model; internalize the video again"
+        )
+    return V2LError(
+        "the logits are NaN or infinite: check the base model's weights and dtype; float16 "
+        "overflows, use bfloat16 or float32"
+    )
