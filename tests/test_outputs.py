@@ -15,8 +15,13 @@ from tests.tiny import clip
 from v2l_fast.errors import AdapterError, ConfigError, V2LError, WriteError
 from v2l_fast.files import replacing, write_text
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.interop.directories import whole_directory
-from v2l_fast.outputs import ResumableFolder, check_folder, check_new_folder, check_output
+from v2l_fast.outputs import (
+    ResumableFolder,
+    check_folder,
+    check_new_folder,
+    check_output,
+    replacing_folder,
+)
 from v2l_fast.tensor_files import load_tensors, save_tensors
 
 
@@ -187,7 +192,7 @@ def test_a_new_folder_holds_no_input(video, tmp_path):
 def test_a_linked_folder_is_replaced_behind_its_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with whole_directory(tmp_path / "link", V2LError) as part:
+    with replacing_folder(tmp_path / "link", V2LError) as part:
         (part / "a").write_text("text")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "a").read_text() == "text"
 

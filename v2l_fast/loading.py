@@ -10,6 +10,7 @@ from v2l_fast.files import read_json
 from v2l_fast.hub import brief_hub, hub_reason
 from v2l_fast.hypernet.config import CONFIG_NAME, HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.interop import frames2lora
 from v2l_fast.video import FrameSampling
 
 ASSETS = Path(__file__).parent / "assets"
@@ -37,10 +38,7 @@ def load_hypernet(name_or_path: str | os.PathLike) -> tuple[HyperNetwork, Path |
         # A network without a base of its own names that of another shipped pair.
         return HyperNetwork.from_pretrained(packaged), shipped(name_or_path, "base")
     if path.is_file():
-        # Released checkpoints are read by a layer above this one; only here is it needed.
-        from v2l_fast.interop.frames2lora import load
-
-        return load(path), None
+        return frames2lora.load(path), None
     if not path.exists():
         path = _download(str(name_or_path))
     if (path / "hypernet" / CONFIG_NAME).is_file():

@@ -83,12 +83,12 @@ def test_other_shapes(
         assert torch.equal(ours.A[module], expected.A[module])
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", [4, 5])
 def test_other_pickle_protocols(
     write_checkpoint: Callable, tiny_config: HypernetConfig, tmp_path: Path, protocol: int
 ) -> None:
-    truth = write_checkpoint(tmp_path / "x.pt", tiny_config, pickle_protocol=protocol)
-    assert_same(load(tmp_path / "x.pt"), dict(truth.state_dict()))
+    write_checkpoint(tmp_path / "x.pt", tiny_config, pickle_protocol=protocol)
+    assert "only protocol 2" in refused(tmp_path / "x.pt")
 
 
 def field(owner: str, name: str, value: object) -> Callable[[dict], None]:

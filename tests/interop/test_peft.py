@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import LlamaForCausalLM, SmolVLMForConditionalGeneration
 
 from v2l_fast.errors import AdapterError
 from v2l_fast.hypernet.adapter import Adapter, BiasAdapter
-from v2l_fast.interop import load_peft, save_peft, validate_peft, vllm_command
+from v2l_fast.interop import load_peft, save_peft, validate_peft
 from v2l_fast.interop.llama import export_text_decoder
 from v2l_fast.interop.peft import TEXT_LAYERS
 
@@ -91,7 +90,8 @@ def test_peft_on_the_text_only_export(
 
 
 def test_layout(adapter: Adapter, tmp_path: Path) -> None:
-    adapter.save_peft(tmp_path / "video", "tiny/base")
+    with pytest.warns(DeprecationWarning, match="v2l_fast.interop.save_peft"):
+        adapter.save_peft(tmp_path / "video", "tiny/base")
     config = json.loads((tmp_path / "video" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (5, 5, False)
     assert config["target_modules"] == ["down_proj", "o_proj"]
@@ -183,15 +183,3 @@ def test_validate_refuses(
     check("has only")
     path.write_bytes(path.read_bytes()[:100])
     check("safetensors")
-
-
-def test_vllm_command(adapter: Adapter, tmp_path: Path) -> None:
-    place = tmp_path / "my video"
-    save_peft(adapter, place, "tiny/base")
-    words = shlex.split(vllm_command(place))
-    assert words[:3] == ["vllm", "serve", "tiny/base"] and "--enable-lora" in words
-    assert words[words.index("--max-lora-rank") + 1] == "8"
-    assert words[-1] == f"my video={place}"
-    save_peft(Adapter.compose([adapter] * 171), place, "tiny/base")
-    with pytest.raises(AdapterError, match="rank 515"):
-        vllm_command(place)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -355,9 +356,14 @@ class Adapter:
             raise AdapterError(f"{path}: {error}") from None
 
     def save_peft(self, directory: str | os.PathLike, base: str) -> None:
-        """Write a PEFT directory for the base model ``base``; see ``v2l_fast.interop.peft``."""
-        from v2l_fast.interop.peft import save_peft
+        """Deprecated: use :func:`v2l_fast.interop.save_peft`."""
+        from v2l_fast.interop import save_peft
 
+        warnings.warn(
+            "Adapter.save_peft is deprecated: use v2l_fast.interop.save_peft(adapter, ...)",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         save_peft(self, directory, base)
 
 

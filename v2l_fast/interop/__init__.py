@@ -4,7 +4,7 @@
 """
 
 from v2l_fast.interop.frames2lora import convert, load
-from v2l_fast.interop.peft import load_peft, save_peft, validate_peft, vllm_command
+from v2l_fast.interop.peft import load_peft, save_peft, validate_peft
 
 __all__ = [
     "convert",
@@ -12,5 +12,4 @@ __all__ = [
     "load_peft",
     "save_peft",
     "validate_peft",
-    "vllm_command",
 ]

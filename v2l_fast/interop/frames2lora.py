@@ -1,13 +1,14 @@
 """Released Frames2LoRA / Video2LoRA checkpoints as a :class:`HyperNetwork`.
 
 Knows what the pickled configuration of a released checkpoint means and which of its variants this
-package implements. Reading the file without executing it is ``torch_archive``; the network's own
+package implements. Reading the file without executing it is ``torch_file``'s; the network's own
 format is ``HyperNetwork.save_pretrained``.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from v2l_fast.errors import CheckpointError, ConfigError
+from v2l_fast.errors import CheckpointError, ConfigError, excerpt
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.interop.directories import whole_directory
-from v2l_fast.interop.pickles import Record, TensorRef, quote
-from v2l_fast.interop.torch_archive import TorchArchive
+from v2l_fast.interop.torch_file import Record, load_torch_file
+from v2l_fast.outputs import replacing_folder
 
 # torch.compile puts this in front of the names of what it wraps.
 COMPILED_PREFIX = "_orig_mod."
@@ -45,16 +45,15 @@ def load(path: str | os.PathLike) -> HyperNetwork:
     """
     if Path(path).is_dir():
         return HyperNetwork.from_pretrained(path)
-    with TorchArchive(path) as archive:
-        state, extras = _split(archive)
-        fields = _Fields(path, extras["hypernet_config"], "hypernet_config")
-        config = _config(archive, fields, extras["base_model_name_or_path"])
-        network = _empty_network(config, state, path)
-        if not config.bias_adapter:
-            # With use_bias off the released code keeps the bias parameters but never applies them.
-            state = {k: v for k, v in state.items() if not k.startswith(("bias_A.", "bias_B."))}
-        _check_sharing(network, state, archive)
-        tensors: dict[str, Tensor] = {key: archive.read(ref) for key, ref in state.items()}
+    state, extras = _split(load_torch_file(path), path)
+    fields = _Fields(path, extras["hypernet_config"], "hypernet_config")
+    config = _config(fields, extras["base_model_name_or_path"])
+    network = _empty_network(config, state, path)
+    if not config.bias_adapter:
+        # With use_bias off the released code keeps the bias parameters but never applies them.
+        state = {k: v for k, v in state.items() if not k.startswith(("bias_A.", "bias_B."))}
+    _check_sharing(network, state, path)
+    tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
     network.load_checked(tensors, path)
     return network.float().eval()
 
@@ -69,30 +68,29 @@ def convert(checkpoint: str | os.PathLike, directory: str | os.PathLike) -> Hype
         CheckpointError: as :func:`load`, or ``directory`` cannot be written or holds other files.
     """
     network = load(checkpoint)
-    with whole_directory(directory, CheckpointError) as part:
+    with replacing_folder(directory, CheckpointError) as part:
         network.save_pretrained(part)
     return network
 
 
-def _split(archive: TorchArchive) -> tuple[dict[str, TensorRef], dict[str, Any]]:
+def _split(root: Any, path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights by their plain names, and the entries of ``EXTRAS``."""
-    path, root = archive.path, archive.root
     if not isinstance(root, dict) or not isinstance(root.get("hypernet_config"), Record):
         raise CheckpointError(
             f"{path}: holds no hypernet_config, so it is not a Frames2LoRA checkpoint; "
             "give one as released, or a directory that convert wrote"
         )
-    state: dict[str, TensorRef] = {}
+    state: dict[str, Tensor] = {}
     for key, value in root.items():
         if key in EXTRAS:
             continue
         if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_KEY:
-            raise CheckpointError(f"{path}: {quote(key)} is no parameter's name")
-        if not isinstance(value, TensorRef):
-            raise CheckpointError(f"{path}: {quote(key)} is {quote(value)}, not a tensor")
+            raise CheckpointError(f"{path}: {excerpt(key)} is no parameter's name")
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {excerpt(key)} is {excerpt(value)}, not a tensor")
         plain = key.replace(COMPILED_PREFIX, "")
         if plain in state:
-            raise CheckpointError(f"{path}: {quote(plain)} is there twice, compiled and not")
+            raise CheckpointError(f"{path}: {excerpt(plain)} is there twice, compiled and not")
         state[plain] = value
     return state, {name: root.get(name) for name in EXTRAS}
 
@@ -102,8 +100,8 @@ class _Fields:
 
     def __init__(self, path: str | os.PathLike, record: Any, name: str) -> None:
         if not isinstance(record, Record):
-            raise CheckpointError(f"{path}: {name} is {quote(record)}, not a configuration")
-        self.path, self.name, self.values = path, name, record.fields
+            raise CheckpointError(f"{path}: {name} is {excerpt(record)}, not a configuration")
+        self.path, self.name, self.values = path, name, vars(record)
 
     def error(self, field: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {self.name}.{field} {problem}")
@@ -115,34 +113,34 @@ class _Fields:
         if value is None:
             raise self.error(field, "is missing")
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(field, f"is {quote(value)}, which makes no sense")
+            raise self.error(field, f"is {excerpt(value)}, which makes no sense")
         return value
 
     def size(self, field: str, default: int | None = None) -> int:
         value = self.get(field, int, default)
         if not 0 <= value <= MAX_SIZE:
-            raise self.error(field, f"is {quote(value)}, out of range")
+            raise self.error(field, f"is {excerpt(value)}, out of range")
         return value
 
     def same(self, field: str, value: Any, other: str) -> None:
         """Require a redundant field to agree with where its value was read."""
         found = self.values.get(field, value)
         if type(found) is not type(value) or found != value:
-            raise self.error(field, f"is {quote(found)}, but {other} says {quote(value)}")
+            raise self.error(field, f"is {excerpt(found)}, but {other} says {excerpt(value)}")
 
     def only(self, field: str, supported: Any, default: Any) -> None:
         """Refuse a variant of the architecture by its field."""
         value = self.values.get(field, default)
         if type(value) is not type(supported) or value != supported:
             raise self.error(
-                field, f"is {quote(value)}; only {supported!r} is supported (as in all releases)"
+                field, f"is {excerpt(value)}; only {supported!r} is supported (as in all releases)"
             )
 
     def record(self, field: str) -> _Fields:
         return _Fields(self.path, self.values.get(field), f"{self.name}.{field}")
 
 
-def _config(archive: TorchArchive, fields: _Fields, base: Any) -> HypernetConfig:
+def _config(fields: _Fields, base: Any) -> HypernetConfig:
     """Translate the pickled configuration, checking it against itself."""
     for name, supported in (
         ("per_layer_processing", False),
@@ -164,14 +162,16 @@ def _config(archive: TorchArchive, fields: _Fields, base: Any) -> HypernetConfig
 
     modules = _target_modules(fields, lora)
     rank, latent_size = lora.size("r"), fields.size("latent_size")
-    num_layers = _num_layers(archive, fields)
+    num_layers = _num_layers(fields)
     aggregator.same("lora_r", rank, "lora_config.r")
     aggregator.same("output_size", latent_size, "latent_size")
     aggregator.same("num_layers", num_layers, "layer_indices")
     aggregator.same("num_modules", len(modules), "lora_config.target_modules")
     base = base or lora.values.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
-        raise CheckpointError(f"{fields.path}: base_model_name_or_path is {quote(base)}, not text")
+        raise CheckpointError(
+            f"{fields.path}: base_model_name_or_path is {excerpt(base)}, not text"
+        )
     try:
         return HypernetConfig(
             hidden_size=aggregator.size("feature_size"),
@@ -205,32 +205,30 @@ def _target_modules(fields: _Fields, lora: _Fields) -> dict[str, tuple[int, int]
     for name in names:
         # Parameters are stored under these names.
         if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ParameterDict, name):
-            raise lora.error("target_modules", f"names {quote(name)}, which is no module's name")
+            raise lora.error("target_modules", f"names {excerpt(name)}, which is no module's name")
         pair = tuple(side.get(name) for side in sizes)
         if any(type(size) is not int or not 0 < size <= MAX_SIZE for size in pair):
             raise fields.error(
-                "feature_sizes", f"gives {name} the sizes {quote(pair[0])} and {quote(pair[1])}"
+                "feature_sizes", f"gives {name} the sizes {excerpt(pair[0])} and {excerpt(pair[1])}"
             )
         modules[name] = pair
     return modules
 
 
-def _num_layers(archive: TorchArchive, fields: _Fields) -> int:
+def _num_layers(fields: _Fields) -> int:
     """Number of adapted layers; they must be the decoder's layers 0 to L - 1."""
-    indices = fields.get("layer_indices", (TensorRef, range, list, tuple))
-    if isinstance(indices, TensorRef):
-        if indices.storage.dtype not in (torch.int64, torch.int32) or len(indices.shape) != 1:
+    indices = fields.get("layer_indices", (Tensor, range, list, tuple))
+    if isinstance(indices, Tensor):
+        if indices.dtype not in (torch.int64, torch.int32) or indices.dim() != 1:
             raise fields.error("layer_indices", "is not a list of integers")
-        if indices.shape[0] > MAX_SIZE:
-            raise fields.error("layer_indices", "is too long")
-        indices = archive.read(indices).tolist()
-    if len(indices) > MAX_SIZE or list(indices) != list(range(len(indices))):
+        indices = indices[: MAX_SIZE + 1].tolist()
+    if indices[MAX_SIZE:] or list(indices) != list(range(len(indices))):
         raise fields.error("layer_indices", "is not 0, 1, 2, ...; only all layers are supported")
     return len(indices)
 
 
 def _empty_network(
-    config: HypernetConfig, state: Mapping[str, TensorRef], path: str | os.PathLike
+    config: HypernetConfig, state: Mapping[str, Tensor], path: str | os.PathLike
 ) -> HyperNetwork:
     """The network without memory for its weights, once ``state`` can be what fills it."""
     layers = config.num_blocks * (1 + config.num_self_attn_per_block) + config.num_pre_head_layers
@@ -252,26 +250,28 @@ def _empty_network(
 
 
 def _check_sharing(
-    network: HyperNetwork, state: Mapping[str, TensorRef], archive: TorchArchive
+    network: HyperNetwork, state: Mapping[str, Tensor], path: str | os.PathLike
 ) -> None:
-    """Names of one shared layer hold one value; other parameters have memory of their own."""
+    """Check that the names of a shared layer hold one value, and other parameters do not overlap.
+
+    A view such as one of stride 0 costs a file nothing, and the network a copy.
+    """
     first: dict[int, str] = {}
-    storages: dict[str, int] = {}
-    needed = 0
+    needed: Counter[int] = Counter()
     for key, parameter in network.state_dict(keep_vars=True).items():
         if key not in state:
             continue
-        named, ref = first.setdefault(id(parameter), key), state[key]
-        storages[ref.storage.key] = ref.storage.numel
-        if named == key:
-            needed += parameter.numel()
-        elif ref != state[named] and not torch.equal(archive.read(ref), archive.read(state[named])):
+        tensor, name = state[key], first.setdefault(id(parameter), key)
+        storage = tensor.untyped_storage()
+        if name == key:
+            needed[storage.data_ptr()] += tensor.numel() * tensor.itemsize
+            if needed[storage.data_ptr()] > storage.nbytes():
+                raise CheckpointError(
+                    f"{path}: its parameters overlap in memory ({key} and others need more bytes "
+                    "than they have); do not use it"
+                )
+        elif not torch.equal(tensor, state[name]):
             raise CheckpointError(
-                f"{archive.path}: {key} differs from {named}, but shared_weights says that they "
-                "are one parameter"
+                f"{path}: {key} differs from {name}, but shared_weights says that they are one "
+                "parameter"
             )
-    if needed > sum(storages.values()):
-        raise CheckpointError(
-            f"{archive.path}: its parameters have {needed} elements, its storages only "
-            f"{sum(storages.values())}: parameters overlap; do not use it"
-        )

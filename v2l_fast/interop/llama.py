@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.interop.directories import whole_directory
+from v2l_fast.outputs import replacing_folder
 
 
 def export_text_decoder(
@@ -57,7 +57,7 @@ def export_text_decoder(
         llama.tie_weights()
     source = getattr(model, "generation_config", None)
     llama.generation_config = GenerationConfig() if source is None else copy.deepcopy(source)
-    with whole_directory(directory, ConfigError) as part:
+    with replacing_folder(directory, ConfigError) as part:
         llama.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from v2l_fast.errors import AdapterError
 from v2l_fast.files import read_json, write_json
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_files import check_provenance
-from v2l_fast.interop.directories import whole_directory
+from v2l_fast.outputs import replacing_folder
 from v2l_fast.tensor_files import load_tensors, save_tensors
 
 CONFIG_NAME = "adapter_config.json"
@@ -106,7 +105,7 @@ def save_peft(
         "bias_id": adapter.bias_id,
         "provenance": dict(adapter.provenance),
     }
-    with whole_directory(directory, AdapterError) as part:
+    with replacing_folder(directory, AdapterError) as part:
         save_tensors(tensors, part / WEIGHTS_NAME)
         for name, record in ((CONFIG_NAME, config), (SIDECAR_NAME, sidecar)):
             write_json(part / name, record)
@@ -197,27 +196,6 @@ def validate_peft(directory: str | os.PathLike, model: nn.Module, base: str | No
             f"{directory}: lacks {missing[0]}, in all {len(missing)} modules that the model has; "
             "it belongs to another base model, export it for this one"
         )
-
-
-def vllm_command(directory: str | os.PathLike) -> str:
-    """The command that serves a PEFT directory with vLLM, under the directory's name.
-
-    Raises:
-        AdapterError: the directory is broken, or its rank is more than vLLM serves.
-    """
-    config, _ = _read(directory)
-    allowed = next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
-    if allowed is None:
-        raise AdapterError(
-            f"{directory}: rank {config['r']} is more than vLLM's {VLLM_RANKS[-1]}; prune the "
-            "adapter or compose fewer chunks"
-        )
-    place = Path(directory).resolve()
-    served = shlex.quote(f"{place.name}={place}")
-    return (
-        f"vllm serve {shlex.quote(config['base_model_name_or_path'])} --enable-lora "
-        f"--max-lora-rank {allowed} --lora-modules {served}"
-    )
 
 
 def _stem(site: str) -> str:
