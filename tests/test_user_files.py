@@ -22,7 +22,7 @@ from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.interop import frames2lora
 from v2l_fast.interop.peft import load_peft
 from v2l_fast.outputs import ResumableFolder
-from v2l_fast.serving.auth import Keys
+from v2l_fast.serving.gate import ApiKeys
 from v2l_fast.tensor_files import load_tensors, read_header
 from v2l_fast.training.checkpoint import read_progress
 from v2l_fast.training.config import load_config
@@ -60,7 +60,7 @@ TENSOR_READERS = {
     "weights": ("model.safetensors", load_tensors),
     "released checkpoint": ("model.pt", frames2lora.load),
 }
-OTHER_READERS = {"keys": ("keys.txt", lambda path: Keys.read(None, path))}
+OTHER_READERS = {"keys": ("keys.txt", lambda path: ApiKeys.read(None, path))}
 READERS = JSON_READERS | TENSOR_READERS | OTHER_READERS
 
 

@@ -15,8 +15,7 @@ from v2l_fast.data.internalize import CorpusSettings, internalize_corpus
 from v2l_fast.errors import ConfigError
 from v2l_fast.internalizing.videos import VideoInternalizer
 from v2l_fast.model import Video2LoRA
-from v2l_fast.store.adapter_store import AdapterStore
-from v2l_fast.store.settings import InternalizeSettings
+from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings
 from v2l_fast.video import frame_views
 from v2l_fast.vlm.smolvlm import SmolVLM
 

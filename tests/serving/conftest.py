@@ -15,12 +15,12 @@ import pytest
 from tests.serving.stand_in import StandInEngine
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.model import Video2LoRA
-from v2l_fast.serving import isolation, listening, reading
-from v2l_fast.serving.app import create_app
-from v2l_fast.serving.auth import Keys
+from v2l_fast.serving import http_server, sandbox
+from v2l_fast.serving.api import create_app
 from v2l_fast.serving.engine import Engine
+from v2l_fast.serving.gate import ApiKeys
 from v2l_fast.serving.limits import ServerLimits
-from v2l_fast.serving.reading import VideoReader
+from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.serving.server import Server
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.scene import sample_scenes
@@ -31,7 +31,7 @@ ENDED = ("completed", "failed", "cancelled")
 
 def start_forking() -> None:
     """One process is forked from, by servers and tests alike; whoever is first starts it."""
-    isolation.prepare((*reading.PRELOAD, "tests.tiny", "tests.serving.test_restart"))
+    sandbox.start_forkserver((*sandbox.PRELOAD, "tests.tiny", "tests.serving.test_restart"))
 
 
 @dataclass
@@ -111,11 +111,11 @@ def running(
         )
     else:
         engine = StandInEngine(model, store, **stand_in)
-    server = Server(model, engine, store, reader, "shapes", limits, Keys(keys), root)
-    bound = listening.bind("127.0.0.1", 0)
+    server = Server(model, engine, store, reader, "shapes", limits, ApiKeys(keys), root)
+    bound = http_server.bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     app = create_app(server, drain_seconds)
-    web = listening.http_server(app, server.limits, drain_seconds)
+    web = http_server.http_server(app, server.limits, drain_seconds)
     thread = threading.Thread(target=web.run, kwargs={"sockets": [bound]})
     thread.start()
 

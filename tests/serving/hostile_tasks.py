@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tests.waiting import LIMIT
-from v2l_fast.serving import reading
+from v2l_fast.serving import sandbox
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.video import Limits
 
@@ -29,7 +29,7 @@ def read_or_suffer(path: str, limits: Limits) -> tuple[dict[str, Any], None]:
         if HARM[told] in (hang, slowly):
             Path(f"{path}.{os.getpid()}.begun").touch()
         HARM[told]()
-    return reading._probe(path, limits)
+    return sandbox._probe(path, limits)
 
 
 def load_for_ever(path: str, limits: Limits, *options: object) -> None:
@@ -40,10 +40,10 @@ def load_for_ever(path: str, limits: Limits, *options: object) -> None:
 
 def read_for_ever(folder: Path, harms: list[bytes], told: Event) -> None:
     """A program that has files read which take for ever, and ends when it is told."""
-    reading._probe = read_or_suffer
+    sandbox._probe = read_or_suffer
     decoder = SimpleNamespace(device=torch.device("cpu"))
     model = SimpleNamespace(config=None, backbone=SimpleNamespace(decoder=decoder))
-    reader = reading.VideoReader(model, ServerLimits(probe_seconds=10 * LIMIT))
+    reader = sandbox.VideoReader(model, ServerLimits(probe_seconds=10 * LIMIT))
     for number, harm in enumerate(harms):
         path = folder / str(number)
         path.write_bytes(harm)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from v2l_fast.errors import V2LError
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
+from v2l_fast.serving.engine import EngineStats
 from v2l_fast.serving.requests import (
     EngineClosed,
     Generation,
@@ -24,7 +25,6 @@ from v2l_fast.serving.requests import (
     QueueFull,
     Usage,
 )
-from v2l_fast.serving.stats import EngineStats
 from v2l_fast.store.adapter_store import AdapterStore
 
 
@@ -100,7 +100,7 @@ class StandInEngine:
         self.ended.append(reason)
         self.running.discard(generation)
 
-    def internalize(self, path, **options) -> InternalizeJob:
+    def internalize(self, path, sha256=None, **options) -> InternalizeJob:
         job = InternalizeJob(uuid.uuid4().hex)
 
         def work() -> None:

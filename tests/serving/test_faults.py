@@ -23,7 +23,7 @@ from tests.serving.checks import QUESTION, nothing_left, raw, refused
 from tests.serving.conftest import Running, running
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import VideoError
-from v2l_fast.serving import openai_routes
+from v2l_fast.serving import chat
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.schemas import ChatRequest
 
@@ -69,8 +69,8 @@ def test_leaving_as_the_question_is_submitted_frees_the_row(serve, monkeypatch):
         function()
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(openai_routes, "run_in_threadpool", lost)
-    answer = openai_routes._Answer(live.server, ChatRequest(**QUESTION))
+    monkeypatch.setattr(chat, "run_in_threadpool", lost)
+    answer = chat.Completion(live.server, ChatRequest(**QUESTION))
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(answer.begin())
     wait_until(lambda: live.engine.ended == ["cancelled"])
@@ -196,7 +196,7 @@ def test_a_streamed_answer_that_takes_too_long(serve, monkeypatch):
     live = serve(limits=ServerLimits(answer_seconds=10 * LIMIT), stand_in=ENDLESS)
     passed = 0.0
     clock = SimpleNamespace(time=time.time, perf_counter=lambda: time.perf_counter() + passed)
-    monkeypatch.setattr(openai_routes, "time", clock)
+    monkeypatch.setattr(chat, "time", clock)
     with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
         lines = s.iter_lines()
         assert s.status_code == 200 and any("word" in next(lines) for _ in range(10))
@@ -368,7 +368,7 @@ def full(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "step", ["v2l_fast.serving.upload.Form.write", "v2l_fast.serving.videos.os.rename"]
+    "step", ["v2l_fast.serving.api.HashedFile.write", "v2l_fast.serving.videos.os.rename"]
 )
 def test_no_space_for_an_upload(serve, videos, monkeypatch, step):
     live = serve()

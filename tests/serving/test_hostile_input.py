@@ -184,7 +184,7 @@ def test_whole_characters_are_text(patient):
         (b'{"model": }', "not JSON: Expecting value at line 1, column 11"),
         (b'{"model":\n "a",}', "at line 2, column"),
         (b"{'a': 1}", "Expecting property name enclosed in double quotes at line 1, column 2"),
-        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
         (b"[" * 100_000, "nested too deeply"),
         (b'"\xff"', "byte 1 is not UTF-8 text"),
         (b"[]", "must be a JSON object"),
@@ -207,7 +207,7 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:,"}}
     [
         (said([TEXT_PART, IMAGE_PART]), "messages.0.content", "part 1 must be a text part"),
         (said([{"type": "video_url"}]), "messages.0.content", "POST /v1/videos"),
-        (said([{"type": "text"}]), "messages.0.content", "part 0 must have its text"),
+        (said([{"type": "text"}]), "messages.0.content", "part 0 must have a string as its text"),
         (said(["x"]), "messages.0.content", "part 0 must be a text part"),
         (said(5), "messages.0.content", "must be text or a list of text parts"),
         (said(None), "messages", "the question is empty"),
@@ -325,7 +325,7 @@ def test_paths_outside_the_root(patient, path):
 
 def test_no_root_no_paths(serve, videos):
     answer = serve().http.post("/v1/videos", json={"path": str(videos[0])})
-    assert "takes no paths" in refused(answer, 400)["message"]
+    assert "accepts no paths" in refused(answer, 400)["message"]
 
 
 @pytest.mark.parametrize(

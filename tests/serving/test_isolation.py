@@ -18,10 +18,10 @@ from tests.serving.checks import QUESTION, children, nothing_left, processes, re
 from tests.serving.conftest import running, start_forking
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import VideoError
-from v2l_fast.serving import reading
+from v2l_fast.serving import sandbox
 from v2l_fast.serving.limits import ServerLimits
-from v2l_fast.serving.reading import VideoReader
 from v2l_fast.serving.requests import EngineClosed
+from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.video import Clip, Limits, load_video, probe
 from v2l_fast.video.fallbacks import Fallbacks
 
@@ -83,20 +83,20 @@ def test_a_gpu_decodes_here_and_leaves_the_rest_to_the_others(reader, videos, mo
         decoded.append(path)
         return load_video(path, *sampling, **{**options, "backend": "pyav"})
 
-    monkeypatch.setattr(reading, "resolved", lambda backend, device: "dali")
-    monkeypatch.setattr(reading, "load_video", by_the_gpu)
-    monkeypatch.setattr(reading, "fallbacks", Fallbacks())
+    monkeypatch.setattr(sandbox, "resolved", lambda backend, device: "dali")
+    monkeypatch.setattr(sandbox, "load_video", by_the_gpu)
+    monkeypatch.setattr(sandbox, "fallbacks", Fallbacks())
     for path in videos[:2]:
         wanted = load_video(path, 3, exact_frames=True, longest_edge=64)
         assert torch.equal(reader.load_clip(path, 3, 64, True).frames, wanted.frames)
-    assert decoded == videos[:1] and reading.fallbacks.reasons() == {"not by the GPU": 1}
+    assert decoded == videos[:1] and sandbox.fallbacks.reasons() == {"not by the GPU": 1}
 
 
 @pytest.fixture(scope="module")
 def hurt(shapes, tmp_path_factory):
     """A server whose files may say what they do to their reader."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "_probe", hostile_tasks.read_or_suffer)
+        patch.setattr(sandbox, "_probe", hostile_tasks.read_or_suffer)
         folder = tmp_path_factory.mktemp("store")
         with running(shapes, folder, LIMITS, stand_in={"words": ["yes"]}) as live:
             yield live
@@ -114,7 +114,7 @@ def test_a_harmful_file_is_refused(hurt, videos, harm):
 
 @pytest.mark.parametrize("harm", ["hang", "slow"])
 def test_a_file_that_takes_too_long(shapes, tmp_path, monkeypatch, harm):
-    monkeypatch.setattr(reading, "_probe", hostile_tasks.read_or_suffer)
+    monkeypatch.setattr(sandbox, "_probe", hostile_tasks.read_or_suffer)
     (tmp_path / "a.mp4").write_bytes(harm.encode())
     reader = VideoReader(shapes, ServerLimits(probe_seconds=0.1))
     with pytest.raises(VideoError, match=r"a.mp4: reading it takes more than 0.1 s"):
@@ -139,7 +139,7 @@ def test_others_do_not_notice(hurt, videos):
 def test_a_crash_while_decoding_fails_the_job(serve, videos, monkeypatch):
     live = serve()
     with monkeypatch.context() as patch, open(videos[0], "rb") as file:
-        patch.setattr(reading, "_load", crash)
+        patch.setattr(sandbox, "_load", crash)
         job = live.http.post("/v1/videos", files={"file": file}).json()
         wait_until(lambda: live.http.get(f"/v1/videos/{job['id']}").json()["status"] == "failed")
     error = live.http.get(f"/v1/videos/{job['id']}").json()["error"]
@@ -157,13 +157,13 @@ def test_a_crash_for_the_context(serve, videos, monkeypatch):
     video = live.internalize(videos[0])["adapter_id"]
     direct = {**QUESTION, "model": video, "video_mode": "context"}
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "_load", crash)
+        patch.setattr(sandbox, "_load", crash)
         refused(live.http.post("/v1/chat/completions", json=direct), 400, "invalid_video")
     assert live.http.post("/v1/chat/completions", json=direct).is_success
 
 
 def test_closing_ends_what_is_read(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "_probe", hostile_tasks.read_or_suffer)
+    monkeypatch.setattr(sandbox, "_probe", hostile_tasks.read_or_suffer)
     slow = tmp_path / "slow.mp4"
     slow.write_bytes(b"slow")
     reader = VideoReader(shapes, ServerLimits())
@@ -177,7 +177,7 @@ def test_closing_ends_what_is_read(shapes, tmp_path, monkeypatch):
     thread = threading.Thread(target=read)
     thread.start()
     wait_until(lambda: list(tmp_path.glob("*.begun")))
-    (reading_it,) = reader._isolation._running
+    (reading_it,) = reader._sandbox._running
     reader.close(EngineClosed("closed"))
     thread.join(LIMIT)
     assert ended

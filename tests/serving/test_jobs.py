@@ -12,7 +12,7 @@ from tests.serving import hostile_tasks
 from tests.serving.checks import QUESTION, nothing_left, refused
 from tests.serving.conftest import Running
 from tests.waiting import LIMIT, wait_until
-from v2l_fast.serving import reading
+from v2l_fast.serving import sandbox
 from v2l_fast.serving.internalization import WORKERS
 
 
@@ -50,7 +50,7 @@ def test_while_decoding(serve, videos, monkeypatch):
     """The processes that read are killed, and a job that waits behind them never begins."""
     live = serve()
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "_load", hostile_tasks.load_for_ever)
+        patch.setattr(sandbox, "_load", hostile_tasks.load_for_ever)
         frames = range(1, WORKERS + 2)
         jobs = [start(live, videos[0], max_frames=count) for count in frames]
         folder = live.server.videos.folder

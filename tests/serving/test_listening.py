@@ -17,8 +17,9 @@ from tests.serving.checks import QUESTION, raw
 from tests.serving.conftest import running
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import ConfigError
-from v2l_fast.serving import listening, logs
+from v2l_fast.serving import http_server
 from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.monitoring import configure_logging
 
 PROCESSES = multiprocessing.get_context("forkserver")
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -42,20 +43,20 @@ def test_no_write_waits_for_the_one_before(serve, monkeypatch, host, protocol):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = (host, 0)
         monkeypatch.setattr(
-            listening, "bind", lambda *_: socket.create_server(address, family=family)
+            http_server, "bind", lambda *_: socket.create_server(address, family=family)
         )
     else:
-        bind = listening.bind
-        monkeypatch.setattr(listening, "bind", lambda *_: bind(host, 0))
+        bind = http_server.bind
+        monkeypatch.setattr(http_server, "bind", lambda *_: bind(host, 0))
     options = []
-    made = listening._Connection.connection_made
+    made = http_server._Connection.connection_made
 
     def note(self, transport):
         made(self, transport)
         accepted = transport.get_extra_info("socket")
         options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
-    monkeypatch.setattr(listening._Connection, "connection_made", note)
+    monkeypatch.setattr(http_server._Connection, "connection_made", note)
     live = serve(stand_in={})
     port = httpx.URL(live.url).port
     with closing(socket.create_connection((host, port), timeout=LIMIT)) as client:
@@ -129,11 +130,11 @@ def few_files(control: Connection, folder: Path, spare: int, limited: bool) -> N
     torch.set_num_threads(1)
     errors = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
     os.dup2(errors, 2)
-    logs.configure("info")
+    configure_logging("info")
     model = Video2LoRA.from_pretrained("shapes", device="cpu")
     most = len(os.listdir("/proc/self/fd")) + spare
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    connections = listening.connection_limit(10_000) if limited else 10_000
+    connections = http_server.connection_limit(10_000) if limited else 10_000
     limits = ServerLimits(connections=connections, head_seconds=1.5)
     with running(model, folder / "store", limits, stand_in={"words": ["a"]}) as live:
         control.send((live.url, connections))
@@ -173,4 +174,4 @@ def test_more_connections_than_files(tmp_path, spare, limited):
 def test_hardly_any_files(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
     with pytest.raises(ConfigError, match="may open 100 files.*ulimit -n"):
-        listening.connection_limit(4096)
+        http_server.connection_limit(4096)

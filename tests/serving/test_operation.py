@@ -11,8 +11,8 @@ import httpx
 
 from tests.serving.checks import QUESTION, refused
 from tests.waiting import LIMIT
-from v2l_fast.serving import metrics, openai_routes
-from v2l_fast.serving.app import PAGE
+from v2l_fast.serving import chat, monitoring
+from v2l_fast.serving.api import PAGE
 from v2l_fast.video.fallbacks import Fallbacks
 
 PROTECTED = (
@@ -113,7 +113,7 @@ def test_the_time_between_tokens_is_a_distribution(serve, monkeypatch):
     live = serve(stand_in={"words": words})
     # Time passes with each look at the clock, of which there are two or so for a piece.
     clock = Clock(1 / 64)
-    monkeypatch.setattr(openai_routes, "time", clock)
+    monkeypatch.setattr(chat, "time", clock)
     for stream in (False, True):
         body = {**QUESTION, "stream": stream}
         assert live.http.post("/v1/chat/completions", json=body).is_success
@@ -132,7 +132,7 @@ def test_the_time_between_tokens_is_a_distribution(serve, monkeypatch):
 
 def test_files_left_to_the_cpu_are_counted(serve, monkeypatch):
     counted = Fallbacks()
-    monkeypatch.setattr(metrics, "fallbacks", counted)
+    monkeypatch.setattr(monitoring, "fallbacks", counted)
     live = serve(stand_in={})
     for path in ("a.mp4", "b.mp4", "a.mp4"):
         counted.add(path, "codec av1 on cuda")

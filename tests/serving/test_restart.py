@@ -20,8 +20,8 @@ import pytest
 from tests.serving import hostile_tasks
 from tests.serving.checks import QUESTION, children, processes
 from tests.waiting import LIMIT, wait_until
+from v2l_fast.files import file_sha256
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.serving.videos import file_hash
 from v2l_fast.store.adapter_store import content_id
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -34,18 +34,18 @@ def serve_forever(folder: Path, sending: Connection, drain_seconds: float, endle
     import torch
 
     from v2l_fast.cli import serve as cli
-    from v2l_fast.serving import listening, reading
+    from v2l_fast.serving import http_server, sandbox
 
     if endless:
-        reading._load = hostile_tasks.load_for_ever
-    bind = listening.bind
+        sandbox._load = hostile_tasks.load_for_ever
+    bind = http_server.bind
 
     def bound(host: str, port: int) -> socket.socket:
         taken = bind(host, port)
         sending.send(taken.getsockname()[1])
         return taken
 
-    listening.bind = bound
+    http_server.bind = bound
     torch.set_num_threads(1)
     cli.serve(store=folder, port=0, device="cpu", log_level="error", drain_seconds=drain_seconds)
 
@@ -128,7 +128,7 @@ def check(http: httpx.Client, folder: Path, finished: list[str], expected: str) 
     # Of the videos, those whose jobs were lost are gone.
     sources = {Adapter.load(path).provenance["source"]["sha256"] for path in stored_files(folder)}
     for video in (folder / "videos").iterdir():
-        assert file_hash(video / "video") == video.name and video.name in sources
+        assert file_sha256(video / "video") == video.name and video.name in sources
     # Of all that was under construction, only the living process's empty folder is left.
     (staging,) = (p for p in (folder / "staging").iterdir() if p.is_dir())
     assert not any(staging.iterdir())

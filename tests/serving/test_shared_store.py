@@ -12,7 +12,7 @@ import pytest
 from tests.serving.checks import QUESTION, refused
 from tests.serving.conftest import Running
 from tests.waiting import LIMIT, wait_until
-from v2l_fast.serving.videos import FILE_NAME, ReceivedVideo, VideoFolder
+from v2l_fast.serving.videos import VIDEO_FILE, ReceivedVideo, VideoFolder
 from v2l_fast.store.adapter_store import AdapterStore, StoreError
 
 
@@ -125,7 +125,7 @@ def test_what_a_dead_process_left_is_removed_at_start(serve, videos, tmp_path):
     (sound,) = kept(live)
     for name in ("3" * 64, "4" * 64):
         (folder / name).mkdir()
-        (folder / name / FILE_NAME).write_bytes(b"video")
+        (folder / name / VIDEO_FILE).write_bytes(b"video")
     staging = live.server.store.folder / "staging"
     for name in ("a" * 32, "b" * 32):
         (staging / name).mkdir()
@@ -170,7 +170,7 @@ def test_leftovers_in_a_videos_place(tmp_path, leftover):
     else:
         place.mkdir()
         if leftover == "dead link":
-            (place / FILE_NAME).symlink_to(tmp_path / "gone.mp4")
+            (place / VIDEO_FILE).symlink_to(tmp_path / "gone.mp4")
         if leftover == "name alone":
             (place / "name").write_text("old")
     part = store.staging.new_path()

@@ -11,7 +11,8 @@ from tests.waiting import wait_until
 from v2l_fast.cli.entry import app
 from v2l_fast.errors import AdapterError
 from v2l_fast.interop.peft import load_peft, validate_peft
-from v2l_fast.serving.vllm import PublishingStore, VllmFolder
+from v2l_fast.interop.vllm import VllmFolder
+from v2l_fast.store.adapter_store import PublishingStore
 
 
 def test_export_prints_the_command(shapes, videos, tmp_path):

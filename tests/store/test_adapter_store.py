@@ -18,8 +18,7 @@ import torch
 
 from v2l_fast.errors import AdapterError
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.store.adapter_store import AdapterStore, StoreError, content_id
-from v2l_fast.store.settings import InternalizeSettings
+from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings, StoreError, content_id
 from v2l_fast.video import sample_indices
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -117,7 +116,7 @@ def test_only_ids_are_ids(store, bad):
     (store.folder / "secret.safetensors").write_bytes(b"")
     assert bad not in store
     for call in (store.get, store.delete, store.describe, store.file):
-        with pytest.raises(AdapterError, match="is no adapter id"):
+        with pytest.raises(AdapterError, match="invalid adapter id"):
             call(bad)
 
 

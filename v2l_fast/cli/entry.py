@@ -518,7 +518,7 @@ def export(
         say(f"{llama}: the text decoder as LlamaForCausalLM")
     name = served_base or base or loaded.backbone.name_or_path
     if vllm is not None:
-        from v2l_fast.serving.vllm import VllmFolder
+        from v2l_fast.interop.vllm import VllmFolder
 
         target, attached = VllmFolder(vllm, name, text_only), loaded.load_adapter(adapter)
         target.write(adapter.stem, attached)

@@ -95,27 +95,27 @@ def serve(
     v2l serve
     v2l serve --model hypernet-500m/ --store /data/store --host 0.0.0.0 --api-key-file keys.txt
     """
-    from v2l_fast.serving import listening, logs
-    from v2l_fast.serving.app import create_app
-    from v2l_fast.serving.auth import Keys
+    from v2l_fast.interop.vllm import VllmFolder
+    from v2l_fast.serving import http_server
+    from v2l_fast.serving.api import create_app
     from v2l_fast.serving.engine import Engine
-    from v2l_fast.serving.gate import AllowedHosts
+    from v2l_fast.serving.gate import AllowedHosts, ApiKeys
     from v2l_fast.serving.limits import ServerLimits
-    from v2l_fast.serving.reading import VideoReader
+    from v2l_fast.serving.monitoring import configure_logging
+    from v2l_fast.serving.sandbox import VideoReader
     from v2l_fast.serving.server import Server
-    from v2l_fast.serving.vllm import PublishingStore, VllmFolder
-    from v2l_fast.store.adapter_store import AdapterStore
+    from v2l_fast.store.adapter_store import AdapterStore, PublishingStore
 
     levels = ("debug", "info", "warning", "error")
     if log_level not in levels:
         raise typer.BadParameter(f"--log-level is one of {', '.join(levels)}, not {log_level}")
-    keys = Keys.read(api_key, api_key_file)
+    keys = ApiKeys.read(api_key, api_key_file)
     if allowed_root is not None and not allowed_root.is_dir():
         raise ConfigError(f"--allowed-root {allowed_root}: no such folder")
     if vllm_folder is not None:
         _check_writable(vllm_folder)
     hosts = AllowedHosts(allowed_host or (), host)
-    bound = listening.bind(host, port)
+    bound = http_server.bind(host, port)
     address, bound_port = bound.getsockname()[:2]
     if not keys.required and not allow_unauthenticated and not _is_loopback(address):
         raise ConfigError(
@@ -132,9 +132,9 @@ def serve(
         kept_video_bytes=int(keep_videos_gb * 1e9),
         decode_seconds=max_decode_seconds,
         decode_bytes=int(max_decode_gb * 1e9),
-        connections=listening.connection_limit(ServerLimits.connections),
+        connections=http_server.connection_limit(ServerLimits.connections),
     )
-    VideoReader.prepare()
+    VideoReader.preload()
     loaded = load_model(model, base, device, dtype)
     peft_base = served_base or loaded.config.base_model_name_or_path or loaded.backbone.name_or_path
     if vllm_folder is None:
@@ -167,8 +167,8 @@ def serve(
     )
     shown = f"[{host}]" if ":" in host else host
     say(f"v2l_fast serves {server.name} at http://{shown}:{bound_port}/")
-    logs.configure(log_level)
-    listening.http_server(create_app(server, drain_seconds), limits, drain_seconds).run([bound])
+    configure_logging(log_level)
+    http_server.http_server(create_app(server, drain_seconds), limits, drain_seconds).run([bound])
 
 
 def _check_writable(folder: Path) -> None:

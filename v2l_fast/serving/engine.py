@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -37,12 +38,42 @@ from v2l_fast.serving.requests import (
     told,
 )
 from v2l_fast.serving.slots import HostAdapters, Store
-from v2l_fast.serving.stats import EngineStats
 
 # Adapters kept in host memory for each slot on the device.
 HOST_ADAPTERS_PER_SLOT = 16
 # Prompts with a video in context that are prepared at the same time.
 WORKERS = 2
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine's state, and its counters since the start.
+
+    Attributes:
+        running: requests being answered.
+        waiting: requests in the queue.
+        jobs: internalization jobs that have not ended.
+        requests: ended requests by reason: stop, length, cancelled, error.
+        jobs_done, jobs_failed: ended jobs.
+        prompt_tokens, completion_tokens, visual_tokens: of all ended requests.
+        steps: decode steps.
+        adapter_hits, adapter_misses: requests whose adapter was, or was not, in a device slot.
+        adapter_loads: adapters read from the store because host memory did not have them either.
+    """
+
+    running: int
+    waiting: int
+    jobs: int
+    requests: dict[str, int]
+    jobs_done: int
+    jobs_failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    visual_tokens: int
+    steps: int
+    adapter_hits: int
+    adapter_misses: int
+    adapter_loads: int
 
 
 class Engine:
@@ -157,8 +188,12 @@ class Engine:
         max_frames: int | None = None,
         longest_edge: int | None = None,
         exact_frames: bool = False,
+        sha256: str | None = None,
     ) -> InternalizeJob:
         """Queue a video; arguments as those of :meth:`Video2LoRA.internalize`.
+
+        Args:
+            sha256: hash of the file's bytes if it is known; otherwise the file is hashed.
 
         Raises:
             QueueFull: too many jobs are unfinished.
@@ -166,7 +201,7 @@ class Engine:
         """
         with self._changed:
             self._check_open()
-            return self._jobs.start(path, (max_frames, longest_edge, exact_frames))
+            return self._jobs.start(path, (max_frames, longest_edge, exact_frames), sha256)
 
     def cancel(self, job: InternalizeJob) -> bool:
         """End a job as "cancelled", at once; whether it has been. False for a job that has ended,

@@ -1,52 +1,99 @@
-"""What the head of a request decides before its body is read: who asks, from where, how much.
+"""Requests are refused by their head, before their body is read: host, origin, key, type, length.
 
-A request is refused here for its Host, Origin, key, content type or length; what comes later is
-bounded in size and silence. The answer to a body that was not read closes its connection.
+Bodies that pass are bounded in size and in the time a client may stay silent. A response to a body
+that was not read closes its connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import ipaddress
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.serving import http_errors
-from v2l_fast.serving.auth import Keys
-from v2l_fast.serving.http_errors import ApiError, printable
+from v2l_fast.files import read_text
+from v2l_fast.serving.http import ApiError, error_response, printable
 from v2l_fast.serving.limits import ServerLimits
 
 UPLOAD_PATH = "/v1/videos"
 CHAT_PATH = "/v1/chat/completions"
-# Everything else needs the key, if there is one.
+JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
+_CONTENT_TYPES = {CHAT_PATH: (JSON_TYPE,), UPLOAD_PATH: (FORM_TYPE, JSON_TYPE)}
+# Every other path needs the key, if the server has one.
 _PUBLIC = ("/", "/health", "/docs", "/docs/oauth2-redirect", "/openapi.json")
 _PUBLIC_FOLDER = "/static-offline-docs/"
-JSON, FORM = "application/json", "multipart/form-data"
-_KINDS = {CHAT_PATH: (JSON,), UPLOAD_PATH: (FORM, JSON)}
 # Boundaries, part headers and the fields beside the file.
 _FORM_OVERHEAD = 64 << 10
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?", re.IGNORECASE)
+# Declares the key in the OpenAPI document; :class:`Gate` checks it.
+api_key_scheme = HTTPBearer(
+    auto_error=False, description="The server's API key, if it requires one."
+)
+
+
+class ApiKeys:
+    """The accepted API keys. An empty list accepts every caller."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = [key.encode() for key in keys]
+
+    @classmethod
+    def read(cls, key: str | None, file: Path | None) -> ApiKeys:
+        """A key, and those of a file with one key per line.
+
+        Raises:
+            ConfigError: the file cannot be read or contains no key, or a key is malformed.
+        """
+        keys = [] if key is None else [key]
+        if file is not None:
+            text = read_text(file, 2**20, ConfigError, missing="write one key per line to it")
+            lines = [line.strip() for line in text.splitlines()]
+            keys += [line for line in lines if line and not line.startswith("#")]
+            if not keys:
+                raise ConfigError(f"{file}: contains no key; write one key per line")
+        if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
+            raise ConfigError("an API key must be printable ASCII characters without spaces")
+        return cls(keys)
+
+    @property
+    def required(self) -> bool:
+        """Whether callers must send a key."""
+        return bool(self._keys)
+
+    def verify(self, authorization: str | None) -> bool:
+        """Whether an ``Authorization`` header, decoded as latin-1, grants access.
+
+        Every key is compared, in constant time.
+        """
+        if not self._keys:
+            return True
+        scheme, _, key = (authorization or "").partition(" ")
+        matches = [hmac.compare_digest(key.encode("latin-1"), known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
 
 
 class AllowedHosts:
-    """The names under which the server may be reached.
+    """Names under which the server may be reached.
 
-    A page of another site must not use the server of the person who looks at it: neither by
-    sending it a form (``Origin`` is the page's) nor by a domain name that resolves to this machine
-    (``Host`` is the page's). Always allowed are localhost and loopback addresses, on any port.
+    A page of another site must not use the server of the person who views it: neither by posting a
+    form (its ``Origin`` is the page's) nor through a domain name that resolves to this machine (its
+    ``Host`` is the page's). Localhost and loopback addresses are always allowed, on any port.
 
     Args:
         names: further host names and addresses.
-        bound: the address the server listens on. One that stands for all of the machine's
-            addresses allows every address as ``Host``, since only names can be rebound.
+        bound: the address the server listens on. A wildcard such as 0.0.0.0 allows every address
+            as ``Host``, because only names can be rebound.
 
     Raises:
-        ConfigError: a name is none.
+        ConfigError: a name is not a host name or address.
     """
 
     def __init__(self, names: Sequence[str] = (), bound: str = "127.0.0.1") -> None:
@@ -57,34 +104,34 @@ class AllowedHosts:
             host = _host(_bracketed(name))
             if host is None or host != _bracketed(name).lower().rstrip("."):
                 raise ConfigError(
-                    f"--allowed-host {name!r} must be a host name or an address without scheme "
-                    "and port, such as example.com"
+                    f"--allowed-host must be a host name or address without scheme and port, such "
+                    f"as example.com, got {name!r}"
                 )
             self._names.add(host)
 
     def refusal(self, method: str, headers: Headers) -> ApiError | None:
-        """Why a request is refused for its ``Host`` or ``Origin``, if it is."""
+        """The error for a request whose ``Host`` or ``Origin`` is not allowed."""
         authority = headers.get("host")
         if authority is not None:
             host = _host(authority)
             literal = self._any_address and host is not None and _address(host) is not None
             if not literal and not self._allows(host):
-                return _refused(421, "Host", authority, host)
+                return _not_allowed(421, "Host", authority, host)
         for origin in headers.getlist("origin"):
             if origin == "null":
                 if method not in _SAFE_METHODS:
                     return ApiError(
                         403,
-                        "Origin is 'null': a page without an origin of its own (a local file, a "
-                        "sandboxed frame) may not change anything here",
+                        "Origin is 'null': a page without an origin (a local file, a sandboxed "
+                        "frame) may only read",
                         "origin_not_allowed",
                     )
                 continue
-            _, _, sent_from = origin.partition("://")
-            same = authority is not None and sent_from.lower() == authority.lower()
-            host = _host(sent_from)
+            _, _, sender = origin.partition("://")
+            same = authority is not None and sender.lower() == authority.lower()
+            host = _host(sender)
             if not same and not self._allows(host):
-                return _refused(403, "Origin", origin, host)
+                return _not_allowed(403, "Origin", origin, host)
         return None
 
     def _allows(self, host: str | None) -> bool:
@@ -102,7 +149,7 @@ def _bracketed(name: str) -> str:
 
 
 def _host(authority: str) -> str | None:
-    """The host of ``host[:port]`` in lower case; None when it is neither."""
+    """The host of ``host[:port]`` in lower case; None if it is malformed."""
     match = _AUTHORITY.fullmatch(authority)
     return None if match is None else match[1].lower().rstrip(".")
 
@@ -114,11 +161,11 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _refused(status: int, header: str, value: str, host: str | None) -> ApiError:
+def _not_allowed(status: int, header: str, value: str, host: str | None) -> ApiError:
     remedy = "" if host is None else f"; start the server with --allowed-host {host[:200]}"
     return ApiError(
         status,
-        f"{header} {printable(value)!r} is not allowed here{remedy}",
+        f"{header} {printable(value)!r} is not allowed{remedy}",
         f"{header.lower()}_not_allowed",
     )
 
@@ -127,10 +174,12 @@ class Gate:
     """ASGI middleware, outside of everything that reads a body.
 
     Args:
-        limits: of bodies, :class:`ServerLimits`.
+        limits: of bodies and of a client's silence.
     """
 
-    def __init__(self, app: ASGIApp, hosts: AllowedHosts, keys: Keys, limits: ServerLimits) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: AllowedHosts, keys: ApiKeys, limits: ServerLimits
+    ) -> None:
         self._app, self._hosts, self._keys, self._limits = app, hosts, keys, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,41 +190,41 @@ class Gate:
         complete = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
         received, limit, idle = 0, self._body_limit(scope, headers), self._limits.idle_seconds
 
-        async def bounded() -> Message:
+        async def bounded_receive() -> Message:
             nonlocal received, complete
             if complete:
-                # What still comes is the news that the client has left.
+                # The only message that can follow is that the client disconnected.
                 return await receive()
             try:
                 async with asyncio.timeout(idle):
                     message = await receive()
             except TimeoutError:
-                message = f"nothing came for {idle:g} s; send it again"
-                raise ApiError(408, message, "timeout") from None
+                reason = f"the client sent nothing for {idle:g} s; send the request again"
+                raise ApiError(408, reason, "timeout") from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > limit:
-                raise ApiError(413, _too_large(limit), "too_large")
+                raise _too_large(limit)
             return message
 
-        async def closing(message: Message) -> None:
+        async def closing_send(message: Message) -> None:
             if message["type"] == "http.response.start" and not complete:
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
         error = self._refusal(scope, headers, limit)
         if error is not None:
-            await http_errors.response(error)(scope, receive, closing)
+            await error_response(error)(scope, receive, closing_send)
             return
         inner = scope
         if scope["method"] == "HEAD":
-            # Answered as GET; the protocol leaves the body out.
+            # Answered as GET; the protocol leaves out the body.
             inner = {**scope, "method": "GET"}
-        await self._app(inner, bounded, closing)
+        await self._app(inner, bounded_receive, closing_send)
         scope["route"] = inner.get("route")
 
     def _body_limit(self, scope: Scope, headers: Headers) -> int:
-        if scope["path"] == UPLOAD_PATH and content_type(headers) == FORM:
+        if scope["path"] == UPLOAD_PATH and content_type(headers) == FORM_TYPE:
             return self._limits.upload_bytes + _FORM_OVERHEAD
         return self._limits.body_bytes
 
@@ -185,29 +234,26 @@ class Gate:
         if error is not None:
             return error
         public = path in _PUBLIC or path.startswith(_PUBLIC_FOLDER)
-        if not public and not self._keys.accept(headers.get("authorization")):
-            return ApiError(
-                401, "the API key is missing or wrong (Authorization: Bearer KEY)",
-                "invalid_api_key",
-            )  # fmt: skip
-        kinds = _KINDS.get(path)
-        if method == "POST" and kinds is not None and content_type(headers) not in kinds:
+        if not public and not self._keys.verify(headers.get("authorization")):
+            message = "the API key is missing or wrong; send Authorization: Bearer KEY"
+            return ApiError(401, message, "invalid_api_key")
+        types = _CONTENT_TYPES.get(path)
+        if method == "POST" and types is not None and content_type(headers) not in types:
             sent = printable(content_type(headers))
             return ApiError(
                 415,
-                f"send Content-Type: {' or '.join(kinds)}; "
-                + (f"this request has {sent!r}" if sent else "this request has none"),
+                f"Content-Type must be {' or '.join(types)}, got {repr(sent) if sent else 'none'}",
                 "unsupported_content_type",
             )
         if int(headers.get("content-length", "0")) > limit:
-            return ApiError(413, _too_large(limit), "too_large")
+            return _too_large(limit)
         return None
 
 
-def _too_large(limit: int) -> str:
-    return f"the request body is larger than {limit} bytes"
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the request body is larger than {limit} bytes", "too_large")
 
 
 def content_type(headers: Headers) -> str:
-    """The type of a body, without parameters, in lower case."""
+    """The media type of a body in lower case, without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -39,8 +39,10 @@ STATES = {
 
 # As Video2LoRA.internalize: max_frames, longest_edge, exact_frames.
 Options = tuple[int | None, int | None, bool]
-# A path, the options, and what may end the reading early.
-LoadClip = Callable[[str | os.PathLike, int | None, int | None, bool, Cancellation], Clip]
+# (path, max_frames, longest_edge, exact_frames, cancellation, sha256) -> clip.
+LoadClip = Callable[
+    [str | os.PathLike, int | None, int | None, bool, Cancellation, str | None], Clip
+]
 
 
 class Internalization:
@@ -79,7 +81,9 @@ class Internalization:
         self._storing: set[InternalizeJob] = set()
         self._workers = ThreadPoolExecutor(WORKERS, "v2l-internalize")
 
-    def start(self, path: str | os.PathLike, options: Options) -> InternalizeJob:
+    def start(
+        self, path: str | os.PathLike, options: Options, sha256: str | None = None
+    ) -> InternalizeJob:
         """Queue a video; call with the lock.
 
         Raises:
@@ -89,7 +93,7 @@ class Internalization:
             raise QueueFull(f"{len(self.unfinished)} videos are waiting; try again later")
         job = InternalizeJob(uuid.uuid4().hex)
         self.unfinished.add(job)
-        self._workers.submit(self._work, job, path, options)
+        self._workers.submit(self._work, job, path, options, sha256)
         return job
 
     def cancel(self, job: InternalizeJob) -> bool:
@@ -116,7 +120,9 @@ class Internalization:
         for job in left:
             self._end(job, error=reason)
 
-    def _work(self, job: InternalizeJob, path: str | os.PathLike, options: Options) -> None:
+    def _work(
+        self, job: InternalizeJob, path: str | os.PathLike, options: Options, sha256: str | None
+    ) -> None:
         def progress(stage: str, done: int, total: int) -> None:
             state, begins, ends = STATES[stage]
             job.update(state, begins + (ends - begins) * done / total)
@@ -124,7 +130,7 @@ class Internalization:
         try:
             job.cancellation.check()
             progress("decode", 0, 1)
-            clip = self._load_clip(path, *options, job.cancellation)
+            clip = self._load_clip(path, *options, job.cancellation, sha256)
             self._check_length(clip, options[1])
             steps = self._model.iter_internalize(clip, *options)
             adapter = self._background.run(steps, progress, job.cancellation)
@@ -145,6 +151,7 @@ class Internalization:
         longest_edge: int | None,
         exact_frames: bool,
         cancellation: Cancellation,
+        sha256: str | None,
     ) -> Clip:
         return self._model.load_clip(path, max_frames, longest_edge, exact_frames)
 

@@ -1,40 +1,51 @@
-"""Internalization jobs as the server sees them: started once for the same video, then followed.
+"""Videos on their way to adapters, as the server sees them: admitted, started once, followed.
 
-The engine does the work; here is what connects a job to its video, to the store's answer for the
-same content, and to the limits.
+The engine does the work. :class:`Admission` bounds how many videos are received and examined at
+once and joins equal ones; :class:`Jobs` connects a job to its video, to the adapter that the store
+may already have, and to the limits.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections import OrderedDict
-from contextlib import suppress
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
+from starlette.concurrency import run_in_threadpool
+
 from v2l_fast.errors import AdapterError, ConfigError
-from v2l_fast.serving import logs
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.limits import ServerLimits
-from v2l_fast.serving.metrics import Metrics
-from v2l_fast.serving.reading import VideoReader
+from v2l_fast.serving.monitoring import Metrics, log_event
 from v2l_fast.serving.requests import InternalizeJob, QueueFull
+from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.serving.schemas import InternalizeOptions
 from v2l_fast.serving.videos import ReceivedVideo, VideoFolder, clean_name
-from v2l_fast.store.adapter_store import AdapterStore, StoreError
+from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings, StoreError
 from v2l_fast.store.index import StoredAdapter
-from v2l_fast.store.settings import InternalizeSettings
 
+# Ended jobs that are remembered.
 _REMEMBERED = 1024
+# Bytes received at the same time, in uploads of the largest size: they lie in the staging folder.
+_LARGEST_UPLOADS = 8
+# Files examined at the same time: each holds a thread of the web server.
+_EXAMINED = 8
 
 
 @dataclass(eq=False)
 class Job:
-    """A job and the video it is about.
+    """A job of the engine and its video.
 
     Attributes:
-        name: the one the video was sent with.
-        uploads: requests that joined the job and have not left it.
+        work: the engine's job.
+        sha256: hash of the video's bytes.
+        name: file name of the first upload.
+        created: Unix time in seconds.
+        uploads: requests that joined the job and have not withdrawn.
     """
 
     work: InternalizeJob
@@ -50,10 +61,10 @@ class Job:
 
 
 class Jobs:
-    """All jobs of a server: those that run, and the last finished ones.
+    """The jobs of a server: all that have not ended, and the last ones that have.
 
     Args:
-        settings: how videos are internalized when a caller says nothing.
+        settings: how videos are internalized by default.
     """
 
     def __init__(
@@ -74,33 +85,33 @@ class Jobs:
         self._limits = limits
         self._metrics = metrics
         self._mutex = threading.Lock()
-        # Jobs that equal videos join, and those that :meth:`collect` has not accounted for yet.
+        # Jobs that equal videos join, and jobs that :meth:`collect` has not seen ended.
         self._active: dict[tuple[str, InternalizeSettings], Job] = {}
         self._uncollected: set[Job] = set()
         self._by_id: OrderedDict[str, Job] = OrderedDict()
 
     def start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | StoredAdapter:
-        """Internalize a video; it is kept from the moment it is known to be one.
+        """Internalize a video. Its file is kept once it is known to be a video.
 
-        A refused video leaves nothing behind and pushes no other one out.
+        A refused video leaves nothing behind and displaces no other.
 
         Returns:
-            The job, also when it runs already; or the adapter when the store has it.
+            The job, which may have been running already, or the adapter if the store has it.
 
         Raises:
-            VideoError: it is no video, or beyond the limits.
+            VideoError: not a video, or beyond the limits.
             ConfigError: an option is beyond the limits.
             QueueFull: too many jobs are waiting.
         """
-        settings = self._checked(options)
-        known = self._known(video.sha256, settings)
-        if known is not None:
-            self.discard(self._videos.keep(video).sha256)
-            self._metrics.internalized("cached", {})
-            return known
+        settings = self._settings_of(options)
+        stored = self._stored(video.sha256, settings)
+        if stored is not None:
+            self.release(self._videos.keep(video).sha256)
+            self._metrics.count_video("cached", {})
+            return stored
         key = (video.sha256, settings)
         with self._mutex:
-            running = self._running(key)
+            running = self._join_running(key)
         if running is not None:
             return running
         self._reader.probe(video.path)
@@ -108,7 +119,7 @@ class Jobs:
         started = False
         try:
             with self._mutex:
-                running = self._running(key)
+                running = self._join_running(key)
                 if running is not None:
                     return running
                 work = self._engine.internalize(
@@ -116,6 +127,7 @@ class Jobs:
                     max_frames=settings.max_frames,
                     longest_edge=settings.longest_edge,
                     exact_frames=settings.exact_frames,
+                    sha256=kept.trusted_sha256,
                 )
                 job = Job(work, video.sha256, settings, clean_name(video.name))
                 self._active[key] = self._by_id[job.id] = job
@@ -124,9 +136,9 @@ class Jobs:
             return job
         finally:
             if not started:
-                self.discard(video.sha256)
+                self.release(video.sha256)
 
-    def _known(self, sha256: str, settings: InternalizeSettings) -> StoredAdapter | None:
+    def _stored(self, sha256: str, settings: InternalizeSettings) -> StoredAdapter | None:
         adapter_id = self._store.find(sha256, settings)
         if adapter_id is None:
             return None
@@ -136,16 +148,15 @@ class Jobs:
             # Deleted meanwhile.
             return None
 
-    def _running(self, key: tuple[str, InternalizeSettings]) -> Job | None:
-        """The job of the same video and settings, if there is one, joined; call with the mutex
-        held.
+    def _join_running(self, key: tuple[str, InternalizeSettings]) -> Job | None:
+        """Join the job of the same video and settings, if there is one; call with the mutex held.
 
         Raises:
             QueueFull: there is none, and no room for another.
         """
         job = self._active.get(key)
         if job is not None and job.work.done:
-            # It failed, or another process has deleted its adapter already.
+            # It failed, or another process has already deleted its adapter.
             job = None
         if job is not None:
             job.uploads += 1
@@ -154,18 +165,18 @@ class Jobs:
         return job
 
     def join(self, job: Job) -> bool:
-        """Count one more upload that follows a job; False when the job has been cancelled."""
+        """Count one more upload that follows a job; False if the job has been cancelled."""
         with self._mutex:
             if job.uploads == 0:
                 return False
             job.uploads += 1
             return True
 
-    def leave(self, job: Job) -> bool:
-        """Take back one upload of a job, and cancel the job with the last one.
+    def withdraw(self, job: Job) -> bool:
+        """Withdraw one upload from a job; the last one cancels it.
 
         Returns:
-            False when the job has ended otherwise or stores its adapter: nothing has changed.
+            False if the job has ended otherwise or is storing its adapter; nothing has changed.
         """
         with self._mutex:
             if job.work.state == "cancelled":
@@ -180,36 +191,34 @@ class Jobs:
         self.collect()
         return True
 
-    def discard(self, sha256: str) -> None:
-        """End a use of a video; it goes when no adapter was made from it and nobody uses it."""
+    def release(self, sha256: str) -> None:
+        """End a use of a video; remove it if it has no adapter and no other use."""
         self._videos.release(sha256)
         # A store that cannot be read says nothing about the video.
         with suppress(StoreError):
             self._videos.delete(sha256, lambda: sha256 in self._internalized())
 
-    def discard_orphans(self) -> None:
+    def remove_orphans(self) -> None:
         """Remove the videos whose jobs ended with the process that ran them."""
         for sha256 in self._videos.kept() - self._internalized():
             self._videos.delete(sha256, lambda sha256=sha256: sha256 in self._internalized())
 
     def _internalized(self) -> set[str]:
-        """Content hashes of the videos that adapters in the store were made from."""
+        """Content hashes of the videos that have an adapter in the store."""
         return {record.video for record in self._store.list() if record.video is not None}
 
-    def _checked(self, options: InternalizeOptions) -> InternalizeSettings:
-        given = {k: v for k, v in options.model_dump().items() if v is not None}
-        given.pop("path", None)
-        settings = replace(self._settings, **given)
+    def _settings_of(self, options: InternalizeOptions) -> InternalizeSettings:
+        changes = options.model_dump(exclude_none=True, exclude={"path"})
         for name, limit in (
             ("max_frames", self._limits.frames),
             ("longest_edge", self._limits.longest_edge),
         ):
-            if given.get(name, 0) > limit:
-                raise ConfigError(f"{name} is {given[name]}, at most {limit} here")
-        return settings
+            if changes.get(name, 0) > limit:
+                raise ConfigError(f"{name} must be at most {limit} here, got {changes[name]}")
+        return replace(self._settings, **changes)
 
     def get(self, job_id: str) -> Job | None:
-        """A job that runs or has finished not long ago."""
+        """A job that runs or has ended recently."""
         with self._mutex:
             return self._by_id.get(job_id)
 
@@ -220,26 +229,110 @@ class Jobs:
         return [job for job in jobs if job.work.state not in ("done", "cancelled")]
 
     def collect(self) -> None:
-        """Account for the jobs that have finished since the last call."""
+        """Release, count and log the jobs that have ended since the last call."""
         with self._mutex:
-            finished = {job for job in self._uncollected if job.work.done}
-            self._uncollected -= finished
-            for job in finished:
-                # A cancelled job left its place at once, and another may have it.
+            ended = {job for job in self._uncollected if job.work.done}
+            self._uncollected -= ended
+            for job in ended:
+                # A cancelled job has left its entry, and another may have taken it.
                 if self._active.get((job.sha256, job.settings)) is job:
                     del self._active[job.sha256, job.settings]
             while len(self._by_id) > _REMEMBERED + len(self._uncollected):
                 oldest = next(i for i, job in self._by_id.items() if job.work.done)
                 del self._by_id[oldest]
-        for job in finished:
+        for job in ended:
             work = job.work
             result = "internalized" if work.state == "done" else work.state
-            self.discard(job.sha256)
-            self._metrics.internalized(result, work.seconds)
-            logs.event(
+            self.release(job.sha256)
+            self._metrics.count_video(result, work.seconds)
+            log_event(
                 "video",
                 job=work.id,
                 result=result,
                 adapter=work.adapter_id,
                 seconds={stage: round(s, 4) for stage, s in work.seconds.items()},
             )
+
+
+class Admission:
+    """Receiving videos and starting their jobs; used by one event loop.
+
+    A video that does not fit waits on the event loop, without a thread. Only a full queue refuses.
+    """
+
+    def __init__(self, jobs: Jobs, limits: ServerLimits) -> None:
+        self._jobs = jobs
+        self._max_uploads = limits.uploads
+        self._max_bytes = _LARGEST_UPLOADS * limits.upload_bytes
+        self._max_waiting = limits.uploads_waiting
+        self._uploads = self._bytes = 0
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._examined = asyncio.Semaphore(_EXAMINED)
+        self._starting: dict[tuple[str, str], asyncio.Task[Job | StoredAdapter]] = {}
+
+    @asynccontextmanager
+    async def receiving(self, size: int) -> AsyncIterator[None]:
+        """Held while a file of at most ``size`` bytes arrives or is hashed; first in, first out.
+
+        Raises:
+            QueueFull: too many uploads are waiting.
+        """
+        size = min(size, self._max_bytes)
+        await self._enter(size)
+        try:
+            yield
+        finally:
+            self._leave(size)
+
+    async def _enter(self, size: int) -> None:
+        if not self._waiting and self._fits(size):
+            self._add(size)
+            return
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFull("too many uploads are waiting; try again later")
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((turn, size))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._waiting.remove((turn, size))
+            else:
+                self._leave(size)
+            raise
+
+    def _fits(self, size: int) -> bool:
+        return self._uploads < self._max_uploads and self._bytes + size <= self._max_bytes
+
+    def _add(self, size: int) -> None:
+        self._uploads += 1
+        self._bytes += size
+
+    def _leave(self, size: int) -> None:
+        self._uploads -= 1
+        self._bytes -= size
+        while self._waiting and self._fits(self._waiting[0][1]):
+            turn, waiting_size = self._waiting.popleft()
+            self._add(waiting_size)
+            turn.set_result(None)
+
+    async def start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | StoredAdapter:
+        """:meth:`Jobs.start`; equal videos with equal options that arrive meanwhile share it."""
+        key = (video.sha256, options.model_dump_json(exclude={"path"}))
+        task = self._starting.get(key)
+        joins = task is not None
+        if task is None:
+            task = asyncio.create_task(self._start(video, options))
+            self._starting[key] = task
+            task.add_done_callback(lambda _: self._starting.pop(key))
+        # Cancelling one caller leaves the others their job.
+        job = await asyncio.shield(task)
+        if joins and isinstance(job, Job) and not self._jobs.join(job):
+            return await self.start(video, options)
+        return job
+
+    async def _start(
+        self, video: ReceivedVideo, options: InternalizeOptions
+    ) -> Job | StoredAdapter:
+        async with self._examined:
+            return await run_in_threadpool(self._jobs.start, video, options)

@@ -9,30 +9,30 @@ from v2l_fast.video import Limits
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Upper bounds; a request beyond one is refused with a 4xx that names it.
+    """Upper bounds; a request that exceeds one is refused with a 4xx that names it.
 
     Attributes:
         upload_bytes: size of an uploaded video.
         body_bytes: size of any other request body.
-        duration: seconds of a video.
-        pixels: width x height of its frames.
-        frames: frames one video is internalized from.
-        longest_edge: pixels to which frames may be resized.
+        duration: length of a video in seconds.
+        pixels: width x height of a frame.
+        frames: frames sampled from one video.
+        longest_edge: size in pixels to which frames may be resized.
         new_tokens: tokens of one answer.
-        uploads: files received, or hashed where they lie, at the same time; others wait.
-        uploads_waiting: files that wait for that; more get 503.
-        jobs: videos waiting or being internalized at the same time; more get 503.
+        uploads: files received, or hashed in place, at the same time; further ones wait.
+        uploads_waiting: files that may wait for that; further ones get 503.
+        jobs: videos waiting or being internalized; further ones get 503.
         kept_video_bytes: uploaded videos kept for questions with the video in context; the least
-            recently used go first.
+            recently used are removed first.
         answer_seconds: time for one answer.
-        probe_seconds: time for looking into one video before it is accepted.
+        probe_seconds: time for examining one video before it is accepted.
         decode_seconds: time for decoding the frames of one video.
-        decode_bytes: memory that looking into one video, or decoding it on the CPU, may take.
+        decode_bytes: memory that a process may take to examine or decode one video on the CPU.
         idle_seconds: longest silence of a client that is sending a body.
-        connections: clients connected at the same time; more get 503.
+        connections: clients connected at the same time; further ones get 503.
         head_seconds: time for a request's line and headers, from its connection or first byte.
-        keep_alive_seconds: how long a connection stays open after an answer.
-        stalled_seconds: how long a client may read nothing of an answer.
+        keep_alive_seconds: how long a connection stays open after a response.
+        stalled_seconds: how long a client may read nothing of a response.
     """
 
     upload_bytes: int = 1 << 30
@@ -58,7 +58,7 @@ class ServerLimits:
 
     @property
     def probing(self) -> Limits:
-        """The bounds for looking into a video file."""
+        """The bounds for examining a video file."""
         return Limits(
             max_pixels=self.pixels,
             max_duration=self.duration,
@@ -68,7 +68,8 @@ class ServerLimits:
 
     @property
     def decoding(self) -> Limits:
-        """The bounds for decoding one; its frames are copied once, and decoders hold some, too."""
+        """The bounds for decoding one. Frames take a quarter of the memory: they are copied once,
+        and decoders hold some."""
         return replace(
             self.probing, max_seconds=self.decode_seconds, max_bytes=self.decode_bytes // 4
         )

@@ -1,7 +1,7 @@
-"""Bodies of the HTTP interface, as validated and as documented.
+"""Request and response bodies of the HTTP interface, as validated and as documented.
 
-Chat completions follow OpenAI's names and shapes. What would change an answer and is not supported
-is refused; parameters that change nothing here (``user``, ``store``, ..) are ignored.
+Chat completions follow OpenAI's names and shapes. An unsupported parameter is refused if it would
+change the answer and ignored if it would not (``user``, ``store``, ...).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_COMPOSED = 64
 
 
 class ErrorBody(BaseModel):
-    """What went wrong; ``param`` names the field, ``code`` is for programs."""
+    """An error; ``param`` names the field, ``code`` is for programs."""
 
     message: str
     type: str
@@ -25,7 +25,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every 4xx and 503 of the server, in OpenAI's shape."""
+    """The body of every 4xx and 5xx response, in OpenAI's shape."""
 
     error: ErrorBody
 
@@ -41,48 +41,48 @@ class TextPart(BaseModel):
 
 
 def _content(value: Any) -> Any:
-    """Text, or parts of it; says what is wrong without pydantic's names for the alternatives."""
+    """Validate text or a list of parts, without pydantic's names for the members of a union."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise PydanticCustomError("content_type", "must be text or a list of text parts")
-    for place, part in enumerate(value):
+    for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise PydanticCustomError(
                 "content_part",
-                "part {place} must be a text part ({example}); send videos to POST /v1/videos and "
+                "part {index} must be a text part ({example}); send videos to POST /v1/videos and "
                 "ask with their id as model",
-                {"place": place, "example": '{"type": "text", "text": ".."}'},
+                {"index": index, "example": '{"type": "text", "text": ".."}'},
             )
         if not isinstance(part.get("text"), str):
-            message = "part {place} must have its text as a string"
-            raise PydanticCustomError("content_part", message, {"place": place})
+            message = "part {index} must have a string as its text"
+            raise PydanticCustomError("content_part", message, {"index": index})
     return value
 
 
 class Message(BaseModel):
-    """A message. A question stands alone: one user message, system messages before it."""
+    """A message. A request has one user message, optionally after system messages."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[str | list[TextPart] | None, BeforeValidator(_content)] = None
 
     @property
     def text(self) -> str:
-        """Parts are joined with line breaks, as vLLM does."""
+        """The content; parts are joined with line breaks, as vLLM does."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
         return "\n".join(part.text for part in self.content)
 
 
 class StreamOptions(BaseModel):
-    """``include_usage``: a last chunk that carries the token counts."""
+    """``include_usage``: send the token counts in a last chunk."""
 
     include_usage: StrictBool | None = None
 
 
 class TextFormat(BaseModel):
-    """Answers are plain text."""
+    """Plain text, the only format of answers."""
 
     type: Literal["text"]
 
@@ -90,22 +90,22 @@ class TextFormat(BaseModel):
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 VideoId = Annotated[str, Field(min_length=1, max_length=128)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
+Empty = Annotated[list[Any], Field(max_length=0)]
 
 
 def _stops(value: Any) -> Any:
-    """None, a string or a few of them -> a list; errors as for :func:`_content`."""
+    """None, a string or a list of strings -> a list; errors as in :func:`_content`."""
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise PydanticCustomError("stop_type", "must be a string or a list of strings")
     if len(stops) > MAX_STOPS:
         raise PydanticCustomError(
-            "too_many_stops", "at most {most} strings, got {count}",
-            {"most": MAX_STOPS, "count": len(stops)},
+            "too_many_stops", "must be at most {limit} strings, got {count}",
+            {"limit": MAX_STOPS, "count": len(stops)},
         )  # fmt: skip
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
         raise PydanticCustomError(
-            "stop_length", "strings of 1 to {most} characters", {"most": MAX_STOP_LENGTH}
+            "stop_length", "must have 1 to {limit} characters", {"limit": MAX_STOP_LENGTH}
         )
     return stops
 
@@ -114,9 +114,9 @@ class ChatRequest(BaseModel):
     """A question about a video.
 
     ``model`` is the id of an adapter, or the base model's name. With the base model's name,
-    ``video_ids`` composes adapters of consecutive chunks, and ``video_mode`` "context" puts the
-    one video named there into the context instead, for comparison. Greedy unless ``temperature``
-    is set. ``null`` leaves a field at its default.
+    ``video_ids`` composes the adapters of consecutive chunks. ``video_mode`` "context" puts the one
+    video into the context instead, for comparison. Decoding is greedy unless ``temperature`` is
+    set. ``null`` leaves a field at its default.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -136,13 +136,13 @@ class ChatRequest(BaseModel):
     ] = []
     video_ids: Annotated[list[VideoId], Field(max_length=MAX_COMPOSED)] | None = None
     video_mode: Literal["adapter", "context"] | None = None
-    # What would change the answer is accepted where it changes nothing.
+    # Unsupported parameters, accepted with the values that change nothing.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    tools: Nothing | None = None
+    tools: Empty | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    functions: Nothing | None = None
+    functions: Empty | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
     audio: None = None
@@ -156,13 +156,13 @@ class ChatRequest(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    """``visual_tokens``: how many of the prompt's tokens stand for pixels; 0 with an adapter."""
+    """``visual_tokens``: tokens of the prompt that stand for pixels; 0 with an adapter."""
 
     visual_tokens: int
 
 
 class UsageBody(BaseModel):
-    """Token counts; ``time_to_first_token`` in seconds, from the engine's queue on."""
+    """Token counts; ``time_to_first_token`` in seconds since the engine received the question."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -171,7 +171,7 @@ class UsageBody(BaseModel):
     time_to_first_token: float
 
 
-class AnswerMessage(BaseModel):
+class CompletionMessage(BaseModel):
     """The answer."""
 
     role: Literal["assistant"] = "assistant"
@@ -182,7 +182,7 @@ class Choice(BaseModel):
     """The one answer of a completion."""
 
     index: Literal[0] = 0
-    message: AnswerMessage
+    message: CompletionMessage
     finish_reason: Literal["stop", "length"]
     logprobs: None = None
 
@@ -199,7 +199,7 @@ class ChatCompletion(BaseModel):
 
 
 class ModelBody(BaseModel):
-    """A name that ``model`` accepts: the base model, or an adapter (``parent`` is its base)."""
+    """A value of ``model``: the base model, or an adapter (``parent`` is its base)."""
 
     id: str
     object: Literal["model"] = "model"
@@ -209,7 +209,7 @@ class ModelBody(BaseModel):
 
 
 class ModelList(BaseModel):
-    """What ``model`` accepts."""
+    """The values of ``model``."""
 
     object: Literal["list"] = "list"
     data: list[ModelBody]
@@ -219,7 +219,7 @@ class ModelList(BaseModel):
 
 
 class InternalizeOptions(BaseModel):
-    """How a video is internalized; as in training what is left out."""
+    """How a video is internalized; unset fields are as in training."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -229,13 +229,13 @@ class InternalizeOptions(BaseModel):
 
 
 class PathRequest(InternalizeOptions):
-    """A video that lies on the server, under the folder the operator allowed."""
+    """A video on the server, under the folder the operator allowed."""
 
     path: str = Field(min_length=1, max_length=4096)
 
 
 class ListQuery(BaseModel):
-    """Which part of a list."""
+    """A range of a list."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -244,14 +244,17 @@ class ListQuery(BaseModel):
 
 
 class PeftQuery(BaseModel):
-    """What a downloaded PEFT adapter is for."""
+    """The base that a downloaded PEFT adapter is for."""
 
     model_config = ConfigDict(extra="forbid")
 
     base: str | None = Field(
-        None, min_length=1, max_length=512, description="Exactly the name the base is served under."
+        None,
+        min_length=1,
+        max_length=512,
+        description="The exact name under which the base is served.",
     )
-    text_only: bool = Field(False, description="The base is the exported text decoder alone.")
+    text_only: bool = Field(False, description="The base is the exported text decoder.")
 
 
 Status = Literal["queued", "decoding", "encoding", "generating", "completed", "failed", "cancelled"]
@@ -260,8 +263,8 @@ Status = Literal["queued", "decoding", "encoding", "generating", "completed", "f
 class VideoBody(BaseModel):
     """A video on its way to an adapter, or internalized.
 
-    ``id`` is the job's while it runs and ``adapter_id`` the adapter's once it is there; both are
-    accepted wherever an id is asked for, the job's only until the server restarts.
+    ``id`` is the job's while it runs, and ``adapter_id`` is set when it is completed. Both are
+    accepted wherever an id is expected, the job's only until the server restarts.
     """
 
     id: str
@@ -269,7 +272,7 @@ class VideoBody(BaseModel):
     status: Status
     progress: float = Field(ge=0, le=1)
     adapter_id: str | None
-    cached: bool = Field(False, description="This upload was answered from the store.")
+    cached: bool = Field(False, description="The store already had the adapter.")
     error: ErrorBody | None = None
     created: int
     name: str | None = None
@@ -278,18 +281,18 @@ class VideoBody(BaseModel):
     bytes: int | None = Field(None, description="Size of the adapter.")
     rank: int | None = None
     seconds: dict[str, float] | None = Field(None, description="Time spent in each stage.")
-    in_context: bool = Field(description='Whether video_mode "context" can be asked for it.')
+    in_context: bool = Field(description='Whether video_mode "context" is possible for it.')
 
 
 class VideoList(BaseModel):
-    """Jobs that are not finished, then adapters, each the newest first."""
+    """Jobs that have not ended or failed, then adapters, the newest of each first."""
 
     object: Literal["list"] = "list"
     data: list[VideoBody]
 
 
 class Deleted(BaseModel):
-    """An adapter is gone."""
+    """A job was cancelled, or an adapter removed."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
@@ -297,7 +300,7 @@ class Deleted(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server is ready: "starting" while it compiles what the first questions need."""
+    """Readiness: "starting" while the server compiles what the first questions need."""
 
     status: Literal["ok", "starting"]
     model: str

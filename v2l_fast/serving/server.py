@@ -1,4 +1,4 @@
-"""What one server consists of and knows about videos and questions; nothing of HTTP itself."""
+"""The parts of one server, and what it knows about videos and questions, apart from HTTP."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from pathlib import Path
 from v2l_fast.errors import AdapterError, V2LError
 from v2l_fast.generation import SamplingParams
 from v2l_fast.model import Video2LoRA
-from v2l_fast.serving.auth import Keys
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.gate import AllowedHosts
-from v2l_fast.serving.http_errors import ApiError, body, translate
+from v2l_fast.serving.gate import AllowedHosts, ApiKeys
+from v2l_fast.serving.http import ApiError, error_body, to_api_error
 from v2l_fast.serving.jobs import Job, Jobs
 from v2l_fast.serving.limits import ServerLimits
-from v2l_fast.serving.metrics import Metrics
-from v2l_fast.serving.reading import VideoReader
+from v2l_fast.serving.monitoring import Metrics
 from v2l_fast.serving.requests import GenerationRequest, room
+from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.serving.schemas import ChatRequest, VideoBody
 from v2l_fast.serving.videos import VideoFolder
-from v2l_fast.store.adapter_store import AdapterStore
+from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings
 from v2l_fast.store.index import StoredAdapter
-from v2l_fast.store.settings import InternalizeSettings
 from v2l_fast.video import Clip
 
 DEFAULT_NEW_TOKENS = 256
-_CLIPS = 4
-# Videos decoded for their questions at the same time, and those with the ones waiting for it: each
-# holds a thread of the web server's.
+# Decoded videos kept in memory for further questions with the video in context.
+_CACHED_CLIPS = 4
+# Videos decoded for such questions at the same time, and questions that decode or wait for it: each
+# holds a thread of the web server.
 _DECODING, _CONTEXTS = 2, 8
 
 
@@ -46,11 +45,11 @@ class Server:
     """Engine, store and kept videos of one model under one set of limits.
 
     Args:
-        reader: of the videos; the engine's, too.
-        name: what the base model is called in ``/v1/models``.
-        root: folder from which callers may name files, None for none.
-        peft_base: name a downloaded PEFT adapter carries for its base.
-        hosts: under which the server may be reached; on this machine alone if omitted.
+        reader: reads the videos of the server and of its engine.
+        name: name of the base model in ``/v1/models``.
+        root: folder from which callers may name files; None if they may not.
+        peft_base: name of the base in downloaded PEFT adapters.
+        hosts: names under which the server may be reached; only this machine's if omitted.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Server:
         reader: VideoReader,
         name: str,
         limits: ServerLimits | None = None,
-        keys: Keys | None = None,
+        keys: ApiKeys | None = None,
         root: Path | None = None,
         peft_base: str | None = None,
         hosts: AllowedHosts | None = None,
@@ -69,7 +68,7 @@ class Server:
         self.model, self.engine, self.store, self.name = model, engine, store, name
         self.reader = reader
         self.limits = limits or ServerLimits()
-        self.keys = keys or Keys([])
+        self.keys = keys or ApiKeys([])
         self.hosts = hosts or AllowedHosts()
         self.root = root
         self.peft_base = peft_base or model.config.base_model_name_or_path or name
@@ -81,7 +80,7 @@ class Server:
         self.jobs = Jobs(
             engine, store, reader, self.videos, self.settings, self.limits, self.metrics
         )
-        self.jobs.discard_orphans()
+        self.jobs.remove_orphans()
         self._clips: OrderedDict[str, Clip] = OrderedDict()
         self._decoding = threading.Semaphore(_DECODING)
         self._contexts = threading.Semaphore(_CONTEXTS)
@@ -89,19 +88,18 @@ class Server:
     # --- adapters -----------------------------------------------------------------------------
 
     def adapters(self) -> list[StoredAdapter]:
-        """Those that this model made, the newest first; the folder may hold others' too."""
-        mine = self.settings.hypernetwork
-        return [r for r in self.store.list() if r.hypernetwork in (mine, None)]
+        """This model's adapters, the newest first; the folder may hold other models'."""
+        fingerprint = self.settings.hypernetwork
+        return [r for r in self.store.list() if r.hypernetwork in (fingerprint, None)]
 
     def resolve(self, video_id: str, field: str | None = None) -> str:
         """The adapter's id for an adapter's or a job's id.
 
         Args:
-            field: of the request, where the id stands; for the error.
+            field: of the request that has the id, for the error.
 
         Raises:
-            ApiError: 404 when there is none, 409 when its job has not finished, has failed or was
-                cancelled.
+            ApiError: 404 if there is none, 409 if its job has not ended, failed or was cancelled.
         """
         job = self.jobs.get(video_id)
         if job is not None:
@@ -115,14 +113,14 @@ class Server:
                 raise ApiError(409, message, "video_not_ready", field)
             video_id = job.work.adapter_id
         if video_id not in self.store:
-            raise ApiError(404, "there is no such video or model here", "model_not_found", field)
+            raise ApiError(404, "no such video or model", "model_not_found", field)
         return video_id
 
     def describe(self, video_id: str) -> VideoBody:
-        """What is known of an adapter or job.
+        """Describe an adapter or a job.
 
         Raises:
-            ApiError: 404 when there is neither.
+            ApiError: 404 if there is neither.
         """
         job = self.jobs.get(video_id)
         if job is not None and job.work.adapter_id is None:
@@ -131,11 +129,11 @@ class Server:
         try:
             stored = self.store.describe(adapter_id)
         except AdapterError as error:
-            raise translate(error) from None
+            raise to_api_error(error) from None
         return self.describe_adapter(stored, job)
 
     def describe_adapter(self, record: StoredAdapter, job: Job | None = None) -> VideoBody:
-        """An adapter, and the job it came from when that is remembered."""
+        """Describe an adapter, and the job it came from if that is remembered."""
         return VideoBody(
             id=record.id if job is None else job.id,
             status="completed",
@@ -152,15 +150,15 @@ class Server:
         )
 
     def describe_job(self, job: Job) -> VideoBody:
-        """A job without an adapter yet."""
+        """Describe a job that has no adapter yet."""
         work = job.work
-        failed = body(translate(work.error)) if work.state == "failed" else None
+        error = error_body(to_api_error(work.error)) if work.state == "failed" else None
         return VideoBody(
             id=job.id,
             status="generating" if work.state == "done" else work.state,
             progress=min(max(work.progress, 0.0), 1.0),
             adapter_id=None,
-            error=failed,
+            error=error,
             created=int(job.created),
             name=job.name,
             seconds=dict(work.seconds),
@@ -168,9 +166,9 @@ class Server:
         )
 
     def delete(self, video_id: str) -> str:
-        """Cancel a job, or remove an adapter, and its video when no other adapter was made from it.
+        """Cancel a job, or remove an adapter, and its video if it has no other adapter.
 
-        A job that several uploads share loses one of them, and is cancelled with the last.
+        A job that several uploads share loses one of them; the last one cancels it.
 
         Raises:
             ApiError: 404 or 409 as :meth:`resolve`.
@@ -178,9 +176,9 @@ class Server:
         """
         job = self.jobs.get(video_id)
         if job is not None and job.work.state not in ("done", "failed"):
-            if self.jobs.leave(job):
+            if self.jobs.withdraw(job):
                 return video_id
-            # Its adapter is being stored, which takes a moment; an error is the job's.
+            # Its adapter is being stored, which takes a moment; resolve() reports an error.
             with suppress(V2LError):
                 job.work.wait()
         adapter_id = self.resolve(video_id)
@@ -188,7 +186,7 @@ class Server:
             video = self.store.describe(adapter_id).video
             self.store.delete(adapter_id)
         except AdapterError as error:
-            raise translate(error) from None
+            raise to_api_error(error) from None
         self.engine.forget(adapter_id)
         self._clips.pop(adapter_id, None)
         if video is not None:
@@ -198,19 +196,19 @@ class Server:
     # --- questions ----------------------------------------------------------------------------
 
     def question(self, chat: ChatRequest) -> Asked:
-        """What to ask the engine for a chat request; decodes the video if it goes into context.
+        """The engine's request for a chat request; decodes the video if it goes into context.
 
         Raises:
-            ApiError: what is asked cannot be answered.
+            ApiError: the request cannot be answered.
             VideoError: the video cannot be decoded.
-            QueueFull: too many videos are being decoded for their questions.
+            QueueFull: too many videos are being decoded for questions.
         """
         text = question_text(chat)
         ids, stop = list(chat.video_ids or ()), tuple(chat.stop or ())
         if chat.model != self.name:
             if ids:
                 raise ApiError(
-                    400, f"with video_ids the model is {self.name}", "invalid_value", "model"
+                    400, f"model must be {self.name} with video_ids", "invalid_value", "model"
                 )
             ids = [chat.model]
         field = "video_ids" if chat.video_ids else "model"
@@ -219,7 +217,7 @@ class Server:
         if chat.video_mode == "context":
             if len(adapters) != 1:
                 raise ApiError(
-                    400, "name one video to put in context", "invalid_value", "video_ids"
+                    400, "video_mode context needs exactly one video", "invalid_value", "video_ids"
                 )
             clip = self._clip(adapters[0])
             request = GenerationRequest(text, clip=clip, sampling=sampling, stop=stop)
@@ -229,12 +227,14 @@ class Server:
 
     def _sampling(self, chat: ChatRequest) -> SamplingParams:
         limit = self.limits.new_tokens
-        wanted = chat.max_completion_tokens or chat.max_tokens or min(DEFAULT_NEW_TOKENS, limit)
-        if wanted > limit:
-            raise ApiError(400, f"at most {limit} tokens are generated here", "invalid_value",
-                           "max_tokens")  # fmt: skip
+        max_new_tokens = (
+            chat.max_completion_tokens or chat.max_tokens or min(DEFAULT_NEW_TOKENS, limit)
+        )
+        if max_new_tokens > limit:
+            message = f"max_tokens must be at most {limit} here, got {max_new_tokens}"
+            raise ApiError(400, message, "invalid_value", "max_tokens")
         return SamplingParams(
-            max_new_tokens=wanted,
+            max_new_tokens=max_new_tokens,
             temperature=chat.temperature or 0.0,
             top_p=1.0 if chat.top_p is None else chat.top_p,
             top_k=chat.top_k or 0,
@@ -242,11 +242,11 @@ class Server:
         )
 
     def _clip(self, adapter_id: str) -> Clip:
-        """The frames an adapter was made from, decoded again; the last few stay in memory."""
+        """The frames of an adapter's video, decoded again; the last few videos stay in memory."""
         clip = self._clips.get(adapter_id)
         if clip is not None:
             return clip
-        gone = ApiError(409, "this video's file is no longer kept; upload it again", "video_gone")
+        gone = ApiError(409, "the video's file is no longer kept; upload it again", "video_gone")
         provenance = self.store.get(adapter_id).provenance
         source = provenance.get("source", {})
         video = self.videos.use(source.get("sha256"))
@@ -259,14 +259,15 @@ class Server:
                     len(source["frame_indices"]),
                     provenance["preprocessing"]["longest_edge"],
                     provenance["preprocessing"]["exact_frames"],
+                    sha256=video.trusted_sha256,
                 )
         finally:
-            self.jobs.discard(video.sha256)
+            self.jobs.release(video.sha256)
         if clip.sha256 != video.sha256:
-            # A linked file that was replaced where it lies.
+            # A linked file that was replaced.
             raise gone
         self._clips[adapter_id] = clip
-        while len(self._clips) > _CLIPS:
+        while len(self._clips) > _CACHED_CLIPS:
             self._clips.popitem(last=False)
         return clip
 
@@ -275,15 +276,15 @@ def question_text(chat: ChatRequest) -> str:
     """The question, after the system messages if there are any.
 
     Raises:
-        ApiError: a conversation: the model was trained to answer single questions, and to leave
-            out what was said before would answer another one.
+        ApiError: a conversation. The model is trained on single questions, and dropping the
+            earlier turns would answer a different question.
     """
     *before, last = chat.messages
     if last.role != "user" or any(m.role not in ("system", "developer") for m in before):
         raise ApiError(
             400,
-            "send one user message, with system messages before it at most: every question is "
-            "answered from the video alone, without earlier turns",
+            "send one user message, optionally after system messages: every question is answered "
+            "from the video alone, without earlier turns",
             "unsupported_conversation",
             "messages",
         )

@@ -1,13 +1,15 @@
-"""Video files the server keeps, by content: what is internalized, and put in context to compare.
+"""Video files that the server keeps, by content: to internalize them, and to put them in context.
 
-Responsible for the files and the space they take; receiving and decoding them is done elsewhere.
-The name a person gave a file is kept beside it, never in a path, which may be logged.
+Responsible for the files and the space they take; receiving and decoding happen elsewhere. The name
+a caller gave a file is kept beside it, never in a path, because paths are logged.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import io
 import os
 import re
 import threading
@@ -22,31 +24,41 @@ from v2l_fast.files import file_sha256, read_text
 from v2l_fast.store.adapter_store import StoreError
 from v2l_fast.store.staging import Staging, sync_folder
 
-FILE_NAME = "video"
-NAME_NAME = "name"
+VIDEO_FILE = "video"
+NAME_FILE = "name"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME = 200
-# Attempts, 10 ms apart, to put a video where another process uses one whose file is gone.
+# Attempts, 10 ms apart, to replace a video that another process uses but whose file is gone.
 _ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
 class KeptVideo:
-    """A video's content hash (sha256 of its bytes) and the file that has it."""
+    """A video that is kept.
+
+    Attributes:
+        sha256: hash of its bytes when it was kept.
+        path: its file, or a link to a file elsewhere.
+    """
 
     sha256: str
     path: Path
 
+    @property
+    def trusted_sha256(self) -> str | None:
+        """``sha256``, but None for a link: the file it names may have changed."""
+        return None if self.path.is_symlink() else self.sha256
+
 
 @dataclass(frozen=True)
 class ReceivedVideo:
-    """A video that is not kept yet: an upload in the staging folder, or a file on the server.
+    """A video that is not kept yet.
 
     Attributes:
-        sha256: of its bytes.
-        path: where they are now.
-        name: what its owner calls it, as it was sent.
-        linked: a file on the server, which stays where it is.
+        sha256: hash of its bytes.
+        path: a file in the staging folder, or elsewhere on the server.
+        name: the file name that the caller sent.
+        linked: the file stays where it is, and a link to it is kept.
     """
 
     sha256: str
@@ -54,19 +66,49 @@ class ReceivedVideo:
     name: str
     linked: bool = False
 
+    @classmethod
+    def linked_to(cls, path: Path) -> ReceivedVideo:
+        """A file on the server that stays where it is.
+
+        Raises:
+            VideoError: it cannot be read.
+        """
+        try:
+            return cls(file_sha256(path), path, path.name, linked=True)
+        except OSError as error:
+            raise VideoError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+class HashedFile(io.BufferedWriter):
+    """A new file whose bytes are hashed as they are written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "x"))
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        return super().write(data)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all bytes so far, hexadecimal."""
+        return self._digest.hexdigest()
+
 
 class VideoFolder:
     """Videos under ``folder``, ``<sha256>/video``: a file, or a link to one on the server.
 
-    Processes may share the folder. Whoever uses a video holds a shared lock on its folder, which
-    the kernel releases when the process ends; only who gets it exclusively removes it.
+    Processes may share the folder. A process that uses a video holds a shared lock on its folder,
+    which the kernel releases when the process ends; removing it takes the exclusive lock.
 
     Args:
-        staging: where files under construction lie, on the same file system.
-        limit: bytes of all files together; beyond it the least recently used go. Links are free.
+        staging: for files under construction, on the same file system.
+        limit: bytes of all files together; beyond it the least recently used are removed. Links
+            do not count.
 
     Raises:
-        StoreError: the folder cannot be made.
+        StoreError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path, staging: Staging, limit: int) -> None:
@@ -80,30 +122,14 @@ class VideoFolder:
         self._staging = staging
         self._limit = limit
         self._mutex = threading.Lock()
-        # Videos a job or a question is reading: how many of them, and the lock they share.
+        # Of each video in use: the number of uses, and the lock they share.
         self._in_use: dict[str, int] = {}
         self._locks: dict[str, int] = {}
-
-    @staticmethod
-    def uploaded(part: Path, name: str) -> ReceivedVideo:
-        """A complete upload in the staging folder.
-
-        Raises:
-            VideoError: it is empty.
-        """
-        if part.stat().st_size == 0:
-            raise VideoError(f"{part}: an empty file (0 bytes)")
-        return ReceivedVideo(file_hash(part), part, name)
-
-    @staticmethod
-    def linked(path: Path) -> ReceivedVideo:
-        """A file that stays where it is."""
-        return ReceivedVideo(file_hash(path), path, path.name, linked=True)
 
     def keep(self, video: ReceivedVideo) -> KeptVideo:
         """Move an upload here, or link to a file on the server; in use until :meth:`release`.
 
-        A video that is kept already takes the new name.
+        A video that is already kept takes the new name.
 
         Raises:
             StoreError: the disk is full.
@@ -113,14 +139,14 @@ class VideoFolder:
         used = False
         try:
             new.mkdir()
-            (new / NAME_NAME).write_text(clean_name(video.name))
+            (new / NAME_FILE).write_text(clean_name(video.name))
             used = self._use(sha256)
             if used:
-                os.replace(new / NAME_NAME, target / NAME_NAME)
+                os.replace(new / NAME_FILE, target / NAME_FILE)
             else:
-                self._move(video, new / FILE_NAME)
+                self._move(video, new / VIDEO_FILE)
                 sync_folder(new)
-                self._place(new, target)
+                self._publish(new, target)
                 used = True
             os.utime(target)
         except OSError as error:
@@ -132,13 +158,13 @@ class VideoFolder:
         finally:
             self._staging.remove(new)
         self._shrink()
-        return KeptVideo(sha256, target / FILE_NAME)
+        return KeptVideo(sha256, target / VIDEO_FILE)
 
-    def _place(self, new: Path, target: Path) -> None:
-        """Make a new folder the video's, in use; or use what another process has put there."""
+    def _publish(self, new: Path, target: Path) -> None:
+        """Rename a new folder to the video's and use it, or use another process's folder."""
         for _ in range(_ATTEMPTS):
             with self._mutex:
-                # Locked before it can be seen, or another process might remove it at once.
+                # Locked before it is visible, or another process might remove it at once.
                 lock = _locked(new, fcntl.LOCK_SH)
                 try:
                     os.rename(new, target)
@@ -152,7 +178,7 @@ class VideoFolder:
                     return
             if self._use(target.name):
                 return
-            # A link that leads nowhere, or what a crash has left.
+            # A dead link, or the remains of a crash.
             self._remove(target.name, lambda: self.has(target.name))
             if not target.is_dir():
                 target.unlink(missing_ok=True)
@@ -169,15 +195,15 @@ class VideoFolder:
         os.replace(video.path, target)
 
     def use(self, sha256: str | None) -> KeptVideo | None:
-        """The video with this content, in use until :meth:`release`; None when it is not kept."""
+        """The video with this hash, in use until :meth:`release`; None if it is not kept."""
         if sha256 is None or not self._use(sha256):
             return None
         with suppress(OSError):
             os.utime(self.folder / sha256)
-        return KeptVideo(sha256, self.folder / sha256 / FILE_NAME)
+        return KeptVideo(sha256, self.folder / sha256 / VIDEO_FILE)
 
     def _use(self, sha256: str) -> bool:
-        """Count one more use, if the video is kept."""
+        """Count one more use if the video is kept."""
         with self._mutex:
             if not self.has(sha256):
                 return False
@@ -190,7 +216,7 @@ class VideoFolder:
             return True
 
     def _hold(self, sha256: str, lock: int | None) -> None:
-        """Count one more use, with its lock when it is the first; call with the mutex held."""
+        """Count one more use, with its lock if it is the first; call with the mutex held."""
         if lock is not None:
             if sha256 in self._locks:
                 os.close(self._locks[sha256])
@@ -198,7 +224,7 @@ class VideoFolder:
         self._in_use[sha256] = self._in_use.get(sha256, 0) + 1
 
     def release(self, sha256: str) -> None:
-        """The end of a use."""
+        """End a use."""
         with self._mutex:
             self._in_use[sha256] -= 1
             if not self._in_use[sha256]:
@@ -206,27 +232,27 @@ class VideoFolder:
                 os.close(self._locks.pop(sha256))
 
     def has(self, sha256: str | None) -> bool:
-        """Whether a video with this content is kept."""
-        known = sha256 is not None and _SHA256.fullmatch(sha256) is not None
-        return known and (self.folder / sha256 / FILE_NAME).is_file()
+        """Whether a video with this hash is kept."""
+        valid = sha256 is not None and _SHA256.fullmatch(sha256) is not None
+        return valid and (self.folder / sha256 / VIDEO_FILE).is_file()
 
     def name(self, sha256: str | None) -> str | None:
-        """The name its file had."""
+        """The file name it was last sent with."""
         if sha256 is None or not _SHA256.fullmatch(sha256):
             return None
         with suppress(V2LError):
-            return read_text(self.folder / sha256 / NAME_NAME)
+            return read_text(self.folder / sha256 / NAME_FILE)
         return None
 
     def kept(self) -> set[str]:
-        """The content hashes of all videos here."""
+        """The hashes of all kept videos."""
         return {name for name in os.listdir(self.folder) if _SHA256.fullmatch(name)}
 
     def delete(self, sha256: str, needed: Callable[[], bool] = lambda: False) -> None:
-        """Remove a video, unless it is in use, here or in another process.
+        """Remove a video unless it is in use, here or in another process.
 
         Args:
-            needed: asked when nobody can begin to use it any more; it stays if true.
+            needed: called when no new use can begin any more; the video stays if it returns true.
         """
         if _SHA256.fullmatch(sha256):
             self._remove(sha256, needed)
@@ -241,7 +267,7 @@ class VideoFolder:
                 return
             try:
                 if not needed():
-                    # In one step: nobody sees a part of it.
+                    # Atomic: nobody sees half of it.
                     with suppress(OSError):
                         os.rename(path, old)
             finally:
@@ -249,11 +275,11 @@ class VideoFolder:
         self._staging.remove(old)
 
     def _shrink(self) -> None:
-        """Remove the least recently used files until the rest fits the limit."""
+        """Remove the least recently used videos until the rest fits the limit."""
         sizes = []
         for entry in os.scandir(self.folder):
             with suppress(OSError):
-                size = os.lstat(Path(entry.path) / FILE_NAME).st_size
+                size = os.lstat(Path(entry.path) / VIDEO_FILE).st_size
                 sizes.append((entry.stat().st_mtime, entry.name, size))
         total = sum(size for _, _, size in sizes)
         for _, name, size in sorted(sizes):
@@ -265,8 +291,7 @@ class VideoFolder:
 
 
 def _locked(folder: Path, how: int) -> int | None:
-    """A descriptor that holds a folder's lock; None when it is held by others, or the folder is not
-    there any more."""
+    """A descriptor that holds a folder's lock; None if others hold it or the folder is gone."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError):
@@ -284,18 +309,6 @@ def _locked(folder: Path, how: int) -> int | None:
     return None
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, as in an adapter's provenance.
-
-    Raises:
-        VideoError: it cannot be read.
-    """
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise VideoError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 def clean_name(name: str) -> str:
     """A file name for display: its last part, printable, of bounded length."""
     last = re.split(r"[/\\]", name)[-1]
@@ -304,15 +317,15 @@ def clean_name(name: str) -> str:
 
 
 def allowed_path(path: str, root: Path | None) -> Path:
-    """A server-side file under ``root``, links resolved.
+    """A file on the server under ``root``, links resolved.
 
     Raises:
-        VideoError: it is elsewhere or not a file; the answer is the same for both, so that nobody
-            can ask which files exist outside.
+        VideoError: it is elsewhere or not a file. The message is the same for both, so that callers
+            cannot learn which files exist outside.
     """
     if root is None:
-        raise VideoError("this server takes no paths; upload the video as multipart/form-data")
-    refused = VideoError("there is no such file under the folder this server may read")
+        raise VideoError("this server accepts no paths; upload the video as multipart/form-data")
+    refused = VideoError("no such file under the folder this server may read")
     try:
         resolved = (root / path).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):

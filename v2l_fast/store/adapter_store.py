@@ -1,16 +1,16 @@
 """Adapters on disk: content-addressed, immutable, durable, shared by any number of processes.
 
-One safetensors file an adapter, named by a hash of what is in it, visible only when it is whole and
-on the disk. The index (``index``) is a cache of their headers; files under construction are
-``staging``'s; what an adapter is, and how it is made or used, is left to others.
+Each adapter is one safetensors file, named by a hash of its content and visible only when it is
+complete and on the disk. ``index`` caches the files' headers; ``staging`` holds files under
+construction.
 
 Layout of the folder::
 
-    adapters/<id>.safetensors   what is served
-    staging/                    what is being written; a dead process's part is removed at start
+    adapters/<id>.safetensors   the adapters
+    staging/                    files being written; those of a dead process are removed at start
     corrupt/                    files that failed their check, kept for inspection, never served
-    index.jsonl                 one line an adapter, for a fast start
-    lock                        held for the moment in which a name appears or disappears
+    index.jsonl                 one line per adapter, for a fast start
+    lock                        held while a name appears or disappears
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import os
 import stat
 import threading
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
 from torch import Tensor, uint8
@@ -34,8 +36,12 @@ from v2l_fast.files import open_regular
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_files import read_record
 from v2l_fast.store.index import ID, SUFFIX, Index, Stamp, StoredAdapter, settled, stamp
-from v2l_fast.store.settings import InternalizeSettings
 from v2l_fast.store.staging import Staging, exclusive, sync_folder
+from v2l_fast.video import sample_indices
+
+if TYPE_CHECKING:
+    from v2l_fast.interop.vllm import VllmFolder
+    from v2l_fast.model import Video2LoRA
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +52,87 @@ class StoreError(V2LError):
     """The store's folder cannot be read or written."""
 
 
-class AdapterStore:
-    """Adapters of one model (or of several) in a folder.
+@dataclass(frozen=True)
+class InternalizeSettings:
+    """Settings that, with the file's bytes, determine the adapter; used to match stored adapters.
 
-    Threads of one process and processes of several machines may use one folder at the same time.
+    Attributes:
+        hypernetwork: its fingerprint.
+        version: of the backbone's preprocessing.
+        instruction: text that follows the video in the context pass.
+        longest_edge: in pixels.
+        max_frames, target_fps, exact_frames: see :func:`v2l_fast.video.sample_indices`.
+    """
+
+    hypernetwork: str
+    version: str
+    instruction: str
+    longest_edge: int
+    max_frames: int
+    target_fps: float
+    exact_frames: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: Video2LoRA,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+    ) -> InternalizeSettings:
+        """The settings of ``model.internalize`` with these arguments (None: as in training)."""
+        config = model.config
+        sampling = config.sampling.override(max_frames, longest_edge)
+        return cls(
+            model.hypernet.fingerprint,
+            model.backbone.preprocessing,
+            config.instruction,
+            sampling.longest_edge,
+            sampling.max_frames,
+            sampling.target_fps,
+            exact_frames,
+        )
+
+    def matches(self, provenance: Mapping[str, Any]) -> bool:
+        """Whether an adapter with this provenance was made with equivalent settings.
+
+        Frames are compared, not their limit: many limits select the same frames of a short clip.
+        """
+        expected = {
+            "version": self.version,
+            "longest_edge": self.longest_edge,
+            "exact_frames": self.exact_frames,
+            "instruction": self.instruction,
+        }
+        if provenance.get("hypernetwork") != self.hypernetwork:
+            return False
+        if provenance.get("preprocessing") != expected:
+            return False
+        try:
+            source = provenance["source"]
+            indices = sample_indices(
+                source["num_frames"],
+                source["fps"],
+                source["duration"],
+                self.max_frames,
+                self.target_fps,
+                exact_frames=self.exact_frames,
+            )
+            return indices.tolist() == source["frame_indices"]
+        except (LookupError, TypeError, ValueError, ArithmeticError, V2LError):
+            return False
+
+
+class AdapterStore:
+    """The adapters of one or several models in a folder.
+
+    Threads and processes, also of several machines, may use one folder at the same time.
 
     Args:
-        folder: made when missing.
+        folder: created if missing.
 
     Raises:
-        StoreError: the folder cannot be made or written.
+        StoreError: the folder cannot be created or written.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -64,7 +141,7 @@ class AdapterStore:
         self._corrupt = self.folder / "corrupt"
         self._lock_path = self.folder / "lock"
         self._mutex = threading.RLock()
-        # Files whose content was checked against their name, as they were then.
+        # Stamps of the files whose content was checked against their name.
         self._verified: dict[str, Stamp] = {}
         try:
             for path in (self._adapters, self._corrupt):
@@ -82,22 +159,22 @@ class AdapterStore:
         self._records()
 
     def close(self) -> None:
-        """Give up this process's staging folder; the store must not be written to afterwards."""
+        """Remove this process's staging folder; the store must not be written to afterwards."""
         self.staging.close()
 
     # --- writing ------------------------------------------------------------------------------
 
     def put(self, adapter: Adapter) -> str:
-        """Store an adapter; when this returns it is on the disk.
+        """Store an adapter; it is on the disk when this returns.
 
-        Its shared bias is named in the file, not stored.
+        The file names its shared bias and does not contain it.
 
         Returns:
-            Its id; the same adapter put twice has one id and one file.
+            Its id; equal adapters have one id and one file.
 
         Raises:
             AdapterError: a factor is not finite.
-            StoreError: the disk is full or the folder not writable; nothing is left behind.
+            StoreError: the disk is full or the folder is not writable; nothing is left behind.
         """
         adapter_id = content_id(adapter)
         path = self._path(adapter_id)
@@ -117,10 +194,10 @@ class AdapterStore:
         return adapter_id
 
     def delete(self, adapter_id: str) -> None:
-        """Remove an adapter for good.
+        """Remove an adapter.
 
         Raises:
-            AdapterError: there is none with this id.
+            AdapterError: no adapter has this id.
             StoreError: the folder cannot be written.
         """
         path = self._path(adapter_id)
@@ -143,14 +220,14 @@ class AdapterStore:
         """Read an adapter (on the CPU, its bias not attached) and check it against its id.
 
         Raises:
-            AdapterError: the id is malformed or unknown, or the file is damaged; it is then moved
-                to ``corrupt/`` so that internalizing the video again replaces it.
+            AdapterError: the id is malformed or unknown, or the file is damaged. A damaged file is
+                moved to ``corrupt/``, and internalizing the video again replaces it.
         """
         with self._open(adapter_id) as handle:
             return self._read(adapter_id, handle)
 
     def open(self, adapter_id: str) -> BinaryIO:
-        """An adapter's file, open for reading, its content checked against its id.
+        """Open an adapter's file for reading and check its content against its id.
 
         Raises:
             AdapterError: as :meth:`get`.
@@ -168,7 +245,7 @@ class AdapterStore:
             raise
 
     def _is_sound(self, adapter_id: str) -> bool:
-        """Whether a file is not known to be damaged or another adapter's."""
+        """Whether a file's content matches its name, or cannot be checked now."""
         try:
             self.open(adapter_id).close()
         except StoreError:
@@ -179,7 +256,7 @@ class AdapterStore:
         return True
 
     def _open(self, adapter_id: str) -> BinaryIO:
-        """The file of an adapter, which is no link to another."""
+        """Open an adapter's file, without following a link."""
         path = self._path(adapter_id)
         try:
             return open_regular(path, AdapterError, follow=False)
@@ -192,13 +269,13 @@ class AdapterStore:
             raise
 
     def _read(self, adapter_id: str, handle: BinaryIO) -> Adapter:
-        """The adapter in an open file, whose content must be what its name says."""
+        """Read the adapter in an open file and check its content against its id."""
         path = self._path(adapter_id)
         status = os.fstat(handle.fileno())
         try:
             adapter = Adapter.read(handle, path)
             sound = content_id(adapter) == adapter_id
-            reason = f"{path}: its content is not what its name says"
+            reason = f"{path}: its content does not match its name"
         except AdapterError as error:
             if isinstance(error.__context__, OSError):
                 # A network failure says nothing about the content.
@@ -217,10 +294,10 @@ class AdapterStore:
         return sorted(self._records().values(), key=lambda r: (-r.created, r.id))
 
     def describe(self, adapter_id: str) -> StoredAdapter:
-        """What the index knows of one adapter.
+        """The index's record of an adapter.
 
         Raises:
-            AdapterError: there is none with this id.
+            AdapterError: no adapter has this id.
         """
         self._path(adapter_id)
         record = self._records().get(adapter_id)
@@ -234,7 +311,7 @@ class AdapterStore:
         return stat.S_ISREG(_mode(self._path(adapter_id)))
 
     def file(self, adapter_id: str) -> Path:
-        """Path of an adapter's file; it may be read, never changed.
+        """Path of an adapter's file, which must not be changed.
 
         Raises:
             AdapterError: the id is malformed.
@@ -242,7 +319,7 @@ class AdapterStore:
         return self._path(adapter_id)
 
     def find(self, video: str, settings: InternalizeSettings) -> str | None:
-        """Id of the adapter that a video has become with these settings, or None.
+        """Id of the stored adapter of a video for these settings, or None.
 
         Args:
             video: sha256 of the file's bytes, hexadecimal.
@@ -250,8 +327,8 @@ class AdapterStore:
         for record in self.list():
             if record.video == video and record.hypernetwork == settings.hypernetwork:
                 with suppress(AdapterError):
-                    found = read_record(self._path(record.id), follow=False)
-                    if settings.made(found.provenance):
+                    stored = read_record(self._path(record.id), follow=False)
+                    if settings.matches(stored.provenance):
                         return record.id
         return None
 
@@ -267,13 +344,12 @@ class AdapterStore:
     def _path(self, adapter_id: str) -> Path:
         if not isinstance(adapter_id, str) or not ID.fullmatch(adapter_id):
             raise AdapterError(
-                f"{str(adapter_id)[:80]!r} is no adapter id: 32 hexadecimal digits, "
-                "as internalizing returned them"
+                f"invalid adapter id {str(adapter_id)[:80]!r}: expected 32 hexadecimal digits"
             )
         return self._adapters / f"{adapter_id}{SUFFIX}"
 
     def _set_aside(self, adapter_id: str, inode: int, why: str) -> None:
-        """Move a damaged file away, unless a sound one has taken its place meanwhile."""
+        """Move a damaged file away unless another one has replaced it meanwhile."""
         path = self._path(adapter_id)
         log.error("%s; moved to %s", why, self._corrupt)
         try:
@@ -294,8 +370,29 @@ class AdapterStore:
         return StoreError(f"{self.folder}: {what} ({reason}); check its free space and permissions")
 
 
+class PublishingStore(AdapterStore):
+    """A store that also writes every adapter to a :class:`~v2l_fast.interop.vllm.VllmFolder`.
+
+    An adapter is published before it is stored, so that replicas know every stored id.
+    """
+
+    def __init__(self, folder: str | os.PathLike, published: VllmFolder) -> None:
+        super().__init__(folder)
+        self._published = published
+
+    def put(self, adapter: Adapter) -> str:
+        """As :meth:`AdapterStore.put`; the adapter's bias must be attached."""
+        self._published.write(content_id(adapter), adapter)
+        return super().put(adapter)
+
+    def delete(self, adapter_id: str) -> None:
+        """As :meth:`AdapterStore.delete`."""
+        super().delete(adapter_id)
+        self._published.remove(adapter_id)
+
+
 def _mode(path: Path) -> int:
-    """Kind and permissions of what lies there, itself if it is a link; 0 if nothing does."""
+    """``st_mode`` of a path, without following a link; 0 if nothing is there."""
     try:
         return os.lstat(path).st_mode
     except OSError:
@@ -303,7 +400,7 @@ def _mode(path: Path) -> int:
 
 
 def content_id(adapter: Adapter) -> str:
-    """Hash of an adapter's factors, scale, bias and provenance; its video's file name aside."""
+    """Hash of an adapter's factors, scale, bias and provenance, without the video's file name."""
     provenance = dict(adapter.provenance)
     if "source" in provenance:
         provenance["source"] = {k: v for k, v in provenance["source"].items() if k != "name"}

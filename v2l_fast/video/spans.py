@@ -35,6 +35,7 @@ def load_video(
     backend: Backend = "auto",
     longest_edge: int | None = None,
     device: str | torch.device = "cpu",
+    sha256: str | None = None,
 ) -> Clip:
     """Sample (see `sample_indices`) and decode a file.
 
@@ -42,11 +43,12 @@ def load_video(
     step of `frame_views`, whose result for the same longest_edge is unchanged; keeps memory small
     when many frames are taken.
     device: where the frames go; with backend "auto" a GPU decodes them where it can.
+    sha256: hash of the file's bytes if it is known; otherwise the file is hashed.
 
     Where fewer frames decode than the file counts, sampling is done again over those that do.
     Raises VideoError as `probe` and `decode` do, ConfigError as `sample_indices` does.
     """
-    options = target_fps, exact_frames, limits, backend, longest_edge, device
+    options = target_fps, exact_frames, limits, backend, longest_edge, device, sha256
     return load_spans(path, None, 1, max_frames, *options)[0]
 
 
@@ -61,6 +63,7 @@ def load_spans(
     backend: Backend = "auto",
     longest_edge: int | None = None,
     device: str | torch.device = "cpu",
+    sha256: str | None = None,
 ) -> list[Clip]:
     """`span` of a file (seconds, None for all of it) in `chunks` equal parts, one clip each.
 
@@ -91,7 +94,8 @@ def load_spans(
     if decoded.available is not None:
         count = decoded.available
         parts, picked, decoded = read(count)
-    sha256 = file_sha256(source.path)
+    if sha256 is None:
+        sha256 = file_sha256(source.path)
     frames = decoded.frames.to(device).permute(0, 3, 1, 2)
     clips = []
     start = 0

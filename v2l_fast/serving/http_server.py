@@ -1,8 +1,8 @@
-"""The listening socket and its connections: answers leave at once, patience and numbers are finite.
+"""uvicorn with bounded connections: their number, their silence, and the delay of small writes.
 
-uvicorn speaks HTTP. What it leaves open is here: delays of small packets, connections that send no
-request or read no answer, more connections than there are file descriptors, and the end of a
-connection whose request was refused before its body arrived.
+uvicorn speaks HTTP. Added here are TCP_NODELAY, time limits for connections that send no request or
+read no response, a limit on connections below that on file descriptors, and a clean end for
+connections whose request was refused before its body arrived.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.serving import http_errors, logs
+from v2l_fast.serving.http import ApiError, error_response
 from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.monitoring import RateLimitedEvent
 
-# Connections that the kernel completes before they are accepted. asyncio tries so many at once.
+# Connections that the kernel completes before they are accepted; asyncio accepts as many at once.
 _BACKLOG = 256
-# Connections beyond the limit that are told so; more are cut.
+# Connections beyond the limit that get a 503; further ones are aborted.
 _REFUSED = 32
-# Descriptors for files: videos and adapters being read and written, processes that decode.
+# Descriptors kept for videos and adapters being read or written, and for processes that decode.
 _RESERVED_DESCRIPTORS = 128
-_FEWEST_CONNECTIONS = 16
-# A refused body is read on for so long, so that its sender gets to read the answer.
+_MIN_CONNECTIONS = 16
+# How long, and how much of, a refused body is still read so that its sender can read the response.
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 1 << 20
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address, IPv4 or IPv6; listening begins with :func:`http_server`.
+    """Bind an IPv4 or IPv6 address; :func:`http_server` listens on it.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: the address cannot be bound.
     """
     bound = None
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # Of a name that has both, IPv4: "localhost" is 127.0.0.1 to most clients.
+        # IPv4 first: "localhost" is 127.0.0.1 to most clients.
         addresses.sort(key=lambda entry: entry[0] != socket.AF_INET)
         family, kind, protocol, _, address = addresses[0]
         bound = socket.socket(family, kind, protocol)
@@ -60,31 +61,32 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def connection_limit(most: int) -> int:
-    """At most so many connections, fewer if this process may not open that many files.
+def connection_limit(maximum: int) -> int:
+    """``maximum``, or fewer connections if this process may not open that many files.
 
     Raises:
-        ConfigError: there are hardly any descriptors.
+        ConfigError: the limit on open files leaves no room for connections.
     """
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed == resource.RLIM_INFINITY:
-        return most
+        return maximum
     in_use = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
-    left = allowed - in_use - _RESERVED_DESCRIPTORS - _REFUSED
-    if left < _FEWEST_CONNECTIONS:
+    available = allowed - in_use - _RESERVED_DESCRIPTORS - _REFUSED
+    if available < _MIN_CONNECTIONS:
         raise ConfigError(
             f"this process may open {allowed} files, which leaves none for connections; "
             "raise the limit (ulimit -n 1024)"
         )
-    return min(most, left)
+    return min(maximum, available)
 
 
 def http_server(app: FastAPI, limits: ServerLimits, drain_seconds: float) -> uvicorn.Server:
-    """A server for ``app``, of :func:`~v2l_fast.serving.app.create_app`; ``run([socket])`` it."""
-    return _Server(
+    """A server for an application of :func:`~v2l_fast.serving.api.create_app`; call its
+    ``run([socket])``."""
+    return _UvicornServer(
         uvicorn.Config(
             app,
-            # uvloop and httptools would bring rules of their own for what is bounded here.
+            # uvloop and httptools have rules of their own for what is bounded here.
             loop="asyncio",
             http=partial(_Connection, limits=limits),
             ws="none",
@@ -99,17 +101,17 @@ def http_server(app: FastAPI, limits: ServerLimits, drain_seconds: float) -> uvi
     )
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's, for which running out of descriptors is one line of log now and then, and stopping
-    takes the application's time for it once."""
+class _UvicornServer(uvicorn.Server):
+    """Rate-limits the log when descriptors run out, and starts the application's drain time when it
+    shuts down."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        full = logs.Occasional("no file descriptor is left for a connection")
+        exhausted = RateLimitedEvent("no file descriptor is left for a connection")
 
         def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             # asyncio reports each of _BACKLOG attempts every second, with a traceback.
             if "socket.accept()" in context["message"]:
-                full.event()
+                exhausted.record()
             else:
                 loop.default_exception_handler(context)
 
@@ -117,16 +119,16 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # The application ends after the connections have.
+        # The application shuts down after the connections have.
         self.config.app.state.drain.begin()
         await super().shutdown(sockets)
 
 
-_connections_full = logs.Occasional("connections refused")
+_refused_connections = RateLimitedEvent("connections refused")
 
 
 class _Connection(H11Protocol):
-    """A connection whose client may be slow, silent or gone."""
+    """A connection with time limits for a client that is slow, silent or gone."""
 
     def __init__(self, *args: Any, limits: ServerLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -137,13 +139,13 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         connected = transport.get_extra_info("socket")
         if connected.family in (socket.AF_INET, socket.AF_INET6):
-            # asyncio does so for sockets that name their protocol alone. Without it every small
-            # write waits for the client's delayed acknowledgement of the one before, 40 ms.
+            # asyncio sets it only for sockets that name their protocol. Without it every small
+            # write waits up to 40 ms for the client's delayed acknowledgement of the one before.
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(_Transport(transport, self, self._limits.stalled_seconds))
         if len(self.connections) > self._limits.connections:
-            _connections_full.event()
-            self.app = _full
+            _refused_connections.record()
+            self.app = _respond_full
             if len(self.connections) > self._limits.connections + _REFUSED:
                 transport.abort()
                 return
@@ -161,7 +163,7 @@ class _Connection(H11Protocol):
         for timer in (self._head_timer, self._stall_timer, self.timeout_keep_alive_task):
             if timer is not None:
                 timer.cancel()
-        self.transport.ended()
+        self.transport.cancel_timers()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -173,7 +175,7 @@ class _Connection(H11Protocol):
             self._stall_timer.cancel()
 
     def _watch_head(self) -> None:
-        """A request's head must be complete some time after its connection or first byte."""
+        """Limit the time from the connection, or a request's first byte, to the end of its head."""
         if self.conn.their_state is h11.IDLE:
             if self._head_timer is None:
                 self._head_timer = self.loop.call_later(
@@ -185,11 +187,11 @@ class _Connection(H11Protocol):
 
 
 class _Transport:
-    """A transport that ends well: what is written goes out, to a client that is still sending, too.
+    """A transport that delivers what was written before it closes, even if the client still sends.
 
-    A socket closed with bytes unread resets the connection, and the client may lose the answer. So
-    an answer that refuses a body is followed by the end of our side, and the body is read on for
-    a moment.
+    Closing a socket with unread bytes resets the connection, and the client may lose the response.
+    So after a response that refuses a body this side is shut down, and the body is read and
+    discarded for a moment.
     """
 
     def __init__(
@@ -226,19 +228,19 @@ class _Transport:
             self._transport.close()
 
     def discard(self, count: int) -> None:
-        """So many bytes came that nobody wants."""
+        """Bytes arrived after the response."""
         self._discarded += count
         if self._discarded > _LINGER_BYTES:
             self._transport.close()
 
-    def ended(self) -> None:
+    def cancel_timers(self) -> None:
         for timer in self._timers:
             timer.cancel()
 
 
-async def _full(scope: Scope, receive: Receive, send: Send) -> None:
-    """The answer on a connection beyond the limit."""
-    error = http_errors.ApiError(503, "too many connections; try again later", "queue_full")
-    answer = http_errors.response(error)
-    answer.headers["Connection"] = "close"
-    await answer(scope, receive, send)
+async def _respond_full(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application of a connection beyond the limit."""
+    error = ApiError(503, "too many connections; try again later", "queue_full")
+    response = error_response(error)
+    response.headers["Connection"] = "close"
+    await response(scope, receive, send)

@@ -16,16 +16,15 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from v2l_fast.errors import V2LError
-from v2l_fast.serving import logs
-from v2l_fast.serving.auth import documented
-from v2l_fast.serving.http_errors import ApiError, body, responses, translate
-from v2l_fast.serving.json_body import JsonRoute
+from v2l_fast.serving.gate import api_key_scheme
+from v2l_fast.serving.http import ApiError, JsonRoute, error_body, error_responses, to_api_error
+from v2l_fast.serving.monitoring import log_event
 from v2l_fast.serving.requests import Chunk, Generation, Usage
 from v2l_fast.serving.schemas import (
-    AnswerMessage,
     ChatCompletion,
     ChatRequest,
     Choice,
+    CompletionMessage,
     ErrorResponse,
     ModelBody,
     ModelList,
@@ -35,11 +34,11 @@ from v2l_fast.serving.schemas import (
 from v2l_fast.serving.server import Server
 
 router = APIRouter(
-    prefix="/v1", tags=["OpenAI"], dependencies=[Depends(documented)], route_class=JsonRoute
+    prefix="/v1", tags=["OpenAI"], dependencies=[Depends(api_key_scheme)], route_class=JsonRoute
 )
 
-_CLOSED_BY_CLIENT = 499
-_STREAM = {
+_CLIENT_CLOSED_REQUEST = 499
+_STREAM_RESPONSE = {
     200: {
         "description": "The answer; as server-sent events when `stream` is set",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
@@ -47,7 +46,7 @@ _STREAM = {
 }
 
 
-@router.get("/models", responses=responses(401, 503))
+@router.get("/models", responses=error_responses(401, 503))
 def models(request: Request) -> ModelList:
     """The base model, then every adapter."""
     server: Server = request.app.state.server
@@ -56,9 +55,9 @@ def models(request: Request) -> ModelList:
     return ModelList(data=[base, *adapters])
 
 
-@router.get("/models/{model:path}", responses=responses(401, 404, 409, 503))
+@router.get("/models/{model:path}", responses=error_responses(401, 404, 409, 503))
 def model(model: str, request: Request) -> ModelBody:
-    """One of them."""
+    """The base model or one adapter."""
     server: Server = request.app.state.server
     if model == server.name:
         return ModelBody(id=server.name, created=request.app.state.started, parent=None)
@@ -73,40 +72,40 @@ def _model(server: Server, adapter_id: str, created: float) -> ModelBody:
 @router.post(
     "/chat/completions",
     response_model=ChatCompletion,
-    responses=_STREAM | responses(400, 401, 404, 408, 409, 413, 415, 503),
+    responses=_STREAM_RESPONSE | error_responses(400, 401, 404, 408, 409, 413, 415, 503),
 )
-async def chat(chat: ChatRequest, request: Request) -> Any:
+async def chat(body: ChatRequest, request: Request) -> Any:
     """Answer a question from adapters, from the video in context, or from the plain model."""
     server: Server = request.app.state.server
-    answer = _Answer(server, chat)
+    completion = Completion(server, body)
     try:
-        async with _leaving(request, answer):
-            await answer.begin()
-        if chat.stream:
-            usage = chat.stream_options is not None and bool(chat.stream_options.include_usage)
+        async with _cancel_on_disconnect(request):
+            await completion.begin()
+        if body.stream:
+            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             return StreamingResponse(
-                answer.events(usage),
+                completion.events(usage),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-                background=BackgroundTask(answer.close),
+                background=BackgroundTask(completion.close),
             )
-        async with _leaving(request, answer):
-            return await answer.whole()
-    except _Gone:
-        # Nobody reads this; the log line has the status that proxies use for it.
-        return JSONResponse(None, _CLOSED_BY_CLIENT)
+        async with _cancel_on_disconnect(request):
+            return await completion.whole()
+    except _Disconnected:
+        # Nobody reads this; the log line gets the status that proxies use for it.
+        return JSONResponse(None, _CLIENT_CLOSED_REQUEST)
 
 
-class _Gone(Exception):
-    """The client has closed the connection."""
+class _Disconnected(Exception):
+    """The client closed the connection."""
 
 
-class _Answer:
-    """One answer: its pieces, its times, what is counted when it ends."""
+class Completion:
+    """One chat completion: its pieces, its times, and what is counted when it ends."""
 
-    def __init__(self, server: Server, chat: ChatRequest) -> None:
+    def __init__(self, server: Server, body: ChatRequest) -> None:
         self._server = server
-        self._chat = chat
+        self._body = body
         self._arrived = time.perf_counter()
         self._deadline = self._arrived + server.limits.answer_seconds
         self._first: float | None = None
@@ -115,14 +114,14 @@ class _Answer:
         self._generation: Generation | None = None
         self._chunks: AsyncIterator[Chunk] | None = None
         self._opening: Chunk | None = None
-        self._counted = False
+        self._ended = False
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
     async def begin(self) -> None:
-        """Submit the question and wait for the first piece, so that a refusal has its status."""
+        """Submit the question and wait for the first piece, so that an error has its status."""
         try:
-            # Tokenizes, reads an adapter that is not in memory, decodes a video.
+            # In a thread: it tokenizes, reads an adapter that is not in memory, decodes a video.
             async with self._in_time():
                 await run_in_threadpool(self._submit)
             self._chunks = self._generation.chunks()
@@ -133,17 +132,17 @@ class _Answer:
             raise
 
     def _submit(self) -> None:
-        asked = self._server.question(self._chat)
+        asked = self._server.question(self._body)
         self._source = asked.source
-        # Set here and not from a result, which is lost when the client leaves as it is returned.
+        # Set here and not from a result: the result is lost if the client leaves as it is returned.
         self._generation = self._server.engine.submit(asked.request)
-        if self._counted:
+        if self._ended:
             # The client left or time ran out meanwhile.
             self._generation.cancel()
 
     def close(self) -> None:
         """Nobody reads the rest, if there is one."""
-        self._end(_Gone())
+        self._end(_Disconnected())
 
     async def whole(self) -> ChatCompletion:
         """The complete answer."""
@@ -154,17 +153,17 @@ class _Answer:
             self._end(error)
             raise
         self._end(None, pieces[-1].finish_reason, usage)
-        message = AnswerMessage(content="".join(piece.text for piece in pieces))
+        message = CompletionMessage(content="".join(piece.text for piece in pieces))
         return ChatCompletion(
             id=self.id,
             created=self.created,
-            model=self._chat.model,
+            model=self._body.model,
             choices=[Choice(message=message, finish_reason=pieces[-1].finish_reason)],
             usage=usage,
         )
 
     async def events(self, include_usage: bool) -> AsyncIterator[str]:
-        """The answer as server-sent events; an error on the way is the last one."""
+        """The answer as server-sent events; an error in the middle is the last one."""
         try:
             yield self._event({"role": "assistant", "content": ""})
             async for piece in self._pieces():
@@ -178,7 +177,7 @@ class _Answer:
             yield "data: [DONE]\n\n"
         except (V2LError, ApiError, TimeoutError) as error:
             self._end(error)
-            yield _data(ErrorResponse(error=body(translate(error))).model_dump())
+            yield _data(ErrorResponse(error=error_body(to_api_error(error))).model_dump())
         except BaseException as error:
             self._end(error)
             raise
@@ -192,14 +191,14 @@ class _Answer:
             piece = await self._next()
             if piece.text:
                 before, self._latest = self._latest, time.perf_counter()
-                self._server.metrics.next_token(self._source, self._latest - before)
+                self._server.metrics.observe_next_token(self._source, self._latest - before)
 
     async def _next(self) -> Chunk:
-        """The next piece; TimeoutError when the answer's time is over."""
+        """The next piece; TimeoutError after the answer's time limit."""
         async with self._in_time():
             piece = await anext(self._chunks, None)
         if piece is None or piece.finish_reason == "cancelled":
-            raise ApiError(503, "the answer was stopped", "cancelled")
+            raise ApiError(503, "the answer was cancelled", "cancelled")
         return piece
 
     def _in_time(self) -> asyncio.Timeout:
@@ -209,71 +208,75 @@ class _Answer:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return _data(self._frame([choice]))
 
-    def _frame(self, choices: list[dict]) -> dict[str, Any]:
+    def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": "chat.completion.chunk",
             "created": self.created,
-            "model": self._chat.model,
+            "model": self._body.model,
             "choices": choices,
         }
 
     def _end(
         self, error: BaseException | None, reason: str = "", usage: UsageBody | None = None
     ) -> None:
-        """Free the engine's row if it still runs, and count once how this ended."""
-        if self._counted:
+        """Free the engine's row if the answer still runs; count once how the completion ended."""
+        if self._ended:
             return
-        # Before the look at the generation: the thread that submits it looks the other way round.
-        self._counted = True
+        # Set before the generation is read: the thread in _submit writes first, then reads.
+        self._ended = True
         if error is not None and self._generation is not None:
             self._generation.cancel()
         if isinstance(error, V2LError | ApiError | TimeoutError):
-            reason = translate(error).code or "error"
+            reason = to_api_error(error).code or "error"
         elif error is not None:
             reason = "cancelled"
         metrics, now = self._server.metrics, time.perf_counter()
-        metrics.answered(self._source, reason)
+        metrics.count_answer(self._source, reason)
         fields = {"source": self._source, "end": reason, "seconds": round(now - self._arrived, 6)}
         if usage is not None and self._first is not None:
             first = self._first - self._arrived
-            metrics.first_token(self._source, first)
+            metrics.observe_first_token(self._source, first)
             fields |= {
                 "first_token": round(first, 6),
                 "prompt_tokens": usage.prompt_tokens,
                 "completion_tokens": usage.completion_tokens,
                 "visual_tokens": usage.prompt_tokens_details.visual_tokens,
             }
-        logs.event("answer", **fields)
+        log_event("answer", **fields)
 
 
 @asynccontextmanager
-async def _leaving(request: Request, answer: _Answer) -> AsyncIterator[None]:
-    """Stop what is done within the block when the client closes the connection."""
+async def _cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
+    """Cancel the work in the block when the client closes the connection.
+
+    Raises:
+        _Disconnected: the client closed the connection.
+    """
     working = asyncio.current_task()
-    left = False
+    disconnected = False
 
     async def watch() -> None:
-        nonlocal left
+        nonlocal disconnected
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        left = True
+        disconnected = True
         working.cancel()
 
     watching = asyncio.create_task(watch())
     try:
         yield
     except asyncio.CancelledError:
-        if not left:
+        if not disconnected:
             raise
     finally:
         watching.cancel()
-        # Its end, or the cancellation of a block that was through already.
+        # Either its own cancellation, or that of a block which had already finished.
         with suppress(asyncio.CancelledError):
             await watching
-    if left:
+    if disconnected:
         working.uncancel()
-        raise _Gone
+        raise _Disconnected
 
 
 def _usage(usage: Usage) -> UsageBody:
