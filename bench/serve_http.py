@@ -32,7 +32,7 @@ from v2l_fast.generation import SamplingParams
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.requests import GenerationRequest
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.store.adapter_store import AdapterStore
 
 PROCESSES = multiprocessing.get_context("spawn")

@@ -27,7 +27,7 @@ from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.requests import GenerationRequest
 from v2l_fast.shapes.language import CAPTION_PROMPTS, ask_several
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.store.adapter_store import AdapterStore
 
 NEW_TOKENS = 40

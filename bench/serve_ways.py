@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.end_to_end import Shape, _Bench
 from bench.timing import together
 from csrc_triton.peaks import peak_of
-from v2l_fast.analysis.prefix import continue_greedily, prefill
+from v2l_fast.evaluation.prefix import continue_greedily, prefill
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
@@ -30,7 +30,7 @@ from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.graphs import CudaGraphRunner
 from v2l_fast.shapes.language import CAPTION_PROMPTS
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.vlm.smolvlm import SmolVLM
 

@@ -384,7 +384,7 @@ def batch(case: Case, backbone: SmolVLM) -> list[Sample]:
 def decode_seconds(case: Case, backbone: SmolVLM) -> float:
     """CPU seconds to read an H.264 file of 8 s, 24 frames/s, and resize frames for the tower."""
     from v2l_fast.shapes.render import write_clip
-    from v2l_fast.shapes.scene import sample_scenes
+    from v2l_fast.shapes.world import sample_scenes
 
     with tempfile.TemporaryDirectory() as folder:
         path = write_clip(sample_scenes("train", 1, 0)[0], Path(folder) / "clip.mp4", 384, 24)

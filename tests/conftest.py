@@ -17,7 +17,7 @@ from hypothesis import settings
 from tests import tiny
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
-from v2l_fast.shapes.base import new_base
+from v2l_fast.shapes.vlm import new_base
 from v2l_fast.video import Clip
 from v2l_fast.vlm.smolvlm import SmolVLM
 

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {

@@ -34,7 +34,6 @@ LAYERS = (
     ("data",),
     ("training", "serving"),
     ("evaluation",),
-    ("analysis",),
     ("shapes", "doctor"),
     ("demo",),
     ("cli",),

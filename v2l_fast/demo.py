@@ -13,7 +13,7 @@ from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.language import ask as question_of_kind
 from v2l_fast.shapes.language import question_kinds
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 
 # What the demo leaves in a folder.
 FILES = ("clip.mp4", "clip.safetensors")

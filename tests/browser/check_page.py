@@ -23,7 +23,7 @@ from tests.browser.chromium import PageError, Tab
 from tests.serving.conftest import Running, running
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 
 KEY = "a-key"
 QUESTION = "What happens in the video?"

@@ -19,7 +19,7 @@ from v2l_fast.loading import ASSETS
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.language import caption
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 
 NANO = Path(__file__).parents[1] / "fixtures" / "interop" / "nano.pt"
 

@@ -9,8 +9,7 @@ from tests.video.clips import encode
 from v2l_fast.data.manifest import load_manifest
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.benchmarks.annotations import BenchmarkError
-from v2l_fast.evaluation.benchmarks.build import build
-from v2l_fast.evaluation.benchmarks.catalog import BENCHMARKS
+from v2l_fast.evaluation.benchmarks.build import BENCHMARKS, build
 
 
 def json_file(path, content):

@@ -8,7 +8,7 @@ standard error).
 import numpy as np
 import pytest
 
-from v2l_fast.evaluation.comparison import compare
+from v2l_fast.evaluation.report import compare
 from v2l_fast.evaluation.statistics import mean_of_ratios, paired_difference
 
 pytestmark = pytest.mark.slow

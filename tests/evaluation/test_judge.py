@@ -10,8 +10,7 @@ import pytest
 from tests.evaluation.judge_stub import Reply, StubJudge, scored
 from tests.waiting import LIMIT
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.endpoint import JudgeError, JudgeSettings
-from v2l_fast.evaluation.judge import Judge, Preference, Verdict
+from v2l_fast.evaluation.judge import Judge, JudgeError, JudgeSettings, Preference, Verdict
 from v2l_fast.evaluation.rubrics import Task
 
 

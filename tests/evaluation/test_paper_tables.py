@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from v2l_fast.evaluation.comparison import MARGINS
+from v2l_fast.evaluation.report import MARGINS
 from v2l_fast.evaluation.statistics import Interval, recovery
 
 PAPER = json.loads((Path(__file__).parent / "paper_tables.json").read_text())

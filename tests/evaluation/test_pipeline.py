@@ -10,7 +10,7 @@ from tests import tiny
 from tests.evaluation.judge_stub import StubJudge, scored
 from v2l_fast.data.manifest import Example, group_by_video
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.evaluation.answering import (
+from v2l_fast.evaluation.answers import (
     BASELINE,
     BIAS,
     BLANK,
@@ -18,11 +18,12 @@ from v2l_fast.evaluation.answering import (
     NONE,
     OTHER,
     SYSTEM,
+    Library,
+    Settings,
+    blank,
 )
-from v2l_fast.evaluation.endpoint import JudgeSettings
-from v2l_fast.evaluation.judge import Judge
-from v2l_fast.evaluation.library import Library, Settings, blank
-from v2l_fast.evaluation.pipeline import evaluate
+from v2l_fast.evaluation.evaluate import evaluate
+from v2l_fast.evaluation.judge import Judge, JudgeSettings
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
 

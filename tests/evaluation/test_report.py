@@ -6,10 +6,17 @@ import pytest
 
 from v2l_fast.data.manifest import Example
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.answering import BASELINE, OTHER, SYSTEM
-from v2l_fast.evaluation.comparison import average, compare, pooled
+from v2l_fast.evaluation.answers import BASELINE, OTHER, SYSTEM
 from v2l_fast.evaluation.plots import plot_distributions
-from v2l_fast.evaluation.report import mark, markdown, summarize, text_scores
+from v2l_fast.evaluation.report import (
+    average,
+    compare,
+    mark,
+    markdown,
+    pooled,
+    summarize,
+    text_scores,
+)
 from v2l_fast.evaluation.statistics import required_videos
 
 

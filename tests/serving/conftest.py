@@ -23,7 +23,7 @@ from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.serving.server import Server
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.store.adapter_store import AdapterStore
 
 ENDED = ("completed", "failed", "cancelled")

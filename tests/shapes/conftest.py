@@ -2,8 +2,8 @@
 
 import pytest
 
-from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.tokenizer import build_tokenizer
+from v2l_fast.shapes.vlm import Prompts
 
 
 @pytest.fixture(scope="session")

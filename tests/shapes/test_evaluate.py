@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from v2l_fast.cli.shapes import app
 from v2l_fast.data.manifest import load_manifest
-from v2l_fast.evaluation.answering import BASELINE, CONDITIONS, NONE, SYSTEM
+from v2l_fast.evaluation.answers import BASELINE, CONDITIONS, NONE, SYSTEM
 from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
@@ -27,8 +27,8 @@ from v2l_fast.shapes.evaluate import (
     wrong_captions,
 )
 from v2l_fast.shapes.language import caption
-from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.vlm import IMAGE_SIZE
+from v2l_fast.shapes.world import sample_scenes
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ from v2l_fast.shapes.language import (
     QUESTION_KINDS,
     ask,
     ask_several,
+    attribute_hits,
     attributes,
     caption,
     parse_caption,
+    plain,
     question_kinds,
 )
-from v2l_fast.shapes.scene import Scene, SceneObject, sample_scenes
-from v2l_fast.shapes.scoring import attribute_hits, plain
+from v2l_fast.shapes.world import Scene, SceneObject, sample_scenes
 
 
 def two() -> Scene:

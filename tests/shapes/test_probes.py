@@ -7,7 +7,7 @@ import pytest
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes import probes
 from v2l_fast.shapes.language import caption, parse_caption
-from v2l_fast.shapes.scene import SHAPES, sample_scenes
+from v2l_fast.shapes.world import SHAPES, sample_scenes
 
 SCENES = sample_scenes("test", 60, 3)
 

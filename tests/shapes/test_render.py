@@ -13,7 +13,7 @@ from v2l_fast.shapes.render import (
     render,
     write_clip,
 )
-from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, MOTIONS, Scene, SceneObject, sample_scenes
+from v2l_fast.shapes.world import BACKGROUNDS, COLORS, MOTIONS, Scene, SceneObject, sample_scenes
 from v2l_fast.video import frame_views, load_video, sample_indices
 
 

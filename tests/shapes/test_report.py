@@ -17,7 +17,7 @@ from v2l_fast.shapes import report as module
 from v2l_fast.shapes.language import caption
 from v2l_fast.shapes.report import PIECES, SHARES, Report, measure, right
 from v2l_fast.shapes.report_page import SECTIONS, write_page
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 
 
 @pytest.fixture(scope="module")

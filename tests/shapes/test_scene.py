@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from v2l_fast.shapes.scene import MOTIONS, SPLITS, Scene, SceneObject, sample_scenes
+from v2l_fast.shapes.world import MOTIONS, SPLITS, Scene, SceneObject, sample_scenes
 
 
 def one(motion: str, center=(0.5, 0.5)) -> SceneObject:

@@ -6,11 +6,10 @@ import random
 import pytest
 
 from v2l_fast.model import Video2LoRA
-from v2l_fast.shapes.base import ASSETS, BASE_FOLDER, HYPERNET_FOLDER
 from v2l_fast.shapes.evaluate import encoded_clips
-from v2l_fast.shapes.language import ask
-from v2l_fast.shapes.scene import sample_scenes
-from v2l_fast.shapes.scoring import attribute_hits, plain
+from v2l_fast.shapes.language import ask, attribute_hits, plain
+from v2l_fast.shapes.vlm import ASSETS, BASE_FOLDER, HYPERNET_FOLDER
+from v2l_fast.shapes.world import sample_scenes
 
 VIDEOS = 24
 

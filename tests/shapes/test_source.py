@@ -10,8 +10,8 @@ from v2l_fast.hypernet.config import INSTRUCTION
 from v2l_fast.shapes import source as module
 from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.render import SAMPLED_INDICES
-from v2l_fast.shapes.scene import sample_scenes
 from v2l_fast.shapes.source import clip_parts, prepare_base, shapes_sources
+from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.batches import context_groups, visual_features
 from v2l_fast.training.config import load_config
 from v2l_fast.training.step import TrainStep
@@ -112,7 +112,7 @@ def test_the_base_is_trained_where_it_is_missing(config, monkeypatch, tmp_path):
         (folder / "base").mkdir()
         (folder / "base" / "preprocessor_config.json").touch()
 
-    monkeypatch.setattr("v2l_fast.shapes.train_vlm.train_vlm", train_vlm)
+    monkeypatch.setattr("v2l_fast.shapes.train.train_vlm", train_vlm)
     for _ in range(2):
         assert prepare_base(config("run.seed=3")) == tmp_path / "base"
     assert trained == [(tmp_path, tmp_path / "vlm.json", 3, 1)]

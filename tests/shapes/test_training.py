@@ -4,17 +4,16 @@ import pytest
 import torch
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.shapes.augment import augment
-from v2l_fast.shapes.base import load_base, new_base, save_base
 from v2l_fast.shapes.pretrain_vision import Stage, pretrain_vision, random_frames
-from v2l_fast.shapes.prompts import Prompts
-from v2l_fast.shapes.scene import sample_scenes
-from v2l_fast.shapes.train_language import (
+from v2l_fast.shapes.render import augment
+from v2l_fast.shapes.train import (
     LanguageSettings,
     cache_visual_tokens,
     learning_rate,
     train_language,
 )
+from v2l_fast.shapes.vlm import Prompts, load_base, new_base, save_base
+from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.checkpoint import read_progress
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from v2l_fast.shapes.language import caption
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 
 # What a file can be instead of a video, and what its failure must say.
 REASONS = {

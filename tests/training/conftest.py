@@ -2,7 +2,7 @@
 
 import pytest
 
-from v2l_fast.shapes.prompts import Prompts
+from v2l_fast.shapes.vlm import Prompts
 
 
 @pytest.fixture

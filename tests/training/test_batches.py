@@ -8,8 +8,9 @@ import torch
 from tests import tiny
 from tests.training import plain
 from v2l_fast.data.samples import ContextSample, Sample
-from v2l_fast.shapes.scene import sample_scenes
-from v2l_fast.shapes.train_language import answer_logits, cache_visual_tokens
+from v2l_fast.shapes.train import answer_logits
+from v2l_fast.shapes.vlm import cache_visual_tokens
+from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.batches import pack_turns, turn_rows
 
 PAD = 99

@@ -36,11 +36,9 @@ from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.shapes.base import load_base
 from v2l_fast.shapes.language import ask
-from v2l_fast.shapes.prompts import Prompts
-from v2l_fast.shapes.scene import sample_scenes
-from v2l_fast.shapes.train_language import cache_visual_tokens
+from v2l_fast.shapes.vlm import Prompts, cache_visual_tokens, load_base
+from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training import step as step_module
 from v2l_fast.training.batches import ResponseRows, turn_rows
 from v2l_fast.training.step import StepOptions, TrainStep

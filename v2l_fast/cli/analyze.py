@@ -30,7 +30,7 @@ from v2l_fast.cli.options import (
 from v2l_fast.console import progress_bar, say, show_json, show_table
 
 if TYPE_CHECKING:
-    from v2l_fast.analysis.examples import Example, Progress
+    from v2l_fast.evaluation.examples import Example, Progress
     from v2l_fast.hypernet.adapter import Adapter
     from v2l_fast.model import Video2LoRA
     from v2l_fast.video import Clip
@@ -100,8 +100,8 @@ def norms(
     v2l analyze norms adapters/*.safetensors --out runs/norms
     """
     _check("norms", folder, adapters, force)
-    from v2l_fast.analysis.norms import adapter_norms
-    from v2l_fast.analysis.plots import plot_norms
+    from v2l_fast.evaluation.ablations import adapter_norms
+    from v2l_fast.evaluation.plots import plot_norms
 
     loaded = load_model(model, base, device, dtype)
     record = adapter_norms(loaded, [loaded.load_adapter(path) for path in adapters])
@@ -148,9 +148,9 @@ def rank(
     v2l shapes render clips --count 64 && v2l analyze rank --manifest clips/manifest.jsonl
     """
     _check("rank", folder, [manifest], force)
-    from v2l_fast.analysis.plots import plot_rank
-    from v2l_fast.analysis.rank import BUDGETS, rank_ablation
+    from v2l_fast.evaluation.ablations import BUDGETS, rank_ablation
     from v2l_fast.evaluation.metrics import token_f1
+    from v2l_fast.evaluation.plots import plot_rank
 
     def run(loaded: Video2LoRA, examples: list[Example], adapters: list[Adapter], bar: Progress):
         return rank_ablation(
@@ -187,8 +187,8 @@ def layers(
     v2l analyze layers --manifest clips/manifest.jsonl --limit 16
     """
     _check("layers", folder, [manifest], force)
-    from v2l_fast.analysis.layers import layer_removal
-    from v2l_fast.analysis.plots import plot_layers
+    from v2l_fast.evaluation.ablations import layer_removal
+    from v2l_fast.evaluation.plots import plot_layers
 
     reading = (manifest, root, split, limit, max_frames, longest_edge, exact_frames)
     record = _with_adapters(layer_removal, reading, (model, base, device, dtype))
@@ -219,8 +219,8 @@ def logits(
     v2l analyze logits --manifest clips/manifest.jsonl --limit 16
     """
     _check("logits", folder, [manifest], force)
-    from v2l_fast.analysis.attribution import logit_attribution
-    from v2l_fast.analysis.plots import plot_logits
+    from v2l_fast.evaluation.ablations import logit_attribution
+    from v2l_fast.evaluation.plots import plot_logits
 
     reading = (manifest, root, split, limit, max_frames, longest_edge, exact_frames)
     record = _with_adapters(logit_attribution, reading, (model, base, device, dtype))
@@ -263,10 +263,10 @@ def chunks(
     v2l analyze chunks --manifest clips/manifest.jsonl -c 1 -c 2 -c 8
     """
     _check("chunks", folder, [manifest], force)
-    from v2l_fast.analysis.chunks import COUNTS, compare_chunks
-    from v2l_fast.analysis.inputs import manifest_examples
-    from v2l_fast.analysis.plots import plot_chunks
+    from v2l_fast.evaluation.ablations import COUNTS, compare_chunks
+    from v2l_fast.evaluation.examples import manifest_examples
     from v2l_fast.evaluation.metrics import token_f1
+    from v2l_fast.evaluation.plots import plot_chunks
 
     examples = manifest_examples(manifest, None, root, split, limit)
     loaded = load_model(model, base, device, dtype)
@@ -327,12 +327,12 @@ def efficiency(
     v2l analyze efficiency --manifest vdc.jsonl --exact-frames --max-frames 8 --max-frames 128
     """
     _check("efficiency", folder, [manifest], force)
-    from v2l_fast.analysis.efficiency import compare_budgets
-    from v2l_fast.analysis.framefusion import FrameFusion
-    from v2l_fast.analysis.inputs import manifest_examples
-    from v2l_fast.analysis.methods import Setting
-    from v2l_fast.analysis.plots import plot_amortized, plot_budgets
+    from v2l_fast.evaluation.efficiency import compare_budgets
+    from v2l_fast.evaluation.examples import manifest_examples
+    from v2l_fast.evaluation.framefusion import FrameFusion
+    from v2l_fast.evaluation.methods import Setting
     from v2l_fast.evaluation.metrics import token_f1
+    from v2l_fast.evaluation.plots import plot_amortized, plot_budgets
 
     def draw(found: Mapping[str, Any], path: Path) -> None:
         plot_amortized(found["budgets"][0], path)
@@ -396,11 +396,11 @@ def sweep(
     v2l sweep --manifest clips/manifest.jsonl --limit 8 -f 8 -f 16 -f 32 -r 48 -r 96
     v2l sweep --manifest vdc.jsonl --model hypernet-500m/ --out runs/sweep-500m
     """
-    from v2l_fast.analysis.inputs import manifest_examples
-    from v2l_fast.analysis.plots import plot_sweep
-    from v2l_fast.analysis.sweep import COLUMNS, FRAMES, RESOLUTIONS
-    from v2l_fast.analysis.sweep import sweep as run
+    from v2l_fast.evaluation.examples import manifest_examples
     from v2l_fast.evaluation.metrics import token_f1
+    from v2l_fast.evaluation.plots import plot_sweep
+    from v2l_fast.evaluation.sweep import COLUMNS, FRAMES, RESOLUTIONS
+    from v2l_fast.evaluation.sweep import sweep as run
     from v2l_fast.video import FrameSampling
 
     folder = folder or Path("runs/sweep")
@@ -431,8 +431,7 @@ def _with_adapters(
     run: Callable[..., dict[str, Any]], reading: tuple, loading: tuple
 ) -> dict[str, Any]:
     """Read a manifest, internalize its videos and analyze the adapters."""
-    from v2l_fast.analysis.examples import internalize_each
-    from v2l_fast.analysis.inputs import manifest_examples
+    from v2l_fast.evaluation.examples import internalize_each, manifest_examples
     from v2l_fast.video import load_spans
 
     manifest, root, split, limit, max_frames, longest_edge, exact_frames = reading
@@ -475,8 +474,8 @@ def _write(
     Args:
         shown: field of a row -> its heading, for tables that show a part of the fields.
     """
-    from v2l_fast.analysis.records import write_csv
-    from v2l_fast.analysis.tables import columns
+    from v2l_fast.evaluation.records import write_csv
+    from v2l_fast.evaluation.tables import columns
     from v2l_fast.files import write_json
 
     folder = folder or Path("runs") / name

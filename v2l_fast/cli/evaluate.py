@@ -137,10 +137,9 @@ def evaluate(
     """
     from v2l_fast.data.manifest import load_manifest
     from v2l_fast.data.readers import ClipReader
-    from v2l_fast.evaluation.endpoint import JudgeSettings
-    from v2l_fast.evaluation.judge import Judge
-    from v2l_fast.evaluation.library import Settings
-    from v2l_fast.evaluation.pipeline import evaluate as run
+    from v2l_fast.evaluation.answers import Settings
+    from v2l_fast.evaluation.evaluate import evaluate as run
+    from v2l_fast.evaluation.judge import Judge, JudgeSettings
     from v2l_fast.outputs import check_folder
 
     folder = folder or Path("runs") / f"evaluate-{manifest_path.stem}"

@@ -40,7 +40,7 @@ def render(
     from v2l_fast.shapes.evaluate import clip_name, examples_for
     from v2l_fast.shapes.language import caption
     from v2l_fast.shapes.render import write_clip
-    from v2l_fast.shapes.scene import SPLITS, sample_scenes
+    from v2l_fast.shapes.world import SPLITS, sample_scenes
 
     if split not in SPLITS:
         raise typer.BadParameter(f"--split must be one of {', '.join(SPLITS)}, got {split}")
@@ -72,7 +72,7 @@ def train_vlm_command(
     Repeat the same command to continue after an interruption.
     """
     from v2l_fast.outputs import check_folder, check_output
-    from v2l_fast.shapes.train_vlm import train_vlm
+    from v2l_fast.shapes.train import train_vlm
 
     check_folder(folder)
     check_output(record, force=force)
@@ -112,7 +112,7 @@ def evaluate(
     from v2l_fast.shapes.evaluate import evaluate_files
     from v2l_fast.shapes.probes import probe
     from v2l_fast.shapes.report_page import probe_tables
-    from v2l_fast.shapes.scene import sample_scenes
+    from v2l_fast.shapes.world import sample_scenes
 
     check_output(record, force=force)
     torch.set_num_threads(threads)

@@ -15,20 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.data.manifest import Example
-from v2l_fast.evaluation.answering import BASELINE, SYSTEM
-from v2l_fast.evaluation.library import Settings
+from v2l_fast.evaluation.answers import BASELINE, SYSTEM, Settings
+from v2l_fast.evaluation.evaluate import Progress
+from v2l_fast.evaluation.evaluate import evaluate as evaluate_examples
 from v2l_fast.evaluation.metrics import exact_match
-from v2l_fast.evaluation.pipeline import Progress
-from v2l_fast.evaluation.pipeline import evaluate as evaluate_examples
 from v2l_fast.evaluation.report import text_scores
 from v2l_fast.evaluation.statistics import Interval, mean_interval, ratio_interval
 from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.model import Video2LoRA
-from v2l_fast.shapes.language import CAPTION_PROMPTS, ask_several, caption
+from v2l_fast.shapes.language import CAPTION_PROMPTS, ask_several, attribute_hits, caption, plain
 from v2l_fast.shapes.render import CLIP_SECONDS, FRAME_TIMES, render, write_clip
-from v2l_fast.shapes.scene import Scene
-from v2l_fast.shapes.scoring import attribute_hits, plain
 from v2l_fast.shapes.vlm import IMAGE_SIZE
+from v2l_fast.shapes.world import Scene
 from v2l_fast.video import Clip, load_video
 from v2l_fast.vlm.smolvlm import SmolVLM
 
@@ -83,7 +81,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """The record of :func:`v2l_fast.evaluation.pipeline.evaluate` on rendered frames, with
+    """The record of :func:`v2l_fast.evaluation.evaluate.evaluate` on rendered frames, with
     "attributes" and "caption_exact" (shares stated rightly with 95% intervals, by condition),
     "wrong_captions" (see :func:`wrong_captions`), "samples" and the Markdown "table"."""
     examples = examples_for(scenes, seed=seed)

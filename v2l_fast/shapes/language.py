@@ -10,7 +10,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene, SceneObject
+from v2l_fast.shapes.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene, SceneObject
 
 CAPTION_PROMPTS = (
     "Describe the video.",
@@ -148,3 +148,18 @@ def ask_several(scene: Scene, count: int, rng: random.Random) -> list[Turn]:
         del weights[kind]
         turns.append(ask(scene, kind, rng))
     return turns
+
+
+# --- scoring --------------------------------------------------------------------------------------
+
+
+def attribute_hits(text: str, scene: Scene) -> tuple[int, int]:
+    """(attributes of the scene that the caption states rightly, attributes of the scene)."""
+    wanted, stated = attributes(scene), parse_caption(text)
+    return sum(stated.get(slot) == value for slot, value in wanted.items()), len(wanted)
+
+
+def plain(text: str) -> str:
+    """Lower-case words without punctuation: what an exact match compares."""
+    kept = "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower())
+    return " ".join(kept.split())

@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SmolVLMForConditionalGeneration
 
-from v2l_fast.shapes.augment import augment
-from v2l_fast.shapes.render import draw_frames
-from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES
+from v2l_fast.shapes.render import augment, draw_frames
 from v2l_fast.shapes.vlm import IMAGE_SIZE, TOKENS_PER_FRAME, pixel_values, visual_tokens
+from v2l_fast.shapes.world import BACKGROUNDS, COLORS, SHAPES, SIZES
 from v2l_fast.training.checkpoint import (
     load_checkpoint,
     read_progress,

@@ -12,16 +12,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from v2l_fast.evaluation.answering import BASELINE, NONE, OTHER, SYSTEM
+from v2l_fast.evaluation.answers import BASELINE, NONE, OTHER, SYSTEM
 from v2l_fast.evaluation.statistics import ratio_interval
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.evaluate import MAX_NEW_TOKENS, rendered_clips
-from v2l_fast.shapes.language import CAPTION_PROMPTS, ask, parse_caption, question_kinds
+from v2l_fast.shapes.language import (
+    CAPTION_PROMPTS,
+    ask,
+    attribute_hits,
+    parse_caption,
+    plain,
+    question_kinds,
+)
 from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, render
-from v2l_fast.shapes.scene import COLORS, MOTIONS, SHAPES, SIZES, Scene
-from v2l_fast.shapes.scoring import attribute_hits, plain
 from v2l_fast.shapes.vlm import IMAGE_SIZE
+from v2l_fast.shapes.world import COLORS, MOTIONS, SHAPES, SIZES, Scene
 from v2l_fast.video import Clip, sample_indices
 
 Progress = Callable[[str, int, int], None]

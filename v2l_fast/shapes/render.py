@@ -13,10 +13,11 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from v2l_fast.files import replacing
-from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, SHAPES, Scene
+from v2l_fast.shapes.world import BACKGROUNDS, COLORS, SHAPES, Scene
 
 CLIP_SECONDS = 8
 CLIP_FPS = 4
@@ -102,3 +103,20 @@ def write_clip(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+# --- augment --------------------------------------------------------------------------------------
+
+
+def augment(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Random blur, gain, offset and noise; float [N, 3, H, W] in 0..255 -> the same."""
+    count = len(frames)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(count, 1, 1, 1, generator=generator) * (high - low) + low
+
+    soft = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    mixed = torch.lerp(frames, soft, uniform(-0.15, 0.4))
+    mixed = mixed * uniform(0.96, 1.04) + uniform(-6.0, 6.0)
+    noise = torch.randn(frames.shape, generator=generator) * uniform(0.0, 5.0)
+    return (mixed + noise).clamp_(0, 255)

@@ -1,7 +1,7 @@
 """Every result on the shapes world: measured piece by piece, each kept as a JSON record.
 
 Responsible for what is measured, on how many videos and with which scores; an interrupted report
-goes on with the piece it was at. The analyses are `v2l_fast.analysis`'s, the table of conditions
+goes on with the piece it was at. The analyses are `v2l_fast.evaluation`'s, the table of conditions
 `evaluate`'s, the page `report_page`'s.
 
 Scores are attribute accuracy for captions and exact match for questions: template captions share so
@@ -19,17 +19,19 @@ from typing import Any
 
 import torch
 
-from v2l_fast.analysis.attribution import logit_attribution
-from v2l_fast.analysis.chunks import compare_chunks
-from v2l_fast.analysis.efficiency import compare_budgets
-from v2l_fast.analysis.examples import Example, Progress, internalize_each, silent
-from v2l_fast.analysis.framefusion import FrameFusion
-from v2l_fast.analysis.layers import layer_removal
-from v2l_fast.analysis.methods import Setting
-from v2l_fast.analysis.norms import adapter_norms
-from v2l_fast.analysis.rank import rank_ablation
-from v2l_fast.analysis.sweep import sweep
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.ablations import (
+    adapter_norms,
+    compare_chunks,
+    layer_removal,
+    logit_attribution,
+    rank_ablation,
+)
+from v2l_fast.evaluation.efficiency import compare_budgets
+from v2l_fast.evaluation.examples import Example, Progress, internalize_each, silent
+from v2l_fast.evaluation.framefusion import FrameFusion
+from v2l_fast.evaluation.methods import Setting
+from v2l_fast.evaluation.sweep import sweep
 from v2l_fast.files import LARGE_BYTES, read_json
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
@@ -42,11 +44,10 @@ from v2l_fast.shapes.evaluate import (
     examples_for,
     rendered_clips,
 )
-from v2l_fast.shapes.language import CAPTION_PROMPTS, caption, parse_caption
+from v2l_fast.shapes.language import CAPTION_PROMPTS, caption, parse_caption, plain
 from v2l_fast.shapes.probes import probe
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import Scene, sample_scenes
-from v2l_fast.shapes.scoring import plain
+from v2l_fast.shapes.world import Scene, sample_scenes
 
 # Videos of a piece, as a share of the report's (512): the expensive ones take fewer.
 SHARES = {

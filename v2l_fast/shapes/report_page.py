@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.analysis.plots import (
+from v2l_fast.evaluation.answers import BASELINE, SYSTEM
+from v2l_fast.evaluation.plots import (
     plot_amortized,
     plot_budgets,
     plot_chunks,
@@ -17,8 +18,7 @@ from v2l_fast.analysis.plots import (
     plot_rank,
     plot_sweep,
 )
-from v2l_fast.analysis.tables import interval_text, markdown
-from v2l_fast.evaluation.answering import BASELINE, SYSTEM
+from v2l_fast.evaluation.tables import interval_text, markdown
 from v2l_fast.files import write_text
 
 Record = Mapping[str, Any]

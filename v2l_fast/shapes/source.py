@@ -20,11 +20,9 @@ from v2l_fast.console import note
 from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.shapes.language import Turn, ask, ask_several
-from v2l_fast.shapes.prompts import Prompts
 from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, NUM_FRAMES
-from v2l_fast.shapes.scene import Scene, sample_scenes
-from v2l_fast.shapes.train_language import cache_visual_tokens
-from v2l_fast.shapes.vlm import IMAGE_SIZE
+from v2l_fast.shapes.vlm import IMAGE_SIZE, Prompts, cache_visual_tokens
+from v2l_fast.shapes.world import Scene, sample_scenes
 from v2l_fast.tensor_files import load_tensors, save_tensors
 from v2l_fast.training.config import TrainConfig
 from v2l_fast.video import sample_indices
@@ -162,7 +160,7 @@ def shapes_sources(
 def prepare_base(config: TrainConfig) -> Path:
     """The folder of the run's own tiny VLM, which is trained first where it is missing."""
     # The heaviest part of this world, not needed once the model is there.
-    from v2l_fast.shapes.train_vlm import train_vlm
+    from v2l_fast.shapes.train import train_vlm
 
     folder = Path(config.run.folder)
     # Written last, so the rest is there too.

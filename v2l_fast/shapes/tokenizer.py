@@ -13,7 +13,7 @@ import re
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from v2l_fast.shapes.scene import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES
+from v2l_fast.shapes.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES
 from v2l_fast.vlm.smolvlm_prompt import (
     END_OF_UTTERANCE,
     FAKE_TOKEN,

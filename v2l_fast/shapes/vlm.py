@@ -6,10 +6,28 @@ Training is `train_vlm`'s.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 from transformers.models.llama.configuration_llama import LlamaConfig
+
+from v2l_fast.files import write_json
+from v2l_fast.hypernet.config import INSTRUCTION
+from v2l_fast.shapes.render import CLIP_SECONDS, FRAME_TIMES, TIMESTAMPS, augment, render
+from v2l_fast.shapes.tokenizer import build_tokenizer
+from v2l_fast.shapes.world import Scene
+from v2l_fast.vlm.smolvlm import SmolVLM
+from v2l_fast.vlm.smolvlm_prompt import chat, video_text
 
 IMAGE_SIZE = 48
 TOKENS_PER_FRAME = 4
@@ -67,6 +85,28 @@ def video_tokens(model: SmolVLMForConditionalGeneration, frames: Tensor) -> Tens
     return tokens.unflatten(0, frames.shape[:2])
 
 
+@torch.no_grad()
+def cache_visual_tokens(
+    model: SmolVLMForConditionalGeneration,
+    scenes: Sequence[Scene],
+    seed: int | None,
+    times: Sequence[float] = FRAME_TIMES,
+    chunk: int = 64,
+    report: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """Visual tokens [B, F, T, D] of the scenes' frames at `times`, augmented unless `seed` is
+    None."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    parts = []
+    for start in range(0, len(scenes), chunk):
+        report(start)
+        frames = render(scenes[start : start + chunk], IMAGE_SIZE, times)
+        if generator is not None:
+            frames = augment(frames.flatten(0, 1).float(), generator).view(frames.shape)
+        parts.append(video_tokens(model, frames))
+    return torch.cat(parts)
+
+
 def freeze(module: nn.Module) -> None:
     """Evaluation mode, no gradients."""
     module.eval()
@@ -78,3 +118,113 @@ def seeded_model(config: SmolVLMConfig, seed: int) -> SmolVLMForConditionalGener
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return SmolVLMForConditionalGeneration(config)
+
+
+# --- base -----------------------------------------------------------------------------------------
+
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "shapes"
+BASE_FOLDER = ASSETS / "base"
+HYPERNET_FOLDER = ASSETS / "hypernet"
+
+_PREPROCESSOR = {
+    "image_processor_type": "SmolVLMImageProcessor",
+    "processor_class": "SmolVLMProcessor",
+    "do_convert_rgb": True,
+    "do_image_splitting": True,
+    "do_normalize": True,
+    "do_pad": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "max_image_size": {"longest_edge": IMAGE_SIZE},
+    "resample": 1,
+    "rescale_factor": 1 / 255,
+    "size": {"longest_edge": IMAGE_SIZE},
+    "video_sampling": {
+        "fps": 1,
+        "max_frames": 64,
+        "video_size": {"longest_edge": IMAGE_SIZE},
+    },
+}
+
+
+def new_base(seed: int) -> tuple[SmolVLMForConditionalGeneration, PreTrainedTokenizerFast]:
+    """An untrained model and its tokenizer."""
+    tokenizer = build_tokenizer()
+    config = shapes_vlm_config(
+        vocab_size=len(tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return seeded_model(config, seed), tokenizer
+
+
+def save_base(
+    model: SmolVLMForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: str | Path
+) -> None:
+    """Write weights in bfloat16, config, generation config, tokenizer and preprocessor config."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = model.dtype
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", _PREPROCESSOR)
+
+
+def load_base(folder: str | Path = BASE_FOLDER) -> SmolVLM:
+    """The frozen model as any other backbone, in float32.
+
+    Raises CheckpointError when the folder is missing or incomplete.
+    """
+    return SmolVLM.from_pretrained(folder)
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def shapes_video_text() -> str:
+    """What stands for a shapes clip in the user's turn: eight untiled frames."""
+    return video_text(len(TIMESTAMPS), TIMESTAMPS, CLIP_SECONDS, 0, 0, TOKENS_PER_FRAME)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompt ids under one tokenizer, remembered by text."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def ids(self, text: str) -> list[int]:
+        found = self._memory.get(text)
+        if found is None:
+            found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            self._memory[text] = found
+        return found
+
+    @cached_property
+    def _memory(self) -> dict[str, list[int]]:
+        return {}
+
+    @cached_property
+    def video_prefix(self) -> list[int]:
+        return self.ids(chat(shapes_video_text(), False).removesuffix("<end_of_utterance>\n"))
+
+    @cached_property
+    def text_prefix(self) -> list[int]:
+        return self.ids(chat("", False).removesuffix("<end_of_utterance>\n"))
+
+    @cached_property
+    def context(self) -> list[int]:
+        """`[video] + instruction` as the hypernetwork's context pass reads it."""
+        return self.video_prefix + self.ids(f"{INSTRUCTION}<end_of_utterance>\n")
+
+    def question(self, text: str) -> list[int]:
+        """The rest of the user's turn and the assistant's opening."""
+        return self.ids(f"{text}<end_of_utterance>\nAssistant:")
+
+    def answer(self, text: str) -> list[int]:
+        return self.ids(f" {text}<end_of_utterance>")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.evaluation.benchmarks import annotations as read
-from v2l_fast.evaluation.benchmarks import prompts
 from v2l_fast.evaluation.benchmarks.annotations import BenchmarkError, get, stem
 
 
@@ -52,7 +51,7 @@ def activitynet_captions(path: Path) -> Iterator[Item]:
     """
     for video, row in read.read_mapping(path).items():
         target = " ".join(str(s).strip() for s in get(path, video, row, "sentences"))
-        yield Item(video, (video,), "caption", prompts.ACTIVITYNET_CAPTIONS, target)
+        yield Item(video, (video,), "caption", ACTIVITYNET_CAPTIONS, target)
 
 
 def plm_rdcap(path: Path) -> Iterator[Item]:
@@ -71,7 +70,7 @@ def plm_rdcap(path: Path) -> Iterator[Item]:
         parts = get(path, where, row, "dense_captions")
         parts = sorted(parts, key=lambda part: get(path, where, part, "start_frame"))
         target = " ".join(get(path, where, part, "caption").strip() for part in parts)
-        yield _region(path, where, row, prompts.PLM_RDCAP, target, None)
+        yield _region(path, where, row, PLM_RDCAP, target, None)
 
 
 def plm_rcap(path: Path) -> Iterator[Item]:
@@ -88,7 +87,7 @@ def plm_rcap(path: Path) -> Iterator[Item]:
         names = ("start_frame", "end_frame", "total_frames")
         first, last, total = (int(get(path, where, row, name)) for name in names)
         target = get(path, where, row, "caption")
-        yield _region(path, where, row, prompts.PLM_RCAP, target, (first, last, total))
+        yield _region(path, where, row, PLM_RCAP, target, (first, last, total))
 
 
 def vdc(path: Path) -> Iterator[Item]:
@@ -100,7 +99,7 @@ def vdc(path: Path) -> Iterator[Item]:
     """
     for where, row in read.read_lines(path):
         name = stem(get(path, where, row, "video_name"))
-        for style, prompt in prompts.VDC.items():
+        for style, prompt in VDC.items():
             target = get(path, where, row, f"{style}_caption")
             yield Item(f"{name}/{style}", (name,), "caption", prompt, target, style)
 
@@ -118,7 +117,7 @@ def carebench(path: Path) -> Iterator[Item]:
     """
     for where, row in read.read_list(path):
         video = stem(get(path, where, row, "video"))
-        for subset, prompt in prompts.CAREBENCH.items():
+        for subset, prompt in CAREBENCH.items():
             target = get(path, where, row, subset)
             if isinstance(target, list):
                 target = "; ".join(str(part).strip() for part in target)
@@ -219,4 +218,53 @@ def _question(
     id_: str, videos: tuple[str, ...], text: str, answer: str, kind: str | int | None
 ) -> Item:
     metadata = {} if kind is None else {"kind": kind}
-    return Item(id_, videos, "qa", prompts.question(text), answer, metadata=metadata)
+    return Item(id_, videos, "qa", question_prompt(text), answer, metadata=metadata)
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+ACTIVITYNET_CAPTIONS = "Describe what is happening in this video."
+PLM_RDCAP = "Describe what happens in this video."
+PLM_RCAP = "Describe what happens in this video clip."
+
+# subset -> prompt
+VDC = {
+    "short": "Summarize this video in one detailed sentence.",
+    "detailed": "Describe this video in detail.",
+    "camera": "Describe the camera work, framing, and viewpoint in this video.",
+    "background": "Describe the background, setting, and environment in this video.",
+    "main_object": "Describe the main subject and its actions in this video.",
+}
+CAREBENCH = {
+    "caption": (
+        "Describe the video in as much useful visual detail as possible. Include the main "
+        "activity, visible people or objects, scene context, appearance, and any important visual "
+        "details that help explain what is happening."
+    ),
+    "events": (
+        "Describe the key visible events in chronological order. Include all important actions "
+        "and changes you can observe, with enough detail to distinguish each event clearly."
+    ),
+    "objects": (
+        "Describe the important visible objects and entities in the video in as much useful "
+        "detail as possible. Include their appearance, location, and role in the scene when "
+        "visible."
+    ),
+    "spatial_caption": (
+        "Describe the spatial layout in as much useful detail as possible: where the people, "
+        "objects, and scene elements are located, how they are positioned relative to each other, "
+        "and what parts of the scene are in the foreground, background, left, right, center, "
+        "above, or below."
+    ),
+    "temporal_caption": (
+        "Describe the temporal progression in as much useful detail as possible. Explain what "
+        "happens over time, the order of visible actions, and how the scene or subjects change "
+        "from the beginning to the end."
+    ),
+}
+
+
+def question_prompt(text: str) -> str:
+    """The one template of all four question benchmarks."""
+    return f"{text.strip()} Answer only the question, in one sentence."

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from v2l_fast.analysis.prefix import Prefix
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.prefix import Prefix
 from v2l_fast.vlm import Prompt
 from v2l_fast.vlm.decoder import AttentionMetadata, Decoder, StaticKVCache
 
@@ -114,7 +114,7 @@ def reduced_prefix(
     room: int,
     reduction: Reduction | None = None,
 ) -> tuple[Prefix, Tensor]:
-    """:func:`~v2l_fast.analysis.prefix.prefill` with token reduction on the way, and the last
+    """:func:`~v2l_fast.evaluation.prefix.prefill` with token reduction on the way, and the last
     token's hidden state [1, D] behind the last layer."""
     cache = decoder.new_cache(1, len(prompt) + room)
     *layers, last = reduced_layers(decoder, prompt, frames, settings, cache, reduction)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from v2l_fast.analysis import sweep as module
-from v2l_fast.analysis.examples import Example
-from v2l_fast.analysis.sweep import measure_cell, sweep
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation import sweep as module
+from v2l_fast.evaluation.examples import Example
 from v2l_fast.evaluation.metrics import token_f1
+from v2l_fast.evaluation.sweep import measure_cell, sweep
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.shapes.render import write_clip
-from v2l_fast.shapes.scene import sample_scenes
+from v2l_fast.shapes.world import sample_scenes
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 
-from tests.analysis.plain import with_update
-from v2l_fast.analysis.attribution import (
+from tests.evaluation.plain import with_update
+from v2l_fast.evaluation.ablations import (
     answer_direction,
     attribute,
+    log_probabilities,
     logit_attribution,
     residual_shifts,
 )
-from v2l_fast.analysis.scores import log_probabilities
 from v2l_fast.model import Video2LoRA
 from v2l_fast.vlm.smolvlm import SmolVLM
 

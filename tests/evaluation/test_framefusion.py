@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests import tiny
-from v2l_fast.analysis.framefusion import (
+from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.framefusion import (
     FrameFusion,
     Reduction,
     reduced_layers,
     reduced_prefix,
 )
-from v2l_fast.analysis.prefix import continue_greedily
-from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.prefix import continue_greedily
 from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.video import Clip
 from v2l_fast.vlm import Prompt

@@ -22,13 +22,20 @@ from typing import Any
 
 from v2l_fast.data.manifest import Example, VideoExamples, group_by_video
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.answering import BASELINE, SYSTEM, answer_all, conditions_for
+from v2l_fast.evaluation.answers import (
+    BASELINE,
+    SYSTEM,
+    Library,
+    Loader,
+    Settings,
+    answer_all,
+    conditions_for,
+)
 from v2l_fast.evaluation.journal import Journal
-from v2l_fast.evaluation.judge import Judge
-from v2l_fast.evaluation.judging import judge_all, judge_pairs
-from v2l_fast.evaluation.library import Library, Loader, Settings
+from v2l_fast.evaluation.judge import Judge, Preference
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import markdown, summarize, text_scores
+from v2l_fast.evaluation.rubrics import Task
 from v2l_fast.files import write_json, write_text
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
@@ -224,3 +231,64 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
             "one failure is left out: with many failures the judge's rows describe the easy pairs."
         )
     return notes
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def judge_all(
+    judge: Judge,
+    examples: Sequence[Example],
+    answers: Mapping[str, Mapping[str, str]],
+    progress: Progress,
+) -> dict[str, dict[str, float]]:
+    """Scores by condition; an example whose judgment failed has none there."""
+    asked = [(name, e) for name, texts in answers.items() for e in examples if e.id in texts]
+    verdicts = judge.score(
+        [_task(e) for _, e in asked],
+        [answers[name][e.id] for name, e in asked],
+        lambda done, total: progress("judging", done, total),
+    )
+    scores: dict[str, dict[str, float]] = {name: {} for name in answers}
+    for (name, example), verdict in zip(asked, verdicts, strict=True):
+        if verdict.score is not None:
+            scores[name][example.id] = verdict.score
+    return scores
+
+
+def judge_pairs(
+    judge: Judge,
+    examples: Sequence[Example],
+    answers: Mapping[str, Mapping[str, str]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """How often system, baseline or neither is preferred, and both mean scores."""
+    system, baseline = answers[SYSTEM], answers[BASELINE]
+    shared = [e for e in examples if e.id in system and e.id in baseline]
+    found = judge.compare(
+        [_task(e) for e in shared],
+        [system[e.id] for e in shared],
+        [baseline[e.id] for e in shared],
+        progress=lambda done, total: progress("judging pairs", done, total),
+    )
+    kept = [p for p in found if isinstance(p, Preference)]
+    return {
+        "pairs": len(kept),
+        "failed": len(found) - len(kept),
+        "system_preferred": sum(p.preferred == 1 for p in kept),
+        "ties": sum(p.preferred == 0 for p in kept),
+        "baseline_preferred": sum(p.preferred == -1 for p in kept),
+        "system": _mean([p.first for p in kept]),
+        "baseline": _mean([p.second for p in kept]),
+    }
+
+
+def _task(example: Example) -> Task:
+    return Task(example.prompt, example.target_text, example.is_caption)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 
-from v2l_fast.analysis import plots
-from v2l_fast.analysis.attribution import logit_attribution
-from v2l_fast.analysis.chunks import compare_chunks
-from v2l_fast.analysis.efficiency import compare_methods
-from v2l_fast.analysis.layers import layer_removal
-from v2l_fast.analysis.methods import Setting
-from v2l_fast.analysis.norms import adapter_norms
-from v2l_fast.analysis.rank import rank_ablation
-from v2l_fast.analysis.records import write_csv
-from v2l_fast.analysis.sweep import sweep
-from v2l_fast.analysis.tables import columns, markdown
+from v2l_fast.evaluation import plots
+from v2l_fast.evaluation.ablations import (
+    adapter_norms,
+    compare_chunks,
+    layer_removal,
+    logit_attribution,
+    rank_ablation,
+)
+from v2l_fast.evaluation.efficiency import compare_methods
+from v2l_fast.evaluation.methods import Setting
 from v2l_fast.evaluation.metrics import token_f1
+from v2l_fast.evaluation.records import write_csv
+from v2l_fast.evaluation.sweep import sweep
+from v2l_fast.evaluation.tables import columns, markdown
 
 ROWS = [
     {"k": 1, "score": {"estimate": 0.5, "low": 0.25, "high": 0.75}, "by": {"a": 0.123456}},

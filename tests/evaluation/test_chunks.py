@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from v2l_fast.analysis.chunks import compare_chunks
-from v2l_fast.analysis.examples import Example
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.ablations import compare_chunks
+from v2l_fast.evaluation.examples import Example
 from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.video.splitting import split_clip

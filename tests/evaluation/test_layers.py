@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.analysis.plain import log_probability, with_update
-from v2l_fast.analysis.layers import layer_removal, removal_effects
-from v2l_fast.analysis.norms import adapter_norms
-from v2l_fast.analysis.scores import diagnostic_scores
+from tests.evaluation.plain import log_probability, with_update
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.ablations import (
+    adapter_norms,
+    diagnostic_scores,
+    layer_removal,
+    removal_effects,
+)
 
 
 def best(backbone, weights, example) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from v2l_fast.analysis.examples import Example, interval
+from v2l_fast.evaluation.examples import Example, interval
 from v2l_fast.evaluation.statistics import mean_interval
 
 

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from v2l_fast.analysis.efficiency import amortized, break_even, compare_methods
-from v2l_fast.analysis.framefusion import FrameFusion
-from v2l_fast.analysis.methods import METHODS, Setting
-from v2l_fast.analysis.prefix import continue_greedily, prefill
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.efficiency import amortized, break_even, compare_methods
+from v2l_fast.evaluation.framefusion import FrameFusion
+from v2l_fast.evaluation.methods import METHODS, Setting
 from v2l_fast.evaluation.metrics import token_f1
+from v2l_fast.evaluation.prefix import continue_greedily, prefill
 
 LONG = "what happens after the large circle moves left, and which color is it then?"
 QUESTIONS = ("what happens?", LONG, "which color?")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.analysis.plain import log_probability, with_update
-from v2l_fast.analysis.scores import diagnostic_scores, log_probabilities
+from tests.evaluation.plain import log_probability, with_update
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.ablations import diagnostic_scores, log_probabilities
 
 PROMPT = "what happens?"
 CANDIDATES = ("red circle moves left then right", "blue", "a large square stays after the circle")

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from v2l_fast.analysis.framefusion import (
+from v2l_fast.evaluation.framefusion import (
     FrameFusion,
     Reduction,
     reduced_layers,
     reduced_prefix,
 )
-from v2l_fast.analysis.prefix import continue_greedily, prefill
+from v2l_fast.evaluation.prefix import continue_greedily, prefill
 from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from v2l_fast.analysis.examples import (
+from v2l_fast.evaluation.efficiency import PeakMemory, Stopwatch, timed
+from v2l_fast.evaluation.examples import (
     Example,
     Metric,
     Progress,
@@ -27,7 +28,6 @@ from v2l_fast.analysis.examples import (
     interval,
     silent,
 )
-from v2l_fast.analysis.timing import PeakMemory, Stopwatch, timed
 from v2l_fast.generation import Answer
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
@@ -96,11 +96,11 @@ def measure_cell(
         unless no video is left or memory ran out ("failed" says so):
         "score_direct", "score_adapter", "score_change" (interval of adapter - direct, paired);
         "controls" (condition -> score, see
-        :func:`~v2l_fast.analysis.examples.control_scores`);
+        :func:`~v2l_fast.evaluation.examples.control_scores`);
         "first_token_direct", "first_token_adapter" (s, medians, from decoded frames) and their
         ratio "speedup"; "tokens_direct", "tokens_adapter" (prompt tokens, means) and their ratio
         "token_reduction"; "internalization", stage -> s (medians over videos); "peak_direct",
-        "peak_internalization" (bytes, see :class:`~v2l_fast.analysis.timing.PeakMemory`).
+        "peak_internalization" (bytes, see :class:`~v2l_fast.evaluation.efficiency.PeakMemory`).
     """
     cell = _Cell(model, frames, longest_edge, max_new_tokens)
     shape: dict[str, Any] = {"frames": frames, "longest_edge": longest_edge}

@@ -9,12 +9,17 @@ at the first n with P + n·q < n·d.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeVar
 
-from v2l_fast.analysis.examples import (
+import torch
+
+from v2l_fast.evaluation.examples import (
     Example,
     Metric,
     Progress,
@@ -24,9 +29,8 @@ from v2l_fast.analysis.examples import (
     interval,
     silent,
 )
-from v2l_fast.analysis.framefusion import Reduction
-from v2l_fast.analysis.methods import DIRECT, METHODS, Method, Setting
-from v2l_fast.analysis.timing import timed
+from v2l_fast.evaluation.framefusion import Reduction
+from v2l_fast.evaluation.methods import DIRECT, METHODS, Method, Setting
 
 
 def amortized(preparation: float, query: float, questions: int) -> float:
@@ -61,7 +65,7 @@ def compare_methods(
         "videos", "keep" (of FrameFusion), "questions", "questions_per_video", "visual_tokens"
         (mean of direct prompts),
         "controls" (condition -> interval of the score, see
-        :func:`~v2l_fast.analysis.examples.control_scores`) and "rows": for each method "method",
+        :func:`~v2l_fast.evaluation.examples.control_scores`) and "rows": for each method "method",
         "preparation" and "first_token" (s), "bytes" (mean a video), "score" (interval over
         videos), "amortized" (s a question at the mean number of questions), "break_even"
         (questions; null: never), "same_as_direct", the share of answers whose tokens are direct
@@ -176,3 +180,84 @@ def _visual_tokens(setting: Setting, groups: Sequence[Sequence[Example]]) -> flo
     backbone = setting.model.backbone
     counts = [backbone.video_prefix(setting.encode(g[0].video)).visual_tokens for g in groups]
     return sum(counts) / len(counts)
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+Result = TypeVar("Result")
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def finished(device: torch.device) -> float:
+    """The clock once everything enqueued on the device is done, seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:
+    """What ``work`` returns and the seconds it took."""
+    start = finished(device)
+    result = work()
+    return result, finished(device) - start
+
+
+class Stopwatch:
+    """Seconds of each stage, as a progress callback: a report ends the stage before it.
+
+    Attributes:
+        seconds: stage -> seconds so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = device
+        self._stage: str | None = None
+        self._since = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.stop()
+        self._stage = stage
+
+    def stop(self) -> None:
+        """End the stage that runs."""
+        now = finished(self._device)
+        if self._stage is not None:
+            self.seconds[self._stage] += now - self._since
+        self._stage, self._since = None, now
+
+
+class PeakMemory:
+    """Peak memory within a ``with`` block.
+
+    On a GPU what the allocator held at most; on a CPU the process's largest resident set, where
+    the system lets a process reset it (Linux).
+
+    Attributes:
+        bytes: known behind the block; None where it cannot be measured.
+    """
+
+    bytes: int | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._measured = True
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return self
+        try:
+            _RESET.write_text("5")
+        except OSError:
+            self._measured = False
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self._device)
+        elif self._measured:
+            (line,) = (x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+            self.bytes = int(line.split()[1]) * 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from v2l_fast.analysis.examples import Example
+from v2l_fast.evaluation.examples import Example
 from v2l_fast.video import Clip
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import tiny
-from v2l_fast.analysis.rank import STRATEGIES, kept_directions, rank_ablation
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.ablations import STRATEGIES, kept_directions, rank_ablation
 from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.model import Video2LoRA

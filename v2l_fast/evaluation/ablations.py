@@ -1,0 +1,456 @@
+"""Teacher-forced scores of reference strings (paper Eqs. 10 and 11).
+
+A candidate's tokens are those the model would generate for it, without the stop token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.examples import (
+    ANOTHER,
+    NONE,
+    Example,
+    Metric,
+    Progress,
+    answer_scores,
+    control_scores,
+    internalize_each,
+    interval,
+    other_adapters,
+    silent,
+)
+from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.model import Video2LoRA
+
+# Rows of one forward pass: every row may carry an adapter of its own.
+_ROWS = 8
+
+
+def candidate_ids(model: Video2LoRA, candidates: Sequence[str]) -> list[list[int]]:
+    """Token ids z of each candidate string as an answer.
+
+    Raises:
+        ConfigError: a candidate has no tokens.
+    """
+    ids = [model.backbone.prompt_builder.answer(text, finished=False) for text in candidates]
+    for text, found in zip(candidates, ids, strict=True):
+        if not found:
+            raise ConfigError(f"the reference {text!r} has no tokens: give one that says something")
+    return ids
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Video2LoRA,
+    prompt: str,
+    candidates: Sequence[str],
+    adapters: Sequence[Adapter | None],
+) -> Tensor:
+    """Length-normalized log-probability of every candidate under every adapter (Eq. 10).
+
+    Returns:
+        [len(adapters), len(candidates)] float64 on the CPU, nats a token.
+    """
+    decoder = model.backbone.decoder
+    question = model.backbone.prompt_builder.question(prompt)
+    answers = candidate_ids(model, candidates)
+    pairs = [(adapter, answer) for adapter in adapters for answer in answers]
+    found = []
+    for start in range(0, len(pairs), _ROWS):
+        part = pairs[start : start + _ROWS]
+        rows = [torch.tensor(question + answer[:-1]) for _, answer in part]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(decoder.device)
+        attached = [None if a is None else model.attach(a) for a, _ in part]
+        slots = AdapterBank.pack(attached, decoder.device, decoder.dtype)
+        hidden = decoder.forward(decoder.embed(ids), adapters=slots)
+        for row, (_, answer) in enumerate(part):
+            # Position of the token before each answer token.
+            first = len(question) - 1
+            logits = decoder.logits(hidden[row, first : first + len(answer)])
+            chosen = torch.tensor(answer, device=logits.device)[:, None]
+            found.append(logits.double().log_softmax(-1).gather(1, chosen).mean().cpu())
+    return torch.stack(found).view(len(adapters), len(answers))
+
+
+def diagnostic_scores(
+    model: Video2LoRA,
+    prompt: str,
+    references: Sequence[str],
+    adapters: Sequence[Adapter | None],
+) -> Tensor:
+    """S of each adapter: its best reference's log-probability (Eq. 11), [len(adapters)]."""
+    return log_probabilities(model, prompt, references, adapters).amax(1)
+
+
+# --- rank -----------------------------------------------------------------------------------------
+
+
+BUDGETS = (1, 2, 4, 8, 16)
+SEEDS = (0, 1, 2)
+STRATEGIES = ("top", "bottom", "random", "remove-top")
+
+
+def kept_directions(
+    strategy: str, k: int, rank: int, seeds: Sequence[int] = SEEDS
+) -> list[tuple[int, str, int]]:
+    """``Adapter.prune`` arguments of a strategy at budget k: one, or one for each random seed.
+
+    Removing the k highest keeps the rank - k lowest.
+    """
+    keep = rank - k if strategy == "remove-top" else k
+    if keep in (0, rank):
+        # One choice, whatever the strategy.
+        return [(keep, "norm", 0)]
+    if strategy == "random":
+        return [(keep, "random", seed) for seed in seeds]
+    return [(keep, "norm" if strategy == "top" else "bottom", 0)]
+
+
+def rank_ablation(
+    model: Video2LoRA,
+    examples: Sequence[Example],
+    adapters: Sequence[Adapter],
+    metric: Metric,
+    budgets: Sequence[int] = BUDGETS,
+    seeds: Sequence[int] = SEEDS,
+    max_new_tokens: int = 128,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Scores of answers through pruned adapters.
+
+    Args:
+        adapters: each example's, all of one generated rank.
+        budgets: values of k; those above the generated rank are left out, 0 and the rank are
+            always there.
+
+    Returns:
+        "rank", "examples", "seeds", "controls" (condition -> interval, see
+        :func:`~v2l_fast.evaluation.examples.control_scores`) and "rows": for each k a dict of
+        strategy -> interval over videos (random: over the mean of its seeds).
+
+    Raises:
+        ConfigError: adapters of several ranks.
+    """
+    ranks = {adapter.rank for adapter in adapters}
+    if len(ranks) != 1:
+        raise ConfigError(f"rank ablation needs adapters of one rank, not {sorted(ranks)}")
+    (rank,) = ranks
+    ks = sorted({0, rank, *(k for k in budgets if 0 < k < rank)})
+    plan = {(k, s): kept_directions(s, k, rank, seeds) for k in ks for s in STRATEGIES}
+    distinct = list(dict.fromkeys(choice for choices in plan.values() for choice in choices))
+    scores: dict[tuple[int, str, int], list[float]] = {}
+    for done, choice in enumerate(distinct):
+        progress("answering through pruned adapters", done, len(distinct))
+        pruned = {id(a): a.prune(*choice) for a in adapters}
+        chosen = [pruned[id(a)] for a in adapters]
+        scores[choice] = answer_scores(model, examples, chosen, metric, max_new_tokens)
+    progress("answering through pruned adapters", len(distinct), len(distinct))
+    rows = []
+    for k in ks:
+        row: dict[str, Any] = {"k": k}
+        for strategy in STRATEGIES:
+            runs = [scores[choice] for choice in plan[k, strategy]]
+            means = [sum(run) / len(run) for run in zip(*runs, strict=True)]
+            row[strategy] = interval(means, examples)
+        rows.append(row)
+    controls = control_scores(model, examples, adapters, metric, max_new_tokens)
+    return {
+        "rank": rank,
+        "examples": len(examples),
+        "seeds": list(seeds),
+        "controls": {name: interval(values, examples) for name, values in controls.items()},
+        "rows": rows,
+    }
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+def removal_effects(model: Video2LoRA, example: Example, adapter: Adapter) -> torch.Tensor:
+    """[L + 2] float64: S with the adapter, Effect of removing each layer (Eq. 12), S without any.
+
+    Only the generated update is removed; the shared bias adapter stays. "Without any" is the plain
+    model.
+    """
+    without = [adapter.without_layers([layer]) for layer in range(adapter.num_layers)]
+    scores = diagnostic_scores(model, example.prompt, example.references, [adapter, *without, None])
+    scores[1:-1] -= scores[0]
+    return scores
+
+
+def layer_removal(
+    model: Video2LoRA,
+    examples: Sequence[Example],
+    adapters: Sequence[Adapter],
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Effects over examples, with the update norms they are to be seen beside.
+
+    Returns:
+        "examples"; "score": interval of S, nats a token; "controls": condition -> the same; "rows":
+        for each layer "effect" (interval) and "norm", module -> mean Frobenius norm of s·Bᵀ A.
+    """
+    found = []
+    for done, (example, adapter) in enumerate(zip(examples, adapters, strict=True)):
+        progress("removing layers", done, len(examples))
+        found.append(removal_effects(model, example, adapter))
+    progress("removing layers", len(examples), len(examples))
+    table = torch.stack(found)
+    controls = {NONE: table[:, -1].tolist()}
+    if others := other_adapters(examples, adapters):
+        controls[ANOTHER] = [
+            diagnostic_scores(model, example.prompt, example.references, [other]).item()
+            for example, other in zip(examples, others, strict=True)
+        ]
+    norms = mean_layer_norms(adapters)
+    rows = [
+        {
+            "layer": layer,
+            "effect": interval(table[:, 1 + layer].tolist(), examples, None),
+            "norm": {module: values[layer] for module, values in norms.items()},
+        }
+        for layer in range(table.shape[1] - 2)
+    ]
+    return {
+        "examples": len(examples),
+        "score": interval(table[:, 0].tolist(), examples, None),
+        "controls": {name: interval(scores, examples, None) for name, scores in controls.items()},
+        "rows": rows,
+    }
+
+
+def mean_layer_norms(adapters: Sequence[Adapter]) -> dict[str, list[float]]:
+    """Module -> [L] Frobenius norm of the generated update, mean over adapters."""
+    norms = [adapter.norms()["layer"] for adapter in adapters]
+    return {m: torch.stack([n[m] for n in norms]).mean(0).tolist() for m in norms[0]}
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+
+def adapter_norms(model: Video2LoRA, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Norms over adapters of one rank.
+
+    Returns:
+        "adapters", "rank", and "modules": for each module "rank_norms" [L, r], mean products
+        ‖A_r‖·‖B_r‖; "layer_norms" [L], mean Frobenius norms of s·Bᵀ A; "relative_norms" [L], the
+        same over the norm of the frozen weight; "largest" and "smallest": direction -> share of
+        adapters in which its product, averaged over layers, is the largest or smallest
+        (Appendix C.2 finds one direction on top in every video).
+
+    Raises:
+        ConfigError: adapters of several ranks.
+    """
+    ranks = {adapter.rank for adapter in adapters}
+    if len(ranks) != 1:
+        raise ConfigError(f"norms are compared between adapters of one rank, not {sorted(ranks)}")
+    products = [adapter.norms()["rank"] for adapter in adapters]
+    layers = mean_layer_norms(adapters)
+    modules = {}
+    for module in products[0]:
+        stacked = torch.stack([p[module].cpu() for p in products])
+        per_direction = stacked.mean(1)
+        frozen = [
+            model.backbone.linear(layer, module).weight.float().norm().item()
+            for layer in range(adapters[0].num_layers)
+        ]
+        modules[module] = {
+            "rank_norms": stacked.mean(0).tolist(),
+            "layer_norms": layers[module],
+            "relative_norms": [n / w for n, w in zip(layers[module], frozen, strict=True)],
+            "largest": _shares(per_direction.argmax(1)),
+            "smallest": _shares(per_direction.argmin(1)),
+        }
+    return {"adapters": len(adapters), "rank": ranks.pop(), "modules": modules}
+
+
+def _shares(winners: torch.Tensor) -> dict[str, float]:
+    counts = winners.bincount()
+    order = counts.argsort(descending=True, stable=True)
+    return {f"R{r}": counts[r].item() / len(winners) for r in order.tolist() if counts[r]}
+
+
+# --- chunks ---------------------------------------------------------------------------------------
+
+
+COUNTS = (1, 2, 4, 8, 16)
+
+
+def compare_chunks(
+    model: Video2LoRA,
+    examples: Sequence[Example],
+    metric: Metric,
+    counts: Sequence[int] = COUNTS,
+    max_new_tokens: int = 128,
+    progress: Progress = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Answers through adapters of 1 to 16 chunks.
+
+    Args:
+        counts: numbers of chunks; 1, the single adapter, is always there.
+        **options: of ``Video2LoRA.internalize``; frames are those of each chunk.
+
+    Returns:
+        "examples", "chunk_position", "controls" (condition -> kind -> interval, with the single
+        adapters) and "rows": for each count "chunks", "rank" (generated), "score", kind ->
+        interval; "change", kind -> interval of the difference to the single adapter; "kept", kind
+        -> share of the single adapter's mean score above that without an adapter (absent where it
+        is not above).
+
+    Raises:
+        ConfigError: a count below 1.
+    """
+    # Scipy is slow to import and not needed for help.
+    from v2l_fast.evaluation.statistics import recovery
+
+    if any(count < 1 for count in counts):
+        raise ConfigError(f"chunks must be at least 1, not {min(counts)}")
+    kinds = list(dict.fromkeys(example.kind for example in examples))
+    members = {kind: [e for e in examples if e.kind == kind] for kind in kinds}
+
+    def by_kind(scores: Sequence[float]) -> dict[str, list[float]]:
+        paired = list(zip(scores, examples, strict=True))
+        return {kind: [s for s, e in paired if e.kind == kind] for kind in kinds}
+
+    single: dict[str, list[float]] = {}
+    controls: dict[str, list[float]] = {}
+    none: dict[str, float] = {}
+    rows = []
+    for count in sorted({1, *counts}):
+        adapters = internalize_each(model, examples, progress, chunks=count, **options)
+        scores = by_kind(answer_scores(model, examples, adapters, metric, max_new_tokens))
+        if count == 1:
+            single = scores
+            controls = control_scores(model, examples, adapters, metric, max_new_tokens)
+            none = {kind: fmean(values) for kind, values in by_kind(controls[NONE]).items()}
+        rows.append(
+            {
+                "chunks": count,
+                "rank": adapters[0].rank,
+                "score": {kind: interval(values, members[kind]) for kind, values in scores.items()},
+                "change": {
+                    kind: interval(
+                        [a - b for a, b in zip(values, single[kind], strict=True)],
+                        members[kind],
+                        (-1.0, 1.0),
+                    )
+                    for kind, values in scores.items()
+                },
+                "kept": {
+                    kind: recovery(fmean(values), fmean(single[kind]), none[kind])
+                    for kind, values in scores.items()
+                    if fmean(single[kind]) > none[kind]
+                },
+            }
+        )
+    return {
+        "examples": len(examples),
+        "chunk_position": model.config.chunk_position,
+        "controls": {
+            name: {
+                kind: interval(values, members[kind]) for kind, values in by_kind(scores).items()
+            }
+            for name, scores in controls.items()
+        },
+        "rows": rows,
+    }
+
+
+# --- attribution ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Shifts projected on the answer direction, [L] float32 each.
+
+    Attributes:
+        whole: DLA of the residual stream behind each layer; the running sum of the parts.
+        attention: DLA of what each layer's attention adds.
+        mlp: DLA of what each layer's MLP adds.
+    """
+
+    whole: Tensor
+    attention: Tensor
+    mlp: Tensor
+
+
+@torch.inference_mode()
+def residual_shifts(
+    model: Video2LoRA, prompt: str, adapter: Adapter
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the adapter changes at the prompt's last token.
+
+    Returns:
+        Δx, Δa and Δm, [L, D] float32 each: of the residual stream behind each layer, of what its
+        attention adds and of what its MLP adds.
+    """
+    decoder = model.backbone.decoder
+    embeddings = model.backbone.question(prompt).embeddings
+    slots = AdapterBank.pack([None, model.attach(adapter)], decoder.device, decoder.dtype)
+    hidden = embeddings.expand(2, *embeddings.shape)
+    span = decoder.prefill_metadata(*hidden.shape[:2])
+    shifts: tuple[list[Tensor], ...] = ([], [], [])
+    for index, layer in enumerate(decoder.text_model.layers):
+        attention = decoder.attention_block(layer, index, hidden, span, adapters=slots)
+        hidden = hidden + attention
+        mlp = decoder.mlp_block(layer, index, hidden, slots)
+        hidden = hidden + mlp
+        for kept, rows in zip(shifts, (hidden, attention, mlp), strict=True):
+            base, adapted = rows[:, -1].float()
+            kept.append(adapted - base)
+    whole, attention, mlp = (torch.stack(kept) for kept in shifts)
+    return whole, attention, mlp
+
+
+def answer_direction(model: Video2LoRA, reference: str) -> Tensor:
+    """d̂: the normalized mean output embedding of the reference's tokens, [D] float32."""
+    (ids,) = candidate_ids(model, [reference])
+    weight = model.backbone.decoder.lm_head.weight
+    mean = weight[torch.tensor(ids, device=weight.device)].detach().float().mean(0)
+    return mean / mean.norm()
+
+
+def attribute(model: Video2LoRA, example: Example, adapter: Adapter) -> Attribution:
+    """DLA of one example, towards the reference that the adapter makes most likely (Eq. 11)."""
+    likely = log_probabilities(model, example.prompt, example.references, [adapter])[0].argmax()
+    direction = answer_direction(model, example.references[int(likely)])
+    shifts = residual_shifts(model, example.prompt, adapter)
+    return Attribution(*((shift @ direction).cpu() for shift in shifts))
+
+
+def logit_attribution(
+    model: Video2LoRA,
+    examples: Sequence[Example],
+    adapters: Sequence[Adapter],
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """DLA over examples.
+
+    Returns:
+        "examples", and "rows": for each layer the intervals of "whole", "attention" and "mlp".
+    """
+    found = []
+    for done, (example, adapter) in enumerate(zip(examples, adapters, strict=True)):
+        progress("attributing logits", done, len(examples))
+        found.append(attribute(model, example, adapter))
+    progress("attributing logits", len(examples), len(examples))
+    parts = ("whole", "attention", "mlp")
+    columns = {part: torch.stack([getattr(a, part) for a in found]) for part in parts}
+    rows = [
+        {
+            "layer": layer,
+            **{p: interval(columns[p][:, layer].tolist(), examples, None) for p in parts},
+        }
+        for layer in range(adapters[0].num_layers)
+    ]
+    return {"examples": len(examples), "rows": rows}
