@@ -12,6 +12,7 @@ import pytest
 
 import csrc_triton
 import v2l_fast
+from v2l_fast._deprecated import new_path
 
 PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 
@@ -19,7 +20,7 @@ PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 # a module of v2l_fast or a package with all its modules. What is imported inside a function is
 # loaded when it is needed and may point anywhere.
 LAYERS = (
-    ("csrc_triton", "errors", "compiling", "padding", "hub", "work_units"),
+    ("_deprecated", "csrc_triton", "errors", "compiling", "padding", "hub", "work_units"),
     ("files",),
     ("outputs",),
     ("video", "console"),
@@ -57,44 +58,89 @@ def entry(module: str) -> str:
     return top if top == "csrc_triton" else rest.partition(".")[0]
 
 
-def top_level_imports(path: Path) -> Iterator[str]:
-    """Our own modules that a file imports when it is itself imported."""
+def imported_names(node: ast.AST) -> list[str]:
+    """Dotted names of our own that an import statement may name: modules, or what is in them."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import of {node.module}"
+        names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    else:
+        names = []
+    return [name for name in names if name.partition(".")[0] in PACKAGES]
+
+
+def top_level_imports(path: Path, types: bool = True) -> Iterator[str]:
+    """What a file imports when it is itself imported; with `types`, also for type checkers."""
     pending: list[ast.AST] = list(ast.parse(path.read_text()).body)
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            # `from package import module` may name a module or something inside the package.
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            names = []
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                pending.extend(ast.iter_child_nodes(node))
-        yield from (name for name in names if name.partition(".")[0] in PACKAGES)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types:
+            continue
+        yield from imported_names(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            pending.extend(ast.iter_child_nodes(node))
 
 
 MODULES = list(sources())
 NAMES = {name for name, _ in MODULES}
+ROOT = Path(v2l_fast.__file__).parents[1]
+FOLDERS = ("v2l_fast", "csrc_triton", "bench", "profiling")
+FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize(("module", "path"), MODULES, ids=[name for name, _ in MODULES])
-def test_imports_point_down(module, path):
-    own = entry(module)
-    assert own in LEVEL or module == "v2l_fast", f"{module} has no place in LAYERS"
-    for name in top_level_imports(path):
-        target = entry(name)
-        if name not in NAMES or name == "v2l_fast" or target == own:
-            continue
-        assert LEVEL[target] < LEVEL.get(own, 0), f"{module} imports {name}"
+def test_imports_point_down():
+    upward = []
+    for module, path in MODULES:
+        own = entry(module)
+        if own not in LEVEL and module != "v2l_fast":
+            upward.append(f"{module} is missing in LAYERS")
+        for name in top_level_imports(path):
+            target = entry(name)
+            if name not in NAMES or name == "v2l_fast" or target == own:
+                continue
+            if LEVEL.get(target, 99) >= LEVEL.get(own, 1):
+                upward.append(f"{module} imports {name}")
+    assert not upward, "\n".join(upward)
+
+
+def test_modules_import_each_other_in_no_circle():
+    graph = {}
+    for module, path in MODULES:
+        names = set(top_level_imports(path, types=False)) & NAMES
+        # `from package import module` imports the module; that the package comes first is no edge.
+        graph[module] = {n for n in names if not any(o.startswith(f"{n}.") for o in names)}
+    circles, done = [], set()
+
+    def visit(module: str, way: list[str]) -> None:
+        if module in way:
+            circles.append(" -> ".join([*way[way.index(module) :], module]))
+        elif module not in done:
+            for name in sorted(graph[module]):
+                visit(name, [*way, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+    assert not circles, "\n".join(circles)
+
+
+def test_no_module_uses_a_deprecated_path():
+    old = [
+        f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
+        for path in [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in imported_names(node)
+        if path.name != "test_deprecated.py" and (new_path(name) or name.endswith(".VideoClip"))
+    ]
+    assert not old, "\n".join(old)
 
 
 def test_video_stands_alone():
     for module, path in MODULES:
         if entry(module) == "video":
             used = {entry(name) for name in top_level_imports(path) if name in NAMES}
-            assert used <= {"video", "errors", "files", ""}, module
+            assert used <= {"video", "errors", "files", "_deprecated", ""}, module
 
 
 def test_only_vlm_names_a_model_family():
@@ -115,7 +161,7 @@ def loaded_by(statement: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(v2l_fast.__file__).parents[1],
+        cwd=ROOT,
     )
     return set(done.stdout.split())
 
@@ -140,8 +186,8 @@ def test_importing_the_ops_needs_torch_alone():
 def test_using_a_model_needs_the_core_dependencies_alone():
     # transformers brings what happens to be installed.
     brought = loaded_by("from transformers import AutoConfig, SmolVLMForConditionalGeneration")
-    found = loaded_by("from v2l_fast import *")
-    assert not (found - brought) & (HEAVY - {"av", "safetensors"})
+    loaded = loaded_by("from v2l_fast import *")
+    assert not (loaded - brought) & (HEAVY - {"av", "safetensors"})
 
 
 def test_every_export_exists():

@@ -8,6 +8,8 @@
 
 from importlib import import_module
 
+from v2l_fast import _deprecated
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -23,8 +25,16 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 
-def __getattr__(name: str):
-    # Lazy: `import v2l_fast` stays instant, transformers loads when a model is used.
+# Old name -> its export.
+_RENAMED = {"VideoClip": "Clip"}
+_deprecated.install()
+
+
+def __getattr__(name: str) -> object:
+    # Lazy: `import v2l_fast` stays instant, and transformers loads when a model is used.
+    if name in _RENAMED:
+        _deprecated.warn_renamed(f"{__name__}.{name}", f"{__name__}.{_RENAMED[name]}", stacklevel=3)
+        name = _RENAMED[name]
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)

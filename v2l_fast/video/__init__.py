@@ -3,6 +3,7 @@
 Every failure to read a file is a `v2l_fast.errors.VideoError` of one line that names it.
 """
 
+from v2l_fast._deprecated import warn_renamed
 from v2l_fast.video.clip import Clip
 from v2l_fast.video.fallbacks import fallbacks
 from v2l_fast.video.info import VideoInfo
@@ -37,3 +38,10 @@ __all__ = [
     "resized_size",
     "sample_indices",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "VideoClip":
+        warn_renamed(f"{__name__}.VideoClip", f"{__name__}.Clip", stacklevel=3)
+        return Clip
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

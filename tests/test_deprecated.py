@@ -1,0 +1,60 @@
+"""Old module paths and names still work, and warn."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import v2l_fast
+import v2l_fast.video
+from v2l_fast._deprecated import MOVED, new_path
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_path_is_the_new_module(old):
+    old = f"v2l_fast.{old}"
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {new_path(old)}; ") as caught:
+        module = importlib.import_module(old)
+    assert module is importlib.import_module(new_path(old)) and module.__name__ == new_path(old)
+    assert module.__spec__.name == new_path(old)
+    assert len([w for w in caught if old in str(w.message)]) == 1
+
+
+def test_modules_of_a_moved_package():
+    assert new_path("v2l_fast.backbones.decoder") == "v2l_fast.vlm.decoder"
+    assert new_path("v2l_fast.backbones.steps") == "v2l_fast.work_units"
+    for name in ("v2l_fast", "v2l_fast.vlm", "v2l_fast.adapters", "other.adapter"):
+        assert new_path(name) is None
+
+
+def test_the_caller_is_named():
+    """Also where the old module was not imported before; without a warning the second time."""
+    code = (
+        "import warnings; warnings.simplefilter('always')\n"
+        "from v2l_fast.adapter import Adapter\n"
+        "from v2l_fast.backbones.base import Backbone\n"
+        "import v2l_fast.backbones.base\n"
+        "from v2l_fast import Adapter as New\n"
+        "assert Adapter is New\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if "DeprecationWarning" in line]
+    assert [line.split(":")[1] for line in lines] == ["2", "3", "3"], done.stderr
+
+
+def test_an_old_path_that_never_was():
+    with pytest.raises(ModuleNotFoundError, match="v2l_fast.vlm.nothing"):
+        importlib.import_module("v2l_fast.backbones.nothing")
+
+
+@pytest.mark.parametrize("module", [v2l_fast, v2l_fast.video])
+def test_the_old_name_of_a_clip(module):
+    with pytest.warns(DeprecationWarning, match="VideoClip is now .*Clip; ") as caught:
+        assert module.VideoClip is v2l_fast.Clip
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="VideoClips"):
+        module.VideoClips  # noqa: B018

@@ -1,0 +1,87 @@
+"""Module paths of version 0.1 before the packages were arranged anew: they still import, and warn.
+
+Importing one returns the module that took its place. They go with the next release.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# Old path -> new path, both in v2l_fast. The longest entry that a path begins with counts, so one
+# line moves a package with its modules.
+MOVED = {
+    "adapted": "hypernet.adapted_linear",
+    "adapter": "hypernet.adapter",
+    "adapter_files": "hypernet.adapter_files",
+    "adapter_scope": "hypernet.adapter_scope",
+    "backbones": "vlm",
+    "backbones.steps": "work_units",
+    "config": "hypernet.config",
+    "corpus": "data.internalize",
+    "lengths": "padding",
+    "perceiver": "hypernet.perceiver",
+    "serving.index": "store.index",
+    "serving.settings": "store.settings",
+    "serving.staging": "store.staging",
+    "serving.store": "store.adapter_store",
+    "training.data": "training.sources",
+    "training.feature_cache": "data.feature_cache",
+    "training.finevideo": "data.finevideo",
+    "training.manifest": "data.manifest",
+    "training.reading": "data.readers",
+    "training.samples": "data.samples",
+    "training.shards": "data.shards",
+    "training.teach": "data.teach",
+}
+
+
+def new_path(path: str) -> str | None:
+    """The new dotted path of a module of v2l_fast, None if it has not moved."""
+    package, _, old = path.partition(".")
+    if package != "v2l_fast":
+        return None
+    parts = old.split(".")
+    for end in range(len(parts), 0, -1):
+        if (target := MOVED.get(".".join(parts[:end]))) is not None:
+            return ".".join((package, target, *parts[end:]))
+    return None
+
+
+class MovedModuleFinder:
+    """Finds modules by their old paths, for ``sys.meta_path``; also their loader."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return None if new_path(name) is None else ModuleSpec(name, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old, new = module.__name__, new_path(module.__name__)
+        assert new is not None
+        replacement = import_module(new)
+        warn_renamed(old, new, stacklevel=3)
+        # The import system takes the module that stands here when this returns.
+        sys.modules[old] = replacement
+
+
+def warn_renamed(old: str, new: str, stacklevel: int) -> None:
+    """Warn about a name that is going."""
+    warnings.warn(
+        f"{old} is now {new}; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def install() -> None:
+    """Let old paths be imported. Before other finders: an old package's path is the new one's."""
+    if not any(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, MovedModuleFinder())  # type: ignore[arg-type]
