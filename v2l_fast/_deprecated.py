@@ -26,7 +26,7 @@ MOVED = {
     "lengths": "padding",
     "perceiver": "hypernet.perceiver",
     "serving.index": "store.index",
-    "serving.settings": "store.settings",
+    "serving.settings": "store.adapter_store",
     "serving.staging": "store.staging",
     "serving.store": "store.adapter_store",
     "training.data": "training.sources",
