@@ -184,8 +184,9 @@ def test_videos_that_are_not_stored_are_decoded(backbone, videos, tmp_path):
 def test_a_cache_of_something_else_is_refused(backbone, videos, tmp_path):
     manifest = str(Path(videos[0].path).with_name("manifest.jsonl"))
     data = DataConfig(
-        manifests=(manifest,), max_frames=4, longest_edge=32, feature_cache=str(tmp_path / "cache")
-    )
+        manifests=(manifest,), max_frames=4, longest_edge=32, target_fps=1.0,
+        feature_cache=str(tmp_path / "cache"),
+    )  # fmt: skip
     with pytest.raises(CacheError, match="none of its 0 entries"):
         manifest_sources(data, backbone, 0)
     fill_cache(cache_of(tmp_path / "cache", backbone), backbone, videos)

@@ -4,8 +4,9 @@ import pytest
 
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.config import INSTRUCTION
-from v2l_fast.training.config import OptimConfig, TrainConfig, load_config, preset_names
+from v2l_fast.training.config import DataConfig, OptimConfig, TrainConfig, load_config, preset_names
 from v2l_fast.training.trainer import step_options
+from v2l_fast.video import FrameSampling
 
 
 def test_presets_are_complete_and_valid():
@@ -64,30 +65,42 @@ def test_a_file_builds_on_a_preset(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=1", "unknown key optim.learning_rate in the command line"),
+        ("optim.learning_rate=1", "unknown key optim.learning_rate on the command line"),
         ("optim.warmup_step=1", "did you mean optim.warmup_steps"),
         ("optm.lr=1", "did you mean optim.lr"),
-        ("optim.lr.x=1", "unknown key optim.lr.x"),
-        ("optim=1", "unknown key optim in"),
-        ("optim.lr=fast", "optim.lr in the command line must be a number, not 'fast'"),
-        ("optim.steps=1.5", "must be a whole number, not 1.5"),
-        ("optim.steps=true", "must be a whole number, not True"),
-        ("model.recompute=1", "must be true or false, not 1"),
-        ("optim.steps=0", "optim.steps must be at least 1, not 0"),
-        ("optim.lr=nan", "optim.lr must be at least 0, not nan"),
-        ("optim.betas=[0.9]", "must be two numbers"),
-        ("data.chunks=[]", "data.chunks is empty"),
-        ("data.chunks=[1, 0]", "data.chunks must be at least 1, not 0"),
-        ("data.val_share=0.9", "data.val_share must be at most 0.5"),
-        ('run.trackers=["mlflow"]', "run.trackers must be one of tensorboard, wandb"),
-        ("data.source=shape", "data.source must be one of manifest, shapes"),
-        ("optim.schedule=linear", "optim.schedule must be one of cosine, trapezoid"),
-        ("loss.kind_weights.qa=heavy", "loss.kind_weights.qa must be a weight"),
-        ("loss.kind_weights=1", "must be a table"),
+        ("optim.lr.x=1", "optim.lr on the command line must be a valid number, got {'x': 1}"),
+        ("optim=1", "unknown key optim on"),
+        ("optim.lr=fast", "optim.lr on the command line must be a valid number, got 'fast'"),
+        ("optim.steps=1.5", "must be a valid integer, got 1.5"),
+        ("optim.steps=true", "must be a valid integer, got True"),
+        ("model.recompute=1", "must be true or false, got 1"),
+        ("optim.steps=0", "optim.steps on the command line must be at least 1, got 0"),
+        ("optim.lr=nan", "optim.lr on the command line must be a finite number, got nan"),
+        (
+            "optim.betas=[0.9]",
+            "must have at least 2 items, got [0.9]",
+        ),
+        ("data.chunks=[]", "data.chunks on the command line must have at least 1 item, got []"),
+        ("data.chunks=[1, 0]", "data.chunks on the command line must be at least 1, got 0"),
+        ("data.val_share=0.9", "data.val_share on the command line must be at most 0.5, got 0.9"),
+        ('run.trackers=["mlflow"]', "must be 'tensorboard' or 'wandb', got 'mlflow'"),
+        ("data.source=shape", "must be 'manifest' or 'shapes', got 'shape'"),
+        ("optim.schedule=linear", "must be 'cosine' or 'trapezoid', got 'linear'"),
+        (
+            "loss.kind_weights.qa=heavy",
+            "loss.kind_weights.qa on the command line must be a",
+        ),
+        (
+            "loss.kind_weights=1",
+            "loss.kind_weights on the command line must be a",
+        ),
+        ("loss.kl_temperature=0", "must be greater than 0, got 0"),
+        ("run.folder=' '", "run.folder on the command line must have at least 1 character"),
+        (f"optim.lr={'9' * 5000}", "must be a valid number, got '999"),
         ("loss.kl_weight=0.5", "loss.kl_weight=0.5 needs a teacher that sees each video in one"),
-        ("model.hypernet.rnk=1", "unknown key model.hypernet.rnk in the command line; did you"),
+        ("model.hypernet.rnk=1", "model.hypernet.rnk on the command line is unknown; did you mean"),
         ("model.hypernet.max_frames=1", "is set by data.max_frames"),
-        ("model.hypernet.num_layers=1", "is the base's own"),
+        ("model.hypernet.num_layers=1", "is set by the base"),
         ("optim.lr", "is not section.key=value"),
     ],
 )
@@ -95,6 +108,24 @@ def test_wrong_settings_are_refused(override, message):
     with pytest.raises(ConfigError) as error:
         load_config("shapes", [override])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_errors_name_the_file_a_value_comes_from(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('preset = "shapes"\n[run]\nkeep = 0\n[loss.kind_weights]\nqa = -1\n')
+    with pytest.raises(ConfigError, match=f"kind_weights.qa in {path} must be at least 0, got -1"):
+        load_config(path, ["run.keep=2"])
+    with pytest.raises(ConfigError, match=f"run.keep in {path} must be at least 1, got 0"):
+        load_config(path, ["loss.kind_weights={}"])
+
+
+def test_sampling_left_open_is_filled_in():
+    open_ = TrainConfig(data=DataConfig(max_frames=6))
+    with pytest.raises(ConfigError, match="longest_edge"):
+        open_.data.sampling  # noqa: B018
+    assert open_.with_sampling(FrameSampling(8, 48)).data.sampling == FrameSampling(6, 48)
+    explicit = load_config("shapes")
+    assert explicit.with_sampling(FrameSampling(3, 100, 2.0)) == explicit
 
 
 def test_a_teacher_sees_a_video_in_one_piece():

@@ -41,6 +41,8 @@ from v2l_fast.vlm.smolvlm_inputs import SmolVLMPromptBuilder
 
 READER = ClipReader(max_frames=4, longest_edge=32)
 
+SAMPLING = {"max_frames": 4, "longest_edge": 32, "target_fps": 1.0}
+
 
 def example(number: int, path: str, task: str = "qa", **changes) -> Example:
     fields = {
@@ -339,7 +341,7 @@ def test_a_file_that_vanished_is_a_failure(backbone, tmp_path):
 
 def test_sources_of_a_config_share_no_video(backbone, tmp_path):
     manifest, _ = write_folder(tmp_path, 20)
-    data = DataConfig(manifests=(str(manifest),), val_share=0.3, max_frames=4, longest_edge=32)
+    data = DataConfig(manifests=(str(manifest),), val_share=0.3, **SAMPLING)
     train, val = manifest_sources(data, backbone, seed=1)
     names = [{video.name for video in part.videos} for part in (train, val)]
     assert len(names[0] | names[1]) == len(train) + len(val) == 20 and len(val) > 0
@@ -368,7 +370,7 @@ def test_manifests_that_name_the_same_video_are_told_apart_by_the_file(backbone,
     def sources(split: str | None, **more):
         rows = [r | {"split": split, "video_path": f"videos/{r['video_path']}"} for r in lines]
         outside.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        return manifest_sources(DataConfig(**more), backbone, seed=0)
+        return manifest_sources(DataConfig(**more, **SAMPLING), backbone, seed=0)
 
     with pytest.raises(ManifestError, match="val.jsonl: 4 of its videos are trained on"):
         sources(None, manifests=(str(manifest),), val_manifests=(str(outside),))
@@ -381,9 +383,9 @@ def test_manifests_that_name_the_same_video_are_told_apart_by_the_file(backbone,
     assert sum(len(part) for part in both if part) == 4
 
 
-def test_a_kind_without_a_weight_is_told_before_the_first_step(backbone, tmp_path):
+def test_a_task_type_without_a_weight_is_refused_before_the_first_step(backbone, tmp_path):
     manifest, _ = write_folder(tmp_path, 2)
-    data = DataConfig(manifests=(str(manifest),), val_share=0.0)
+    data = DataConfig(manifests=(str(manifest),), val_share=0.0, **SAMPLING)
     config = TrainConfig(data=data, loss=LossConfig(kind_weights={"caption": 1.0}))
     with pytest.raises(ConfigError, match="no weight for task_type qa .*loss.kind_weights.qa=1"):
         open_sources(config, backbone)

@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.tiny import json_lines
+from tests.training.broken import write_folder
 from tests.training.tiny_run import TinySource, run, settings
 from v2l_fast.errors import CheckpointError, ConfigError
+from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.training.checkpoint import RunFolder, latest_checkpoint, read_progress
 from v2l_fast.training.distributed import Stopped
 from v2l_fast.training.loader import Quarantine
 from v2l_fast.training.step import TrainStep
 from v2l_fast.training.trainer import TrainingError, train
+from v2l_fast.video import FrameSampling
 
 LEARNED = ("loss", "grad_norm", "captioning", "qa")
 
@@ -340,3 +344,26 @@ def test_a_run_can_start_from_a_trained_network(whole, base, tmp_path):
     assert all(torch.equal(after.state_dict()[name], value) for name, value in before.items())
     with pytest.raises(ConfigError, match="does not fit model.hypernet"):
         run(settings(tmp_path / "b", start, "model.hypernet.latent_size=32"), base)
+
+
+def left_open(config):
+    """The settings without frames and resolution."""
+    data = replace(config.data, max_frames=None, longest_edge=None, target_fps=None)
+    return replace(config, data=data)
+
+
+def test_frames_and_resolution_are_those_of_the_base(tmp_path):
+    manifest, _ = write_folder(tmp_path / "videos", 1)
+    config = settings(
+        tmp_path / "run", "model.base=shapes", f'data.manifests=["{manifest}"]',
+        "data.val_share=0.0", "optim.steps=1", "optim.batch_size=1",
+    )  # fmt: skip
+    summary = train(left_open(config))
+    assert (summary["config"]["data"]["max_frames"], summary["steps"]) == (8, 1)
+    assert HypernetConfig.load(tmp_path / "run/hypernet").sampling == FrameSampling(8, 48)
+
+
+def test_frames_and_resolution_are_those_of_the_network_it_starts_from(whole, base, tmp_path):
+    config = settings(tmp_path, f'model.init="{whole[0] / "hypernet"}"', "optim.steps=1")
+    run(left_open(config), backbone=base)
+    assert HypernetConfig.load(tmp_path / "hypernet").sampling == FrameSampling(2, 32)

@@ -9,6 +9,7 @@ import typer
 
 from v2l_fast.cli.options import quiet_transformers
 from v2l_fast.console import show_json
+from v2l_fast.errors import ConfigError
 
 
 def train_command(
@@ -47,7 +48,7 @@ def train_command(
     v2l train --config smolvlm2-500m 'data.manifests=["train.jsonl"]' run.folder=runs/mine
     v2l train --config my.toml optim.lr=3e-4 optim.micro_batch_size=16 --fresh
 
-    Without model.base the shapes preset trains its tiny base VLM first (about 20 minutes on one
+    Without model.base, the shapes preset trains its tiny base VLM first (about 20 minutes on one
     core), in the folder of the run; model.base=shapes takes the shipped one. An interruption costs
     at most the steps since the last checkpoint there, too. --fresh keeps a base that is complete.
 
@@ -68,8 +69,10 @@ def train_command(
     """
     from dataclasses import asdict
 
-    from v2l_fast.training.config import load_config, preset_names
-
+    try:
+        from v2l_fast.training.config import load_config, preset_names
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'training needs {error.name}: pip install "v2l_fast[train]"') from None
     if not config:
         raise typer.BadParameter(
             f"name a TOML file or a preset: --config {preset_names()[0]}", param_hint="--config"
@@ -78,8 +81,10 @@ def train_command(
     if show:
         show_json(asdict(settings))
         return
-    from v2l_fast.training.trainer import train
-
+    if settings.data.source == "shapes":
+        from v2l_fast.shapes.source import train_shapes as train
+    else:
+        from v2l_fast.training.trainer import train
     quiet_transformers()
     summary = train(settings, resume)
     # Set by launchers; one process prints for all.

@@ -12,8 +12,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from v2l_fast.console import note
@@ -25,6 +27,8 @@ from v2l_fast.shapes.vlm import IMAGE_SIZE, Prompts, cache_visual_tokens
 from v2l_fast.shapes.world import Scene, sample_scenes
 from v2l_fast.tensor_files import load_tensors, save_tensors
 from v2l_fast.training.config import TrainConfig
+from v2l_fast.training.sources import base_model
+from v2l_fast.training.trainer import train
 from v2l_fast.video import sample_indices
 from v2l_fast.vlm.smolvlm import SmolVLM
 
@@ -157,8 +161,21 @@ def shapes_sources(
     return training, source(unseen, tokens)
 
 
-def prepare_base(config: TrainConfig) -> Path:
-    """The folder of the run's own tiny VLM, which is trained first where it is missing."""
+def train_shapes(
+    config: TrainConfig, resume: bool | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """:func:`~v2l_fast.training.trainer.train` on this world, whose base is trained first where
+    `model.base` names none."""
+    return train(
+        config, resume, console=console, find_base=prepare_base, find_sources=shapes_sources
+    )
+
+
+def prepare_base(config: TrainConfig) -> str | Path:
+    """The frozen model: `model.base`, else the run's own tiny VLM, which is trained first where it
+    is missing."""
+    if config.model.base:
+        return base_model(config)
     # The heaviest part of this world, not needed once the model is there.
     from v2l_fast.shapes.train import train_vlm
 

@@ -1,53 +1,100 @@
-"""Settings of a training run: nested frozen dataclasses, TOML presets and `key=value` overrides.
+"""Settings of a training run: frozen pydantic dataclasses, TOML presets, `key=value` overrides.
 
-Responsible for what a run can be told and for refusing what cannot work before anything is loaded.
-Reading values by their declared types is `config_values`'; what the settings mean is carried out
-by the trainer, the step and the data source.
+Every field declares its type and its range where it stands. An error names the field, where its
+value comes from, the value and the remedy, in one line, before anything is loaded.
 """
 
 from __future__ import annotations
 
+import difflib
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from v2l_fast.errors import ConfigError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from v2l_fast.errors import ConfigError, excerpt
 from v2l_fast.files import read_text
 from v2l_fast.hypernet.config import INSTRUCTION, HypernetConfig
-from v2l_fast.training.config_values import ConfigSources, build, nearest, parse_overrides, spread
-from v2l_fast.video.reading import BACKENDS
-from v2l_fast.video.sampling import MAX_EDGE
+from v2l_fast.video.reading import Backend
+from v2l_fast.video.sampling import MAX_EDGE, FrameSampling
 
 PRESETS = Path(__file__).parent / "presets"
-DERIVED = ("hidden_size", "num_layers", "base_model_name_or_path")
+# Fields of the hypernetwork that come from the base and from `data`.
+FROM_BASE = ("hidden_size", "num_layers", "base_model_name_or_path")
 FROM_DATA = ("max_frames", "longest_edge", "target_fps", "instruction")
 
+# Numbers are not converted from text, nor text from numbers.
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
-@dataclass(frozen=True)
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=1)]
+# 0 means none, never, no limit or automatic.
+CountOrZero = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotBlank = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+# A list; one value stands for a list of one.
+Many = Annotated[
+    tuple[T, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list | tuple) else (value,)),
+]
+
+
+def _hypernet_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    free = [f.name for f in fields(HypernetConfig) if f.name not in (*FROM_BASE, *FROM_DATA)]
+    for name in values:
+        if name in FROM_BASE:
+            message = "is set by the base; leave it out"
+        elif name in FROM_DATA:
+            message = f"is set by data.{name}; set it there"
+        elif name not in free:
+            message = f"is unknown{did_you_mean(name, free)}"
+        else:
+            continue
+        raise PydanticCustomError("hypernet", "{message}", {"name": name, "message": message})
+    return values
+
+
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """The frozen model and the hypernetwork.
 
     Attributes:
-        base: folder or hub id of the frozen VLM; "" where the data source makes its own.
+        base: folder or hub id of the frozen VLM; "" where the data source provides its own.
         hypernet: fields of `HypernetConfig` that differ from its defaults; `target_modules` is a
-            list of names. Sizes come from the base, the sampling fields from `data`.
-        init: a hypernetwork to start from (folder, hub id or released .pt); "" for a fresh one.
-        dtype: of the frozen model and of all computing, "float32" or "bfloat16"; "auto" is
-            bfloat16 on a GPU. The hypernetwork's own parameters are always float32.
-        recompute: redo each layer's activations in the backward pass, so that memory does not
+            list of names. Sizes come from the base, sampling and instruction from `data`.
+        init: hypernetwork to start from (folder, hub id or released .pt); "" for a fresh one.
+        dtype: of the frozen model and of all computation; "auto" is bfloat16 on a GPU and float32
+            on a CPU. The hypernetwork's own parameters are always float32.
+        recompute: recompute each layer's activations in the backward pass, so that memory does not
             grow with the number of layers.
     """
 
     base: str = ""
-    hypernet: Mapping[str, Any] = field(default_factory=dict)
+    hypernet: Annotated[Mapping[str, Any], AfterValidator(_hypernet_fields)] = field(
+        default_factory=dict
+    )
     init: str = ""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Videos and how they are read.
 
@@ -55,78 +102,88 @@ class DataConfig:
         source: "manifest" (JSONL files) or "shapes" (the rendered toy world).
         manifests, val_manifests: JSONL files; without the second, `val_share` of the videos of
             the first are kept from training.
-        videos: at most so many training videos; 0 for all.
-        val_videos: videos of a validation pass; 0 for none.
-        prompts_per_video: turns that share a video's encoding in one step.
-        caption_share: share of those turns that describe the whole video, in the mean, where a
-            video has captions and questions both.
-        max_frames, longest_edge, target_fps, exact_frames: sampling and resolution (pixels).
-        instruction: the text that follows the video in the context pass.
+        videos: limit on the number of training videos (0: no limit).
+        val_videos: number of videos of a validation pass (0: no validation).
+        prompts_per_video: questions that share a video's encoding in one step.
+        caption_share: mean share of captions among them, where a video has captions and questions.
+        max_frames, longest_edge, target_fps: sampling and resolution (pixels); None takes those of
+            `model.init`, else those that hypernetworks for the base are trained with.
+        exact_frames: take exactly `max_frames` frames, whatever the duration.
+        instruction: text that follows the video in the context pass.
         chunks: numbers of chunks a video is cut into; each step draws one of them for each video.
         feature_cache: folder of stored connector outputs; "" for none.
-        answer_length_tags: questions say how long their answer is.
-        decoder: "pyav", "torchcodec" or "dali", which reads what it can; "auto" is DALI on a GPU
+        answer_length_tags: half of the questions state how long their answer is.
+        decoder: "pyav", "torchcodec" or "dali"; "auto" is DALI for what it can decode on a GPU,
             and PyAV for the rest.
         workers: processes that read videos ahead of the step, threads where a GPU decodes; 0 reads
             in the step.
-        prefetch: batches each worker is ahead.
+        prefetch: batches each worker reads ahead.
     """
 
-    source: str = "manifest"
-    manifests: tuple[str, ...] = ()
-    val_manifests: tuple[str, ...] = ()
-    val_share: float = 0.01
-    videos: int = 0
-    val_videos: int = 64
-    prompts_per_video: int = 4
-    caption_share: float = 0.5
-    max_frames: int = 12
-    longest_edge: int = 384
-    target_fps: float = 1.0
+    source: Literal["manifest", "shapes"] = "manifest"
+    manifests: Many[str] = ()
+    val_manifests: Many[str] = ()
+    val_share: Annotated[float, Field(ge=0, le=0.5)] = 0.01
+    videos: CountOrZero = 0
+    val_videos: CountOrZero = 64
+    prompts_per_video: Count = 4
+    caption_share: Share = 0.5
+    max_frames: Count | None = None
+    longest_edge: Annotated[int, Field(ge=2, le=MAX_EDGE)] | None = None
+    target_fps: Positive | None = None
     exact_frames: bool = False
     instruction: str = INSTRUCTION
-    chunks: tuple[int, ...] = (1,)
+    chunks: Annotated[Many[Count], Field(min_length=1)] = (1,)
     feature_cache: str = ""
     answer_length_tags: bool = False
-    decoder: str = "auto"
-    workers: int = 4
-    prefetch: int = 2
+    decoder: Backend = "auto"
+    workers: CountOrZero = 4
+    prefetch: Count = 2
+
+    @property
+    def sampling(self) -> FrameSampling:
+        """Frames and resolution, once :meth:`TrainConfig.with_sampling` has filled them in.
+
+        Raises:
+            ConfigError: a value is still None.
+        """
+        return FrameSampling(self.max_frames, self.longest_edge, self.target_fps, self.exact_frames)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class OptimConfig:
     """AdamW and its schedule.
 
     Attributes:
         steps: optimizer steps.
         batch_size: videos of one step over all processes and accumulated micro-batches.
-        micro_batch_size: most videos of one forward pass on one process.
+        micro_batch_size: maximum videos per forward pass and process.
         lr, betas, eps, weight_decay: of AdamW.
-        scaler_lr_factor, scaler_weight_decay: the scalers' own rate (times `lr`) and decay.
+        scaler_lr_factor, scaler_weight_decay: the scalers' learning rate (times `lr`) and decay.
         schedule: "cosine" to `final_lr_ratio`, or "trapezoid" (flat, then linear to it).
-        warmup_ratio: share of the steps the rate rises linearly; `warmup_steps` replaces it.
+        warmup_ratio: share of the steps in which the rate rises; `warmup_steps` replaces it.
         decay_ratio: share of the steps in which a trapezoid falls.
-        clip: largest norm of the gradient; 0 for no limit.
+        clip: largest norm of the gradient (0: no limit).
     """
 
-    steps: int = 1000
-    batch_size: int = 8
-    micro_batch_size: int = 8
-    lr: float = 1e-4
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    scaler_lr_factor: float = 1.0
-    scaler_weight_decay: float = 0.01
-    schedule: str = "cosine"
-    warmup_ratio: float = 0.03
-    warmup_steps: int = 0
-    decay_ratio: float = 0.4
-    final_lr_ratio: float = 0.0
-    clip: float = 1.0
+    steps: Count = 1000
+    batch_size: Count = 8
+    micro_batch_size: Count = 8
+    lr: NonNegative = 1e-4
+    betas: Annotated[Many[Share], Field(min_length=2, max_length=2)] = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.01
+    scaler_lr_factor: NonNegative = 1.0
+    scaler_weight_decay: NonNegative = 0.01
+    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    warmup_ratio: Share = 0.03
+    warmup_steps: CountOrZero = 0
+    decay_ratio: Share = 0.4
+    final_lr_ratio: Share = 0.0
+    clip: NonNegative = 1.0
 
     def accumulation(self, processes: int) -> int:
-        """Micro-batches a process adds up in one step, the same number for all.
+        """Micro-batches each process accumulates in one step.
 
         Shares and micro-batches that do not divide the batch differ by one video.
 
@@ -142,93 +199,67 @@ class OptimConfig:
         return -(-share // self.micro_batch_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LossConfig:
-    """What is minimized: cross-entropy, mean per answer and then over answers.
+    """What is minimized: cross-entropy, averaged over each answer and then over answers.
 
     Attributes:
-        kind_weights: weight of a task kind within its video (kinds share their weight equally
-            between their turns, and a video's weights sum to 1); empty: every answer counts once.
-        kl_weight, kl_temperature: KL to the frozen model that sees the video; weight 0 is off.
+        kind_weights: weight of each task type within its video: the answers of a type share its
+            weight equally, and the weights of a video's answers add up to their number. Empty:
+            every answer weighs 1.
+        kl_weight, kl_temperature: KL divergence to the frozen model with the video in context;
+            weight 0 turns it off.
     """
 
-    kind_weights: Mapping[str, float] = field(default_factory=dict)
-    kl_weight: float = 0.0
-    kl_temperature: float = 1.0
+    kind_weights: Mapping[str, NonNegative] = field(default_factory=dict)
+    kl_weight: NonNegative = 0.0
+    kl_temperature: Positive = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """The run around the training; none of this changes what is learned, but for the seed.
+    """The run around the training; of these, only the seed changes what is learned.
 
     Attributes:
-        folder: of checkpoints, logs, `hypernet/` (the latest loadable one), `best/` (that of the
-            lowest validation cross-entropy) and `summary.json`; all machines of a run share it.
+        folder: of checkpoints, logs, `hypernet/` (the latest loadable network), `best/` (the one
+            of the lowest validation cross-entropy) and `summary.json`; every machine of a run must
+            see it.
         seed: of initialization, order and every choice the data source makes.
         device: "auto", "cuda" or "cpu".
-        threads: of the CPU's operators; 0 leaves them as they are.
+        threads: of the CPU's operators (0: PyTorch's default).
         compile: "auto" (on a GPU), "on" or "off".
         log_every, checkpoint_every, val_every, sample_every: in steps; 0 is never (checkpoints and
             validation also come at the end).
-        samples: answers generated for `sample_every`.
+        samples: answers generated every `sample_every` steps.
         keep: checkpoints kept.
         export_dtype: of `hypernet/`.
-        trackers: of "tensorboard" and "wandb".
+        trackers: "tensorboard", "wandb", both or none.
         name: the run's name in trackers; that of the folder if empty.
     """
 
-    folder: str = "runs/train"
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 0
-    compile: str = "auto"
-    log_every: int = 10
-    checkpoint_every: int = 250
-    val_every: int = 250
-    sample_every: int = 500
-    samples: int = 4
-    keep: int = 2
-    export_dtype: str = "float32"
-    trackers: tuple[str, ...] = ("tensorboard",)
+    folder: NotBlank = "runs/train"
+    # The generator of every step is seeded with a multiple of it.
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    threads: CountOrZero = 0
+    compile: Literal["auto", "on", "off"] = "auto"
+    log_every: Count = 10
+    checkpoint_every: CountOrZero = 250
+    val_every: CountOrZero = 250
+    sample_every: CountOrZero = 500
+    samples: Count = 4
+    keep: Count = 2
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    trackers: Many[Literal["tensorboard", "wandb"]] = ("tensorboard",)
     name: str = ""
 
 
-CHOICES = {
-    "data.source": ("manifest", "shapes"),
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "data.decoder": BACKENDS,
-    "optim.schedule": ("cosine", "trapezoid"),
-    "run.device": ("auto", "cuda", "cpu"),
-    "run.compile": ("auto", "on", "off"),
-    "run.export_dtype": ("float32", "bfloat16"),
-    "run.trackers": ("tensorboard", "wandb"),
-}
-LEAST = {
-    "data.videos": 0, "data.val_videos": 0, "data.prompts_per_video": 1, "data.max_frames": 1,
-    "data.longest_edge": 2, "data.workers": 0, "data.prefetch": 1, "data.chunks": 1,
-    "data.val_share": 0, "data.caption_share": 0,
-    "optim.steps": 1, "optim.batch_size": 1, "optim.micro_batch_size": 1,
-    "optim.lr": 0, "optim.betas": 0, "optim.eps": 0, "optim.weight_decay": 0,
-    "optim.scaler_lr_factor": 0, "optim.scaler_weight_decay": 0, "optim.warmup_ratio": 0,
-    "optim.warmup_steps": 0, "optim.decay_ratio": 0, "optim.final_lr_ratio": 0, "optim.clip": 0,
-    "loss.kl_weight": 0, "run.seed": 0, "run.threads": 0, "run.log_every": 1,
-    "run.checkpoint_every": 0,
-    "run.val_every": 0, "run.sample_every": 0, "run.samples": 1, "run.keep": 1,
-}  # fmt: skip
-MOST = {
-    "optim.warmup_ratio": 1, "optim.decay_ratio": 1, "optim.final_lr_ratio": 1, "optim.betas": 1,
-    "data.val_share": 0.5, "data.caption_share": 1, "data.longest_edge": MAX_EDGE,
-    # The generator of every step is seeded with a multiple of it.
-    "run.seed": 2**32 - 1,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """Everything about a run.
+    """All settings of a run.
 
     Raises:
-        ConfigError: a value is out of range; the message names it and what is allowed.
+        pydantic.ValidationError: a value is out of range, or two cannot work together.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -237,45 +268,61 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def __post_init__(self) -> None:
-        flat = spread(asdict(self))
-        for key, allowed in CHOICES.items():
-            for value in _each(flat[key]):
-                if value not in allowed:
-                    raise ConfigError(f"{key} must be one of {', '.join(allowed)}, not {value!r}")
-        for limits, word, wrong in (
-            (LEAST, "at least", lambda value, limit: not value >= limit),
-            (MOST, "at most", lambda value, limit: not value <= limit),
-        ):
-            for key, limit in limits.items():
-                for value in _each(flat[key]):
-                    if wrong(value, limit):
-                        raise ConfigError(f"{key} must be {word} {limit}, not {value!r}")
-        if not self.run.folder.strip():
-            raise ConfigError("run.folder is empty; name the folder of the run")
-        if len(self.optim.betas) != 2:
-            raise ConfigError(f"optim.betas must be two numbers, not {list(self.optim.betas)}")
-        if not self.data.chunks:
-            raise ConfigError("data.chunks is empty; [1] takes every video in one piece")
-        for name, weight in self.loss.kind_weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-                raise ConfigError(f"loss.kind_weights.{name} must be a weight, not {weight!r}")
+    @model_validator(mode="after")
+    def _check_teacher(self) -> TrainConfig:
         if self.loss.kl_weight and (self.data.source != "manifest" or max(self.data.chunks) > 1):
-            raise ConfigError(
+            raise ValueError(
                 f"loss.kl_weight={self.loss.kl_weight} needs a teacher that sees each video in one "
                 "piece: data.source=manifest and data.chunks=[1]; or set it to 0"
             )
-        _check_hypernet(dict.fromkeys(self.model.hypernet, ""))
+        return self
+
+    def with_sampling(self, default: FrameSampling) -> TrainConfig:
+        """These settings with `default` in place of the frames and resolution left open."""
+        data = self.data
+        sampling = default.override(data.max_frames, data.longest_edge, data.target_fps)
+        filled = replace(
+            data,
+            max_frames=sampling.max_frames,
+            longest_edge=sampling.longest_edge,
+            target_fps=sampling.target_fps,
+        )
+        return replace(self, data=filled)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, by dotted name: a checkpoint continues only under the same."""
+        """The settings that determine the result, by dotted name; a checkpoint continues only
+        under equal ones."""
         free = {
             "optim.micro_batch_size", "data.workers", "data.prefetch", "data.feature_cache",
             "data.val_manifests", "data.val_videos", "model.init", "model.recompute",
         }  # fmt: skip
-        flat = spread(asdict(self)).items()
+        flat = flatten(asdict(self)).items()
         kept = {k: v for k, v in flat if k not in free and not k.startswith("run.")}
         return {**kept, "run.seed": self.run.seed}
+
+
+# --- from files and command lines -----------------------------------------------------------------
+
+
+class ConfigSources:
+    """Values by dotted key, and the words that say where each comes from."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+
+    def add(self, values: Mapping[str, Any], origin: str) -> None:
+        """Add nested `values`, which replace earlier ones. origin: such as "in my.toml"."""
+        for key, value in flatten(values).items():
+            self.values[key] = value
+            self.origins[key] = origin
+
+    def origin(self, key: str) -> str:
+        """Where the value of `key` comes from, "" for a default."""
+        for known, origin in reversed(self.origins.items()):
+            if f"{known}.".startswith(f"{key}.") or key.startswith(f"{known}."):
+                return f" {origin}"
+        return ""
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -285,20 +332,13 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Trai
 
     Raises:
         ConfigError: no such preset or file, not TOML, an unknown key (with the nearest one), a
-            value of the wrong type or out of range; the message says where it was given.
+            value of the wrong type or out of range; the message says where it comes from.
     """
-    given = ConfigSources()
-    _read(str(name_or_path), given)
-    parse_overrides(overrides, given)
-    section = "model.hypernet."
-    _check_hypernet(
-        {
-            key.removeprefix(section): f" in {where}"
-            for key, where in given.origins.items()
-            if key.startswith(section)
-        }
-    )
-    return build(TrainConfig, given)
+    sources = ConfigSources()
+    _read(str(name_or_path), sources)
+    for text in overrides:
+        sources.add(_override(text), "on the command line")
+    return from_flat(sources)
 
 
 def preset_names() -> list[str]:
@@ -306,45 +346,126 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def _read(name_or_path: str, given: ConfigSources) -> None:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys; an empty one stays as it is."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing when no known name is close."""
+    matches = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def from_flat(sources: ConfigSources) -> TrainConfig:
+    """The settings of dotted keys.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type or out of range.
+    """
+    sections = get_type_hints(TrainConfig)
+    nested: dict[str, Any] = {name: {} for name in sections}
+    for key, value in sources.values.items():
+        *parents, name = key.split(".")
+        if key in sections and value == {}:
+            continue
+        if not parents or parents[0] not in sections:
+            raise ConfigError(_unknown(key, sources))
+        table = nested
+        for parent in parents:
+            if not isinstance(table.get(parent), dict):
+                table[parent] = {}
+            table = table[parent]
+        table[name] = value
+    sections = {
+        name: _section(name, kind, nested[name], sources) for name, kind in sections.items()
+    }
+    try:
+        return TrainConfig(**sections)
+    except ValidationError as error:
+        raise ConfigError(str(error.errors()[0]["ctx"]["error"])) from None
+
+
+def _section(name: str, kind: type[T], values: Mapping[str, Any], sources: ConfigSources) -> T:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ConfigError(_message(name, error.errors()[0], sources)) from None
+
+
+def _message(section: str, error: ErrorDetails, sources: ConfigSources) -> str:
+    """One line about a value that pydantic refuses."""
+    names = [section, *(str(part) for part in error["loc"] if isinstance(part, str))]
+    if error["type"] == "unexpected_keyword_argument":
+        return _unknown(".".join(names), sources)
+    key = ".".join(names)
+    if error["type"] == "hypernet":
+        key = f"{key}.{error['ctx']['name']}"
+        return f"{key}{sources.origin(key)} {error['msg']}"
+    reason = error["msg"]
+    for theirs, ours in _WORDS.items():
+        reason = re.sub(theirs, ours, reason)
+    return f"{key}{sources.origin(key)} {reason}, got {excerpt(error['input'])}"
+
+
+# Pydantic's words -> ours.
+_WORDS = {
+    r"^\w+ should": "must",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid boolean": "true or false",
+    " after validation.*": "",
+}
+
+
+def _unknown(key: str, sources: ConfigSources) -> str:
+    known = [
+        f"{section}.{f.name}"
+        for section, kind in get_type_hints(TrainConfig).items()
+        for f in fields(kind)
+    ]
+    return f"unknown key {key}{sources.origin(key)}{did_you_mean(key, known)}"
+
+
+def _override(text: str) -> dict[str, Any]:
+    """`section.key=value`; the value is a TOML literal, or text where it is none."""
+    key, equals, literal = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"{text!r} on the command line is not section.key=value")
+    try:
+        return {key: tomllib.loads(f"value = {literal}")["value"]}
+    except (ValueError, RecursionError):
+        return {key: literal.strip()}
+
+
+def _read(name_or_path: str, sources: ConfigSources) -> None:
     packaged = PRESETS / f"{name_or_path}.toml"
     path = packaged if packaged.is_file() else Path(name_or_path)
-    where = f"preset {name_or_path}" if path == packaged else str(path)
-    try:
-        if not path.exists() or path.is_dir():
-            raise FileNotFoundError
-        values = tomllib.loads(read_text(path, error=ConfigError))
-    except FileNotFoundError:
-        hint = nearest(name_or_path, preset_names())
+    origin = f"in preset {name_or_path}" if path == packaged else f"in {path}"
+    if not path.exists() or path.is_dir():
+        hint = did_you_mean(name_or_path, preset_names())
         raise ConfigError(
             f"{name_or_path}: no such config file or preset{hint}; "
             f"presets: {', '.join(preset_names())}"
-        ) from None
-    except ConfigError:
-        raise
+        )
+    text = read_text(path, error=ConfigError)
+    try:
+        values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         # Besides TOML's own errors: integers of thousands of digits, and nesting.
         raise ConfigError(f"{path}: not valid TOML ({error}); correct the file") from None
     parent = values.pop("preset", None)
     if parent is not None:
         if parent not in preset_names():
-            hint = nearest(str(parent), preset_names())
+            hint = did_you_mean(str(parent), preset_names())
             raise ConfigError(f"{path}: no preset {parent!r}{hint}")
-        _read(parent, given)
-    given.add(values, where)
-
-
-def _each(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def _check_hypernet(given: Mapping[str, str]) -> None:
-    """given: field of `model.hypernet` -> words that say where it was given."""
-    free = [f.name for f in fields(HypernetConfig) if f.name not in (*DERIVED, *FROM_DATA)]
-    for name, where in given.items():
-        if name in DERIVED:
-            raise ConfigError(f"model.hypernet.{name}{where} is the base's own; leave it out")
-        if name in FROM_DATA:
-            raise ConfigError(f"model.hypernet.{name}{where} is set by data.{name}")
-        if name not in free:
-            raise ConfigError(f"unknown key model.hypernet.{name}{where}{nearest(name, free)}")
+        _read(parent, sources)
+    sources.add(values, origin)

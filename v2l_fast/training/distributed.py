@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from v2l_fast.errors import ConfigError, V2LError
-from v2l_fast.training.config import TrainConfig
-from v2l_fast.training.config_values import spread
+from v2l_fast.training.config import TrainConfig, flatten
 
 T = TypeVar("T")
 
@@ -29,10 +28,10 @@ REMEDIES = {"tensorboard": '"v2l_fast[train]"', "wandb": "wandb"}
 
 
 class Distributed:
-    """One process on CPU or GPU, or those that `accelerate launch` started.
+    """One process on CPU or GPU, or those that `accelerate launch` or `torchrun` started.
 
     Raises:
-        ConfigError: accelerate or a tracker is missing, or a GPU is asked for where there is none.
+        ConfigError: accelerate or a tracker is not installed, or `run.device` is a missing GPU.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -72,17 +71,17 @@ class Distributed:
         """The step with gradients averaged over the processes."""
         return self.accelerator.prepare_model(step)
 
-    def exchange(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch: gradients travel after the last one."""
-        return nullcontext() if last else self.accelerator.no_sync(model)
+    def no_sync(self, model: nn.Module, active: bool = True) -> AbstractContextManager[None]:
+        """While entered and `active`, backward passes accumulate gradients without averaging."""
+        return self.accelerator.no_sync(model) if active else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of this process's part of the whole batch's loss."""
-        # Gradients are averaged over the processes; the sum over them is what is meant.
+        # Gradients are averaged over the processes, and the batch needs their sum.
         self.accelerator.backward(loss * self.count)
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over all processes, known to each of them."""
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, the same on each of them."""
         if self._hosts is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -93,12 +92,12 @@ class Distributed:
         """Every process's value, in order of rank."""
         if self._hosts is None:
             return [value]
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, value, group=self._hosts)
-        return found
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value, group=self._hosts)
+        return values
 
     def on_main_process(self, action: Callable[[], None]) -> None:
-        """The first process acts, and no other goes on before; its error is that of all.
+        """Run on the main process while the others wait; re-raise its error everywhere.
 
         Raises:
             V2LError: that of the action.
@@ -115,11 +114,11 @@ class Distributed:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The first process runs the body, then the others do."""
+        """Run the body on the main process, then on the others."""
         if self._hosts is None:
             yield
             return
-        # It may train a base model meanwhile; in the training itself nobody waits so long.
+        # The main process may train a base model in it; the training itself never waits so long.
         patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=6))
         if not self.is_main:
             torch.distributed.barrier(patient)
@@ -128,7 +127,7 @@ class Distributed:
             torch.distributed.barrier(patient)
 
     def start_trackers(self, config: TrainConfig, start: int, run_id: str) -> None:
-        """Open TensorBoard and others; points after `start` are those of a run cut off there.
+        """Open the trackers; points after step `start` belong to a run that was interrupted there.
 
         run_id: the same for all parts of an interrupted run.
 
@@ -137,7 +136,7 @@ class Distributed:
         """
         flat = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in spread(asdict(config)).items()
+            for key, value in flatten(asdict(config)).items()
         }
         name = config.run.name or Path(config.run.folder).name
         wandb = {"id": run_id, "name": name, "dir": config.run.folder, "resume": "allow"}
@@ -148,7 +147,7 @@ class Distributed:
                 init_kwargs={"tensorboard": {"purge_step": start + 1}, "wandb": wandb},
             )
         except _wandb_errors() as error:
-            # Accelerate would finish what has not started.
+            # Otherwise Accelerate would finish a tracker that has not started.
             self.accelerator.trackers.clear()
             raise ConfigError(
                 f"run.trackers names wandb, which does not start ({error}); set "
@@ -156,23 +155,23 @@ class Distributed:
             ) from None
 
     def track(self, numbers: dict[str, float | str], step: int) -> None:
-        """Numbers and texts to the trackers, from the first process."""
+        """Send numbers and texts to the trackers, from the main process."""
         if self.accelerator.trackers:
             self.accelerator.log(numbers, step=step)
 
     def close(self) -> None:
-        """Flush the trackers and leave the group."""
+        """Flush the trackers and leave the process group."""
         self.accelerator.end_training()
 
 
 def _wandb_errors() -> tuple[type[Exception], ...]:
-    """W&B's own, where it is in use."""
+    """W&B's own errors, where it is in use."""
     wandb = sys.modules.get("wandb")
     return () if wandb is None else (wandb.Error,)
 
 
 class Stopped(SystemExit):
-    """The run was stopped by a signal after saving; exits with 128 + the signal's number."""
+    """A signal stopped the run after a checkpoint; the exit code is 128 + the signal's number."""
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(128 + number)
@@ -180,7 +179,10 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """While entered, notes the first SIGTERM or SIGINT; a second one acts as it always does."""
+    """While entered, records the first SIGTERM or SIGINT; a second one has its usual effect.
+
+    The step finishes and a checkpoint is written before the run ends.
+    """
 
     def __init__(self) -> None:
         self.received = 0

@@ -220,8 +220,8 @@ class Meter:
         for step in zip(*gather(own), strict=True):
             self._merged.append(added(step))
 
-    def bad_step(self) -> int | None:
-        """How many steps ago a merged loss or gradient was first not finite, or None."""
+    def first_bad_step(self) -> int | None:
+        """Age in steps of the first merged step whose loss or gradient is not finite, or None."""
         for place, step in enumerate(self._merged):
             if not all(math.isfinite(step[name][0]) for name in ("loss", "grad_norm")):
                 return len(self._merged) - 1 - place

@@ -35,28 +35,32 @@ from v2l_fast.video.reading import resolved
 from v2l_fast.vlm import Backbone
 from v2l_fast.vlm.base import PromptBuilder
 
-# Class -> most answer tokens, the stop token not counted.
+# Class -> largest number of answer tokens, without the stop token.
 LENGTHS = {"short": 16, "medium": 64, "long": None}
 
 
 def length_class(tokens: int) -> str:
-    """Which class an answer of so many tokens is."""
+    """The class of an answer of `tokens` tokens."""
     return next(name for name, most in LENGTHS.items() if most is None or tokens <= most)
 
 
 def with_length(prompt: str, length: str) -> str:
-    """The prompt with its wish for a "short", "medium" or "long" answer.
+    """The prompt, asking for a "short", "medium" or "long" answer in the words of training.
+
+    A hypernetwork trained on answers of one length gives that length to every question. With
+    `data.answer_length_tags`, training mixes lengths and a user asks for one:
+    ``model.ask(with_length(question, "short"), adapter)``.
 
     Raises:
-        ConfigError: another length.
+        ConfigError: `length` is none of these.
     """
     if length not in LENGTHS:
-        raise ConfigError(f"length {length!r}: use one of {', '.join(LENGTHS)}")
+        raise ConfigError(f"length must be one of {', '.join(LENGTHS)}, got {length!r}")
     return f"{prompt} ({length} answer)"
 
 
-# Turns that name their answer's length where the option is on. The others teach that a prompt
-# without a tag is answered too.
+# Share of the questions that state their answer's length where the option is on. The others teach
+# the model to answer prompts without a tag.
 TAGGED = 0.5
 
 
@@ -188,13 +192,13 @@ class ManifestSource:
 def manifest_sources(
     data: DataConfig, backbone: Backbone, seed: int, teacher: bool = False
 ) -> tuple[ManifestSource, ManifestSource | None]:
-    """The videos to train on and those to validate on (None when there are none to keep).
+    """The videos to train on, and those to validate on (None if there are none).
 
-    teacher: for a KL teacher that sees the video, see :class:`ManifestSource`.
+    teacher: prepare samples for a KL teacher, see :class:`ManifestSource`.
 
     Raises:
         ManifestError: a manifest cannot be used, or a video is in both parts.
-        CacheError: the feature cache has nothing of this model.
+        CacheError: the feature cache holds nothing of this model and sampling.
     """
     examples = [e for path in data.manifests for e in load_manifest(path)]
     if data.val_manifests:
@@ -202,7 +206,7 @@ def manifest_sources(
         val = [e for path in data.val_manifests for e in load_manifest(path)]
     else:
         train, val = split_by_video(examples, data.val_share, seed)
-    # Each manifest is sound by itself; several may disagree.
+    # Each manifest was checked by itself; several may disagree.
     if shared := trained_on(train, val):
         raise ManifestError(
             f"{', '.join(data.val_manifests or data.manifests)}: {len(shared)} of its videos are "
@@ -218,22 +222,17 @@ def manifest_sources(
         raise ManifestError(f"{', '.join(data.manifests)}: no example to train on; {remedy}")
     device = backbone.decoder.device
     on_gpu = resolved(data.decoder, device) == "dali"
-    reader = ClipReader(
-        data.max_frames,
-        data.longest_edge,
-        data.target_fps,
-        data.exact_frames,
-        decoder=data.decoder,
-        device=str(device) if on_gpu else "cpu",
+    reader = ClipReader.of(
+        data.sampling, decoder=data.decoder, device=str(device) if on_gpu else "cpu"
     )
     cache = None
     if data.feature_cache:
         cache = FeatureCache(data.feature_cache, reader, vision_fingerprint(backbone))
         cache.check()
 
-    def source(examples: Sequence[Example], most: int) -> ManifestSource:
+    def source(examples: Sequence[Example], limit: int) -> ManifestSource:
         return ManifestSource(
-            videos=_at_most(group_by_video(examples), most, seed),
+            videos=_limited(group_by_video(examples), limit, seed),
             inputs=backbone.prompt_builder,
             reader=reader,
             instruction=data.instruction,
@@ -250,54 +249,50 @@ def manifest_sources(
     return source(train, data.videos), source(val, data.val_videos) if keep else None
 
 
-def _at_most(videos: list[VideoExamples], most: int, seed: int) -> list[VideoExamples]:
-    """`most` of them (0: all), chosen by hash, in their order."""
-    if not 0 < most < len(videos):
+def _limited(videos: list[VideoExamples], limit: int, seed: int) -> list[VideoExamples]:
+    """`limit` of the videos (0: all), chosen by hash, in their order."""
+    if not 0 < limit < len(videos):
         return videos
-    drawn = sorted(range(len(videos)), key=lambda i: video_share(videos[i].name, seed))[:most]
-    return [videos[i] for i in sorted(drawn)]
+    chosen = sorted(range(len(videos)), key=lambda i: video_share(videos[i].name, seed))[:limit]
+    return [videos[i] for i in sorted(chosen)]
 
 
-# To train on, and to validate on if there is any.
+# The videos to train on, and those to validate on if there are any.
 Sources = tuple[Source, Source | None]
 
 
 def base_model(config: TrainConfig) -> str | Path:
-    """The frozen model to load; the shapes world trains its own where none is named.
+    """Where the frozen model lies: a folder or a hub id.
 
     Raises:
-        ConfigError: no base is named for manifests.
+        ConfigError: `model.base` is empty.
     """
-    if config.model.base:
-        return shipped(config.model.base, "base") or config.model.base
-    if config.data.source == "shapes":
-        # A layer above this one, needed for this source only.
-        from v2l_fast.shapes.source import prepare_base
-
-        return prepare_base(config)
-    raise ConfigError("model.base is empty; name the frozen VLM, a folder or a hub id")
+    if not config.model.base:
+        raise ConfigError("model.base is empty; name the frozen VLM, a folder or a hub id")
+    return shipped(config.model.base, "base") or config.model.base
 
 
 def open_sources(config: TrainConfig, backbone: Backbone) -> Sources:
-    """The videos of `config.data`.
+    """The videos of the manifests that `config.data` names.
 
     Raises:
-        ConfigError: no manifest is named, or a kind of task in them has no weight.
-        V2LError: the source's own errors.
+        ConfigError: no manifest is named, or a task type in them has no weight.
+        V2LError: a manifest or the feature cache cannot be used.
     """
-    if config.data.source == "shapes":
-        from v2l_fast.shapes.source import shapes_sources
-
-        return shapes_sources(config, backbone)
+    if config.data.source != "manifest":
+        raise ConfigError(
+            f"data.source={config.data.source} has a trainer of its own: use v2l train, or "
+            "v2l_fast.shapes.source.train_shapes"
+        )
     if not config.data.manifests:
         raise ConfigError('data.manifests is empty; give data.manifests=["train.jsonl"]')
     loss = config.loss
     train, val = manifest_sources(config.data, backbone, config.run.seed, loss.kl_weight > 0)
     videos = [*train.videos, *(val.videos if val is not None else ())]
-    kinds = {example.task_type for video in videos for example in video.examples}
-    if loss.kind_weights and (without := sorted(kinds - loss.kind_weights.keys())):
+    task_types = {example.task_type for video in videos for example in video.examples}
+    if loss.kind_weights and (missing := sorted(task_types - loss.kind_weights.keys())):
         raise ConfigError(
-            f"loss.kind_weights has no weight for task_type {', '.join(without)} of the manifests; "
-            f"add loss.kind_weights.{without[0]}=1, or leave kind_weights out"
+            f"loss.kind_weights has no weight for task_type {', '.join(missing)} of the manifests; "
+            f"add loss.kind_weights.{missing[0]}=1, or leave kind_weights out"
         )
     return train, val

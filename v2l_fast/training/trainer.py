@@ -9,12 +9,12 @@ Nothing waits for the device in a step that is not logged, validated or saved.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
 import time
 import uuid
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from v2l_fast.errors import CheckpointError, ConfigError, V2LError
 from v2l_fast.files import read_json, write_json
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.loading import load_hypernet
+from v2l_fast.loading import load_hypernet, training_sampling
 from v2l_fast.training.checkpoint import (
     RunFolder,
     checkpoint_path,
@@ -38,8 +38,7 @@ from v2l_fast.training.checkpoint import (
     rotate_checkpoints,
     save_checkpoint,
 )
-from v2l_fast.training.config import FROM_DATA, TrainConfig
-from v2l_fast.training.config_values import spread
+from v2l_fast.training.config import FROM_DATA, TrainConfig, flatten
 from v2l_fast.training.distributed import Distributed, Stopped, StopSignals
 from v2l_fast.training.flops import StepCost, peak_flops
 from v2l_fast.training.loader import EpochOrder, Quarantine, StepBatch, step_batches
@@ -50,14 +49,83 @@ from v2l_fast.training.step import StepOptions, StepResult, TrainStep
 from v2l_fast.training.validation import Validation
 from v2l_fast.vlm import Backbone, load_backbone
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_MODULES = ("down_proj",)
+
+
+class TrainingError(V2LError):
+    """A run cannot go on."""
+
+
+def train(
+    config: TrainConfig,
+    resume: bool | None = None,
+    backbone: Backbone | None = None,
+    sources: Sources | None = None,
+    console: Console | None = None,
+    *,
+    find_base: Callable[[TrainConfig], str | Path] = base_model,
+    find_sources: Callable[[TrainConfig, Backbone], Sources] = open_sources,
+) -> dict[str, Any]:
+    """Train a hypernetwork and return the run's summary, which `summary.json` keeps.
+
+    Args:
+        resume: True continues from the last checkpoint of `run.folder` and fails without one,
+            False starts over, None continues where there is one.
+        backbone, sources: the frozen model, and the videos to train and to validate on, if they
+            are loaded already.
+        console: where progress is shown; standard error if omitted.
+        find_base, find_sources: where the frozen model lies, and its videos, if they are not given;
+            called on the main process first.
+
+    Raises:
+        ConfigError: settings that cannot work together.
+        CheckpointError: the folder's checkpoint is broken or has other settings, or another run
+            writes there.
+        TrainingError: the loss is not finite.
+        Stopped: a signal ended the run, after a checkpoint.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    init = Path(config.model.init or "-")
+    if init.exists() and init.resolve().is_relative_to(Path(config.run.folder).resolve()):
+        raise ConfigError(
+            f"model.init={config.model.init} lies in run.folder, which the run writes; name "
+            "another run.folder"
+        )
+    distributed, folder = Distributed(config), RunFolder(config.run.folder)
+    try:
+        accumulation = config.optim.accumulation(distributed.count)
+        distributed.on_main_process(lambda: folder.open(resume))
+        folder.refuse_another(distributed.gather)
+        with distributed.main_first():
+            if backbone is None:
+                device = distributed.device
+                backbone = load_backbone(find_base(config), device, _dtype(config, device))
+            initial = load_hypernet(config.model.init)[0] if config.model.init else None
+            config = config.with_sampling(
+                training_sampling(backbone.name_or_path)
+                if initial is None
+                else initial.config.sampling
+            )
+            sources = sources or find_sources(config, backbone)
+        hypernet = make_hypernet(config, backbone, initial)
+        return _Run(config, distributed, folder, backbone, sources, hypernet).train(
+            accumulation, console
+        )
+    finally:
+        folder.close()
+        distributed.close()
+
+
+# --- the network ----------------------------------------------------------------------------------
 
 
 def hypernet_config(config: TrainConfig, backbone: Backbone) -> HypernetConfig:
     """The architecture: sizes from the base, sampling from `data`, the rest from `model.hypernet`.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is out of range.
     """
     chosen = dict(config.model.hypernet)
     names = chosen.pop("target_modules", DEFAULT_MODULES)
@@ -72,27 +140,27 @@ def hypernet_config(config: TrainConfig, backbone: Backbone) -> HypernetConfig:
     )
 
 
-def make_hypernet(config: TrainConfig, backbone: Backbone) -> HyperNetwork:
-    """A fresh network, or that of `model.init` with what it does not know fresh.
+def make_hypernet(
+    config: TrainConfig, backbone: Backbone, initial: HyperNetwork | None = None
+) -> HyperNetwork:
+    """A fresh network, or `initial` (that of `model.init`) with the parts it lacks fresh.
 
     Raises:
-        ConfigError: the two differ in architecture, but for parts that `model.init` lacks.
+        ConfigError: a part of `initial` has another shape.
     """
+    wanted = hypernet_config(config, backbone)
+    if initial is not None:
+        inherited = {
+            field.name: getattr(initial.config, field.name)
+            for field in fields(HypernetConfig)
+            if field.name not in ("base_model_name_or_path", *FROM_DATA, *config.model.hypernet)
+        }
+        wanted = replace(wanted, **inherited)
     torch.manual_seed(config.run.seed)
-    if not config.model.init:
-        return HyperNetwork(hypernet_config(config, backbone))
-    started, _ = load_hypernet(config.model.init)
-    inherited = {
-        field.name: getattr(started.config, field.name)
-        for field in dataclasses.fields(HypernetConfig)
-        if field.name not in ("base_model_name_or_path", *FROM_DATA)
-    }
-    own = hypernet_config(config, backbone)
-    wanted = dataclasses.replace(
-        own, **{k: v for k, v in inherited.items() if k not in config.model.hypernet}
-    )
     network = HyperNetwork(wanted)
-    state, known = network.state_dict(), started.state_dict()
+    if initial is None:
+        return network
+    state, known = network.state_dict(), initial.state_dict()
     for name, value in known.items():
         if name not in state or state[name].shape != value.shape:
             raise ConfigError(
@@ -104,7 +172,7 @@ def make_hypernet(config: TrainConfig, backbone: Backbone) -> HyperNetwork:
 
 
 def export(network: HyperNetwork, folder: Path, dtype: torch.dtype) -> None:
-    """Write a copy of `dtype` as `HyperNetwork.from_pretrained` and `v2l` load it."""
+    """Write a copy in `dtype` that `HyperNetwork.from_pretrained` and `v2l` load."""
     with torch.device("meta"):
         copy = HyperNetwork(network.config)
     copy.load_state_dict(
@@ -114,75 +182,25 @@ def export(network: HyperNetwork, folder: Path, dtype: torch.dtype) -> None:
     copy.save_pretrained(folder)
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class TrainingError(V2LError):
-    """A run cannot go on."""
-
-
-def train(
-    config: TrainConfig,
-    resume: bool | None = None,
-    backbone: Backbone | None = None,
-    sources: Sources | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Train a hypernetwork and return the run's summary, which `summary.json` keeps.
-
-    Args:
-        resume: True continues from the last checkpoint of `run.folder` and fails without one,
-            False starts over, None continues where there is one.
-        backbone, sources: instead of those that the config names.
-        console: where progress is shown; standard error if omitted.
-
-    Raises:
-        ConfigError: settings that cannot work together.
-        CheckpointError: the folder's checkpoint is broken or of other settings, or another run
-            writes there.
-        TrainingError: the loss is not finite.
-        Stopped: a signal ended the run, after a checkpoint.
-    """
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    start = Path(config.model.init or "-")
-    if start.exists() and start.resolve().is_relative_to(Path(config.run.folder).resolve()):
-        raise ConfigError(
-            f"model.init={config.model.init} lies in run.folder, which the run writes; name "
-            "another run.folder"
-        )
-    processes, folder = Distributed(config), RunFolder(config.run.folder)
-    try:
-        accumulation = config.optim.accumulation(processes.count)
-        processes.on_main_process(lambda: folder.open(resume))
-        folder.refuse_another(processes.gather)
-        with processes.main_first():
-            backbone = backbone or load_backbone(
-                base_model(config), processes.device, _dtype(config, processes.device)
-            )
-            sources = sources or open_sources(config, backbone)
-        run = _Run(config, processes, folder, backbone, sources)
-        return run.train(accumulation, console)
-    finally:
-        folder.close()
-        processes.close()
+# --- the loop -------------------------------------------------------------------------------------
 
 
 class _Run:
-    """One call of `train`: what it holds, and the loop."""
+    """The state of one call of `train`, and its loop."""
 
     def __init__(
         self,
         config: TrainConfig,
-        processes: Distributed,
+        distributed: Distributed,
         folder: RunFolder,
         backbone: Backbone,
         sources: Sources,
+        hypernet: HyperNetwork,
     ) -> None:
-        self.config, self.processes, self.folder = config, processes, folder
-        self.hypernet = make_hypernet(config, backbone).to(processes.device)
-        wanted = config.run.compile
-        if wanted == "on" or (wanted == "auto" and processes.device.type == "cuda"):
+        self.config, self.distributed, self.folder = config, distributed, folder
+        self.hypernet = hypernet.to(distributed.device)
+        mode = config.run.compile
+        if mode == "on" or (mode == "auto" and distributed.device.type == "cuda"):
             backbone.compile()
             self.hypernet.compile_layers()
         self.step = TrainStep(self.hypernet, backbone, step_options(config))
@@ -194,11 +212,11 @@ class _Run:
         if val is not None and config.data.val_videos:
             self.validation = Validation(
                 val, config, Quarantine(folder.val_quarantine, len(val)),
-                processes.rank, processes.count,
+                distributed.rank, distributed.count,
             )  # fmt: skip
         cost = StepCost.of(backbone, self.hypernet.config)
-        self.speed = Speed(cost, peak_flops(processes.device), processes.count)
-        self.meter = Meter(counts=processes.is_main)
+        self.speed = Speed(cost, peak_flops(distributed.device), distributed.count)
+        self.meter = Meter(counts=distributed.is_main)
         self.start, self.seconds, self.began = 0, 0.0, time.perf_counter()
         self.run_id = uuid.uuid4().hex
         self.last: dict[str, float] = {}
@@ -207,9 +225,9 @@ class _Run:
     def train(self, accumulation: int, console: Console | None) -> dict[str, Any]:
         """From the last checkpoint, or the start, to the last step."""
         self._restore()
-        config, run, processes = self.config, self.config.run, self.processes
+        config, run, distributed = self.config, self.config.run, self.distributed
         if self.start == config.optim.steps:
-            if processes.is_main:
+            if distributed.is_main:
                 console = console or log
                 console.print(
                     f"{self.folder.path}: this run is complete ({self.start} steps); name another "
@@ -217,10 +235,15 @@ class _Run:
                     soft_wrap=True,
                 )
             return self._summary()
-        model = processes.wrap(self.step)
-        processes.start_trackers(config, self.start, self.run_id)
+        model = distributed.wrap(self.step)
+        distributed.start_trackers(config, self.start, self.run_id)
         report = Report(
-            self.folder, config.optim.steps, self.start, processes.track, processes.is_main, console
+            self.folder,
+            config.optim.steps,
+            self.start,
+            distributed.track,
+            distributed.is_main,
+            console,
         )
         batches = step_batches(
             self.source,
@@ -228,17 +251,17 @@ class _Run:
             range(self.start, config.optim.steps),
             config.data,
             self.quarantine,
-            rank=processes.rank,
-            processes=processes.count,
+            rank=distributed.rank,
+            processes=distributed.count,
             accumulation=accumulation,
-            pinned=processes.device.type == "cuda",
+            pinned=distributed.device.type == "cuda",
         )
         with StopSignals() as signals, report:
             report.say(self._opening(accumulation))
             for batch in batches:
                 examples = sum(len(sample.turns) for sample in batch.samples)
-                # Also how all processes learn that one of them is to stop.
-                total, stops = processes.total([examples, float(signals.received > 0)])
+                # This also tells every process that one of them has been asked to stop.
+                total, stops = distributed.all_reduce_sum([examples, float(signals.received > 0)])
                 self._optimize(model, batch, int(total))
                 self.quarantine.refresh()
                 step = batch.step + 1
@@ -267,14 +290,14 @@ class _Run:
     def _optimize(self, model: nn.Module, batch: StepBatch, examples: int) -> None:
         """Forward, backward and update of one step; nothing here waits for the device."""
         config = self.config.optim
-        # What a step may draw depends on the step alone: a checkpoint needs no generator's state.
+        # Random numbers depend on the step alone, so a checkpoint needs no generator's state.
         torch.manual_seed(self.config.run.seed * 1_000_003 + batch.step)
         set_rate(self.optimizer, config, batch.step)
         results = []
-        for place, samples in enumerate(batch.micro_batches):
-            with self.processes.exchange(model, place + 1 == len(batch.micro_batches)):
+        for number, samples in enumerate(batch.micro_batches, 1):
+            with self.distributed.no_sync(model, number < len(batch.micro_batches)):
                 result = model(samples, example_total=max(examples, 1))
-                self.processes.backward(result.loss)
+                self.distributed.backward(result.loss)
             results.append(StepResult(result.loss.detach(), result.parts))
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf)
         self.optimizer.step()
@@ -283,11 +306,11 @@ class _Run:
         self.speed.add(batch)
 
     def _merge(self, step: int) -> None:
-        self.meter.merge(self.processes.gather)
-        ago = self.meter.bad_step()
-        if ago is not None:
+        self.meter.merge(self.distributed.gather)
+        age = self.meter.first_bad_step()
+        if age is not None:
             raise TrainingError(
-                f"{self.folder.path}: loss or gradient is not finite in step {step - ago}; the "
+                f"{self.folder.path}: loss or gradient is not finite in step {step - age}; the "
                 "last checkpoint is from before, lower optim.lr or look at the data of that step"
             )
 
@@ -297,8 +320,8 @@ class _Run:
         numbers: dict[str, float | None] = {
             **self.last,
             "lr": self.config.optim.lr * rate_factor(self.config.optim, step - 1),
-            **self.speed.take(self.processes.total),
-            "memory_gb": memory_gb(self.processes.device),
+            **self.speed.take(self.distributed.all_reduce_sum),
+            "memory_gb": memory_gb(self.distributed.device),
             "seconds": round(self._elapsed(), 1),
         }
         report.log(step, numbers)
@@ -306,20 +329,20 @@ class _Run:
     def _validate(self, step: int, report: Report) -> None:
         if self.validation is not None:
             with self.speed.paused():
-                self.val = self.validation.loss(self.step, self.processes.gather)
+                self.val = self.validation.loss(self.step, self.distributed.gather)
                 report.validation(step, self.val)
-                if self.processes.is_main:
+                if self.distributed.is_main:
                     self._keep_best(step)
 
     def _answer(self, step: int, report: Report) -> None:
-        if self.validation is not None and self.processes.is_main:
+        if self.validation is not None and self.distributed.is_main:
             with self.speed.paused():
                 report.samples(step, self.validation.answers(self.step, self.config.run.samples))
 
     # --- checkpoints ------------------------------------------------------------------------------
 
     def _best(self) -> dict[str, Any] | None:
-        """Step and validation numbers of the best network so far; that of a killed run counts."""
+        """Step and validation numbers of the best network so far, also that of a killed run."""
         path = self.folder.best_record
         return (
             read_json(path, error=CheckpointError, kind=dict, allow_nan=True)
@@ -329,20 +352,20 @@ class _Run:
 
     def _keep_best(self, step: int) -> None:
         """Export the network if its validation cross-entropy is the lowest so far."""
-        best, found = self._best(), self.val.get("val_ce", math.nan)
-        if found < (math.inf if best is None else best["val_ce"]):
+        best, val_ce = self._best(), self.val.get("val_ce", math.nan)
+        if val_ce < (math.inf if best is None else best["val_ce"]):
             export(self.hypernet, self.folder.best, DTYPES[self.config.run.export_dtype])
-            # Behind the weights: a run killed in between writes both again.
+            # Written after the weights: a run killed in between writes both again.
             write_json(self.folder.best_record, {"step": step, **self.val})
 
     def _restore(self) -> None:
         """Continue from the latest checkpoint, if there is one."""
-        found = self.folder.latest()
-        if found is None:
+        latest = self.folder.latest()
+        if latest is None:
             return
-        progress = read_progress(found)
-        refuse_other_settings(found, progress["settings"], self._settings())
-        load_checkpoint(found, self.parameters, self.optimizer)
+        progress = read_progress(latest)
+        refuse_other_settings(latest, progress["settings"], self._settings())
+        load_checkpoint(latest, self.parameters, self.optimizer)
         self.start, self.seconds = progress["step"], progress["seconds"]
         self.last, self.val = progress["last"], progress["val"]
         self.meter.restore(progress["meter"])
@@ -350,9 +373,9 @@ class _Run:
         self.quarantine.refresh()
 
     def _save(self, step: int) -> None:
-        """A checkpoint and its loadable export, from the first process."""
+        """Write a checkpoint and its loadable export, on the main process."""
         self._merge(step)
-        if not self.processes.is_main:
+        if not self.distributed.is_main:
             return
         progress = {
             "step": step,
@@ -370,24 +393,24 @@ class _Run:
         export(self.hypernet, folder.hypernet, DTYPES[run.export_dtype])
 
     def _settings(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with."""
-        network = spread(self.hypernet.config.to_dict(), "hypernetwork.")
+        """The settings that a checkpoint must have been written with."""
+        network = flatten(self.hypernet.config.to_dict(), "hypernetwork.")
         return {**self.config.identity(), **network, "videos in the source": len(self.source)}
 
-    # --- words and records ------------------------------------------------------------------------
+    # --- messages and the summary -----------------------------------------------------------------
 
     def _opening(self, accumulation: int) -> str:
         optim, count = self.config.optim, sum(p.numel() for p in self.parameters.values())
         start = f"continuing after step {self.start}" if self.start else "starting"
-        where = environment(self.processes.device, self.processes.count)["device"]
+        where = environment(self.distributed.device, self.distributed.count)["device"]
         return (
             f"{start} in {self.folder.path}: {count:,} parameters, {len(self.source)} videos, "
-            f"{optim.steps} steps of {optim.batch_size} videos (processes: {self.processes.count}, "
-            f"micro-batches of each: {accumulation}), {where}"
+            f"{optim.steps} steps of {optim.batch_size} videos (processes: "
+            f"{self.distributed.count}, micro-batches per process: {accumulation}), {where}"
         )
 
     def _summary(self) -> dict[str, Any]:
-        """What the run was and what came out; written once, when it is complete."""
+        """The run's settings and results, written once when it is complete."""
         path = self.folder.summary
         if path.is_file():
             return read_json(path, error=CheckpointError, kind=dict, allow_nan=True)
@@ -403,9 +426,9 @@ class _Run:
             "validation": self.val,
             "best": self._best(),
             "quarantined": len(self.quarantine),
-            "environment": environment(self.processes.device, self.processes.count),
+            "environment": environment(self.distributed.device, self.distributed.count),
         }
-        if self.processes.is_main:
+        if self.distributed.is_main:
             write_json(path, summary)
         return summary
 
@@ -414,7 +437,7 @@ class _Run:
 
 
 def step_options(config: TrainConfig) -> StepOptions:
-    """What the step needs to know of the settings."""
+    """The settings of the step."""
     loss = config.loss
     return StepOptions(
         recompute=config.model.recompute,
