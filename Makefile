@@ -20,33 +20,41 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m bench.hypernet_streaming
+	$(BIN)/python -m bench.runs.hypernet_streaming
 	$(BIN)/python -m pytest bench/ --benchmark-json=bench/results/ops_cpu.json
-	$(BIN)/python -m bench.train_step
-	$(BIN)/python -m bench.decode
-	$(BIN)/python -m bench.serve
-	$(BIN)/python -m bench.serve --load
-	$(BIN)/python -m bench.serve --engine-load
+	$(BIN)/python -m bench.runs.train_step
+	$(BIN)/python -m bench.runs.decode
+	$(BIN)/python -m bench.runs.answer
+	$(BIN)/python -m bench.runs.serve
 	$(BIN)/python -m bench.report
 
 aot: $(VENV)/.dev
 	$(BIN)/python -m profiling.aot_report
 
+# Nine minutes; run it again to continue. PYTHON=python3 SETUP=none uses an environment as it is,
+# without pip and network; GPU_ARGS="--device cpu --quick" is a trial without a GPU.
+GPU_ARGS ?=
+ifeq ($(SETUP),none)
+GPU_PYTHON := $(PYTHON)
+else
+GPU_PYTHON := $(BIN)/python
 gpu: $(VENV)/.dev
-	$(BIN)/python -m bench.gpu --out bench/results/gpu.json; \
-	status=$$?; $(BIN)/python -m bench.report; exit $$status
+endif
+gpu:
+	$(GPU_PYTHON) -m bench.runs.gpu --out bench/results/gpu.json $(GPU_ARGS); \
+	status=$$?; $(GPU_PYTHON) -m bench.report && exit $$status
 
 bench-gpu: $(VENV)/.dev
-	$(BIN)/python -m bench.train_step --device cuda
-	$(BIN)/python -m bench.decode --device cuda
+	$(BIN)/python -m bench.runs.train_step --device cuda
+	$(BIN)/python -m bench.runs.decode --device cuda
 	for shape in 500M 2.2B; do \
-		$(BIN)/python -m bench.serve --shape $$shape --device cuda && \
-		$(BIN)/python -m bench.serve --video --shape $$shape --device cuda || exit 1; \
+		$(BIN)/python -m bench.runs.answer --shape $$shape --device cuda && \
+		$(BIN)/python -m bench.runs.internalize --shape $$shape --device cuda || exit 1; \
 	done
 	$(BIN)/python -m bench.report
 
 tune: $(VENV)/.dev
-	$(BIN)/python -m bench.tune
+	$(BIN)/python -m bench.runs.tune
 
 train-shapes: $(VENV)/.dev
 	$(BIN)/v2l train --config shapes

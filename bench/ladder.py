@@ -1,14 +1,13 @@
-"""Every op at the 500M and 2.2B shapes against its ladder of baselines, on the same data.
+"""Every op at the 500M and 2.2B shapes against a ladder of baselines, on the same data.
 
-The ladder: ``released`` (the op order of the released code, bench/released.py), ``reference``
-(an op's ``reference.py``), ``plain`` (bench/plain.py), ``compiled`` (the same under torch.compile),
-``merged`` and ``bare`` where they mean something (adapter merged into W; the linear layer without
-adapter), the three forms of lora_linear in training, ``ours``. Rows of decoding are timed as CUDA
-graphs.
+The variants of a row: ``released`` (the op order of the released code, bench/released.py),
+``reference`` (the op's reference.py), ``plain`` (bench/plain.py), ``compiled`` (the same under
+torch.compile), ``merged`` (the adapter merged into W) and ``bare`` (the linear layer without an
+adapter) where they mean something, and ``ours``. Decoding is timed as CUDA graphs.
 
-Our result is first held against float64 on the same device; no speed-up follows a wrong one. Two
-front ends measure these rows: bench/test_ops.py with pytest-benchmark, and bench/gpu.py within the
-minutes of a lease.
+Ours is first compared with float64 on the same device; a wrong result gets no speed-up. Two front
+ends measure these rows: bench/test_ops.py with pytest-benchmark, and bench/runs/gpu.py, which has
+to end within a few minutes.
 """
 
 from __future__ import annotations
@@ -23,10 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import plain, released
-from bench.backends import backend
-from bench.checks import FORMS, json_number, limit, relative_error
-from bench.forms import in_form
-from bench.timing import captured, together
+from bench.harness import (
+    backend,
+    captured,
+    error_limit,
+    first_line,
+    json_number,
+    median_seconds,
+    relative_error,
+)
 from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
 from csrc_triton.peaks import peak_of
 from v2l_fast.hypernet.config import HypernetConfig
@@ -45,14 +49,17 @@ class Row:
     """One op at one shape in one direction.
 
     Attributes:
-        functions: variant -> function of ``inputs``; must have "ours". Without a Triton kernel for
-            the device ours is what the op does there.
-        oracle: the function for float64 inputs; "ours" under the reference backend when None.
-        needs: inputs that get gradients; none means forward only.
-        sliced: inputs are [N, ...]: only the first and the last slice are held against float64.
-        judged: how many of outputs and gradients are held against float64; all when None.
-        graphed: time as CUDA graphs, but for the variants in ``eager``, which wait for the device.
-        bare: variants that compute less than the op does, for scale; no speed-up over them.
+        functions: variant -> function of ``inputs``; one of them is "ours". On a device without
+            Triton kernels, ours is what the op does there.
+        flops, bytes: of the operation, 0 if not known.
+        needs: indices of the inputs that get gradients; empty for forward only.
+        oracle: the function for float64 inputs; None for "ours" under the reference backend.
+        sliced: inputs of shape [N, ...] of which only the first and last slice are compared with
+            float64.
+        graphed: time as CUDA graphs, except the variants in ``eager``, which wait for the device.
+        compiled: whether "plain" is also timed under torch.compile.
+        tolerance: factor of the dtype's error limit.
+        bare: variants that compute less than the op does, for scale; they get no speed-up.
     """
 
     op: str
@@ -64,7 +71,6 @@ class Row:
     needs: Sequence[int] = ()
     oracle: Function | None = None
     sliced: Sequence[int] = ()
-    judged: int | None = None
     graphed: bool = False
     eager: frozenset[str] = frozenset()
     compiled: bool = True
@@ -82,32 +88,41 @@ class Row:
     def direction(self) -> str:
         return "forward+backward" if self.needs else "forward"
 
+    @property
+    def allowed_error(self) -> float:
+        """Limit of the relative error against float64."""
+        return self.tolerance * error_limit(self.inputs[0].dtype)
+
+    def with_compiled(self) -> dict[str, Function]:
+        """The variants, with "plain" compiled as one more where that is wanted."""
+        functions = dict(self.functions)
+        if self.compiled and "plain" in functions:
+            torch._dynamo.reset()
+            functions["compiled"] = torch.compile(functions["plain"], dynamic=False)
+        return functions
+
 
 # --- measuring -------------------------------------------------------------------------------
 
 
 def measure(row: Row, device: str, seconds: float, compile_plain: bool) -> dict[str, Any]:
     """The row as a record: error, median seconds of each variant, rates, speed-ups of ours."""
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "op": row.op, "shape": row.shape, "direction": row.direction,
         "seconds": {}, "failures": {}, "passed": False,
     }  # fmt: skip
     if row.note:
-        found["note"] = row.note
-    functions = dict(row.functions)
-    if compile_plain and row.compiled and "plain" in functions:
-        torch._dynamo.reset()
-        functions["compiled"] = torch.compile(functions["plain"], dynamic=False)
+        record["note"] = row.note
+    functions = row.with_compiled() if compile_plain else row.functions
     with backend("triton" if device == "cuda" else "reference"):
         try:
             error = row_error(row)
-        except Exception as problem:
-            found["reason"] = _one_line(problem)
-            return found
-        allowed = row.tolerance * limit(row.inputs[0].dtype)
-        found |= {"error": json_number(error), "limit": allowed, "passed": error <= allowed}
-        if not found["passed"]:
-            return found
+        except Exception as failure:
+            return record | {"reason": first_line(failure)}
+        passed = error <= row.allowed_error
+        record |= {"error": json_number(error), "limit": row.allowed_error, "passed": passed}
+        if not passed:
+            return record
         calls = {}
         for name, function in functions.items():
 
@@ -117,26 +132,24 @@ def measure(row: Row, device: str, seconds: float, compile_plain: bool) -> dict[
             try:
                 call()
                 calls[name] = as_timed(row, name, call, device)
-            except Exception as problem:
-                # A baseline that does not fit or compile is a fact of the table, not a failure.
-                found["failures"][name] = _one_line(problem)
-                _free(device)
-        found["seconds"] = together(calls, device, seconds)
-    ours = found["seconds"].get("ours")
-    if ours is None:
-        found |= {"passed": False, "reason": found["failures"].get("ours", "not timed")}
-        return found
-    found["speedups"] = {
-        name: taken / ours
-        for name, taken in found["seconds"].items()
+            except Exception as failure:
+                # A baseline that does not fit or compile is an entry of the table, not a failure.
+                record["failures"][name] = first_line(failure)
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+        record["seconds"] = times = median_seconds(calls, device, seconds)
+    if "ours" not in times:
+        return record | {"passed": False, "reason": record["failures"]["ours"]}
+    record["speedups"] = {
+        name: taken / times["ours"]
+        for name, taken in times.items()
         if name != "ours" and name not in row.bare
     }
-    found |= rates(row, ours, device)
-    return found
+    return record | rates(row, times["ours"], device)
 
 
 def as_timed(row: Row, name: str, call: Callable[[], object], device: str) -> Callable:
-    """The call, or its CUDA graph where the row is timed as one."""
+    """The call, or its CUDA graph if the row is timed as one."""
     graphed = row.graphed and device == "cuda" and name not in row.eager
     return captured(call) if graphed else call
 
@@ -167,7 +180,7 @@ def _listed(outputs: Outputs) -> list[Tensor]:
 
 def row_error(row: Row, function: Function | None = None) -> float:
     """Largest relative error of a variant's (or our) outputs and gradients against float64."""
-    ours = [t.detach() for t in run(row, function or row.functions["ours"])][: row.judged]
+    ours = [t.detach() for t in run(row, function or row.functions["ours"])]
     if not row.exact:
         row.exact = _exact(row)
     if row.sliced:
@@ -186,7 +199,7 @@ def _exact(row: Row) -> list[Tensor]:
     wide.grads = [_ends(g) if row.sliced else g for g in row.grads]
     with backend("reference"):
         exact = run(wide, row.oracle or row.functions["ours"])
-    return [t.detach() for t in exact[: row.judged]]
+    return [t.detach() for t in exact]
 
 
 def _ends(t: Tensor) -> Tensor:
@@ -194,10 +207,10 @@ def _ends(t: Tensor) -> Tensor:
 
 
 def rates(row: Row, seconds: float, device: str) -> dict[str, float]:
-    """FLOPs, bytes and what they make per second; the share of the roofline on a known GPU."""
+    """FLOPs and bytes, and both per second; on a known GPU the share of its roofline."""
     if not row.flops:
         return {}
-    found = {
+    record = {
         "flops": row.flops,
         "bytes": row.bytes,
         "gb_per_second": row.bytes / seconds / 1e9,
@@ -205,31 +218,19 @@ def rates(row: Row, seconds: float, device: str) -> dict[str, float]:
     }
     peak = peak_of(torch.cuda.get_device_name()) if device == "cuda" else None
     if peak is not None:
-        found["roofline_share"] = peak.floor(row.flops, row.bytes) / seconds
-    return found
-
-
-def _one_line(problem: Exception) -> str:
-    if isinstance(problem, torch.OutOfMemoryError):
-        return "out of memory"
-    text = (str(problem).strip() or repr(problem)).splitlines()[0]
-    return f"{type(problem).__name__}: {text}"[:160]
-
-
-def _free(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.empty_cache()
+        record["roofline_share"] = peak.floor(row.flops, row.bytes) / seconds
+    return record
 
 
 # --- rows ------------------------------------------------------------------------------------
 
 
 def rows(device: str, dtype: torch.dtype, size: str) -> Iterator[Callable[[], Row]]:
-    """Makers of rows, the most important first: a row's data exists only while it is measured.
+    """Makers of rows, the most important first; a row's data exist only while it is measured.
 
     Args:
-        size: one of ``SIZES``: a trial, what a CPU does in seconds, or the released models' shapes
-            in batches that fill a GPU.
+        size: one of ``SIZES``: a trial, shapes that take a CPU seconds, or the released models'
+            shapes in batches that fill a GPU.
     """
     make = _Maker(device, dtype)
     if size == "tiny":
@@ -314,17 +315,17 @@ class _Maker:
     def block(
         self, name: str, n: int, s: int, z: int, heads: tuple[int, int, int], training: bool
     ) -> Row:
-        """A block's whole attention, whose released order is the one known for it."""
+        """The whole attention of a block; the released order is known for no smaller part."""
         torch.manual_seed(0)
         module = PerceiverAttention(z, *heads).to(self.device, self.dtype)
         module.requires_grad_(False)
         wide = copy.deepcopy(module).double()
         context = self.rand(n, s, z)
         inputs = [self.rand(n, 8, z), context, self.rand(z, scale=0.1) + 1]
-        given = None if training else inverse_rms(context)
+        inv_rms = None if training else inverse_rms(context)
 
         def ours(latents: Tensor, context: Tensor, weight: Tensor) -> Tensor:
-            norm = inverse_rms(context) if given is None else given
+            norm = inverse_rms(context) if inv_rms is None else inv_rms
             out = module(latents.float(), context.dtype, weight, context, norm)
             return out.to(latents.dtype)
 
@@ -342,7 +343,7 @@ class _Maker:
             inputs,
             needs=(0, 1) if training else (),
             oracle=oracle, sliced=(0, 1), tolerance=2.0,
-            note="" if training else "without 1/rms of the context, which serves nine blocks",
+            note="" if training else "without 1/rms of the context, which nine blocks share",
         )  # fmt: skip
 
     def projection(self, name: str, batch: int, layers: int, z: int, d_in: int, d_out: int) -> Row:
@@ -395,8 +396,6 @@ class _Maker:
             "bare": lambda x, w, a, b: F.linear(x, w),
             "ours": lambda x, w, a, b: lora_linear(x, w, None, a, b, index, scale),
         }
-        if training and self.device == "cuda":
-            functions |= {form: _formed(form, index, scale) for form in FORMS}
         if adapters == 1 and not training:
             merged = (inputs[1].float() + scale * (b[0].float().mT @ a[0].float())).to(self.dtype)
             functions["merged"] = lambda x, w, a, b: F.linear(x, merged)
@@ -410,7 +409,7 @@ class _Maker:
             flops=base + low_rank,
             bytes=self.size * (moved + rows * (d_in + d_out) * (2 if training else 1)),
             needs=(0, 2, 3) if training else (),
-            # The reference looks for each adapter's rows.
+            # The reference searches for the rows of each adapter, which waits for the device.
             graphed=not training, eager=frozenset({"reference"}), tolerance=2.0,
             compiled=name.startswith("500M"),
         )  # fmt: skip
@@ -460,11 +459,6 @@ class _Maker:
             # Nine blocks and three more layers deep.
             [self.rand(1, 32, tokens, 960)], oracle=of(wide), tolerance=4.0,
         )  # fmt: skip
-
-
-def _formed(form: str, index: Tensor, scale: float) -> Function:
-    run = in_form(form)
-    return lambda x, w, a, b: run(x, w, None, a, b, index, scale)
 
 
 def _under_reference(function: Function) -> Function:

@@ -1,8 +1,8 @@
-"""A training step in the released order, in plain PyTorch: the baseline of ``bench.train_step``.
+"""A training step in the released order, in plain PyTorch: a baseline of ``bench.runs.train_step``.
 
-Every example brings its own video through vision tower and decoder; what is padded, materialized
-and repeated there is described in ``bench.train_step``. Written from that description, for our
-weights; the hypernetwork is ``bench.released``'s.
+Every example has its own video encoded by vision tower and decoder; ``bench.runs.train_step`` says
+what is padded, materialized and repeated. Written from that description, for our weights; the
+hypernetwork is that of ``bench.released``.
 """
 
 from __future__ import annotations

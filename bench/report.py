@@ -1,7 +1,7 @@
-"""bench/results/*.json -> bench/RESULTS.md: the records as tables, nothing measured here.
+"""Writes bench/RESULTS.md from bench/results/*.json: the records as tables; nothing is measured.
 
-Beside every table stand the device, versions, commit and command of its record. Failed checks are
-named, and a row that failed shows neither a ratio nor a speed-up.
+Every table comes with the device, versions, commit and command of its record. Failed checks are
+listed, and a row that failed shows neither a ratio nor a speed-up.
 
     python -m bench.report
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.records import RESULTS
+from bench.harness import RESULTS
 from v2l_fast.files import write_text
 
 Record = Mapping[str, Any]
@@ -32,12 +32,12 @@ def main() -> None:
 
 
 def report(records: Iterable[Record]) -> str:
-    """The whole page; a record of an unknown benchmark shows its rows as they are."""
+    """The page; of a benchmark that is not known here, the rows as they are."""
     parts = ["# Results", "Written by `python -m bench.report` from `bench/results/`."]
     for record in records:
         name = record.get("benchmark", "unnamed")
-        title, body = SECTIONS.get(name, (name, _unknown))
-        parts += [f"## {title}", _origin(record.get("machine_info", record)), body(record)]
+        title, body, command = SECTIONS.get(name, (name, _unknown, None))
+        parts += [f"## {title}", _origin(record.get("machine_info", record), command), body(record)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -61,7 +61,7 @@ def _hypernet_streaming(record: Record) -> str:
 
 
 def _ops(record: Record) -> str:
-    """A row a group of pytest-benchmark: medians of the variants, and their ratio to ours."""
+    """A row for each group of pytest-benchmark: medians, and their ratio to ours."""
     groups: dict[str, dict[str, Mapping[str, Any]]] = {}
     for result in record["benchmarks"]:
         groups.setdefault(result["group"], {})[result["extra_info"]["variant"]] = result
@@ -70,12 +70,12 @@ def _ops(record: Record) -> str:
     rows = []
     for group, variants in groups.items():
         ours = variants.get("ours")
-        # A variant that failed its correctness gate has no time, and nothing is claimed over it.
+        # A variant that failed its correctness gate has no time, and no ratio to it is shown.
         base = ours["stats"]["median"] if ours else None
         cells = [group, _ms(base) if ours else FAILED]
         for name in others:
-            found = variants.get(name)
-            time = found["stats"]["median"] if found else None
+            rival = variants.get(name)
+            time = rival["stats"]["median"] if rival else None
             ratio = f" ({time / base:.2f}x)" if time and base else ""
             cells.append(_ms(time) + ratio)
         info = ours["extra_info"] if ours else {}
@@ -83,9 +83,9 @@ def _ops(record: Record) -> str:
         cells.append("" if share is None else f"{share:.0%}")
         rows.append([*cells, _number(info.get("relative_error"))])
     note = (
-        "Medians in milliseconds and, in brackets, times over ours. Every variant was held against "
-        "float64 before it was timed. `bare` is the linear layer without an adapter, and `merged` "
-        "the one with the adapter added to its weights: both compute less.\n\n"
+        "Medians in milliseconds and, in brackets, relative to ours. Every variant was compared "
+        "with float64 before it was timed. `bare` is the linear layer without an adapter, `merged` "
+        "the one with the adapter added to its weights; both compute less.\n\n"
     )
     return note + _table(["op", "ours", *others, "roofline", "error of ours"], rows)
 
@@ -120,11 +120,11 @@ def _decode(record: Record) -> str:
     rows = [
         [
             row["case"], row["codec"], f"{row['size'][0]} x {row['size'][1]}", backend,
-            _count(found.get("frames_per_second")),
-            f"{found['error']['mean']:.2f}" if "error" in found else "not there",
+            _count(result.get("frames_per_second")),
+            f"{result['error']['mean']:.2f}" if "error" in result else "not there",
         ]
         for row in record["rows"]
-        for backend, found in row["backends"].items()
+        for backend, result in row["backends"].items()
     ]  # fmt: skip
     return "Errors are mean absolute differences from PyAV's frames, of 255.\n\n" + _table(
         ["frames", "codec", "size", "decoder", "frames/s", "error"], rows
@@ -140,17 +140,18 @@ def _serve(record: Record) -> str:
         return f"{note} {FAILED}: answers of {', '.join(record['disagree'])} differ."
     head = ["way", "time to first token, ms", "tokens/s"]
     rows = [
-        [way, _ms(found["time_to_first_token"]), f"{found['tokens_per_second']:.0f}"]
-        for way, found in record["ways"].items()
+        [way, _ms(times["time_to_first_token"]), f"{times['tokens_per_second']:.0f}"]
+        for way, times in record["ways"].items()
     ]
-    if all("weight_floor_share" in found for found in record["ways"].values()):
+    if all("weight_floor_share" in times for times in record["ways"].values()):
         head.append("of the weight-bandwidth floor's")
-        for row, found in zip(rows, record["ways"].values(), strict=True):
-            row.append(f"{found['weight_floor_share']:.0%}")
+        for row, times in zip(rows, record["ways"].values(), strict=True):
+            row.append(f"{times['weight_floor_share']:.0%}")
     return f"{note}\n\n" + _table(head, rows)
 
 
 def _serve_load(record: Record) -> str:
+    """Of a benchmark that is no longer here: the engine without HTTP."""
     load, alone = record["load"], record["one_at_a_time"]
     first, between = load["time_to_first_token"], load["between_pieces"]
     memory = record["resident_bytes"]
@@ -208,48 +209,45 @@ def _serve_http(record: Record) -> str:
 
 
 def _gpu(record: Record) -> str:
+    parts = ["Tiny sizes: a trial of the script."] if record.get("quick") else []
     checks = record["checks"]
-    wrong = [c for c in checks if not c["passed"]]
-    trial = "Tiny sizes: a trial of the script.\n\n" if record.get("quick") else ""
-    passed = f"{len(checks) - len(wrong)} of {len(checks)} checks passed."
-    parts = [f"{trial}### Correctness\n\n{passed}"]
+    right = sum(row["passed"] for row in checks)
+    parts.append(f"{right} of {len(checks)} checks passed.")
     if record["failed"]:
         parts.append("Failed: " + ", ".join(f"`{name}`" for name in record["failed"]) + ".")
     if record["left_out"]:
         parts.append("Not run for lack of time: " + ", ".join(record["left_out"]) + ".")
-    parts.append(_table(
-        ["check", "dtype", "error", "limit", "same bits twice", "passed"],
-        [[c["name"], c["dtype"], _number(c.get("error")), _number(c.get("limit")),
-          _yes(c.get("repeatable")), "yes" if c["passed"] else c.get("reason", FAILED)]
-         for c in checks],
-    ))  # fmt: skip
-    parts.append("### Ops\n\nMedians in microseconds, second-level cache cold; times over ours.")
-    names = list(dict.fromkeys(n for r in record["micro"] for n in r["seconds"]))
-    others = [n for n in names if n != "ours"]
+    parts.append("### Ops\n\nMedians in microseconds with a cold L2 cache; ratios to ours.")
+    names = list(dict.fromkeys(name for row in record["ops"] for name in row.get("seconds", ())))
+    others = [name for name in names if name != "ours"]
     rows = []
-    for row in record["micro"]:
-        right, seconds, speedups = row["passed"], row["seconds"], row.get("speedups", {})
-        cells = [f"{row['op']} {row['shape']} {row['direction']}"]
-        cells += [f"{seconds['ours'] * 1e6:.1f}" if right and "ours" in seconds else FAILED]
-        cells += [_against(n, seconds, speedups if right else {}, row) for n in others]
+    for row in record["ops"]:
+        right, seconds = row["passed"], row.get("seconds", {})
+        speedups = row.get("speedups", {}) if right else {}
+        cells = [row["name"], f"{seconds['ours'] * 1e6:.1f}" if right else FAILED]
+        cells += [_against(name, seconds, speedups, row) for name in others]
         known = right and "roofline_share" in row
         cells += [f"{row['gb_per_second']:.0f}" if known else "",
                   f"{row['tflop_per_second']:.1f}" if known else "",
                   f"{row['roofline_share']:.0%}" if known else ""]  # fmt: skip
         rows.append([*cells, _number(row.get("error"))])
     parts.append(_table(["op", "ours", *others, "GB/s", "TFLOP/s", "roofline", "error"], rows))
-    parts.append("### End to end\n\nMedians in milliseconds, random weights.")
-    parts += [_end_to_end(row) for row in record["end_to_end"]]
+    for title, section, body in (
+        ("Internalizing, milliseconds", "internalize", _stages),
+        ("Answering a question", "answer", _serve),
+        ("A training step", "train", lambda row: _train_step({"rows": [row]})),
+    ):
+        for row in record[section]:
+            text = body(row) if "reason" not in row else f"{FAILED} ({row['reason']})"
+            parts += [f"### {title}: {row['name']}", text]
     return "\n\n".join(parts)
 
 
-def _end_to_end(row: Record) -> str:
-    if not row["passed"]:
-        return f"{row['shape']}: {FAILED} ({row['reason']})"
+def _stages(row: Record) -> str:
     variants = list(row["variants"])
     stages = list(dict.fromkeys(s for v in variants for s in row["variants"][v]))
     body = [[stage, *(_ms(row["variants"][v].get(stage)) for v in variants)] for stage in stages]
-    head = f"{row['shape']}: {row['context_tokens']} context tokens, error {row['error']:.1e}\n\n"
+    head = f"Random weights, {row['context_tokens']} context tokens, error {row['error']:.1e}.\n\n"
     return head + _table(["stage", *variants], body)
 
 
@@ -259,34 +257,53 @@ def _unknown(record: Record) -> str:
     return _table(names, [[row.get(name, "") for name in names] for row in rows])
 
 
-SECTIONS: dict[str, tuple[str, Callable[[Record], str]]] = {
-    "hypernet_streaming": ("Internalizing on a CPU: released and ours", _hypernet_streaming),
-    "ops": ("Every op against its baselines", _ops),
-    "train_step": ("A training step: released order and ours", _train_step),
-    "decode": ("Decoding video", _decode),
-    "serve_shapes_cpu": ("Answering a question, shipped model on a CPU", _serve),
-    "serve_500M_cuda": ("Answering a question, 500M shape on a GPU", _serve),
-    "serve_2.2B_cuda": ("Answering a question, 2.2B shape on a GPU", _serve),
-    "serve_http": ("The server under load, over HTTP, shipped model", _serve_http),
-    "serve_load": ("The engine under load, shipped model", _serve_load),
-    "gpu": ("On a GPU", _gpu),
+# Benchmark -> title, body, and the module or command that runs it.
+SECTIONS: dict[str, tuple[str, Callable[[Record], str], str | None]] = {
+    "hypernet_streaming": (
+        "Internalizing on a CPU: released and ours",
+        _hypernet_streaming,
+        "bench.runs.hypernet_streaming",
+    ),
+    "ops": ("Every op against its baselines", _ops, None),
+    "train_step": (
+        "A training step: released order and ours",
+        _train_step,
+        "bench.runs.train_step",
+    ),
+    "decode": ("Decoding video", _decode, "bench.runs.decode"),
+    "serve_shapes_cpu": (
+        "Answering a question, shipped model on a CPU",
+        _serve,
+        "bench.runs.answer",
+    ),
+    "serve_500M_cuda": ("Answering a question, 500M shape on a GPU", _serve, "bench.runs.answer"),
+    "serve_2.2B_cuda": ("Answering a question, 2.2B shape on a GPU", _serve, "bench.runs.answer"),
+    "serve_http": (
+        "The server under load, over HTTP, shipped model",
+        _serve_http,
+        "bench.runs.serve",
+    ),
+    "serve_load": ("The engine under load, shipped model", _serve_load, None),
+    "gpu": ("On a GPU", _gpu, "bench.runs.gpu"),
 }
 
 
 # --- cells -----------------------------------------------------------------------------------
 
 
-def _origin(record: Record) -> str:
-    """Device, versions, commit and command in one line."""
+def _origin(record: Record, now: str | None) -> str:
+    """Device, versions, commit and command in one line, with the command's name ``now``."""
     commit = (record.get("commit") or "unknown")[:10]
     if record.get("uncommitted_changes"):
         commit += " with uncommitted changes"
-    versions = {"torch": record.get("torch"), "Python": record.get("python")}
-    versions |= record.get("versions", {})
-    shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    packages = {"torch": record.get("torch"), "Python": record.get("python")}
+    packages |= record.get("versions", {})
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     threads = f", threads: {record['threads']}" if "threads" in record else ""
     device, command = record.get("device", "unknown"), record.get("command", "unknown")
-    return f"{device}{threads}; {shown}; commit {commit}; `{command}`"
+    if now is not None and now not in command:
+        command += f"`, now `python -m {now}"
+    return f"{device}{threads}; {versions}; commit {commit}; `{command}`"
 
 
 def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
@@ -319,10 +336,6 @@ def _count(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
-
-
-def _yes(value: bool | None) -> str:
-    return "" if value is None else "yes" if value else "no"
 
 
 if __name__ == "__main__":

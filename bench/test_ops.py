@@ -1,10 +1,10 @@
 """Microbenchmarks of every op against its baselines, by pytest-benchmark.
 
-A group is one op at one shape in one direction; its members are the variants of bench/ladder.py:
-the released order, the eager definition, the best plain PyTorch, ours. Each variant is first held
-against float64: one that is wrong fails and gets no time.
+A group is one op at one shape in one direction. Its members are the variants of bench/ladder.py:
+the released order, the eager definition, the best plain PyTorch, ours. Each variant is first
+compared with float64; a wrong one fails and gets no time.
 
-    pytest bench/                                        all groups, on a GPU where there is one
+    pytest bench/                                        all groups, on a GPU if there is one
     pytest bench/ -k "lora_linear and 832"               some of them
     pytest bench/ --benchmark-json=bench/results/ops_cpu.json
     pytest bench/ --benchmark-autosave; pytest bench/ --benchmark-compare
@@ -19,9 +19,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import ladder
-from bench.backends import backend
-from bench.checks import limit
-from bench.timing import FLUSH_BYTES, WARM_UP
+from bench.harness import FLUSH_BYTES, WARM_UP, backend
 
 ROUNDS = 30
 
@@ -36,7 +34,7 @@ def _dtype(device: str) -> torch.dtype:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a variant. Rows are built without data here, to learn their names and variants."""
+    """One test for each variant; rows are built without data here, to list their variants."""
     device, size = _size(metafunc.config)
     with torch.device("meta"):
         rows = [make() for make in ladder.rows("meta", _dtype(device), size)]
@@ -55,7 +53,7 @@ def _variants(row: ladder.Row, device: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def row(request: pytest.FixtureRequest) -> ladder.Row:
-    """The row with its data, one at a time."""
+    """One row with its data; the rows before it are freed."""
     device, size = _size(request.config)
     makers = list(ladder.rows(device, _dtype(device), size))
     return makers[request.param]()
@@ -66,17 +64,12 @@ def test_op(
 ) -> None:
     device, _ = _size(request.config)
     benchmark.group = row.name
-    if variant == "compiled":
-        torch._dynamo.reset()
-        function = torch.compile(row.functions["plain"], dynamic=False)
-    else:
-        function = row.functions[variant]
+    function = (row.with_compiled() if variant == "compiled" else row.functions)[variant]
     with backend("triton" if device == "cuda" else "reference"):
         bare = variant in row.bare
         error = None if bare else ladder.row_error(row, function)
-        allowed = row.tolerance * limit(row.inputs[0].dtype)
-        if error is not None and error > allowed:
-            pytest.fail(f"relative error {error:.1e}, allowed {allowed:.1e}: not timed")
+        if error is not None and error > row.allowed_error:
+            pytest.fail(f"relative error {error:.1e}, limit {row.allowed_error:.1e}: not timed")
         call = ladder.as_timed(row, variant, lambda: ladder.run(row, function), device)
         if device == "cuda":
             _measure_on_gpu(benchmark, call)
@@ -84,7 +77,7 @@ def test_op(
             benchmark(call)
     benchmark.extra_info |= {
         "op": row.op, "shape": row.shape, "direction": row.direction, "variant": variant,
-        "relative_error": error, "error_limit": None if bare else allowed,
+        "relative_error": error, "error_limit": None if bare else row.allowed_error,
     }  # fmt: skip
     if row.note:
         benchmark.extra_info["note"] = row.note
@@ -93,7 +86,7 @@ def test_op(
 
 
 def _measure_on_gpu(benchmark: BenchmarkFixture, call: Callable[[], object]) -> None:
-    """With a cold second-level cache, until the GPU is done."""
+    """With a cold L2 cache, until the GPU has finished."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def cold() -> None:

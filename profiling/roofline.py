@@ -1,9 +1,9 @@
 """Rooflines of A100, H100 and H200 with every op of the 500M and 2.2B models on them.
 
-FLOPs and bytes of an op are those of bench/ladder.py, whose rows are built here without data; the
-roofs are those of csrc_triton/peaks.py. Open marks lie on the roof: the best an op can reach. Given
-a record of ``bench.gpu``, filled marks show what was measured on its card, for the rows that passed
-their check alone. The printed table numbers the ops as the plot does and gives each one's floor.
+FLOPs and bytes of an op come from bench/ladder.py, whose rows are built here without data; the
+roofs come from csrc_triton/peaks.py. An open mark lies on the roof: the best an op can reach. With
+a record of ``bench.runs.gpu``, filled marks show what its card reached, for rows that passed their
+check. The printed table numbers the ops as the plot does and has the floor of each.
 
     python -m profiling.roofline --out roofline.png
     python -m profiling.roofline bench/results/gpu.json --out roofline.png
@@ -69,7 +69,7 @@ def analytic(size: str = "gpu") -> list[Point]:
 
 
 def measured(record: Mapping[str, Any], source: str) -> tuple[str, dict[Point, float]]:
-    """Card and seconds of ours of a ``bench.gpu`` record's ops that are right.
+    """Card and seconds of ours of a ``bench.runs.gpu`` record's ops that are right.
 
     Raises:
         V2LError: it is another benchmark's, of another card, or has no such op.
@@ -83,7 +83,7 @@ def measured(record: Mapping[str, Any], source: str) -> tuple[str, dict[Point, f
     seconds = {
         Point(*(row[field] for field in ("op", "shape", "direction", "flops", "bytes"))):
         row["seconds"]["ours"]
-        for row in record["micro"]
+        for row in record["ops"]
         if row["passed"] and row.get("flops")
     }  # fmt: skip
     if not seconds:
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("record", nargs="?", type=Path, help="of bench.gpu")
+    parser.add_argument("record", nargs="?", type=Path, help="of bench.runs.gpu")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args(arguments)

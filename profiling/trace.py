@@ -1,7 +1,7 @@
 """Where the time of internalizing, of an answer or of a training step goes, op by op.
 
 Runs the job once to warm up and once under torch.profiler, on models of random weights and videos
-of random pixels (bench/models.py, bench/train_step.py). Writes into a folder:
+of random pixels (bench/models.py). Writes into a folder:
 
     trace.json.gz   the Chrome trace; ui.perfetto.dev opens it as it is
     profile.json    ranges and ops with calls, seconds and, with --memory, bytes
@@ -33,11 +33,11 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.environment import environment
-from bench.models import random_ids
-from bench.records import write
-from bench.train_step import CASES, QUESTION_TOKENS, Case, batch, models
+from bench.harness import environment
+from bench.models import QUESTION_TOKENS, random_ids
+from bench.runs.train_step import CASES, Case, batch, models
 from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.files import write_json
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import AdapterBatch
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "videos": case.videos, "compiled": options.compile, "threads": torch.get_num_threads(),
         **environment(options.device), **found,
     }  # fmt: skip
-    write(record, options.out / "profile.json")
+    write_json(options.out / "profile.json", record, allow_nan=False)
     if options.json:
         print(json.dumps(record, indent=2))
         return 0

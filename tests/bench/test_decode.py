@@ -1,11 +1,11 @@
-"""The decoder benchmark: every backend has a figure with its error, or a reason."""
+"""The decoder benchmark: every decoder has figures with its error, or a reason."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-from bench import decode
+from bench.runs import decode
 
 
 def test_record(tmp_path, monkeypatch):

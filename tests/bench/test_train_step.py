@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import train_step
 from bench.released_step import ReleasedStep
+from bench.runs import train_step
 from v2l_fast.training.step import TrainStep
 
 CASE = train_step.CASES["tiny"]
@@ -80,14 +77,13 @@ def test_no_ratio_from_a_wrong_result(monkeypatch, tmp_path):
         "stages": dict.fromkeys(train_step.STAGES, 0.0),
     }  # fmt: skip
 
-    def fake(command, **_):
-        order = command[command.index("--run") + 1]
+    def fake(module, arguments, threads, timeout):
+        order = arguments[arguments.index("--run") + 1]
         value = torch.ones(3) * (1 if order == "ours" else 2)
-        torch.save({"weight": value}, command[command.index("--gradients") + 1])
-        return SimpleNamespace(stdout=json.dumps(row))
+        torch.save({"weight": value}, arguments[arguments.index("--gradients") + 1])
+        return row
 
-    monkeypatch.setattr(train_step.subprocess, "run", fake)
-    options = argparse.Namespace(device="cpu", repeats=1, threads=1, no_compile=True)
-    found = train_step.compare("tiny", options)
+    monkeypatch.setattr(train_step, "run_module", fake)
+    found = train_step.compare("tiny", "cpu", repeats=1, threads=1, compile=False)
     assert found["gradient_error"] == pytest.approx(0.5)
     assert not found["correct"] and "speedup" not in found

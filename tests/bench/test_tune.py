@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import tune
+from bench.runs import tune
 from csrc_triton import device as gpu
 from csrc_triton import dispatch
 from csrc_triton.lora_linear import op as linear

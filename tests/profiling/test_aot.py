@@ -14,6 +14,7 @@ from csrc_triton.aot import AotCase
 from profiling import aot_report, sass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", aot_report.operations())
 def test_shipped_configurations_keep_their_budgets(op):
     cases = aot_report.cases(op)

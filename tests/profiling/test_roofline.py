@@ -43,7 +43,7 @@ def micro(**changes) -> dict:
 
 
 def record(*rows: dict, device: str = "NVIDIA H200") -> dict:
-    return {"benchmark": "gpu", "device": device, "micro": list(rows)}
+    return {"benchmark": "gpu", "device": device, "ops": list(rows)}
 
 
 def test_measured_ops_that_are_right():

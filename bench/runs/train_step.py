@@ -1,34 +1,30 @@
 """A training step: the released order against ours, on the same batch, with a split by stage.
 
-A batch is V videos with P prompts each, which makes V·P examples; a sample per second is an example
-per second. Every case runs with one prompt per video, as the paper trains, and with four: the gain
-of encoding a video once for all its prompts is in the second alone. Both orders start from the same
-uint8 views and end after the AdamW update.
+A batch is V videos with P prompts each: V·P examples, and as many samples. Every case runs with one
+prompt per video, as the paper trains, and with four; only the second gains from encoding a video
+once for all its prompts. Both orders start from the same uint8 views and end after the AdamW
+update.
 
-``released``: every example carries its own video through the vision tower; contexts padded in one
+``released``: every example has its own video through the vision tower; contexts padded to one
 batch; transformers' whole decoder with the hidden states of all layers kept; the hypernetwork in
 float32 over all layers at once (``bench/released.py``), nothing recomputed; adapters, with the bias
-concatenated, applied by einsum; answers padded in one batch; float32 logits of all positions.
+concatenated, applied by einsum; answers padded to one batch; float32 logits of all positions.
 ``ours``: ``v2l_fast.training.step``, a video encoded once for all its prompts. On a GPU the frozen
-model is bfloat16 in both, ours compiled (``--no-compile`` to leave that out).
+model is bfloat16 in both, and ours is compiled unless ``--no-compile``.
 
-Each order runs in a process of its own, whose peak memory is measured. Reading the video files
-happens in data workers in both and is no part of a step: ``decode_seconds`` are the CPU seconds for
-the batch's files, V for ours, V·P for the released order. Where the batch does not fit a GPU's
-memory it is halved and accumulated. Ratios are given only if loss and gradients agree. On one
-CPU thread, seconds are those of the process, not of the clock.
-
-    python -m bench.train_step
-    python -m bench.train_step --device cuda
+Each order runs in a process of its own, whose peak memory is recorded. In both, data workers read
+the video files ahead of the step: ``decode_seconds`` are the CPU seconds for the files of a batch,
+V for ours and V·P for the released order. A batch that does not fit into GPU memory is halved and
+accumulated. Ratios are given only if losses and gradients agree. With one CPU thread, seconds are
+those of the process rather than of the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,26 +38,43 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.end_to_end import SHAPES, TINY, Shape
-from bench.environment import ROOT, environment
-from bench.models import random_backbone, random_context, random_ids
-from bench.records import RESULTS, write
+from bench.harness import (
+    RESULTS,
+    argument_parser,
+    environment,
+    peak_bytes,
+    run_module,
+    write_record,
+)
+from bench.models import (
+    FPS,
+    QUESTION_TOKENS,
+    SHAPES,
+    Shape,
+    random_backbone,
+    random_context,
+    random_hypernet,
+    random_ids,
+    write_clip,
+)
 from bench.released_step import ReleasedStep, Stage, Step
 from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.hypernet.adapter import AdapterBatch
-from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.training.batches import visual_features
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import frame_views, load_video
 from v2l_fast.vlm.smolvlm import SmolVLM
 
+EXAMPLES = """
+  python -m bench.runs.train_step
+  python -m bench.runs.train_step --device cuda --cases 500M-p1 500M"""
 ORDERS = ("released", "ours")
-QUESTION_TOKENS, ANSWER_TOKENS = 24, (16, 80)
-# Largest relative difference of loss and gradients (Frobenius norm over all parameters): float32
-# against float32, and a bfloat16 hypernetwork pass against a float32 one. A structural difference
-# is 0.2 or more.
-ALLOWED_ERROR = {"cpu": 1e-3, "cuda": 0.1}
+ANSWER_TOKENS = (16, 80)
+# Limit of the relative difference of loss and gradients (Frobenius norm over all parameters):
+# float32 against float32, and a bfloat16 hypernetwork pass against a float32 one. A structural
+# difference is 0.2 or more.
+ERROR_LIMIT = {"cpu": 1e-3, "cuda": 0.1}
 STAGES = (
     "vision", "text encode", "hypernetwork forward", "answer forward", "answer backward",
     "hypernetwork backward", "optimizer",
@@ -70,7 +83,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a model shape and a batch of `videos` x `prompts` of `frames` each."""
+    """A model shape and a batch of ``videos`` x ``prompts`` with ``frames`` each."""
 
     name: str
     shape: Shape
@@ -87,25 +100,16 @@ def _slice(shape: Shape, layers: int, vision_layers: int) -> Shape:
     return replace(shape, name=f"{shape.name}, {layers} layers", text=text, vision=vision)
 
 
-TOY = Shape(
-    "shapes",
-    {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
-     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24},
-    {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
-     "num_attention_heads": 4, "image_size": 48, "patch_size": 8},
-    3, 48, 140,
-)  # fmt: skip
 TOY_NETWORK = {"rank": 8, "latent_size": 128, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2,
                "head_dim": 32}  # fmt: skip
 CASES = {
-    "shapes": Case("shapes", TOY, TOY_NETWORK, 48, 4, 8, recompute=False),
-    "500M-4": Case("500M-4", _slice(SHAPES[0], 4, 1), {}, 2, 4, 4),
-    "500M": Case("500M", SHAPES[0], {}, 12, 4, 12),
-    "2.2B": Case("2.2B", SHAPES[1], {}, 12, 4, 12),
-    "tiny": Case("tiny", TINY, {"rank": 2, "latent_size": 32, "num_blocks": 1}, 2, 2, 2),
+    "shapes": Case("shapes", SHAPES["shapes"], TOY_NETWORK, 48, 4, 8, recompute=False),
+    "500M-4": Case("500M-4", _slice(SHAPES["500M"], 4, 1), {}, 2, 4, 4),
+    "500M": Case("500M", SHAPES["500M"], {}, 12, 4, 12),
+    "2.2B": Case("2.2B", SHAPES["2.2B"], {}, 12, 4, 12),
+    "tiny": Case("tiny", SHAPES["tiny"], {"rank": 2, "latent_size": 32, "num_blocks": 1}, 2, 2, 2),
 }
-# The paper trains with one prompt per video, where encoding a video once for all its prompts saves
-# nothing: "-p1" is that case, "-p1-kept" the same without recomputation of activations.
+# "-p1": one prompt per video; "-p1-kept": the same without recomputation of activations.
 for _name in ("shapes", "500M-4", "500M", "2.2B", "tiny"):
     _one = replace(CASES[_name], name=f"{_name}-p1", prompts=1)
     CASES[_one.name] = _one
@@ -118,14 +122,12 @@ DEFAULT = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argument_parser("bench.runs.train_step", __doc__, EXAMPLES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: by device")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: depends on the device")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each order")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="run our order eagerly on a GPU")
     parser.add_argument("--out", type=Path, default=RESULTS / "train_step.json")
     parser.add_argument("--run", choices=ORDERS, help=argparse.SUPPRESS)
     parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
@@ -134,16 +136,23 @@ def main() -> int:
         print(json.dumps(measure(options)))
         return 0
     load = os.getloadavg()[0]
-    rows = [compare(name, options) for name in options.cases or DEFAULT[options.device]]
+    rows = [
+        compare(name, options.device, options.repeats, options.threads, not options.no_compile)
+        for name in options.cases or DEFAULT[options.device]
+    ]
     record = {"benchmark": "train_step", **environment(options.device), "threads": options.threads}
-    record |= {"load_average_before": load, "rows": rows}
-    write(record, options.out)
-    print(f"written to {options.out}")
+    write_record({**record, "load_average_before": load, "rows": rows}, options.out)
     return 0 if all(row["correct"] for row in rows) else 1
 
 
-def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Both orders of one case, and their ratios when they agree."""
+def compare(
+    name: str, device: str, repeats: int, threads: int, compile: bool, timeout: float | None = None
+) -> dict[str, Any]:
+    """Both orders of one case, and their ratios if they agree.
+
+    Raises:
+        subprocess.TimeoutExpired: an order took longer than ``timeout`` seconds.
+    """
     case = CASES[name]
     row: dict[str, Any] = {
         "case": name, "videos": case.videos, "prompts": case.prompts, "frames": case.frames,
@@ -152,20 +161,15 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{order}.pt" for order in ORDERS]
         for order, gradients in zip(ORDERS, files, strict=True):
-            command = [
-                sys.executable, "-m", "bench.train_step", "--run", order, "--cases", name,
-                "--device", options.device, "--repeats", str(options.repeats),
-                "--threads", str(options.threads), "--gradients", str(gradients),
+            arguments = [
+                "--run", order, "--cases", name, "--device", device,
+                "--repeats", str(repeats), "--gradients", str(gradients),
             ]  # fmt: skip
-            command += ["--no-compile"] if options.no_compile else []
-            threaded = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-            done = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=threaded, cwd=ROOT
-            )
-            row[order] = json.loads(done.stdout.splitlines()[-1])
+            arguments += [] if compile else ["--no-compile"]
+            row[order] = run_module("bench.runs.train_step", arguments, threads, timeout)
             print(line(name, order, row[order]), flush=True)
         row |= difference(row, *files)
-    row["correct"] = max(row["loss_error"], row["gradient_error"]) <= ALLOWED_ERROR[options.device]
+    row["correct"] = max(row["loss_error"], row["gradient_error"]) <= ERROR_LIMIT[device]
     if row["correct"]:
         old, new = (row[order] for order in ORDERS)
         row["speedup"] = new["samples_per_second"] / old["samples_per_second"]
@@ -180,7 +184,7 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def difference(row: dict[str, Any], first: Path, second: Path) -> dict[str, float]:
-    """Relative difference of the losses, and of all gradients as one vector."""
+    """Relative difference of the losses, and of all gradients taken as one vector."""
     one, other = (torch.load(path, mmap=True) for path in (first, second))
     apart = sum((other[k].double() - one[k].double()).square().sum() for k in one)
     size = sum(value.double().square().sum() for value in one.values())
@@ -191,11 +195,11 @@ def difference(row: dict[str, Any], first: Path, second: Path) -> dict[str, floa
     }
 
 
-def line(name: str, order: str, found: dict[str, Any]) -> str:
-    split = "  ".join(f"{stage} {found['stages'][stage]:.3f}" for stage in STAGES)
+def line(name: str, order: str, figures: dict[str, Any]) -> str:
+    split = "  ".join(f"{stage} {figures['stages'][stage]:.3f}" for stage in STAGES)
     return (
-        f"{name:14s} {order:9s} {found['samples_per_second']:8.2f} samples/s  "
-        f"peak {found['peak_bytes'] / 2**30:.2f} GiB  ({split} s)"
+        f"{name:14s} {order:9s} {figures['samples_per_second']:8.2f} samples/s  "
+        f"peak {figures['peak_bytes'] / 2**30:.2f} GiB  ({split} s)"
     )
 
 
@@ -203,13 +207,13 @@ def line(name: str, order: str, found: dict[str, Any]) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Speed, memory and stages of one order; its gradients are written to a file."""
+    """Speed, memory and stages of one order; writes its gradients to a file."""
     torch.set_num_threads(options.threads)
     case, device = CASES[options.cases[0]], options.device
     network, backbone = models(case, device)
     samples = batch(case, backbone)
     if options.run == "released":
-        # Examples with a video each.
+        # One video for each example.
         samples = [
             replace(one, turns=(turn,), kinds=("qa",)) for one in samples for turn in one.turns
         ]
@@ -223,9 +227,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     # The weights stay, so every step is the same.
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, fused=device == "cuda")
     run = Run(step, samples, optimizer, device)
-    # The first step compiles what is compiled, and finds a batch that fits.
+    # The first step compiles, and settles the size of micro-batches.
     loss, gradients = run.gradients(network)
-    # Not as safetensors, whose writer copies: the peak of a process is measured.
+    # The writer of safetensors copies, which would count in the peak memory.
     torch.save(gradients, options.gradients)
     del gradients
     if device == "cuda":
@@ -233,20 +237,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     seconds = [run.timed() for _ in range(options.repeats)]
     peak = peak_bytes(device)
     splits = [run.split() for _ in range(options.repeats)]
+    decoding = decode_seconds(case, backbone)
     return {
         "loss": loss,
         "micro_batch": run.micro,
         "seconds": median(seconds),
         "samples_per_second": case.videos * case.prompts / median(seconds),
         "stages": {stage: median(split[stage] for split in splits) for stage in STAGES},
-        "decode_seconds": decode_seconds(case, backbone) * len(samples),
+        "decode_seconds": None if decoding is None else decoding * len(samples),
         "peak_bytes": peak,
         "before_bytes": before,
     }
 
 
 class OurStep:
-    """TrainStep in the stages that are timed."""
+    """TrainStep, reported stage by stage."""
 
     def __init__(self, step: TrainStep) -> None:
         self.step = step
@@ -288,7 +293,7 @@ class Run:
         self.micro = len(samples)
 
     def once(self, stage: Stage = lambda name: None, update: bool = True) -> float:
-        """The loss; the micro-batch is halved until the step fits."""
+        """The loss. Halves the micro-batch until the step fits into memory."""
         total = sum(len(one.turns) for one in self.samples)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
@@ -316,7 +321,7 @@ class Run:
         return self._now() - start
 
     def split(self) -> dict[str, float]:
-        """Seconds of each stage of a step that waits for the device after each."""
+        """Seconds of each stage of a step that waits for the device after every stage."""
         spent = dict.fromkeys(STAGES, 0.0)
         last = self._now()
 
@@ -344,25 +349,16 @@ class Run:
 
 
 def models(case: Case, device: str) -> tuple[HyperNetwork, SmolVLM]:
-    """Random weights; the hypernetwork in float32, with scalers that are not 0."""
+    """Random weights; the hypernetwork in float32."""
+    # A tenth of the adapters of a trained network. Random adapters of full size saturate the frozen
+    # model, whose gradients then depend on the last bit.
+    network = random_hypernet(case.shape, scale=1e-3, **case.hypernet).to(device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    text = case.shape.text
-    width, inner = text["hidden_size"], text["intermediate_size"]
-    config = HypernetConfig(
-        width, text["num_hidden_layers"], {"down_proj": (inner, width)}, **case.hypernet
-    )
-    torch.manual_seed(0)
-    network = HyperNetwork(config)
-    with torch.no_grad():
-        # A tenth of the size a trained network has: random adapters of full size saturate the
-        # frozen model, whose gradients then depend on the last bit.
-        network.scaler_B["down_proj"].fill_(1e-3)
-        network.bias_B["down_proj"].normal_(std=1e-4)
-    return network.to(device), random_backbone(case.shape, device, dtype)
+    return network, random_backbone(case.shape, device, dtype)
 
 
 def batch(case: Case, backbone: SmolVLM) -> list[Sample]:
-    """Videos of random pixels, turns of random ids."""
+    """Videos of random pixels, questions and answers of random ids."""
     generator = torch.Generator().manual_seed(0)
 
     def text(count: int) -> list[int]:
@@ -381,24 +377,16 @@ def batch(case: Case, backbone: SmolVLM) -> list[Sample]:
     return samples
 
 
-def decode_seconds(case: Case, backbone: SmolVLM) -> float:
-    """CPU seconds to read an H.264 file of 8 s, 24 frames/s, and resize frames for the tower."""
-    from v2l_fast.shapes.render import write_clip
-    from v2l_fast.shapes.world import sample_scenes
-
+def decode_seconds(case: Case, backbone: SmolVLM) -> float | None:
+    """CPU seconds to read frames of an H.264 file of 8 s and resize them; None without PyAV."""
+    if importlib.util.find_spec("av") is None:
+        return None
     with tempfile.TemporaryDirectory() as folder:
-        path = write_clip(sample_scenes("train", 1, 0)[0], Path(folder) / "clip.mp4", 384, 24)
+        path = write_clip(Path(folder) / "clip.mp4", "h264", 8 * FPS, 384)
         start = time.process_time()
         clip = load_video(path, case.frames, exact_frames=True)
         frame_views(clip.frames, case.shape.longest_edge, backbone.tile_size)
         return time.process_time() - start
-
-
-def peak_bytes(device: str) -> int:
-    """Of this process so far, or on the GPU since the last reset."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

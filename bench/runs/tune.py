@@ -6,7 +6,7 @@ at least MARGIN faster; the forms of lora_linear are timed last, with the tiles 
 ``faster.json`` gets, for this architecture, the shapes at which the fused path beats the reference.
 Half precision only; nothing is tuned while a model runs.
 
-    python -m bench.tune [--op lora_linear] [--dry-run]
+    python -m bench.runs.tune [--op lora_linear] [--dry-run]
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.backends import backend
-from bench.checks import limit, relative_error
-from bench.timing import captured, together
+from bench.harness import backend, captured, error_limit, median_seconds, relative_error
 from csrc_triton import (
     device as gpu,
 )
@@ -221,9 +219,9 @@ def best(run: Trial, tile: Tile) -> tuple[Tile, float]:
             print(f"  left out {name}: {(str(problem).splitlines() or ['?'])[0][:80]}")
             continue
         pairs = zip(found, wanted, strict=True)
-        if all(relative_error(f, w) <= limit(torch.bfloat16) for f, w in pairs):
+        if all(relative_error(f, w) <= error_limit(torch.bfloat16) for f, w in pairs):
             calls[name], tiles[name] = captured(lambda c=candidate: run(dict(c))), candidate
-    times = together(calls, "cuda", seconds=0.02, most=30)
+    times = median_seconds(calls, "cuda", seconds=0.02, most=30)
     first = min(times, key=times.__getitem__)
     return tiles[first], times[first] / times[json.dumps(dict(tile))]
 
@@ -346,7 +344,7 @@ def _wins(function: Callable, make: Callable[[], Sequence[Tensor]], needs: Seque
                 torch.autograd.grad(first, [inputs[i] for i in needs], torch.ones_like(first))
 
     calls = {name: (lambda n=name: run(n)) for name in ("triton", "reference")}
-    times = together(calls, "cuda", seconds=0.05)
+    times = median_seconds(calls, "cuda", seconds=0.05)
     return times["triton"] < (1 - MARGIN) * times["reference"]
 
 
