@@ -7,7 +7,7 @@ import torch
 
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.ablations import compare_chunks
-from v2l_fast.evaluation.examples import Example
+from v2l_fast.evaluation.examples import EvalExample
 from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.video.splitting import split_clip
@@ -16,8 +16,8 @@ from v2l_fast.video.splitting import split_clip
 def test_rows(model, clips):
     clip = clips[0]
     examples = [
-        Example(clip, "what happens?", ("red circle moves",), "caption"),
-        Example(clip, "which color?", ("red",), "qa"),
+        EvalExample(clip, "what happens?", ("red circle moves",), "caption"),
+        EvalExample(clip, "which color?", ("red",), "qa"),
     ]
     found = compare_chunks(model, examples, token_f1, (3,), max_new_tokens=6)
     assert [row["chunks"] for row in found["rows"]] == [1, 3]
@@ -45,7 +45,7 @@ def test_rows(model, clips):
 
 def test_kept_is_what_lies_above_the_score_without_an_adapter(model, clips):
     """A metric that gives every answer half a point: nothing is kept of nothing."""
-    examples = [Example(clips[0], "what happens?", ("red",))]
+    examples = [EvalExample(clips[0], "what happens?", ("red",))]
     found = compare_chunks(model, examples, lambda answer, reference: 0.5, (2,), max_new_tokens=2)
     assert all(row["kept"] == {} for row in found["rows"])
 

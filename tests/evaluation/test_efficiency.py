@@ -10,7 +10,7 @@ import torch
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.efficiency import amortized, break_even, compare_methods
 from v2l_fast.evaluation.framefusion import FrameFusion
-from v2l_fast.evaluation.methods import METHODS, Setting
+from v2l_fast.evaluation.methods import METHODS, MethodSettings
 from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.evaluation.prefix import continue_greedily, prefill
 
@@ -20,8 +20,8 @@ BY_NAME = {method.name: method for method in METHODS}
 
 
 @pytest.fixture
-def setting(model) -> Setting:
-    return Setting(model, longest_edge=64, max_new_tokens=12, fusion=FrameFusion(keep=1.0))
+def setting(model) -> MethodSettings:
+    return MethodSettings(model, longest_edge=64, max_new_tokens=12, fusion=FrameFusion(keep=1.0))
 
 
 @pytest.fixture(scope="module")

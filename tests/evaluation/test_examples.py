@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 
-from v2l_fast.evaluation.examples import Example, interval
+from v2l_fast.evaluation.examples import EvalExample, interval
 from v2l_fast.evaluation.statistics import mean_interval
 
 
 def test_examples_of_one_video_are_resampled_together():
     """Ten questions that agree within their video tell no more than one."""
     values = [index % 3 / 2 for index in range(30)]
-    once = [Example(f"{index}.mp4", "what?", ("x",)) for index in range(30)]
+    once = [EvalExample(f"{index}.mp4", "what?", ("x",)) for index in range(30)]
     many = [example for example in once for _ in range(10)]
     found = interval([value for value in values for _ in range(10)], many)
     assert found == pytest.approx(interval(values, once))
@@ -23,5 +23,5 @@ def test_examples_of_one_video_are_resampled_together():
 
 
 def test_videos_weigh_by_their_examples():
-    examples = [Example(f"{name}.mp4", "what?", ("x",)) for name in "aab"]
+    examples = [EvalExample(f"{name}.mp4", "what?", ("x",)) for name in "aab"]
     assert interval([1.0, 0.0, 1.0], examples)["estimate"] == pytest.approx(2 / 3)

@@ -11,7 +11,7 @@ from tests.evaluation.judge_stub import Reply, StubJudge, scored
 from tests.waiting import LIMIT
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.judge import Judge, JudgeError, JudgeSettings, Preference, Verdict
-from v2l_fast.evaluation.rubrics import Task
+from v2l_fast.evaluation.rubrics import JudgeTask
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def judge(stub, cache=None, **settings):
 
 
 def tasks(count, is_caption=False):
-    return [Task(f"question {i}", f"reference {i}", is_caption) for i in range(count)]
+    return [JudgeTask(f"question {i}", f"reference {i}", is_caption) for i in range(count)]
 
 
 def candidate_of(request):
@@ -188,7 +188,7 @@ def test_judging_resumes_from_the_cache_and_retries_failures(serve, tmp_path):
 
     # Another judge, reference or candidate is another judgment.
     judge(stub, cache, model="other").score(tasks(1), ["0"])
-    judge(stub, cache).score([Task("question 0", "another", False)], ["0"])
+    judge(stub, cache).score([JudgeTask("question 0", "another", False)], ["0"])
     judge(stub, cache).score(tasks(1, is_caption=True), ["0"])
     assert len(stub.requests) == asked + 8
 

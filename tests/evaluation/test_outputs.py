@@ -13,7 +13,7 @@ from v2l_fast.evaluation.ablations import (
     rank_ablation,
 )
 from v2l_fast.evaluation.efficiency import compare_methods
-from v2l_fast.evaluation.methods import Setting
+from v2l_fast.evaluation.methods import MethodSettings
 from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.evaluation.records import write_csv
 from v2l_fast.evaluation.sweep import sweep
@@ -59,7 +59,7 @@ def drawn(path) -> bool:
 def test_plots_are_written(model, examples, adapters, tmp_path):
     own = [adapters[0], adapters[0], adapters[1], adapters[2]]
     chunks = compare_chunks(model, examples[:2], token_f1, (2,), max_new_tokens=2)
-    setting = Setting(model, longest_edge=32, max_new_tokens=2)
+    setting = MethodSettings(model, longest_edge=32, max_new_tokens=2)
     costs = compare_methods(setting, examples[:2], token_f1, repeats=1)
     cells = sweep(model, examples[:3], token_f1, tmp_path / "cells", (1, 3, 4), (32, 64), 2)
     for plot, record in (

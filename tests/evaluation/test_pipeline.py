@@ -18,8 +18,8 @@ from v2l_fast.evaluation.answers import (
     NONE,
     OTHER,
     SYSTEM,
-    Library,
-    Settings,
+    AnswerSettings,
+    VideoCache,
     blank,
 )
 from v2l_fast.evaluation.evaluate import evaluate
@@ -27,7 +27,7 @@ from v2l_fast.evaluation.judge import Judge, JudgeSettings
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
 
-SETTINGS = Settings(max_new_tokens=6)
+SETTINGS = AnswerSettings(max_new_tokens=6)
 QUESTIONS = ("what happens", "which color is it", "how many first")
 
 
@@ -151,7 +151,7 @@ def test_a_folder_of_another_evaluation_is_refused(model, examples, tmp_path):
     folder = tmp_path / "out"
     evaluate(model, examples, SETTINGS, load, folder)
     with pytest.raises(ConfigError, match="made with settings.max_new_tokens=.* repeat that run"):
-        evaluate(model, examples, Settings(max_new_tokens=7), load, folder)
+        evaluate(model, examples, AnswerSettings(max_new_tokens=7), load, folder)
     with pytest.raises(ConfigError, match="made with questions="):
         evaluate(model, examples[1:], SETTINGS, load, folder)
     other = Video2LoRA(model.backbone, tiny.hypernetwork(seed=9))
@@ -223,9 +223,9 @@ def test_a_hypernetwork_without_bias_has_no_bias_condition(backbone, examples):
 
 def test_kept_adapters_are_the_ones_made(model, examples, tmp_path):
     (video, *_) = group_by_video(examples)
-    fresh = Library(model, SETTINGS, load, tmp_path / "adapters")
+    fresh = VideoCache(model, SETTINGS, load, tmp_path / "adapters")
     made = fresh.adapter(video)
-    kept = Library(model, SETTINGS, load, tmp_path / "adapters").adapter(video)
+    kept = VideoCache(model, SETTINGS, load, tmp_path / "adapters").adapter(video)
     for module in made.A:
         assert torch.equal(made.A[module], kept.A[module])
         assert torch.equal(made.B[module], kept.B[module])
@@ -239,7 +239,7 @@ def test_few_clips_are_held(model, examples):
         loads.append(video.path)
         return CLIPS[video.path]
 
-    library = Library(model, SETTINGS, counting, clips=2)
+    library = VideoCache(model, SETTINGS, counting, clips=2)
     videos = group_by_video(examples)
     for video in (videos[0], videos[1], videos[0], videos[2], videos[0], videos[1]):
         library.clip(video)

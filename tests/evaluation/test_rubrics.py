@@ -3,8 +3,8 @@
 import pytest
 
 from v2l_fast.evaluation.rubrics import (
+    JudgeTask,
     ReplyError,
-    Task,
     pair_messages,
     pair_verdict,
     rescaled,
@@ -12,8 +12,8 @@ from v2l_fast.evaluation.rubrics import (
     single_verdict,
 )
 
-CAPTION = Task("Describe the video.", "A red disc moves left.", is_caption=True)
-QUESTION = Task("What color is the disc?", "red", is_caption=False)
+CAPTION = JudgeTask("Describe the video.", "A red disc moves left.", is_caption=True)
+QUESTION = JudgeTask("What color is the disc?", "red", is_caption=False)
 
 
 @pytest.mark.parametrize(

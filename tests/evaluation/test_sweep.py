@@ -6,7 +6,7 @@ import pytest
 
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation import sweep as module
-from v2l_fast.evaluation.examples import Example
+from v2l_fast.evaluation.examples import EvalExample
 from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.evaluation.sweep import measure_cell, sweep
 from v2l_fast.hypernet.adapter import Adapter
@@ -15,16 +15,16 @@ from v2l_fast.shapes.world import sample_scenes
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> list[Example]:
+def files(tmp_path_factory) -> list[EvalExample]:
     """A file of 32 frames with two questions, and one of 12 frames."""
     folder = tmp_path_factory.mktemp("clips")
     first, second = sample_scenes("test", 2, 0)
     long = write_clip(first, folder / "long.mp4", size=48)
     short = write_clip(second, folder / "short.mp4", size=48, seconds=3)
     return [
-        Example(long, "what happens?", ("red circle",)),
-        Example(short, "what happens?", ("blue square",)),
-        Example(long, "which color?", ("red",)),
+        EvalExample(long, "what happens?", ("red circle",)),
+        EvalExample(short, "what happens?", ("blue square",)),
+        EvalExample(long, "which color?", ("red",)),
     ]
 
 

@@ -15,7 +15,7 @@ from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes import probes
 from v2l_fast.shapes import report as module
 from v2l_fast.shapes.language import caption
-from v2l_fast.shapes.report import PIECES, SHARES, Report, measure, right
+from v2l_fast.shapes.report import PIECES, SHARES, ShapesReport, measure, right
 from v2l_fast.shapes.report_page import SECTIONS, write_page
 from v2l_fast.shapes.world import sample_scenes
 
@@ -42,7 +42,7 @@ def small():
 @pytest.fixture(scope="module")
 def measured(pair, small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("records")
-    return folder, measure(Report(pair, folder, videos=2))
+    return folder, measure(ShapesReport(pair, folder, videos=2))
 
 
 def test_every_piece(measured):
@@ -66,14 +66,14 @@ def test_every_piece(measured):
 def test_a_network_told_of_chunks_stands_beside(pair, small, tmp_path):
     config = dataclasses.replace(pair.config, chunk_position=True)
     told = Video2LoRA(pair.backbone, HyperNetwork(config))
-    found = Report(pair, tmp_path, videos=2, trained=told).piece("chunks")["networks"]
+    found = ShapesReport(pair, tmp_path, videos=2, trained=told).piece("chunks")["networks"]
     assert {name: record["chunk_position"] for name, record in found.items()} == {
         "zero-shot": False, "trained on chunks": True
     }  # fmt: skip
-    page = write_page(Report(pair, tmp_path).made(), tmp_path / "page").read_text()
+    page = write_page(ShapesReport(pair, tmp_path).made(), tmp_path / "page").read_text()
     assert "**trained on chunks**" in page and "`v2l shapes report --only chunks`" in page
     with pytest.raises(ConfigError, match="made with trained="):
-        measure(Report(pair, tmp_path, videos=2), ["chunks"])
+        measure(ShapesReport(pair, tmp_path, videos=2), ["chunks"])
 
 
 def test_pieces_are_not_made_again(pair, measured, monkeypatch):
@@ -83,13 +83,13 @@ def test_pieces_are_not_made_again(pair, measured, monkeypatch):
         raise AssertionError("measured twice")
 
     monkeypatch.setattr(module, "PIECES", dict.fromkeys(PIECES, again))
-    assert measure(Report(pair, folder, videos=2)) == records
-    assert Report(pair, folder).made() == records
+    assert measure(ShapesReport(pair, folder, videos=2)) == records
+    assert ShapesReport(pair, folder).made() == records
     with pytest.raises(ConfigError, match="made with videos=2, now it is 64"):
-        measure(Report(pair, folder, videos=64), ["rank"])
+        measure(ShapesReport(pair, folder, videos=64), ["rank"])
     other = Video2LoRA(pair.backbone, HyperNetwork(pair.config))
     with pytest.raises(ConfigError, match="of another model"):
-        Report(other, folder).made()
+        ShapesReport(other, folder).made()
 
 
 def test_page(measured, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.shapes.pretrain_vision import Stage, pretrain_vision, random_frames
+from v2l_fast.shapes.pretrain_vision import VisionStage, pretrain_vision, random_frames
 from v2l_fast.shapes.render import augment
 from v2l_fast.shapes.train import (
     LanguageSettings,
@@ -45,7 +45,7 @@ def test_vision_loss_falls():
         model,
         0,
         batch=48,
-        schedule=(Stage(50, "concat", 2e-3, 4.0), Stage(50, "mean", 2e-3, 4.0)),
+        schedule=(VisionStage(50, "concat", 2e-3, 4.0), VisionStage(50, "mean", 2e-3, 4.0)),
         report=lambda step, scores: losses.append(scores["loss"]),
     )
     assert losses[-1] < losses[0] < 6
@@ -54,7 +54,7 @@ def test_vision_loss_falls():
 @pytest.mark.parametrize("stop", [3, 7])
 def test_vision_training_resumes_to_the_last_bit(stop, tmp_path):
     """In either stage, whose heads draw from one generator."""
-    schedule = (Stage(5, "concat", 2e-3, 4.0), Stage(5, "mean", 2e-3, 4.0))
+    schedule = (VisionStage(5, "concat", 2e-3, 4.0), VisionStage(5, "mean", 2e-3, 4.0))
 
     def run(path, interrupt=None):
         model, _ = new_base(0)

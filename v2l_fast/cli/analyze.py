@@ -30,7 +30,7 @@ from v2l_fast.cli.options import (
 from v2l_fast.console import progress_bar, say, show_json, show_table
 
 if TYPE_CHECKING:
-    from v2l_fast.evaluation.examples import Example, Progress
+    from v2l_fast.evaluation.examples import EvalExample, Progress
     from v2l_fast.hypernet.adapter import Adapter
     from v2l_fast.model import Video2LoRA
     from v2l_fast.video import Clip
@@ -152,7 +152,9 @@ def rank(
     from v2l_fast.evaluation.metrics import token_f1
     from v2l_fast.evaluation.plots import plot_rank
 
-    def run(loaded: Video2LoRA, examples: list[Example], adapters: list[Adapter], bar: Progress):
+    def run(
+        loaded: Video2LoRA, examples: list[EvalExample], adapters: list[Adapter], bar: Progress
+    ):
         return rank_ablation(
             loaded, examples, adapters, token_f1, budgets or BUDGETS,
             max_new_tokens=max_new_tokens, progress=bar,
@@ -330,7 +332,7 @@ def efficiency(
     from v2l_fast.evaluation.efficiency import compare_budgets
     from v2l_fast.evaluation.examples import manifest_examples
     from v2l_fast.evaluation.framefusion import FrameFusion
-    from v2l_fast.evaluation.methods import Setting
+    from v2l_fast.evaluation.methods import MethodSettings
     from v2l_fast.evaluation.metrics import token_f1
     from v2l_fast.evaluation.plots import plot_amortized, plot_budgets
 
@@ -342,7 +344,7 @@ def efficiency(
     fusion = FrameFusion(keep)
     examples = manifest_examples(manifest, None, root, split, limit)
     loaded = load_model(model, base, device, dtype)
-    setting = Setting(
+    setting = MethodSettings(
         loaded, exact_frames=exact_frames, max_new_tokens=max_new_tokens, fusion=fusion
     )
     budgets = itertools.product(max_frames or [None], longest_edge or [None])

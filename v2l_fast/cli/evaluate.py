@@ -137,7 +137,7 @@ def evaluate(
     """
     from v2l_fast.data.manifest import load_manifest
     from v2l_fast.data.readers import ClipReader
-    from v2l_fast.evaluation.answers import Settings
+    from v2l_fast.evaluation.answers import AnswerSettings
     from v2l_fast.evaluation.evaluate import evaluate as run
     from v2l_fast.evaluation.judge import Judge, JudgeSettings
     from v2l_fast.outputs import check_folder
@@ -163,7 +163,7 @@ def evaluate(
         found = run(
             loaded,
             examples,
-            Settings(reader.max_frames, reader.longest_edge, exact_frames, max_new_tokens),
+            AnswerSettings(reader.max_frames, reader.longest_edge, exact_frames, max_new_tokens),
             load=lambda video: reader.read(video)[0],
             folder=folder,
             judge=judging,

@@ -181,7 +181,7 @@ def report(
 
     from v2l_fast.model import Video2LoRA
     from v2l_fast.outputs import check_folder
-    from v2l_fast.shapes.report import PIECES, Report, measure
+    from v2l_fast.shapes.report import PIECES, ShapesReport, measure
     from v2l_fast.shapes.report_page import FILES, write_page
 
     check_folder(records)
@@ -192,6 +192,6 @@ def report(
     trained = trained or ("shapes-chunks" if folder is None else None)
     chunked = trained and Video2LoRA.from_pretrained(trained, base, device="cpu")
     with progress_bar("report") as progress:
-        made = Report(pair, records, videos, chunked, seed, progress)
+        made = ShapesReport(pair, records, videos, chunked, seed, progress)
         measure(made, only or tuple(PIECES))
     say(str(write_page(made.made(), out)))

@@ -17,7 +17,7 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.examples import (
     ANOTHER,
     NONE,
-    Example,
+    EvalExample,
     Metric,
     Progress,
     answer_scores,
@@ -117,7 +117,7 @@ def kept_directions(
 
 def rank_ablation(
     model: Video2LoRA,
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     adapters: Sequence[Adapter],
     metric: Metric,
     budgets: Sequence[int] = BUDGETS,
@@ -175,7 +175,7 @@ def rank_ablation(
 # --- layers ---------------------------------------------------------------------------------------
 
 
-def removal_effects(model: Video2LoRA, example: Example, adapter: Adapter) -> torch.Tensor:
+def removal_effects(model: Video2LoRA, example: EvalExample, adapter: Adapter) -> torch.Tensor:
     """[L + 2] float64: S with the adapter, Effect of removing each layer (Eq. 12), S without any.
 
     Only the generated update is removed; the shared bias adapter stays. "Without any" is the plain
@@ -189,7 +189,7 @@ def removal_effects(model: Video2LoRA, example: Example, adapter: Adapter) -> to
 
 def layer_removal(
     model: Video2LoRA,
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     adapters: Sequence[Adapter],
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -287,7 +287,7 @@ COUNTS = (1, 2, 4, 8, 16)
 
 def compare_chunks(
     model: Video2LoRA,
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     metric: Metric,
     counts: Sequence[int] = COUNTS,
     max_new_tokens: int = 128,
@@ -420,7 +420,7 @@ def answer_direction(model: Video2LoRA, reference: str) -> Tensor:
     return mean / mean.norm()
 
 
-def attribute(model: Video2LoRA, example: Example, adapter: Adapter) -> Attribution:
+def attribute(model: Video2LoRA, example: EvalExample, adapter: Adapter) -> Attribution:
     """DLA of one example, towards the reference that the adapter makes most likely (Eq. 11)."""
     likely = log_probabilities(model, example.prompt, example.references, [adapter])[0].argmax()
     direction = answer_direction(model, example.references[int(likely)])
@@ -430,7 +430,7 @@ def attribute(model: Video2LoRA, example: Example, adapter: Adapter) -> Attribut
 
 def logit_attribution(
     model: Video2LoRA,
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     adapters: Sequence[Adapter],
     progress: Progress = silent,
 ) -> dict[str, Any]:

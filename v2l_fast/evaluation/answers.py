@@ -38,7 +38,7 @@ Question = tuple[VideoExamples, Example]
 Report = Callable[[str, int], None]
 
 
-def conditions_for(library: Library, videos: Sequence[VideoExamples]) -> tuple[str, ...]:
+def conditions_for(library: VideoCache, videos: Sequence[VideoExamples]) -> tuple[str, ...]:
     """The conditions that exist: there may be one video only, or no bias adapter."""
     left_out = set()
     if len({video.path for video in videos}) < 2:
@@ -49,7 +49,7 @@ def conditions_for(library: Library, videos: Sequence[VideoExamples]) -> tuple[s
 
 
 def answer_all(
-    library: Library,
+    library: VideoCache,
     videos: Sequence[VideoExamples],
     journals: Mapping[str, Journal],
     batch: int = 16,
@@ -96,7 +96,7 @@ def answer_all(
 
 def _answer(
     condition: str,
-    library: Library,
+    library: VideoCache,
     videos: Sequence[VideoExamples],
     questions: Sequence[Question],
     unreadable: dict[str, str],
@@ -121,7 +121,7 @@ def _distinct(questions: Iterable[Question]) -> list[VideoExamples]:
 
 def _adapter(
     condition: str,
-    library: Library,
+    library: VideoCache,
     videos: Sequence[VideoExamples],
     video: VideoExamples,
     unreadable: dict[str, str],
@@ -137,7 +137,7 @@ def _adapter(
 
 
 def _another(
-    library: Library,
+    library: VideoCache,
     videos: Sequence[VideoExamples],
     video: VideoExamples,
     unreadable: dict[str, str],
@@ -169,7 +169,7 @@ Loader = Callable[[VideoExamples], Clip]
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnswerSettings:
     """What every condition shares: frames, pixels and greedy decoding.
 
     None takes what the hypernetwork was trained with.
@@ -187,7 +187,7 @@ def blank(clip: Clip) -> Clip:
     return replace(clip, frames=torch.zeros_like(clip.frames), sha256=sha256, path=None)
 
 
-class Library:
+class VideoCache:
     """Clips and adapters of videos.
 
     Args:
@@ -199,7 +199,7 @@ class Library:
     def __init__(
         self,
         model: Video2LoRA,
-        settings: Settings,
+        settings: AnswerSettings,
         load: Loader,
         folder: Path | None = None,
         clips: int = 17,

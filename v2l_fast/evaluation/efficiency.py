@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from v2l_fast.evaluation.examples import (
-    Example,
+    EvalExample,
     Metric,
     Progress,
     by_video,
@@ -30,7 +30,7 @@ from v2l_fast.evaluation.examples import (
     silent,
 )
 from v2l_fast.evaluation.framefusion import Reduction
-from v2l_fast.evaluation.methods import DIRECT, METHODS, Method, Setting
+from v2l_fast.evaluation.methods import DIRECT, METHODS, Method, MethodSettings
 
 
 def amortized(preparation: float, query: float, questions: int) -> float:
@@ -49,8 +49,8 @@ def break_even(preparation: float, query: float, direct: float) -> int | None:
 
 
 def compare_methods(
-    setting: Setting,
-    examples: Sequence[Example],
+    setting: MethodSettings,
+    examples: Sequence[EvalExample],
     metric: Metric,
     methods: Sequence[Method] = METHODS,
     repeats: int = 3,
@@ -123,8 +123,8 @@ def compare_methods(
 
 
 def compare_budgets(
-    setting: Setting,
-    examples: Sequence[Example],
+    setting: MethodSettings,
+    examples: Sequence[EvalExample],
     metric: Metric,
     budgets: Iterable[tuple[int | None, int | None]],
     repeats: int = 3,
@@ -159,7 +159,11 @@ class _Tally:
 
 
 def _measure(
-    tally: _Tally, setting: Setting, method: Method, group: Sequence[Example], repeats: int
+    tally: _Tally,
+    setting: MethodSettings,
+    method: Method,
+    group: Sequence[EvalExample],
+    repeats: int,
 ) -> None:
     """Prepare one video and ask all its questions."""
     device = setting.model.backbone.decoder.device
@@ -176,7 +180,7 @@ def _measure(
         tally.waits += [found.time_to_first_token for found in (said, *again)]
 
 
-def _visual_tokens(setting: Setting, groups: Sequence[Sequence[Example]]) -> float:
+def _visual_tokens(setting: MethodSettings, groups: Sequence[Sequence[EvalExample]]) -> float:
     backbone = setting.model.backbone
     counts = [backbone.video_prefix(setting.encode(g[0].video)).visual_tokens for g in groups]
     return sum(counts) / len(counts)

@@ -25,9 +25,9 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.answers import (
     BASELINE,
     SYSTEM,
-    Library,
+    AnswerSettings,
     Loader,
-    Settings,
+    VideoCache,
     answer_all,
     conditions_for,
 )
@@ -35,7 +35,7 @@ from v2l_fast.evaluation.journal import Journal
 from v2l_fast.evaluation.judge import Judge, Preference
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import markdown, summarize, text_scores
-from v2l_fast.evaluation.rubrics import Task
+from v2l_fast.evaluation.rubrics import JudgeTask
 from v2l_fast.files import write_json, write_text
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
@@ -67,7 +67,7 @@ class Evaluation:
 def evaluate(
     model: Video2LoRA,
     examples: Sequence[Example],
-    settings: Settings,
+    settings: AnswerSettings,
     load: Loader,
     folder: Path | None = None,
     judge: Judge | None = None,
@@ -96,7 +96,7 @@ def evaluate(
     identity = _identity(model, settings, videos)
     if folder is not None:
         ResumableFolder(folder, identity)
-    library = Library(model, settings, load, folder and folder / "adapters", clips=batch + 1)
+    library = VideoCache(model, settings, load, folder and folder / "adapters", clips=batch + 1)
     journals = {
         name: Journal(folder and folder / "answers" / f"{_file_name(name)}.jsonl")
         for name in conditions_for(library, videos)
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def _answer_all(
-    library: Library,
+    library: VideoCache,
     videos: Sequence[VideoExamples],
     journals: Mapping[str, Journal],
     batch: int,
@@ -165,7 +165,7 @@ def _answer_all(
 
 
 def _identity(
-    model: Video2LoRA, settings: Settings, videos: Sequence[VideoExamples]
+    model: Video2LoRA, settings: AnswerSettings, videos: Sequence[VideoExamples]
 ) -> dict[str, Any]:
     """Everything that answers depend on."""
     asked = [(v.name, e.id, e.prompt) for v in videos for e in v.examples]
@@ -286,8 +286,8 @@ def judge_pairs(
     }
 
 
-def _task(example: Example) -> Task:
-    return Task(example.prompt, example.target_text, example.is_caption)
+def _task(example: Example) -> JudgeTask:
+    return JudgeTask(example.prompt, example.target_text, example.is_caption)
 
 
 def _mean(values: Sequence[float]) -> float | None:

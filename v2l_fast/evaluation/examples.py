@@ -31,7 +31,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Example:
+class EvalExample:
     """One prompt about one video.
 
     Attributes:
@@ -66,16 +66,16 @@ class Example:
         return max(metric(answer, reference) for reference in self.references)
 
 
-def by_video(examples: Sequence[Example]) -> list[list[Example]]:
+def by_video(examples: Sequence[EvalExample]) -> list[list[EvalExample]]:
     """Examples of the same video together, in the order in which the videos first appear."""
-    groups: dict[Hashable, list[Example]] = {}
+    groups: dict[Hashable, list[EvalExample]] = {}
     for example in examples:
         groups.setdefault(example.video_key, []).append(example)
     return list(groups.values())
 
 
 def internalize_each(
-    model: Video2LoRA, examples: Sequence[Example], progress: Progress = silent, **options: Any
+    model: Video2LoRA, examples: Sequence[EvalExample], progress: Progress = silent, **options: Any
 ) -> list[Adapter]:
     """The adapter of each example's video; a video is internalized once.
 
@@ -95,7 +95,7 @@ def internalize_each(
 
 def answer_scores(
     model: Video2LoRA,
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     adapters: Sequence[Adapter | None],
     metric: Metric,
     max_new_tokens: int = 128,
@@ -109,7 +109,7 @@ def answer_scores(
 
 def control_scores(
     model: Video2LoRA,
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     adapters: Sequence[Adapter],
     metric: Metric,
     max_new_tokens: int = 128,
@@ -125,7 +125,7 @@ def control_scores(
     }
 
 
-def other_adapters(examples: Sequence[Example], adapters: Sequence[Adapter]) -> list[Adapter]:
+def other_adapters(examples: Sequence[EvalExample], adapters: Sequence[Adapter]) -> list[Adapter]:
     """For each example the adapter of the next one about another video, from the first on behind
     the last; empty when all are about one video."""
     keys = [example.video_key for example in examples]
@@ -141,7 +141,7 @@ def other_adapters(examples: Sequence[Example], adapters: Sequence[Adapter]) -> 
 
 def interval(
     values: Sequence[float],
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> dict[str, float]:
     """Mean of one value an example and its 95% bootstrap interval: {"estimate", "low", "high"}.
@@ -174,7 +174,7 @@ def manifest_examples(
     root: str | os.PathLike | None = None,
     split: str | None = None,
     limit: int | None = None,
-) -> list[Example]:
+) -> list[EvalExample]:
     """Examples of a JSONL manifest, video by video; their kind is the subset, or the task type.
 
     Args:
@@ -203,7 +203,7 @@ def manifest_examples(
             kind = str(line.metadata.get("subset", line.task_type))
             asked.setdefault((line.prompt, kind), []).append(line.target_text)
         found += [
-            Example(source, prompt, tuple(dict.fromkeys(references)), kind)
+            EvalExample(source, prompt, tuple(dict.fromkeys(references)), kind)
             for (prompt, kind), references in asked.items()
         ]
     if not found:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.prefix import Prefix
+from v2l_fast.evaluation.prefix import CachedPrefix
 from v2l_fast.vlm import Prompt
 from v2l_fast.vlm.decoder import AttentionMetadata, Decoder, StaticKVCache
 
@@ -113,13 +113,13 @@ def reduced_prefix(
     settings: FrameFusion,
     room: int,
     reduction: Reduction | None = None,
-) -> tuple[Prefix, Tensor]:
+) -> tuple[CachedPrefix, Tensor]:
     """:func:`~v2l_fast.evaluation.prefix.prefill` with token reduction on the way, and the last
     token's hidden state [1, D] behind the last layer."""
     cache = decoder.new_cache(1, len(prompt) + room)
     *layers, last = reduced_layers(decoder, prompt, frames, settings, cache, reduction)
     lengths = tuple(hidden.shape[1] for hidden in layers)
-    return Prefix(cache, lengths, len(prompt)), last[:, -1]
+    return CachedPrefix(cache, lengths, len(prompt)), last[:, -1]
 
 
 class _Reducer:

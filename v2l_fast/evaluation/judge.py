@@ -24,7 +24,7 @@ from typing import Any
 from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.evaluation import rubrics
 from v2l_fast.evaluation.journal import Journal
-from v2l_fast.evaluation.rubrics import Messages, ReplyError, Task
+from v2l_fast.evaluation.rubrics import JudgeTask, Messages, ReplyError
 
 Progress = Callable[[int, int], None]
 Reader = Callable[[str], dict[str, Any]]
@@ -86,7 +86,7 @@ class Judge:
 
     def score(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[JudgeTask],
         candidates: Sequence[str],
         progress: Progress = lambda done, total: None,
     ) -> list[Verdict]:
@@ -104,7 +104,7 @@ class Judge:
 
     def compare(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[JudgeTask],
         firsts: Sequence[str],
         seconds: Sequence[str],
         seed: int = 0,
@@ -173,7 +173,7 @@ class Judge:
     def _judge(self, key: str, messages: Messages, read: Reader) -> Verdict:
         try:
             found = self._converse(messages, read, self.settings.corrections)
-        except Failure as failure:
+        except FailedJudgment as failure:
             return Verdict(None, failure.kind, str(failure))
         self._cache.append({key: found})
         return Verdict(found)
@@ -185,7 +185,7 @@ class Judge:
             return read(reply)
         except ReplyError as error:
             if corrections == 0:
-                raise Failure(error.kind, str(error)) from None
+                raise FailedJudgment(error.kind, str(error)) from None
         with self._lock:
             self._corrections += 1
         complaint = [
@@ -200,7 +200,7 @@ class Judge:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _swapped(task: Task, seed: int) -> bool:
+def _swapped(task: JudgeTask, seed: int) -> bool:
     digest = hashlib.sha256(f"{seed}/{task.prompt}/{task.reference}".encode()).digest()
     return bool(digest[0] & 1)
 
@@ -257,7 +257,7 @@ class JudgeSettings:
 
 
 @dataclass
-class Usage:
+class JudgeUsage:
     """Counted over an endpoint's life."""
 
     requests: int = 0
@@ -266,7 +266,7 @@ class Usage:
     completion_tokens: int = 0
 
 
-class Failure(Exception):
+class FailedJudgment(Exception):
     """One judgment cannot be had; `kind` is one of the failures listed at ``judge.Verdict``."""
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -289,7 +289,7 @@ class Endpoint:
                 'the judge needs the openai package: pip install "v2l_fast[eval]"'
             ) from None
         self.settings = settings
-        self.usage = Usage()
+        self.usage = JudgeUsage()
         self._lock = Lock()
         self._client = OpenAI(
             base_url=settings.url,
@@ -303,7 +303,7 @@ class Endpoint:
         """The reply's text.
 
         Raises:
-            Failure: this request has no reply.
+            FailedJudgment: this request has no reply.
             JudgeError: no request will have one.
         """
         import openai
@@ -322,9 +322,13 @@ class Endpoint:
             )
             completion = response.parse()
         except (ValueError, openai.APIResponseValidationError) as error:
-            raise Failure("malformed", f"the response is not a completion: {error}") from None
+            raise FailedJudgment(
+                "malformed", f"the response is not a completion: {error}"
+            ) from None
         except openai.APITimeoutError as error:
-            raise Failure("timeout", f"no reply within {self.settings.timeout:g} s") from error
+            raise FailedJudgment(
+                "timeout", f"no reply within {self.settings.timeout:g} s"
+            ) from error
         except openai.APIConnectionError as error:
             raise JudgeError(
                 f"{self.settings.url}: the judge cannot be reached ({error.__cause__ or error}); "
@@ -350,20 +354,24 @@ class Endpoint:
                 f"(OPENAI_API_KEY), the URL and the model's name ({self.settings.model})"
             )
         if status == 429:
-            return Failure("rate limited", detail)
-        return Failure("server error" if status >= 500 else "rejected", f"{status}: {detail}")
+            return FailedJudgment("rate limited", detail)
+        return FailedJudgment(
+            "server error" if status >= 500 else "rejected", f"{status}: {detail}"
+        )
 
 
 def _content(completion: Any) -> str:
-    """The reply's text. Raises Failure where there is none."""
+    """The reply's text. Raises FailedJudgment where there is none."""
     choices = getattr(completion, "choices", None) or [None]
     message = getattr(choices[0], "message", None)
     if message is None or not isinstance(message.content, str | None):
-        raise Failure("malformed", f"the response is not a completion: {str(completion)[:80]!r}")
+        raise FailedJudgment(
+            "malformed", f"the response is not a completion: {str(completion)[:80]!r}"
+        )
     if not message.content or message.refusal or choices[0].finish_reason == "content_filter":
-        raise Failure("refused", message.refusal or "an empty reply")
+        raise FailedJudgment("refused", message.refusal or "an empty reply")
     # Thoughts may stand there without a mark; a score drafted in them is no judgment.
     begun = message.content.lstrip().startswith(("{", "```")) or "</think>" in message.content
     if choices[0].finish_reason == "length" and not begun:
-        raise Failure("malformed", "cut off before the judgment, allow more tokens")
+        raise FailedJudgment("malformed", "cut off before the judgment, allow more tokens")
     return message.content

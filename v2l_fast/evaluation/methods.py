@@ -34,7 +34,7 @@ _QUESTION_ROOM = 512
 
 
 @dataclass(frozen=True)
-class Setting:
+class MethodSettings:
     """What all methods share.
 
     Attributes:
@@ -74,7 +74,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedVideo:
     """What a method keeps of a video, its size in bytes, and the visual tokens it took away."""
 
     kept: Any
@@ -83,7 +83,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Said:
+class MethodAnswer:
     """An answer's token ids, seconds from the question's text to its first token, and the visual
     tokens taken away for this question alone."""
 
@@ -97,16 +97,16 @@ class Method:
     """A method by name: ``prepare`` a video, then ``ask`` what was prepared."""
 
     name: str
-    prepare: Callable[[Setting, Video], Prepared]
-    ask: Callable[[Setting, Prepared, str], Said]
+    prepare: Callable[[MethodSettings, Video], PreparedVideo]
+    ask: Callable[[MethodSettings, PreparedVideo, str], MethodAnswer]
 
 
 def _answer(
-    setting: Setting,
+    setting: MethodSettings,
     make_prompt: Callable[[], Prompt],
     adapters: AdapterBank | None = None,
     decoder: Decoder | None = None,
-) -> Said:
+) -> MethodAnswer:
     start = time.perf_counter()
     prompt = make_prompt()
     built = time.perf_counter() - start
@@ -115,38 +115,38 @@ def _answer(
     generated = generate(
         decoder or backbone.decoder, [prompt.embeddings], backbone.stop_ids, limit, adapters
     )
-    return Said(generated.tokens[0], built + generated.time_to_first_token)
+    return MethodAnswer(generated.tokens[0], built + generated.time_to_first_token)
 
 
 # --- the video in context -----------------------------------------------------------------------
 
 
-def _keep_nothing(setting: Setting, video: Video) -> Prepared:
-    return Prepared(video, 0)
+def _keep_nothing(setting: MethodSettings, video: Video) -> PreparedVideo:
+    return PreparedVideo(video, 0)
 
 
-def _ask_video(setting: Setting, prepared: Prepared, question: str) -> Said:
+def _ask_video(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
     backbone = setting.model.backbone
     return _answer(setting, lambda: backbone.video_prompt(setting.encode(prepared.kept), question))
 
 
-def _keep_features(setting: Setting, video: Video) -> Prepared:
+def _keep_features(setting: MethodSettings, video: Video) -> PreparedVideo:
     encoded = setting.encode(video)
-    return Prepared(encoded, _size(encoded.features))
+    return PreparedVideo(encoded, _size(encoded.features))
 
 
-def _ask_features(setting: Setting, prepared: Prepared, question: str) -> Said:
+def _ask_features(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
     return _answer(setting, lambda: setting.model.backbone.video_prompt(prepared.kept, question))
 
 
-def _keep_cache(setting: Setting, video: Video) -> Prepared:
+def _keep_cache(setting: MethodSettings, video: Video) -> PreparedVideo:
     backbone = setting.model.backbone
     opening = backbone.video_prefix(setting.encode(video))
     prefix = prefill(backbone.decoder, opening.embeddings, _room(setting))
-    return Prepared(prefix, prefix.bytes)
+    return PreparedVideo(prefix, prefix.bytes)
 
 
-def _keep_fused_cache(setting: Setting, video: Video) -> Prepared:
+def _keep_fused_cache(setting: MethodSettings, video: Video) -> PreparedVideo:
     backbone = setting.model.backbone
     encoded = setting.encode(video)
     opening, frames = backbone.video_prefix(encoded), len(encoded.timestamps)
@@ -154,11 +154,11 @@ def _keep_fused_cache(setting: Setting, video: Video) -> Prepared:
     prefix, _ = reduced_prefix(
         backbone.decoder, opening, frames, setting.fusion, _room(setting), reduction
     )
-    return Prepared(prefix, prefix.bytes, reduction)
+    return PreparedVideo(prefix, prefix.bytes, reduction)
 
 
 @torch.inference_mode()
-def _ask_fused(setting: Setting, prepared: Prepared, question: str) -> Said:
+def _ask_fused(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
     """FrameFusion as its authors use it: reduced anew for every question, which prunes too."""
     start = time.perf_counter()
     backbone, encoded = setting.model.backbone, setting.encode(prepared.kept)
@@ -173,14 +173,14 @@ def _ask_fused(setting: Setting, prepared: Prepared, question: str) -> Said:
     token = int(first)
     waited = time.perf_counter() - start
     if token in backbone.stop_ids:
-        return Said([], waited, reduction)
+        return MethodAnswer([], waited, reduction)
     rest = continue_greedily(
         decoder, prefix, decoder.embed(first), backbone.stop_ids, setting.max_new_tokens - 1
     )
-    return Said([token, *rest.tokens[0]], waited, reduction)
+    return MethodAnswer([token, *rest.tokens[0]], waited, reduction)
 
 
-def _ask_cache(setting: Setting, prepared: Prepared, question: str) -> Said:
+def _ask_cache(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
     start = time.perf_counter()
     backbone = setting.model.backbone
     rest = backbone.question_suffix(question).embeddings
@@ -188,24 +188,24 @@ def _ask_cache(setting: Setting, prepared: Prepared, question: str) -> Said:
     generated = continue_greedily(
         backbone.decoder, prepared.kept, rest, backbone.stop_ids, setting.max_new_tokens
     )
-    return Said(generated.tokens[0], built + generated.time_to_first_token)
+    return MethodAnswer(generated.tokens[0], built + generated.time_to_first_token)
 
 
-def _room(setting: Setting) -> int:
+def _room(setting: MethodSettings) -> int:
     return _QUESTION_ROOM + setting.max_new_tokens
 
 
 # --- adapters -----------------------------------------------------------------------------------
 
 
-def internalize(setting: Setting, video: Video) -> Adapter:
+def internalize(setting: MethodSettings, video: Video) -> Adapter:
     """The adapter as ``Video2LoRA.internalize`` makes it."""
     return setting.model.internalize(video, **setting.sampling)
 
 
 @torch.inference_mode()
 def internalize_fused(
-    setting: Setting, video: Video, reduction: Reduction | None = None
+    setting: MethodSettings, video: Video, reduction: Reduction | None = None
 ) -> Adapter:
     """The adapter generated from a context whose visual tokens FrameFusion reduces."""
     model, clip = setting.model, setting.clip(video)
@@ -217,22 +217,24 @@ def internalize_fused(
     return model.hypernet.assemble(factors)[0]
 
 
-def _keep_adapter(setting: Setting, video: Video) -> Prepared:
+def _keep_adapter(setting: MethodSettings, video: Video) -> PreparedVideo:
     return _packed(setting, internalize(setting, video))
 
 
-def _keep_fused_adapter(setting: Setting, video: Video) -> Prepared:
+def _keep_fused_adapter(setting: MethodSettings, video: Video) -> PreparedVideo:
     reduction = Reduction()
     return _packed(setting, internalize_fused(setting, video, reduction), reduction)
 
 
-def _packed(setting: Setting, adapter: Adapter, reduction: Reduction | None = None) -> Prepared:
+def _packed(
+    setting: MethodSettings, adapter: Adapter, reduction: Reduction | None = None
+) -> PreparedVideo:
     decoder = setting.model.backbone.decoder
     slots = AdapterBank.pack([adapter], decoder.device, decoder.dtype)
-    return Prepared(slots, _adapter_size(adapter), reduction)
+    return PreparedVideo(slots, _adapter_size(adapter), reduction)
 
 
-def _keep_merged(setting: Setting, video: Video) -> Prepared:
+def _keep_merged(setting: MethodSettings, video: Video) -> PreparedVideo:
     model = setting.model
     decoder = model.backbone.decoder.merged(internalize(setting, video))
     weights = (
@@ -240,14 +242,14 @@ def _keep_merged(setting: Setting, video: Video) -> Prepared:
         for module in model.config.target_modules
         for layer in range(model.config.num_layers)
     )
-    return Prepared(decoder, sum(_size(weight) for weight in weights))
+    return PreparedVideo(decoder, sum(_size(weight) for weight in weights))
 
 
-def _ask_adapter(setting: Setting, prepared: Prepared, question: str) -> Said:
+def _ask_adapter(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
     return _answer(setting, lambda: setting.model.backbone.question(question), prepared.kept)
 
 
-def _ask_merged(setting: Setting, prepared: Prepared, question: str) -> Said:
+def _ask_merged(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
     backbone = setting.model.backbone
     return _answer(setting, lambda: backbone.question(question), decoder=prepared.kept)
 

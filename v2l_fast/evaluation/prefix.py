@@ -20,7 +20,7 @@ from v2l_fast.vlm.decoder import AttentionMetadata, Decoder, StaticKVCache
 
 
 @dataclass(frozen=True)
-class Prefix:
+class CachedPrefix:
     """A filled cache of one sequence.
 
     Attributes:
@@ -41,18 +41,18 @@ class Prefix:
 
 
 @torch.inference_mode()
-def prefill(decoder: Decoder, embeddings: Tensor, room: int) -> Prefix:
+def prefill(decoder: Decoder, embeddings: Tensor, room: int) -> CachedPrefix:
     """Keys and values of a prompt's beginning [T, D], with ``room`` for tokens behind it."""
     length = len(embeddings)
     cache = decoder.new_cache(1, length + room)
     decoder.forward(embeddings[None], cache=cache)
-    return Prefix(cache, (length,) * decoder.num_layers, length)
+    return CachedPrefix(cache, (length,) * decoder.num_layers, length)
 
 
 @torch.inference_mode()
 def continue_greedily(
     decoder: Decoder,
-    prefix: Prefix,
+    prefix: CachedPrefix,
     embeddings: Tensor,
     stop_ids: Sequence[int],
     max_new_tokens: int,
@@ -91,7 +91,7 @@ def continue_greedily(
 
 
 def _layer_metadata(
-    decoder: Decoder, prefix: Prefix, behind: int, count: int
+    decoder: Decoder, prefix: CachedPrefix, behind: int, count: int
 ) -> dict[int, AttentionMetadata]:
     """For each number of kept tokens: where ``count`` more stand, ``behind`` tokens after them."""
     steps = behind + torch.arange(count, device=decoder.device)

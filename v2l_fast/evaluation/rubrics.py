@@ -70,7 +70,7 @@ class ReplyError(Exception):
 
 
 @dataclass(frozen=True)
-class Task:
+class JudgeTask:
     """What was asked and what is right. `is_caption` chooses the rules."""
 
     prompt: str
@@ -78,7 +78,7 @@ class Task:
     is_caption: bool
 
 
-def single_messages(task: Task, candidate: str) -> Messages:
+def single_messages(task: JudgeTask, candidate: str) -> Messages:
     """Judge one candidate against the reference."""
     fields = _CAPTION_FIELDS if task.is_caption else _QA_FIELDS
     return [
@@ -87,7 +87,7 @@ def single_messages(task: Task, candidate: str) -> Messages:
     ]
 
 
-def pair_messages(task: Task, first: str, second: str) -> Messages:
+def pair_messages(task: JudgeTask, first: str, second: str) -> Messages:
     """Judge two candidates side by side; they are named A and B and nothing else."""
     pair = "\n\nThere are two candidates, A and B. Score each by itself, then say which is better."
     return [
@@ -99,12 +99,12 @@ def pair_messages(task: Task, first: str, second: str) -> Messages:
     ]
 
 
-def _rules(task: Task) -> str:
+def _rules(task: JudgeTask) -> str:
     return _CAPTION_RULES if task.is_caption else _QA_RULES
 
 
-def _given(task: Task) -> str:
-    asked = "Task" if task.is_caption else "Question"
+def _given(task: JudgeTask) -> str:
+    asked = "JudgeTask" if task.is_caption else "Question"
     return f"{asked}:\n{task.prompt}\n\nReference:\n{task.reference}"
 
 

@@ -20,7 +20,7 @@ import torch
 
 from v2l_fast.evaluation.efficiency import PeakMemory, Stopwatch, timed
 from v2l_fast.evaluation.examples import (
-    Example,
+    EvalExample,
     Metric,
     Progress,
     by_video,
@@ -50,7 +50,7 @@ COLUMNS = {
 
 def sweep(
     model: Video2LoRA,
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     metric: Metric,
     folder: Path,
     frames: Sequence[int] = FRAMES,
@@ -83,7 +83,7 @@ def sweep(
 
 def measure_cell(
     model: Video2LoRA,
-    examples: Sequence[Example],
+    examples: Sequence[EvalExample],
     metric: Metric,
     frames: int,
     longest_edge: int,
@@ -121,7 +121,7 @@ class _Cell:
     def __init__(self, model: Video2LoRA, frames: int, edge: int, max_new_tokens: int) -> None:
         self.videos = 0
         self.left_out: list[str] = []
-        self.examples: list[Example] = []
+        self.examples: list[EvalExample] = []
         self._model, self._frames, self._edge = model, frames, edge
         self._limit = max_new_tokens
         self._direct: list[Answer] = []
@@ -130,7 +130,7 @@ class _Cell:
         self._stages: dict[str, list[float]] = defaultdict(list)
         self._peaks: dict[str, list[int]] = defaultdict(list)
 
-    def add(self, group: Sequence[Example]) -> None:
+    def add(self, group: Sequence[EvalExample]) -> None:
         """Measure the examples of one video, unless it holds too few frames."""
         model, edge, limit = self._model, self._edge, self._limit
         device, video = model.backbone.decoder.device, group[0].video
@@ -191,7 +191,7 @@ class _Cell:
 
 
 def _fingerprint(
-    model: Video2LoRA, examples: Sequence[Example], max_new_tokens: int
+    model: Video2LoRA, examples: Sequence[EvalExample], max_new_tokens: int
 ) -> dict[str, Any]:
     decoder = model.backbone.decoder
     questions = [(str(e.video_key), e.prompt, e.references) for e in examples]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from v2l_fast.data.manifest import Example
-from v2l_fast.evaluation.answers import BASELINE, SYSTEM, Settings
+from v2l_fast.evaluation.answers import BASELINE, SYSTEM, AnswerSettings
 from v2l_fast.evaluation.evaluate import Progress
 from v2l_fast.evaluation.evaluate import evaluate as evaluate_examples
 from v2l_fast.evaluation.metrics import exact_match
@@ -89,7 +89,7 @@ def evaluate(
     found = evaluate_examples(
         model,
         examples,
-        Settings(max_new_tokens=MAX_NEW_TOKENS),
+        AnswerSettings(max_new_tokens=MAX_NEW_TOKENS),
         load=lambda video: clips[video.path],
         batch=3 * _BATCH,
         progress=progress,

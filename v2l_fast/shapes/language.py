@@ -39,7 +39,7 @@ _BACKGROUND = re.compile(rf"\bon a ({'|'.join(BACKGROUNDS)}) background\b")
 
 
 @dataclass(frozen=True)
-class Turn:
+class QAPair:
     """One question and its answer; `kind` is "caption", one of QUESTION_KINDS or PLACE_KINDS."""
 
     kind: str
@@ -104,38 +104,38 @@ def question_kinds(scene: Scene) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def ask(scene: Scene, kind: str, rng: random.Random) -> Turn:
+def ask(scene: Scene, kind: str, rng: random.Random) -> QAPair:
     """A question of one kind about the scene, with its true answer; `rng` picks the object."""
     index = rng.randrange(len(scene.objects))
     item = scene.objects[index]
     name = _refer(scene, index)
     match kind:
         case "caption":
-            return Turn(kind, rng.choice(CAPTION_PROMPTS), caption(scene))
+            return QAPair(kind, rng.choice(CAPTION_PROMPTS), caption(scene))
         case "background":
-            return Turn(kind, "What color is the background?", scene.background)
+            return QAPair(kind, "What color is the background?", scene.background)
         case "count":
-            return Turn(kind, "How many objects are there?", _NUMBERS[len(scene.objects)])
+            return QAPair(kind, "How many objects are there?", _NUMBERS[len(scene.objects)])
         case "color" | "shape" | "size":
-            return Turn(kind, f"What {kind} is the {name}?", getattr(item, kind))
+            return QAPair(kind, f"What {kind} is the {name}?", getattr(item, kind))
         case "motion":
-            return Turn(kind, f"How does the {name} move?", item.motion)
+            return QAPair(kind, f"How does the {name} move?", item.motion)
         case "order":
             first, second = (x.shape for x in scene.objects)
             shown = rng.sample((first, second), 2)
-            return Turn(kind, f"Which comes first, the {shown[0]} or the {shown[1]}?", first)
+            return QAPair(kind, f"Which comes first, the {shown[0]} or the {shown[1]}?", first)
         case "binding":
             asked = rng.choice(("color", "size", "motion"))
             if asked == "motion":
-                return Turn(kind, f"How does the {item.shape} move?", item.motion)
-            return Turn(kind, f"What {asked} is the {item.shape}?", getattr(item, asked))
+                return QAPair(kind, f"How does the {item.shape} move?", item.motion)
+            return QAPair(kind, f"What {asked} is the {item.shape}?", getattr(item, asked))
         case "start" | "end":
             place = item.place(0.0 if kind == "start" else 1.0)
-            return Turn(kind, f"Where does the {name} {kind}?", " ".join(place))
+            return QAPair(kind, f"Where does the {name} {kind}?", " ".join(place))
     raise ValueError(f"unknown kind of question {kind!r}")
 
 
-def ask_several(scene: Scene, count: int, rng: random.Random) -> list[Turn]:
+def ask_several(scene: Scene, count: int, rng: random.Random) -> list[QAPair]:
     """`count` questions of different kinds (as far as there are enough), order and binding among
     them twice as often as the others."""
     kinds = question_kinds(scene)

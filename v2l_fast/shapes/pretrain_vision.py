@@ -38,7 +38,7 @@ _CLASSES = {
 
 
 @dataclass(frozen=True)
-class Stage:
+class VisionStage:
     """One part of the schedule: which view of the tokens the heads read, and how strongly."""
 
     steps: int
@@ -48,9 +48,9 @@ class Stage:
 
 
 SCHEDULE = (
-    Stage(800, "concat", 2e-3, 4.0),
-    Stage(300, "mean", 1.5e-3, 4.0),
-    Stage(600, "concat", 1.5e-3, 30.0),
+    VisionStage(800, "concat", 2e-3, 4.0),
+    VisionStage(300, "mean", 1.5e-3, 4.0),
+    VisionStage(600, "concat", 1.5e-3, 30.0),
 )
 
 
@@ -93,7 +93,7 @@ def pretrain_vision(
     model: SmolVLMForConditionalGeneration,
     seed: int,
     batch: int = 256,
-    schedule: tuple[Stage, ...] = SCHEDULE,
+    schedule: tuple[VisionStage, ...] = SCHEDULE,
     report: Callable[[int, dict[str, float]], None] | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 200,

@@ -43,7 +43,7 @@ DURATION_KINDS = ("background", "count", "color", "shape", "size", "motion", "or
 DENIALS = frozenset("no not none nothing zero neither isn absent missing".split())
 _BATCH = 128
 
-Asked = tuple[int, str]
+ClipQuestion = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def probe(
     for rows in (found["durations"], found["restamped"]):
         rows.sort(key=lambda row: row["captions"][SYSTEM]["estimate"])
     progress("questions", stages - 1, stages)
-    answering = Answering(model, clips)
+    answering = ConditionAnswers(model, clips)
     found["binding"] = question_rows(answering, binding_probes(scenes))
     found["binding_captions"] = _binding_captions(answering, scenes)
     found["untrained"] = question_rows(answering, untrained_probes(scenes, seed))
@@ -134,7 +134,7 @@ def restamped(clip: Clip, seconds: float) -> Clip:
 # --- answers --------------------------------------------------------------------------------------
 
 
-class Answering:
+class ConditionAnswers:
     """Greedy answers about clips: with the clip in context, by its adapter, by another clip's
     adapter, and by neither.
 
@@ -151,7 +151,7 @@ class Answering:
         self.model, self.clips, self.conditions = model, clips, conditions
         self.adapters = model.internalize(list(clips))
 
-    def __call__(self, questions: Sequence[Asked]) -> dict[str, list[str]]:
+    def __call__(self, questions: Sequence[ClipQuestion]) -> dict[str, list[str]]:
         """condition -> the answer to each (number of a clip, question)."""
         texts: dict[str, list[str]] = {name: [] for name in self.conditions}
         for start in range(0, len(questions), _BATCH):
@@ -189,7 +189,7 @@ def duration_row(
         with a seed, "questions" (exact match): condition -> interval over videos, with
         "difference", adapter - direct.
     """
-    answering = Answering(model, clips, (BASELINE, SYSTEM, OTHER))
+    answering = ConditionAnswers(model, clips, (BASELINE, SYSTEM, OTHER))
     texts = answering([(i, CAPTION_PROMPTS[0]) for i in range(len(clips))])
     hits: dict[str, list[tuple[float, float]]] = {
         name: [attribute_hits(text, scene) for text, scene in zip(said, scenes, strict=True)]
@@ -265,7 +265,7 @@ def absent_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
             yield Probe("color of the second object of one", index, question, "")
 
 
-def question_rows(answering: Answering, probes: Iterator[Probe]) -> list[dict[str, Any]]:
+def question_rows(answering: ConditionAnswers, probes: Iterator[Probe]) -> list[dict[str, Any]]:
     """A row for each kind.
 
     Returns:
@@ -300,7 +300,7 @@ def question_rows(answering: Answering, probes: Iterator[Probe]) -> list[dict[st
     return sorted(rows, key=lambda row: row["score"][SYSTEM]["estimate"])
 
 
-def _binding_captions(answering: Answering, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
+def _binding_captions(answering: ConditionAnswers, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
     """Binding's questions answered by reading each condition's own caption instead of asking."""
     texts = answering([(i, CAPTION_PROMPTS[0]) for i in range(len(scenes))])
     stated = {name: [parse_caption(text) for text in said] for name, said in texts.items()}

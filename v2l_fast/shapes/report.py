@@ -28,9 +28,9 @@ from v2l_fast.evaluation.ablations import (
     rank_ablation,
 )
 from v2l_fast.evaluation.efficiency import compare_budgets
-from v2l_fast.evaluation.examples import Example, Progress, internalize_each, silent
+from v2l_fast.evaluation.examples import EvalExample, Progress, internalize_each, silent
 from v2l_fast.evaluation.framefusion import FrameFusion
-from v2l_fast.evaluation.methods import Setting
+from v2l_fast.evaluation.methods import MethodSettings
 from v2l_fast.evaluation.sweep import sweep
 from v2l_fast.files import LARGE_BYTES, read_json
 from v2l_fast.hypernet.adapter import Adapter
@@ -81,7 +81,7 @@ def right(answer: str, reference: str) -> float:
 
 
 @dataclass
-class Report:
+class ShapesReport:
     """The pieces of a report on the test split.
 
     Attributes:
@@ -147,11 +147,11 @@ class Report:
         return sample_scenes("test", count, self.seed)
 
     @cached_property
-    def captions(self) -> list[Example]:
+    def captions(self) -> list[EvalExample]:
         """A caption of each video, from rendered frames."""
         scenes = self.scenes(self.videos)
         return [
-            Example(clip, CAPTION_PROMPTS[0], (caption(scene),), "caption")
+            EvalExample(clip, CAPTION_PROMPTS[0], (caption(scene),), "caption")
             for clip, scene in zip(rendered_clips(scenes), scenes, strict=True)
         ]
 
@@ -160,7 +160,7 @@ class Report:
         """The adapter of each caption's video."""
         return internalize_each(self.model, self.captions, self.progress)
 
-    def files(self, count: int) -> list[Example]:
+    def files(self, count: int) -> list[EvalExample]:
         """A caption and five questions about each of the first videos, as H.264 files."""
         scenes = self.scenes(count)
         clips = self.folder / "clips"
@@ -169,7 +169,7 @@ class Report:
             if not (path := clips / clip_name("test", index)).exists():
                 write_clip(scene, path)
         return [
-            Example(
+            EvalExample(
                 clips / line.video_path,
                 line.prompt,
                 (line.target_text,),
@@ -186,17 +186,17 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {used}, torch {torch.__version__}"
 
 
-def _limits(report: Report, count: int) -> dict[str, Any]:
+def _limits(report: ShapesReport, count: int) -> dict[str, Any]:
     return probe(report.model, report.scenes(count), report.seed, report.progress)
 
 
-def _table(report: Report, count: int) -> dict[str, Any]:
+def _table(report: ShapesReport, count: int) -> dict[str, Any]:
     found = evaluate(report.model, report.scenes(count), report.seed, report.progress)
     encoded = report.scenes(max(2, round(count * _ENCODED_SHARE)))
     return found | {"encoded_files": evaluate_files(report.model, encoded)}
 
 
-def _rank(report: Report, count: int) -> dict[str, Any]:
+def _rank(report: ShapesReport, count: int) -> dict[str, Any]:
     return rank_ablation(
         report.model,
         report.captions[:count],
@@ -207,21 +207,21 @@ def _rank(report: Report, count: int) -> dict[str, Any]:
     )
 
 
-def _layers(report: Report, count: int) -> dict[str, Any]:
+def _layers(report: ShapesReport, count: int) -> dict[str, Any]:
     examples, adapters = report.captions[:count], report.adapters[:count]
     return layer_removal(report.model, examples, adapters, report.progress)
 
 
-def _logits(report: Report, count: int) -> dict[str, Any]:
+def _logits(report: ShapesReport, count: int) -> dict[str, Any]:
     examples, adapters = report.captions[:count], report.adapters[:count]
     return logit_attribution(report.model, examples, adapters, report.progress)
 
 
-def _norms(report: Report, count: int) -> dict[str, Any]:
+def _norms(report: ShapesReport, count: int) -> dict[str, Any]:
     return adapter_norms(report.model, report.adapters[:count])
 
 
-def _chunks(report: Report, count: int) -> dict[str, Any]:
+def _chunks(report: ShapesReport, count: int) -> dict[str, Any]:
     examples = report.files(count)
     networks = {"zero-shot": report.model}
     if report.model.config.chunk_position:
@@ -243,12 +243,14 @@ def _chunks(report: Report, count: int) -> dict[str, Any]:
     }
 
 
-def _efficiency(report: Report, count: int) -> dict[str, Any]:
-    setting = Setting(report.model, exact_frames=True, max_new_tokens=MAX_NEW_TOKENS, fusion=FUSION)
+def _efficiency(report: ShapesReport, count: int) -> dict[str, Any]:
+    setting = MethodSettings(
+        report.model, exact_frames=True, max_new_tokens=MAX_NEW_TOKENS, fusion=FUSION
+    )
     return compare_budgets(setting, report.files(count), right, BUDGETS, progress=report.progress)
 
 
-def _sweep(report: Report, count: int) -> dict[str, Any]:
+def _sweep(report: ShapesReport, count: int) -> dict[str, Any]:
     return sweep(
         report.model,
         report.files(count),
@@ -261,7 +263,7 @@ def _sweep(report: Report, count: int) -> dict[str, Any]:
     )
 
 
-PIECES: Mapping[str, Callable[[Report, int], dict[str, Any]]] = {
+PIECES: Mapping[str, Callable[[ShapesReport, int], dict[str, Any]]] = {
     "limits": _limits,
     "table": _table,
     "chunks": _chunks,
@@ -274,7 +276,9 @@ PIECES: Mapping[str, Callable[[Report, int], dict[str, Any]]] = {
 }
 
 
-def measure(report: Report, names: Sequence[str] = tuple(PIECES)) -> dict[str, dict[str, Any]]:
+def measure(
+    report: ShapesReport, names: Sequence[str] = tuple(PIECES)
+) -> dict[str, dict[str, Any]]:
     """The named pieces' records.
 
     Raises:

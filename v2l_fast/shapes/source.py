@@ -21,7 +21,7 @@ from torch import Tensor
 from v2l_fast.console import note
 from v2l_fast.data.samples import ContextSample, Sample
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.shapes.language import Turn, ask, ask_several
+from v2l_fast.shapes.language import QAPair, ask, ask_several
 from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, NUM_FRAMES
 from v2l_fast.shapes.vlm import IMAGE_SIZE, Prompts, cache_visual_tokens
 from v2l_fast.shapes.world import Scene, sample_scenes
@@ -37,7 +37,7 @@ MAX_FRAMES = len(FRAME_TIMES)
 
 
 @dataclass(frozen=True)
-class Part:
+class ClipChunk:
     """One of the equal parts a clip is cut into, as if its frames were a file of their own.
 
     Attributes:
@@ -51,7 +51,7 @@ class Part:
     place: tuple[float, float]
 
 
-def clip_parts(backbone: SmolVLM, count: int, instruction: str) -> tuple[Part, ...]:
+def clip_parts(backbone: SmolVLM, count: int, instruction: str) -> tuple[ClipChunk, ...]:
     """The `count` parts of any clip of this world, sampled as `v2l_fast.video` samples files."""
     parts = []
     for index in range(count):
@@ -61,7 +61,7 @@ def clip_parts(backbone: SmolVLM, count: int, instruction: str) -> tuple[Part, .
         times = [frame / CLIP_FPS for frame in shown]
         ids = backbone.prompt_builder.video_prompt(times, duration, 0, 0, instruction, False)
         frames = tuple(first + frame for frame in shown)
-        parts.append(Part(torch.tensor(ids), frames, (index / count, (index + 1) / count)))
+        parts.append(ClipChunk(torch.tensor(ids), frames, (index / count, (index + 1) / count)))
     return tuple(parts)
 
 
@@ -82,7 +82,7 @@ class ShapesSource:
     scenes: Sequence[Scene]
     features: Tensor
     columns: Mapping[int, int]
-    parts: Mapping[int, tuple[Part, ...]]
+    parts: Mapping[int, tuple[ClipChunk, ...]]
     prompts: Prompts
     questions: int = 3
     seed: int = 0
@@ -112,7 +112,7 @@ class ShapesSource:
             frames=sum(len(part.frames) for part in parts),
         )
 
-    def turns(self, index: int, rng: random.Random) -> list[Turn]:
+    def turns(self, index: int, rng: random.Random) -> list[QAPair]:
         """A caption, then questions of different kinds."""
         scene = self.scenes[index]
         return [ask(scene, "caption", rng), *ask_several(scene, self.questions, rng)]

@@ -22,7 +22,7 @@ from v2l_fast.console import Report, note, progress_bar
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import write_json
 from v2l_fast.shapes.evaluate import evaluate_direct
-from v2l_fast.shapes.language import PLACE_KINDS, Turn, ask, ask_several
+from v2l_fast.shapes.language import PLACE_KINDS, QAPair, ask, ask_several
 from v2l_fast.shapes.pretrain_vision import SCHEDULE, pretrain_vision
 from v2l_fast.shapes.vlm import (
     Prompts,
@@ -155,7 +155,7 @@ class LanguageSettings:
     checkpoint_every: int = 200
 
 
-def video_turns(scene: Scene, questions: int, rng: random.Random) -> list[Turn]:
+def video_turns(scene: Scene, questions: int, rng: random.Random) -> list[QAPair]:
     """One caption, both place questions and `questions` others, order and binding favored."""
     kinds = ("caption", *PLACE_KINDS)
     return [*(ask(scene, kind, rng) for kind in kinds), *ask_several(scene, questions, rng)]

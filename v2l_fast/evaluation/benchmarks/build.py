@@ -17,7 +17,7 @@ from v2l_fast.data.manifest import write_manifest
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.benchmarks import formats
 from v2l_fast.evaluation.benchmarks.annotations import VIDEO_SUFFIXES, BenchmarkError
-from v2l_fast.evaluation.benchmarks.formats import Item
+from v2l_fast.evaluation.benchmarks.formats import BenchmarkItem
 from v2l_fast.outputs import check_output
 from v2l_fast.video import probe
 
@@ -26,7 +26,7 @@ _NAMED = 5
 
 
 @dataclass(frozen=True)
-class Built:
+class ManifestCounts:
     """Counts of a manifest: its examples and videos, and the videos that are not there."""
 
     examples: int
@@ -41,7 +41,7 @@ def build(
     limit: int | None = None,
     seed: int = 0,
     skip_missing: bool = False,
-) -> Built:
+) -> ManifestCounts:
     """Write the manifest of a benchmark.
 
     Args:
@@ -81,7 +81,7 @@ def build(
     chosen = _sample(present, count, benchmark.limit_videos, seed) if count else present
     out.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(out, (_row(benchmark, item, path, out.parent) for item, path in chosen))
-    return Built(len(chosen), len({path for _, path in chosen}), missing)
+    return ManifestCounts(len(chosen), len({path for _, path in chosen}), missing)
 
 
 def _annotations(benchmark: Benchmark, folder: Path, name: str) -> Path:
@@ -106,8 +106,8 @@ def _videos(folder: Path) -> dict[str, Path]:
 
 
 def _sample(
-    items: Sequence[tuple[Item, Path]], limit: int, by_video: bool, seed: int
-) -> list[tuple[Item, Path]]:
+    items: Sequence[tuple[BenchmarkItem, Path]], limit: int, by_video: bool, seed: int
+) -> list[tuple[BenchmarkItem, Path]]:
     """`limit` of each subset, or of the videos, in the published order."""
     groups: dict[Any, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (item, path) in enumerate(items):
@@ -121,7 +121,7 @@ def _sample(
     return [items[index] for index in sorted(kept)]
 
 
-def _row(benchmark: Benchmark, item: Item, path: Path, base: Path) -> Mapping[str, Any]:
+def _row(benchmark: Benchmark, item: BenchmarkItem, path: Path, base: Path) -> Mapping[str, Any]:
     metadata = dict(item.metadata)
     if item.subset is not None:
         metadata["subset"] = item.subset
@@ -166,17 +166,17 @@ class Benchmark:
     published: str
     videos: str
     split: str
-    read: Callable[..., Iterator[Item]]
+    read: Callable[..., Iterator[BenchmarkItem]]
     limit: int = 500
     limit_videos: bool = False
 
-    def items(self, *paths: Path) -> list[Item]:
+    def items(self, *paths: Path) -> list[BenchmarkItem]:
         """Every item of the files.
 
         Raises:
             BenchmarkError: a file is not as published.
         """
-        items: list[Item] = []
+        items: list[BenchmarkItem] = []
         try:
             items.extend(self.read(*paths))
         except BenchmarkError:

@@ -17,7 +17,7 @@ from v2l_fast.evaluation.benchmarks.annotations import BenchmarkError, get, stem
 
 
 @dataclass(frozen=True)
-class Item:
+class BenchmarkItem:
     """One example before its video is found.
 
     Attributes:
@@ -39,7 +39,7 @@ class Item:
 # --- captions -------------------------------------------------------------------------------------
 
 
-def activitynet_captions(path: Path) -> Iterator[Item]:
+def activitynet_captions(path: Path) -> Iterator[BenchmarkItem]:
     """{"v_ID": {"duration": s, "timestamps": [[start, end]], "sentences": [text]}}.
 
     The reference of the whole video is its sentences as listed: they are one annotator's paragraph,
@@ -51,10 +51,10 @@ def activitynet_captions(path: Path) -> Iterator[Item]:
     """
     for video, row in read.read_mapping(path).items():
         target = " ".join(str(s).strip() for s in get(path, video, row, "sentences"))
-        yield Item(video, (video,), "caption", ACTIVITYNET_CAPTIONS, target)
+        yield BenchmarkItem(video, (video,), "caption", ACTIVITYNET_CAPTIONS, target)
 
 
-def plm_rdcap(path: Path) -> Iterator[Item]:
+def plm_rdcap(path: Path) -> Iterator[BenchmarkItem]:
     """JSON lines: uid, video ("sav_....mp4"), masklet_id, total_frames, dense_captions:
     [{start_frame, end_frame, caption}].
 
@@ -73,7 +73,7 @@ def plm_rdcap(path: Path) -> Iterator[Item]:
         yield _region(path, where, row, PLM_RDCAP, target, None)
 
 
-def plm_rcap(path: Path) -> Iterator[Item]:
+def plm_rcap(path: Path) -> Iterator[BenchmarkItem]:
     """JSON lines: uid, video ("sav_....mp4"), masklet_id, total_frames, caption, start_frame,
     end_frame.
 
@@ -90,7 +90,7 @@ def plm_rcap(path: Path) -> Iterator[Item]:
         yield _region(path, where, row, PLM_RCAP, target, (first, last, total))
 
 
-def vdc(path: Path) -> Iterator[Item]:
+def vdc(path: Path) -> Iterator[BenchmarkItem]:
     """JSON lines: video_id, video_source, video_name (a file), and <style>_caption for each of the
     five styles.
 
@@ -101,10 +101,10 @@ def vdc(path: Path) -> Iterator[Item]:
         name = stem(get(path, where, row, "video_name"))
         for style, prompt in VDC.items():
             target = get(path, where, row, f"{style}_caption")
-            yield Item(f"{name}/{style}", (name,), "caption", prompt, target, style)
+            yield BenchmarkItem(f"{name}/{style}", (name,), "caption", prompt, target, style)
 
 
-def carebench(path: Path) -> Iterator[Item]:
+def carebench(path: Path) -> Iterator[BenchmarkItem]:
     """A list of {"video" (a file), "caption", "spatial_caption", "temporal_caption", "events",
     "objects", "category", "subcategory"}.
 
@@ -121,7 +121,7 @@ def carebench(path: Path) -> Iterator[Item]:
             target = get(path, where, row, subset)
             if isinstance(target, list):
                 target = "; ".join(str(part).strip() for part in target)
-            yield Item(f"{video}/{subset}", (video,), "caption", prompt, target, subset)
+            yield BenchmarkItem(f"{video}/{subset}", (video,), "caption", prompt, target, subset)
 
 
 def _region(
@@ -131,17 +131,19 @@ def _region(
     prompt: str,
     target: str,
     frames: tuple[int, int, int] | None,
-) -> Item:
+) -> BenchmarkItem:
     uid, video = (get(path, where, row, name) for name in ("uid", "video"))
     metadata = {"masklet_id": row.get("masklet_id")}
     names = (stem(video),)
-    return Item(str(uid), names, "caption", prompt, target, frames=frames, metadata=metadata)
+    return BenchmarkItem(
+        str(uid), names, "caption", prompt, target, frames=frames, metadata=metadata
+    )
 
 
 # --- questions ------------------------------------------------------------------------------------
 
 
-def nextqa(path: Path) -> Iterator[Item]:
+def nextqa(path: Path) -> Iterator[BenchmarkItem]:
     """CSV of the open-ended task: video, frame_count, width, height, question, answer, qid, type.
 
     Videos are VidOR's, of the same name. Published at https://github.com/doc-doc/NExT-OE; checked
@@ -160,7 +162,7 @@ def nextqa(path: Path) -> Iterator[Item]:
         )
 
 
-def activitynet_qa(questions: Path, answers: Path) -> Iterator[Item]:
+def activitynet_qa(questions: Path, answers: Path) -> Iterator[BenchmarkItem]:
     """Lists of {"video_name", "question", "question_id"} and {"answer", "type", "question_id"}.
 
     video_name is a YouTube id; ActivityNet's files are called v_ID. Published at
@@ -177,7 +179,7 @@ def activitynet_qa(questions: Path, answers: Path) -> Iterator[Item]:
         yield _question(id_, (f"v_{name}", name), text, str(answer), known[id_].get("type"))
 
 
-def plm_sgqa(path: Path) -> Iterator[Item]:
+def plm_sgqa(path: Path) -> Iterator[BenchmarkItem]:
     """JSON lines: uid, video (a file), question, answer, domain.
 
     Published and checked like `plm_rdcap`; "domain" is in the newest card only. Not checked: the
@@ -193,7 +195,7 @@ def plm_sgqa(path: Path) -> Iterator[Item]:
         )
 
 
-def vidcapbench(path: Path) -> Iterator[Item]:
+def vidcapbench(path: Path) -> Iterator[BenchmarkItem]:
     """JSON lines, one a video: video_dir (a file, with or without the authors' folder), QA_pairs:
     [{"question", "answer", "sub_category", "primary_category"}].
 
@@ -216,9 +218,9 @@ def vidcapbench(path: Path) -> Iterator[Item]:
 
 def _question(
     id_: str, videos: tuple[str, ...], text: str, answer: str, kind: str | int | None
-) -> Item:
+) -> BenchmarkItem:
     metadata = {} if kind is None else {"kind": kind}
-    return Item(id_, videos, "qa", question_prompt(text), answer, metadata=metadata)
+    return BenchmarkItem(id_, videos, "qa", question_prompt(text), answer, metadata=metadata)
 
 
 # --- prompts --------------------------------------------------------------------------------------
