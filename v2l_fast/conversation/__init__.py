@@ -1,0 +1,40 @@
+"""CPER: a conversation that finds what it does not know about a person, asks, and answers for them.
+
+After Baskar et al., "CPER: From Guessing to Asking" (NAACL-SRW 2025). Works over an internalized
+video and with any chat model alone. ``gap`` holds the formulas, ``persona`` what is known, ``cper``
+the turn.
+"""
+
+from v2l_fast.conversation.cper import (
+    CperSettings,
+    KnowledgeGap,
+    Models,
+    Reply,
+    State,
+    Turn,
+    cper_turn,
+)
+from v2l_fast.conversation.encoders import load_encoder
+from v2l_fast.conversation.lexicon import LexiconModel
+from v2l_fast.conversation.models import EndpointModel, TransformersModel, VideoModel
+from v2l_fast.conversation.persona import Fact, Persona
+from v2l_fast.conversation.schema import Schema, Slot
+
+__all__ = [
+    "CperSettings",
+    "EndpointModel",
+    "Fact",
+    "KnowledgeGap",
+    "LexiconModel",
+    "Models",
+    "Persona",
+    "Reply",
+    "Schema",
+    "Slot",
+    "State",
+    "TransformersModel",
+    "Turn",
+    "VideoModel",
+    "cper_turn",
+    "load_encoder",
+]

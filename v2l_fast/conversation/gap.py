@@ -1,0 +1,184 @@
+"""The persona knowledge gap of CPER (Baskar et al., NAACL-SRW 2025) and a gap that counts facts.
+
+Pure functions on float64 arrays: no model, no text. Vectors are rows of an encoder's output; their
+length does not matter, only their direction does.
+
+The paper's gap says how ambiguous the readings of a user are and how little they agree with the
+earlier ones. It is no measure of what is missing: it also falls when a user adds nothing, because a
+persona that never changes agrees with itself. :func:`slot_gap` counts what the user has stated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def uncertainty(candidates: Sequence[ArrayLike | None]) -> float:
+    """Mean pairwise cosine dissimilarity of n sampled readings.
+
+    Args:
+        candidates: n vectors [d]; None for a reading without text.
+
+    Returns:
+        0 (all equal) to n / (n - 1). 1 with fewer than two candidates or a missing one, as in the
+        released code.
+    """
+    n = len(candidates)
+    if n < 2 or any(candidate is None for candidate in candidates):
+        return 1.0
+    rows = _unit_rows(np.asarray(candidates, np.float64))
+    total = rows.sum(0)
+    return float(1.0 - (total @ total - (rows * rows).sum()) / (n * (n - 1)))
+
+
+def alignment(persona: ArrayLike | None, history: ArrayLike, temperature: float = 1.0) -> float:
+    """Cosine of a persona and its attention-weighted history: the paper's WCMI.
+
+    Args:
+        persona: [d], of the current turn; None where the turn has no facts.
+        history: [m, d], one row for each earlier turn.
+        temperature: of the softmax over cosines; 1 in the paper.
+
+    Returns:
+        -1 to 1; 0 without history, without a persona, or where the history cancels out.
+    """
+    rows = np.asarray(history, np.float64)
+    if persona is None or rows.size == 0:
+        return 0.0
+    rows = _unit_rows(rows)
+    current = _unit_rows(np.asarray(persona, np.float64)[None])[0]
+    weights = attention(current, rows, temperature)
+    attended = weights @ rows
+    norm = float(np.linalg.norm(attended))
+    if norm < 1e-12:
+        return 0.0
+    return float(np.clip(current @ attended / norm, -1.0, 1.0))
+
+
+def attention(persona: ArrayLike, history: ArrayLike, temperature: float = 1.0) -> Array:
+    """Softmax over the cosines of ``persona`` [d] and the rows of ``history`` [m, d]: [m]."""
+    rows = _unit_rows(np.asarray(history, np.float64))
+    cosines = rows @ _unit_rows(np.asarray(persona, np.float64)[None])[0] / temperature
+    weights = np.exp(cosines - cosines.max())
+    return weights / weights.sum()
+
+
+def knowledge_gap(
+    uncertainty: float,
+    alignment: float,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    conflict: float = 0.0,
+    gamma: float = 0.0,
+) -> float:
+    """``1 + alpha * uncertainty - beta * alignment + gamma * conflict``.
+
+    The paper has no conflict term (``gamma=0``). Cosine alignment is blind to polarity: "prefers
+    long answers" agrees with "prefers short answers" more than a paraphrase does.
+    """
+    return 1.0 + alpha * uncertainty - beta * alignment + gamma * conflict
+
+
+def normalized_gap(gap: float, alpha: float = 0.5, beta: float = 0.5) -> float:
+    """A gap on the scale where 0 is "nothing is missing" and 1 is "uncertainty 1, no alignment"."""
+    return (gap - (1.0 - beta)) / (alpha + beta)
+
+
+@dataclass(frozen=True)
+class SlotCoverage:
+    """What a persona lacks of a schema.
+
+    Attributes:
+        gap: ``1 + alpha * entropy - beta * coverage``, on the scale of the paper's gap.
+        coverage: weight of the slots that the user has stated, 0 to 1.
+        entropy: weighted entropy of the readings of the slots that are not stated, 0 to 1.
+        missing: slot name -> how much asking for it would tell, 0 to 1; 0 for a stated slot.
+    """
+
+    gap: float
+    coverage: float
+    entropy: float
+    missing: Mapping[str, float]
+
+
+def slot_gap(
+    weights: Mapping[str, float],
+    sizes: Mapping[str, int | None],
+    supported: Sequence[str],
+    readings: Sequence[Mapping[str, str]],
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    floor: float = 0.5,
+) -> SlotCoverage:
+    """Coverage by facts that the user stated, ranked by how far the readings disagree.
+
+    A confident guess is still a guess: a slot that is not stated misses at least ``floor``.
+
+    Args:
+        weights: slot name -> its weight, at least 0.
+        sizes: slot name -> number of its values, None where any text is one.
+        supported: names of the slots that an active, stated fact fills.
+        readings: n of them, slot name -> value; a reading may leave slots out.
+    """
+    total = sum(weights.values())
+    if total <= 0:
+        return SlotCoverage(1.0 - beta, 1.0, 0.0, dict.fromkeys(weights, 0.0))
+    stated = set(supported)
+    missing, coverage, entropy = {}, 0.0, 0.0
+    for name, weight in weights.items():
+        if name in stated:
+            coverage += weight
+            missing[name] = 0.0
+            continue
+        spread = value_entropy([reading.get(name) for reading in readings], sizes.get(name))
+        entropy += weight * spread
+        missing[name] = floor + (1.0 - floor) * spread
+    coverage, entropy = coverage / total, entropy / total
+    return SlotCoverage(1.0 + alpha * entropy - beta * coverage, coverage, entropy, missing)
+
+
+def value_entropy(values: Sequence[str | None], size: int | None = None) -> float:
+    """Entropy of n values, normalized to 0 to 1 by ``ln(min(n, size))``.
+
+    Args:
+        values: None counts as a value of its own: a reading that does not know.
+        size: number of possible values; None where any text is one.
+    """
+    n = len(values)
+    most = n if size is None else min(n, size)
+    if most < 2:
+        return 0.0
+    return min(1.0, cluster_entropy([_rank(values, value) for value in values]) / math.log(most))
+
+
+def cluster_entropy(labels: Sequence[int]) -> float:
+    """Discrete semantic entropy in nats of n samples by the cluster each belongs to
+    (Kuhn et al., 2023)."""
+    counts = np.unique(np.asarray(labels), return_counts=True)[1] / len(labels)
+    return float(-(counts * np.log(counts)).sum())
+
+
+def spectral_count(similarity: ArrayLike) -> float:
+    """A soft number of distinct samples: the sum of ``max(0, 1 - eigenvalue)`` of the normalized
+    Laplacian of a similarity matrix [n, n] (Lin et al., 2023). n equal samples give 1, n orthogonal
+    ones n."""
+    matrix = np.asarray(similarity, np.float64)
+    scale = 1.0 / np.sqrt(matrix.sum(1))
+    normalized = matrix * scale[:, None] * scale[None]
+    return float(np.clip(np.linalg.eigvalsh(normalized), 0.0, None).sum())
+
+
+def _unit_rows(rows: Array) -> Array:
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+
+
+def _rank(values: Sequence[str | None], value: str | None) -> int:
+    return list(values).index(value)

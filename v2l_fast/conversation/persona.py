@@ -1,0 +1,344 @@
+"""What is known about a person: facts with their evidence, superseded, forgotten and exported.
+
+A :class:`Persona` is a value: every change gives a new one. Whatever a model or a file says about a
+person is untrusted. A fact is one short line, and one that reads as an instruction is kept but
+never shown to a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from v2l_fast.conversation.schema import Schema
+from v2l_fast.errors import ConfigError, escape_controls, excerpt
+from v2l_fast.files import read_json
+from v2l_fast.outputs import replacing
+
+FORMAT = "v2l-persona-1"
+MAX_FACT_CHARACTERS = 160
+MAX_FACTS = 64
+
+Source = Literal["stated", "inferred", "imported"]
+Status = Literal["active", "superseded", "quarantined", "forgotten"]
+
+# A "fact" that addresses the model: it would come back in every later prompt.
+_INSTRUCTION = re.compile(
+    r"\b(ignore|disregard|forget|override|bypass)\b.{0,40}\b(instruction|previous|above|prompt|rule|"
+    r"system|everything)|\b(system|assistant|developer)\s*(prompt|message|:)|"
+    r"\b(you must|you are now|you should now|from now on|act as|pretend|respond with|reply with|"
+    r"output|always (say|answer|reply|recommend)|never (say|answer|mention|ask))\b|"
+    r"<\||\|>|```|[{}]",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What one reading says about a person, before it is a fact.
+
+    Attributes:
+        text: the statement, any text.
+        slot, value: the schema's slot that it fills, and with what.
+        stated: the person said it, as opposed to a guess.
+    """
+
+    text: str
+    slot: str | None = None
+    value: str | None = None
+    stated: bool = True
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing known about a person.
+
+    Attributes:
+        id: identifier within the persona.
+        text: one line of at most 160 characters; empty once forgotten.
+        slot, value: the schema's slot that the fact fills, and with what.
+        source: "stated" by the person, "inferred" from several readings, or "imported".
+        turn: number of the turn it comes from.
+        utterance: the person's words, as evidence; None when not kept.
+        confidence: share of the readings that contain it, 0 to 1.
+        status: "active", "superseded" by a newer value, "quarantined" because it reads as an
+            instruction, or "forgotten".
+        superseded_by: id of the newer fact.
+        created: seconds since the epoch.
+    """
+
+    id: str
+    text: str
+    slot: str | None = None
+    value: str | None = None
+    source: Source = "stated"
+    turn: int = 0
+    utterance: str | None = None
+    confidence: float = 1.0
+    status: Status = "active"
+    superseded_by: str | None = None
+    created: float = 0.0
+
+
+@dataclass(frozen=True)
+class Persona:
+    """Facts about one person, oldest first.
+
+    Attributes:
+        facts: all facts, whatever their status.
+    """
+
+    facts: tuple[Fact, ...] = ()
+
+    @property
+    def active(self) -> tuple[Fact, ...]:
+        """Facts that hold now; the only ones that models see."""
+        return tuple(fact for fact in self.facts if fact.status == "active")
+
+    @property
+    def stated_slots(self) -> tuple[str, ...]:
+        """Slots that an active fact fills which the person stated or imported."""
+        return tuple(fact.slot for fact in self.active if fact.slot and fact.source != "inferred")
+
+    def value(self, slot: str) -> str | None:
+        """The active value of a slot, None where nothing fills it."""
+        values = [fact.value for fact in self.active if fact.slot == slot]
+        return values[-1] if values else None
+
+    def update(
+        self,
+        statements: Iterable[tuple[Statement, float]],
+        turn: int,
+        utterance: str | None = None,
+        schema: Schema | None = None,
+        created: float | None = None,
+    ) -> tuple[Persona, tuple[Fact, ...], float]:
+        """Add what one turn says.
+
+        A known fact is confirmed, not repeated. A stated value supersedes another value of its
+        slot; an inferred one never supersedes a stated one.
+
+        Args:
+            statements: each with its confidence, the share of readings that contain it.
+            turn: number of the turn.
+            utterance: kept as evidence.
+            schema: slots and values are checked against it; without one they are dropped.
+            created: seconds since the epoch; now when None.
+
+        Returns:
+            The new persona, its new facts, and the share of the statements that contradict an
+            active fact.
+        """
+        facts, fresh, conflicts, count = list(self.facts), [], 0, 0
+        for statement, confidence in statements:
+            fact = self._fact(statement, confidence, turn, utterance, schema, created)
+            if fact is None:
+                continue
+            count += 1
+            index, outcome = _relation(facts, fact)
+            if outcome == "same":
+                known = facts[index]
+                stated = "stated" in (known.source, fact.source)
+                facts[index] = replace(
+                    known,
+                    confidence=max(known.confidence, fact.confidence),
+                    source="stated" if stated else known.source,
+                )
+                continue
+            if outcome == "conflict":
+                conflicts += 1
+                if fact.source == "inferred" and facts[index].source != "inferred":
+                    continue
+            fact = replace(fact, id=_next_id(facts))
+            if outcome == "conflict":
+                facts[index] = replace(facts[index], status="superseded", superseded_by=fact.id)
+            facts.append(fact)
+            fresh.append(fact)
+        persona = Persona(_bounded(facts, turn))
+        kept = {fact.id for fact in persona.facts}
+        new = tuple(fact for fact in fresh if fact.id in kept)
+        return persona, new, conflicts / count if count else 0.0
+
+    def _fact(
+        self,
+        statement: Statement,
+        confidence: float,
+        turn: int,
+        utterance: str | None,
+        schema: Schema | None,
+        created: float | None,
+    ) -> Fact | None:
+        """A statement as a fact, None where nothing remains of it."""
+        text = clean(statement.text)
+        if not text:
+            return None
+        slot = (
+            None if schema is None or statement.slot is None else schema.slots.get(statement.slot)
+        )
+        value = None if slot is None else slot.accept(statement.value)
+        if slot is not None and slot.sensitive and not statement.stated:
+            return None
+        hostile = _INSTRUCTION.search(text) or (value and _INSTRUCTION.search(value))
+        return Fact(
+            id="",
+            text=text,
+            slot=None if value is None or slot is None or hostile else slot.name,
+            value=None if hostile else value,
+            source="stated" if statement.stated else "inferred",
+            turn=turn,
+            utterance=utterance,
+            confidence=confidence,
+            status="quarantined" if hostile else "active",
+            created=time.time() if created is None else created,
+        )
+
+    def forget(self, ids: Collection[str]) -> Persona:
+        """Remove text, value and evidence of facts; their ids and dates remain.
+
+        Raises:
+            ConfigError: an id is unknown.
+        """
+        if unknown := sorted(set(ids) - {fact.id for fact in self.facts}):
+            raise ConfigError(f"unknown fact {unknown[0]!r}; v2l persona show lists the ids")
+        return Persona(tuple(_forgotten(f) if f.id in ids else f for f in self.facts))
+
+    def select(self, *, slot: str | None = None, turn: int | None = None) -> tuple[str, ...]:
+        """Ids of the facts that are not forgotten, of one slot or one turn where given."""
+        return tuple(
+            fact.id
+            for fact in self.facts
+            if fact.status != "forgotten"
+            and (slot is None or fact.slot == slot)
+            and (turn is None or fact.turn == turn)
+        )
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that is kept, evidence included, ready for JSON."""
+        return {"format": FORMAT, "facts": [dataclasses.asdict(fact) for fact in self.facts]}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a JSON file that only its owner can read; an old one is replaced whole.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
+        with replacing(path) as part:
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file, indent=2, ensure_ascii=False)
+                file.write("\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Persona:
+        """Read :meth:`save`'s file.
+
+        Raises:
+            ConfigError: the file is missing, broken, or no persona.
+        """
+        values = read_json(path, error=ConfigError, kind=dict)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Persona:
+        """From :meth:`to_dict`'s value. Texts are cleaned and checked as a model's are.
+
+        Raises:
+            ConfigError: the value is no persona.
+        """
+        if values.get("format") != FORMAT or not isinstance(values.get("facts"), list):
+            raise ConfigError(f"format is {excerpt(values.get('format'))}, expected {FORMAT!r}")
+        facts = [_read_fact(entry) for entry in values["facts"]]
+        ids = [fact.id for fact in facts]
+        if len(set(ids)) < len(ids):
+            raise ConfigError("two facts have the same id")
+        return cls(tuple(facts))
+
+
+def clean(text: str) -> str:
+    """Untrusted text as one line of at most 160 characters without control characters."""
+    line = escape_controls(" ".join(text.split()))
+    return line if len(line) <= MAX_FACT_CHARACTERS else f"{line[: MAX_FACT_CHARACTERS - 1]}…"
+
+
+def _next_id(facts: Sequence[Fact]) -> str:
+    numbers = [int(fact.id[1:]) for fact in facts if re.fullmatch(r"f\d{1,9}", fact.id)]
+    return f"f{max(numbers, default=0) + 1}"
+
+
+def _relation(facts: Sequence[Fact], new: Fact) -> tuple[int, str]:
+    """Index of the fact that ``new`` repeats or contradicts, and which; -1 and "new" otherwise."""
+    for index, fact in enumerate(facts):
+        if fact.status == "quarantined" and _same_text(fact, new):
+            return index, "same"
+        if fact.status != "active":
+            continue
+        if new.slot is not None and fact.slot == new.slot:
+            same = (fact.value or "").casefold() == (new.value or "").casefold()
+            return index, "same" if same else "conflict"
+        if new.slot is None and fact.slot is None and _same_text(fact, new):
+            return index, "same"
+    return -1, "new"
+
+
+def _same_text(first: Fact, second: Fact) -> bool:
+    return _words(first.text) == _words(second.text)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _bounded(facts: list[Fact], turn: int) -> tuple[Fact, ...]:
+    """At most :data:`MAX_FACTS` facts.
+
+    The least confident and oldest go first, inferred ones before stated ones, and what is
+    superseded before the fact that superseded it.
+    """
+
+    def worth(fact: Fact) -> tuple[bool, bool, float]:
+        age = max(turn - fact.turn, 0)
+        return fact.status == "active", fact.source != "inferred", fact.confidence * 0.97**age
+
+    while len(facts) > MAX_FACTS:
+        facts.remove(min(facts, key=worth))
+    return tuple(facts)
+
+
+def _forgotten(fact: Fact) -> Fact:
+    return Fact(id=fact.id, text="", turn=fact.turn, status="forgotten", created=fact.created,
+                confidence=0.0)  # fmt: skip
+
+
+_TYPES: dict[str, Any] = {
+    "id": str, "text": str, "slot": str | None, "value": str | None, "source": str, "turn": int,
+    "utterance": str | None, "confidence": int | float, "status": str,
+    "superseded_by": str | None, "created": int | float,
+}  # fmt: skip
+
+
+def _read_fact(entry: object) -> Fact:
+    if not isinstance(entry, dict) or set(entry) != set(_TYPES):
+        raise ConfigError(f"a fact must have the fields {', '.join(_TYPES)}, got {excerpt(entry)}")
+    for name, kind in _TYPES.items():
+        if not isinstance(entry[name], kind) or isinstance(entry[name], bool):
+            raise ConfigError(f"fact {excerpt(entry['id'])}: {name} is {excerpt(entry[name])}")
+    if entry["source"] not in ("stated", "inferred", "imported"):
+        raise ConfigError(f"fact {excerpt(entry['id'])}: source is {excerpt(entry['source'])}")
+    if entry["status"] not in ("active", "superseded", "quarantined", "forgotten"):
+        raise ConfigError(f"fact {excerpt(entry['id'])}: status is {excerpt(entry['status'])}")
+    fact = Fact(**entry | {"text": clean(entry["text"])})
+    texts = [fact.text, fact.value or "", fact.slot or ""]
+    if fact.status == "active" and any(_INSTRUCTION.search(text) for text in texts):
+        fact = replace(fact, status="quarantined", slot=None, value=None)
+    return fact
