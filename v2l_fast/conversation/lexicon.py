@@ -58,6 +58,12 @@ class LexiconModel:
 
     def _standalone(self, data: Mapping[str, Any], rng: random.Random) -> str:
         question = data["utterance"]
+        if "?" not in question and data["history"]:
+            # An answer to our question: what the person asked before is still open.
+            question = next(
+                (turn["person"] for turn in reversed(data["history"]) if "?" in turn["person"]),
+                question,
+            )
         focus = [fact["value"] for fact in data["facts"] if fact.get("slot") == "focus"]
         if focus and not _mentions(question, focus[-1]):
             question = re.sub(r"\bthe (?=object\b)", f"the {focus[-1]} ", question, count=1)
