@@ -21,7 +21,7 @@ PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 # loaded when it is needed and may point anywhere.
 LAYERS = (
     ("_deprecated", "csrc_triton", "errors", "compiling", "padding", "hub", "work_units"),
-    ("files",),
+    ("files", "replies"),
     ("outputs",),
     ("video", "console"),
     ("tensor_files",),
