@@ -42,5 +42,5 @@ def test_wrong_files_are_refused(tmp_path, text, words):
 
 
 def test_unknown_names_list_the_shipped_ones():
-    with pytest.raises(ConfigError, match="movies, support, viewer"):
+    with pytest.raises(ConfigError, match="movies, shapes, support, viewer"):
         Schema.load("nothing")
