@@ -18,8 +18,10 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.pipeline import ContextBatch, iter_factors
 from v2l_fast.video.preprocess import frame_views
 from v2l_fast.vlm.smolvlm import SmolVLM
+from v2l_fast.work_units import run_to_completion
 
 FRAMES, QUESTION_TOKENS = 12, 24
 # Text of a prompt: before the video, before each frame, and the instruction.
@@ -170,13 +172,15 @@ class RandomPair:
 
     def layer_inputs(self, features: Tensor, ids: Tensor | None = None):
         """The hidden states [1, S, D] that enter each layer of the decoder."""
-        embedded = self.backbone.embed(self.context if ids is None else ids, features)
-        return self.backbone.decoder.layer_inputs(embedded.embeddings[None])
+        embeddings = self.backbone.embed(self.context if ids is None else ids, [features])
+        return self.backbone.decoder.layer_inputs(embeddings[None])
 
     def adapters(self, features: Tensor, ids: Tensor | None = None) -> AdapterBatch:
-        """The adapter of the features: a layer of the hypernetwork behind each decoder layer."""
-        hidden = self.layer_inputs(features, ids)
-        return self.network.assemble([self.network.layer(i, h) for i, h in enumerate(hidden)])
+        """The adapter of the features, through the library's own pipeline."""
+        embeddings = self.backbone.embed(self.context if ids is None else ids, [features])
+        whole_video = torch.tensor([[0.0, 1.0]], device=embeddings.device)
+        context = ContextBatch([0], embeddings[None], None, whole_video)
+        return run_to_completion(iter_factors(self.backbone, self.network, context))
 
 
 def write_clip(path: Path, codec: str, frames: int, height: int) -> Path:

@@ -36,12 +36,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.harness import environment
 from bench.models import QUESTION_TOKENS, random_ids
 from bench.runs.train_step import CASES, Case, batch, models
-from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.data.samples import Sample
 from v2l_fast.files import write_json
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.pipeline import Context
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.vlm.smolvlm import SmolVLM
@@ -60,7 +61,7 @@ Job = Callable[[], object]
 # --- what is profiled ------------------------------------------------------------------------
 
 
-def internalize(network: HyperNetwork, backbone: SmolVLM, video: ContextSample) -> AdapterBatch:
+def internalize(network: HyperNetwork, backbone: SmolVLM, video: Context) -> AdapterBatch:
     """Views to an adapter, with ranges around the vision tower and around each layer's two parts.
 
     ``network`` has the backbone's dtype.
@@ -68,7 +69,7 @@ def internalize(network: HyperNetwork, backbone: SmolVLM, video: ContextSample) 
     with record_function("vision"):
         features = backbone.encode_views(video.pixels)
     ids = video.ids.to(features.device)
-    states = backbone.decoder.layer_inputs(backbone.embed(ids, features).embeddings[None])
+    states = backbone.decoder.layer_inputs(backbone.embed(ids, [features])[None])
     per_layer = []
     for index in range(backbone.decoder.num_layers):
         with record_function("decoder layer"):
@@ -100,7 +101,7 @@ def job(name: str, case: Case, device: str, compile: bool) -> Job:
     decoder = backbone.decoder
     slots = AdapterBank.pack([make()[0]], decoder.device, decoder.dtype)
     question = random_ids(backbone, QUESTION_TOKENS, torch.Generator().manual_seed(1))
-    prompt = backbone.embed(question.to(decoder.device)).embeddings
+    prompt = backbone.embed(question.to(decoder.device))
     return torch.inference_mode()(lambda: _answer(decoder, prompt, slots))
 
 

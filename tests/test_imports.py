@@ -20,7 +20,16 @@ PACKAGES = {"csrc_triton": csrc_triton, "v2l_fast": v2l_fast}
 # a module of v2l_fast or a package with all its modules. What is imported inside a function is
 # loaded when it is needed and may point anywhere.
 LAYERS = (
-    ("_deprecated", "csrc_triton", "errors", "compiling", "padding", "hub", "work_units"),
+    (
+        "_deprecated",
+        "csrc_triton",
+        "errors",
+        "compiling",
+        "padding",
+        "transfer",
+        "hub",
+        "work_units",
+    ),
     ("files", "replies"),
     ("outputs",),
     ("video", "console"),
@@ -28,7 +37,7 @@ LAYERS = (
     ("hypernet",),
     ("interop",),
     ("vlm", "loading"),
-    ("generation", "internalizing"),
+    ("generation", "pipeline"),
     ("effect",),
     ("model",),
     ("store", "conversation"),

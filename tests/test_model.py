@@ -37,7 +37,9 @@ def same(first: Adapter, second: Adapter) -> bool:
 def test_streaming_equals_the_whole_batch_call(model, clips, adapters):
     for clip in clips:
         adapter = model.internalize(clip)
-        prompt = model.backbone.context(clip, model.config.instruction, 32)
+        prompt = model.backbone.video_prompt(
+            model.backbone.encode(clip, 32), model.config.instruction, answer_follows=False
+        )
         features = torch.stack(list(model.backbone.decoder.layer_inputs(prompt.embeddings[None])))
         batch = model.hypernet(features.transpose(0, 1))
         assert same(batch[0], adapter)
@@ -255,7 +257,7 @@ def test_special_tokens_in_a_question_are_text(model, clips, adapters, question)
 
 def _prompt_ids(model: Video2LoRA, clip: Clip, question: str) -> torch.Tensor:
     shown = video_text(len(clip.frames), clip.timestamps, clip.duration, 0, 0, 4)
-    return model.backbone.tokenize(chat(shown + question, True))
+    return torch.tensor(model.backbone.prompt_builder.ids(chat(shown + question, True)))
 
 
 def test_a_clip_for_each_question(model, clips):

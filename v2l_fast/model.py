@@ -1,15 +1,16 @@
-"""Video2LoRA: a frozen VLM and its hypernetwork as one object that internalizes and answers.
+"""Video2LoRA: a frozen VLM and its hypernetwork, which internalize videos and answer questions.
 
-Stateless: adapters are arguments. Asking never changes the model, so threads and batches with
-different adapters, or none, do not see each other.
+A :class:`Video2LoRA` is stateless: adapters are arguments. Answering never changes the model, so
+concurrent calls with different adapters, or none, do not affect each other.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
-from typing import Any, TypeVar, overload
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -20,33 +21,31 @@ from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoErr
 from v2l_fast.generation import Answer, SamplingParams, answer_prompts
 from v2l_fast.hypernet.adapter import Adapter, BiasAdapter
 from v2l_fast.hypernet.network import HyperNetwork, as_dtype
-from v2l_fast.internalizing.batches import BATCH_TOKENS
-from v2l_fast.internalizing.parts import Reading, Video
-from v2l_fast.internalizing.videos import VideoInternalizer
 from v2l_fast.loading import load_hypernet, shipped
-from v2l_fast.video import Clip
+from v2l_fast.pipeline import BATCH_TOKENS, Video, VideoInternalizer, VideoReader
+from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.video.reading import Backend
 from v2l_fast.vlm import Backbone, Prompt, load_backbone
-from v2l_fast.vlm.base import prompt_ids, visual_tokens
-from v2l_fast.work_units import WorkUnit, run_to_completion
+from v2l_fast.vlm.base import count_visual_tokens, video_prompt_ids
+from v2l_fast.work_units import Progress, WorkUnit, run_to_completion
 
 # Videos internalized together, as far as their tokens allow it.
 BATCH_SIZE = 8
 
-Progress = Callable[[str, int, int], None]
-AdapterOrPath = Adapter | str | os.PathLike
+VideoOrFrames = Video | Tensor | np.ndarray
+AdapterOrPath = Adapter | str | os.PathLike[str]
 Result = TypeVar("Result")
 
 
 class Video2LoRA:
-    """Internalize videos into LoRA adapters and answer questions from them.
+    """Internalizes videos into LoRA adapters and answers questions from them.
 
     Args:
         backbone: the frozen VLM.
-        hypernet: the hypernetwork trained for it.
+        hypernet: the hypernetwork trained for it; its weights must not change afterwards.
 
     Raises:
-        ConfigError: the two do not fit each other.
+        ConfigError: backbone and hypernetwork do not fit each other.
     """
 
     def __init__(self, backbone: Backbone, hypernet: HyperNetwork) -> None:
@@ -70,7 +69,6 @@ class Video2LoRA:
         self.backbone = backbone
         self.hypernet = hypernet.eval()
         self.config = config
-        # Weights are read once: a Video2LoRA is for a hypernetwork that no longer trains.
         self._internalizer = VideoInternalizer(backbone, self.hypernet)
 
     @classmethod
@@ -131,24 +129,54 @@ class Video2LoRA:
         exact_frames: bool = False,
         decoder: Backend = "auto",
     ) -> Clip:
-        """Sample and decode a video as the hypernetwork was trained to see it.
+        """Sample and decode a video as in the hypernetwork's training; arguments as in
+        :meth:`internalize`.
 
-        A :class:`Clip` passes through as it is; a file's frames are on the model's device,
-        where a GPU decodes them if it can. ``decoder`` is ``backend`` of
-        :func:`~v2l_fast.video.load_video`.
+        A :class:`Clip` is returned as it is. The frames of a file are on the model's device, where
+        a GPU decodes them if it can.
+
+        Raises:
+            VideoError: the file cannot be read.
         """
-        reading = self._reading(max_frames, longest_edge, exact_frames, decoder=decoder)
-        return reading.clips(_as_video(video))[0]
+        reader = self._reader(self._sampling(max_frames, longest_edge, exact_frames), 1, decoder)
+        source = _as_video(video)
+        if isinstance(source, VideoError):
+            raise source
+        return reader.read(source)[0]
 
     @overload
-    def internalize(self, videos: Video | Tensor | np.ndarray, **options: Any) -> Adapter: ...
+    def internalize(
+        self,
+        videos: VideoOrFrames,
+        *,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+        chunks: int = 1,
+        decoder: Backend = "auto",
+        batch_size: int = BATCH_SIZE,
+        progress: Progress | None = None,
+    ) -> Adapter: ...
 
     @overload
-    def internalize(self, videos: Sequence[Video], **options: Any) -> list[Adapter]: ...
+    def internalize(
+        self,
+        videos: Sequence[VideoOrFrames],
+        *,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+        chunks: int = 1,
+        decoder: Backend = "auto",
+        batch_size: int = BATCH_SIZE,
+        progress: Progress | None = None,
+    ) -> list[Adapter]: ...
 
     def internalize(
         self,
-        videos: Video | Tensor | np.ndarray | Sequence[Video | Tensor | np.ndarray],
+        videos: VideoOrFrames | Sequence[VideoOrFrames],
         *,
         fps: float | None = None,
         max_frames: int | None = None,
@@ -159,35 +187,37 @@ class Video2LoRA:
         batch_size: int = BATCH_SIZE,
         progress: Progress | None = None,
     ) -> Adapter | list[Adapter]:
-        """Turn videos into adapters, one forward pass of encoder and hypernetwork for a batch.
+        """Turn videos into adapters, with one forward pass of encoder and hypernetwork per batch.
 
         Args:
-            videos: a file, a clip, or uint8 frames with ``fps``: a tensor [F, 3, H, W], or an array
-                [F, H, W, 3] or [F, 3, H, W]; or a list of these.
-            fps: of frames; files and clips have their own.
-            max_frames, longest_edge: frames and pixels; as in training when omitted.
+            videos: a file, a :class:`Clip`, or uint8 frames with ``fps`` (a tensor [F, 3, H, W] or
+                an array [F, H, W, 3] or [F, 3, H, W]); or a list of these.
+            fps: frame rate of frames in memory; files and clips have their own.
+            max_frames: maximum number of frames, by default as in training.
+            longest_edge: longest side of a frame in pixels, by default as in training.
             exact_frames: take exactly ``max_frames`` over the whole clip, whatever its duration.
-            chunks: take each video in so many parts of equal duration, each sampled like a video of
-                its own, and compose their adapters (paper Section 5.6). A network with
-                ``chunk_position`` is told each part's place.
-            decoder: as of :meth:`load_clip`.
-            batch_size: videos whose frames are held at a time, and whose contexts (those of all
-                chunks) go through the model together as far as memory is bounded. Adapters do not
-                depend on it, to rounding.
+            chunks: split each video into this many parts of equal duration, sample each like a
+                video of its own, and compose their adapters (paper Section 5.6).
+            decoder: video decoder, as ``backend`` of :func:`~v2l_fast.video.load_video`.
+            batch_size: videos whose frames are held at a time. Their contexts go through the model
+                together as far as memory allows; adapters differ only by rounding.
             progress: called with (stage, done, total).
 
         Returns:
             An :class:`Adapter`, or a list of them for a list.
 
         Raises:
-            VideoError: a file cannot be read or its factors are not finite.
-            ConfigError: ``chunks`` or ``batch_size`` is less than 1.
-            TypeError: something is no video.
+            VideoError: a file cannot be read, or factors are not finite.
+            ConfigError: an option is out of range.
+            TypeError: ``videos`` holds something that is not a video.
         """
-        single = not isinstance(videos, Sequence) or isinstance(videos, str | bytes)
-        adapters = []
+        if isinstance(videos, Sequence) and not isinstance(videos, str | bytes):
+            batch, single = [_as_video(video, fps) for video in videos], False
+        else:
+            batch, single = [_as_video(videos, fps)], True
+        adapters: list[Adapter] = []
         for outcome in self.internalize_each(
-            [_as_video(video, fps) for video in ([videos] if single else videos)],
+            batch,
             max_frames=max_frames,
             longest_edge=longest_edge,
             exact_frames=exact_frames,
@@ -213,28 +243,27 @@ class Video2LoRA:
         batch_size: int = BATCH_SIZE,
         progress: Progress | None = None,
     ) -> Iterator[Adapter | VideoError]:
-        """:meth:`internalize` of any number of videos, where one that fails costs the others
-        nothing.
+        """:meth:`internalize` of a stream of videos; one failure does not affect the others.
 
         Args:
-            videos: ``batch_size`` of them are taken when the adapters before them have been. Who
-                reads files ahead gives the error in place of a clip that there is not.
+            videos: consumed lazily, ``batch_size`` at a time. If you read files yourself, pass the
+                VideoError in place of a clip that failed.
 
         Yields:
             For each video, in order, its adapter or the error that names it.
 
         Raises:
-            ConfigError: ``chunks`` or ``batch_size`` is less than 1.
+            ConfigError: an option is out of range.
         """
         if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} is no number of videos: use 1 or more")
-        reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
-        videos = iter(videos)
-        while batch := [_as_video(video) for video in islice(videos, batch_size)]:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        sampling = self._sampling(max_frames, longest_edge, exact_frames)
+        reader = self._reader(sampling, chunks, decoder)
+        remaining = iter(videos)
+        while batch := [_as_video(video) for video in islice(remaining, batch_size)]:
+            units = self._internalizer.iter_internalize(batch, reader, BATCH_TOKENS)
             with self._without_autocast():
-                outcomes = run_to_completion(
-                    self._internalizer.steps(batch, reading, BATCH_TOKENS), progress
-                )
+                outcomes = run_to_completion(units, progress)
             yield from outcomes
 
     def iter_internalize(
@@ -246,42 +275,35 @@ class Video2LoRA:
         chunks: int = 1,
         decoder: Backend = "auto",
     ) -> Generator[WorkUnit, None, Adapter]:
-        """:meth:`internalize` of one video in small units of work, for whoever does more than one
-        thing at a time.
+        """:meth:`internalize` of one video in bounded work units, for callers that interleave work.
 
-        Yields what comes next (stage, done, total), then does it when asked for the next: decoding
-        and resizing ("decode", without the model), then bounded chunks of frames ("encode frames"),
-        then one layer at a time ("generate adapter"); chunks one after the other, so that no unit
-        is longer for their number. Units may run in different threads.
+        Yields (stage, done, total) before each unit: "decode" (decoding and resizing, without the
+        model), "encode frames" (bounded chunks of frames), "generate adapter" (one decoder layer).
+        Chunks follow one another, so units do not grow with their number. Units may run in
+        different threads.
 
         Returns:
             The adapter, as the generator's value (:func:`~v2l_fast.work_units.run_to_completion`).
         """
-        reading = self._reading(max_frames, longest_edge, exact_frames, chunks, decoder)
-        steps = self._internalizer.steps([_as_video(video)], reading, 0)
-        (outcome,) = yield from self._iter_without_autocast(steps)
+        sampling = self._sampling(max_frames, longest_edge, exact_frames)
+        reader = self._reader(sampling, chunks, decoder)
+        units = self._internalizer.iter_internalize([_as_video(video)], reader, max_tokens=0)
+        (outcome,) = yield from self._iter_without_autocast(units)
         if isinstance(outcome, VideoError):
             raise outcome
         return outcome
 
-    def _reading(
+    def _sampling(
         self,
-        max_frames: int | None,
-        longest_edge: int | None,
-        exact_frames: bool,
-        chunks: int = 1,
-        decoder: Backend = "auto",
-    ) -> Reading:
-        sampling = self.config.sampling.override(max_frames, longest_edge)
-        return Reading(
-            sampling.max_frames,
-            sampling.target_fps,
-            sampling.longest_edge,
-            exact_frames,
-            chunks,
-            decoder,
-            self.backbone.decoder.device,
-        )
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+    ) -> FrameSampling:
+        """The training's sampling, except for values that are not None."""
+        return self.config.sampling.override(max_frames, longest_edge, exact_frames=exact_frames)
+
+    def _reader(self, sampling: FrameSampling, chunks: int, decoder: Backend) -> VideoReader:
+        return VideoReader(sampling, chunks, decoder, self.backbone.decoder.device)
 
     def iter_question_prompt(
         self,
@@ -290,68 +312,119 @@ class Video2LoRA:
         longest_edge: int | None = None,
         check: Callable[[int], None] = lambda tokens: None,
     ) -> Generator[WorkUnit, None, Prompt]:
-        """The prompt of a question with the video in context, as :meth:`iter_internalize`.
+        """The prompt of a question with the video in context, in units as
+        :meth:`iter_internalize`.
 
         Args:
-            check: called with the prompt's number of tokens before anything is computed; what it
-                raises ends the work.
+            check: called with the prompt's number of tokens before anything is computed; an
+                exception it raises ends the work.
         """
-        edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
+        edge = self._sampling(longest_edge=longest_edge).longest_edge
         yield "decode", 0, 1
-        ids = prompt_ids(self.backbone.prompt_builder, clip, question, edge, answer_follows=True)
+        builder = self.backbone.prompt_builder
+        ids = video_prompt_ids(builder, clip, question, edge, answer_follows=True)
         check(len(ids))
-        video = yield from self._iter_without_autocast(self.backbone.iter_encode(clip, edge))
+        chunk = yield from self._iter_without_autocast(self.backbone.iter_encode(clip, edge))
         with self._without_autocast():
-            return self.backbone.video_prompt(video, question, ids=ids)
+            return self.backbone.video_prompt(chunk, question, ids=ids)
 
     def visual_tokens(self, clip: Clip, longest_edge: int | None = None) -> int:
-        """How many tokens of the context stand for the clip's pixels."""
-        edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
-        return visual_tokens(self.backbone.prompt_builder, clip, edge)
+        """Number of context tokens that stand for the clip's pixels."""
+        edge = self._sampling(longest_edge=longest_edge).longest_edge
+        return count_visual_tokens(self.backbone.prompt_builder, clip, edge)
 
     # --- answering ------------------------------------------------------------------------------
 
     @overload
     def ask(
-        self, questions: str, adapters: AdapterOrPath | None = None, **sampling: Any
+        self,
+        questions: str,
+        adapters: AdapterOrPath | None = None,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
     ) -> str: ...
 
     @overload
     def ask(
         self,
-        questions: str | Sequence[str],
+        questions: Sequence[str],
         adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None = None,
-        **sampling: Any,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
     ) -> list[str]: ...
 
     def ask(
         self,
         questions: str | Sequence[str],
         adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None = None,
-        **sampling: Any,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
     ) -> str | list[str]:
-        """Answer from adapters alone, zero visual tokens in context.
+        """Answer from adapters alone, with zero visual tokens in context.
 
         Args:
             questions: one or several.
-            adapters: an adapter or its file, one for all questions, or one (or None) for each; None
+            adapters: an adapter or its file for all questions, or one (or None) per question; None
                 for the plain model.
-            **sampling: fields of :class:`~v2l_fast.generation.SamplingParams` (max_new_tokens,
-                temperature, top_p, top_k, seed); greedy by default.
+            max_new_tokens: limit of generated tokens, the stop token included.
+            temperature: 0 is greedy; any finite positive number samples.
+            top_p: sample from the smallest set of tokens whose probability reaches it.
+            top_k: sample from the k most likely tokens; 0 for no limit.
+            seed: of sampling; question i uses ``seed + i``, whatever the batch.
 
         Returns:
-            A string for a single question given as a string, else a list.
+            A string for a single question given as a string and a single adapter, else a list.
 
         Raises:
             AdapterError: an adapter does not belong to this model, or the counts differ.
+            ConfigError: a sampling parameter is out of range.
         """
-        return _texts(questions, self.answer(questions, adapters, **sampling))
+        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
+        return _texts(questions, self._answer(questions, adapters, params))
 
     @overload
-    def ask_direct(self, questions: str, video: Video, **options: Any) -> str: ...
+    def ask_direct(
+        self,
+        questions: str,
+        video: Video,
+        *,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> str: ...
 
     @overload
-    def ask_direct(self, questions: Sequence[str], video: Video, **options: Any) -> list[str]: ...
+    def ask_direct(
+        self,
+        questions: Sequence[str],
+        video: Video,
+        *,
+        max_frames: int | None = None,
+        longest_edge: int | None = None,
+        exact_frames: bool = False,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> list[str]: ...
 
     def ask_direct(
         self,
@@ -361,43 +434,65 @@ class Video2LoRA:
         max_frames: int | None = None,
         longest_edge: int | None = None,
         exact_frames: bool = False,
-        **sampling: Any,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
     ) -> str | list[str]:
-        """The baseline: the same model with the video in context of every question."""
-        edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
-        clip = self.load_clip(video, max_frames, edge, exact_frames)
-        answers = self.answer_direct(questions, clip, longest_edge=edge, **sampling)
-        return _texts(questions, answers)
+        """The baseline: the same model with the video in the context of every question.
+
+        Frames as in :meth:`internalize`, sampling parameters as in :meth:`ask`.
+        """
+        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
+        clip = self.load_clip(video, max_frames, longest_edge, exact_frames)
+        return _texts(questions, self._answer_direct(questions, clip, longest_edge, params))
 
     def answer(
         self,
         questions: str | Sequence[str],
         adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None = None,
-        **sampling: Any,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
     ) -> list[Answer]:
         """:meth:`ask` with token counts and times."""
-        questions = [questions] if isinstance(questions, str) else list(questions)
-        if adapters is None or isinstance(adapters, AdapterOrPath):
-            adapters = [adapters] * len(questions)
-        adapters = list(adapters)
-        if len(adapters) == 1:
-            adapters *= len(questions)
-        elif len(questions) == 1:
-            questions *= len(adapters)
-        if len(adapters) != len(questions):
+        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
+        return self._answer(questions, adapters, params)
+
+    def _answer(
+        self,
+        questions: str | Sequence[str],
+        adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None,
+        params: SamplingParams,
+    ) -> list[Answer]:
+        texts = [questions] if isinstance(questions, str) else list(questions)
+        chosen: list[AdapterOrPath | None]
+        if adapters is None or isinstance(adapters, Adapter | str | os.PathLike):
+            chosen = [adapters] * len(texts)
+        else:
+            chosen = list(adapters)
+        if len(chosen) == 1:
+            chosen *= len(texts)
+        elif len(texts) == 1:
+            texts *= len(chosen)
+        if len(chosen) != len(texts):
             raise AdapterError(
-                f"{len(questions)} questions and {len(adapters)} adapters: give one adapter for "
+                f"{len(texts)} questions and {len(chosen)} adapters: give one adapter for "
                 "all, or one for each question"
             )
-        # One attached copy of each, so that an adapter given twice still takes one slot.
-        known = {id(a): None if a is None else self._attached(a) for a in adapters}
+        # One attached copy each, so that an adapter given twice still takes one slot.
+        attached = {id(a): None if a is None else self._attached(a) for a in chosen}
         with self._without_autocast():
             return list(
                 answer_prompts(
                     self.backbone,
-                    [lambda text=text: self.backbone.question(text) for text in questions],
-                    [known[id(a)] for a in adapters],
-                    SamplingParams(**sampling),
+                    [partial(self.backbone.question, text) for text in texts],
+                    [attached[id(a)] for a in chosen],
+                    params,
                 )
             )
 
@@ -406,32 +501,45 @@ class Video2LoRA:
         questions: str | Sequence[str],
         clips: Clip | Sequence[Clip],
         longest_edge: int | None = None,
-        **sampling: Any,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
     ) -> list[Answer]:
         """:meth:`ask_direct` on decoded frames, with token counts and times.
 
-        Every question pays for its video again, as a model without adapters does.
+        Every question encodes its video again, as a model without adapters does.
 
         Args:
-            clips: one for all questions, or one for each.
+            clips: one for all questions, or one per question.
+
+        Raises:
+            VideoError: the counts differ.
         """
-        questions = [questions] if isinstance(questions, str) else list(questions)
-        clips = [clips] * len(questions) if isinstance(clips, Clip) else list(clips)
-        if len(clips) != len(questions):
-            raise VideoError(f"{len(questions)} questions and {len(clips)} clips: give one each")
-        edge = self.config.sampling.override(longest_edge=longest_edge).longest_edge
+        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
+        return self._answer_direct(questions, clips, longest_edge, params)
+
+    def _answer_direct(
+        self,
+        questions: str | Sequence[str],
+        clips: Clip | Sequence[Clip],
+        longest_edge: int | None,
+        params: SamplingParams,
+    ) -> list[Answer]:
+        texts = [questions] if isinstance(questions, str) else list(questions)
+        clips = [clips] * len(texts) if isinstance(clips, Clip) else list(clips)
+        if len(clips) != len(texts):
+            raise VideoError(f"{len(texts)} questions and {len(clips)} clips: give one each")
+        edge = self._sampling(longest_edge=longest_edge).longest_edge
+
+        def prompt(clip: Clip, text: str) -> Prompt:
+            return self.backbone.video_prompt(self.backbone.encode(clip, edge), text)
+
         with self._without_autocast():
-            return list(
-                answer_prompts(
-                    self.backbone,
-                    [
-                        lambda clip=clip, text=text: self.backbone.question_about(clip, text, edge)
-                        for clip, text in zip(clips, questions, strict=True)
-                    ],
-                    [None] * len(questions),
-                    SamplingParams(**sampling),
-                )
-            )
+            prompts = [partial(prompt, *pair) for pair in zip(clips, texts, strict=True)]
+            return list(answer_prompts(self.backbone, prompts, [None] * len(texts), params))
 
     # --- adapters -------------------------------------------------------------------------------
 
@@ -510,18 +618,20 @@ class Video2LoRA:
         return self.attach(adapter)
 
     def _without_autocast(self) -> torch.autocast:
-        """Without autocast: models run in the dtype they were loaded in."""
+        """Models run in the dtype they were loaded in."""
         return torch.autocast(self.backbone.decoder.device.type, enabled=False)
 
-    def _iter_without_autocast(self, steps: Generator[WorkUnit, None, Result]) -> Generator:
+    def _iter_without_autocast(
+        self, units: Generator[WorkUnit, None, Result]
+    ) -> Generator[WorkUnit, None, Result]:
         """Run each unit in :meth:`_without_autocast`; code between units is not affected."""
         while True:
             with self._without_autocast():
                 try:
-                    step = next(steps)
+                    unit = next(units)
                 except StopIteration as end:
                     return end.value
-            yield step
+            yield unit
 
 
 def _as_video(video: object, fps: float | None = None) -> Video | VideoError:

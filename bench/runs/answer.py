@@ -178,9 +178,9 @@ def random_question(
         pair.adapters(pair.encode())[0],
         ids[-QUESTION_TOKENS:],
         pair.encode,
-        lambda features: backbone.embed(ids, features).embeddings,
-        lambda features: backbone.embed(ids[:split], features).embeddings,
-        backbone.embed(ids[split:]).embeddings,
+        lambda features: backbone.embed(ids, [features]),
+        lambda features: backbone.embed(ids[:split], [features]),
+        backbone.embed(ids[split:]),
         int(visual.sum()),
     )
 

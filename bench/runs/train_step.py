@@ -28,7 +28,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -58,10 +57,10 @@ from bench.models import (
     write_clip,
 )
 from bench.released_step import ReleasedStep, Stage, Step
-from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.data.samples import Sample
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.training.batches import visual_features
+from v2l_fast.pipeline import Context, visual_features
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import frame_views, load_video
 from v2l_fast.vlm.smolvlm import SmolVLM
@@ -257,19 +256,25 @@ class OurStep:
         self.step = step
 
     def __call__(self, samples: list[Sample], total: int, stage: Stage) -> Tensor:
-        step, decoder = self.step, self.step.backbone.decoder
+        step, layer = self.step, self.step.hypernet.layer
         contexts = [chunk for one in samples for chunk in one.chunks]
         features = visual_features(step.backbone, contexts)
         stage("vision")
 
-        def watched(embeddings: Tensor) -> Iterator[Tensor]:
-            for hidden in type(decoder).layer_inputs(decoder, embeddings):
-                stage("text encode")
-                yield hidden
-                stage("hypernetwork forward")
+        forward = True
 
-        with mock.patch.object(decoder, "layer_inputs", watched):
+        def watched(*arguments: Any) -> Any:
+            # Recomputed in the backward pass, a layer is part of that.
+            if forward:
+                stage("text encode")
+            factors = layer(*arguments)
+            if forward:
+                stage("hypernetwork forward")
+            return factors
+
+        with mock.patch.object(step.hypernet, "layer", watched):
             adapters = step.adapters(samples, features)
+        forward = False
         stage("hypernetwork forward")
         sides = (adapters.A, adapters.B)
         leaves = [{m: t.detach().requires_grad_() for m, t in side.items()} for side in sides]
@@ -369,7 +374,7 @@ def batch(case: Case, backbone: SmolVLM) -> list[Sample]:
     for index in range(case.videos):
         size = (case.frames, 3, side, side)
         pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-        chunk = ContextSample(random_context(backbone, case.frames, generator), pixels)
+        chunk = Context(random_context(backbone, case.frames, generator), pixels)
         lengths = torch.randint(*ANSWER_TOKENS, (case.prompts,), generator=generator).tolist()
         turns = tuple((text(QUESTION_TOKENS), text(length)) for length in lengths)
         kinds = ("qa",) * case.prompts

@@ -22,7 +22,7 @@ from v2l_fast.data.manifest import group_by_video, load_manifest
 from v2l_fast.data.readers import ClipReader
 from v2l_fast.data.samples import Failure
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.training.batches import visual_features
+from v2l_fast.pipeline import visual_features
 from v2l_fast.training.config import DataConfig
 from v2l_fast.training.sources import ManifestSource, manifest_sources
 from v2l_fast.training.step import TrainStep
@@ -73,7 +73,7 @@ def test_training_is_equal_bit_for_bit_with_and_without(backbone, videos, tmp_pa
         assert ours.turns == theirs.turns and ours.frames == theirs.frames
         for mine, other in zip(ours.chunks, theirs.chunks, strict=True):
             assert mine.pixels is None and torch.equal(mine.ids, other.ids)
-            assert mine.place == other.place
+            assert mine.chunk_span == other.chunk_span
             assert torch.equal(mine.features, backbone.encode_views(other.pixels))
     results = [gradients(backbone, samples) for samples in (found, expected)]
     assert torch.equal(results[0], results[1])

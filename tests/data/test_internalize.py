@@ -13,8 +13,8 @@ from tests.training.broken import REASONS, write_folder
 from v2l_fast.data import internalize as corpora
 from v2l_fast.data.internalize import CorpusSettings, internalize_corpus
 from v2l_fast.errors import ConfigError
-from v2l_fast.internalizing.videos import VideoInternalizer
 from v2l_fast.model import Video2LoRA
+from v2l_fast.pipeline import VideoInternalizer
 from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings
 from v2l_fast.video import frame_views
 from v2l_fast.vlm.smolvlm import SmolVLM
@@ -100,15 +100,15 @@ def test_batches_across_an_interruption(tmp_path, monkeypatch):
     path, _ = write_folder(tmp_path / "videos", 7, ("text",), different=7)
     settings = replace(SETTINGS, videos_per_shard=4, batch_size=3)
     taken = []
-    steps = VideoInternalizer.steps
+    internalize = VideoInternalizer.iter_internalize
 
-    def watched(self, videos, *given):
+    def watched(self, videos, *options):
         taken.append(len(videos))
         if len(taken) == 3:
             raise KeyboardInterrupt
-        return steps(self, videos, *given)
+        return internalize(self, videos, *options)
 
-    monkeypatch.setattr(VideoInternalizer, "steps", watched)
+    monkeypatch.setattr(VideoInternalizer, "iter_internalize", watched)
     with pytest.raises(KeyboardInterrupt):
         internalize_corpus(path, tmp_path / "store", settings)
     assert taken == [3, 1, 3]

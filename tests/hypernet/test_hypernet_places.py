@@ -101,7 +101,11 @@ def test_chunks_are_internalized_at_their_places_and_composed(knowing):
     assert adapter.rank == 2 * rank
     parts = split_clip(clip, 2)
     for index, (part, place) in enumerate(zip(parts, (FIRST, SECOND), strict=True)):
-        prompt = knowing.backbone.context(part, CONFIG.instruction, CONFIG.longest_edge)
+        prompt = knowing.backbone.video_prompt(
+            knowing.backbone.encode(part, CONFIG.longest_edge),
+            CONFIG.instruction,
+            answer_follows=False,
+        )
         with torch.no_grad():
             for layer, seen in enumerate(
                 knowing.backbone.decoder.layer_inputs(prompt.embeddings[None])
@@ -134,7 +138,7 @@ def test_a_file_in_chunks(knowing, tmp_path: Path):
 
 
 def test_no_chunks_are_refused(knowing):
-    with pytest.raises(ConfigError, match="chunks=0"):
+    with pytest.raises(ConfigError, match="chunks must be at least 1, got 0"):
         knowing.internalize(tiny.clip(2, 0), chunks=0)
 
 

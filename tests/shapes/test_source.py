@@ -7,12 +7,12 @@ import torch
 
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.config import INSTRUCTION
+from v2l_fast.pipeline import context_batches, visual_features
 from v2l_fast.shapes import source as module
 from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.render import SAMPLED_INDICES
 from v2l_fast.shapes.source import clip_parts, prepare_base, shapes_sources
 from v2l_fast.shapes.world import sample_scenes
-from v2l_fast.training.batches import context_groups, visual_features
 from v2l_fast.training.config import load_config
 from v2l_fast.training.step import TrainStep
 from v2l_fast.training.trainer import make_hypernet, step_options, train
@@ -42,19 +42,21 @@ def test_samples_are_seeded_and_differ_by_step(config, base):
 def test_contexts_are_those_of_internalizing(config, base):
     _, unseen = shapes_sources(config(), base)
     chunks = [chunk for i in range(4) for chunk in unseen.load(i, 0).chunks]
-    (group,) = context_groups(base, chunks, visual_features(base, chunks), 0.0, 65536)
+    (group,) = context_batches(base, chunks, visual_features(base, chunks), 0.0, 65536)
     for clip, found in zip(
         rendered_clips(sample_scenes("val", 4, 0)), group.embeddings, strict=True
     ):
-        expected = base.context(clip, INSTRUCTION, 48).embeddings
+        expected = base.video_prompt(
+            base.encode(clip, 48), INSTRUCTION, answer_follows=False
+        ).embeddings
         assert torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_parts_are_sampled_as_files_of_their_own(base):
     (whole,) = clip_parts(base, 1, INSTRUCTION)
-    assert whole.frames == SAMPLED_INDICES and whole.place == (0.0, 1.0)
+    assert whole.frames == SAMPLED_INDICES and whole.chunk_span == (0.0, 1.0)
     halves = clip_parts(base, 2, INSTRUCTION)
-    assert [part.place for part in halves] == [(0.0, 0.5), (0.5, 1.0)]
+    assert [part.chunk_span for part in halves] == [(0.0, 0.5), (0.5, 1.0)]
     assert [len(part.frames) for part in halves] == [4, 4]
     assert max(halves[0].frames) < 16 <= min(halves[1].frames)
     assert torch.equal(halves[0].ids, halves[1].ids)
@@ -69,7 +71,7 @@ def test_chunks_are_drawn_by_step(config, base):
     assert {len(sample.chunks) for sample in samples} == {1, 2, 4, 8}
     for sample in samples:
         assert sum(len(chunk.features) for chunk in sample.chunks) == sample.frames == 8
-        assert sample.chunks[0].place[0] == 0.0 and sample.chunks[-1].place[1] == 1.0
+        assert sample.chunks[0].chunk_span[0] == 0.0 and sample.chunks[-1].chunk_span[1] == 1.0
     network = make_hypernet(wanted, base)
     result = TrainStep(network, base, step_options(wanted))(samples[:3])
     result.loss.backward()

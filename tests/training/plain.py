@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from bench import released
 from tests import tiny
-from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.data.samples import Sample
 from v2l_fast.hypernet.config import INSTRUCTION, HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.pipeline import Context
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 KINDS = ("captioning", "qa")
@@ -45,7 +46,7 @@ def sample(backbone: SmolVLM, seed: int, frames: tuple[int, ...], turns: int) ->
         times = [float(i) for i in range(count)]
         ids = backbone.prompt_builder.video_prompt(times, float(count), 0, 0, INSTRUCTION, False)
         where = (place / len(frames), (place + 1) / len(frames))
-        chunks.append(ContextSample(torch.tensor(ids), pixels, place=where))
+        chunks.append(Context(torch.tensor(ids), pixels, chunk_span=where))
     return Sample(
         f"video {seed}",
         tuple(chunks),
@@ -62,7 +63,7 @@ def batch(backbone: SmolVLM) -> list[Sample]:
     return [sample(backbone, seed, *shape) for seed, shape in enumerate(shapes)]
 
 
-def features(backbone: SmolVLM, contexts: list[ContextSample]) -> tuple[Tensor, Tensor]:
+def features(backbone: SmolVLM, contexts: list[Context]) -> tuple[Tensor, Tensor]:
     """Inputs of all layers [B, L, S, D], zeros behind the shorter ones, and the mask [B, S]."""
     rows = []
     for context in contexts:

@@ -7,7 +7,8 @@ import torch
 
 from tests import tiny
 from tests.training import plain
-from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.data.samples import Sample
+from v2l_fast.pipeline import Context
 from v2l_fast.shapes.train import answer_logits
 from v2l_fast.shapes.vlm import cache_visual_tokens
 from v2l_fast.shapes.world import sample_scenes
@@ -17,7 +18,7 @@ PAD = 99
 
 
 def sample(prefix: list[int], *turns: tuple[list[int], list[int]]) -> Sample:
-    context = ContextSample(torch.zeros(1, dtype=torch.int64), features=torch.zeros(1, 1, 1))
+    context = Context(torch.zeros(1, dtype=torch.int64), features=torch.zeros(1, 1, 1))
     return Sample("v", (context,), prefix, turns, ("qa",) * len(turns))
 
 

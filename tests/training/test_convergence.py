@@ -32,10 +32,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.data.samples import Sample
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.pipeline import Context
 from v2l_fast.shapes.language import ask
 from v2l_fast.shapes.vlm import Prompts, cache_visual_tokens, load_base
 from v2l_fast.shapes.world import sample_scenes
@@ -75,7 +76,7 @@ def scenes(backbone: SmolVLM, split: str, count: int, seed: int) -> list[Sample]
         samples.append(
             Sample(
                 str(scene),
-                (ContextSample(ids, features=features),),
+                (Context(ids, features=features),),
                 prompts.text_prefix,
                 tuple((prompts.question(t.question), prompts.answer(t.answer)) for t in turns),
                 KINDS,

@@ -25,7 +25,7 @@ from v2l_fast.data.manifest import (
 from v2l_fast.data.readers import ClipReader, read_ahead
 from v2l_fast.data.samples import Failure, Sample
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.training.batches import visual_features
+from v2l_fast.pipeline import visual_features
 from v2l_fast.training.config import DataConfig, LossConfig, TrainConfig
 from v2l_fast.training.sources import (
     ManifestSource,
@@ -37,7 +37,7 @@ from v2l_fast.training.sources import (
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import load_video
 from v2l_fast.video.spans import load_spans
-from v2l_fast.vlm.smolvlm_inputs import SmolVLMPromptBuilder
+from v2l_fast.vlm.smolvlm_prompt import SmolVLMPromptBuilder
 
 READER = ClipReader(max_frames=4, longest_edge=32)
 
@@ -75,10 +75,12 @@ def test_ids_and_pixels_are_what_the_model_builds(backbone, model, video):
     sample = source(backbone, [example(1, video), example(2, video)]).load(0, 0)
     (chunk,) = sample.chunks
     clip = model.load_clip(video, 4, 32)
-    prompt = backbone.context(clip, tiny.CONFIG.instruction, 32)
-    built = backbone.embed(chunk.ids, backbone.encode_views(chunk.pixels))
-    assert torch.equal(built.embeddings, prompt.embeddings)
-    assert chunk.place == (0.0, 1.0) and sample.frames == len(clip.frames) == 4
+    prompt = backbone.video_prompt(
+        backbone.encode(clip, 32), tiny.CONFIG.instruction, answer_follows=False
+    )
+    built = backbone.embed(chunk.ids, [backbone.encode_views(chunk.pixels)])
+    assert torch.equal(built, prompt.embeddings)
+    assert chunk.chunk_span == (0.0, 1.0) and sample.frames == len(clip.frames) == 4
     for (question, answer), words in zip(sample.turns, ("1", "2"), strict=True):
         asked = backbone.question(f"what is {words} ?")
         assert torch.equal(
@@ -286,7 +288,7 @@ def test_a_whole_file_in_one_part_is_load_video(video):
 def test_chunks_cover_the_span_in_order(backbone, video):
     spanned = example(1, video, metadata={"span": [1, 5.999]})
     sample = source(backbone, [spanned], chunks=(3,)).load(0, 0)
-    assert [c.place for c in sample.chunks] == [(0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)]
+    assert [c.chunk_span for c in sample.chunks] == [(0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)]
     assert sample.frames == sum(len(c.pixels) for c in sample.chunks)
     parts = load_spans(video, (1, 5.999), 3, 100, exact_frames=True)
     assert [i for p in parts for i in p.indices.tolist()] == list(range(10, 60))

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from tests.golden import relative
 from tests.training import plain
-from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.data.samples import Sample
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.pipeline import Context, visual_features
 from v2l_fast.training import step as step_module
-from v2l_fast.training.batches import visual_features
 from v2l_fast.training.step import StepOptions, TrainStep, turn_weights
 from v2l_fast.vlm.smolvlm import SmolVLM
 
@@ -148,8 +148,8 @@ def test_stored_features_stand_for_pixels(pair, samples):
 def test_the_order_of_chunks_reaches_a_network_that_knows_places():
     pair = plain.models(replace(tiny.CONFIG, chunk_position=True))
     one = plain.sample(pair[1], 0, (2, 3), 2)
-    places = [chunk.place for chunk in one.chunks]
-    turned = [replace(c, place=p) for c, p in zip(one.chunks, places[::-1], strict=True)]
+    spans = [chunk.chunk_span for chunk in one.chunks]
+    turned = [replace(c, chunk_span=p) for c, p in zip(one.chunks, spans[::-1], strict=True)]
     loss, gradients, _ = measured(pair, [one])
     other, _, _ = measured(pair, [replace(one, chunks=tuple(turned))])
     assert abs(loss - other) > 1e-4
@@ -413,7 +413,7 @@ def test_samples_pickle_and_are_checked(samples):
     assert copy.turns == samples[3].turns
     assert torch.equal(copy.chunks[2].pixels, samples[3].chunks[2].pixels)
     with pytest.raises(ValueError, match="either pixels or features"):
-        ContextSample(torch.zeros(3, dtype=torch.int64))
+        Context(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="at least one chunk"):
         replace(samples[0], turns=(), kinds=())
 

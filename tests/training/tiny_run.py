@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from tests import tiny
-from v2l_fast.data.samples import ContextSample, Failure, Sample
+from v2l_fast.data.samples import Failure, Sample
+from v2l_fast.pipeline import Context
 from v2l_fast.training.config import TrainConfig, load_config
 from v2l_fast.training.trainer import train
 from v2l_fast.vlm.smolvlm import SmolVLM
-from v2l_fast.vlm.smolvlm_inputs import SmolVLMPromptBuilder
+from v2l_fast.vlm.smolvlm_prompt import SmolVLMPromptBuilder
 
 SETTINGS = Path(__file__).with_suffix(".toml")
 TURNS = (
@@ -65,7 +66,7 @@ class TinySource:
         count = 1 + (index + step) % len(TURNS)
         return Sample(
             video=f"video {index}",
-            chunks=(ContextSample(torch.tensor(ids), features=features),),
+            chunks=(Context(torch.tensor(ids), features=features),),
             prefix=self.inputs.ids("<|im_start|>User:"),
             turns=tuple(
                 (self.inputs.ids(f"{q}<end_of_utterance>\nAssistant:"), self.inputs.answer(a))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.golden import relative
-from v2l_fast.errors import CheckpointError
+from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.video.preprocess import frame_views, normalize
 from v2l_fast.vlm import load_backbone, smolvlm_prompt
 
@@ -21,7 +21,11 @@ def views(clip) -> torch.Tensor:
 
 @torch.no_grad()
 def test_prompt_with_video_equals_transformers(backbone, clips):
-    prompt = backbone.context(clips[0], "Internalize this video for later captioning.", 32)
+    prompt = backbone.video_prompt(
+        backbone.encode(clips[0], 32),
+        "Internalize this video for later captioning.",
+        answer_follows=False,
+    )
     pixels = normalize(views(clips[0]), torch.float32)
     assert prompt.visual_tokens == 3 * backbone.tokens_per_view == 12
     features = list(backbone.decoder.layer_inputs(prompt.embeddings[None]))
@@ -42,7 +46,7 @@ def _ids_of(backbone, clip, text) -> torch.Tensor:
     shown = smolvlm_prompt.video_text(
         len(clip.frames), clip.timestamps, clip.duration, 0, 0, backbone.tokens_per_view
     )
-    return backbone.tokenize(smolvlm_prompt.chat(shown + text, False))
+    return torch.tensor(backbone.prompt_builder.ids(smolvlm_prompt.chat(shown + text, False)))
 
 
 @torch.no_grad()
@@ -68,20 +72,28 @@ def test_views_are_encoded_alone_and_in_bounded_chunks(monkeypatch, backbone, cl
 
 def test_questions_have_no_visual_tokens(backbone, clips):
     assert backbone.question("what happens?").visual_tokens == 0
-    direct = backbone.question_about(clips[1], "what happens?", 32)
+    direct = backbone.video_prompt(backbone.encode(clips[1], 32), "what happens?")
     assert direct.visual_tokens == 4 and len(direct) > len(backbone.question("what happens?"))
 
 
 def test_tiled_frames(backbone):
     """Above the tower's size a frame becomes tiles and a global view."""
-    prompt = backbone.context(tiny.clip(2, 0, height=48, width=64), "what happens?", 64)
+    prompt = backbone.video_prompt(
+        backbone.encode(tiny.clip(2, 0, height=48, width=64), 64),
+        "what happens?",
+        answer_follows=False,
+    )
     assert prompt.visual_tokens == 2 * (2 * 2 + 1) * backbone.tokens_per_view
 
 
 def test_a_prompt_does_not_depend_on_earlier_ones(backbone, clips):
-    first = backbone.context(clips[0], "what happens?", 32).embeddings
-    backbone.context(clips[2], "which color is it?", 32)
-    again = backbone.context(clips[0], "what happens?", 32).embeddings
+    first = backbone.video_prompt(
+        backbone.encode(clips[0], 32), "what happens?", answer_follows=False
+    ).embeddings
+    backbone.video_prompt(backbone.encode(clips[2], 32), "which color is it?", answer_follows=False)
+    again = backbone.video_prompt(
+        backbone.encode(clips[0], 32), "what happens?", answer_follows=False
+    ).embeddings
     assert torch.equal(first, again)
     table = backbone.decoder.embed(torch.arange(10)).clone()
     backbone.question("what happens?").embeddings.fill_(0)
@@ -89,9 +101,9 @@ def test_a_prompt_does_not_depend_on_earlier_ones(backbone, clips):
 
 
 def test_image_tokens_and_features_must_agree(backbone):
-    ids = backbone.tokenize("<image><image> what")
-    with pytest.raises(CheckpointError, match="2 image tokens for 4 features"):
-        backbone.embed(ids, torch.zeros(1, 4, 32))
+    ids = torch.tensor(backbone.prompt_builder.ids("<image><image> what"))
+    with pytest.raises(ConfigError, match="2 image tokens in the prompts for 4 visual features"):
+        backbone.embed(ids, [torch.zeros(1, 4, 32)])
 
 
 def test_stop_ids_are_those_of_generation_config_and_tokenizer(backbone):
@@ -115,8 +127,8 @@ def test_round_trip(pair, backbone):
     text = "<|im_start|>User: what happens?<end_of_utterance>\nAssistant:"
     assert back.name_or_path == str(pair / "base")
     assert back.stop_ids == backbone.stop_ids
-    ids = backbone.tokenize(text)
-    assert torch.equal(back.tokenize(text), ids)
+    ids = torch.tensor(backbone.prompt_builder.ids(text))
+    assert torch.equal(torch.tensor(back.prompt_builder.ids(text)), ids)
     ours, theirs = (b.decoder.forward(b.decoder.embed(ids[None])) for b in (back, backbone))
     assert torch.equal(ours, theirs)
     half = load_backbone(pair / "base", dtype=torch.bfloat16)

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
 from v2l_fast.shapes.tokenizer import build_tokenizer
-from v2l_fast.vlm.smolvlm_inputs import SmolVLMPromptBuilder
-from v2l_fast.vlm.smolvlm_prompt import chat, video_text
+from v2l_fast.vlm.smolvlm_prompt import SmolVLMPromptBuilder, chat, video_text
 from v2l_fast.vlm.tokenization import PromptTokenizer, replace_lone_surrogates
 
 BEFORE, AFTER = "<|im_start|>User: ", "<end_of_utterance>\nAssistant:"

@@ -22,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, uint8
 
 from v2l_fast.data.manifest import VideoExamples
-from v2l_fast.data.readers import Chunk, ClipReader, read_ahead
+from v2l_fast.data.readers import ClipReader, read_ahead
 from v2l_fast.data.samples import Failure
 from v2l_fast.data.shards import Progress
 from v2l_fast.errors import V2LError, VideoError
 from v2l_fast.files import file_sha256, parse_json
 from v2l_fast.tensor_files import TensorHeader, read_header, save_tensors
-from v2l_fast.vlm import Backbone
+from v2l_fast.vlm import Backbone, VideoChunk
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class FeatureCache:
                 "frame count and resolution; fill it with v2l cache and the same settings"
             )
 
-    def find(self, video: VideoExamples, chunks: int) -> list[Chunk] | None:
+    def find(self, video: VideoExamples, chunks: int) -> list[VideoChunk] | None:
         """The video's chunks with features, or None when they are not stored."""
         stored = self._stored.get(self._request(video, chunks))
         if stored is None:
@@ -94,7 +94,7 @@ class FeatureCache:
             self._handles[stored.file] = safe_open(stored.file, framework="pt")
         handle = self._handles[stored.file]
         return [
-            Chunk(
+            VideoChunk(
                 handle.get_tensor(chunk["tensor"]),
                 tuple(chunk["timestamps"]),
                 chunk["duration"],
@@ -109,7 +109,7 @@ class FeatureCache:
         """Whether the video is stored in that many chunks."""
         return self._request(video, chunks) in self._stored
 
-    def add(self, entries: Sequence[tuple[VideoExamples, int, list[Chunk]]]) -> None:
+    def add(self, entries: Sequence[tuple[VideoExamples, int, list[VideoChunk]]]) -> None:
         """Store (video, chunks asked for, chunks with features) in a new file, or nothing at all.
 
         Raises:
@@ -203,9 +203,9 @@ def fill_cache(
         if (counts := [count for count in chunks if not cache.holds(video, count)])
     ]
     failures: list[Failure] = []
-    gathered: list[tuple[VideoExamples, int, list[Chunk]]] = []
+    gathered: list[tuple[VideoExamples, int, list[VideoChunk]]] = []
 
-    def read(item: tuple[VideoExamples, list[int]]) -> list[list[Chunk]] | Failure:
+    def read(item: tuple[VideoExamples, list[int]]) -> list[list[VideoChunk]] | Failure:
         video, counts = item
         try:
             return [cache.reader.views(video, n, backbone.prompt_builder.tile_size) for n in counts]
@@ -255,7 +255,7 @@ def _is_chunk(chunk: Any, header: TensorHeader) -> bool:
     )
 
 
-def _encoded(backbone: Backbone, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+def _encoded(backbone: Backbone, chunks: Iterable[VideoChunk]) -> Iterator[VideoChunk]:
     for chunk in chunks:
         yield replace(chunk, visual=backbone.encode_views(chunk.visual).cpu())
 

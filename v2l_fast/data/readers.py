@@ -12,35 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor
-
 from v2l_fast.data.manifest import VideoExamples
 from v2l_fast.errors import VideoError
-from v2l_fast.video import Clip, FrameSampling, Limits, frame_views
+from v2l_fast.video import Clip, FrameSampling, Limits
 from v2l_fast.video.reading import Backend
 from v2l_fast.video.spans import load_spans
+from v2l_fast.vlm import VideoChunk, iter_views
+from v2l_fast.work_units import run_to_completion
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """A part of a video: its views, or what the vision tower made of them, and how it is told.
-
-    Attributes:
-        visual: uint8 views [V, 3, M, M], or connector outputs [V, t, D].
-        timestamps, duration: seconds, what the prompt says.
-        rows, cols: tiles of a frame, 0 when not split.
-        indices: the frames' positions in the file.
-    """
-
-    visual: Tensor
-    timestamps: tuple[float, ...]
-    duration: float
-    rows: int
-    cols: int
-    indices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -100,16 +81,12 @@ class ClipReader:
         except OSError as error:
             raise VideoError(f"{video.path}: cannot be read ({error.strerror or error})") from None
 
-    def views(self, video: VideoExamples, chunks: int, tile_size: int) -> list[Chunk]:
+    def views(self, video: VideoExamples, chunks: int, tile_size: int) -> list[VideoChunk]:
         """:meth:`read`, resized and tiled for a vision tower of `tile_size`."""
-        parts = []
-        for clip in self.read(video, chunks):
-            seen = frame_views(clip.frames, self.longest_edge, tile_size)
-            indices = tuple(clip.indices.tolist())
-            parts.append(
-                Chunk(seen.views, clip.timestamps, clip.duration, seen.rows, seen.cols, indices)
-            )
-        return parts
+        return [
+            run_to_completion(iter_views(clip, self.longest_edge, tile_size))
+            for clip in self.read(video, chunks)
+        ]
 
 
 def read_ahead(

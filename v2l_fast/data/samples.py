@@ -12,34 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ContextSample:
-    """One chunk's internalization pass.
-
-    Attributes:
-        ids: int64 [S], the prompt of video and instruction, image tokens included.
-        pixels: uint8 [V, 3, M, M] views of the vision tower, or None; the only tensors that may be
-            on a GPU already.
-        features: [V, t, D] connector outputs of those views; exactly one of the two is given.
-        place: start and end of the chunk as fractions of the whole video.
-    """
-
-    ids: Tensor
-    pixels: Tensor | None = None
-    features: Tensor | None = None
-    place: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        if (self.pixels is None) == (self.features is None):
-            raise ValueError("a context has either pixels or features")
-
-    def pin_memory(self) -> ContextSample:
-        """The same in page-locked memory, from where copies to a GPU do not wait."""
-        pixels, features = (
-            t if t is None or t.is_cuda else t.pin_memory() for t in (self.pixels, self.features)
-        )
-        return replace(self, ids=self.ids.pin_memory(), pixels=pixels, features=features)
+from v2l_fast.pipeline import Context
 
 
 @dataclass(frozen=True)
@@ -60,7 +33,7 @@ class Sample:
     """
 
     video: str
-    chunks: tuple[ContextSample, ...]
+    chunks: tuple[Context, ...]
     prefix: list[int]
     turns: tuple[tuple[list[int], list[int]], ...]
     kinds: tuple[str, ...]

@@ -33,8 +33,7 @@ from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.loading import shipped
 from v2l_fast.outputs import check_folder
 from v2l_fast.video import Clip
-from v2l_fast.vlm import Backbone, load_backbone
-from v2l_fast.vlm.base import EncodedVideo
+from v2l_fast.vlm import Backbone, VideoChunk, load_backbone
 
 # What must be in a manifest to be taught from: the answers are written here.
 REQUIRED = ("id", "video_path", "task_type", "prompt")
@@ -94,7 +93,7 @@ class Teacher:
     def __call__(self, numbers: Sequence[int]) -> list[Line]:
         videos = [self.videos[number] for number in numbers]
         lines: list[Line] = []
-        waiting: list[tuple[Example, EncodedVideo]] = []
+        waiting: list[tuple[Example, VideoChunk]] = []
         clips = read_ahead(self._read, videos, self.settings.threads)
         for video, clip in zip(videos, clips, strict=True):
             if isinstance(clip, Failure):
@@ -116,7 +115,7 @@ class Teacher:
         except VideoError as error:
             return Failure(video.name, str(error))
 
-    def _answer(self, asked: Sequence[tuple[Example, EncodedVideo]]) -> Iterator[Line]:
+    def _answer(self, asked: Sequence[tuple[Example, VideoChunk]]) -> Iterator[Line]:
         """One batch, greedy."""
         limit = self.settings.max_new_tokens
         generated = generate(

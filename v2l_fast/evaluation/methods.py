@@ -26,7 +26,7 @@ from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video, Video2LoRA
 from v2l_fast.video import Clip
 from v2l_fast.vlm import Prompt
-from v2l_fast.vlm.base import EncodedVideo
+from v2l_fast.vlm.base import VideoChunk
 from v2l_fast.vlm.decoder import Decoder
 
 # Cache slots kept free for a question.
@@ -68,7 +68,7 @@ class MethodSettings:
         """The frames all methods see."""
         return self.model.load_clip(video, **self.sampling)
 
-    def encode(self, video: Video) -> EncodedVideo:
+    def encode(self, video: Video) -> VideoChunk:
         """Decoding, resizing and vision tower."""
         return self.model.backbone.encode(self.clip(video), self.edge)
 
@@ -132,7 +132,7 @@ def _ask_video(setting: MethodSettings, prepared: PreparedVideo, question: str) 
 
 def _keep_features(setting: MethodSettings, video: Video) -> PreparedVideo:
     encoded = setting.encode(video)
-    return PreparedVideo(encoded, _size(encoded.features))
+    return PreparedVideo(encoded, _size(encoded.visual))
 
 
 def _ask_features(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
@@ -209,7 +209,8 @@ def internalize_fused(
 ) -> Adapter:
     """The adapter generated from a context whose visual tokens FrameFusion reduces."""
     model, clip = setting.model, setting.clip(video)
-    prompt = model.backbone.context(clip, model.config.instruction, setting.edge)
+    chunk = model.backbone.encode(clip, setting.edge)
+    prompt = model.backbone.video_prompt(chunk, model.config.instruction, answer_follows=False)
     layers = reduced_layers(
         model.backbone.decoder, prompt, len(clip.frames), setting.fusion, reduction=reduction
     )

@@ -160,7 +160,7 @@ def direct_answers(backbone: SmolVLM, clips: Sequence[Clip], prompts: Sequence[s
     for start in range(0, len(prompts), _BATCH):
         part = slice(start, start + _BATCH)
         embedded = [
-            backbone.question_about(clip, text, IMAGE_SIZE).embeddings
+            backbone.video_prompt(backbone.encode(clip, IMAGE_SIZE), text).embeddings
             for clip, text in zip(clips[part], prompts[part], strict=True)
         ]
         limit = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)

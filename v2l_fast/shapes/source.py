@@ -19,8 +19,9 @@ from rich.console import Console
 from torch import Tensor
 
 from v2l_fast.console import note
-from v2l_fast.data.samples import ContextSample, Sample
+from v2l_fast.data.samples import Sample
 from v2l_fast.errors import CheckpointError, ConfigError
+from v2l_fast.pipeline import Context
 from v2l_fast.shapes.language import QAPair, ask, ask_several
 from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, NUM_FRAMES
 from v2l_fast.shapes.vlm import IMAGE_SIZE, Prompts, cache_visual_tokens
@@ -43,12 +44,12 @@ class ClipChunk:
     Attributes:
         ids: int64 [S], prompt of the context pass.
         frames: indices of its sampled frames in the whole clip.
-        place: its start and end as fractions of the clip.
+        chunk_span: its start and end as fractions of the clip.
     """
 
     ids: Tensor
     frames: tuple[int, ...]
-    place: tuple[float, float]
+    chunk_span: tuple[float, float]
 
 
 def clip_parts(backbone: SmolVLM, count: int, instruction: str) -> tuple[ClipChunk, ...]:
@@ -99,10 +100,10 @@ class ShapesSource:
         return Sample(
             video=f"scene {index}",
             chunks=tuple(
-                ContextSample(
+                Context(
                     ids=part.ids,
                     features=self.features[index, [self.columns[i] for i in part.frames]],
-                    place=part.place,
+                    chunk_span=part.chunk_span,
                 )
                 for part in parts
             ),

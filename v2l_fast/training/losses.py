@@ -16,7 +16,8 @@ from torch import Tensor
 from v2l_fast.data.samples import Sample
 from v2l_fast.errors import ConfigError
 from v2l_fast.padding import length_buckets
-from v2l_fast.training.batches import embed_ids, pack_turns, send
+from v2l_fast.training.batches import pack_turns
+from v2l_fast.transfer import send
 from v2l_fast.vlm import Backbone
 
 
@@ -79,7 +80,7 @@ def _states_in_context(
     for members in length_buckets(lengths, max_padding, max_tokens):
         turns = [samples[i].turns for i in members]
         packed = pack_turns([prefixes[i] for i in members], turns, backbone.tokenizer.pad_token_id)
-        embeddings = embed_ids(backbone, packed.ids, [features[i] for i in members])
+        embeddings = backbone.embed(packed.ids, [features[i] for i in members])
         packed = packed.to(decoder.device)
         hidden = decoder.forward(
             embeddings, decoder.attention_metadata(packed.positions, packed.mask)

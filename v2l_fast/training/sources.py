@@ -26,13 +26,14 @@ from v2l_fast.data.manifest import (
     trained_on,
     video_share,
 )
-from v2l_fast.data.readers import Chunk, ClipReader
-from v2l_fast.data.samples import ContextSample, Failure, Sample, Source
+from v2l_fast.data.readers import ClipReader
+from v2l_fast.data.samples import Failure, Sample, Source
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.loading import shipped
+from v2l_fast.pipeline import Context, chunk_spans
 from v2l_fast.training.config import DataConfig, TrainConfig
 from v2l_fast.video.reading import resolved
-from v2l_fast.vlm import Backbone
+from v2l_fast.vlm import Backbone, VideoChunk
 from v2l_fast.vlm.base import PromptBuilder
 
 # Class -> largest number of answer tokens, without the stop token.
@@ -114,12 +115,12 @@ class ManifestSource:
         prefix, turns = self._turns(chosen, rng)
         started = time.perf_counter()
         try:
-            parts, kind = self._parts(video, chunks)
+            parts = self._parts(video, chunks)
         except VideoError as error:
             return Failure(video.name, str(error))
         return Sample(
             video=video.name,
-            chunks=self._contexts(parts, kind),
+            chunks=self._contexts(parts),
             prefix=prefix,
             turns=turns,
             kinds=tuple(example.task_type for example in chosen),
@@ -161,31 +162,23 @@ class ManifestSource:
 
     # --- contexts ---------------------------------------------------------------------------------
 
-    def _parts(self, video: VideoExamples, chunks: int) -> tuple[list[Chunk], str]:
-        """The parts, and which field of a context their tensors are: stored features or pixels."""
+    def _parts(self, video: VideoExamples, chunks: int) -> list[VideoChunk]:
+        """The video's chunks: their stored features, else their views."""
         stored = None if self.cache is None else self.cache.find(video, chunks)
-        if stored is not None:
-            return stored, "features"
-        return self.reader.views(video, chunks, self.inputs.tile_size), "pixels"
+        return stored or self.reader.views(video, chunks, self.inputs.tile_size)
 
-    def _contexts(self, parts: Sequence[Chunk], kind: str) -> tuple[ContextSample, ...]:
-        contexts = []
-        for number, part in enumerate(parts):
-            ids = self.inputs.video_prompt(
-                part.timestamps, part.duration, part.rows, part.cols, self.instruction, False
-            )
-            place = (number / len(parts), (number + 1) / len(parts))
-            contexts.append(ContextSample(torch.tensor(ids), place=place, **{kind: part.visual}))
-        return tuple(contexts)
+    def _contexts(self, parts: Sequence[VideoChunk]) -> tuple[Context, ...]:
+        return tuple(
+            Context.build(self.inputs, part, self.instruction, span)
+            for part, span in zip(parts, chunk_spans(len(parts)), strict=True)
+        )
 
-    def _teacher_prefix(self, parts: Sequence[Chunk], prefix: list[int]) -> list[int] | None:
+    def _teacher_prefix(self, parts: Sequence[VideoChunk], prefix: list[int]) -> list[int] | None:
         opening = self.inputs.text_prefix()
         if len(parts) > 1 or prefix[: len(opening)] != opening:
             return None
         (part,) = parts
-        shown = self.inputs.text_prefix_with_video(
-            part.timestamps, part.duration, part.rows, part.cols
-        )
+        shown = self.inputs.text_prefix_with_video(*part.layout)
         return shown + prefix[len(opening) :]
 
 

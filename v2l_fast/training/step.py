@@ -25,16 +25,15 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapted_linear import LayerAdapters
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.pipeline import context_batches, iter_factors, visual_features
 from v2l_fast.training.batches import (
-    ContextGroup,
     ResponseRows,
-    context_groups,
-    send,
     turn_rows,
-    visual_features,
 )
 from v2l_fast.training.losses import Teacher, example_means, teacher_of, token_kl
+from v2l_fast.transfer import send
 from v2l_fast.vlm import Backbone
+from v2l_fast.work_units import run_to_completion
 
 # Float32 logits kept at a time: 256 MiB, 1,361 answer tokens of a vocabulary of 49,280.
 LOGITS_PER_CHUNK = 2**26
@@ -137,11 +136,12 @@ class TrainStep(nn.Module):
         options = self.options
         parts, order = [], []
         heads = self.hypernet.head.slices()
-        for group in context_groups(
+        for batch in context_batches(
             self.backbone, contexts, features, options.max_padding, options.group_tokens
         ):
-            parts.append(self._generate(group, heads))
-            order += group.members
+            factors = iter_factors(self.backbone, self.hypernet, batch, heads=heads, run=self._run)
+            parts.append(run_to_completion(factors))
+            order += batch.members
         back = sorted(range(len(order)), key=order.__getitem__)
         index = send(torch.tensor(back), self.backbone.decoder.device)
 
@@ -183,15 +183,6 @@ class TrainStep(nn.Module):
             losses = losses * send(torch.tensor(weights), device)
         total = len(kinds) if example_total is None else example_total
         return StepResult(losses.sum() / total, parts)
-
-    def _generate(self, group: ContextGroup, heads: Sequence[Tensor]) -> AdapterBatch:
-        """Each layer's factors as the decoder produces its input."""
-        states = self.backbone.decoder.layer_inputs(group.embeddings)
-        per_layer = [
-            self._run(self.hypernet.layer, index, hidden, group.mask, group.places, head)
-            for index, (hidden, head) in enumerate(zip(states, heads, strict=True))
-        ]
-        return self.hypernet.assemble(per_layer)
 
     def _answer_states(self, rows: ResponseRows, adapters: AdapterBatch) -> Tensor:
         """Normed hidden states [N, D] before each answer token, each row with its adapter."""

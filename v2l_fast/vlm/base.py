@@ -1,4 +1,4 @@
-"""What the rest of the package may ask of a frozen VLM, whatever its family."""
+"""The interface of a frozen VLM, whatever its family, and the parts that all families share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from v2l_fast.video import Clip, FrameViews
+from v2l_fast.video import Clip
 from v2l_fast.video.preprocess import frame_tiles, frame_views_in_groups
 from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.work_units import WorkUnit
@@ -21,34 +21,62 @@ class Prompt:
 
     Attributes:
         embeddings: [T, D].
-        visual_tokens: how many of its tokens stand for pixels.
-        visual: [T] bool, which ones; None when there are none.
+        visual: bool [T], True where a token stands for pixels; None without a video.
+        visual_tokens: number of tokens that stand for pixels.
     """
 
     embeddings: Tensor
-    visual_tokens: int
+    visual_tokens: int = 0
     visual: Tensor | None = None
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
 
 
+@dataclass(frozen=True, eq=False)
+class VideoChunk:
+    """A clip as the vision tower takes it, before or after encoding, and what its prompt says.
+
+    Attributes:
+        visual: uint8 views [V, 3, M, M], frame by frame, or their connector outputs [V, t, D].
+        timestamps: seconds, one per frame.
+        duration: seconds, of the chunk.
+        rows, cols: tiles of a frame, 0 if frames are not split.
+        indices: positions of the frames in the file.
+    """
+
+    visual: Tensor
+    timestamps: tuple[float, ...]
+    duration: float
+    rows: int
+    cols: int
+    indices: tuple[int, ...] = ()
+
+    @property
+    def layout(self) -> tuple[tuple[float, ...], float, int, int]:
+        """timestamps, duration, rows and cols, as :class:`PromptBuilder` takes them."""
+        return self.timestamps, self.duration, self.rows, self.cols
+
+
 class PromptBuilder(Protocol):
-    """Prompts as token ids, and what pixels they need; picklable, holds no weights.
+    """Prompts as token ids; picklable, holds no weights.
+
+    ``timestamps`` and ``duration`` are seconds of the chunk; ``rows`` and ``cols`` are the tiles of
+    a frame, 0 if frames are not split.
 
     Attributes:
         tile_size: M, side of the square views of the vision tower.
-        tokens_per_view: image tokens, and features, of one view.
+        tokens_per_view: image tokens, and visual features, of one view.
     """
 
     tile_size: int
     tokens_per_view: int
 
     def question(self, text: str) -> list[int]:
-        """A question without a video; the model's answer follows."""
+        """A user's turn without a video; the model's answer follows."""
 
     def answer(self, text: str, finished: bool = True) -> list[int]:
-        """What the model says after a question; the stop token last when it is `finished`."""
+        """The model's turn; ends with the stop token if ``finished``."""
 
     def video_prompt(
         self,
@@ -59,63 +87,48 @@ class PromptBuilder(Protocol):
         text: str,
         answer_follows: bool,
     ) -> list[int]:
-        """Video and text in the user's turn, one image token for each feature of each view.
-
-        timestamps, duration: seconds, of the clip. rows, cols: tiles of a frame, 0 when not split.
-        """
+        """A user's turn of video and text, with one image token per feature of each view."""
 
     def text_prefix(self) -> list[int]:
-        """What :meth:`question` begins with, whatever is asked."""
+        """The ids that every :meth:`question` starts with."""
 
     def text_prefix_with_video(
         self, timestamps: Sequence[float], duration: float, rows: int, cols: int
     ) -> list[int]:
-        """What stands in place of :meth:`text_prefix` where the video is in context."""
+        """Replaces :meth:`text_prefix` where the video is in context."""
 
 
-@dataclass(frozen=True)
-class EncodedVideo:
-    """A video once the vision tower has seen it: what a cache of vision features keeps.
-
-    Attributes:
-        features: [V, t, D] connector outputs of its views, frame by frame.
-        timestamps: seconds, one a frame.
-        duration: seconds of the source.
-        rows, cols: tiles of a frame, 0 when it is not split.
-    """
-
-    features: Tensor
-    timestamps: tuple[float, ...]
-    duration: float
-    rows: int
-    cols: int
-
-
-def iter_resize(
-    frames: Tensor, longest_edge: int, tile_size: int
-) -> Generator[WorkUnit, None, FrameViews]:
-    """Frames to views; yields "decode" between groups of large frames."""
-    groups = frame_views_in_groups(frames, longest_edge, tile_size)
+def iter_views(
+    clip: Clip, longest_edge: int, tile_size: int
+) -> Generator[WorkUnit, None, VideoChunk]:
+    """Resize and tile a clip's frames; yields "decode" between groups of large frames."""
+    groups = frame_views_in_groups(clip.frames, longest_edge, tile_size)
     while True:
         try:
             done, total = next(groups)
         except StopIteration as end:
-            return end.value
+            views = end.value
+            break
         yield "decode", done, total
+    indices = tuple(clip.indices.tolist())
+    return VideoChunk(views.views, clip.timestamps, clip.duration, views.rows, views.cols, indices)
 
 
-def prompt_ids(
+def video_prompt_ids(
     prompt_builder: PromptBuilder, clip: Clip, text: str, longest_edge: int, answer_follows: bool
 ) -> list[int]:
-    """Token ids of a prompt with the clip in it, before its frames are resized or encoded."""
+    """Token ids of a prompt about a clip, before its frames are resized or encoded."""
     height, width = clip.frames.shape[-2:]
-    tiles = frame_tiles(height, width, longest_edge, prompt_builder.tile_size)
-    return prompt_builder.video_prompt(clip.timestamps, clip.duration, *tiles, text, answer_follows)
+    rows, cols = frame_tiles(height, width, longest_edge, prompt_builder.tile_size)
+    return prompt_builder.video_prompt(
+        clip.timestamps, clip.duration, rows, cols, text, answer_follows
+    )
 
 
-def visual_tokens(prompt_builder: PromptBuilder, clip: Clip, longest_edge: int) -> int:
-    """How many tokens stand for the clip's pixels."""
-    rows, cols = frame_tiles(*clip.frames.shape[-2:], longest_edge, prompt_builder.tile_size)
+def count_visual_tokens(prompt_builder: PromptBuilder, clip: Clip, longest_edge: int) -> int:
+    """Number of tokens that stand for the clip's pixels in a prompt."""
+    height, width = clip.frames.shape[-2:]
+    rows, cols = frame_tiles(height, width, longest_edge, prompt_builder.tile_size)
     return len(clip.frames) * (rows * cols + 1) * prompt_builder.tokens_per_view
 
 
@@ -123,14 +136,14 @@ class Backbone(Protocol):
     """A frozen VLM.
 
     Attributes:
-        model: transformers' model.
+        model: the transformers model.
         tokenizer: its tokenizer.
         decoder: its text decoder, run layer by layer.
-        prompt_builder: its prompts as token ids, without the model.
-        name_or_path: where it came from.
+        prompt_builder: prompts as token ids, without the model.
+        name_or_path: where the model came from.
         preprocessing: name and version of the rules that turn frames into prompts.
         stop_ids: token ids that end an answer.
-        views_per_unit: views that one unit of work encodes.
+        views_per_unit: views that one work unit encodes.
     """
 
     model: PreTrainedModel
@@ -147,10 +160,10 @@ class Backbone(Protocol):
         """D, width of the decoder."""
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile vision encoding and decoder layers; numbers stay, to rounding."""
+        """Compile vision encoding and decoder layers; results are the same up to rounding."""
 
     def linear(self, layer: int, module: str) -> nn.Linear:
-        """A decoder layer's linear layer by its name, e.g. ``down_proj``.
+        """A linear layer of a decoder layer by its name, e.g. ``down_proj``.
 
         Raises:
             CheckpointError: the decoder has no such layer.
@@ -159,37 +172,43 @@ class Backbone(Protocol):
     def question(self, text: str) -> Prompt:
         """A question without a video; the model's answer follows."""
 
-    def question_about(self, clip: Clip, text: str, longest_edge: int) -> Prompt:
-        """A question with the video in context: the direct baseline."""
-
-    def context(self, clip: Clip, instruction: str, longest_edge: int) -> Prompt:
-        """The pass whose hidden states become the adapter: video and instruction, no answer."""
-
-    def encode(self, clip: Clip, longest_edge: int) -> EncodedVideo:
-        """Vision tower and connector, once for any number of prompts."""
-
-    def encode_views(self, views: Tensor) -> Tensor:
-        """Vision tower and connector over views of any videos: uint8 [V, 3, M, M] -> [V, t, D]."""
-
-    def iter_encode(self, clip: Clip, longest_edge: int) -> Generator[WorkUnit, None, EncodedVideo]:
-        """:meth:`encode` in units: resizing, on the CPU, then bounded chunks of views."""
-
     def video_prompt(
         self,
-        video: EncodedVideo,
+        chunk: VideoChunk,
         text: str,
         answer_follows: bool = True,
         ids: Sequence[int] | None = None,
     ) -> Prompt:
-        """:meth:`question_about` of an encoded video: :meth:`video_prefix`, then
-        :meth:`question_suffix`; or, where no answer follows, :meth:`context`. ``ids``: those of
-        ``prompt_builder.video_prompt``, if they are known."""
+        """Video and text: the direct baseline's question or, if no answer follows, the pass whose
+        hidden states become an adapter.
 
-    def video_prefix(self, video: EncodedVideo) -> Prompt:
-        """What all questions about a video begin with, to the video's last token."""
+        Args:
+            chunk: encoded, see :meth:`encode`.
+            ids: of ``prompt_builder.video_prompt`` for it, if they are known.
+        """
+
+    def video_prefix(self, chunk: VideoChunk) -> Prompt:
+        """The part of :meth:`video_prompt` that all questions share, to the video's last token."""
 
     def question_suffix(self, text: str) -> Prompt:
-        """The rest of the prompt: the question; the model's answer follows."""
+        """The part of :meth:`video_prompt` after :meth:`video_prefix`; an answer follows."""
+
+    def encode(self, clip: Clip, longest_edge: int) -> VideoChunk:
+        """Vision tower and connector, once for any number of prompts."""
+
+    def iter_encode(self, clip: Clip, longest_edge: int) -> Generator[WorkUnit, None, VideoChunk]:
+        """:meth:`encode` in units: resizing where the frames are, then chunks of views."""
+
+    def encode_views(self, views: Tensor) -> Tensor:
+        """Vision tower and connector: uint8 views of any videos [V, 3, M, M] -> [V, t, D]."""
+
+    def embed(self, ids: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
+        """Token ids [..., S] -> embeddings [..., S, D], with the visual features [V, t, D] in
+        place of the image tokens, in order. Does not wait for the device if ids are on the CPU.
+
+        Raises:
+            ConfigError: there are features, but not one for each image token.
+        """
 
     def decode(self, ids: list[int], strip: bool = True) -> str:
         """Ids of an answer -> text without special tokens and, with ``strip``, outer spaces."""

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolVLMForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from v2l_fast.compiling import compiled
-from v2l_fast.errors import CheckpointError
+from v2l_fast.errors import CheckpointError, ConfigError
+from v2l_fast.transfer import send
 from v2l_fast.video import Clip
 from v2l_fast.video.preprocess import PREPROCESSING_VERSION, normalize
-from v2l_fast.vlm.base import EncodedVideo, Prompt, iter_resize
+from v2l_fast.vlm.base import Prompt, VideoChunk, iter_views
 from v2l_fast.vlm.decoder import Decoder
-from v2l_fast.vlm.smolvlm_inputs import SmolVLMPromptBuilder
-from v2l_fast.vlm.smolvlm_prompt import FAKE_TOKEN, IMAGE_TOKEN
+from v2l_fast.vlm.smolvlm_prompt import FAKE_TOKEN, IMAGE_TOKEN, SmolVLMPromptBuilder
 from v2l_fast.work_units import WorkUnit, run_to_completion
 
 # Views in one vision call at most: 64 of 1,024 patches hold activations under 2 GB.
@@ -124,71 +126,58 @@ class SmolVLM:
 
     def question(self, text: str) -> Prompt:
         """A question without a video; the model's answer follows."""
-        return self.embed(self._tensor(self.prompt_builder.question(text)))
-
-    def question_about(self, clip: Clip, text: str, longest_edge: int) -> Prompt:
-        """A question with the video in context: the direct baseline."""
-        return self.video_prompt(self.encode(clip, longest_edge), text)
-
-    def context(self, clip: Clip, instruction: str, longest_edge: int) -> Prompt:
-        """The pass whose hidden states become the adapter: video and instruction, no answer."""
-        return self.video_prompt(self.encode(clip, longest_edge), instruction, answer_follows=False)
-
-    def encode(self, clip: Clip, longest_edge: int) -> EncodedVideo:
-        """Vision tower and connector, once for any number of prompts."""
-        return run_to_completion(self.iter_encode(clip, longest_edge))
-
-    def iter_encode(self, clip: Clip, longest_edge: int) -> Generator[WorkUnit, None, EncodedVideo]:
-        """:meth:`encode` in units: resizing where the frames are, then bounded chunks of views."""
-        views = yield from iter_resize(clip.frames, longest_edge, self.tile_size)
-        features = []
-        for chunk in views.views.split(self.views_per_unit):
-            yield "encode frames", len(features) * self.views_per_unit, len(views.views)
-            features.append(self.encode_views(chunk))
-        return EncodedVideo(
-            torch.cat(features), clip.timestamps, clip.duration, views.rows, views.cols
-        )
+        return self._prompt(self.prompt_builder.question(text))
 
     def video_prompt(
         self,
-        video: EncodedVideo,
+        chunk: VideoChunk,
         text: str,
         answer_follows: bool = True,
         ids: Sequence[int] | None = None,
     ) -> Prompt:
-        """:meth:`question_about` of an encoded video: :meth:`video_prefix`, then
-        :meth:`question_suffix`; or, where no answer follows, :meth:`context`. ``ids``: those of
-        ``prompt_builder.video_prompt``, if they are known."""
-        known = self._ids_about(video, text, answer_follows) if ids is None else self._tensor(ids)
-        return self.embed(known, video.features)
+        """See :meth:`~v2l_fast.vlm.base.Backbone.video_prompt`."""
+        if ids is None:
+            ids = self.prompt_builder.video_prompt(*chunk.layout, text, answer_follows)
+        return self._prompt(ids, chunk)
 
-    def video_prefix(self, video: EncodedVideo) -> Prompt:
-        """What all questions about a video begin with, to the video's last special token."""
-        ids = self._ids_about(video, "", False)
-        last = (ids == self.tokenizer.convert_tokens_to_ids(FAKE_TOKEN)).nonzero()[-1]
-        return self.embed(ids[: last + 1], video.features)
+    def video_prefix(self, chunk: VideoChunk) -> Prompt:
+        """The part of :meth:`video_prompt` that all questions share, to the video's last special
+        token."""
+        ids = self.prompt_builder.video_prompt(*chunk.layout, "", False)
+        last = ids[::-1].index(self.tokenizer.convert_tokens_to_ids(FAKE_TOKEN))
+        return self._prompt(ids[: len(ids) - last], chunk)
 
     def question_suffix(self, text: str) -> Prompt:
-        """The rest of the prompt: the question; the model's answer follows."""
-        return self.embed(self._tensor(self.prompt_builder.question_suffix(text)))
+        """The part of :meth:`video_prompt` after :meth:`video_prefix`; an answer follows."""
+        return self._prompt(self.prompt_builder.question_suffix(text))
 
-    def _ids_about(self, video: EncodedVideo, text: str, answer_follows: bool) -> Tensor:
-        clip = video.timestamps, video.duration, video.rows, video.cols
-        return self._tensor(self.prompt_builder.video_prompt(*clip, text, answer_follows))
-
-    # --- tensors --------------------------------------------------------------------------------
-
-    def tokenize(self, text: str) -> Tensor:
-        """Text with special tokens spelled out -> ids [T] on the model's device."""
-        return self._tensor(self.prompt_builder.ids(text))
-
-    def _tensor(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.long, device=self.decoder.device)
+    def _prompt(self, ids: Sequence[int], chunk: VideoChunk | None = None) -> Prompt:
+        tensor = torch.tensor(ids, dtype=torch.long)
+        if chunk is None:
+            return Prompt(self.embed(tensor))
+        visual = tensor == self.image_token_id
+        embeddings = self.embed(tensor, [chunk.visual])
+        return Prompt(embeddings, int(visual.sum()), send(visual, self.decoder.device))
 
     def decode(self, ids: list[int], strip: bool = True) -> str:
         """Ids of an answer -> text without special tokens and, with ``strip``, outer spaces."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip() if strip else text
+
+    # --- tensors --------------------------------------------------------------------------------
+
+    def encode(self, clip: Clip, longest_edge: int) -> VideoChunk:
+        """Vision tower and connector, once for any number of prompts."""
+        return run_to_completion(self.iter_encode(clip, longest_edge))
+
+    def iter_encode(self, clip: Clip, longest_edge: int) -> Generator[WorkUnit, None, VideoChunk]:
+        """:meth:`encode` in units: resizing where the frames are, then chunks of views."""
+        chunk = yield from iter_views(clip, longest_edge, self.tile_size)
+        features = []
+        for views in chunk.visual.split(self.views_per_unit):
+            yield "encode frames", len(features) * self.views_per_unit, len(chunk.visual)
+            features.append(self.encode_views(views))
+        return replace(chunk, visual=torch.cat(features))
 
     @torch.no_grad()
     def encode_views(self, views: Tensor) -> Tensor:
@@ -215,24 +204,31 @@ class SmolVLM:
         return self.model.model.connector(hidden)
 
     @torch.no_grad()
-    def embed(self, ids: Tensor, features: Tensor | None = None) -> Prompt:
-        """Token ids [T] and vision features [V, t, D] of their image tokens -> prompt.
+    def embed(self, ids: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
+        """Token ids [..., S] -> embeddings [..., S, D], with the visual features [V, t, D] in
+        place of the image tokens, in order. Does not wait for the device if ids are on the CPU.
 
         Raises:
-            CheckpointError: the tokenizer did not produce one id for each image token.
+            ConfigError: there are features, but not one for each image token.
         """
-        embeddings = self.decoder.embed(ids)
-        if features is None:
-            return Prompt(embeddings, 0)
-        places = ids == self.image_token_id
-        rows = features.reshape(-1, features.shape[-1])
-        if int(places.sum()) != len(rows):
-            raise CheckpointError(
-                f"{self.name_or_path}: {int(places.sum())} image tokens for {len(rows)} features; "
-                f"does the tokenizer know {IMAGE_TOKEN} as id {self.image_token_id}?"
+        device = self.decoder.device
+        embeddings = self.decoder.embed(send(ids, device))
+        if not features:
+            return embeddings
+        rows = torch.cat([f.flatten(0, 1) for f in features])
+        # Counted on the CPU, where ids come from: asking the device would wait for it.
+        index = np.flatnonzero(ids.cpu().numpy() == self.image_token_id)
+        if len(index) != len(rows):
+            raise ConfigError(
+                f"{len(index)} image tokens in the prompts for {len(rows)} visual features: were "
+                f"both made for {self.name_or_path}, and does its tokenizer know {IMAGE_TOKEN} as "
+                f"id {self.image_token_id}?"
             )
-        embeddings[places] = rows.to(embeddings.dtype)
-        return Prompt(embeddings, len(rows), places)
+        flat = embeddings.view(-1, embeddings.shape[-1])
+        flat.index_copy_(
+            0, send(torch.from_numpy(index), device), rows.to(device, embeddings.dtype)
+        )
+        return embeddings
 
 
 def _stop_ids(

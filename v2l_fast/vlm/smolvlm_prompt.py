@@ -1,17 +1,23 @@
-"""The text SmolVLM2 reads around a video: counts in words, timestamps, image tokens, chat turns.
+"""SmolVLM2's prompts: the text around a video (counts in words, timestamps, image tokens, chat
+turns) and its token ids.
 
-Responsible for strings only, equal to what transformers 4.51.3 builds for one conversation with one
-video (the released checkpoints were trained with it). Its batched call prints the last video's
-duration for every conversation; here a prompt depends on its own video alone. Tokenization, pixels
-and the number of tokens per view are the backbone's business.
+The strings equal those that transformers 4.51.3 builds for one conversation with one video (the
+released checkpoints were trained with it). Its batched call prints the last video's duration for
+every conversation; here a prompt depends on its own video alone. Nothing here needs weights, so
+data workers build prompts without a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
 
 from v2l_fast.errors import ConfigError
+from v2l_fast.vlm.tokenization import PromptTokenizer
 
 FAKE_TOKEN = "<fake_token_around_image>"
 GLOBAL_TOKEN = "<global-img>"
@@ -105,3 +111,61 @@ def turn_end(add_generation_prompt: bool) -> str:
 def chat(text: str, add_generation_prompt: bool) -> str:
     """One user turn around `text`, then the assistant's opening when an answer is to follow."""
     return TURN_START + text + turn_end(add_generation_prompt)
+
+
+@dataclass(frozen=True)
+class SmolVLMPromptBuilder:
+    """Prompts as ids (see :class:`~v2l_fast.vlm.base.PromptBuilder`)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tile_size: int
+    tokens_per_view: int
+
+    @cached_property
+    def _prompt_tokenizer(self) -> PromptTokenizer:
+        return PromptTokenizer(self.tokenizer)
+
+    def ids(self, template: str) -> list[int]:
+        """Token ids of trusted text, in which special tokens are spelled out."""
+        return self._prompt_tokenizer.encode(template)
+
+    def question(self, text: str) -> list[int]:
+        """A question without a video; the model's answer follows."""
+        return self._prompt_tokenizer.encode(TURN_START, text, turn_end(True))
+
+    def answer(self, text: str, finished: bool = True) -> list[int]:
+        """What the model says after a question; the stop token last when it is `finished`."""
+        return self._prompt_tokenizer.encode(" ", text, END_OF_UTTERANCE if finished else "")
+
+    def video_prompt(
+        self,
+        timestamps: Sequence[float],
+        duration: float,
+        rows: int,
+        cols: int,
+        text: str,
+        answer_follows: bool,
+    ) -> list[int]:
+        """Video and text in the user's turn, one image token for each feature of each view.
+
+        timestamps, duration: seconds, of the clip. rows, cols: tiles of a frame, 0 when not split.
+        """
+        video = video_text(len(timestamps), timestamps, duration, rows, cols, self.tokens_per_view)
+        return self._prompt_tokenizer.encode(TURN_START + video, text, turn_end(answer_follows))
+
+    def question_suffix(self, text: str) -> list[int]:
+        """What follows a video's last special token when `text` is asked about it and an answer is
+        to follow. Tokenizers split at special tokens, so its ids are those it has in the whole
+        prompt."""
+        return self._prompt_tokenizer.encode(AFTER_VIDEO, text, turn_end(True))
+
+    def text_prefix(self) -> list[int]:
+        """What :meth:`question` begins with, whatever is asked."""
+        return self.ids(TURN_START.rstrip())
+
+    def text_prefix_with_video(
+        self, timestamps: Sequence[float], duration: float, rows: int, cols: int
+    ) -> list[int]:
+        """What stands in place of :meth:`text_prefix` where the video is in context."""
+        ids = self.video_prompt(timestamps, duration, rows, cols, "", answer_follows=False)
+        return ids[: -len(self.ids(turn_end(False)))]

@@ -181,7 +181,7 @@ def test_videos_are_taken_batch_by_batch(model, mixed):
 
 
 def test_no_batch_is_refused(model, mixed):
-    with pytest.raises(ConfigError, match="batch_size=0"):
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
         model.internalize(mixed, batch_size=0)
 
 

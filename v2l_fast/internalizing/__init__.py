@@ -1,1 +1,0 @@
-"""From videos to adapters: parts of videos, and several of them through the model in one batch."""
