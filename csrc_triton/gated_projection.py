@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from csrc_triton import dispatch
+from csrc_triton.arguments import Arguments
 from csrc_triton.transforms import (
     differentiable_backward,
     refuse_forward_mode,
@@ -139,28 +140,17 @@ def _fuses(x: Tensor) -> bool:
     )
 
 
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ValueError(f"gated_projection: {name} must be {expected}, not {found}")
-
-
 def _check(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> None:
-    _require(x.dim() > 0 and x.is_floating_point(), "x", "floating point [..., D]",
-             f"{x.dtype} {list(x.shape)}")  # fmt: skip
-    depth = x.shape[-1]
-    _require(gate.dim() == 2 and gate.shape[1] == depth, "gate", f"[H, {depth}]", list(gate.shape))
-    hidden = gate.shape[0]
-    _require(up.shape == gate.shape, "up", f"[{hidden}, {depth}]", list(up.shape))
-    _require(down.dim() == 2 and down.shape[1] == hidden, "down", f"[Z, {hidden}]",
-             list(down.shape))  # fmt: skip
-    for name, weight in (("gate", gate), ("up", up), ("down", down)):
-        _require(weight.dtype == x.dtype, name, f"of x's dtype {x.dtype}", weight.dtype)
-        _require(weight.device == x.device, name, f"on {x.device}", weight.device)
-    if visible is not None:
-        _require(visible.shape == x.shape[:-1], "visible", str(list(x.shape[:-1])),
-                 list(visible.shape))  # fmt: skip
-        _require(visible.dtype == torch.bool, "visible", "bool", visible.dtype)
-        _require(visible.device == x.device, "visible", f"on {x.device}", visible.device)
+    check = Arguments("gated_projection")
+    check.require(x.dim() > 0, "x", "[..., D]", list(x.shape))
+    check.floating(x=x)
+    check.shape("gate", gate, "H", x.shape[-1])
+    check.shape("up", up, *gate.shape)
+    check.shape("down", down, "Z", gate.shape[0])
+    check.shape("visible", visible, *x.shape[:-1])
+    check.dtype(x.dtype, gate=gate, up=up, down=down)
+    check.dtype(torch.bool, visible=visible)
+    check.device(x.device, gate=gate, up=up, down=down, visible=visible)
 
 
 def _chunks(rows: Tensor) -> list[slice]:

@@ -2,7 +2,7 @@
 
 For each entry of ``csrc_triton/<op>/configs.json`` (a shape under ``where``) the candidates around
 its tile are timed on that shape. A candidate replaces the entry when its result is right and it is
-at least MARGIN faster; the forms of lora_linear are timed last, with the tiles found. Then
+at least MARGIN faster. Then
 ``faster.json`` gets, for this architecture, the shapes at which the fused path beats the reference.
 Half precision only; nothing is tuned while a model runs.
 
@@ -40,8 +40,7 @@ OPS = (*TUNED, "gated_projection")
 # A replacement must be this much faster than what it replaces, more than times vary.
 MARGIN = 0.03
 # Keys of a tile and the values tried for them; each kernel has some of them.
-CHOICES: dict[str, Sequence[int | str]] = {
-    "form": ("expand", "epilogue", "recompute"),
+CHOICES: dict[str, Sequence[int]] = {
     "BLOCK_P": (16, 32, 64, 128),
     "BLOCK_S": (16, 32, 64, 128),
     "BLOCK_M": (16, 32, 64, 128),
@@ -64,22 +63,20 @@ ATTENTION: dict[tuple[int, int, int | None], Sequence[int]] = {
 }
 
 Entry = Mapping[str, Any]
-Tile = dict[str, int | str]
+Tile = dict[str, int]
 Trial = Callable[[Tile], list[Tensor]]
 
 
 def candidates(tile: Mapping[str, int]) -> Iterator[Tile]:
     """The tile itself, then its neighbors: up to two keys moved to the next value tried.
 
-    A word becomes any other. Keys without choices (BLOCK_R, programs, VAR) stay: VAR says which
+    Keys without choices (BLOCK_R, programs, VAR) stay: VAR says which
     inner loop an architecture compiles well, and one of them may be compiled wrong.
     """
-    steps: dict[str, list[int | str]] = {}
+    steps: dict[str, list[int]] = {}
     for key, now in tile.items():
         tried = CHOICES.get(key, ())
-        if isinstance(now, str):
-            steps[key] = [other for other in tried if other != now]
-        elif now in tried:
+        if now in tried:
             place = tried.index(now)
             steps[key] = [tried[p] for p in (place - 1, place + 1) if 0 <= p < len(tried)]
     yield dict(tile)
@@ -173,32 +170,20 @@ def _linear_trial(where: Mapping[str, Any], device: str) -> Trial:
     x = _rand(device, examples * tokens, d_in)
     u = _rand(device, examples * tokens, rank)
     weight = _rand(device, d_out, d_in)
-    at = index, SCALE, None, None
+    at = index, SCALE, None
     if kernel == "shrink":
-        return lambda tile: [kernels.shrink(x, a, index, 1.0, None, None, {kernel: tile})]
+        return lambda tile: [kernels.shrink(x, a, index, 1.0, None, {kernel: tile})]
     if kernel == "expand":
 
         def expand(tile: Tile) -> list[Tensor]:
             y = torch.zeros(examples * tokens, d_out, dtype=x.dtype, device=device)
-            kernels.expand_(y, u, b, index, None, None, {kernel: tile})
+            kernels.expand_(y, u, b, index, None, {kernel: tile})
             return [y]
 
         return expand
     if kernel == "reduce":
         order, bounds = kernels.examples_by_adapter(index, examples)
-        return lambda tile: [kernels.reduce(u, x, a, order, bounds, None, None, {kernel: tile})]
-    if kernel == "epilogue":
-        args = x, weight, None, b, u, index, None, None
-        return lambda tile: [kernels.gemm.epilogue(*args, {kernel: tile})]
-    if kernel == "recompute":
-        args = x, weight, None, a, b, *at, True
-        return lambda tile: list(kernels.gemm.recompute(*args, {kernel: tile}))
-    if kernel == "prefill":
-        grad = _rand(device, examples * tokens, d_out)
-        forward = where["direction"] == "forward"
-        args = (x, weight, None, a, b) if forward else (grad, weight.mT, None, b, a)
-        rest = where["direction"], True
-        return lambda tile: list(kernels.product(*args, *at, *rest, {kernel: tile}))
+        return lambda tile: [kernels.reduce(u, x, a, order, bounds, None, {kernel: tile})]
     args = x.view(examples, 1, d_in), weight, None, a, b, *at, False
     return lambda tile: [kernels.lora_linear(*args, {kernel: tile})[0]]
 
@@ -226,15 +211,12 @@ def best(run: Trial, tile: Tile) -> tuple[Tile, float]:
     return tiles[first], times[first] / times[json.dumps(dict(tile))]
 
 
-def tune(op: str, section: str, forms: bool) -> list[Entry]:
-    """The entries of a section of an op's file, better ones in place of those beaten.
-
-    forms: only the entries that choose a form, else only the others.
-    """
+def tune(op: str, section: str) -> list[Entry]:
+    """The entries of a section of an op's file, better ones in place of those beaten."""
     entries = list(gpu.table(op)[section])
     for entry in list(entries):
         where = entry["where"]
-        run = trial(op, where) if ("form" in entry["config"]) == forms else None
+        run = trial(op, where)
         if run is None:
             continue
         tile, ratio = best(run, dict(entry["config"]))
@@ -371,8 +353,8 @@ def main() -> None:
     section = gpu.architecture(torch.cuda.get_device_capability())
     faster = {name: dict(rules) for name, rules in gpu.table("faster").items()}
     for op in options.op or OPS:
-        for forms in (False, True) if op in TUNED else ():
-            entries = tune(op, section, forms)
+        if op in TUNED:
+            entries = tune(op, section)
             if not options.dry_run:
                 save(op, dump({**gpu.table(op), section: entries}))
                 # What follows is launched with the new tiles.

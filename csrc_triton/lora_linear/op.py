@@ -5,9 +5,9 @@ Roofline at the 500M shape (d_in 2,560, d_out 960, r 32): one token reads W, 4.9
 hundred tokens; a training batch is bound by the GEMM over W, to which the adapter adds r/d.
 
 Where fusing cannot win: an adapter added inside a GEMM of ours saves up to 33% of a token's time at
-the 500M shape and 10-13% at the 2.2B shape (d_in 8,192), less what our GEMM lacks of cuBLAS's rate;
-with rank 32 and the 2.2B shape nothing is left of it when that GEMM recomputes x Aᵀ. The product
-over W therefore has three forms (``kernels.py``), and data chooses.
+the 500M shape and 10-13% at the 2.2B shape (d_in 8,192), less what our GEMM lacks of cuBLAS's rate.
+In training and prefill the GEMM over W is therefore cuBLAS's (``kernels.py``); in decoding, where
+reading W is all that counts, it is ours (``decode.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from csrc_triton.arguments import Arguments
 from csrc_triton.dispatch import Op
 from csrc_triton.lora_linear import reference
 from csrc_triton.lora_linear.self_check import SELF_CHECKS
@@ -53,11 +54,6 @@ def _implementation(
     return OP.implementation(x, lora_a, adapter_index, *others, **shape)
 
 
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ValueError(f"lora_linear: {name} must be {expected}, not {found}")
-
-
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -67,58 +63,35 @@ def _check(
     adapter_index: Tensor,
     scale: float,
     ranks: Tensor | None,
-    offsets: Tensor | None,
 ) -> None:
-    """Everything that can be known without waiting for a GPU; values of indices on a CPU only."""
-    packed = offsets is not None
-    _require(x.dim() == (2 if packed else 3), "x", "[T, d_in] packed, else [E, T, d_in]",
-             list(x.shape))  # fmt: skip
-    d_in, examples = x.shape[-1], adapter_index.numel()
-    _require(weight.dim() == 2 and weight.shape[1] == d_in, "weight", f"[d_out, {d_in}]",
-             list(weight.shape))  # fmt: skip
-    d_out = weight.shape[0]
-    _require(lora_a.dim() == 3 and lora_a.shape[2] == d_in, "lora_a", f"[n, r, {d_in}]",
-             list(lora_a.shape))  # fmt: skip
-    adapters, rank, _ = lora_a.shape
-    shapes = {
-        "bias": (bias, [d_out]),
-        "lora_b": (lora_b, [adapters, rank, d_out]),
-        "adapter_index": (adapter_index, [examples if packed else x.shape[0]]),
-        "ranks": (ranks, [adapters]),
-        "offsets": (offsets, [examples + 1]),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None:
-            _require(list(tensor.shape) == shape, name, str(shape), list(tensor.shape))
-            _require(tensor.device == x.device, name, f"on {x.device}", tensor.device)
-    for name, tensor in (("weight", weight), ("lora_a", lora_a)):
-        _require(tensor.device == x.device, name, f"on {x.device}", tensor.device)
-    for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
-        _require(tensor.is_floating_point(), name, "floating point", tensor.dtype)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            _require(tensor.dtype == x.dtype, name, f"of x's dtype {x.dtype}", tensor.dtype)
-    for name, tensor in (("adapter_index", adapter_index), ("ranks", ranks), ("offsets", offsets)):
-        if tensor is not None:
-            _require(tensor.dtype in (torch.int32, torch.int64), name, "int32 or int64",
-                     tensor.dtype)  # fmt: skip
-    _require(math.isfinite(scale), "scale", "finite", scale)
-    # Under torch.func, values may be those of a whole batch, which have no one number.
+    """Everything that is known without waiting for a GPU; values of indices on a CPU only."""
+    check = Arguments("lora_linear")
+    check.shape("x", x, "E", "T", "d_in")
+    examples, _, d_in = x.shape
+    check.shape("weight", weight, "d_out", d_in)
+    check.shape("lora_a", lora_a, "n", "r", d_in)
+    d_out, (adapters, rank, _) = weight.shape[0], lora_a.shape
+    check.shape("bias", bias, d_out)
+    check.shape("lora_b", lora_b, adapters, rank, d_out)
+    check.shape("adapter_index", adapter_index, examples)
+    check.shape("ranks", ranks, adapters)
+    check.device(
+        x.device, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b,
+        adapter_index=adapter_index, ranks=ranks,
+    )  # fmt: skip
+    check.floating(x=x, lora_a=lora_a, lora_b=lora_b)
+    check.dtype(x.dtype, weight=weight, bias=bias)
+    check.dtype(torch.int32, torch.int64, adapter_index=adapter_index, ranks=ranks)
+    check.require(math.isfinite(scale), "scale", "finite", scale)
+    # Under torch.func, values may be those of a whole batch and not single numbers.
     if x.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
-        _check_range("adapter_index", adapter_index, -1, adapters - 1)
-        if ranks is not None:
-            _check_range("ranks", ranks, 0, rank)
-        if offsets is not None:
-            rising = bool(offsets[0] == 0 and (offsets.diff() >= 0).all())
-            _require(rising and int(offsets[-1]) <= x.shape[0], "offsets",
-                     f"rising from 0 to at most {x.shape[0]}", offsets.tolist())  # fmt: skip
-
-
-def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    if values.numel():
-        least, most = (int(v) for v in torch.aminmax(values))
-        _require(low <= least and most <= high, name, f"in [{low}, {high}]",
-                 f"in [{least}, {most}]")  # fmt: skip
+        for name, values, low, high in (
+            ("adapter_index", adapter_index, -1, adapters - 1), ("ranks", ranks, 0, rank)
+        ):  # fmt: skip
+            if values is not None and values.numel():
+                least, most = (int(v) for v in torch.aminmax(values))
+                check.require(low <= least and most <= high, name, f"in [{low}, {high}]",
+                              f"values in [{least}, {most}]")  # fmt: skip
 
 
 @torch.library.custom_op("v2l::lora_linear", mutates_args=())
@@ -131,15 +104,14 @@ def _forward(
     adapter_index: Tensor,
     scale: float,
     ranks: Tensor | None,
-    offsets: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and u = scale · x A_iᵀ [tokens, r] for the gradient of B; u is [0, r] unless ``keep``."""
     refuse_forward_mode("lora_linear", x, weight, bias, lora_a, lora_b)
-    _check(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets)
-    tensors = (weight, bias, lora_b, ranks, offsets)
+    _check(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks)
+    tensors = (weight, bias, lora_b, ranks)
     return _implementation("forward", x, lora_a, adapter_index, *tensors).lora_linear(
-        x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets, keep
+        x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, keep
     )
 
 
@@ -153,17 +125,16 @@ def _backward(
     adapter_index: Tensor,
     scale: float,
     ranks: Tensor | None,
-    offsets: Tensor | None,
     u: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (grad, weight, lora_b, ranks, offsets)
+    tensors = (grad, weight, lora_b, ranks)
     return _implementation("backward", x, lora_a, adapter_index, *tensors).lora_linear_backward(
-        grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets, u
+        grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, u
     )
 
 
 @_forward.register_fake
-def _(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets, keep):
+def _(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, keep):
     tokens = math.prod(x.shape[:-1]) if keep else 0
     return (
         x.new_empty(*x.shape[:-1], weight.shape[0]),
@@ -172,7 +143,7 @@ def _(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets, kee
 
 
 @_backward.register_fake
-def _(grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets, u):
+def _(grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, u):
     return (
         x.new_empty(x.shape),
         lora_a.new_empty(lora_a.shape),
@@ -195,38 +166,37 @@ def _plain(
     adapter_index: Tensor,
     scale: float,
     ranks: Tensor | None,
-    offsets: Tensor | None,
 ) -> Tensor:
-    """The op in plain torch operations, whose derivatives PyTorch knows."""
-    _check(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets)
+    """The op in plain PyTorch operations, whose derivatives PyTorch knows."""
+    _check(x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks)
     return reference.differentiable_lora_linear(
-        x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets
+        x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks
     )
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, _, lora_a, lora_b, adapter_index, ctx.scale, ranks, offsets, _ = inputs
+    x, weight, _, lora_a, lora_b, adapter_index, ctx.scale, ranks, _ = inputs
     u = output[1]
     ctx.mark_non_differentiable(u)
-    ctx.save_for_backward(x, weight, lora_a, lora_b, adapter_index, ranks, offsets, u)
+    ctx.save_for_backward(x, weight, lora_a, lora_b, adapter_index, ranks, u)
 
 
 def _autograd(ctx, grad, _):
-    x, weight, lora_a, lora_b, adapter_index, ranks, offsets, u = ctx.saved_tensors
+    x, weight, lora_a, lora_b, adapter_index, ranks, u = ctx.saved_tensors
     if torch.is_grad_enabled():
         # create_graph=True: these gradients are to be differentiated again.
         d_x, d_a, d_b = differentiable_backward(
             lambda x, a, b: reference.differentiable_lora_linear(
-                x, weight.detach(), None, a, b, adapter_index, ctx.scale, ranks, offsets
+                x, weight.detach(), None, a, b, adapter_index, ctx.scale, ranks
             ),
             (x, lora_a, lora_b),
             (grad,),
         )
-        return d_x, None, None, d_a, d_b, None, None, None, None, None
+        return d_x, None, None, d_a, d_b, None, None, None, None
     d_x, d_a, d_b = _backward(
-        grad.contiguous(), x, weight, lora_a, lora_b, adapter_index, ctx.scale, ranks, offsets, u
+        grad.contiguous(), x, weight, lora_a, lora_b, adapter_index, ctx.scale, ranks, u
     )
-    return d_x, None, None, d_a, d_b, None, None, None, None, None
+    return d_x, None, None, d_a, d_b, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -242,36 +212,35 @@ def lora_linear(
     scale: float,
     *,
     ranks: Tensor | None = None,
-    offsets: Tensor | None = None,
 ) -> Tensor:
     """y = x Wᵀ (+ bias) + scale · (x A_iᵀ) B_i, i = adapter_index of the example.
 
-    Paper Eq. 8 with one adapter an example. ``scale`` is used as it is, not divided by the rank.
+    Eq. 8 of the paper with one adapter per example.
 
     Args:
-        x: [E, T, d_in]; or [T, d_in], the examples packed behind each other, with ``offsets``.
-        weight: [d_out, d_in], frozen: ``backward()`` gives it no gradient, nor ``bias`` [d_out].
-        lora_a, lora_b: [n, r, d_in] and [n, r, d_out], the batch's distinct adapters.
-        adapter_index: [E] integer; several examples may share an adapter; -1 means none.
-        ranks: [n] integer, how many of the r slots each adapter uses; all when None.
-        offsets: [E + 1] integer token offsets of packed examples, starting at 0; empty ones are
-            legal.
+        x: [E, T, d_in], T tokens of each of E examples.
+        weight: [d_out, d_in], frozen: neither it nor ``bias`` gets a gradient.
+        bias: [d_out], or None.
+        lora_a, lora_b: [n, r, d_in] and [n, r, d_out], the distinct adapters of the batch.
+        adapter_index: [E] int32 or int64, the adapter of each example; -1 for none.
+        scale: multiplies the adapter's product; not divided by the rank.
+        ranks: [n] int32 or int64, the number of rank slots that each adapter uses (None: all r).
 
     Returns:
-        [E, T, d_out] or [T, d_out] of x's dtype. Differentiable in x, lora_a and lora_b, any
-        number of times and in both modes; what differentiates in forward mode or more than once,
-        and every transform of ``torch.func``, runs in plain torch operations. Under autocast, x,
-        weight and bias are cast as by ``F.linear``.
+        y [E, T, d_out] of x's dtype. Differentiable in x, lora_a and lora_b any number of times, in
+        reverse and forward mode; higher derivatives, forward mode and the transforms of
+        ``torch.func`` run in plain PyTorch operations. Under autocast, x, weight and bias are cast
+        as by ``F.linear``.
 
     Raises:
-        ValueError: an argument's shape, dtype or device does not fit, scale is not finite or, on a
-            CPU, an index is out of range; on a GPU that is not looked at and counts as -1.
+        ValueError: an argument has the wrong shape, dtype or device, scale is not finite or, on a
+            CPU, an index is out of range. A GPU does not check indices: one out of range counts as
+            -1.
+        RuntimeError: ``V2L_BACKEND=triton`` and the kernels cannot serve the call.
     """
     if transformed():
-        args = x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, offsets
+        args = x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks
         return run_plain(_plain, args, _CAST)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_a, lora_b))
-    y, _ = _forward(
-        x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, offsets, keep
-    )
+    y, _ = _forward(x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, keep)
     return y

@@ -8,14 +8,14 @@ Shapes: E examples, T tokens, n adapters, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 
-def _chosen(lora_a: Tensor, adapter_index: Tensor, ranks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Adapter of each example, [E], any where it has none; the rank slots it uses, [E, 1, r]."""
+def _slots_of_examples(
+    lora_a: Tensor, adapter_index: Tensor, ranks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Each example's adapter [E] (0 where it has none) and the rank slots it uses [E, 1, r]."""
     adapters, rank, _ = lora_a.shape
     has_one = (adapter_index >= 0) & (adapter_index < adapters)
     index = torch.where(has_one, adapter_index, 0)
@@ -27,7 +27,7 @@ def _chosen(lora_a: Tensor, adapter_index: Tensor, ranks: Tensor | None) -> tupl
 
 
 def _by_example(factors: Tensor, index: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, r, d] -> [E, r, d], zero in slots that are not used, whatever stands there."""
+    """[n, r, d] -> [E, r, d], zero in unused slots, whatever those hold."""
     return torch.where(used.mT, factors[index].to(dtype), 0)
 
 
@@ -40,34 +40,27 @@ def lora_linear(
     adapter_index: Tensor,
     scale: float,
     ranks: Tensor | None,
-    offsets: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T (+ bias) + u B_i, u = scale x A_i^T, i the adapter of each example, -1 for none.
 
-    Waits for no device, but for packed input, whose examples are computed one by one.
-
     Returns y and u [tokens, r] of x's dtype, which the backward needs, zero in slots that are not
-    used; [0, r] unless ``keep``.
+    used; [0, r] unless ``keep``. Waits for no device.
     """
-    if offsets is not None:
-        return _packed_lora_linear(
-            x, weight, bias, lora_a, lora_b, adapter_index, scale, ranks, offsets, keep
-        )
     rank, wide = lora_a.shape[1], torch.promote_types(x.dtype, torch.float32)
     y = torch.nn.functional.linear(x, weight, bias)
     if lora_a.shape[0] == 0:
         return y, y.new_zeros(x[..., 0].numel() if keep else 0, rank)
-    index, used = _chosen(lora_a, adapter_index, ranks)
+    index, used = _slots_of_examples(lora_a, adapter_index, ranks)
     if ranks is not None:
         slots = torch.arange(rank, device=ranks.device)
         lora_b = torch.where((slots < ranks[:, None])[:, :, None], lora_b, 0)
     if lora_a.shape[0] > 1:
-        # One adapter is not gathered: for a token that costs more than the product with it.
+        # A single adapter is not gathered: for one token that costs more than the product with it.
         lora_a, lora_b = lora_a[index], lora_b[index]
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     u = torch.where(used, ((x @ a.mT).to(wide) * scale).to(x.dtype), 0)
-    # Chosen, not added as zeros: what an adapter holds cannot reach an example without one.
+    # Selected, not added as zeros: an example without an adapter is independent of what one holds.
     y = y + torch.where(used.any(-1, keepdim=True), u @ b, 0)
     return y, u.reshape(-1, rank) if keep else u.new_empty(0, rank)
 
@@ -81,23 +74,17 @@ def lora_linear_backward(
     adapter_index: Tensor,
     scale: float,
     ranks: Tensor | None,
-    offsets: Tensor | None,
     u: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, lora_a and lora_b; the weight is frozen; ``u`` as the forward kept it."""
-    if offsets is not None:
-        return _packed_lora_linear_backward(
-            grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, offsets, u
-        )
     if lora_a.shape[0] == 0:
         return grad @ weight, torch.zeros_like(lora_a), torch.zeros_like(lora_b)
-    index, used = _chosen(lora_a, adapter_index, ranks)
+    index, used = _slots_of_examples(lora_a, adapter_index, ranks)
     a, b = (_by_example(t, index, used, x.dtype) for t in (lora_a, lora_b))
-    d_u = (torch.bmm(grad, b.mT).to(torch.promote_types(x.dtype, torch.float32)) * scale).to(
-        x.dtype
-    )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    d_u = (torch.bmm(grad, b.mT).to(wide) * scale).to(x.dtype)
     d_x = torch.baddbmm(grad @ weight, d_u, a)
-    # A product, because adding up by index has no fixed order on a GPU.
+    # A matrix product, because index_add has no fixed order on a GPU.
     owners = adapter_index == torch.arange(lora_a.shape[0], device=x.device)[:, None]
 
     def by_adapter(per_example: Tensor, like: Tensor) -> Tensor:
@@ -118,76 +105,12 @@ def differentiable_lora_linear(
     adapter_index: Tensor,
     scale: float,
     ranks: Tensor | None,
-    offsets: Tensor | None,
 ) -> Tensor:
     """y of :func:`lora_linear`, every derivative of which is finite and reads used slots only."""
     y = torch.nn.functional.linear(x, weight, bias)
     if lora_a.shape[0] == 0 or adapter_index.numel() == 0:
         return y
-    if offsets is not None:
-        # Every token as an example of its own; those behind the last example have no adapter.
-        tokens = torch.arange(x.shape[0], device=x.device)
-        example = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)
-        index = adapter_index[example.clamp_max(adapter_index.numel() - 1)]
-        adapter_index = torch.where(example < adapter_index.numel(), index, -1)
-        x = x[:, None]
-    index, used = _chosen(lora_a, adapter_index, ranks)
+    index, used = _slots_of_examples(lora_a, adapter_index, ranks)
     a, b = (_by_example(t, index, used, x.dtype) for t in (lora_a, lora_b))
     u = ((x @ a.mT).to(torch.promote_types(x.dtype, torch.float32)) * scale).to(x.dtype)
-    update = u @ b
-    return y + (update if offsets is None else update[:, 0])
-
-
-def _packed_rows(
-    lora_a: Tensor, adapter_index: Tensor, ranks: Tensor | None, offsets: Tensor
-) -> Iterator[tuple[int, int, slice]]:
-    """Adapter, its rank and the tokens of each packed example that has an adapter and tokens."""
-    bounds = offsets.tolist()
-    limits = [lora_a.shape[1]] * lora_a.shape[0] if ranks is None else ranks.tolist()
-    for i, first, stop in zip(adapter_index.tolist(), bounds, bounds[1:], strict=False):
-        if i >= 0 and stop > first:
-            yield i, limits[i], slice(first, stop)
-
-
-def _packed_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    adapter_index: Tensor,
-    scale: float,
-    ranks: Tensor | None,
-    offsets: Tensor,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    y = torch.nn.functional.linear(x, weight, bias)
-    u = x.new_zeros(x.shape[0], lora_a.shape[1])
-    wide = torch.promote_types(x.dtype, torch.float32)
-    for i, r, rows in _packed_rows(lora_a, adapter_index, ranks, offsets):
-        u[rows, :r] = ((x[rows] @ lora_a[i, :r].to(x.dtype).T).to(wide) * scale).to(x.dtype)
-        y[rows] += u[rows, :r] @ lora_b[i, :r].to(x.dtype)
-    return y, u if keep else u[:0].clone()
-
-
-def _packed_lora_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    adapter_index: Tensor,
-    scale: float,
-    ranks: Tensor | None,
-    offsets: Tensor,
-    u: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_x, d_a, d_b = grad @ weight, torch.zeros_like(lora_a), torch.zeros_like(lora_b)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    for i, r, rows in _packed_rows(lora_a, adapter_index, ranks, offsets):
-        a, b = lora_a[i, :r].to(x.dtype), lora_b[i, :r].to(x.dtype)
-        d_u = ((grad[rows] @ b.T).to(wide) * scale).to(x.dtype)
-        d_x[rows] += d_u @ a
-        d_a[i, :r] += d_u.T @ x[rows]
-        d_b[i, :r] += u[rows, :r].T @ grad[rows]
-    return d_x, d_a, d_b
+    return y + u @ b

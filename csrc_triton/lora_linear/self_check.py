@@ -21,7 +21,7 @@ def _linear(tokens: int, device: torch.device, small: bool) -> Run:
     lora_a = random_signs(random, density, 3, rank, d_in)
     lora_b = random_signs(random, 0.25, 3, rank, d_out)
     inputs = [t.to(device) for t in (x, weight, lora_a, lora_b)]
-    which = torch.tensor([2, 0, -1, 2], device=device), 1.0, None, None
+    which = torch.tensor([2, 0, -1, 2], device=device), 1.0, None
 
     def run(implementation: ModuleType, dtype: torch.dtype) -> list[Tensor]:
         x, weight, a, b = (t.to(dtype) for t in inputs)

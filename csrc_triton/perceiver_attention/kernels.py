@@ -10,20 +10,18 @@ half the register file; more rows spill. The two row tiles of a slice read the s
 run next to each other, so the second read comes from L2. Floor at S = 832, N = 1,536, one block:
 1.07 ms on an A100 (312 TFLOP/s), 0.42 ms at 790 TFLOP/s.
 
-Four forms of the inner loop, VAR, because the compiler lays out two chained products badly
+Three forms of the inner loop, VAR, because the compiler lays out two chained products badly
 (bf16, Z = 512, Triton 3.7.1; registers, MMAs and instructions in loops, shared memory; no spills):
 
 - ``PLAIN``, sm_90, 64 rows x 64 tokens, 2 stages: 255, 68, 887, 196,864 B; sm_80, 64 x 32,
   3 stages: 255, 192, 903, 135,424 B. Warps compute the same scores twice.
-- ``REGION``: scores inside a condition that always holds, which hides the second product from the
-  layout rules. sm_90, 64 x 64, 2 stages: 255, 36, 714, 230,144 B. Its second product is a wgmma
-  with A in registers, which ptxas before 13.3 can corrupt when pipelined (triton#9433; Triton 3.7
-  ships 12.8): in no shipped configuration.
 - ``TRANSPOSED_SOFTMAX``: softmax on the transposed scores. sm_80, 64 x 32, 3 stages: 255, 128,
   619, 135,424 B.
-- ``TRANSPOSED``: scores and accumulator both transposed, inside such a condition: every wgmma
-  operand comes from shared memory, and the corruption cannot occur. sm_90, 64 x 64, 2 stages: 254,
-  48 (narrower ones, the same work), 841, 205,056 B. It spills on sm_80.
+- ``TRANSPOSED``: scores and accumulator both transposed, the scores inside a condition that always
+  holds, which hides the second product from the layout rules. Every wgmma operand comes from shared
+  memory; one in registers would be miscompiled when pipelined by ptxas before 13.3 (triton#9433;
+  Triton 3.7 ships 12.8). sm_90, 64 x 64, 2 stages: 254, 48 (narrower ones, the same work), 841,
+  205,056 B. It spills on sm_80.
 
 Loops over tokens count from 0: one that starts at a computed token is not prefetched.
 
@@ -50,9 +48,8 @@ MAX_WIDTH = 512
 MAX_ROW_STRIDE = 2**23
 
 PLAIN = tl.constexpr(0)
-REGION = tl.constexpr(1)
-TRANSPOSED_SOFTMAX = tl.constexpr(2)
-TRANSPOSED = tl.constexpr(3)
+TRANSPOSED_SOFTMAX = tl.constexpr(1)
+TRANSPOSED = tl.constexpr(2)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below every finite score, and finite: differences of two of them are never NaN.
@@ -144,13 +141,6 @@ def attend(
         if VAR == PLAIN:
             scores = tl.dot(q, tl.trans(x), input_precision="ieee")
             w, peak, total, decay = _softmax_step(scores, norm, peak, total, 1)
-            acc = tl.dot(w.to(dtype), x, acc * decay[:, None], input_precision="ieee")
-        elif VAR == REGION:
-            w = tl.zeros([BLOCK_P, BLOCK_S], tl.float32)
-            decay = tl.zeros([BLOCK_P], tl.float32)
-            if start < S:
-                scores = tl.dot(q, tl.trans(x), input_precision="ieee")
-                w, peak, total, decay = _softmax_step(scores, norm, peak, total, 1)
             acc = tl.dot(w.to(dtype), x, acc * decay[:, None], input_precision="ieee")
         elif VAR == TRANSPOSED_SOFTMAX:
             scores = tl.trans(tl.dot(q, tl.trans(x), input_precision="ieee"))

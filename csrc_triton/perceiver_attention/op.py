@@ -1,8 +1,8 @@
 """Absorbed Perceiver cross-attention over an RMS-normalized context.
 
-No bias and no query/key norm stand between the context and the scores, so the key projection folds
-into the query and the value projection into the output, exactly. What is left attends with
-P = heads x latents query rows of width Z to the context itself, no K, V or repeat in between.
+No bias and no query or key norm stands between the context and the scores, so the key projection
+folds into the query and the value projection into the output, exactly. What remains is attention of
+P = heads x latents query rows of width Z over the context itself, without K, V or repeated heads.
 
 Roofline, per token and block at Z = 512, P = 128: 4·P·Z = 262 kFLOP against 1 KB of context in
 bf16, 256 FLOP/B. Nine blocks over S = 832 tokens and N = 1,536 slices are 3.0 TFLOP: floor 9.7 ms
@@ -13,7 +13,7 @@ Against the same form in plain torch (two batched products around a softmax) the
 of the bytes, 27 of 53 GB over those nine blocks, 6 of 12 ms at 4.3 TB/s. It cannot win in float32,
 where no tensor core helps and its tiles of 16 rows read the context P / 16 times, nor above
 Z = 512, which it refuses; below some hundred tokens launches decide.
-``faster.json`` draws the line.
+``faster.json`` holds these limits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from csrc_triton.arguments import Arguments
 from csrc_triton.dispatch import Op
 from csrc_triton.perceiver_attention import reference
 from csrc_triton.perceiver_attention.self_check import SELF_CHECKS
@@ -50,6 +51,17 @@ def _implementation(query: Tensor, context: Tensor, *others: Tensor) -> ModuleTy
     return OP.implementation(query, context, *others, **shape)
 
 
+def _check(query: Tensor, context: Tensor, inv_rms: Tensor) -> None:
+    check = Arguments("perceiver_attention")
+    check.shape("query", query, "N", "P", "Z")
+    slices, _, width = query.shape
+    check.shape("context", context, slices, "S", width)
+    check.shape("inv_rms", inv_rms, *context.shape[:2])
+    check.floating(query=query, inv_rms=inv_rms)
+    check.dtype(query.dtype, context=context)
+    check.device(query.device, context=context, inv_rms=inv_rms)
+
+
 @torch.library.custom_op("v2l::perceiver_attention", mutates_args=())
 def _forward(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
     refuse_forward_mode("perceiver_attention", query, context, inv_rms)
@@ -60,7 +72,7 @@ def _forward(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, T
 
 @_forward.register_fake
 def _(query, context, inv_rms):
-    # A single argument on the meta device brings the call here.
+    # A call with one argument on the meta device ends up here.
     _check(query, context, inv_rms)
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=wide)
@@ -98,7 +110,7 @@ register_autocast("perceiver_attention_backward", 0)
 
 
 def _plain(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
-    """The op in plain torch operations, whose derivatives PyTorch knows."""
+    """The op in plain PyTorch operations, whose derivatives PyTorch knows."""
     _check(query, context, inv_rms)
     return reference.differentiable_perceiver_attention(query, context, inv_rms)
 
@@ -123,51 +135,27 @@ def _autograd(ctx, grad_out, grad_lse):
 _forward.register_autograd(_autograd, setup_context=_setup)
 
 
-def _check(query: Tensor, context: Tensor, inv_rms: Tensor) -> None:
-    """One line that names the argument, before anything is launched."""
-    if query.dim() != 3 or not query.is_floating_point():
-        raise ValueError(
-            f"query must be floating point [N, P, Z], got {query.dtype} {tuple(query.shape)}"
-        )
-    slices, _, width = query.shape
-    if context.dim() != 3 or context.shape[0] != slices or context.shape[2] != width:
-        raise ValueError(
-            f"context must be [{slices}, S, {width}] like query, got {tuple(context.shape)}"
-        )
-    if inv_rms.shape != context.shape[:2]:
-        raise ValueError(
-            f"inv_rms must be {tuple(context.shape[:2])} like context, got {tuple(inv_rms.shape)}"
-        )
-    if context.dtype != query.dtype:
-        raise ValueError(f"context must be {query.dtype} like query, got {context.dtype}")
-    if not inv_rms.is_floating_point():
-        raise ValueError(f"inv_rms must be floating point, got {inv_rms.dtype}")
-    for name, tensor in (("context", context), ("inv_rms", inv_rms)):
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} like query, got {tensor.device}")
-
-
 def perceiver_attention(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
     """out_i = sum_s p_is ĉ_s with p = softmax(q_i · ĉ_s) over visible s and ĉ_s = inv_rms_s · c_s.
 
     Args:
-        query: [N, P, Z] absorbed queries: W_k^T q, times the context norm's weight and the
-            softmax scale.
+        query: [N, P, Z] absorbed queries: W_k^T q, times the context norm's weight and the softmax
+            scale.
         context: [N, S, Z] raw (not normalized) context of query's dtype; finite everywhere.
-        inv_rms: [N, S] 1 / rms of each visible token and 0 for a masked one, float32 or wider. It
-            is norm and mask in one and serves every block.
+        inv_rms: [N, S] float32 or wider, 1 / rms of each visible token and 0 for a masked one: norm
+            and mask in one tensor, which serves every block.
 
     Returns:
-        out [N, P, Z] of query's dtype and the natural log-sum-exp lse [N, P] of the scores
-        (float32 or wider). A row with no visible token gives out = 0 and lse = -inf, so partial
-        results, the appended latents for one, merge by log-sum-exp. Differentiable in all inputs,
-        any number of times and in both modes; what differentiates in forward mode or more than
-        once, and every transform of ``torch.func``, runs in plain torch operations. Under
-        autocast, query and context are cast as by ``F.scaled_dot_product_attention``.
+        out [N, P, Z] of query's dtype and lse [N, P], the natural log-sum-exp of the scores in
+        float32 or wider. A row that sees no token has out = 0 and lse = -inf, so that partial
+        results (over the appended latents, for example) merge by log-sum-exp. Differentiable in all
+        inputs any number of times, in reverse and forward mode; higher derivatives, forward mode
+        and the transforms of ``torch.func`` run in plain PyTorch operations. Under autocast, query
+        and context are cast as by ``F.scaled_dot_product_attention``.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
-        RuntimeError: ``V2L_BACKEND`` asks for kernels that cannot serve the call.
+        ValueError: an argument has the wrong shape, dtype or device.
+        RuntimeError: ``V2L_BACKEND=triton`` and the kernels cannot serve the call.
     """
     if transformed():
         return run_plain(_plain, (query, context, inv_rms), _CAST)

@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from csrc_triton.arguments import Arguments
 from csrc_triton.dispatch import Op
 from csrc_triton.rank_projection import reference
 from csrc_triton.rank_projection.self_check import SELF_CHECKS
@@ -44,11 +45,6 @@ def _implementation(direction: str, latents: Tensor, *others: Tensor | None) -> 
     return OP.implementation(latents, *others, **shape)
 
 
-def _require(holds: bool, name: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ValueError(f"rank_projection: {name} must be {expected}, not {found}")
-
-
 def _check(
     latents: Tensor,
     weight: Tensor,
@@ -59,29 +55,25 @@ def _check(
     d_in: int,
     d_out: int,
 ) -> None:
-    _require(latents.dim() == 5, "latents", "[G, C, L, R, Z]", list(latents.shape))
+    check = Arguments("rank_projection")
+    check.shape("latents", latents, "G", "C", "L", "R", "Z")
     _, _, layers, rank, depth = latents.shape
-    fits = weight.dim() == 3 and list(weight.shape[:2]) == [layers, depth]
-    _require(fits and weight.shape[2] >= d_in + d_out, "weight",
-             f"[{layers}, {depth}, {d_in + d_out} or more]", list(weight.shape))  # fmt: skip
-    for name, scaler in (("scaler_a", scaler_a), ("scaler_b", scaler_b)):
-        _require(list(scaler.shape) == [layers, rank], name, f"[{layers}, {rank}]",
-                 list(scaler.shape))  # fmt: skip
-    _require((bias_a is None) == (bias_b is None), "bias_b", "given with bias_a, or neither",
-             "one of them")  # fmt: skip
+    check.shape("weight", weight, layers, depth, "W")
+    check.require(weight.shape[2] >= d_in + d_out, "weight",
+                  f"[{layers}, {depth}, {d_in + d_out} or more]", list(weight.shape))  # fmt: skip
+    check.shape("scaler_a", scaler_a, layers, rank)
+    check.shape("scaler_b", scaler_b, layers, rank)
+    check.require((bias_a is None) == (bias_b is None), "bias_b", "passed if and only if bias_a is",
+                  "one of the two")  # fmt: skip
     if bias_a is not None:
-        slots = bias_a.shape[1] if bias_a.dim() == 3 else "R'"
-        for name, bias, d in (("bias_a", bias_a, d_in), ("bias_b", bias_b, d_out)):
-            _require(list(bias.shape) == [layers, slots, d], name, f"[{layers}, {slots}, {d}]",
-                     list(bias.shape))  # fmt: skip
+        check.shape("bias_a", bias_a, layers, "R'", d_in)
+        check.shape("bias_b", bias_b, layers, bias_a.shape[1], d_out)
     tensors = {
-        "latents": latents, "weight": weight, "scaler_a": scaler_a, "scaler_b": scaler_b,
-        "bias_a": bias_a, "bias_b": bias_b,
+        "weight": weight, "scaler_a": scaler_a, "scaler_b": scaler_b, "bias_a": bias_a,
+        "bias_b": bias_b,
     }  # fmt: skip
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _require(tensor.is_floating_point(), name, "floating point", tensor.dtype)
-            _require(tensor.device == latents.device, name, f"on {latents.device}", tensor.device)
+    check.floating(latents=latents, **tensors)
+    check.device(latents.device, **tensors)
 
 
 @torch.library.custom_op("v2l::rank_projection", mutates_args=())

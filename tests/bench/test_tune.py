@@ -39,8 +39,6 @@ def test_every_shipped_tile_has_candidates():
         found = list(tune.candidates(entry["config"]))
         assert found[0] == entry["config"], op
         assert 1 < len(found) < 80, op
-        if "form" in entry["config"]:
-            assert [c["form"] for c in found] == ["expand", "epilogue", "recompute"]
 
 
 @pytest.mark.parametrize(
@@ -88,16 +86,14 @@ def test_refuses_without_a_gpu(monkeypatch):
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """``make tune`` on a pretended H200 where 32 examples or slices, half the heads' tiles and the
-    recomputing form win; what runs afterwards reads what it wrote."""
+    """``make tune`` on a pretended H200 where 32 examples or slices and half the heads'
+    tiles win; what runs afterwards reads what it wrote."""
     for name in (*tune.TUNED, "faster"):
         (tmp_path / gpu.file_of(name)).parent.mkdir(exist_ok=True)
         (tmp_path / gpu.file_of(name)).write_text(json.dumps(gpu.table(name)))
     table = functools.cache(lambda name: json.loads((tmp_path / gpu.file_of(name)).read_text()))
 
     def best(run, tile):
-        if "form" in tile:
-            return {"form": "recompute"}, 0.5
         return ({**tile, "num_warps": 8}, 0.5) if "BLOCK_M" in tile else (dict(tile), 1.0)
 
     def wins(function, make, needs):
@@ -152,7 +148,4 @@ def test_what_is_written_is_what_runs(measured, monkeypatch):
         assert projection._implementation("forward", few).__name__.endswith("reference")
         assert gated._fuses(torch.empty(9000, 4, device="cuda", dtype=torch.bfloat16))
         assert not gated._fuses(torch.empty(9, 4, device="cuda", dtype=torch.bfloat16))
-    key = {"direction": "backward", "tokens": 512, "rank": 32, "inputs": "half", "width": 2560}
-    assert gpu.lookup("lora_linear", (9, 0), kernel="prefill", **key) == {"form": "recompute"}
-    assert gpu.lookup("lora_linear", (8, 0), kernel="prefill", **key) == {"form": "expand"}
     assert gpu.lookup("rank_projection", (9, 0), inputs="half", rows=16)["num_warps"] == 8

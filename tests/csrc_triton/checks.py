@@ -6,6 +6,7 @@ torch operations that share no code with the op.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,7 +30,7 @@ def values_and_gradients(
 ) -> list[Tensor]:
     """Outputs, then the gradients of Σ <output, cotangent> for the inputs; zeros for unused ones.
 
-    Cotangents are fixed random tensors when not given.
+    Cotangents default to fixed random tensors.
     """
     leaves = [t.detach().requires_grad_() for t in inputs]
     results = outputs(function(*leaves))
@@ -44,13 +45,17 @@ def values_and_gradients(
 
 
 def assert_equals_oracle(
-    op: Function, oracle: Function, inputs: Sequence[Tensor], dtype: torch.dtype
+    op: Function,
+    oracle: Function,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Values and gradients against the oracle in float64.
+    """Values and gradients against the oracle in float64, both on ``device``.
 
     In another dtype the op may err by twice what the oracle errs when computed in that dtype.
     """
-    rounded = [t.to(dtype) for t in inputs]
+    rounded = [t.to(device, dtype) for t in inputs]
     exact = values_and_gradients(oracle, [t.double() for t in rounded])
     found = values_and_gradients(op, rounded)
     assert [f.shape for f in found] == [e.shape for e in exact]
@@ -71,24 +76,34 @@ def assert_gradcheck(op: Function, inputs: Sequence[Tensor]) -> None:
     assert torch.autograd.gradcheck(op, [t.double().requires_grad_() for t in inputs])
 
 
-def assert_layouts_do_not_matter(op: Function, inputs: Sequence[Tensor]) -> None:
+def widest_dtype() -> torch.dtype:
+    """The widest dtype that the implementation under test serves."""
+    return torch.float64 if os.environ["V2L_BACKEND"] == "reference" else torch.float32
+
+
+def assert_layouts_do_not_matter(
+    op: Function, inputs: Sequence[Tensor], device: torch.device
+) -> None:
     """Transposed inputs and expanded cotangents give the results of contiguous ones."""
+    dtype = widest_dtype()
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
 
     def strided(t: Tensor) -> Tensor:
         return t.mT.contiguous().mT if t.dim() > 1 else t.repeat_interleave(2)[::2]
 
-    contiguous = [t.contiguous() for t in inputs]
+    contiguous = [t.to(device, dtype).contiguous() for t in inputs]
     expected = outputs(op(*contiguous))
     assert all(r.is_contiguous() for r in expected)
-    ones = [torch.ones((), dtype=r.dtype).expand(r.shape) for r in expected]
+    ones = [torch.ones((), dtype=r.dtype, device=device).expand(r.shape) for r in expected]
     expected = values_and_gradients(op, contiguous, [o.contiguous() for o in ones])
     turned = [strided(t) for t in contiguous]
     assert not all(t.is_contiguous() for t in turned)
     for f, e in zip(values_and_gradients(op, turned, ones), expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(f, e, **tolerance)
 
 
 def assert_same_bits_twice(op: Function, inputs: Sequence[Tensor]) -> None:
+    """Values and gradients of two equal calls are equal bit for bit."""
     first, second = (values_and_gradients(op, inputs) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)

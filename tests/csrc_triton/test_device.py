@@ -103,9 +103,6 @@ def test_shipped_files_are_well_formed(name):
         return
     for entry in (entry for section in content.values() for entry in section):
         assert set(entry) == {"where", "config"}
-        if entry["where"].get("kernel") == "prefill":
-            assert entry["config"].keys() == {"form"}
-            continue
         assert {"num_warps", "num_stages"} <= set(entry["config"])
         assert entry["config"]["num_warps"] in (1, 2, 4, 8, 16)
         assert all(isinstance(value, int) for value in entry["config"].values())

@@ -1,4 +1,4 @@
-"""perceiver_attention against a softmax over the normalized context, one row at a time."""
+"""perceiver_attention against a softmax over the normalized context."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import shutil
 import pytest
 import torch
 
+from csrc_triton import device as configs
 from csrc_triton import perceiver_attention
+from csrc_triton.perceiver_attention import kernels
 from tests.csrc_triton import checks
 from tests.csrc_triton.checks import random
 
-BACKENDS = ["aot_eager", *(["inductor"] if shutil.which("g++") else [])]
+COMPILERS = ["aot_eager"]
+if shutil.which("g++"):
+    COMPILERS.append(pytest.param("inductor", marks=pytest.mark.slow))
+VARIANTS = [v.value for v in (kernels.PLAIN, kernels.TRANSPOSED_SOFTMAX, kernels.TRANSPOSED)]
+EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+WARPS = {"num_warps": 4, "num_stages": 2}
 
 
 def oracle(query, context, inv_rms):
@@ -31,60 +38,158 @@ def inputs(n: int, p: int, s: int, z: int, lengths: list[int] | None = None) -> 
     return [random(n, p, z, seed=0) / z**0.5, random(n, s, z, seed=1), inv_rms]
 
 
-def finite_lse(query, context, inv_rms):
-    """The op with a finite log-sum-exp, as everything that merges it must make it."""
-    out, lse = perceiver_attention(query, context, inv_rms)
-    return out, lse.exp()
+def finite(function):
+    """The function with exp(lse), which is finite in rows that see nothing."""
+
+    def finite_lse(query, context, inv_rms):
+        out, lse = function(query, context, inv_rms)
+        return out, lse.exp()
+
+    return finite_lse
 
 
-def finite_oracle(query, context, inv_rms):
-    out, lse = oracle(query, context, inv_rms)
-    return out, lse.exp()
+OP = finite(perceiver_attention)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("s", [1, 7, 31, 32, 33, 300, 1023])
-def test_equals_oracle(s, dtype):
-    checks.assert_equals_oracle(finite_lse, finite_oracle, inputs(2, 5, s, 16), dtype)
+def assert_equals_oracle(tensors, dtype, device) -> None:
+    checks.assert_equals_oracle(OP, finite(oracle), tensors, dtype, device)
 
 
-@pytest.mark.parametrize(("p", "z"), [(1, 1), (128, 32), (3, 2049)])
-def test_widths(p, z):
-    checks.assert_equals_oracle(finite_lse, finite_oracle, inputs(2, p, 9, z), torch.float32)
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch):
+    """Makes small shapes take several tiles of each kernel; called with the attention's variant."""
+    tuned = configs.lookup
+
+    def use(variant: int, splits: int = 1, tokens: int = 16) -> None:
+        tiles = {
+            "attend": {"BLOCK_P": 16, "BLOCK_S": tokens, "VAR": variant, **WARPS},
+            "score_gradients": {"BLOCK_P": 16, "BLOCK_S": tokens, "BLOCK_K": 16, **WARPS},
+        }
+
+        def lookup(op, capability, *, kernel, **shape):
+            return tiles.get(kernel) or tuned(op, capability, kernel=kernel, **shape)
+
+        monkeypatch.setattr(configs, "lookup", lookup)
+        monkeypatch.setattr(kernels, "split_count", lambda *counts: splits)
+
+    return use
 
 
-def test_ragged_batch_with_empty_rows():
-    args = inputs(4, 5, 33, 8, lengths=[0, 1, 33, 17])
+@pytest.mark.parametrize("s", [1, 31, 300])
+def test_equals_oracle(s, device, dtype):
+    assert_equals_oracle(inputs(2, 5, s, 16), dtype, device)
+
+
+@pytest.mark.parametrize(("p", "z"), [(1, 1), (128, 32)])
+def test_widths(p, z, device):
+    assert_equals_oracle(inputs(2, p, 9, z), torch.float32, device)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize(("p", "z"), [(17, 48), (3, 257)])
+def test_many_tiles_of_odd_widths(p, z, variant, kernel_device, dtype, small_tiles):
+    small_tiles(variant, splits=2)
+    assert_equals_oracle(inputs(2, p, 37, z), dtype, kernel_device)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("splits", [1, 8])
+def test_many_tiles_of_a_ragged_batch(splits, variant, kernel_device, dtype, small_tiles):
+    small_tiles(variant, splits)
+    assert_equals_oracle(inputs(4, 5, 49, 16, lengths=[0, 1, 49, 32]), dtype, kernel_device)
+
+
+def test_more_tokens_than_are_scanned_at_once(kernel_device, small_tiles):
+    small_tiles(VARIANTS[-1], splits=2, tokens=128)
+    tensors = inputs(3, 5, 1100, 16, lengths=[1100, 0, 700])
+    assert_equals_oracle(tensors, torch.float32, kernel_device)
+
+
+def shipped(kernel: str) -> list[dict[str, int]]:
+    """The distinct configurations of a kernel that this GPU can run; all in the interpreter."""
+    table = configs.table("perceiver_attention")
+    sections = list(table)
+    if torch.cuda.is_available():
+        own = configs.architecture(torch.cuda.get_device_capability())
+        sections = [name for name in (own, "default") if name in table]
+    entries = [e for name in sections for e in table[name] if e["where"]["kernel"] == kernel]
+    return list({tuple(e["config"].items()): e["config"] for e in entries}.values())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "config"),
+    [(kernel, config) for kernel in ("attend", "score_gradients") for config in shipped(kernel)],
+)
+def test_shipped_tiles(kernel, config, kernel_device, monkeypatch):
+    tuned = configs.lookup
+
+    def lookup(op, capability, **key):
+        return dict(config) if key["kernel"] == kernel else tuned(op, capability, **key)
+
+    monkeypatch.setattr(configs, "lookup", lookup)
+    monkeypatch.setattr(kernels, "split_count", lambda *counts: 2)
+    tensors = inputs(2, config["BLOCK_P"] + 2, config["BLOCK_S"] + 6, 40, [config["BLOCK_S"], 9])
+    assert_equals_oracle(tensors, torch.float16, kernel_device)
+
+
+def test_ragged_batch_with_empty_rows(device):
+    dtype = checks.widest_dtype()
+    args = [t.to(device, dtype) for t in inputs(4, 5, 33, 8, lengths=[0, 1, 33, 17])]
     out, lse = perceiver_attention(*args)
-    assert not out[0].any() and (lse[0] == -torch.inf).all()
-    checks.assert_equals_oracle(finite_lse, finite_oracle, args, torch.float64)
+    assert not out[0].any() and (lse[0] == -torch.inf).all() and torch.isfinite(lse[1:]).all()
+    assert_equals_oracle(args, dtype, device)
     for row in (1, 2, 3):
-        seen = args[2][row] != 0
+        visible = args[2][row] != 0
         alone = perceiver_attention(
-            args[0][row, None], args[1][row, None, seen], args[2][row, None, seen]
+            args[0][row, None], args[1][row, None, visible], args[2][row, None, visible]
         )
         torch.testing.assert_close(out[row], alone[0][0])
         torch.testing.assert_close(lse[row], alone[1][0])
 
 
-def test_no_tokens():
-    out, lse = perceiver_attention(*inputs(2, 3, 0, 4))
-    assert not out.any() and (lse == -torch.inf).all()
+def test_nothing_to_attend_to(device):
+    for n, p, s in ((2, 3, 0), (0, 3, 5), (2, 0, 5)):
+        args = [t.float().to(device) for t in inputs(n, p, s, 4)]
+        out, exp_lse, *grads = checks.values_and_gradients(OP, args)
+        assert out.shape == (n, p, 4) and not out.any() and not exp_lse.any()
+        assert not any(g.any() for g in grads)
 
 
-def test_holes_in_the_mask_reach_nothing():
-    query, context, inv_rms = inputs(2, 3, 11, 4)
-    inv_rms = inv_rms * (torch.arange(11) % 3 > 0)
-    found = checks.values_and_gradients(finite_lse, [query, context, inv_rms])
+def test_holes_in_the_mask_reach_nothing(device):
+    args = [t.to(device, checks.widest_dtype()) for t in inputs(2, 3, 11, 4)]
+    query, context, inv_rms = args
+    inv_rms = inv_rms * (torch.arange(11, device=device) % 3 > 0)
+    first = checks.values_and_gradients(OP, [query, context, inv_rms])
     other = torch.where((inv_rms == 0)[..., None], 1e6, context)
-    again = checks.values_and_gradients(finite_lse, [query, other, inv_rms])
-    for a, b in zip(found, again, strict=True):
+    again = checks.values_and_gradients(OP, [query, other, inv_rms])
+    for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(a, b)
-    assert not found[3][inv_rms == 0].any() and not found[4][inv_rms == 0].any()
+    assert not first[3][inv_rms == 0].any() and not first[4][inv_rms == 0].any()
 
 
-def test_parts_merge_by_log_sum_exp():
-    query, context, inv_rms = inputs(2, 3, 20, 4, lengths=[20, 3])
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@EVERY_VARIANT
+def test_masked_context_may_hold_any_finite_value(variant, kernel_device, dtype, small_tiles):
+    small_tiles(variant, splits=2)
+    query, context, inv_rms = (t.to(kernel_device, dtype) for t in inputs(3, 5, 50, 16))
+    s = torch.arange(50, device=kernel_device)
+    # Visible ranges that start late, and whose shares are smaller than the whole context's.
+    visible = torch.stack([s % 3 > 0, (s > 20) & (s < 40), s < 10])
+    inv_rms = inv_rms * visible
+    largest = torch.finfo(dtype).max
+    dirty = torch.where(visible[..., None], context, largest * (-1.0) ** s[:, None]).to(dtype)
+    clean = torch.where(visible[..., None], context, 0.0)
+    results = checks.values_and_gradients(OP, [query, dirty, inv_rms])
+    expected = checks.values_and_gradients(OP, [query, clean, inv_rms])
+    for r, e in zip(results, expected, strict=True):
+        assert torch.equal(r, e)
+    assert not results[3][~visible].any() and not results[4][~visible].any()
+    assert_equals_oracle([query, clean, inv_rms], dtype, kernel_device)
+
+
+def test_parts_merge_by_log_sum_exp(device):
+    args = inputs(2, 3, 20, 4, lengths=[20, 3])
+    query, context, inv_rms = (t.to(device, checks.widest_dtype()) for t in args)
     out, lse = perceiver_attention(query, context, inv_rms)
     parts = [
         perceiver_attention(query, context[:, p], inv_rms[:, p])
@@ -96,41 +201,63 @@ def test_parts_merge_by_log_sum_exp():
     torch.testing.assert_close(merged_lse, lse)
 
 
-def test_large_scores_do_not_overflow():
-    query, context, inv_rms = inputs(1, 2, 5, 4)
-    out, lse = perceiver_attention(query.float() * 1e4, context.float(), inv_rms.float())
-    assert torch.isfinite(out).all() and torch.isfinite(lse).all()
+@EVERY_VARIANT
+def test_large_scores_do_not_overflow(variant, device, small_tiles):
+    small_tiles(variant, splits=2)
+    query, context, inv_rms = (t.float().to(device) for t in inputs(1, 2, 40, 4))
+    out, lse = perceiver_attention(query * 1e4, context, inv_rms)
+    expected_out, expected_lse = oracle(query * 1e4, context, inv_rms)
+    torch.testing.assert_close(lse, expected_lse)
+    torch.testing.assert_close(out, expected_out)
 
 
-def test_gradcheck():
-    checks.assert_gradcheck(perceiver_attention, inputs(2, 3, 4, 3))
-    query, context, inv_rms = inputs(3, 2, 4, 3, lengths=[2, 0, 4])
-    checks.assert_gradcheck(lambda q, c: finite_lse(q, c, inv_rms), [query, context])
+def test_context_that_is_not_finite_shows(device):
+    query, context, inv_rms = (t.float().to(device) for t in inputs(2, 3, 20, 4))
+    context[0, 7, 2] = torch.nan
+    out, _ = perceiver_attention(query, context, inv_rms)
+    assert out[0].isnan().all() and torch.isfinite(out[1]).all()
 
 
-def test_layouts_do_not_matter():
-    checks.assert_layouts_do_not_matter(perceiver_attention, inputs(2, 3, 7, 4))
+def test_layouts_do_not_matter(device):
+    checks.assert_layouts_do_not_matter(perceiver_attention, inputs(2, 3, 37, 16), device)
 
 
-def test_query_shared_by_all_rows():
-    query, context, inv_rms = inputs(3, 2, 5, 4)
-    shared = query[:1].clone().requires_grad_()
-    out, _ = perceiver_attention(shared.expand(3, -1, -1), context, inv_rms)
-    out.square().sum().backward()
-    copies = query[:1].repeat(3, 1, 1).requires_grad_()
-    expected, _ = perceiver_attention(copies, context, inv_rms)
-    expected.square().sum().backward()
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(shared.grad, copies.grad.sum(0, keepdim=True))
+def test_views_are_read_by_their_strides(device):
+    """One query for every slice, every other token, tokens that are not adjacent in memory."""
+    query, context, inv_rms = (t.float().to(device) for t in inputs(2, 3, 37, 16))
+    query = query[:1]
+
+    def function(view_context):
+        return lambda q, c, r: OP(q.expand(2, -1, -1), view_context(c), r[:, ::2])
+
+    contiguous = function(lambda c: c[:, ::2].contiguous())
+    expected = checks.values_and_gradients(contiguous, [query, context, inv_rms])
+    for view in (lambda c: c[:, ::2], lambda c: c.transpose(0, 1)[::2].transpose(0, 1)):
+        results = checks.values_and_gradients(function(view), [query, context, inv_rms])
+        for r, e in zip(results, expected, strict=True):
+            torch.testing.assert_close(r, e)
 
 
-def test_same_bits_twice():
-    checks.assert_same_bits_twice(perceiver_attention, [t.float() for t in inputs(3, 8, 300, 16)])
+@EVERY_VARIANT
+def test_same_bits_twice(variant, device, small_tiles):
+    small_tiles(variant, splits=3)
+    args = [t.half().to(device) for t in inputs(2, 20, 70, 32, lengths=[70, 40])]
+    checks.assert_same_bits_twice(OP, args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    args = tuple(t.to(dtype).requires_grad_() for t in inputs(2, 3, 7, 4))
+@pytest.mark.parametrize("splits", [2, 30])
+def test_splits_agree(splits, kernel_device, small_tiles):
+    args = [t.float().to(kernel_device) for t in inputs(2, 5, 90, 16, lengths=[90, 33])]
+    small_tiles(VARIANTS[0])
+    whole = checks.values_and_gradients(OP, args)
+    small_tiles(VARIANTS[0], splits)
+    for r, e in zip(checks.values_and_gradients(OP, args), whole, strict=True):
+        torch.testing.assert_close(r, e)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_opcheck(device, precision):
+    args = tuple(t.to(device, precision).requires_grad_() for t in inputs(2, 3, 7, 4))
     torch.library.opcheck(torch.ops.v2l.perceiver_attention.default, args)
     out, lse = perceiver_attention(*args)
     checks.opcheck_backward(
@@ -139,11 +266,68 @@ def test_opcheck(dtype):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles(backend):
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiles(compiler):
     # Pointwise work around the op gives the compiler something to fuse.
     checks.assert_compiles(
         lambda q, c, r: perceiver_attention(q * 2, c.sin(), r)[0].cos(),
         *([t.float() for t in inputs(2, 3, s, 4)] for s in (7, 13)),
-        backend,
+        compiler,
     )
+
+
+def test_gradcheck():
+    checks.assert_gradcheck(perceiver_attention, inputs(2, 3, 4, 3))
+    query, context, inv_rms = inputs(3, 2, 4, 3, lengths=[2, 0, 4])
+    checks.assert_gradcheck(lambda q, c: OP(q, c, inv_rms), [query, context])
+
+
+@pytest.mark.parametrize(
+    ("programs", "processors", "token_tiles", "expected"),
+    [
+        (3072, 132, 13, 1),  # the slices alone fill the GPU
+        (132, 132, 1024, 1),
+        (64, 132, 1024, 2),  # 128 programs, one wave
+        (64, 108, 2048, 5),  # 320 programs, 2.96 waves
+        (64, 132, 4, 1),  # too few tokens to share
+        (2, 132, 13, 3),
+        (1, 1, 100, 1),
+    ],
+)
+def test_split_count(programs, processors, token_tiles, expected):
+    assert kernels.split_count(programs, processors, token_tiles) == expected
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+def test_what_the_kernels_cannot_serve(kernel_device):
+    wide = [t.float().to(kernel_device) for t in inputs(1, 2, 3, 513)]
+    with pytest.raises(ValueError, match="at most 512, got 513; set V2L_BACKEND=reference"):
+        perceiver_attention(*wide)
+    with pytest.raises(RuntimeError, match="float64"):
+        perceiver_attention(*(t.to(kernel_device) for t in inputs(2, 3, 5, 4)))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("query", torch.zeros(3, 4), r"query must be \[N, P, Z\], got \[3, 4\]"),
+        ("query", torch.zeros(2, 3, 4, dtype=torch.long), "query must be floating point"),
+        ("context", torch.zeros(2, 5, 3), r"context must be \[2, S, 4\], got \[2, 5, 3\]"),
+        ("context", torch.zeros(3, 5, 4), r"context must be \[2, S, 4\], got \[3, 5, 4\]"),
+        ("context", torch.zeros(2, 5, 4).half(), "context must be torch.float32, got torch.fl"),
+        ("context", torch.zeros(2, 5, 4, device="meta"), "context must be on cpu, got meta"),
+        ("inv_rms", torch.zeros(2, 4), r"inv_rms must be \[2, 5\], got \[2, 4\]"),
+        ("inv_rms", torch.zeros(2, 5, dtype=torch.bool), "inv_rms must be floating point"),
+        ("inv_rms", torch.zeros(2, 5, device="meta"), "inv_rms must be on cpu, got meta"),
+    ],
+)
+def test_error_names_the_argument(name, wrong, message):
+    args = {
+        "query": torch.zeros(2, 3, 4),
+        "context": torch.zeros(2, 5, 4),
+        "inv_rms": torch.zeros(2, 5),
+    }
+    with pytest.raises(ValueError, match=f"perceiver_attention: {message}"):
+        perceiver_attention(**{**args, name: wrong})

@@ -31,6 +31,12 @@ def test_results_are_integers_that_bfloat16_holds(op, check):
     assert any(t.any() for t in exact)
 
 
+@pytest.mark.parametrize(("op", "check"), CHECKS)
+def test_kernels_pass(op, check, kernel_device):
+    small = kernel_device.type == "cpu"
+    assert op.wrong_elements(check, torch.float16, kernel_device, small=small) == 0
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0, float("nan")])
 def test_one_wrong_element_is_detected(offset):
     class Kernels:

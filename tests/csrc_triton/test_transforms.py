@@ -66,10 +66,6 @@ CASES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
         partial(lora, ranks=torch.tensor([2, 4])),
         (random(3, 2, 6, seed=0), *FACTORS),
     ),
-    "lora_linear packed": (
-        partial(lora, offsets=torch.tensor([0, 2, 2, 5])),
-        (random(6, 6, seed=0), *FACTORS),
-    ),
     "perceiver_attention": (attention, (random(3, 2, 6, seed=4), random(3, 4, 6, seed=5))),
     "perceiver_attention norm": (attention_of_norm, (random(2, 4, seed=6).abs(),)),
     "rank_projection": (

@@ -60,10 +60,8 @@ def visible_ops(monkeypatch):
             latents, weight, scaler_a, scaler_b, None, None, d_in, d_out
         )
 
-    def lora_linear(x, weight, bias, a, b, index, scale, ranks=None, offsets=None):
-        return lora_reference.lora_linear(
-            x, weight, bias, a, b, index, scale, ranks, offsets, False
-        )[0]
+    def lora_linear(x, weight, bias, a, b, index, scale, ranks=None):
+        return lora_reference.lora_linear(x, weight, bias, a, b, index, scale, ranks, False)[0]
 
     monkeypatch.setattr(hypernet, "rank_projection", rank_projection)
     monkeypatch.setattr(adapted, "lora_linear", lora_linear)
