@@ -64,7 +64,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     path = checkpoint_path(tmp_path, 1)
     save_checkpoint(path, named_parameters(network), optimizer, {"step": 1})
     other = torch.nn.Linear(2, 2)
-    with pytest.raises(CheckpointError, match="not this model's"):
+    with pytest.raises(CheckpointError, match="of another model"):
         load_checkpoint(path, named_parameters(other), torch.optim.AdamW([other.weight]))
 
 
@@ -87,5 +87,5 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
 
 def test_other_safetensors_are_no_checkpoints(tmp_path):
     tiny.hypernetwork().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="not a whole training checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete training checkpoint"):
         read_progress(tmp_path / "model.safetensors")

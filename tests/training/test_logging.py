@@ -109,7 +109,7 @@ def test_operations_are_those_of_the_step(visible_ops):
     # enters the first layer's adapter.
     contexts = sum(cost.contexts(sample) for sample in samples)
     assert contexts == pytest.approx(counted(adapters), rel=0.05)
-    turns = sum(cost.turns(sample) for sample in samples)
+    turns = sum(cost.responses(sample) for sample in samples)
     assert turns == pytest.approx(
         counted(lambda: step.loss(samples, features, given).loss), rel=0.01
     )

@@ -236,7 +236,7 @@ def test_another_machines_folder_is_refused(tmp_path):
 
     first.refuse_another(gather)
     alike.refuse_another(gather)
-    with pytest.raises(CheckpointError, match="b: on .* not the folder that the first process"):
+    with pytest.raises(CheckpointError, match="b: on .* not the folder that the main process"):
         other.refuse_another(gather)
     other.open(None)
     with pytest.raises(CheckpointError, match="all machines of the run share"):

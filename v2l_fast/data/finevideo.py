@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ PUBLISHED = "https://huggingface.co/datasets/HuggingFaceFV/finevideo"
 MIX = {"scene": 0.6, "adjacent": 0.3, "full": 0.1}
 # Scenes of an adjacent span.
 ADJACENT = (2, 3)
-# A scene that begins later after the one before it is not adjacent to it, seconds.
+# Largest gap or overlap of adjacent scenes, seconds.
 GAP = 1.0
 
 
@@ -36,8 +37,15 @@ class FineVideoError(V2LError):
 
 @dataclass(frozen=True)
 class Span:
-    """A candidate: `pool` is "scene", "adjacent" or "full"; start and end in seconds, None for
-    the whole video; scenes are positions in the metadata's list."""
+    """A part of a video, or all of it.
+
+    Attributes:
+        video: path within the folder.
+        pool: "scene", "adjacent" or "full".
+        start, end: seconds; None for the whole video.
+        scenes: positions in the metadata's list of scenes.
+        questions: of the metadata, for the whole video.
+    """
 
     video: str
     pool: str
@@ -49,18 +57,18 @@ class Span:
     @property
     def id(self) -> str:
         stem = Path(self.video).with_suffix("").as_posix()
-        places = f"-{self.scenes[0]}-{self.scenes[-1]}" if self.scenes else ""
-        return f"finevideo-{stem}-{self.pool}{places}"
+        scenes = f"-{self.scenes[0]}-{self.scenes[-1]}" if self.scenes else ""
+        return f"finevideo-{stem}-{self.pool}{scenes}"
 
 
 @dataclass(frozen=True)
 class Pools:
-    """All candidates of a folder.
+    """All spans of a folder.
 
     Attributes:
-        spans: pool -> its candidates.
+        spans: pool -> its spans.
         videos: number of videos read.
-        left_out: file name -> why a video gives nothing.
+        left_out: file name -> why its metadata could not be used.
     """
 
     spans: Mapping[str, list[Span]]
@@ -69,7 +77,7 @@ class Pools:
 
 
 def read_pools(folder: str | os.PathLike) -> Pools:
-    """Candidates of every video of a folder and its subfolders, in the order of their names.
+    """The spans of every video in a folder and its subfolders, in the order of their names.
 
     Raises:
         FineVideoError: no such folder, or no video with metadata in it.
@@ -87,13 +95,13 @@ def read_pools(folder: str | os.PathLike) -> Pools:
         name = video.relative_to(folder).as_posix()
         videos += 1
         try:
-            found = list(candidates(name, read_json(path)))
+            candidates = list(video_spans(name, read_json(path)))
         except (ValueError, V2LError) as error:
             left_out[name] = f"its metadata cannot be read ({error})"
             continue
-        if not any(span.scenes for span in found):
-            left_out[name] = "its metadata names no scene with times; only the whole is used"
-        for span in found:
+        if not any(span.scenes for span in candidates):
+            left_out[name] = "its metadata has no scene with times; only the whole video is used"
+        for span in candidates:
             spans[span.pool].append(span)
     if not videos:
         raise FineVideoError(
@@ -104,7 +112,7 @@ def read_pools(folder: str | os.PathLike) -> Pools:
 
 
 def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """(metadata, video): the video beside it, else the only one of that name in the folder."""
+    """(metadata, video): the video beside it, else the only one of its name in the folder."""
     named: dict[str, list[Path]] = {}
     for video in sorted(folder.rglob("*.mp4")):
         named.setdefault(video.stem, []).append(video)
@@ -117,10 +125,11 @@ def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
             yield path, videos[0]
 
 
-def candidates(video: str, metadata: Any) -> Iterator[Span]:
-    """Every span of one video that its metadata gives.
+def video_spans(video: str, metadata: Any) -> Iterator[Span]:
+    """Every span that the metadata of a video defines.
 
-    Raises ValueError when the metadata is not FineVideo's.
+    Raises:
+        ValueError: the metadata is not FineVideo's.
     """
     content = metadata.get("content_metadata") if isinstance(metadata, dict) else None
     if not isinstance(content, dict):
@@ -136,35 +145,26 @@ def candidates(video: str, metadata: Any) -> Iterator[Span]:
                 yield Span(video, "adjacent", run[0][1][0], run[-1][1][1], numbers)
     pairs = content.get("qAndA")
     pairs = pairs if isinstance(pairs, list) else []
-    asked = [q.get("question") for q in pairs if isinstance(q, dict)]
-    questions = tuple(q.strip() for q in asked if isinstance(q, str) and q.strip())
+    texts = [pair.get("question") for pair in pairs if isinstance(pair, dict)]
+    questions = tuple(t.strip() for t in texts if isinstance(t, str) and t.strip())
     yield Span(video, "full", questions=questions)
 
 
 def seconds(timestamp: Any) -> float | None:
-    """ "H:MM:SS.mmm" (or MM:SS) in seconds; None for anything else."""
-    parts = str(timestamp).strip().split(":")
-    if len(parts) not in (2, 3):
+    """ "H:MM:SS.mmm" or "MM:SS.mmm" in seconds; None for anything else."""
+    match = re.fullmatch(r"(?:(\d{1,9}):)?(\d{1,9}):(\d\d?(?:\.\d*)?)", str(timestamp).strip())
+    if match is None or float(match[3]) >= 60:
         return None
-    try:
-        *high, low = int(parts[0]), *map(int, parts[1:-1]), float(parts[-1])
-    except ValueError:
-        return None
-    if min(*high, low) < 0 or not low < 60:
-        return None
-    total = 0
-    for part in high:
-        total = 60 * total + part
-    return 60 * total + low
+    return 3600 * int(match[1] or 0) + 60 * int(match[2]) + float(match[3])
 
 
 def mix_spans(
     pools: Pools, total: int | None = None, mix: Mapping[str, float] = MIX, seed: int = 0
 ) -> list[Span]:
-    """Spans drawn from the pools in the ratio `mix`, without repeats, shuffled.
+    """Draw spans from the pools in the ratio `mix`, without repeats, in random order.
 
     Args:
-        total: how many; as many as the ratio allows when None.
+        total: number of spans; None takes as many as the ratio allows.
 
     Raises:
         FineVideoError: a pool is too small for its share of `total`.
@@ -176,26 +176,26 @@ def mix_spans(
             sizes = ", ".join(f"{pool} {len(pools.spans[pool])}" for pool in shares)
             raise FineVideoError(f"the pools are too small for the mix ({sizes}); change the mix")
     counts = {pool: _floor(total * share) for pool, share in shares.items()}
-    # The largest remainders get what rounding down left over.
-    by_rest = sorted(shares, key=lambda pool: counts[pool] - total * shares[pool])
-    for pool in by_rest[: total - sum(counts.values())]:
+    # Rounding down leaves some spans over; they go to the largest remainders.
+    by_remainder = sorted(shares, key=lambda pool: counts[pool] - total * shares[pool])
+    for pool in by_remainder[: total - sum(counts.values())]:
         counts[pool] += 1
     rng = random.Random(seed)
     chosen = []
     for pool, count in counts.items():
-        there = pools.spans[pool]
-        if count > len(there):
+        spans = pools.spans[pool]
+        if count > len(spans):
             raise FineVideoError(
-                f"{count} spans of {total} are to come from pool {pool!r}, which has {len(there)}; "
-                "ask for fewer, or change the mix"
+                f"{total} spans need {count} of the pool {pool!r}, which has {len(spans)}; take "
+                "fewer spans, or change the mix"
             )
-        chosen += rng.sample(there, count)
+        chosen += rng.sample(spans, count)
     rng.shuffle(chosen)
     return chosen
 
 
 def _scene_times(scenes: Any, duration: Any) -> Iterator[tuple[int, tuple[float, float]]]:
-    """(position, (start, end)) of each scene whose times make sense, within the video."""
+    """(position, (start, end)) of each scene with valid times, cut to the video's duration."""
     # The duration is in whole seconds.
     limit = duration + 1 if isinstance(duration, int | float) and duration > 0 else math.inf
     for number, scene in enumerate(scenes if isinstance(scenes, list) else []):
@@ -210,19 +210,19 @@ def _scene_times(scenes: Any, duration: Any) -> Iterator[tuple[int, tuple[float,
 
 
 def _floor(value: float) -> int:
-    """Rounded down, but for what floating point lacks to a whole number."""
+    """`value` rounded down; values that rounding errors put just below an integer give it."""
     return math.floor(value + 1e-9)
 
 
 def _adjacent(run: Sequence[tuple[int, tuple[float, float]]]) -> bool:
-    """Scenes that follow each other, in the list and in time."""
+    """Whether the scenes follow each other, in the list and in time."""
     return all(
         after == before + 1 and first_end - GAP <= next_start <= first_end + GAP
         for (before, (_, first_end)), (after, (next_start, _)) in zip(run, run[1:], strict=False)
     )
 
 
-# As many of each kind as the released recipe has, in other words.
+# As many per pool as the released recipe has, in other words.
 PROMPTS = {
     "scene": ("Describe what happens in this scene.", "Sum up this scene in a few sentences."),
     "adjacent": (
@@ -234,7 +234,7 @@ PROMPTS = {
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """The rows written, and the pools they were drawn from."""
 
     rows: list[dict[str, Any]]
@@ -249,12 +249,12 @@ def build_manifest(
     val_share: float = 0.01,
     questions: int = 0,
     seed: int = 0,
-) -> Built:
+) -> BuildResult:
     """Write a manifest of spans without targets.
 
     Args:
-        val_share: of the videos; their spans are the split "val".
-        questions: of the metadata, at most so many for each whole video, as further prompts.
+        val_share: share of the videos whose spans are the split "val".
+        questions: limit on the metadata's questions per whole video, added as prompts.
     """
     pools = read_pools(folder)
     home = Path(out).resolve().parent
@@ -265,7 +265,7 @@ def build_manifest(
         split = "val" if video_share(span.video, seed) < val_share else "train"
         rows += _rows(span, base, split, questions)
     write_manifest(out, rows)
-    return Built(rows, pools)
+    return BuildResult(rows, pools)
 
 
 def _rows(span: Span, base: str, split: str, questions: int) -> Iterator[dict[str, Any]]:
@@ -274,13 +274,13 @@ def _rows(span: Span, base: str, split: str, questions: int) -> Iterator[dict[st
     metadata: dict[str, Any] = {"pool": span.pool, "video_id": span.video}
     if span.start is not None:
         metadata |= {"span": [span.start, span.end], "scenes": list(span.scenes)}
-    asked = [("caption", "", chosen)]
-    asked += [("qa", f"-q{n}", text) for n, text in enumerate(span.questions[:questions])]
-    for task, suffix, prompt in asked:
+    tasks = [("caption", "", chosen)]
+    tasks += [("qa", f"-q{n}", text) for n, text in enumerate(span.questions[:questions])]
+    for task_type, suffix, prompt in tasks:
         yield {
             "id": span.id + suffix,
             "video_path": os.path.join(base, span.video),
-            "task_type": task,
+            "task_type": task_type,
             "prompt": prompt,
             "target_text": "",
             "dataset": "finevideo",

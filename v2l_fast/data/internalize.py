@@ -1,8 +1,6 @@
-"""A whole manifest of videos internalized into an adapter store, on one machine or a cluster.
+"""Internalize a whole manifest of videos into an adapter store, on one machine or a cluster.
 
-Responsible for going through the videos: reading ahead, shards that resume, failures set aside. How
-videos become adapters is the model's, how adapters are kept the store's, how shards are spread over
-workers `v2l_fast.data.shards`'s.
+Videos are read ahead in shards that resume after an interruption; failures are listed and left out.
 """
 
 from __future__ import annotations
@@ -33,18 +31,18 @@ from v2l_fast.video.reading import BACKENDS, Backend
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """What internalizes, and how.
+    """The model, and how it reads videos.
 
     Attributes:
         model, base, device, dtype: as of :meth:`~v2l_fast.model.Video2LoRA.from_pretrained`, the
             dtype by name.
-        max_frames, longest_edge: as in training when None.
-        exact_frames: take exactly `max_frames`, whatever the duration.
+        max_frames, longest_edge: None takes those of the hypernetwork's training.
+        exact_frames: take exactly `max_frames` frames, whatever the duration.
         seconds: longest time one file may take to read.
-        videos_per_shard: work that is lost at most when a worker dies.
-        threads: that read videos ahead; on a GPU they share its decoder's batches.
-        decoder: as `backend` of :func:`~v2l_fast.video.load_video`; "auto" is the GPU where it
-            can. Files it leaves to the CPU are counted in ``v2l_fast.video.fallbacks``.
+        videos_per_shard: the most work that an interruption can cost.
+        threads: number that read videos ahead; they share the batches of a GPU's decoder.
+        decoder: as `backend` of :func:`~v2l_fast.video.load_video`; "auto" prefers the GPU. Files
+            that it leaves to the CPU are counted in ``v2l_fast.video.fallbacks``.
         batch_size: videos that go through the model together.
 
     Raises:
@@ -65,23 +63,23 @@ class CorpusSettings:
     batch_size: int = BATCH_SIZE
 
     def __post_init__(self) -> None:
-        # Each video would fail for it, and be left out.
+        # Otherwise every video would fail and be left out.
         if self.decoder not in BACKENDS:
             raise ConfigError(f"decoder must be one of {', '.join(BACKENDS)}, got {self.decoder!r}")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
-        # What the model was trained with does not matter here: only that the values are in range.
+        # Raises if a value is out of range; the defaults do not matter here.
         FrameSampling(1, 2).override(self.max_frames, self.longest_edge)
 
-    def meaning(self) -> dict[str, Any]:
-        """What the adapters depend on."""
-        around = {"device", "seconds", "videos_per_shard", "threads", "decoder", "batch_size"}
-        return {k: v for k, v in asdict(self).items() if k not in around}
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that adapters depend on."""
+        free = {"device", "seconds", "videos_per_shard", "threads", "decoder", "batch_size"}
+        return {k: v for k, v in asdict(self).items() if k not in free}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What came of it: the list of adapters (JSONL), how many, and the videos left out."""
+    """The list of adapters (JSONL), their number, and the videos that failed."""
 
     listing: Path
     adapters: int
@@ -89,7 +87,7 @@ class Corpus:
 
 
 class Internalizer:
-    """The work of a shard: videos by number -> a line for each adapter or failure."""
+    """The work of a shard: numbers of videos -> a line for each adapter or failure."""
 
     def __init__(
         self, videos: Sequence[VideoExamples], store: str | os.PathLike, settings: CorpusSettings
@@ -113,7 +111,7 @@ class Internalizer:
     def __call__(self, numbers: Sequence[int]) -> list[Line]:
         videos = [self.videos[number] for number in numbers]
         threads, batch_size = self.settings.threads, self.settings.batch_size
-        # While one batch is computed, the next is read.
+        # The next batch is read while one is computed.
         clips = read_ahead(self._read, videos, threads, max(2 * threads, batch_size))
         adapters = self.model.internalize_each(
             clips,
@@ -136,10 +134,10 @@ class Internalizer:
         if isinstance(adapter, VideoError):
             return {"failure": asdict(Failure(video.name, str(adapter)))}
         if video.span is not None:
-            # Whoever asks for the whole file must not be given a part of it.
-            told = {**adapter.provenance["preprocessing"], "span": list(video.span)}
-            record = {**adapter.provenance, "preprocessing": told}
-            adapter = replace(adapter, provenance=record)
+            # The adapter of a part must not be taken for that of the whole file.
+            preprocessing = {**adapter.provenance["preprocessing"], "span": list(video.span)}
+            provenance = {**adapter.provenance, "preprocessing": preprocessing}
+            adapter = replace(adapter, provenance=provenance)
         return {
             "video_path": video.examples[0].video_path,
             "span": video.span,
@@ -157,15 +155,15 @@ def internalize_corpus(
     workers: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> Corpus:
-    """Internalize every video (and span) of a manifest once; goes on where an earlier run stopped.
+    """Internalize every video (or span) of a manifest once; continues an interrupted run.
 
     Args:
-        manifest: only ``video_path`` is needed in a line; ``metadata.span`` is honored.
+        manifest: a line needs ``video_path`` alone; ``metadata.span`` is honored.
         store: folder of an :class:`~v2l_fast.store.adapter_store.AdapterStore`, which
-            servers may use at the same time. The run's own files go under ``corpora/`` there, with
-            ``adapters.jsonl``: video path, span, example ids and adapter id.
-        engine: "local", in this process; "ray", `workers` processes of a Ray cluster.
-        progress: called with (videos done, videos in all).
+            servers may use at the same time. The run's own files are under ``corpora/`` in it,
+            among them ``adapters.jsonl``: video path, span, example ids and adapter id.
+        engine: "local" in this process, or "ray" in `workers` processes of a Ray cluster.
+        progress: called with the number of videos done and their total.
 
     Raises:
         ManifestError: the manifest cannot be used.
@@ -173,13 +171,14 @@ def internalize_corpus(
         CheckpointError, ConfigError: the model cannot be loaded.
     """
     videos = group_by_video(load_manifest(manifest, root, required=("video_path",)))
-    told = [[v.examples[0].video_path, v.span, [e.id for e in v.examples]] for v in videos]
-    meaning = {**settings.meaning(), "videos": told}
-    digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+    listed = [[v.examples[0].video_path, v.span, [e.id for e in v.examples]] for v in videos]
+    fingerprint = settings.fingerprint()
+    content = json.dumps({**fingerprint, "videos": listed})
+    digest = hashlib.sha256(content.encode()).hexdigest()
     store = Path(store).resolve()
     folder = store / "corpora" / f"{Path(manifest).stem}-{digest[:12]}"
     shards = Shards.open(
-        folder, settings.meaning() | {"digest": digest}, len(videos), settings.videos_per_shard
+        folder, fingerprint | {"digest": digest}, len(videos), settings.videos_per_shard
     )
     if engine == "ray":
         gpus = 0 if settings.device == "cpu" else None
@@ -189,6 +188,7 @@ def internalize_corpus(
             shards.run(work, progress)
     lines = list(shards.lines())
     failures = [Failure(**line["failure"]) for line in lines if "failure" in line]
-    made = [line for line in lines if "failure" not in line]
-    write_jsonl(folder / "adapters.jsonl", made)
-    return Corpus(folder / "adapters.jsonl", len(made), failures)
+    adapters = [line for line in lines if "failure" not in line]
+    listing = folder / "adapters.jsonl"
+    write_jsonl(listing, adapters)
+    return Corpus(listing, len(adapters), failures)

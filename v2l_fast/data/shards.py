@@ -35,7 +35,7 @@ class ShardError(V2LError):
 
 @dataclass(frozen=True)
 class Shards:
-    """`items` items in shards of `size`, their files under `folder`. Picklable."""
+    """`items` items in shards of `size`, one file each under `folder`. Picklable."""
 
     folder: Path
     items: int
@@ -43,18 +43,18 @@ class Shards:
 
     @classmethod
     def open(
-        cls, folder: str | os.PathLike, meaning: Mapping[str, Any], items: int, size: int
+        cls, folder: str | os.PathLike, fingerprint: Mapping[str, Any], items: int, size: int
     ) -> Shards:
-        """Begin or go on in a folder.
+        """Begin or continue in a folder.
 
         Args:
-            meaning: JSON of everything the result depends on.
+            fingerprint: JSON values of everything the result depends on.
 
         Raises:
-            ShardError: the folder holds another run's shards, or cannot be written.
+            ShardError: the folder holds shards of another run, or cannot be written.
         """
         folder = Path(folder).resolve()
-        record = {**meaning, "items": items, "shard_size": size}
+        record = {**fingerprint, "items": items, "shard_size": size}
         ResumableFolder(folder, record, ShardError, shared=True)
         try:
             (folder / "shards").mkdir(exist_ok=True)
@@ -81,12 +81,12 @@ class Shards:
         return self.items - sum(len(self.numbers(shard)) for shard in self.missing())
 
     def compute(self, shard: int, work: ShardWork) -> None:
-        """Do one shard unless it is done."""
+        """Compute one shard unless it is done."""
         if not self.path(shard).exists():
             write_jsonl(self.path(shard), map(dict, work(self.numbers(shard))))
 
     def run(self, work: ShardWork, progress: Progress) -> None:
-        """Do the shards that are missing, one after the other, in this process."""
+        """Compute the missing shards one after the other, in this process."""
         done = self.items_done()
         progress(done, self.items)
         for shard in self.missing():
@@ -112,7 +112,7 @@ class Shards:
 
 
 class _Worker:
-    """One process: makes the work (and with it the model) once, then does shards."""
+    """One process of a cluster: creates the work (and its model) once, then computes shards."""
 
     def __init__(
         self, shards: Shards, make: Callable[..., ShardWork], arguments: tuple[Any, ...]
@@ -122,7 +122,7 @@ class _Worker:
         self.work: ShardWork | None = None
 
     def __call__(self, row: dict[str, int]) -> dict[str, Any]:
-        """The shard, and an error's message: Ray would try again what cannot succeed."""
+        """The shard, and the message of an error, which Ray would otherwise retry in vain."""
         try:
             self.work = self.work or self.make()
             self.shards.compute(row["shard"], self.work)
@@ -139,13 +139,16 @@ def run_on_ray(
     gpus: float | None,
     progress: Progress,
 ) -> None:
-    """Do the missing shards on the cluster this process belongs to, or that RAY_ADDRESS names;
-    on a cluster of this machine alone when there is none.
+    """Compute the missing shards on a Ray cluster, through Ray Data.
+
+    A worker writes each shard itself, so one that dies costs the shard it had begun, which Ray
+    gives to another. All nodes must see the folder. The cluster is the one this process belongs to
+    or RAY_ADDRESS names, else one of this machine alone.
 
     Args:
-        make, arguments: what a worker calls once to get its work; sent to it.
-        workers: processes.
-        gpus: of each; None is 1 where the cluster has GPUs.
+        make, arguments: each worker calls ``make(*arguments)`` once to create its work.
+        workers: number of processes.
+        gpus: GPUs per process; None is 1 where the cluster has GPUs.
 
     Raises:
         ShardError: Ray is not installed, the work failed, or shards are missing at the end.
@@ -165,7 +168,7 @@ def run_on_ray(
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     DataContext.get_current().enable_progress_bars = False
-    # A block for each shard: the unit that is scheduled, and done again when its worker dies.
+    # One block per shard: the unit that Ray schedules, and repeats when a worker dies.
     rows = ray.data.from_items([{"shard": s} for s in missing], override_num_blocks=len(missing))
     results = rows.map(
         _Worker,

@@ -52,14 +52,15 @@ def save_checkpoint(
 def read_progress(path: str | Path) -> dict[str, Any]:
     """The progress of a checkpoint, without its tensors.
 
-    Raises CheckpointError when the file is broken.
+    Raises:
+        CheckpointError: the file is broken.
     """
     return _progress(read_header(path, CheckpointError, remedy=_BEFORE).metadata, path)
 
 
 def _progress(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
     if _PROGRESS not in metadata:
-        raise CheckpointError(f"{path}: not a whole training checkpoint; {_BEFORE}")
+        raise CheckpointError(f"{path}: not a complete training checkpoint; {_BEFORE}")
     where = f"{path}: progress"
     text = metadata[_PROGRESS]
     progress = parse_json(text, where, CheckpointError, remedy=_BEFORE, allow_nan=True)
@@ -83,9 +84,10 @@ def refuse_other_settings(
 def load_checkpoint(
     path: str | Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Restore into `parameters` (in place), `optimizer` and torch's RNG; returns the progress.
+    """Restore `parameters` (in place), `optimizer` and torch's CPU RNG; returns the progress.
 
-    Raises CheckpointError when the file is broken or belongs to another model.
+    Raises:
+        CheckpointError: the file is broken or belongs to another model.
     """
     tensors, metadata = load_tensors(
         path,
@@ -110,7 +112,7 @@ def load_checkpoint(
 
 
 def _check_layout(header: TensorHeader, parameters: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raises CheckpointError where the tensors are none of this model's training."""
+    """Raises CheckpointError unless the tensors are a training state of this model."""
     shapes = {name: info.shape for name, info in header.tensors.items()}
     rng = header.tensors.get(_RNG)
     others = [
@@ -121,20 +123,19 @@ def _check_layout(header: TensorHeader, parameters: Mapping[str, Tensor], path: 
         and not re.fullmatch(r"optimizer\.[0-9]{1,9}\.[^.]+", name)
     ]
     if rng is None or rng.dtype != torch.uint8 or len(rng.shape) != 1 or others:
-        raise CheckpointError(f"{path}: not a whole training checkpoint; {_BEFORE}")
+        raise CheckpointError(f"{path}: not a complete training checkpoint; {_BEFORE}")
     saved = {n.removeprefix("model."): s for n, s in shapes.items() if n.startswith("model.")}
     if saved != {name: tuple(value.shape) for name, value in parameters.items()}:
-        raise CheckpointError(f"{path}: its tensors are not this model's; train in another folder")
+        raise CheckpointError(f"{path}: its tensors are of another model; name another run.folder")
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of the highest step that `rotate_checkpoints` knows, or None."""
-    found = sorted(Path(folder).glob("step-*.safetensors"))
-    return found[-1] if found else None
+    """The checkpoint of the highest step in a folder, or None."""
+    return max(Path(folder).glob("step-*.safetensors"), default=None)
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step lies; names sort by step."""
+    """The file of a step's checkpoint; names sort by step."""
     return Path(folder) / f"step-{step:08d}.safetensors"
 
 
@@ -145,15 +146,15 @@ def rotate_checkpoints(folder: str | Path, keep: int) -> None:
 
 
 def named_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters by name (each tied one once)."""
+    """Trainable parameters by name; tied parameters appear once."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 class RunFolder:
-    """Paths of a run's files.
+    """The folder of a run: the paths of its files, and a lock that keeps other runs out.
 
     Args:
-        path: the folder, made when it is opened.
+        path: created by :meth:`open`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -171,25 +172,26 @@ class RunFolder:
         self._lock: TextIO | None = None
 
     def open(self, resume: bool | None) -> None:
-        """Take the folder for this run; remove what a run that starts over would contradict.
+        """Lock the folder for this run and prepare it to continue or to start over.
 
-        resume: True needs a checkpoint, False starts over, None continues where there is one.
+        resume: True requires a checkpoint, False starts over, None continues where there is one.
 
         Raises:
             CheckpointError: another run writes here, there is nothing to resume, or the folder
-                holds files that are not a run's.
+                holds files that no run wrote.
             WriteError: the folder cannot be written.
         """
         files = (
             self.log, self.samples, self.quarantine, self.val_quarantine, self.summary
         )  # fmt: skip
         if not self._lock_path.exists():
-            # Starting over removes these files: they must be a run's.
+            # Starting over removes these files, so they must be a run's.
             check_folder(self.path)
             foreign = next((file for file in files if file.exists()), None)
             if foreign is not None:
                 raise CheckpointError(
-                    f"{self.path}: holds {foreign.name}, but not of a run; name another run.folder"
+                    f"{self.path}: holds a {foreign.name} that no run wrote; name another "
+                    "run.folder"
                 )
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = open(self._lock_path, "a")
@@ -199,7 +201,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path}: another run is writing here; wait for it or name another run.folder"
             ) from None
-        # What the other processes know it by.
+        # The other processes recognize the folder by this mark.
         self._lock.truncate(0)
         self._lock.write(uuid.uuid4().hex)
         self._lock.flush()
@@ -207,11 +209,11 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             for part in folder.glob(".*.part"):
                 part.unlink()
-        found = self.latest()
-        if resume and found is None:
+        latest = self.latest()
+        if resume and latest is None:
             raise CheckpointError(f"{self.path}: no checkpoint to resume; leave out --resume")
-        if found is not None and resume is not False:
-            step = read_progress(found)["step"]
+        if latest is not None and resume is not False:
+            step = read_progress(latest)["step"]
             for lines in (self.log, self.samples, self.quarantine):
                 _cut_lines(lines, step)
             if self.val_quarantine.is_file():
@@ -224,12 +226,12 @@ class RunFolder:
         shutil.rmtree(self.best, ignore_errors=True)
 
     def refuse_another(self, gather: Callable[[tuple[str, ...]], list[tuple[str, ...]]]) -> None:
-        """All processes look whether they see what the first one has opened before.
+        """Check that every process sees the folder that the main process has opened.
 
-        gather: a value to the list of every process's, in order of rank.
+        gather: maps a value to the list of all processes' values, in order of rank.
 
         Raises:
-            CheckpointError: in every process, naming the machines that see something else.
+            CheckpointError: on every process, naming the machines that see another folder.
         """
         latest = self.latest()
         mark = read_text(self._lock_path) if self._lock_path.is_file() else ""
@@ -238,13 +240,13 @@ class RunFolder:
         strangers = sorted({host for host, *other in seen if other != opened})
         if strangers:
             raise CheckpointError(
-                f"{self.path}: on {', '.join(strangers)} this is not the folder that the first "
+                f"{self.path}: on {', '.join(strangers)} this is not the folder that the main "
                 f"process opened on {first}; name a run.folder on a file system that all "
                 "machines of the run share, by its full path"
             )
 
     def close(self) -> None:
-        """Let another run have it."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None

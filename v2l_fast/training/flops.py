@@ -1,8 +1,8 @@
-"""Floating-point operations a step needs, and how many a device can do: model FLOPs utilization.
+"""Floating-point operations of a step and of a device, for model FLOPs utilization (MFU).
 
-Counted from sizes and token counts, products alone, a multiply-add as two; what is recomputed in
-the backward pass does not count, as is usual for MFU. Peaks are the datasheets' dense bfloat16
-figures.
+Operations are computed from sizes and token counts: matrix products only, a multiply-add as two.
+Recomputation in the backward pass does not count, as is usual for MFU. Peaks are the datasheets'
+dense bfloat16 figures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from v2l_fast.vlm import Backbone
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU, or None where it is not known (a CPU, another GPU)."""
+    """Dense bfloat16 FLOP/s of a device; None for a CPU and unknown GPUs."""
     if device.type != "cuda":
         return None
     peak = peak_of(torch.cuda.get_device_name(device))
@@ -30,16 +30,16 @@ class StepCost:
     """Operations per token of each part of the step.
 
     Attributes:
-        view: vision tower and connector, forward, of one view.
-        context: decoder layers before the last, forward, of one context token.
-        hypernet: all layer slices, forward and backward, of one context token.
-        chunk: the same, of what does not grow with the context.
-        answer: decoder, forward and backward to the inputs of all layers but the first, of one
-            token of a turn.
-        update: the ranks that a chunk, or the bias adapter, adds to it, forward and backward.
-        logits: LM head, forward and backward to its input, of one answer token.
-        attention: of one pair of tokens in one decoder layer, forward.
-        layers: decoder layers.
+        view: vision tower and connector per view, forward.
+        context: decoder layers before the last per context token, forward.
+        hypernet: all layer slices per context token, forward and backward.
+        chunk: all layer slices per chunk, forward and backward, whatever the context's length.
+        answer: decoder per token of a response row, forward and backward to the inputs of all
+            layers but the first.
+        update: the ranks that a chunk, or the bias adapter, adds to `answer`.
+        logits: LM head per answer token, forward and backward to its input.
+        attention: one pair of tokens in one decoder layer, forward.
+        layers: number of decoder layers.
         shared: 1 with a bias adapter, else 0.
     """
 
@@ -56,7 +56,7 @@ class StepCost:
 
     @classmethod
     def of(cls, backbone: Backbone, config: HypernetConfig) -> StepCost:
-        """Costs of a frozen model and the hypernetwork of `config`."""
+        """The costs of a frozen model with a hypernetwork of `config`."""
         decoder = backbone.decoder
         layer = sum(p.numel() for p in decoder.text_model.layers[0].parameters() if p.dim() == 2)
         layers, dim, size = decoder.num_layers, config.hidden_size, config.latent_size
@@ -95,10 +95,10 @@ class StepCost:
 
     def sample(self, sample: Sample) -> float:
         """Operations of one video."""
-        return self.contexts(sample) + self.turns(sample)
+        return self.contexts(sample) + self.responses(sample)
 
     def contexts(self, sample: Sample) -> float:
-        """Operations of its adapter: encoding of every chunk, and the hypernetwork."""
+        """Operations of its adapter: encoding every chunk, and the hypernetwork."""
         total = 0.0
         for chunk in sample.chunks:
             tokens = len(chunk.ids)
@@ -108,8 +108,8 @@ class StepCost:
             total += self.chunk + pairs
         return total
 
-    def turns(self, sample: Sample) -> float:
-        """Operations of its loss: each turn is a row of its own, without its last token."""
+    def responses(self, sample: Sample) -> float:
+        """Operations of its loss: each response is a row of its own, without its last token."""
         token = self.answer + self.update * (len(sample.chunks) + self.shared)
         # The backward pass needs two products for each of the forward's.
         pair = self.attention * (self.layers + 2 * (self.layers - 1))

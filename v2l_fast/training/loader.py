@@ -28,9 +28,9 @@ T = TypeVar("T")
 
 
 class EpochOrder:
-    """Batches of video indices as a function of (seed, step) alone, so nothing must be restored.
+    """Batches of video indices as a function of (seed, step) alone.
 
-    Each epoch is a permutation that depends on (seed, epoch). The last short batch of an epoch is
+    Each epoch is a permutation that depends on (seed, epoch). The last, short batch of an epoch is
     filled from the next one, so every batch has the same size.
     """
 
@@ -40,17 +40,17 @@ class EpochOrder:
 
     def batch(self, step: int) -> list[int]:
         """Indices of the batch of 0-based `step`."""
-        picked: list[int] = []
-        place = step * self.batch_size
-        while len(picked) < self.batch_size:
-            epoch, start = divmod(place, self.videos)
-            part = self._permutation(epoch)[start : start + self.batch_size - len(picked)]
-            picked += part
-            place += len(part)
-        return picked
+        indices: list[int] = []
+        position = step * self.batch_size
+        while len(indices) < self.batch_size:
+            epoch, start = divmod(position, self.videos)
+            part = self._permutation(epoch)[start : start + self.batch_size - len(indices)]
+            indices += part
+            position += len(part)
+        return indices
 
     def share(self, step: int, rank: int, processes: int) -> list[int]:
-        """One process's part of the batch; the parts in order of rank are the batch."""
+        """One process's part of the batch; in order of rank, the parts are the batch."""
         return even_part(self.batch(step), rank, processes)
 
     def _permutation(self, epoch: int) -> list[int]:
@@ -62,16 +62,18 @@ class EpochOrder:
 
 
 def even_part(items: list[T], index: int, parts: int) -> list[T]:
-    """Part `index` of `parts` whose lengths differ by at most one; in order they are `items`."""
+    """Part `index` of `parts` consecutive parts whose lengths differ by at most one."""
     return items[len(items) * index // parts : len(items) * (index + 1) // parts]
 
 
 class Quarantine:
-    """The broken videos of a source.
+    """The videos of a source that could not be read; they are not tried again.
+
+    The processes of a run share the list through its file.
 
     Args:
-        path: the list, JSON lines of video, reason, step (the one whose read failed; workers read
-            ahead of each other) and index.
+        path: JSON lines of video, reason, step (whose read failed; workers read ahead of each
+            other) and index.
         videos: number of videos of the source.
 
     Attributes:
@@ -89,7 +91,7 @@ class Quarantine:
         return len(self._listed)
 
     def refresh(self) -> None:
-        """Know what the file lists by now; costs a look at its size when nothing is new."""
+        """Read what other processes have added; where nothing is new, this costs one `stat`."""
         size = self.path.stat().st_size if self.path.is_file() else 0
         if size != self._size:
             self._size = size
@@ -97,7 +99,7 @@ class Quarantine:
             self.broken[sorted(self._listed)] = True
 
     def add(self, index: int, failure: Failure, step: int) -> None:
-        """List a video that failed in `step`, unless it is listed already."""
+        """Add a video that failed in `step`, unless it is listed already."""
         self.broken[index] = True
         self.refresh()
         if index not in self._listed:
@@ -109,13 +111,13 @@ class Quarantine:
 
 # 0-based step and index of a video.
 Key = tuple[int, int]
-# Its step, its index, and the sample, a failure, or None if known as broken.
-Found = tuple[int, int, Sample | Failure | None]
+# Step, index, and what was read; None for a video known to be broken.
+Read = tuple[int, int, Sample | Failure | None]
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One process's part of a step: its micro-batches and the seconds waited for them."""
+    """One process's part of a step: micro-batches, and the seconds it waited for them."""
 
     step: int
     micro_batches: list[list[Sample]]
@@ -126,56 +128,56 @@ class StepBatch:
         return [sample for micro in self.micro_batches for sample in micro]
 
 
-class _Reads(Dataset):
-    """Reads by key."""
+class _SampleDataset(Dataset):
+    """A source's samples by (step, index)."""
 
     def __init__(self, source: Source, broken: Tensor) -> None:
         self.source, self.broken = source, broken
 
-    def __getitem__(self, key: Key) -> Found:
+    def __getitem__(self, key: Key) -> Read:
         step, index = key
         if self.broken[index]:
             return step, index, None
-        found = self.source.load(index, step)
-        if isinstance(found, Failure):
+        sample = self.source.load(index, step)
+        if isinstance(sample, Failure):
             self.broken[index] = True
-        return step, index, found
+        return step, index, sample
 
 
-def read(
+def read_batches(
     source: Source,
     batches: Iterable[list[Key]],
     config: DataConfig,
     quarantine: Quarantine,
     pinned: bool = False,
 ) -> Iterator[list[Sample]]:
-    """Samples of each batch of keys, in order; what fails is quarantined and left out.
+    """Samples of each batch of keys, in order; a video that fails is quarantined and left out.
 
     pinned: in page-locked memory, for a GPU.
     """
-    reads = _Reads(source, quarantine.broken)
+    dataset = _SampleDataset(source, quarantine.broken)
     if config.workers and getattr(source, "on_gpu", False):
-        loader = _in_threads(reads, batches, config)
+        loader = _in_threads(dataset, batches, config)
     else:
-        loader = _in_processes(reads, batches, config, pinned)
+        loader = _in_processes(dataset, batches, config, pinned)
     for batch in loader:
         samples = []
-        for step, index, found in batch:
-            if isinstance(found, Failure):
-                quarantine.add(index, found, step + 1)
-            elif found is not None:
-                samples.append(found)
+        for step, index, sample in batch:
+            if isinstance(sample, Failure):
+                quarantine.add(index, sample, step + 1)
+            elif sample is not None:
+                samples.append(sample)
         yield samples
 
 
 def _in_processes(
-    reads: _Reads, batches: Iterable[list[Key]], config: DataConfig, pinned: bool
-) -> Iterable[list[Found]]:
-    """Data workers; without any, the caller reads."""
+    dataset: _SampleDataset, batches: Iterable[list[Key]], config: DataConfig, pinned: bool
+) -> Iterable[list[Read]]:
+    """Read in data workers, or in this process if there are none."""
     if config.workers:
         _allow_many_files()
     return DataLoader(
-        reads,
+        dataset,
         batch_sampler=batches,
         collate_fn=list,
         num_workers=config.workers,
@@ -186,11 +188,11 @@ def _in_processes(
 
 
 def _in_threads(
-    reads: _Reads, batches: Iterable[list[Key]], config: DataConfig
-) -> Iterator[list[Found]]:
-    """Threads of this process, for what a GPU decodes; videos read at once share its batches."""
+    dataset: _SampleDataset, batches: Iterable[list[Key]], config: DataConfig
+) -> Iterator[list[Read]]:
+    """Read in threads of this process: videos read at once share the GPU decoder's batches."""
     ahead = config.prefetch * config.workers
-    return read_ahead(lambda keys: [reads[key] for key in keys], batches, config.workers, ahead)
+    return read_ahead(lambda keys: [dataset[key] for key in keys], batches, config.workers, ahead)
 
 
 def step_batches(
@@ -205,15 +207,15 @@ def step_batches(
     accumulation: int = 1,
     pinned: bool = False,
 ) -> Iterator[StepBatch]:
-    """The batches of `steps` for one of several processes."""
+    """The batches of `steps` for the process `rank` of `processes`."""
 
     def keys() -> Iterator[list[Key]]:
         for step in steps:
             share = order.share(step, rank, processes)
-            for place in range(accumulation):
-                yield [(step, index) for index in even_part(share, place, accumulation)]
+            for number in range(accumulation):
+                yield [(step, index) for index in even_part(share, number, accumulation)]
 
-    samples = read(source, keys(), config, quarantine, pinned)
+    samples = read_batches(source, keys(), config, quarantine, pinned)
     for step in steps:
         start = time.perf_counter()
         micro_batches = [next(samples) for _ in range(accumulation)]
@@ -221,14 +223,14 @@ def step_batches(
 
 
 def _start_worker(worker: int) -> None:
-    # A signal to the whole process group must not kill the readers of the step being finished.
+    # A signal to the whole process group must not kill the readers of the step in progress.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Tokenizers warn of it otherwise; a worker is one thread anyway.
+    # Avoids the tokenizers' warning about forks; a worker is a single thread anyway.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _allow_many_files() -> None:
-    """Every tensor on its way from a worker is an open file: allow as many as the system does."""
+    """Raise the limit of open files: every tensor in transit from a worker is one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -11,7 +11,7 @@ from v2l_fast.training.config import OptimConfig
 
 
 def trapezoid(step: int, steps: int, warmup: int, decay_ratio: float, floor: float = 0.0) -> float:
-    """Multiplier of the learning rate at 0-based `step`: linear warm-up, flat, linear to `floor`.
+    """Factor of the learning rate at 0-based `step`: linear warm-up, flat, linear to `floor`.
 
     The decay takes the last `decay_ratio` of the `steps`.
     """
@@ -21,7 +21,7 @@ def trapezoid(step: int, steps: int, warmup: int, decay_ratio: float, floor: flo
 
 
 def cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
-    """Multiplier at 0-based `step`: linear warm-up, then half a cosine to `floor`."""
+    """Factor at 0-based `step`: linear warm-up, then half a cosine to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -29,7 +29,7 @@ def cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
 
 
 def rate_factor(config: OptimConfig, step: int) -> float:
-    """The configured schedule's multiplier at 0-based `step`."""
+    """The configured schedule's factor at 0-based `step`."""
     warmup = config.warmup_steps or round(config.warmup_ratio * config.steps)
     if config.schedule == "cosine":
         return cosine(step, config.steps, warmup, config.final_lr_ratio)
@@ -37,9 +37,9 @@ def rate_factor(config: OptimConfig, step: int) -> float:
 
 
 def make_optimizer(hypernet: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in two groups: the scalers (scaler_A.*, scaler_B.*), and all other parameters.
+    """AdamW with two parameter groups: the scalers (scaler_A.*, scaler_B.*), and the rest.
 
-    Each group's "factor" multiplies the scheduled rate. Fused on a GPU.
+    Each group's "factor" multiplies the scheduled learning rate. Fused on a GPU.
     """
     named = {name: p for name, p in hypernet.named_parameters() if p.requires_grad}
     scalers = [p for name, p in named.items() if name.startswith("scaler_")]
@@ -61,7 +61,7 @@ def make_optimizer(hypernet: nn.Module, config: OptimConfig) -> torch.optim.Adam
 
 
 def set_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> float:
-    """Set every group's rate for 0-based `step`; returns the rate without a group's factor."""
+    """Set every group's learning rate for 0-based `step`; returns it without the factor."""
     rate = config.lr * rate_factor(config, step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]

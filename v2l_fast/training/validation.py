@@ -12,7 +12,7 @@ from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training.config import TrainConfig
-from v2l_fast.training.loader import Key, Quarantine, read
+from v2l_fast.training.loader import Key, Quarantine, read_batches
 from v2l_fast.training.logging import Sums, added, means
 from v2l_fast.training.step import TrainStep
 
@@ -103,4 +103,4 @@ class Validation:
             [(0, index) for index in self.indices[start : start + size]]
             for start in range(0, len(self.indices), size)
         ]
-        return read(self.source, keys, self.config.data, self.quarantine)
+        return read_batches(self.source, keys, self.config.data, self.quarantine)
