@@ -96,7 +96,7 @@ def test_every_kind_of_misbehavior(serve, monkeypatch):
     monkeypatch.setattr(openai.DefaultHttpxClient, "send", impatiently)
     found = dict(zip(bad, client.score(tasks(len(bad)), list(bad)), strict=True))
 
-    assert all((v.found is None) == (v.failure is not None) for v in found.values())
+    assert all((v.fields is None) == (v.failure is not None) for v in found.values())
     assert {name for name, v in found.items() if v.score == 1.0} == {
         "fenced",
         "malformed once",
@@ -215,7 +215,7 @@ def test_a_torn_cache_line_is_judged_again(serve, tmp_path):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refused_key_or_name_stops_everything(serve, status):
     stub = serve(lambda request, attempt: Reply(status=status))
-    with pytest.raises(JudgeError, match=rf"answers {status} .*OPENAI_API_KEY.*stub"):
+    with pytest.raises(JudgeError, match=rf"replies {status} .*OPENAI_API_KEY.*stub"):
         judge(stub, workers=1).score(tasks(20), ["x"] * 20)
     assert len(stub.requests) < 5
 
@@ -263,7 +263,7 @@ def test_failed_pairs_are_verdicts(serve):
 
 
 def test_misuse_is_named():
-    with pytest.raises(ConfigError, match="workers must be positive, not 0"):
+    with pytest.raises(ConfigError, match="workers must be positive, got 0"):
         JudgeSettings("http://localhost", workers=0)
     with pytest.raises(ConfigError, match="retries"):
         JudgeSettings("http://localhost", retries=-1)

@@ -15,9 +15,8 @@ from v2l_fast.evaluation.ablations import (
 from v2l_fast.evaluation.efficiency import compare_methods
 from v2l_fast.evaluation.methods import MethodSettings
 from v2l_fast.evaluation.metrics import token_f1
-from v2l_fast.evaluation.records import write_csv
 from v2l_fast.evaluation.sweep import sweep
-from v2l_fast.evaluation.tables import columns, markdown
+from v2l_fast.evaluation.tables import columns, markdown, write_csv
 
 ROWS = [
     {"k": 1, "score": {"estimate": 0.5, "low": 0.25, "high": 0.75}, "by": {"a": 0.123456}},

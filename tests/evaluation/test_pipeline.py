@@ -189,7 +189,7 @@ def test_an_unreadable_video_is_left_out_everywhere_and_tried_again(model, examp
     folder = tmp_path / "out"
     found = evaluate(model, examples, SETTINGS, careful, folder, batch=4)
     assert found.record["unreadable"] == {"1.mp4": "1.mp4: truncated"}
-    assert "1 videos could not be read" in found.table
+    assert "1 videos cannot be read" in found.table
     assert all(not any(id_.startswith("1-") for id_ in a) for a in found.answers.values())
     assert all(len(texts) == 9 for texts in found.answers.values())
 
@@ -205,7 +205,7 @@ def test_nothing_readable_is_an_error(model, examples):
     def fail(video):
         raise VideoError(f"{video.path}: gone")
 
-    with pytest.raises(ConfigError, match=r"no video of the manifest could be read: 0\.mp4: gone"):
+    with pytest.raises(ConfigError, match=r"no video of the manifest can be read: 0\.mp4: gone"):
         evaluate(model, examples, SETTINGS, fail)
 
 

@@ -1,8 +1,13 @@
-"""Reading what judges reply, and what they are told."""
+"""The judge's instructions and the parsing of its replies."""
+
+import hashlib
+import json
 
 import pytest
 
 from v2l_fast.evaluation.rubrics import (
+    CORRECTION,
+    VERSION,
     JudgeTask,
     ReplyError,
     pair_messages,
@@ -87,3 +92,12 @@ def test_the_judge_gets_the_task_and_no_names():
         for text in (system["content"], *(m["content"] for m in pair_messages(task, "a", "b"))):
             for name in ("baseline", "adapter", "direct", "V2L", "LoRA", "model"):
                 assert name.lower() not in text.lower()
+
+
+def test_cached_judgments_belong_to_the_wording():
+    """VERSION is part of the cache keys: increase it, and this digest, with any new wording."""
+    wording = [CORRECTION]
+    for task in (CAPTION, QUESTION):
+        wording += single_messages(task, "x") + pair_messages(task, "x", "y")
+    digest = hashlib.sha256(json.dumps(wording).encode()).hexdigest()
+    assert (VERSION, digest[:16]) == (1, "ce8aa061e74e570d")

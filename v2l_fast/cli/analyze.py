@@ -476,8 +476,7 @@ def _write(
     Args:
         shown: field of a row -> its heading, for tables that show a part of the fields.
     """
-    from v2l_fast.evaluation.records import write_csv
-    from v2l_fast.evaluation.tables import columns
+    from v2l_fast.evaluation.tables import columns, write_csv
     from v2l_fast.files import write_json
 
     folder = folder or Path("runs") / name

@@ -1,6 +1,8 @@
-"""Teacher-forced scores of reference strings (paper Eqs. 10 and 11).
+"""Ablations of generated adapters: rank directions, layers, norms, chunks, logit attribution.
 
-A candidate's tokens are those the model would generate for it, without the stop token.
+Each ablation maps a model, examples and their adapters to a JSON-ready record. All of them score
+any metric or the teacher-forced log-probability of the references, with the shared bias adapter in
+force; the references' tokens are those that the model would generate, without the stop token.
 """
 
 from __future__ import annotations
@@ -14,12 +16,10 @@ import torch
 from torch import Tensor
 
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.answers import NONE, OTHER
 from v2l_fast.evaluation.examples import (
-    ANOTHER,
-    NONE,
     EvalExample,
     Metric,
-    Progress,
     answer_scores,
     control_scores,
     internalize_each,
@@ -30,9 +30,19 @@ from v2l_fast.evaluation.examples import (
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
+from v2l_fast.work_units import Progress
 
-# Rows of one forward pass: every row may carry an adapter of its own.
+# Kept rank directions and number of chunks, by default.
+BUDGETS = (1, 2, 4, 8, 16)
+COUNTS = (1, 2, 4, 8, 16)
+STRATEGIES = ("top", "bottom", "random", "remove-top")
+SEEDS = (0, 1, 2)
+
+# Rows per forward pass; every row may have an adapter of its own.
 _ROWS = 8
+
+
+# --- teacher-forced scores (paper Eqs. 10 and 11) -------------------------------------------------
 
 
 def candidate_ids(model: Video2LoRA, candidates: Sequence[str]) -> list[list[int]]:
@@ -42,9 +52,9 @@ def candidate_ids(model: Video2LoRA, candidates: Sequence[str]) -> list[list[int
         ConfigError: a candidate has no tokens.
     """
     ids = [model.backbone.prompt_builder.answer(text, finished=False) for text in candidates]
-    for text, found in zip(candidates, ids, strict=True):
-        if not found:
-            raise ConfigError(f"the reference {text!r} has no tokens: give one that says something")
+    for text, tokens in zip(candidates, ids, strict=True):
+        if not tokens:
+            raise ConfigError(f"the reference {text!r} has no tokens: give a text with words")
     return ids
 
 
@@ -58,27 +68,27 @@ def log_probabilities(
     """Length-normalized log-probability of every candidate under every adapter (Eq. 10).
 
     Returns:
-        [len(adapters), len(candidates)] float64 on the CPU, nats a token.
+        [len(adapters), len(candidates)] float64 on the CPU, nats per token.
     """
     decoder = model.backbone.decoder
     question = model.backbone.prompt_builder.question(prompt)
     answers = candidate_ids(model, candidates)
     pairs = [(adapter, answer) for adapter in adapters for answer in answers]
-    found = []
+    scores = []
     for start in range(0, len(pairs), _ROWS):
         part = pairs[start : start + _ROWS]
         rows = [torch.tensor(question + answer[:-1]) for _, answer in part]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(decoder.device)
         attached = [None if a is None else model.attach(a) for a, _ in part]
-        slots = AdapterBank.pack(attached, decoder.device, decoder.dtype)
-        hidden = decoder.forward(decoder.embed(ids), adapters=slots)
+        bank = AdapterBank.pack(attached, decoder.device, decoder.dtype)
+        hidden = decoder.forward(decoder.embed(ids), adapters=bank)
+        # The logits of an answer token are those of the token before it.
+        first = len(question) - 1
         for row, (_, answer) in enumerate(part):
-            # Position of the token before each answer token.
-            first = len(question) - 1
             logits = decoder.logits(hidden[row, first : first + len(answer)])
-            chosen = torch.tensor(answer, device=logits.device)[:, None]
-            found.append(logits.double().log_softmax(-1).gather(1, chosen).mean().cpu())
-    return torch.stack(found).view(len(adapters), len(answers))
+            targets = torch.tensor(answer, device=logits.device)[:, None]
+            scores.append(logits.double().log_softmax(-1).gather(1, targets).mean().cpu())
+    return torch.stack(scores).view(len(adapters), len(answers))
 
 
 def diagnostic_scores(
@@ -87,28 +97,24 @@ def diagnostic_scores(
     references: Sequence[str],
     adapters: Sequence[Adapter | None],
 ) -> Tensor:
-    """S of each adapter: its best reference's log-probability (Eq. 11), [len(adapters)]."""
+    """S of each adapter: the log-probability of its best reference (Eq. 11), [len(adapters)]."""
     return log_probabilities(model, prompt, references, adapters).amax(1)
 
 
-# --- rank -----------------------------------------------------------------------------------------
-
-
-BUDGETS = (1, 2, 4, 8, 16)
-SEEDS = (0, 1, 2)
-STRATEGIES = ("top", "bottom", "random", "remove-top")
+# --- rank directions (paper Appendix C, Table 5) --------------------------------------------------
 
 
 def kept_directions(
     strategy: str, k: int, rank: int, seeds: Sequence[int] = SEEDS
 ) -> list[tuple[int, str, int]]:
-    """``Adapter.prune`` arguments of a strategy at budget k: one, or one for each random seed.
+    """``Adapter.prune`` arguments of a strategy at budget k; one set per seed for "random".
 
-    Removing the k highest keeps the rank - k lowest.
+    "remove-top" removes the k directions with the highest norm product ‖A_r‖·‖B_r‖, so it keeps the
+    rank - k lowest.
     """
     keep = rank - k if strategy == "remove-top" else k
     if keep in (0, rank):
-        # One choice, whatever the strategy.
+        # All strategies agree.
         return [(keep, "norm", 0)]
     if strategy == "random":
         return [(keep, "random", seed) for seed in seeds]
@@ -125,25 +131,24 @@ def rank_ablation(
     max_new_tokens: int = 128,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Scores of answers through pruned adapters.
+    """Scores of answers through adapters that keep only some rank directions.
+
+    Directions are ranked per layer and module by the norm product ‖A_r‖·‖B_r‖. With k = 0 the bias
+    adapter remains.
 
     Args:
-        adapters: each example's, all of one generated rank.
-        budgets: values of k; those above the generated rank are left out, 0 and the rank are
-            always there.
+        adapters: one per example, all of one generated rank.
+        budgets: values of k. Those above the rank are skipped; 0 and the rank are always included.
 
     Returns:
         "rank", "examples", "seeds", "controls" (condition -> interval, see
-        :func:`~v2l_fast.evaluation.examples.control_scores`) and "rows": for each k a dict of
-        strategy -> interval over videos (random: over the mean of its seeds).
+        :func:`~v2l_fast.evaluation.examples.control_scores`) and "rows": for each "k", strategy ->
+        interval over videos ("random": of the mean over seeds).
 
     Raises:
-        ConfigError: adapters of several ranks.
+        ConfigError: the adapters differ in rank.
     """
-    ranks = {adapter.rank for adapter in adapters}
-    if len(ranks) != 1:
-        raise ConfigError(f"rank ablation needs adapters of one rank, not {sorted(ranks)}")
-    (rank,) = ranks
+    rank = _common_rank(adapters)
     ks = sorted({0, rank, *(k for k in budgets if 0 < k < rank)})
     plan = {(k, s): kept_directions(s, k, rank, seeds) for k in ks for s in STRATEGIES}
     distinct = list(dict.fromkeys(choice for choices in plan.values() for choice in choices))
@@ -151,8 +156,9 @@ def rank_ablation(
     for done, choice in enumerate(distinct):
         progress("answering through pruned adapters", done, len(distinct))
         pruned = {id(a): a.prune(*choice) for a in adapters}
-        chosen = [pruned[id(a)] for a in adapters]
-        scores[choice] = answer_scores(model, examples, chosen, metric, max_new_tokens)
+        scores[choice] = answer_scores(
+            model, examples, [pruned[id(a)] for a in adapters], metric, max_new_tokens
+        )
     progress("answering through pruned adapters", len(distinct), len(distinct))
     rows = []
     for k in ks:
@@ -172,14 +178,21 @@ def rank_ablation(
     }
 
 
-# --- layers ---------------------------------------------------------------------------------------
+def _common_rank(adapters: Sequence[Adapter]) -> int:
+    ranks = {adapter.rank for adapter in adapters}
+    if len(ranks) != 1:
+        raise ConfigError(f"adapters must all be of one rank, got ranks {sorted(ranks)}")
+    return ranks.pop()
 
 
-def removal_effects(model: Video2LoRA, example: EvalExample, adapter: Adapter) -> torch.Tensor:
-    """[L + 2] float64: S with the adapter, Effect of removing each layer (Eq. 12), S without any.
+# --- layers (paper Appendix D.2, Figure 7) --------------------------------------------------------
 
-    Only the generated update is removed; the shared bias adapter stays. "Without any" is the plain
-    model.
+
+def removal_effects(model: Video2LoRA, example: EvalExample, adapter: Adapter) -> Tensor:
+    """[L + 2] float64: S with the adapter, the effect of removing each layer (Eq. 12), and S of the
+    plain model.
+
+    Removing a layer removes its generated update; the shared bias adapter stays.
     """
     without = [adapter.without_layers([layer]) for layer in range(adapter.num_layers)]
     scores = diagnostic_scores(model, example.prompt, example.references, [adapter, *without, None])
@@ -193,21 +206,22 @@ def layer_removal(
     adapters: Sequence[Adapter],
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Effects over examples, with the update norms they are to be seen beside.
+    """Effect of each layer's update on the references' likelihood, and the update's norm.
 
     Returns:
-        "examples"; "score": interval of S, nats a token; "controls": condition -> the same; "rows":
-        for each layer "effect" (interval) and "norm", module -> mean Frobenius norm of s·Bᵀ A.
+        "examples"; "score": interval of S, nats per token; "controls": condition -> the same;
+        "rows": for each "layer" the "effect" (interval) and "norm", module -> mean Frobenius norm
+        of s·BᵀA.
     """
-    found = []
+    effects = []
     for done, (example, adapter) in enumerate(zip(examples, adapters, strict=True)):
         progress("removing layers", done, len(examples))
-        found.append(removal_effects(model, example, adapter))
+        effects.append(removal_effects(model, example, adapter))
     progress("removing layers", len(examples), len(examples))
-    table = torch.stack(found)
+    table = torch.stack(effects)
     controls = {NONE: table[:, -1].tolist()}
     if others := other_adapters(examples, adapters):
-        controls[ANOTHER] = [
+        controls[OTHER] = [
             diagnostic_scores(model, example.prompt, example.references, [other]).item()
             for example, other in zip(examples, others, strict=True)
         ]
@@ -228,31 +242,29 @@ def layer_removal(
     }
 
 
+# --- norms ----------------------------------------------------------------------------------------
+
+
 def mean_layer_norms(adapters: Sequence[Adapter]) -> dict[str, list[float]]:
     """Module -> [L] Frobenius norm of the generated update, mean over adapters."""
     norms = [adapter.norms()["layer"] for adapter in adapters]
     return {m: torch.stack([n[m] for n in norms]).mean(0).tolist() for m in norms[0]}
 
 
-# --- norms ----------------------------------------------------------------------------------------
-
-
 def adapter_norms(model: Video2LoRA, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Norms over adapters of one rank.
+    """Norms of the generated updates, and how stable the order of the rank directions is.
 
     Returns:
-        "adapters", "rank", and "modules": for each module "rank_norms" [L, r], mean products
-        ‖A_r‖·‖B_r‖; "layer_norms" [L], mean Frobenius norms of s·Bᵀ A; "relative_norms" [L], the
-        same over the norm of the frozen weight; "largest" and "smallest": direction -> share of
-        adapters in which its product, averaged over layers, is the largest or smallest
-        (Appendix C.2 finds one direction on top in every video).
+        "adapters", "rank" and "modules": for each module "rank_norms" [L, r], mean products
+        ‖A_r‖·‖B_r‖; "layer_norms" [L], mean Frobenius norms of s·BᵀA; "relative_norms" [L], those
+        divided by the norm of the frozen weight; "largest" and "smallest": direction -> share of
+        adapters in which its product, averaged over layers, is the largest or the smallest
+        (Appendix C.2 reports one direction that is the largest for every video).
 
     Raises:
-        ConfigError: adapters of several ranks.
+        ConfigError: the adapters differ in rank.
     """
-    ranks = {adapter.rank for adapter in adapters}
-    if len(ranks) != 1:
-        raise ConfigError(f"norms are compared between adapters of one rank, not {sorted(ranks)}")
+    rank = _common_rank(adapters)
     products = [adapter.norms()["rank"] for adapter in adapters]
     layers = mean_layer_norms(adapters)
     modules = {}
@@ -270,19 +282,16 @@ def adapter_norms(model: Video2LoRA, adapters: Sequence[Adapter]) -> dict[str, A
             "largest": _shares(per_direction.argmax(1)),
             "smallest": _shares(per_direction.argmin(1)),
         }
-    return {"adapters": len(adapters), "rank": ranks.pop(), "modules": modules}
+    return {"adapters": len(adapters), "rank": rank, "modules": modules}
 
 
-def _shares(winners: torch.Tensor) -> dict[str, float]:
+def _shares(winners: Tensor) -> dict[str, float]:
     counts = winners.bincount()
     order = counts.argsort(descending=True, stable=True)
     return {f"R{r}": counts[r].item() / len(winners) for r in order.tolist() if counts[r]}
 
 
-# --- chunks ---------------------------------------------------------------------------------------
-
-
-COUNTS = (1, 2, 4, 8, 16)
+# --- chunks (paper Section 5.6) -------------------------------------------------------------------
 
 
 def compare_chunks(
@@ -292,59 +301,74 @@ def compare_chunks(
     counts: Sequence[int] = COUNTS,
     max_new_tokens: int = 128,
     progress: Progress = silent,
-    **options: Any,
+    *,
+    max_frames: int | None = None,
+    longest_edge: int | None = None,
+    exact_frames: bool = False,
 ) -> dict[str, Any]:
-    """Answers through adapters of 1 to 16 chunks.
+    """Adapters composed of a video's chunks against the single adapter of the whole video.
+
+    Each chunk is internalized on its own; the adapters are joined along the rank, the bias adapter
+    once. A network without ``chunk_position`` was not trained on chunks and composes zero-shot.
 
     Args:
-        counts: numbers of chunks; 1, the single adapter, is always there.
-        **options: of ``Video2LoRA.internalize``; frames are those of each chunk.
+        counts: numbers of chunks; 1, the single adapter, is always included.
+        max_frames, longest_edge, exact_frames: sampling of each chunk, as for
+            ``Video2LoRA.internalize``.
 
     Returns:
         "examples", "chunk_position", "controls" (condition -> kind -> interval, with the single
         adapters) and "rows": for each count "chunks", "rank" (generated), "score", kind ->
         interval; "change", kind -> interval of the difference to the single adapter; "kept", kind
-        -> share of the single adapter's mean score above that without an adapter (absent where it
-        is not above).
+        -> share of the single adapter's mean score above that without an adapter (absent if it is
+        not above).
 
     Raises:
-        ConfigError: a count below 1.
+        ConfigError: a count is less than 1.
     """
-    # Scipy is slow to import and not needed for help.
+    # scipy is slow to import and not needed for help.
     from v2l_fast.evaluation.statistics import recovery
 
     if any(count < 1 for count in counts):
-        raise ConfigError(f"chunks must be at least 1, not {min(counts)}")
+        raise ConfigError(f"chunks must be at least 1, got {min(counts)}")
     kinds = list(dict.fromkeys(example.kind for example in examples))
     members = {kind: [e for e in examples if e.kind == kind] for kind in kinds}
 
     def by_kind(scores: Sequence[float]) -> dict[str, list[float]]:
-        paired = list(zip(scores, examples, strict=True))
-        return {kind: [s for s, e in paired if e.kind == kind] for kind in kinds}
+        pairs = list(zip(scores, examples, strict=True))
+        return {kind: [s for s, e in pairs if e.kind == kind] for kind in kinds}
 
     single: dict[str, list[float]] = {}
     controls: dict[str, list[float]] = {}
     none: dict[str, float] = {}
     rows = []
     for count in sorted({1, *counts}):
-        adapters = internalize_each(model, examples, progress, chunks=count, **options)
+        adapters = internalize_each(
+            model,
+            examples,
+            progress,
+            max_frames=max_frames,
+            longest_edge=longest_edge,
+            exact_frames=exact_frames,
+            chunks=count,
+        )
         scores = by_kind(answer_scores(model, examples, adapters, metric, max_new_tokens))
         if count == 1:
             single = scores
             controls = control_scores(model, examples, adapters, metric, max_new_tokens)
             none = {kind: fmean(values) for kind, values in by_kind(controls[NONE]).items()}
+        changes = {
+            kind: [a - b for a, b in zip(values, single[kind], strict=True)]
+            for kind, values in scores.items()
+        }
         rows.append(
             {
                 "chunks": count,
                 "rank": adapters[0].rank,
                 "score": {kind: interval(values, members[kind]) for kind, values in scores.items()},
                 "change": {
-                    kind: interval(
-                        [a - b for a, b in zip(values, single[kind], strict=True)],
-                        members[kind],
-                        (-1.0, 1.0),
-                    )
-                    for kind, values in scores.items()
+                    kind: interval(values, members[kind], (-1.0, 1.0))
+                    for kind, values in changes.items()
                 },
                 "kept": {
                     kind: recovery(fmean(values), fmean(single[kind]), none[kind])
@@ -366,17 +390,18 @@ def compare_chunks(
     }
 
 
-# --- attribution ----------------------------------------------------------------------------------
+# --- direct logit attribution (paper Appendix D.3, Eq. 13, Figure 8) ------------------------------
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Shifts projected on the answer direction, [L] float32 each.
+    """The adapter's shifts at the prompt's last token, projected on the answer direction; [L]
+    float32 each.
 
     Attributes:
-        whole: DLA of the residual stream behind each layer; the running sum of the parts.
-        attention: DLA of what each layer's attention adds.
-        mlp: DLA of what each layer's MLP adds.
+        whole: of the residual stream after each layer; the running sum of the two parts.
+        attention: of each attention block's output.
+        mlp: of each MLP's output.
     """
 
     whole: Tensor
@@ -388,22 +413,22 @@ class Attribution:
 def residual_shifts(
     model: Video2LoRA, prompt: str, adapter: Adapter
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the adapter changes at the prompt's last token.
+    """What the adapter changes at the prompt's last token, whose output is the first answer token.
 
     Returns:
-        Δx, Δa and Δm, [L, D] float32 each: of the residual stream behind each layer, of what its
-        attention adds and of what its MLP adds.
+        Δx, Δa and Δm, [L, D] float32 each: of the residual stream after each layer, of the
+        attention block's output and of the MLP's output.
     """
     decoder = model.backbone.decoder
     embeddings = model.backbone.question(prompt).embeddings
-    slots = AdapterBank.pack([None, model.attach(adapter)], decoder.device, decoder.dtype)
+    bank = AdapterBank.pack([None, model.attach(adapter)], decoder.device, decoder.dtype)
     hidden = embeddings.expand(2, *embeddings.shape)
     span = decoder.prefill_metadata(*hidden.shape[:2])
     shifts: tuple[list[Tensor], ...] = ([], [], [])
     for index, layer in enumerate(decoder.text_model.layers):
-        attention = decoder.attention_block(layer, index, hidden, span, adapters=slots)
+        attention = decoder.attention_block(layer, index, hidden, span, adapters=bank)
         hidden = hidden + attention
-        mlp = decoder.mlp_block(layer, index, hidden, slots)
+        mlp = decoder.mlp_block(layer, index, hidden, bank)
         hidden = hidden + mlp
         for kept, rows in zip(shifts, (hidden, attention, mlp), strict=True):
             base, adapted = rows[:, -1].float()
@@ -421,9 +446,9 @@ def answer_direction(model: Video2LoRA, reference: str) -> Tensor:
 
 
 def attribute(model: Video2LoRA, example: EvalExample, adapter: Adapter) -> Attribution:
-    """DLA of one example, towards the reference that the adapter makes most likely (Eq. 11)."""
-    likely = log_probabilities(model, example.prompt, example.references, [adapter])[0].argmax()
-    direction = answer_direction(model, example.references[int(likely)])
+    """Attribution towards the reference that is most likely with the adapter (Eq. 11)."""
+    scores = log_probabilities(model, example.prompt, example.references, [adapter])[0]
+    direction = answer_direction(model, example.references[int(scores.argmax())])
     shifts = residual_shifts(model, example.prompt, adapter)
     return Attribution(*((shift @ direction).cpu() for shift in shifts))
 
@@ -434,18 +459,18 @@ def logit_attribution(
     adapters: Sequence[Adapter],
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """DLA over examples.
+    """Where adapters turn the residual stream towards the answer.
 
     Returns:
-        "examples", and "rows": for each layer the intervals of "whole", "attention" and "mlp".
+        "examples", and "rows": for each "layer" the intervals of "whole", "attention" and "mlp".
     """
-    found = []
+    attributions = []
     for done, (example, adapter) in enumerate(zip(examples, adapters, strict=True)):
         progress("attributing logits", done, len(examples))
-        found.append(attribute(model, example, adapter))
+        attributions.append(attribute(model, example, adapter))
     progress("attributing logits", len(examples), len(examples))
     parts = ("whole", "attention", "mlp")
-    columns = {part: torch.stack([getattr(a, part) for a in found]) for part in parts}
+    columns = {part: torch.stack([getattr(a, part) for a in attributions]) for part in parts}
     rows = [
         {
             "layer": layer,

@@ -1,7 +1,7 @@
-"""What analyses run on: a video, a prompt and what should be answered, scored by any metric.
+"""Examples of the ablations and efficiency comparisons: a video, a prompt and its references.
 
-Responsible for internalizing each video once, for answering many (prompt, adapter) pairs, and for
-means with their intervals. Where examples come from is the caller's business.
+Responsible for internalizing each video once, for scoring many (prompt, adapter) pairs with any
+metric, and for means with intervals over videos.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from v2l_fast.errors import ConfigError, VideoError
+from v2l_fast.evaluation.answers import NONE, OTHER
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video, Video2LoRA
 from v2l_fast.video import Clip
+from v2l_fast.work_units import Progress
 
 # Score of an answer against one reference, higher is better.
 Metric = Callable[[str, str], float]
-# Conditions that stand beside every score.
-NONE, ANOTHER = "no adapter", "another video's adapter"
-# Called with (what is being done, done, total).
-Progress = Callable[[str, int, int], None]
+# Decodes the span of a file between two times in seconds.
+SpanReader = Callable[[str, tuple[float, float]], Clip]
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """A progress report that nobody reads."""
+    """Discard a progress report."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class EvalExample:
 
     Attributes:
         video: a file or a clip.
-        prompt: what is asked.
-        references: at least one right answer.
-        kind: what scores are grouped by.
+        prompt: the instruction or question.
+        references: one or more correct answers.
+        kind: scores are grouped by it.
     """
 
     video: Video
@@ -57,17 +56,63 @@ class EvalExample:
 
     @property
     def video_name(self) -> str:
-        """For messages."""
+        """Name for messages."""
         source = self.video.path if isinstance(self.video, Clip) else self.video
         return "frames in memory" if source is None else Path(source).name
 
     def score(self, answer: str, metric: Metric) -> float:
-        """Score of the best-matching reference."""
+        """Score against the best-matching reference."""
         return max(metric(answer, reference) for reference in self.references)
 
 
+def manifest_examples(
+    path: str | os.PathLike,
+    read_span: SpanReader | None = None,
+    root: str | os.PathLike | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+) -> list[EvalExample]:
+    """Examples of a JSONL manifest, video by video.
+
+    Lines with the same video, prompt and kind (the subset, or else the task type) become one
+    example with several references.
+
+    Args:
+        read_span: reads a span of a file; whole files are read later.
+        root, split: see :func:`v2l_fast.data.manifest.load_manifest`.
+        limit: use only the first ``limit`` videos.
+
+    Raises:
+        ManifestError: the manifest is invalid.
+        ConfigError: no example is left, or an example is about a span and ``read_span`` is None.
+        VideoError: a span cannot be read.
+    """
+    from v2l_fast.data.manifest import group_by_video, load_manifest
+
+    examples = []
+    for video in group_by_video(load_manifest(path, root, split))[:limit]:
+        source: Video = video.path
+        if video.span is not None:
+            if read_span is None:
+                raise ConfigError(
+                    f"{path}: {video.name} is a span of a file; this command needs whole files"
+                )
+            source = read_span(video.path, video.span)
+        references: dict[tuple[str, str], list[str]] = {}
+        for line in video.examples:
+            kind = str(line.metadata.get("subset", line.task_type))
+            references.setdefault((line.prompt, kind), []).append(line.target_text)
+        examples += [
+            EvalExample(source, prompt, tuple(dict.fromkeys(texts)), kind)
+            for (prompt, kind), texts in references.items()
+        ]
+    if not examples:
+        raise ConfigError(f"{path}: no example to analyze; check --split and --limit")
+    return examples
+
+
 def by_video(examples: Sequence[EvalExample]) -> list[list[EvalExample]]:
-    """Examples of the same video together, in the order in which the videos first appear."""
+    """Group examples by video, in the order in which the videos first appear."""
     groups: dict[Hashable, list[EvalExample]] = {}
     for example in examples:
         groups.setdefault(example.video_key, []).append(example)
@@ -75,22 +120,37 @@ def by_video(examples: Sequence[EvalExample]) -> list[list[EvalExample]]:
 
 
 def internalize_each(
-    model: Video2LoRA, examples: Sequence[EvalExample], progress: Progress = silent, **options: Any
+    model: Video2LoRA,
+    examples: Sequence[EvalExample],
+    progress: Progress = silent,
+    *,
+    max_frames: int | None = None,
+    longest_edge: int | None = None,
+    exact_frames: bool = False,
+    chunks: int = 1,
 ) -> list[Adapter]:
-    """The adapter of each example's video; a video is internalized once.
+    """The adapter of each example's video; each video is internalized once.
 
-    Args:
-        **options: of ``Video2LoRA.internalize`` (max_frames, longest_edge, chunks, ...).
+    The keyword arguments are those of ``Video2LoRA.internalize_each``.
+
+    Raises:
+        VideoError: a video cannot be read.
     """
     first = [group[0] for group in by_video(examples)]
-    made: dict[Hashable, Adapter] = {}
-    adapters = model.internalize_each((example.video for example in first), **options)
+    by_key: dict[Hashable, Adapter] = {}
+    adapters = model.internalize_each(
+        (example.video for example in first),
+        max_frames=max_frames,
+        longest_edge=longest_edge,
+        exact_frames=exact_frames,
+        chunks=chunks,
+    )
     for example, adapter in zip(first, adapters, strict=True):
         if isinstance(adapter, VideoError):
             raise adapter
-        made[example.video_key] = adapter
-        progress("internalizing", len(made), len(first))
-    return [made[example.video_key] for example in examples]
+        by_key[example.video_key] = adapter
+        progress("internalizing", len(by_key), len(first))
+    return [by_key[example.video_key] for example in examples]
 
 
 def answer_scores(
@@ -101,10 +161,9 @@ def answer_scores(
     max_new_tokens: int = 128,
 ) -> list[float]:
     """Score of each example's greedy answer through its adapter."""
-    said = model.ask(
-        [example.prompt for example in examples], list(adapters), max_new_tokens=max_new_tokens
-    )
-    return [example.score(text, metric) for example, text in zip(examples, said, strict=True)]
+    prompts = [example.prompt for example in examples]
+    answers = model.ask(prompts, list(adapters), max_new_tokens=max_new_tokens)
+    return [example.score(text, metric) for example, text in zip(examples, answers, strict=True)]
 
 
 def control_scores(
@@ -114,20 +173,25 @@ def control_scores(
     metric: Metric,
     max_new_tokens: int = 128,
 ) -> dict[str, list[float]]:
-    """Scores without an adapter and with another video's, which say what a score owes to the
-    video: condition -> one score an example; the second is absent when all are about one video."""
-    chosen: dict[str, list[Adapter | None]] = {NONE: [None] * len(examples)}
+    """Scores without an adapter and with another video's adapter: the part of a score that does
+    not depend on the video.
+
+    Returns:
+        Condition -> one score per example. Another video's adapter is left out if all examples are
+        about one video.
+    """
+    controls: dict[str, list[Adapter | None]] = {NONE: [None] * len(examples)}
     if others := other_adapters(examples, adapters):
-        chosen[ANOTHER] = list(others)
+        controls[OTHER] = list(others)
     return {
-        name: answer_scores(model, examples, given, metric, max_new_tokens)
-        for name, given in chosen.items()
+        name: answer_scores(model, examples, chosen, metric, max_new_tokens)
+        for name, chosen in controls.items()
     }
 
 
 def other_adapters(examples: Sequence[EvalExample], adapters: Sequence[Adapter]) -> list[Adapter]:
-    """For each example the adapter of the next one about another video, from the first on behind
-    the last; empty when all are about one video."""
+    """For each example, the adapter of the next example about a different video (wrapping around);
+    empty if all examples are about one video."""
     keys = [example.video_key for example in examples]
     if len(set(keys)) < 2:
         return []
@@ -144,13 +208,14 @@ def interval(
     examples: Sequence[EvalExample],
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> dict[str, float]:
-    """Mean of one value an example and its 95% bootstrap interval: {"estimate", "low", "high"}.
+    """Mean of one value per example and its 95% bootstrap interval: {"estimate", "low", "high"}.
 
-    Examples of one video are resampled together, since their values are not independent.
+    Examples about one video are resampled together because their values are not independent.
 
     Args:
-        bounds: the values' scale, None where it has no ends.
+        bounds: range of the values; None if they are unbounded.
     """
+    # scipy is slow to import and not needed for help.
     from v2l_fast.evaluation.statistics import ratio_interval
 
     sums: dict[Hashable, float] = defaultdict(float)
@@ -159,53 +224,3 @@ def interval(
         sums[example.video_key] += value
         counts[example.video_key] += 1
     return asdict(ratio_interval(list(sums.values()), list(counts.values()), bounds=bounds))
-
-
-# --- inputs ---------------------------------------------------------------------------------------
-
-
-# Decodes the part of a file between two times in seconds.
-SpanReader = Callable[[str, tuple[float, float]], Clip]
-
-
-def manifest_examples(
-    path: str | os.PathLike,
-    read_span: SpanReader | None = None,
-    root: str | os.PathLike | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-) -> list[EvalExample]:
-    """Examples of a JSONL manifest, video by video; their kind is the subset, or the task type.
-
-    Args:
-        read_span: reads the part of a file that an example is about; whole files are only named.
-        root, split: see :func:`v2l_fast.data.manifest.load_manifest`.
-        limit: number of videos, from the first on.
-
-    Raises:
-        ManifestError: the manifest cannot be used.
-        ConfigError: no example is left, or one is about a part of a file and ``read_span`` is None.
-        VideoError: a part of a file cannot be read.
-    """
-    from v2l_fast.data.manifest import group_by_video, load_manifest
-
-    found = []
-    for video in group_by_video(load_manifest(path, root, split))[:limit]:
-        source: Video = video.path
-        if video.span is not None:
-            if read_span is None:
-                raise ConfigError(
-                    f"{path}: {video.name} is a part of a file; name whole files here"
-                )
-            source = read_span(video.path, video.span)
-        asked: dict[tuple[str, str], list[str]] = {}
-        for line in video.examples:
-            kind = str(line.metadata.get("subset", line.task_type))
-            asked.setdefault((line.prompt, kind), []).append(line.target_text)
-        found += [
-            EvalExample(source, prompt, tuple(dict.fromkeys(references)), kind)
-            for (prompt, kind), references in asked.items()
-        ]
-    if not found:
-        raise ConfigError(f"{path}: no example to analyze; check --split and --limit")
-    return found

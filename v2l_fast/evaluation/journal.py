@@ -1,8 +1,7 @@
-"""Append-only JSON lines by key: what an interrupted evaluation picks up again.
+"""An append-only mapping on disk, from which an interrupted evaluation resumes.
 
-Responsible for durability alone: an appended batch is on disk when ``append`` returns, and a line
-that was torn by a crash is dropped when the file is opened again. What the entries mean is the
-caller's business.
+Responsible for durability: a batch is on disk when ``append`` returns, and a line that a crash cut
+short is dropped when the file is opened again. The caller defines what the values are.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from v2l_fast.files import append_jsonl, drop_torn_line, read_jsonl
 
 
 class Journal:
-    """A mapping that grows, kept in memory and, with a path, on disk. Safe for several threads.
+    """A growing mapping in memory and, with a path, in a JSON-lines file. Thread-safe.
 
     Args:
-        path: the file, made with its folder at the first ``append``; None keeps entries in memory.
+        path: the file, created with its folder by the first ``append``; None keeps the entries in
+            memory only.
 
     Raises:
-        ConfigError: a line other than the last is not an entry of a journal.
+        ConfigError: a line other than the last is not a journal entry.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -43,7 +43,7 @@ class Journal:
         return len(self._entries)
 
     def append(self, entries: Mapping[str, Any]) -> None:
-        """Add entries (JSON values); a key that is there already is overwritten."""
+        """Add entries (JSON values); an existing key is overwritten."""
         with self._lock:
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
 """LLM judge: an OpenAI-compatible endpoint that scores answers against references.
 
-Responsible for corrections, the cache and honest counts. Requests are `endpoint`'s, wording and the
-reading of replies `rubrics`'s.
+Responsible for requests, retries, corrections, the cache and the counts of tokens, dollars and
+failures. Wording and parsing are `rubrics`'s.
 
-A judgment that cannot be had is a failure: named, counted and left out, never a score. Judgments
-are cached on disk by everything they depend on, so that a judging that was interrupted, or an
-answer that occurs twice, costs nothing twice; failures are not, and are tried again next time.
+A failed judgment is named, counted and left out; it never becomes a score. Judgments are cached on
+disk under a hash of everything they depend on, so a resumed run and repeated answers cost nothing;
+failures are not cached and are tried again by the next run.
 """
 
 from __future__ import annotations
@@ -27,213 +27,27 @@ from v2l_fast.evaluation.journal import Journal
 from v2l_fast.evaluation.rubrics import JudgeTask, Messages, ReplyError
 
 Progress = Callable[[int, int], None]
-Reader = Callable[[str], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Either what the judge found, or why there is no finding.
-
-    Attributes:
-        found: the reply's fields, scores checked; None after a failure.
-        failure: "timeout", "rate limited", "server error", "rejected", "refused", "malformed" or
-            "out of range"; None otherwise.
-        detail: of the failure.
-    """
-
-    found: Mapping[str, Any] | None
-    failure: str | None = None
-    detail: str = ""
-
-    @property
-    def score(self) -> float | None:
-        """0 to 1, None after a failure."""
-        return None if self.found is None else rubrics.rescaled(self.found["score"])
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two answers to one task judged side by side.
-
-    Attributes:
-        first, second: their scores, 0 to 1.
-        preferred: 1 for the first, -1 for the second, 0 for a tie.
-    """
-
-    first: float
-    second: float
-    preferred: int
-
-
-class Judge:
-    """Scores answers through one endpoint.
-
-    Args:
-        cache: file of judgments; None keeps them for this object's life.
-
-    Raises:
-        ConfigError: the openai package is missing.
-    """
-
-    def __init__(self, settings: JudgeSettings, cache: Path | None = None) -> None:
-        self.settings = settings
-        self._endpoint = Endpoint(settings)
-        self._cache = Journal(cache)
-        self._lock = Lock()
-        self._corrections = 0
-        self._cached = 0
-        self._failures: Counter[str] = Counter()
-
-    def score(
-        self,
-        tasks: Sequence[JudgeTask],
-        candidates: Sequence[str],
-        progress: Progress = lambda done, total: None,
-    ) -> list[Verdict]:
-        """Judge each candidate by itself (the paper's primary metric).
-
-        Raises:
-            JudgeError: the endpoint cannot be reached, or refuses the key or the model. What was
-                judged before is kept.
-        """
-        messages = [
-            rubrics.single_messages(task, text)
-            for task, text in zip(tasks, candidates, strict=True)
-        ]
-        return self._judge_all(messages, rubrics.single_verdict, progress)
-
-    def compare(
-        self,
-        tasks: Sequence[JudgeTask],
-        firsts: Sequence[str],
-        seconds: Sequence[str],
-        seed: int = 0,
-        progress: Progress = lambda done, total: None,
-    ) -> list[Preference | Verdict]:
-        """Judge pairs side by side, an audit of :meth:`score`.
-
-        The answers are called A and B; which is which is drawn for each pair from the seed and the
-        task, so that it depends neither on the order of the pairs nor on who is asked.
-
-        Returns:
-            A :class:`Preference`, or the failed :class:`Verdict`, for each pair.
-        """
-        swaps = [_swapped(task, seed) for task in tasks]
-        messages = [
-            rubrics.pair_messages(task, *((b, a) if swap else (a, b)))
-            for task, a, b, swap in zip(tasks, firsts, seconds, swaps, strict=True)
-        ]
-        verdicts = self._judge_all(messages, rubrics.pair_verdict, progress)
-        return [_preference(v, swap) for v, swap in zip(verdicts, swaps, strict=True)]
-
-    def report(self) -> dict[str, Any]:
-        """Requests, tokens, dollars and failures since this object was made."""
-        used, (price_in, price_out) = self._endpoint.usage, self.settings.prices
-        return {
-            "model": self.settings.model,
-            "url": self.settings.url,
-            "requests": used.requests,
-            "retries": used.retries,
-            "corrections": self._corrections,
-            "from_cache": self._cached,
-            "prompt_tokens": used.prompt_tokens,
-            "completion_tokens": used.completion_tokens,
-            "dollars": (used.prompt_tokens * price_in + used.completion_tokens * price_out) / 1e6,
-            "failures": dict(self._failures),
-        }
-
-    # --- requests -------------------------------------------------------------------------------
-
-    def _judge_all(
-        self, batch: Sequence[Messages], read: Reader, progress: Progress
-    ) -> list[Verdict]:
-        keys = [self._key(messages) for messages in batch]
-        # Equal requests are sent once.
-        waiting = {k: m for k, m in zip(keys, batch, strict=True) if k not in self._cache}
-        self._cached += len(batch) - len(waiting)
-        failed: dict[str, Verdict] = {}
-        done = len(batch) - len(waiting)
-        progress(done, len(batch))
-        with ThreadPoolExecutor(self.settings.workers, thread_name_prefix="judge") as pool:
-            futures = {pool.submit(self._judge, k, m, read): k for k, m in waiting.items()}
-            try:
-                for future in as_completed(futures):
-                    verdict = future.result()
-                    if verdict.failure is not None:
-                        failed[futures[future]] = verdict
-                    done += 1
-                    progress(done, len(batch))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        verdicts = [failed.get(key) or Verdict(self._cache[key]) for key in keys]
-        self._failures.update(v.failure for v in verdicts if v.failure is not None)
-        return verdicts
-
-    def _judge(self, key: str, messages: Messages, read: Reader) -> Verdict:
-        try:
-            found = self._converse(messages, read, self.settings.corrections)
-        except FailedJudgment as failure:
-            return Verdict(None, failure.kind, str(failure))
-        self._cache.append({key: found})
-        return Verdict(found)
-
-    def _converse(self, messages: Messages, read: Reader, corrections: int) -> dict[str, Any]:
-        """Ask; send a reply that cannot be read back, `corrections` times at most."""
-        reply = self._endpoint.request(messages)
-        try:
-            return read(reply)
-        except ReplyError as error:
-            if corrections == 0:
-                raise FailedJudgment(error.kind, str(error)) from None
-        with self._lock:
-            self._corrections += 1
-        complaint = [
-            {"role": "assistant", "content": reply},
-            {"role": "user", "content": rubrics.CORRECTION},
-        ]
-        return self._converse([*messages, *complaint], read, corrections - 1)
-
-    def _key(self, messages: Messages) -> str:
-        """Hash of everything a judgment depends on."""
-        asked = [rubrics.VERSION, self.settings.model, self.settings.max_tokens, messages]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-def _swapped(task: JudgeTask, seed: int) -> bool:
-    digest = hashlib.sha256(f"{seed}/{task.prompt}/{task.reference}".encode()).digest()
-    return bool(digest[0] & 1)
-
-
-def _preference(verdict: Verdict, swapped: bool) -> Preference | Verdict:
-    if verdict.found is None:
-        return verdict
-    a, b = (rubrics.rescaled(verdict.found[name]) for name in ("score_a", "score_b"))
-    preferred = {"A": 1, "B": -1, "tie": 0}[verdict.found["preferred"]]
-    return Preference(b, a, -preferred) if swapped else Preference(a, b, preferred)
-
-
-# --- endpoint -------------------------------------------------------------------------------------
+Parser = Callable[[str], dict[str, Any]]
 
 
 class JudgeError(V2LError):
-    """No judgment at all can be had from the endpoint."""
+    """The endpoint gives no judgments at all."""
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How the judge is reached. The defaults are the paper's (Appendix A) where it has one.
+    """Address and limits of the judge. The defaults are the paper's (Appendix A) where it has any.
 
     Attributes:
-        url: base of the API, such as http://localhost:8000/v1.
-        model: the name it is served under.
-        key: API key; the environment's OPENAI_API_KEY when None.
-        max_tokens: longest reply.
-        timeout: seconds a request may take.
-        retries: of requests that time out, are limited (Retry-After is obeyed) or fail there.
-        corrections: times a reply without a valid judgment is sent back.
-        workers: requests at a time.
-        json_mode: ask for ``response_format`` JSON; some servers do not know it.
+        url: base URL of the API, such as http://localhost:8000/v1.
+        model: name under which the judge is served.
+        key: API key; None reads OPENAI_API_KEY from the environment.
+        max_tokens: maximum length of a reply.
+        timeout: maximum duration of a request, seconds.
+        retries: after a timeout, a rate limit (Retry-After is respected) or a server error.
+        corrections: maximum number of times that an invalid reply is sent back.
+        workers: concurrent requests.
+        json_mode: request ``response_format`` JSON; not every server supports it.
         prices: dollars per million input and output tokens.
     """
 
@@ -251,14 +65,17 @@ class JudgeSettings:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "timeout", "workers"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"judge: {name} must be positive, not {getattr(self, name)}")
+                raise ConfigError(f"judge: {name} must be positive, got {getattr(self, name)}")
         if self.retries < 0 or self.corrections < 0:
-            raise ConfigError("judge: retries and corrections must be 0 or more")
+            raise ConfigError(
+                "judge: retries and corrections must be at least 0, "
+                f"got {self.retries} and {self.corrections}"
+            )
 
 
 @dataclass
 class JudgeUsage:
-    """Counted over an endpoint's life."""
+    """Requests and tokens over the lifetime of an endpoint."""
 
     requests: int = 0
     retries: int = 0
@@ -267,7 +84,7 @@ class JudgeUsage:
 
 
 class FailedJudgment(Exception):
-    """One judgment cannot be had; `kind` is one of the failures listed at ``judge.Verdict``."""
+    """One judgment failed; `kind` is one of the failures listed at :class:`Verdict`."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -275,7 +92,7 @@ class FailedJudgment(Exception):
 
 
 class Endpoint:
-    """The judge's server.
+    """Client of the judge's server; thread-safe.
 
     Raises:
         ConfigError: the openai package is missing.
@@ -293,18 +110,18 @@ class Endpoint:
         self._lock = Lock()
         self._client = OpenAI(
             base_url=settings.url,
-            # A local server wants none, the client insists on one.
+            # A local server needs no key, but the client insists on one.
             api_key=settings.key or os.environ.get("OPENAI_API_KEY") or "none",
             timeout=settings.timeout,
             max_retries=settings.retries,
         )
 
     def request(self, messages: Messages) -> str:
-        """The reply's text.
+        """The text of the reply.
 
         Raises:
-            FailedJudgment: this request has no reply.
-            JudgeError: no request will have one.
+            FailedJudgment: this request failed.
+            JudgeError: every request would fail.
         """
         import openai
 
@@ -332,7 +149,7 @@ class Endpoint:
         except openai.APIConnectionError as error:
             raise JudgeError(
                 f"{self.settings.url}: the judge cannot be reached ({error.__cause__ or error}); "
-                "start it and run again: what was judged is kept"
+                "start it and run again; judgments so far are kept"
             ) from None
         except openai.APIStatusError as error:
             raise self._refusal(error) from None
@@ -346,11 +163,12 @@ class Endpoint:
         return _content(completion)
 
     def _refusal(self, error: Any) -> Exception:
-        """Of one request, or of everything: a wrong key or name fails all the same way."""
+        """The error of an HTTP status: JudgeError if every request would fail, such as with a wrong
+        key or model name, else FailedJudgment."""
         status, detail = error.status_code, str(error)[:200]
         if status in (401, 403, 404):
             return JudgeError(
-                f"{self.settings.url}: the judge answers {status} ({detail}); check the key "
+                f"{self.settings.url}: the judge replies {status} ({detail}); check the key "
                 f"(OPENAI_API_KEY), the URL and the model's name ({self.settings.model})"
             )
         if status == 429:
@@ -361,7 +179,7 @@ class Endpoint:
 
 
 def _content(completion: Any) -> str:
-    """The reply's text. Raises FailedJudgment where there is none."""
+    """The text of the reply. Raises FailedJudgment if it has none."""
     choices = getattr(completion, "choices", None) or [None]
     message = getattr(choices[0], "message", None)
     if message is None or not isinstance(message.content, str | None):
@@ -370,8 +188,194 @@ def _content(completion: Any) -> str:
         )
     if not message.content or message.refusal or choices[0].finish_reason == "content_filter":
         raise FailedJudgment("refused", message.refusal or "an empty reply")
-    # Thoughts may stand there without a mark; a score drafted in them is no judgment.
+    # Reasoning may come without a mark; a score drafted in it is not a judgment.
     begun = message.content.lstrip().startswith(("{", "```")) or "</think>" in message.content
     if choices[0].finish_reason == "length" and not begun:
-        raise FailedJudgment("malformed", "cut off before the judgment, allow more tokens")
+        raise FailedJudgment("malformed", "cut off before the judgment; allow more tokens")
     return message.content
+
+
+# --- judgments ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judgment, or the reason why it failed.
+
+    Attributes:
+        fields: fields of the reply with validated scores; None after a failure.
+        failure: "timeout", "rate limited", "server error", "rejected", "refused", "malformed" or
+            "out of range"; None without a failure.
+        detail: message of the failure.
+    """
+
+    fields: Mapping[str, Any] | None
+    failure: str | None = None
+    detail: str = ""
+
+    @property
+    def score(self) -> float | None:
+        """0 to 1; None after a failure."""
+        return None if self.fields is None else rubrics.rescaled(self.fields["score"])
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Judgment of two answers to one task side by side.
+
+    Attributes:
+        first, second: scores, 0 to 1.
+        preferred: 1 for the first, -1 for the second, 0 for a tie.
+    """
+
+    first: float
+    second: float
+    preferred: int
+
+
+class Judge:
+    """Scores answers through one endpoint.
+
+    Args:
+        cache: file of judgments; None keeps them in memory.
+
+    Raises:
+        ConfigError: the openai package is missing.
+    """
+
+    def __init__(self, settings: JudgeSettings, cache: Path | None = None) -> None:
+        self.settings = settings
+        self._endpoint = Endpoint(settings)
+        self._cache = Journal(cache)
+        self._lock = Lock()
+        self._corrections = 0
+        self._cached = 0
+        self._failures: Counter[str] = Counter()
+
+    def score(
+        self,
+        tasks: Sequence[JudgeTask],
+        candidates: Sequence[str],
+        progress: Progress = lambda done, total: None,
+    ) -> list[Verdict]:
+        """Judge each candidate on its own (the paper's primary metric).
+
+        Raises:
+            JudgeError: the endpoint cannot be reached, or refuses the key or the model. Judgments
+                so far are kept.
+        """
+        messages = [
+            rubrics.single_messages(task, text)
+            for task, text in zip(tasks, candidates, strict=True)
+        ]
+        return self._judge_all(messages, rubrics.single_verdict, progress)
+
+    def compare(
+        self,
+        tasks: Sequence[JudgeTask],
+        firsts: Sequence[str],
+        seconds: Sequence[str],
+        seed: int = 0,
+        progress: Progress = lambda done, total: None,
+    ) -> list[Preference | Verdict]:
+        """Judge pairs side by side, as an audit of :meth:`score`.
+
+        The judge sees the answers as A and B. Which one is A is drawn from the seed and the task,
+        so it depends neither on the order of the pairs nor on the systems.
+
+        Returns:
+            For each pair a :class:`Preference` or the failed :class:`Verdict`.
+        """
+        swaps = [_swapped(task, seed) for task in tasks]
+        messages = [
+            rubrics.pair_messages(task, *((b, a) if swap else (a, b)))
+            for task, a, b, swap in zip(tasks, firsts, seconds, swaps, strict=True)
+        ]
+        verdicts = self._judge_all(messages, rubrics.pair_verdict, progress)
+        return [_preference(v, swap) for v, swap in zip(verdicts, swaps, strict=True)]
+
+    def report(self) -> dict[str, Any]:
+        """Requests, tokens, dollars and failures so far, JSON-ready."""
+        used, (price_in, price_out) = self._endpoint.usage, self.settings.prices
+        return {
+            "model": self.settings.model,
+            "url": self.settings.url,
+            "requests": used.requests,
+            "retries": used.retries,
+            "corrections": self._corrections,
+            "from_cache": self._cached,
+            "prompt_tokens": used.prompt_tokens,
+            "completion_tokens": used.completion_tokens,
+            "dollars": (used.prompt_tokens * price_in + used.completion_tokens * price_out) / 1e6,
+            "failures": dict(self._failures),
+        }
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def _judge_all(
+        self, batch: Sequence[Messages], parse: Parser, progress: Progress
+    ) -> list[Verdict]:
+        keys = [self._key(messages) for messages in batch]
+        # Identical requests are sent once.
+        waiting = {k: m for k, m in zip(keys, batch, strict=True) if k not in self._cache}
+        self._cached += len(batch) - len(waiting)
+        failed: dict[str, Verdict] = {}
+        done = len(batch) - len(waiting)
+        progress(done, len(batch))
+        with ThreadPoolExecutor(self.settings.workers, thread_name_prefix="judge") as pool:
+            futures = {pool.submit(self._judge, k, m, parse): k for k, m in waiting.items()}
+            try:
+                for future in as_completed(futures):
+                    verdict = future.result()
+                    if verdict.failure is not None:
+                        failed[futures[future]] = verdict
+                    done += 1
+                    progress(done, len(batch))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        verdicts = [failed.get(key) or Verdict(self._cache[key]) for key in keys]
+        self._failures.update(v.failure for v in verdicts if v.failure is not None)
+        return verdicts
+
+    def _judge(self, key: str, messages: Messages, parse: Parser) -> Verdict:
+        try:
+            fields = self._converse(messages, parse, self.settings.corrections)
+        except FailedJudgment as failure:
+            return Verdict(None, failure.kind, str(failure))
+        self._cache.append({key: fields})
+        return Verdict(fields)
+
+    def _converse(self, messages: Messages, parse: Parser, corrections: int) -> dict[str, Any]:
+        """Request a judgment; send an invalid reply back, at most `corrections` times."""
+        reply = self._endpoint.request(messages)
+        try:
+            return parse(reply)
+        except ReplyError as error:
+            if corrections == 0:
+                raise FailedJudgment(error.kind, str(error)) from None
+        with self._lock:
+            self._corrections += 1
+        complaint = [
+            {"role": "assistant", "content": reply},
+            {"role": "user", "content": rubrics.CORRECTION},
+        ]
+        return self._converse([*messages, *complaint], parse, corrections - 1)
+
+    def _key(self, messages: Messages) -> str:
+        """Hash of everything that the judgment depends on."""
+        inputs = [rubrics.VERSION, self.settings.model, self.settings.max_tokens, messages]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
+def _swapped(task: JudgeTask, seed: int) -> bool:
+    digest = hashlib.sha256(f"{seed}/{task.prompt}/{task.reference}".encode()).digest()
+    return bool(digest[0] & 1)
+
+
+def _preference(verdict: Verdict, swapped: bool) -> Preference | Verdict:
+    if verdict.fields is None:
+        return verdict
+    a, b = (rubrics.rescaled(verdict.fields[name]) for name in ("score_a", "score_b"))
+    preferred = {"A": 1, "B": -1, "tie": 0}[verdict.fields["preferred"]]
+    return Preference(b, a, -preferred) if swapped else Preference(a, b, preferred)

@@ -14,20 +14,20 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_tokens(text: str) -> list[str]:
-    """Tokens that metrics compare."""
+    """The normalized tokens of a text."""
     words = text.lower().translate(_NO_PUNCTUATION).split()
     return [word for word in words if word not in _ARTICLES]
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of token precision and recall, 0 to 1; two empty texts agree (1)."""
-    found, wanted = normalize_tokens(answer), normalize_tokens(reference)
-    if not found or not wanted:
-        return float(found == wanted)
-    shared = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * shared / (len(found) + len(wanted))
+    """Harmonic mean of token precision and recall, 0 to 1; 1 for two empty texts."""
+    tokens, expected = normalize_tokens(answer), normalize_tokens(reference)
+    if not tokens or not expected:
+        return float(tokens == expected)
+    shared = sum((Counter(tokens) & Counter(expected)).values())
+    return 2 * shared / (len(tokens) + len(expected))
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1.0 when the normalized tokens are equal, else 0.0."""
+    """1.0 if the normalized tokens are equal, else 0.0."""
     return float(normalize_tokens(answer) == normalize_tokens(reference))

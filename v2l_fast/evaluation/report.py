@@ -1,6 +1,8 @@
-"""A system against its baseline on the same examples: means, paired difference, the paper's marks.
+"""Results of an evaluation: comparisons by benchmark and subset, controls, Markdown tables.
 
-Responsible for the numbers of a table row. What is compared, and how a table looks, is `report`'s.
+Responsible for turning scores into the rows of the paper's Tables 1 to 4 (system against baseline,
+paired difference, marks) with the controls added, as a JSON record and as Markdown. Intervals are
+`statistics`'s.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row: both systems' means and what their paired difference allows to claim.
+    """System against baseline on the examples that both have a score for.
 
     Attributes:
-        examples, videos: counted where both systems have a score.
-        baseline, system: mean scores over those examples.
-        difference: system - baseline with its 95% interval; examples of one video are resampled
-            together, since their scores are not independent.
-        margin: of equivalence and non-inferiority, neither of which holds on fewer videos than
+        examples, videos: number of those examples and of their videos.
+        baseline, system: mean scores.
+        difference: system - baseline with its 95% interval; examples about one video are resampled
+            together because their scores are not independent.
+        margin: of equivalence and non-inferiority. Neither is claimed on fewer videos than
             :func:`~v2l_fast.evaluation.statistics.required_videos`.
     """
 
@@ -53,7 +55,7 @@ class Comparison:
 
     @property
     def enough(self) -> bool:
-        """Whether there are enough videos to claim anything at the margin."""
+        """Whether there are enough videos for a claim at the margin."""
         return self.videos >= required_videos(self.margin)
 
     @property
@@ -65,14 +67,15 @@ class Comparison:
         return self.enough and self.difference.non_inferior(self.margin)
 
     def as_json(self, chance: float | None = None) -> dict[str, Any]:
-        """Everything for a machine.
+        """The fields, properties and ratios as JSON values.
 
         Args:
-            chance: the score without video and adapter on the same examples.
+            chance: score without video and adapter on the same examples.
 
         Returns:
-            The fields, with "recovery", system / baseline (null of a zero baseline), and "kept",
-            (system - chance) / (baseline - chance) (null without chance or a baseline above it).
+            Also "recovery", system / baseline (null for a zero baseline), and "kept",
+            (system - chance) / (baseline - chance) (null without chance, or if the baseline is not
+            above it).
         """
         ratio = recovery(self.system, self.baseline)
         kept = math.nan if chance is None else recovery(self.system, self.baseline, chance)
@@ -96,11 +99,11 @@ class Comparison:
 def compare(
     system: Scores, baseline: Scores, videos: Mapping[str, str], margin: float
 ) -> Comparison:
-    """Compare on the examples that both have scored.
+    """Compare two systems on the examples that both have a score for.
 
     Args:
-        system, baseline: score by example id; a missing id is an example without a score.
-        videos: the video of each example id.
+        system, baseline: example id -> score.
+        videos: example id -> video.
 
     Raises:
         ConfigError: the two share no example.
@@ -111,16 +114,16 @@ def compare(
 def average(
     rows: Sequence[tuple[Scores, Scores]], videos: Mapping[str, str], margin: float
 ) -> Comparison:
-    """The mean of several rows, given as (system, baseline) scores; every row weighs the same.
+    """The mean of several rows of (system, baseline) scores, each row with the same weight.
 
-    Videos that are in several rows are resampled in all of them together.
+    A video in several rows is resampled in all of them together.
 
     Raises:
-        ConfigError: a row's two systems share no example.
+        ConfigError: the two systems of a row share no example.
     """
     shared = [[id_ for id_ in system if id_ in baseline] for system, baseline in rows]
     if not all(shared):
-        raise ConfigError("the two systems share no scored example; nothing can be compared")
+        raise ConfigError("the two systems share no scored example; score the same examples")
     strata, means = [], []
     for ids, (system, baseline) in zip(shared, rows, strict=True):
         strata.append(_per_video(ids, system, baseline, videos))
@@ -138,8 +141,8 @@ def average(
 def pooled(
     rows: Sequence[tuple[Scores, Scores]], videos: Mapping[str, str], margin: float
 ) -> Comparison:
-    """All examples of several rows as one, so that every example weighs the same: what the judge's
-    "Average" row of the paper's Table 4 is, where its other averages weigh rows equally.
+    """All examples of several rows as one row, each example with the same weight, as in the judge's
+    "Average" row of the paper's Table 4; the paper's other averages weight rows equally.
 
     Raises:
         ConfigError: the two systems share no example.
@@ -151,7 +154,7 @@ def pooled(
 def _per_video(
     ids: Sequence[str], system: Scores, baseline: Scores, videos: Mapping[str, str]
 ) -> Stratum:
-    """Sum of differences and number of examples of each video."""
+    """Video -> (sum of differences, number of examples)."""
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     for id_ in ids:
@@ -172,7 +175,7 @@ ConditionScores = Mapping[str, Scores]
 def text_scores(
     examples: Sequence[Example], answers: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Token-F1 of every answer and, of answers to questions, exact match.
+    """Token-F1 of every answer, and exact match of answers to questions.
 
     Args:
         answers: condition -> example id -> text.
@@ -201,14 +204,14 @@ def summarize(
 ) -> dict[str, Any]:
     """The record of all metrics: metric -> {"margin", "rows"}.
 
-    A row is a benchmark, one of its subsets (``metadata["subset"]``, where there are several) or,
-    where there are several benchmarks, their average with equal weights ("Average") and that of all
-    their examples ("Pooled"). It holds :meth:`Comparison.as_json`, the controls' means over the
-    same examples, and "equivalent_holm" and "non_inferior_holm", which marks hold together with
-    those of the metric's other rows (Holm's procedure).
+    A row is a benchmark or, if it has several, one of its subsets (``metadata["subset"]``). With
+    several benchmarks, two more rows hold their average with equal weights ("Average") and the
+    average of all their examples ("Pooled"). A row has the keys of :meth:`Comparison.as_json`, the
+    controls' means over the same examples, and "equivalent_holm" and "non_inferior_holm": whether
+    the mark holds together with those of the metric's other rows (Holm's procedure).
 
     Args:
-        videos: the video of each example id.
+        videos: example id -> video.
     """
     return {
         metric: {
@@ -243,11 +246,11 @@ def _rows(
         pairs = [(picked[SYSTEM], picked[BASELINE]) for picked in whole]
         shared = [n for n in _controls(whole[0]) if all(picked.get(n) for picked in whole)]
         means = {n: sum(_mean(picked[n]) for picked in whole) / len(whole) for n in shared}
-        rows.append(_json("Average", None, average(pairs, videos, margin), means))
+        rows.append(_row_json("Average", None, average(pairs, videos, margin), means))
         everything = {
             n: _mean({k: v for picked in whole for k, v in picked[n].items()}) for n in shared
         }
-        rows.append(_json("Pooled", None, pooled(pairs, videos, margin), everything))
+        rows.append(_row_json("Pooled", None, pooled(pairs, videos, margin), everything))
     intervals = [Interval(row["difference"], row["low"], row["high"]) for row in rows]
     for name, two_sided in (("equivalent", True), ("non_inferior", False)):
         together = holm(intervals, margin, two_sided)
@@ -257,7 +260,7 @@ def _rows(
 
 
 def _pick(examples: Sequence[Example], scores: ConditionScores) -> dict[str, Scores] | None:
-    """Scores of the examples that baseline and system both have; None without any."""
+    """Scores of the examples that baseline and system share; None if there are none."""
     shared = [e.id for e in examples if e.id in scores[BASELINE] and e.id in scores[SYSTEM]]
     if not shared:
         return None
@@ -274,17 +277,17 @@ def _row(
     margin: float,
 ) -> dict[str, Any]:
     controls = {name: _mean(scores[name]) for name in _controls(scores) if scores[name]}
-    found = compare(scores[SYSTEM], scores[BASELINE], videos, margin)
-    return _json(dataset, subset, found, controls)
+    comparison = compare(scores[SYSTEM], scores[BASELINE], videos, margin)
+    return _row_json(dataset, subset, comparison, controls)
 
 
-def _json(
-    dataset: str, subset: str | None, found: Comparison, controls: Mapping[str, float]
+def _row_json(
+    dataset: str, subset: str | None, comparison: Comparison, controls: Mapping[str, float]
 ) -> dict[str, Any]:
     return {
         "benchmark": dataset,
         "subset": subset,
-        **found.as_json(controls.get(NONE)),
+        **comparison.as_json(controls.get(NONE)),
         "controls": dict(controls),
     }
 
@@ -300,25 +303,25 @@ def _mean(scores: Scores) -> float:
 # --- Markdown -------------------------------------------------------------------------------------
 
 
-def markdown(summary: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
-    """One table a metric, then the notes as a list."""
-    parts = [_table(metric, found) for metric, found in summary.items()]
-    if notes:
-        parts.append("\n".join(f"- {note}" for note in notes))
+def markdown(summary: Mapping[str, Any], note_lines: Sequence[str] = ()) -> str:
+    """One table per metric of :func:`summarize`, then the notes as a list."""
+    parts = [_table(metric, entry) for metric, entry in summary.items()]
+    if note_lines:
+        parts.append("\n".join(f"- {note}" for note in note_lines))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(metric: str, found: Mapping[str, Any]) -> str:
-    controls = list(dict.fromkeys(name for row in found["rows"] for name in row["controls"]))
+def _table(metric: str, entry: Mapping[str, Any]) -> str:
+    controls = list(dict.fromkeys(name for row in entry["rows"] for name in row["controls"]))
     head = ["Benchmark", "n", "Base", "V2L", "Δ", "95% CI", "Eq", "NI"]
     head += ["kept above chance", *controls]
     lines = [
-        f"**{TITLES[metric]}** (margin {found['margin']})",
+        f"**{TITLES[metric]}** (margin {entry['margin']})",
         "",
         "| " + " | ".join(head) + " |",
         "|---" + "|---:" * (len(head) - 1) + "|",
     ]
-    for row in found["rows"]:
+    for row in entry["rows"]:
         name = row["benchmark"] if row["subset"] is None else f"· {row['subset']}"
         kept = "–" if row["kept"] is None else f"{row['kept']:.1%}"
         cells = [
@@ -338,10 +341,49 @@ def _table(metric: str, found: Mapping[str, Any]) -> str:
 
 
 def mark(row: Mapping[str, Any], criterion: str) -> str:
-    """The paper's mark of a row's criterion, in parentheses where it holds alone but not together
-    with those of the table's other rows; "few" where there are too few videos to claim anything."""
+    """The paper's mark of a row's criterion: in parentheses if it holds on its own but not together
+    with the table's other rows; "few" if there are too few videos for a claim."""
     if not row["enough"]:
         return "few"
     if not row[criterion]:
         return "–"
     return "Y" if row[f"{criterion}_holm"] else "(Y)"
+
+
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """Notes below the tables, from the record of an evaluation."""
+    tokens = record["prompt_tokens"]
+    counts = sorted({len(metric["rows"]) for metric in record["metrics"].values()})
+    lines = [
+        f"{record['examples']} examples about {record['videos']} videos. Δ is V2L - Base with its "
+        "95% interval: a paired bootstrap over videos, united below 100 videos with an exact "
+        "interval at the effective number of videos. Eq: the interval lies inside ± the margin; "
+        "NI: it lies above - the margin; few: too few videos for a claim at the margin.",
+        f"Each table tests {' or '.join(map(str, counts))} rows, each at 2.5% per side, so some "
+        "marks may hold by chance; (Y) holds on its own but not together with the table's other "
+        "rows (Holm).",
+        "Kept above chance: (V2L - no adapter) / (Base - no adapter), the share of what the video "
+        "adds that the adapter keeps; V2L / Base also counts what can be guessed without a video.",
+        f"Prompt tokens per question: {tokens[BASELINE]:.0f} with the video in context, "
+        f"{tokens[SYSTEM]:.0f} with the adapter.",
+    ]
+    if any(row["benchmark"] == "Pooled" for m in record["metrics"].values() for row in m["rows"]):
+        lines.append(
+            "Average: every benchmark has the same weight; Pooled: every example has the same "
+            "weight, as in the judge's average of the paper's Table 4. A video in several "
+            "benchmarks is resampled in all of them together."
+        )
+    if unreadable := record["unreadable"]:
+        lines.append(f"{len(unreadable)} videos cannot be read and are left out everywhere.")
+    if judged := record.get("judge"):
+        failures = judged["failures"]
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(failures.items()))
+        lines.append(
+            f"Judge {judged['model']}: {judged['requests']} requests, {judged['from_cache']} "
+            f"judgments from the cache, {judged['prompt_tokens']} + {judged['completion_tokens']} "
+            f"tokens, ${judged['dollars']:.2f}; failed and left out: {listed or 'none'}. Judgments "
+            "do not fail at random (long, empty and unusual answers fail more often), and a pair "
+            "with one failure is left out: with many failures the judge's rows describe the easy "
+            "pairs."
+        )
+    return lines

@@ -1,12 +1,12 @@
-"""What a judge is asked, and reading what it replies.
+"""The judge's instructions and the parsing of its replies.
 
-Responsible for wording and for the one JSON object a reply must hold. How replies are fetched,
-retried and kept is `judge`'s.
+Responsible for wording and for the one JSON object that a reply must contain. Requests and the
+cache are `judge`'s.
 
-The rules are those of the paper's Appendix A in our words: captions are judged by what they cover
-of the reference, extra details cost nothing unless they contradict it; of an answer to a question
-the judge first extracts what it says, so that verbosity costs nothing. The scale is the 1 to 5 of
-the paper's Section 4.3 (its Appendix A lists a 0 besides; what that describes is our 1).
+The rules are those of the paper's Appendix A in our own words. A caption is judged by how much of
+the reference it covers; extra details cost nothing unless they contradict the reference. From an
+answer to a question the judge first extracts the statement, so verbosity costs nothing. The scale
+is the 1 to 5 of the paper's Section 4.3 (Appendix A also lists a 0, which corresponds to our 1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Part of every cache key: change it with any wording below.
+# Part of every cache key: increase it with any change of the wording below.
 VERSION = 1
 LOWEST, HIGHEST = 1, 5
 
@@ -62,7 +62,7 @@ Messages = list[dict[str, str]]
 
 
 class ReplyError(Exception):
-    """A reply holds no valid judgment; `kind` is "malformed" or "out of range"."""
+    """A reply contains no valid judgment; `kind` is "malformed" or "out of range"."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -71,7 +71,7 @@ class ReplyError(Exception):
 
 @dataclass(frozen=True)
 class JudgeTask:
-    """What was asked and what is right. `is_caption` chooses the rules."""
+    """Prompt and reference of one judgment; `is_caption` selects the rules."""
 
     prompt: str
     reference: str
@@ -79,22 +79,22 @@ class JudgeTask:
 
 
 def single_messages(task: JudgeTask, candidate: str) -> Messages:
-    """Judge one candidate against the reference."""
+    """Messages that ask for a judgment of one candidate."""
     fields = _CAPTION_FIELDS if task.is_caption else _QA_FIELDS
     return [
         {"role": "system", "content": _rules(task) + _ONE + fields + _NUMBER},
-        {"role": "user", "content": f"{_given(task)}\n\nCandidate:\n{candidate}"},
+        {"role": "user", "content": f"{_task_text(task)}\n\nCandidate:\n{candidate}"},
     ]
 
 
 def pair_messages(task: JudgeTask, first: str, second: str) -> Messages:
-    """Judge two candidates side by side; they are named A and B and nothing else."""
+    """Messages that ask for a judgment of two candidates side by side, named A and B only."""
     pair = "\n\nThere are two candidates, A and B. Score each by itself, then say which is better."
     return [
         {"role": "system", "content": _rules(task) + pair + _ONE + _PAIR_FIELDS + _NUMBER},
         {
             "role": "user",
-            "content": f"{_given(task)}\n\nCandidate A:\n{first}\n\nCandidate B:\n{second}",
+            "content": f"{_task_text(task)}\n\nCandidate A:\n{first}\n\nCandidate B:\n{second}",
         },
     ]
 
@@ -103,40 +103,40 @@ def _rules(task: JudgeTask) -> str:
     return _CAPTION_RULES if task.is_caption else _QA_RULES
 
 
-def _given(task: JudgeTask) -> str:
-    asked = "JudgeTask" if task.is_caption else "Question"
-    return f"{asked}:\n{task.prompt}\n\nReference:\n{task.reference}"
+def _task_text(task: JudgeTask) -> str:
+    title = "Task" if task.is_caption else "Question"
+    return f"{title}:\n{task.prompt}\n\nReference:\n{task.reference}"
 
 
 def single_verdict(reply: str) -> dict[str, Any]:
-    """{"score": 1 to 5} and what the judge said besides. Raises ReplyError."""
-    found = _json_object(reply, "score")
-    return {**found, "score": _scale(found, "score")}
+    """{"score": 1 to 5} and the reply's other fields. Raises ReplyError."""
+    fields = _json_object(reply, "score")
+    return {**fields, "score": _scale(fields, "score")}
 
 
 def pair_verdict(reply: str) -> dict[str, Any]:
     """{"score_a", "score_b": 1 to 5, "preferred": "A", "B" or "tie"}. Raises ReplyError."""
-    found = _json_object(reply, "preferred")
-    preferred = str(found.get("preferred", "")).strip().upper()
+    fields = _json_object(reply, "preferred")
+    preferred = str(fields.get("preferred", "")).strip().upper()
     if preferred not in ("A", "B", "TIE"):
-        raise ReplyError("malformed", f"'preferred' is {found.get('preferred')!r}")
+        raise ReplyError("malformed", f"'preferred' is {fields.get('preferred')!r}")
     return {
-        **found,
-        "score_a": _scale(found, "score_a"),
-        "score_b": _scale(found, "score_b"),
+        **fields,
+        "score_a": _scale(fields, "score_a"),
+        "score_b": _scale(fields, "score_b"),
         "preferred": "tie" if preferred == "TIE" else preferred,
     }
 
 
 def rescaled(score: int) -> float:
-    """1 to 5 onto 0 to 1 (Section 4.3)."""
+    """Map 1 to 5 onto 0 to 1 (Section 4.3)."""
     return (score - LOWEST) / (HIGHEST - LOWEST)
 
 
-def _scale(found: Mapping[str, Any], name: str) -> int:
-    value = found.get(name)
+def _scale(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
     if isinstance(value, str):
-        # "4" and "4/5" say what is meant.
+        # "4" and "4/5" are unambiguous.
         match = re.fullmatch(rf"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*{HIGHEST})?\s*", value)
         value = float(match.group(1)) if match else value
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -146,25 +146,25 @@ def _scale(found: Mapping[str, Any], name: str) -> int:
     return int(value)
 
 
-# --- repair ---------------------------------------------------------------------------------------
+# --- JSON in replies ------------------------------------------------------------------------------
 
-# The last kind was cut off: a score in it is a draft.
+# The last alternative is reasoning that was cut off: a score in it is a draft.
 _THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>|^\s*<think>.*", re.DOTALL)
 _TRAILING_COMMA = re.compile(r",(\s*[}\]])")
 _FIELD = re.compile(r'"(score|score_a|score_b|preferred)"\s*:\s*("?[\w./-]+"?)\s*[,}\n]')
 
 
 def _json_object(reply: str, needed: str) -> dict[str, Any]:
-    """The first JSON object with the field `needed`, mended where it is only slightly wrong.
+    """The first JSON object with the field `needed`, repaired where the intention is clear.
 
-    Thoughts, code fences and prose around it are skipped; trailing commas, single quotes and
-    Python constants are read as meant. Of a reply that was cut off, complete scores are kept.
+    Reasoning, code fences and prose around it are skipped; trailing commas, single quotes and
+    Python constants are accepted. If the reply was cut off, complete scores are used.
     """
     text = _THOUGHTS.sub("", reply)
     for start in (m.start() for m in re.finditer(r"\{", text)):
-        found = _object_at(text, start)
-        if found is not None and needed in found:
-            return found
+        value = _object_at(text, start)
+        if value is not None and needed in value:
+            return value
     fields = {name: value.strip('"') for name, value in _FIELD.findall(text)}
     if needed in fields:
         return fields
@@ -173,17 +173,17 @@ def _json_object(reply: str, needed: str) -> dict[str, Any]:
 
 def _object_at(text: str, start: int) -> dict[str, Any] | None:
     try:
-        found, _ = json.JSONDecoder().raw_decode(text, start)
-        return found if isinstance(found, dict) else None
+        value, _ = json.JSONDecoder().raw_decode(text, start)
+        return value if isinstance(value, dict) else None
     except (ValueError, RecursionError):
         pass
     end = text.rfind("}") + 1
-    mended = _TRAILING_COMMA.sub(r"\1", text[start:end])
-    for read in (json.loads, ast.literal_eval):
+    repaired = _TRAILING_COMMA.sub(r"\1", text[start:end])
+    for parse in (json.loads, ast.literal_eval):
         try:
-            found = read(mended)
+            value = parse(repaired)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(found, dict):
-            return found
+        if isinstance(value, dict):
+            return value
     return None

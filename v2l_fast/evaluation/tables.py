@@ -1,51 +1,86 @@
-"""Rows of a record as text, by column and as Markdown."""
+"""Rows of a record as text columns, as a Markdown table and as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from v2l_fast.files import write_text
 
 Rows = Sequence[Mapping[str, Any]]
 
+_INTERVAL = {"estimate", "low", "high"}
+
 
 def columns(rows: Rows) -> dict[str, list[str]]:
-    """Column name -> one text a row; nested fields become ``outer.inner``, an interval is one text.
+    """Column name -> one text per row; nested fields become ``outer.inner``, an interval is one
+    text.
 
-    Rows may differ in fields; what a row lacks is "-".
+    Rows may differ in their fields; a missing field is "-".
     """
-    flat = [dict(_fields(row)) for row in rows]
+    flat = [{name: _text(value) for name, value in _flatten(row, _INTERVAL)} for row in rows]
     names = dict.fromkeys(name for row in flat for name in row)
     return {name: [row.get(name, "-") for row in flat] for name in names}
 
 
 def markdown(rows: Rows) -> str:
-    """A Markdown table, numbers to the right."""
-    found = columns(rows)
-    lines = [list(found), ["---", *["---:"] * (len(found) - 1)]]
-    lines += [list(cells) for cells in zip(*found.values(), strict=True)]
+    """A Markdown table; every column but the first is aligned right."""
+    by_name = columns(rows)
+    lines = [list(by_name), ["---", *["---:"] * (len(by_name) - 1)]]
+    lines += [list(cells) for cells in zip(*by_name.values(), strict=True)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def number(value: float) -> str:
-    """Four significant digits, without an exponent where that is short."""
-    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+def write_csv(path: Path, rows: Rows) -> None:
+    """Write the rows with the union of their columns; nested fields become ``outer.inner``.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    flat = [dict(_flatten(row)) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)))
+    writer.writeheader()
+    for row in flat:
+        writer.writerow(
+            {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
 
 
 def interval_text(interval: Mapping[str, float]) -> str:
-    """Estimate and interval."""
+    """``estimate [low, high]`` with three decimals."""
     return "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
 
 
-def _fields(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def number_text(value: float) -> str:
+    """Four significant digits; an integer from 10,000 on."""
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def _flatten(
+    row: Mapping[str, Any], atom: set[str] | None = None, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """The row's fields with nested mappings unfolded, except those whose keys are ``atom``."""
     for key, value in row.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and set(value) == {"estimate", "low", "high"}:
-            yield name, interval_text(value)
-        elif isinstance(value, Mapping):
-            yield from _fields(value, f"{name}.")
-        elif isinstance(value, list):
-            yield name, ", ".join(map(str, value)) or "-"
-        elif isinstance(value, float):
-            yield name, number(value)
+        if isinstance(value, Mapping) and set(value) != atom:
+            yield from _flatten(value, atom, f"{prefix}{key}.")
         else:
-            yield name, "-" if value is None else str(value)
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    match value:
+        case Mapping():
+            return interval_text(value)
+        case list():
+            return ", ".join(map(str, value)) or "-"
+        case float():
+            return number_text(value)
+        case None:
+            return "-"
+    return str(value)
