@@ -1,19 +1,14 @@
-"""What every kernel needs on a GPU, found without one: registers, spills, shared memory, loops.
+"""What every kernel needs on a GPU, without one: registers, spills, shared memory, loops.
 
-Compiles the kernels of ``csrc_triton`` in all their configurations and holds each against
-its budget: it fits into shared memory, touches no local memory inside a loop, spills at most
-``SPILL_LIMIT`` bytes outside, uses the tensor cores where it should, and has no warpgroup product
-in a loop with its left operand in registers, which an assembler before ptxas 13.3 can get wrong.
-
-    python -m profiling.aot_report [--op perceiver_attention] [--architecture sm_90] [--json]
-
-Exit status 1 when a budget is broken. Nothing here says how fast a kernel is or whether its
-numbers are right.
+Compiles the kernels of csrc_triton in all their configurations and checks each against its budget:
+it fits into shared memory, accesses no local memory inside a loop, spills at most ``SPILL_LIMIT``
+bytes elsewhere, uses the tensor cores where it should, and has no warpgroup product in a loop with
+its left operand in registers, which ptxas before 13.3 may miscompile. Exit status 1 if a budget is
+broken. Nothing here says how fast a kernel is or whether its numbers are right.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -28,24 +23,27 @@ from pathlib import Path
 from types import ModuleType
 
 import triton
-from rich.console import Console
-from rich.table import Table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import csrc_triton
+from bench.harness import argument_parser
 from csrc_triton.aot import AotCase
 from profiling import sass
+from v2l_fast.console import say, show_table
 
+EXAMPLES = """
+  python -m profiling.aot_report
+  python -m profiling.aot_report --op perceiver_attention --architecture sm_90 --json"""
 SPILL_LIMIT = 64
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one multiprocessor, from the CUDA programming guide's table of technical specifications.
+    """Of one multiprocessor, from the table of technical specifications in the CUDA C guide.
 
-    Bytes for shared memory; a block takes 1 KB more than it asks for.
+    Shared memory in bytes; a block takes 1 KB more than it requests.
     """
 
     shared_per_block: int
@@ -64,7 +62,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """A compiled case. Bytes, counts; ``blocks`` of it fit on a multiprocessor at once."""
+    """A compiled case, in bytes and counts; ``blocks`` fit on a multiprocessor at once."""
 
     registers: int
     spill_stores: int
@@ -78,7 +76,7 @@ class Resources:
 def blocks_per_multiprocessor(
     architecture: str, num_warps: int, registers: int, shared: int
 ) -> int:
-    """How many blocks run at once; registers are handed out to warps in steps of 256."""
+    """Number of blocks that run at once; registers are allocated to warps in units of 256."""
     limits = LIMITS[architecture]
     per_warp = -(-registers * 32 // 256) * 256
     return min(
@@ -102,24 +100,24 @@ def cases(op: str) -> list[AotCase]:
     """The cases of one module of kernels.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET is set, which puts the interpreter in the compiler's place.
+        RuntimeError: TRITON_INTERPRET is set, which replaces the compiler.
         ValueError: two cases share a name.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it")
-    found = _module(op).aot_cases()
-    names = [case.name for case in found]
-    if doubles := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{op}: several cases are called {sorted(doubles)}")
-    return found
+    listed = _module(op).aot_cases()
+    names = [case.name for case in listed]
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{op}: more than one case has the name {sorted(duplicates)}")
+    return listed
 
 
 def _source(case: AotCase) -> ASTSource:
     arguments = case.function.arg_names
-    given = [*case.signature, *case.constexprs]
-    if sorted(given) != sorted(arguments) or not case.divisible <= set(case.signature):
+    names = [*case.signature, *case.constexprs]
+    if sorted(names) != sorted(arguments) or not case.divisible <= set(case.signature):
         raise ValueError(
-            f"{case.name}: signature {given} and divisible {sorted(case.divisible)} do not fit "
+            f"{case.name}: signature {names} and divisible {sorted(case.divisible)} do not fit "
             f"the arguments {arguments}"
         )
     types = {name: case.signature.get(name, "constexpr") for name in arguments}
@@ -132,10 +130,10 @@ def _source(case: AotCase) -> ASTSource:
 
 
 def _number(pattern: str, log: str) -> int:
-    found = re.search(pattern, log)
-    if found is None:
+    match = re.search(pattern, log)
+    if match is None:
         raise ValueError(f"ptxas -v reports no {pattern!r}: {log.strip()!r}")
-    return int(found[1])
+    return int(match[1])
 
 
 def measure(case: AotCase) -> Resources:
@@ -179,22 +177,22 @@ def measure(case: AotCase) -> Resources:
     )
 
 
-def violations(case: AotCase, found: Resources) -> list[str]:
+def violations(case: AotCase, resources: Resources) -> list[str]:
     """The budgets that a compiled case breaks, one line each."""
     broken = []
     limit = LIMITS[case.architecture].shared_per_block
-    if found.shared > limit:
-        broken.append(f"{found.shared:,} B of shared memory, limit {limit:,}")
-    if found.sass.loop_local:
-        broken.append(f"{found.sass.loop_local} local-memory accesses in a loop")
-    spilled = max(found.spill_stores, found.spill_loads)
+    if resources.shared > limit:
+        broken.append(f"{resources.shared:,} B of shared memory, limit {limit:,}")
+    if resources.sass.loop_local:
+        broken.append(f"{resources.sass.loop_local} local-memory accesses in a loop")
+    spilled = max(resources.spill_stores, resources.spill_loads)
     if spilled > SPILL_LIMIT:
         broken.append(f"{spilled} B spilled, limit {SPILL_LIMIT}")
-    if found.sass.loop_register_a:
-        broken.append(f"{found.sass.loop_register_a} products with A in registers in a loop")
-    if case.expects_mma and not found.sass.mma:
+    if resources.sass.loop_register_a:
+        broken.append(f"{resources.sass.loop_register_a} products with A in registers in a loop")
+    if case.expects_mma and not resources.sass.mma:
         broken.append("no tensor-core instruction")
-    broken += [f"ptxas: {line}" for line in found.warnings]
+    broken += [f"ptxas: {line}" for line in resources.warnings]
     return [f"{case.name}: {line}" for line in broken]
 
 
@@ -202,29 +200,24 @@ def _versions() -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version}
 
 
-def _table(measured: Sequence[tuple[AotCase, Resources]]) -> Table:
+def _print_table(measured: Sequence[tuple[AotCase, Resources]]) -> None:
     versions = " ".join(f"{tool} {version}" for tool, version in _versions().items())
-    table = Table(title=f"Compiled without a GPU by {versions}")
-    table.add_column("case", overflow="fold")
-    for heading in (
-        "warps", "stages", "registers", "spill B", "shared B", "blocks/SM", "loop instr.",
-        "loop local", "loop mma", "mma", "kFLOP", "KB", "FLOP/B",
-    ):  # fmt: skip
-        table.add_column(heading, justify="right")
-    for case, found in measured:
-        cells = (
-            case.num_warps, case.num_stages, found.registers,
-            max(found.spill_stores, found.spill_loads), f"{found.shared:,}", found.blocks,
-            found.sass.loop_instructions, found.sass.loop_local, found.sass.loop_mma,
-            found.sass.mma,
-            f"{case.flops / 1e3:,.0f}", f"{case.bytes / 1e3:,.1f}",
-            f"{case.flops / case.bytes:.1f}" if case.bytes else "-",
+    columns = ("case", "warps", "stages", "registers", "spill B", "shared B", "blocks/SM",
+               "loop instr.", "loop local", "loop mma", "mma", "kFLOP", "KB", "FLOP/B")  # fmt: skip
+    rows = []
+    for case, resources in measured:
+        numbers = (
+            case.num_warps, case.num_stages, resources.registers,
+            max(resources.spill_stores, resources.spill_loads), f"{resources.shared:,}",
+            resources.blocks, resources.sass.loop_instructions, resources.sass.loop_local,
+            resources.sass.loop_mma, resources.sass.mma, f"{case.flops / 1e3:,.0f}",
+            f"{case.bytes / 1e3:,.1f}", f"{case.flops / case.bytes:.1f}" if case.bytes else "-",
         )  # fmt: skip
-        table.add_row(case.name, *map(str, cells), style="red" if violations(case, found) else None)
-    return table
+        rows.append([case.name, *(f"{number:>7}" for number in numbers)])
+    show_table(columns, rows, title=f"Compiled without a GPU by {versions}")
 
 
-def _record(case: AotCase, found: Resources) -> dict[str, object]:
+def _record(case: AotCase, resources: Resources) -> dict[str, object]:
     return {
         "name": case.name,
         "architecture": case.architecture,
@@ -232,13 +225,13 @@ def _record(case: AotCase, found: Resources) -> dict[str, object]:
         "num_stages": case.num_stages,
         "flops": case.flops,
         "bytes": case.bytes,
-        **asdict(found),
-        "violations": violations(case, found),
+        **asdict(resources),
+        "violations": violations(case, resources),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argument_parser("profiling.aot_report", __doc__, EXAMPLES)
     parser.add_argument("--op", action="append", choices=operations(), help="default: all")
     parser.add_argument("--architecture", choices=sorted(LIMITS), help="default: all")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -254,11 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = [_record(*pair) for pair in measured]
         print(json.dumps({**_versions(), "cases": records}, indent=2))
     else:
-        # A file or a pipe has no width of its own, and a folded table cannot be read.
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        console.print(_table(measured))
+        _print_table(measured)
         for line in broken:
-            console.print(line, style="red", markup=False)
+            say(line)
     return 1 if broken else 0
 
 

@@ -4,16 +4,11 @@ FLOPs and bytes of an op come from bench/ladder.py, whose rows are built here wi
 roofs come from csrc_triton/peaks.py. An open mark lies on the roof: the best an op can reach. With
 a record of ``bench.runs.gpu``, filled marks show what its card reached, for rows that passed their
 check. The printed table numbers the ops as the plot does and has the floor of each.
-
-    python -m profiling.roofline --out roofline.png
-    python -m profiling.roofline bench/results/gpu.json --out roofline.png
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,23 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bench import ladder
+from bench.harness import argument_parser
 from csrc_triton.peaks import PEAKS
+from v2l_fast.console import say, show_table
 from v2l_fast.errors import V2LError
+from v2l_fast.files import read_json, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+EXAMPLES = """
+  python -m profiling.roofline --out roofline.png
+  python -m profiling.roofline bench/results/gpu.json --out roofline.png"""
 CARDS = ("A100", "H100", "H200")
 MARKS = {"forward": "o", "forward+backward": "s"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """An op at one shape: operations and bytes of device memory it cannot do without."""
+    """An op at one shape, with the FLOPs and bytes of device memory that it needs at least."""
 
     op: str
     shape: str
@@ -55,12 +54,12 @@ class Point:
         return self.flops / self.bytes
 
     def floor(self, card: str) -> float:
-        """Seconds below which no kernel gets on a card of ``CARDS``."""
+        """Lower bound of the seconds on a card of ``CARDS``."""
         return PEAKS[card].floor(self.flops, self.bytes)
 
 
 def analytic(size: str = "gpu") -> list[Point]:
-    """The ladder's rows in bfloat16 whose FLOPs and bytes are known, without data."""
+    """The ladder's rows of known FLOPs and bytes in bfloat16, without data."""
     with torch.device("meta"):
         rows = [make() for make in ladder.rows("meta", torch.bfloat16, size)]
     return [
@@ -69,17 +68,17 @@ def analytic(size: str = "gpu") -> list[Point]:
 
 
 def measured(record: Mapping[str, Any], source: str) -> tuple[str, dict[Point, float]]:
-    """Card and seconds of ours of a ``bench.runs.gpu`` record's ops that are right.
+    """Card of a ``bench.runs.gpu`` record, and seconds of our ops that passed their check.
 
     Raises:
-        V2LError: it is another benchmark's, of another card, or has no such op.
+        V2LError: the record is of another benchmark or card, or has no such op.
     """
     if record.get("benchmark") != "gpu":
-        raise V2LError(f"{source}: benchmark {record.get('benchmark')!r}; make one: make gpu")
+        raise V2LError(f"{source}: a record of {record.get('benchmark')!r}; make one with make gpu")
     device = str(record.get("device"))
     card = next((card for card in CARDS if card in device), None)
     if card is None:
-        raise V2LError(f"{source}: measured on {device}; peaks of {', '.join(CARDS)} alone")
+        raise V2LError(f"{source}: measured on {device}; use a record of {', '.join(CARDS)}")
     seconds = {
         Point(*(row[field] for field in ("op", "shape", "direction", "flops", "bytes"))):
         row["seconds"]["ours"]
@@ -87,7 +86,7 @@ def measured(record: Mapping[str, Any], source: str) -> tuple[str, dict[Point, f
         if row["passed"] and row.get("flops")
     }  # fmt: skip
     if not seconds:
-        raise V2LError(f"{source}: no op with FLOPs passed its check; see its `failed`")
+        raise V2LError(f"{source}: no op of known FLOPs passed its check; see `failed` in it")
     return card, seconds
 
 
@@ -97,7 +96,7 @@ def measured(record: Mapping[str, Any], source: str) -> tuple[str, dict[Point, f
 def plot(
     points: Sequence[Point], card: str | None, seconds: Mapping[Point, float], path: Path
 ) -> None:
-    """A panel a card; ``seconds`` measured on ``card``. PNG, whole or not at all."""
+    """Write a PNG with a panel for each card; ``seconds`` were measured on ``card``."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -119,12 +118,8 @@ def plot(
     marks += [Line2D([], [], color="gray", marker="o", ls="", label="measured")] * bool(seconds)
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         figure.savefig(part, format="png")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _panel(
@@ -136,8 +131,8 @@ def _panel(
 ) -> None:
     bandwidth, rate = PEAKS[card].reachable_bandwidth, PEAKS[card].reachable_flops
     ridge = rate / bandwidth
-    found = [point.intensity for point in points]
-    low, high = min(*found, ridge) / 2, max(*found, ridge) * 2
+    intensities = [point.intensity for point in points]
+    low, high = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
     axes.plot([low, ridge, high], [low * bandwidth, rate, rate], color="black", linewidth=1)
     for number, point in enumerate(points, 1):
         style = {"color": colors[point.op], "marker": MARKS[point.direction], "markersize": 6}
@@ -159,7 +154,7 @@ def _panel(
 
 
 def _neighbors(points: Sequence[Point]) -> list[tuple[float, list[int]]]:
-    """Numbers of the points that lie so close on the roof that one label has to name them all."""
+    """(intensity, numbers) of points that are so close on the roof that they share a label."""
     groups: list[tuple[float, list[int]]] = []
     for point, number in sorted(zip(points, range(1, len(points) + 1), strict=True),
                                 key=lambda pair: pair[0].intensity):  # fmt: skip
@@ -183,58 +178,44 @@ def _records(
     return rows
 
 
-def _table(rows: Sequence[Mapping[str, Any]], card: str | None) -> Table:
-    table = Table(title="Floors in microseconds")
-    headings = ["#", "op", "GFLOP", "MB", "FLOP/B", *CARDS]
-    headings += [f"measured on {card}", "roofline"] if card else []
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "op" else "right")
+def _print_table(rows: Sequence[Mapping[str, Any]], card: str | None) -> None:
+    columns = ["#", "op", "GFLOP", "MB", "FLOP/B", *CARDS]
+    columns += [f"measured on {card}", "roofline"] if card else []
+    table = []
     for row in rows:
-        cells = [
-            row["number"], f"{row['op']} {row['shape']} {row['direction']}",
-            f"{row['flops'] / 1e9:,.3f}", f"{row['bytes'] / 1e6:,.1f}", f"{row['intensity']:,.0f}",
-            *(f"{floor * 1e6:,.1f}" for floor in row["floor_seconds"].values()),
-        ]  # fmt: skip
+        cells = [f"{row['number']:>3}", f"{row['op']} {row['shape']} {row['direction']}"]
+        cells += [f"{row['flops'] / 1e9:>10,.3f}"]
+        numbers = [row["bytes"] / 1e6, row["intensity"]]
+        numbers += [floor * 1e6 for floor in row["floor_seconds"].values()]
+        cells += [f"{number:>10,.1f}" for number in numbers]
         if "seconds" in row:
-            cells += [f"{row['seconds'] * 1e6:,.1f}", f"{row['roofline_share']:.0%}"]
-        table.add_row(*map(str, cells))
-    return table
+            cells += [f"{row['seconds'] * 1e6:>10,.1f}", f"{row['roofline_share']:.0%}"]
+        table.append(cells + [""] * (len(columns) - len(cells)))
+    show_table(columns, table, title="Floors in microseconds")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m profiling.roofline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("profiling.roofline", __doc__, EXAMPLES)
     parser.add_argument("record", nargs="?", type=Path, help="of bench.runs.gpu")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args(arguments)
     try:
-        card, seconds = _read(options.record) if options.record else (None, {})
-    except V2LError as problem:
-        sys.exit(str(problem))
-    # Numbers stay the same with and without a record; what it alone knows comes last.
+        card, seconds = None, {}
+        if options.record:
+            card, seconds = measured(read_json(options.record), str(options.record))
+    except V2LError as error:
+        sys.exit(str(error))
+    # Analytic points come first, so that their numbers do not depend on the record.
     points = list(dict.fromkeys([*analytic(), *seconds]))
     plot(points, card, seconds, options.out)
     rows = _records(points, card, seconds)
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
-        # A file or a pipe has no width of its own, and a folded table cannot be read.
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(_table(rows, card))
-        console.print(f"written to {options.out}")
+        _print_table(rows, card)
+        say(f"written to {options.out}")
     return 0
-
-
-def _read(path: Path) -> tuple[str, dict[Point, float]]:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as problem:
-        raise V2LError(f"{path}: no JSON record ({problem}); make one: make gpu") from None
-    return measured(record, str(path))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a kernel's machine code does in its loops, read from nvdisasm's listing.
+"""What the machine code of a kernel does in its loops, from the listing of nvdisasm.
 
-A loop is a cycle of the control-flow graph, so that cold code which ptxas moves behind the end
-counts where it runs. Subroutines (division, square root) are not followed.
+A loop is a cycle of the control-flow graph, so that code which ptxas moves behind the end counts
+where it runs. Subroutines (division, square root) are not followed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Sass:
-    """Counts of a kernel; ``loop_`` ones inside any loop.
+    """Counts of instructions; those named ``loop_`` are inside a loop.
 
     ``loop_register_a`` counts warpgroup products whose left operand is in registers: before ptxas
     13.3 a pipelined one can be miscompiled (triton-lang/triton#9433).
@@ -51,14 +51,14 @@ def disassemble(nvdisasm: str, cubin: Path) -> str:
 
 
 def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions in order, and the index of the one behind each label."""
+    """Instructions in order, and label -> index of the instruction after it."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
-        elif found := _INSTRUCTION.match(line):
-            predicate, opcode, rest = found.groups()
+        elif match := _INSTRUCTION.match(line):
+            predicate, opcode, rest = match.groups()
             target = _TARGET.search(rest)
             operands = tuple(part.strip() for part in rest.split(",") if part.strip())
             instructions.append(
@@ -68,7 +68,7 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def loops(instructions: list[Instruction], labels: dict[str, int]) -> set[int]:
-    """Indices of the instructions that lie on a cycle."""
+    """Indices of the instructions on a cycle."""
     flow = networkx.DiGraph()
     flow.add_nodes_from(range(len(instructions)))
     for here, following in pairwise(range(len(instructions) + 1)):
@@ -76,7 +76,7 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> set[int]:
         jumps = op.opcode == "BRA" and op.target in labels
         if jumps:
             flow.add_edge(here, labels[op.target])
-        # BRA with a further operand depends on it, as one with a predicate does.
+        # A second operand of BRA is a condition, as a predicate is.
         always = op.predicate is None and (
             op.opcode in ("EXIT", "RET") or (jumps and len(op.operands) == 1)
         )

@@ -1,23 +1,21 @@
 """Where the time of internalizing, of an answer or of a training step goes, op by op.
 
 Runs the job once to warm up and once under torch.profiler, on models of random weights and videos
-of random pixels (bench/models.py). Writes into a folder:
+of random pixels. Writes into a folder:
 
-    trace.json.gz   the Chrome trace; ui.perfetto.dev opens it as it is
-    profile.json    ranges and ops with calls, seconds and, with --memory, bytes
-    memory.png      with --memory: bytes allocated over time, above those at the start
-    memory.pickle   with --memory on a GPU: every block with its stack, for pytorch.org/memory_viz
+  trace.json.gz   the Chrome trace; ui.perfetto.dev opens it
+  profile.json    ranges and ops with calls, seconds and, with --memory, bytes
+  memory.png      with --memory: bytes allocated over time, above those at the start
+  memory.pickle   with --memory on a GPU: every block with its stack, for pytorch.org/memory_viz
 
-The videos are frames in memory: reading and resizing files is left out. Profiling itself costs
-time; how fast something is, bench/ says.
+The videos are frames in memory: reading and resizing files is left out. Profiling itself takes
+time; bench/ measures speed.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,18 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.harness import environment
+from bench.harness import argument_parser, environment
 from bench.models import QUESTION_TOKENS, random_ids
 from bench.runs.train_step import CASES, Case, batch, models
+from v2l_fast.console import say, show_table, waiting
 from v2l_fast.data.samples import Sample
-from v2l_fast.files import write_json
+from v2l_fast.files import replacing, write_json
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import AdapterBatch
@@ -48,9 +45,9 @@ from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 MODELS = {name.lower(): case for name, case in CASES.items()}
-# The first token and three more: a step is like the next, and each adds thousands of events.
+# The first token and three more: steps are alike, and each adds thousands of events.
 NEW_TOKENS = 4
-EXAMPLES = """examples:
+EXAMPLES = """
   python -m profiling.trace internalize --out trace
   python -m profiling.trace ask --model 500m --device cuda --out trace
   python -m profiling.trace train --model 2.2b --device cuda --videos 12 --memory --out trace"""
@@ -62,7 +59,7 @@ Job = Callable[[], object]
 
 
 def internalize(network: HyperNetwork, backbone: SmolVLM, video: Context) -> AdapterBatch:
-    """Views to an adapter, with ranges around the vision tower and around each layer's two parts.
+    """Views to an adapter, with ranges around the vision tower and both parts of each layer.
 
     ``network`` has the backbone's dtype.
     """
@@ -80,11 +77,11 @@ def internalize(network: HyperNetwork, backbone: SmolVLM, video: Context) -> Ada
 
 
 def job(name: str, case: Case, device: str, compile: bool) -> Job:
-    """What to profile, ready to be called again and again.
+    """The call to profile.
 
     Args:
-        name: "internalize" (one video), "ask" (a question with the adapter of one) or "train" (a
-            step over ``case.videos``, forward, backward and update, with a learning rate of 0).
+        name: "internalize" (one video), "ask" (a question with its adapter) or "train" (a step over
+            ``case.videos``: forward, backward and update, with a learning rate of 0).
     """
     network, backbone = models(case, device)
     samples = batch(case, backbone)
@@ -124,7 +121,7 @@ def _training(step: TrainStep, samples: Sequence[Sample]) -> Job:
             loss = step(samples).loss
         with record_function("backward"):
             loss.backward()
-        # torch gives the optimizer's step a range of its own.
+        # torch adds a range for the step of the optimizer.
         optimizer.step()
 
     return run
@@ -134,13 +131,13 @@ def _training(step: TrainStep, samples: Sequence[Sample]) -> Job:
 
 
 def profiled(call: Job, device: str, memory: bool, folder: Path) -> dict[str, Any]:
-    """Call once to warm up and once under the profiler; write the trace, and memory if asked.
+    """Call once to warm up and once under the profiler; write the trace, and memory on request.
 
     Returns:
         "seconds" of the profiled call; "ranges", whose times include what runs inside; "ops" and,
-        on a GPU, "kernels" with their own times, the costliest first; with ``memory``
-        "peak_bytes" above those at the start. On a GPU the backward pass runs in a thread of its
-        own, so its kernels count in their ops and in no range.
+        on a GPU, "kernels" with their own times, the longest first; with ``memory``, "peak_bytes"
+        above those at the start. On a GPU the backward pass runs in its own thread, so its kernels
+        count in their ops and in no range.
     """
     call()
     on_gpu = device == "cuda"
@@ -156,40 +153,41 @@ def profiled(call: Job, device: str, memory: bool, folder: Path) -> dict[str, An
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     folder.mkdir(parents=True, exist_ok=True)
-    _whole(folder / "trace.json.gz", lambda part: profiler.export_chrome_trace(str(part)))
-    found = {"seconds": seconds, **summary(profiler.key_averages(), memory)}
+    # The profiler compresses files with this suffix.
+    with replacing(folder / "trace.json.gz", ".json.gz") as part:
+        profiler.export_chrome_trace(str(part))
+    figures = {"seconds": seconds, **summary(profiler.key_averages(), memory)}
     if memory:
         points = memory_timeline(folder / "trace.json.gz", device)
-        found["peak_bytes"] = max((total for _, total in points), default=0)
-        _whole(folder / "memory.png", lambda part: _plot(points, device, part))
+        figures["peak_bytes"] = max((total for _, total in points), default=0)
+        with replacing(folder / "memory.png") as part:
+            _plot(points, device, part)
         if on_gpu:
-            _whole(
-                folder / "memory.pickle",
-                lambda part: torch.cuda.memory._dump_snapshot(str(part)),
-            )
+            with replacing(folder / "memory.pickle") as part:
+                torch.cuda.memory._dump_snapshot(str(part))
             torch.cuda.memory._record_memory_history(enabled=None)
-    return found
+    return figures
 
 
 def summary(events: Iterable[FunctionEventAvg], memory: bool) -> dict[str, list[dict[str, Any]]]:
-    """The profiler's averages in seconds and bytes (allocated less freed), the costliest first."""
-    found: dict[str, list[dict[str, Any]]] = {"ranges": [], "ops": [], "kernels": []}
+    """The profiler's averages in seconds and bytes (allocated less freed), the longest first."""
+    sections: dict[str, list[dict[str, Any]]] = {"ranges": [], "ops": [], "kernels": []}
     for event in events:
         on_cpu = event.device_type == DeviceType.CPU
         row = {"name": event.key, "calls": event.count}
         if event.is_user_annotation:
             if on_cpu:
                 row |= _seconds(event.cpu_time_total, event.device_time_total)
-                found["ranges"].append(row)
+                sections["ranges"].append(row)
         elif event.key != "[memory]":
             row |= _seconds(event.self_cpu_time_total, event.self_device_time_total)
             if memory and on_cpu:
                 row["cpu_bytes"] = event.self_cpu_memory_usage
                 row["device_bytes"] = event.self_device_memory_usage
-            found["ops" if on_cpu else "kernels"].append(row)
-    for rows in found.values():
+            sections["ops" if on_cpu else "kernels"].append(row)
+    for rows in sections.values():
         rows.sort(key=lambda row: (row["device_seconds"], row["cpu_seconds"]), reverse=True)
-    return found
+    return sections
 
 
 def _seconds(cpu: float, device: float) -> dict[str, float]:
@@ -198,7 +196,7 @@ def _seconds(cpu: float, device: float) -> dict[str, float]:
 
 
 def memory_timeline(trace: Path, device: str) -> list[tuple[float, int]]:
-    """(seconds, bytes) after every allocation and release in a trace, both above the first's."""
+    """(seconds, bytes) after every allocation and release in a trace, relative to the first."""
     kind = 1 if device == "cuda" else 0
     with gzip.open(trace, "rt") as text:
         events = [
@@ -225,39 +223,21 @@ def _plot(points: Sequence[tuple[float, int]], device: str, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _whole(path: Path, writer: Callable[[Path], object]) -> None:
-    """Let ``writer`` write a file beside ``path``, then put it there."""
-    # The profiler compresses what ends in .gz.
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        writer(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # --- command line ----------------------------------------------------------------------------
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]], device: str, seconds: float) -> Table:
+def _print_table(title: str, rows: Sequence[dict[str, Any]], device: str, seconds: float) -> None:
     clock = "device_seconds" if device == "cuda" else "cpu_seconds"
-    table = Table(title=title)
-    table.add_column("name", overflow="fold", max_width=100)
-    for heading in ("calls", "ms", "of the run"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        share = row[clock] / seconds
-        table.add_row(row["name"], str(row["calls"]), f"{row[clock] * 1e3:,.2f}", f"{share:.1%}")
-    return table
+    cells = [
+        [row["name"], f"{row['calls']:>6}", f"{row[clock] * 1e3:>10,.2f}",
+         f"{row[clock] / seconds:>6.1%}"]
+        for row in rows
+    ]  # fmt: skip
+    show_table(["name", "calls", "ms", "of the run"], cells, title)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m profiling.trace",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("profiling.trace", __doc__, EXAMPLES)
     parser.add_argument("job", choices=("internalize", "ask", "train"))
     parser.add_argument("--model", choices=MODELS, default="shapes", help="default: shapes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -280,27 +260,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible to torch; use --device cpu")
 
-    with Console(stderr=True).status(f"{options.job}, {options.model}: warming up, then profiling"):
+    with waiting(f"{options.job}, {options.model}: warming up, then profiling"):
         call = job(options.job, case, options.device, options.compile)
-        found = profiled(call, options.device, options.memory, options.out)
+        figures = profiled(call, options.device, options.memory, options.out)
     record = {
         "profile": options.job, "model": options.model, "frames": case.frames,
         "videos": case.videos, "compiled": options.compile, "threads": torch.get_num_threads(),
-        **environment(options.device), **found,
+        **environment(options.device), **figures,
     }  # fmt: skip
     write_json(options.out / "profile.json", record, allow_nan=False)
     if options.json:
         print(json.dumps(record, indent=2))
         return 0
-    # A file or a pipe has no width of its own, and a folded table cannot be read.
-    console = Console(width=None if sys.stdout.isatty() else 140)
     for title, key in (("Ranges", "ranges"), ("Ops", "ops"), ("Kernels", "kernels")):
-        if found[key]:
-            rows = found[key][: options.top]
-            console.print(_table(title, rows, options.device, found["seconds"]))
+        if figures[key]:
+            _print_table(title, figures[key][: options.top], options.device, figures["seconds"])
     if options.memory:
-        console.print(f"peak {found['peak_bytes'] / 2**20:,.1f} MiB above the start")
-    console.print(f"{found['seconds']:.3f} s under the profiler; written to {options.out}")
+        say(f"peak {figures['peak_bytes'] / 2**20:,.1f} MiB above the start")
+    say(f"{figures['seconds']:.3f} s under the profiler; written to {options.out}")
     return 0
 
 
