@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -238,7 +239,7 @@ def rows(device: str, dtype: torch.dtype, size: str) -> Iterator[Callable[[], Ro
         yield lambda: make.attention("tiny", 2, 40, 16, 32, True)
         yield lambda: make.block("tiny", 2, 24, 64, (4, 2, 8), False)
         yield lambda: make.block("tiny", 2, 24, 64, (4, 2, 8), True)
-        yield lambda: make.projection("tiny", 2, 2, 32, 24, 16)
+        yield lambda: make.projection("tiny", 2, 32, 24, 16)
         yield lambda: make.linear("tiny", 3, 5, 3, 8, 24, 16, True)
         yield lambda: make.linear("tiny decoding", 3, 1, 1, 8, 24, 16, False)
         yield lambda: make.gated("tiny", 33, 16, 8)
@@ -255,7 +256,7 @@ def rows(device: str, dtype: torch.dtype, size: str) -> Iterator[Callable[[], Ro
             shape = ("N 1 S 832", 1, 832)
             yield lambda a=shape, t=training: make.attention(*a, 128, 512, t)
             yield lambda a=shape, t=training: make.block(*a, 512, HEADS, t)
-        yield lambda: make.projection("500M B 1", 1, 32, 512, 2560, 960)
+        yield lambda: make.projection("500M B 1", 1, 512, 2560, 960)
         yield lambda: make.gated("500M 832 tokens", 832, 960, 512)
         yield lambda: make.hypernetwork("500M S 64", 64)
         return
@@ -270,11 +271,9 @@ def rows(device: str, dtype: torch.dtype, size: str) -> Iterator[Callable[[], Ro
             yield lambda a=(label, examples, 1, adapters, 32, d_in, d_out): make.linear(*a, False)
         label = f"{name} E 32 T 256 n 8"
         yield lambda a=(label, 32, 256, 8, 32, d_in, d_out): make.linear(*a, True)
-    for name, layers, d_in, d_out in (("500M", 32, 2560, 960), ("2.2B", 24, 8192, 2048)):
+    for name, d_in, d_out in (("500M", 2560, 960), ("2.2B", 8192, 2048)):
         for batch in (1, 8):
-            label = f"{name} B {batch}"
-            yield lambda a=(label, batch, layers, 512, d_in, d_out): make.projection(*a)
-        yield lambda a=(f"{name} one layer", 1, 1, 512, d_in, d_out): make.projection(*a)
+            yield lambda a=(f"{name} B {batch}", batch, 512, d_in, d_out): make.projection(*a)
     yield lambda: make.hypernetwork("500M S 832", 832)
     yield lambda: make.hypernetwork("500M S 4096", 4096)
     yield lambda: make.gated("500M 32,768 tokens", 32768, 960, 512)
@@ -346,33 +345,27 @@ class _Maker:
             note="" if training else "without 1/rms of the context, which nine blocks share",
         )  # fmt: skip
 
-    def projection(self, name: str, batch: int, layers: int, z: int, d_in: int, d_out: int) -> Row:
+    def projection(self, name: str, batch: int, z: int, d_in: int, d_out: int) -> Row:
         torch.manual_seed(0)
-        rank = 16
+        rank, width = 16, d_in + d_out
         inputs = [
-            self.rand(batch, layers, rank, z), self.rand(layers, z, d_in + d_out, scale=0.02),
-            self.rand(layers, rank), self.rand(layers, rank),
-            self.rand(layers, rank, d_in), self.rand(layers, rank, d_out),
+            self.rand(batch, rank, z), self.rand(z, width, scale=0.02),
+            self.rand(rank), self.rand(rank),
         ]  # fmt: skip
-
-        def ours(x: Tensor, w: Tensor, sa: Tensor, sb: Tensor, ba: Tensor, bb: Tensor) -> Outputs:
-            return rank_projection(x[:, None], w, sa, sb, ba, bb, d_in=d_in, d_out=d_out)
-
-        def paired(function: Function) -> Function:
-            return lambda x, w, sa, sb, ba, bb: function(x, w, (sa, sb), (ba, bb))
-
-        rows, width = batch * rank, d_in + d_out
+        sizes = {"d_in": d_in, "d_out": d_out}
+        ours = partial(rank_projection, **sizes)
+        rows = batch * rank
         return Row(
             "rank_projection", name,
             {
-                "released": paired(released.rank_projection),
+                "released": partial(released.rank_projection, **sizes),
                 "reference": _under_reference(ours),
-                "plain": paired(plain.rank_projection),
+                "plain": partial(plain.rank_projection, **sizes),
                 "ours": ours,
             },
             inputs,
-            flops=2 * layers * rows * z * width,
-            bytes=self.size * layers * (z * width + rows * z + rank * width + 2 * rows * width),
+            flops=2 * rows * z * width,
+            bytes=self.size * (z * width + rows * z + rows * width),
             graphed=True,
         )  # fmt: skip
 

@@ -20,22 +20,11 @@ def perceiver_attention(query: Tensor, context: Tensor, inv_rms: Tensor) -> tupl
 
 
 def rank_projection(
-    latents: Tensor,
-    head: Tensor,
-    scalers: tuple[Tensor, Tensor],
-    biases: tuple[Tensor, Tensor],
+    latents: Tensor, head: Tensor, scaler_a: Tensor, scaler_b: Tensor, *, d_in: int, d_out: int
 ) -> tuple[Tensor, Tensor]:
-    """As ``released.rank_projection``: one batched product of all rows with each layer's head."""
-    batch, layers, rank, depth = latents.shape
-    rows = latents.transpose(0, 1).reshape(layers, batch * rank, depth)
-    flat = torch.bmm(F.normalize(rows, dim=-1), head).view(layers, batch, rank, -1)
-    out, start = [], 0
-    for scaler, bias in zip(scalers, biases, strict=True):
-        columns = flat[..., start : start + bias.shape[-1]] * scaler[:, None, :, None]
-        shared = bias[:, None].expand(-1, batch, -1, -1)
-        out.append(torch.cat([columns, shared], 2).transpose(0, 1))
-        start += bias.shape[-1]
-    return out[0], out[1]
+    """As ``released.rank_projection``, in one product of two matrices."""
+    a, b = (F.normalize(latents, dim=-1) @ head).split([d_in, d_out], -1)
+    return a * scaler_a[:, None], b * scaler_b[:, None]
 
 
 def lora_linear(

@@ -90,24 +90,15 @@ def lora_linear(
 
 
 def rank_projection(
-    latents: Tensor,
-    head: Tensor,
-    scalers: tuple[Tensor, Tensor],
-    biases: tuple[Tensor, Tensor],
+    latents: Tensor, head: Tensor, scaler_a: Tensor, scaler_b: Tensor, *, d_in: int, d_out: int
 ) -> tuple[Tensor, Tensor]:
-    """Rank latents [B, L, R, Z] to composed A [B, L, 2R, d_in] and B [B, L, 2R, d_out].
+    """Rank latents [N, R, Z] of one layer to A [N, R, d_in] and B [N, R, d_out].
 
-    head [L, Z, d_in + d_out], scalers [L, R], biases [L, R, d].
+    head [Z, d_in + d_out], scalers [R].
     """
     latents = latents / latents.norm(dim=-1, keepdim=True)
-    flat = torch.einsum("blrz,lzw->blrw", latents, head)
-    columns = flat.split([bias.shape[-1] for bias in biases], dim=-1)
-    scaled = [rows * scaler[..., None] for rows, scaler in zip(columns, scalers, strict=True)]
-    a, b = (
-        torch.cat([rows, bias.expand(len(latents), *bias.shape)], dim=2)
-        for rows, bias in zip(scaled, biases, strict=True)
-    )
-    return a, b
+    a, b = torch.einsum("nrz,zw->nrw", latents, head).split([d_in, d_out], dim=-1)
+    return a * scaler_a[:, None], b * scaler_b[:, None]
 
 
 def cross_attention(

@@ -149,12 +149,14 @@ def _attention_trial(where: Mapping[str, Any], device: str) -> Trial:
 def _projection_trial(where: Mapping[str, Any], device: str) -> Trial:
     from csrc_triton.rank_projection import kernels
 
-    layers, rank = where["layers"], 16
-    latents = _rand(device, where["rows"] // rank, 1, layers, rank, 512)
-    head = _rand(device, layers, 512, D_IN + D_OUT)
-    scaler = _rand(device, layers, rank)
+    rank = 16
+    latents, head = (
+        _rand(device, where["rows"] // rank, rank, 512),
+        _rand(device, 512, D_IN + D_OUT),
+    )
+    scaler = _rand(device, rank)
     return lambda tile: list(
-        kernels.rank_projection(latents, head, scaler, scaler, None, None, D_IN, D_OUT, tile)
+        kernels.rank_projection(latents, head, scaler, scaler, D_IN, D_OUT, tile)
     )
 
 
@@ -256,22 +258,20 @@ def _attention_wins() -> Iterator[dict[str, Any]]:
 
 
 def _projection_wins() -> Iterator[dict[str, Any]]:
-    """Forward only: the backward is made of batched products on both paths."""
-    for layers in (1, 32):
-        won = []
-        for rows in (16, 64, 128, 1024):
+    """Forward only: the backward is made of matrix products on both paths."""
+    won = []
+    for rows in (16, 64, 128, 1024):
 
-            def inputs(rows: int = rows, layers: int = layers) -> list[Tensor]:
-                scaler = _rand("cuda", layers, 16)
-                weight = _rand("cuda", layers, 512, D_IN + D_OUT)
-                return [_rand("cuda", rows // 16, 1, layers, 16, 512), weight, scaler, scaler]
+        def inputs(rows: int = rows) -> list[Tensor]:
+            scaler = _rand("cuda", 16)
+            return [_rand("cuda", rows // 16, 16, 512), _rand("cuda", 512, D_IN + D_OUT),
+                    scaler, scaler]  # fmt: skip
 
-            def project(*t: Tensor) -> tuple[Tensor, Tensor]:
-                return rank_projection(*t, d_in=D_IN, d_out=D_OUT)
+        def project(*t: Tensor) -> tuple[Tensor, Tensor]:
+            return rank_projection(*t, d_in=D_IN, d_out=D_OUT)
 
-            won.append((rows, _wins(project, inputs, ())))
-        fixed = {"direction": "forward", "layers": [layers, layers]}
-        yield from ({**fixed, **rule} for rule in ranges("rows", won))
+        won.append((rows, _wins(project, inputs, ())))
+    yield from ({"direction": "forward", **rule} for rule in ranges("rows", won))
 
 
 def _linear_wins() -> Iterator[dict[str, Any]]:

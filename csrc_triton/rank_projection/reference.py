@@ -20,31 +20,16 @@ def _unit_rows(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rank_projection(
-    latents: Tensor,
-    weight: Tensor,
-    scaler_a: Tensor,
-    scaler_b: Tensor,
-    bias_a: Tensor | None,
-    bias_b: Tensor | None,
-    d_in: int,
-    d_out: int,
+    latents: Tensor, weight: Tensor, scaler_a: Tensor, scaler_b: Tensor, d_in: int, d_out: int
 ) -> tuple[Tensor, Tensor]:
-    """Unit-norm rank latents times the head, scaled, split and placed in rank slots."""
-    groups, chunks, layers, rank, _ = latents.shape
+    """Unit-norm rank latents times the head, split and scaled."""
     unit, _ = _unit_rows(latents)
-    flat = torch.einsum("gclrz,lzw->glcrw", unit, weight[..., : d_in + d_out].to(unit.dtype))
-    factors = []
-    for part, scaler, bias in (
-        (flat[..., :d_in], scaler_a, bias_a),
-        (flat[..., d_in:], scaler_b, bias_b),
-    ):
-        scaled = part * scaler[:, None, :, None].to(unit.dtype)
-        scaled = scaled.reshape(groups, layers, chunks * rank, part.shape[-1])
-        if bias is not None:
-            shared = bias.to(unit.dtype).expand(groups, *bias.shape)
-            scaled = torch.cat([scaled, shared], dim=2)
-        factors.append(scaled.to(latents.dtype).contiguous())
-    return factors[0], factors[1]
+    columns = unit @ weight[:, : d_in + d_out].to(unit.dtype)
+    a, b = (
+        (part * scaler[:, None].to(unit.dtype)).to(latents.dtype)
+        for part, scaler in zip(columns.split([d_in, d_out], -1), (scaler_a, scaler_b), strict=True)
+    )
+    return a, b
 
 
 def rank_projection_backward(
@@ -54,32 +39,21 @@ def rank_projection_backward(
     weight: Tensor,
     scaler_a: Tensor,
     scaler_b: Tensor,
-    d_in: int,
-    d_out: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for latents, weight, scaler_a, scaler_b, bias_a and bias_b.
-
-    The bias gradients are what stands in the slots after the generated ranks: [L, 0, d] when the
-    forward had no bias.
-    """
-    groups, chunks, layers, rank, _ = latents.shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for latents, weight, scaler_a and scaler_b."""
     unit, inv_norm = _unit_rows(latents)
     wide = unit.dtype
-    used = weight[..., : d_in + d_out].to(wide)
-    flat = torch.einsum("gclrz,lzw->glcrw", unit, used)
-    d_flat, d_scalers, d_biases = [], [], []
-    for part, scaler, grad in (
-        (flat[..., :d_in], scaler_a, grad_a),
-        (flat[..., d_in:], scaler_b, grad_b),
+    widths = [grad_a.shape[-1], grad_b.shape[-1]]
+    used = weight[:, : sum(widths)].to(wide)
+    d_columns, d_scalers = [], []
+    for part, scaler, grad in zip(
+        (unit @ used).split(widths, -1), (scaler_a, scaler_b), (grad_a, grad_b), strict=True
     ):
-        generated = grad[:, :, : chunks * rank].to(wide)
-        generated = generated.reshape(groups, layers, chunks, rank, part.shape[-1])
-        d_flat.append(generated * scaler[:, None, :, None].to(wide))
-        d_scalers.append((generated * part).sum(dim=(0, 2, 4)).to(scaler.dtype))
-        d_biases.append(grad[:, :, chunks * rank :].to(wide).sum(0))
-    d_all = torch.cat(d_flat, dim=-1)
+        d_columns.append(grad.to(wide) * scaler[:, None].to(wide))
+        d_scalers.append((grad.to(wide) * part).sum((0, 2)).to(scaler.dtype))
+    d_all = torch.cat(d_columns, -1)
     d_weight = torch.zeros_like(weight)
-    d_weight[..., : d_in + d_out] = torch.einsum("gclrz,glcrw->lzw", unit, d_all)
-    d_unit = torch.einsum("glcrw,lzw->gclrz", d_all, used)
+    d_weight[:, : sum(widths)] = unit.flatten(0, 1).mT @ d_all.flatten(0, 1)
+    d_unit = d_all @ used.mT
     d_latents = inv_norm * (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True))
-    return d_latents.to(latents.dtype), d_weight, *d_scalers, *d_biases
+    return d_latents.to(latents.dtype), d_weight, *d_scalers

@@ -140,9 +140,7 @@ def test_what_is_written_is_what_runs(measured, monkeypatch):
             assert kernels_at(32, 256, direction=direction) and kernels_at(64, 512)
             assert not kernels_at(1, 256, direction=direction)
             assert not kernels_at(32, 256, torch.float32, direction)
-        many, few = (
-            torch.empty(n, 1, 32, 16, 512, device="cuda", dtype=torch.bfloat16) for n in (64, 1)
-        )
+        many, few = (torch.empty(n, 16, 512, device="cuda", dtype=torch.bfloat16) for n in (64, 1))
         assert projection._implementation("forward", many).__name__.endswith("kernels")
         assert projection._implementation("backward", many).__name__.endswith("reference")
         assert projection._implementation("forward", few).__name__.endswith("reference")

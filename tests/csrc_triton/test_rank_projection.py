@@ -15,16 +15,13 @@ from tests.csrc_triton.checks import random
 SMALL_TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
 
 
-def inputs(g=2, c=2, layers=3, r=4, z=5, d_in=7, d_out=6, unused=0, bias=0) -> list[torch.Tensor]:
-    tensors = [
-        random(g, c, layers, r, z, seed=0),
-        random(layers, z, d_in + d_out + unused, seed=1) / z**0.5,
-        random(layers, r, seed=2),
-        random(layers, r, seed=3),
+def inputs(n=4, r=4, z=5, d_in=7, d_out=6, unused=0) -> list[torch.Tensor]:
+    return [
+        random(n, r, z, seed=0),
+        random(z, d_in + d_out + unused, seed=1) / z**0.5,
+        random(r, seed=2),
+        random(r, seed=3),
     ]
-    if bias:
-        tensors += [random(layers, bias, d_in, seed=4), random(layers, bias, d_out, seed=5)]
-    return tensors
 
 
 def op_of(d_in=7, d_out=6):
@@ -32,18 +29,12 @@ def op_of(d_in=7, d_out=6):
 
 
 def oracle_of(d_in=7, d_out=6):
-    def oracle(latents, weight, scaler_a, scaler_b, bias_a=None, bias_b=None):
-        unit = F.normalize(latents, dim=-1, eps=0.0)
-        columns = unit @ weight[:, :, : d_in + d_out]
-        factors = []
-        for part, scaler, bias in (
-            (columns[..., :d_in], scaler_a, bias_a),
-            (columns[..., d_in:], scaler_b, bias_b),
-        ):
-            chunks = (part * scaler[..., None]).unbind(1)
-            shared = [] if bias is None else [bias.expand(len(latents), -1, -1, -1)]
-            factors.append(torch.cat([*chunks, *shared], 2))
-        return tuple(factors)
+    def oracle(latents, weight, scaler_a, scaler_b):
+        columns = F.normalize(latents, dim=-1, eps=0.0) @ weight
+        return (
+            columns[..., :d_in] * scaler_a[:, None],
+            columns[..., d_in : d_in + d_out] * scaler_b[:, None],
+        )
 
     return oracle
 
@@ -57,10 +48,10 @@ def assert_equals_oracle(tensors, dtype, device, d_in=7, d_out=6) -> None:
     "sizes",
     [
         {},
-        {"bias": 2, "unused": 3},
-        {"g": 1, "c": 1, "layers": 1, "r": 1, "z": 3},
-        {"c": 3, "r": 48, "z": 33, "bias": 48},
-        {"g": 3, "c": 1, "r": 32, "z": 31, "bias": 1},
+        {"unused": 3},
+        {"n": 1, "r": 1, "z": 3},
+        {"n": 3, "r": 48, "z": 33},
+        {"n": 3, "r": 32, "z": 31},
     ],
 )
 def test_equals_oracle(sizes, device, dtype):
@@ -70,13 +61,13 @@ def test_equals_oracle(sizes, device, dtype):
 def test_many_tiles_of_everything(kernel_device, dtype, monkeypatch):
     monkeypatch.setattr(configs, "lookup", lambda op, capability, **shape: dict(SMALL_TILE))
     sizes = {"d_in": 37, "d_out": 70}
-    tensors = inputs(g=3, c=2, r=7, z=45, bias=9, unused=5, **sizes)
+    tensors = inputs(n=6, r=7, z=45, unused=5, **sizes)
     assert_equals_oracle(tensors, dtype, kernel_device, **sizes)
 
 
 def test_odd_widths(device):
     sizes = {"d_in": 2049, "d_out": 31}
-    assert_equals_oracle(inputs(z=32, bias=2, **sizes), torch.float32, device, **sizes)
+    assert_equals_oracle(inputs(z=32, **sizes), torch.float32, device, **sizes)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-15, 1e15])
@@ -117,20 +108,14 @@ def test_unused_columns_get_no_gradient(device):
     assert not d_weight[..., -3:].any() and d_weight[..., :-3].any()
 
 
-def test_no_groups(device):
-    a, b = op_of()(*(t.float().to(device) for t in inputs(g=0)))
-    assert a.shape == (0, 3, 8, 7) and b.shape == (0, 3, 8, 6)
+def test_no_rows(device):
+    a, b = op_of()(*(t.float().to(device) for t in inputs(n=0)))
+    assert a.shape == (0, 4, 7) and b.shape == (0, 4, 6)
 
 
-def test_bias_fills_its_slots_bit_for_bit(device):
-    tensors = [t.float().to(device) for t in inputs(bias=5)]
-    for factor, bias in zip(op_of()(*tensors), tensors[4:], strict=True):
-        assert torch.equal(factor[:, :, 8:], bias.expand(2, -1, -1, -1))
-
-
-@pytest.mark.parametrize("narrow", [0, 1, 4])
-def test_latents_weight_and_bias_of_several_dtypes(narrow, device):
-    tensors = [t.float().to(device) for t in inputs(z=33, bias=2)]
+@pytest.mark.parametrize("narrow", [0, 1, 2])
+def test_latents_weight_and_scaler_of_several_dtypes(narrow, device):
+    tensors = [t.float().to(device) for t in inputs(z=33)]
     tensors[narrow] = tensors[narrow].half()
     results = checks.values_and_gradients(op_of(), tensors)
     exact = checks.values_and_gradients(oracle_of(), [t.double() for t in tensors])
@@ -142,72 +127,61 @@ def test_latents_weight_and_bias_of_several_dtypes(narrow, device):
         assert (r - e).abs().max() <= eps * e.abs().max()
 
 
-@pytest.mark.parametrize("bias", [0, 2])
-def test_layouts_do_not_matter(bias, device):
-    checks.assert_layouts_do_not_matter(op_of(), inputs(bias=bias), device)
+def test_layouts_do_not_matter(device):
+    checks.assert_layouts_do_not_matter(op_of(), inputs(), device)
 
 
 def test_expanded_tensors(device):
     latents, weight, scaler_a, scaler_b = inputs()
-    shared = latents[:1].expand(2, -1, -1, -1, -1)
+    shared = latents[:1].expand(2, -1, -1)
     half = torch.full((), 0.5).expand(scaler_a.shape)
     assert_equals_oracle([shared, weight, half, scaler_b], torch.float32, device)
 
 
 def test_same_bits_twice(device):
-    tensors = [t.float().to(device) for t in inputs(r=16, z=64, bias=16)]
+    tensors = [t.float().to(device) for t in inputs(r=16, z=64)]
     checks.assert_same_bits_twice(op_of(), tensors)
 
 
-@pytest.mark.parametrize("bias", [0, 2])
-def test_opcheck(bias, device):
-    tensors = [t.float().to(device).requires_grad_() for t in inputs(bias=bias)]
-    padded = (*tensors, *[None] * (6 - len(tensors)))
-    torch.library.opcheck(torch.ops.v2l.rank_projection.default, (*padded, 7, 6))
-    grads = [random(2, 3, 8 + bias, d).float().to(device) for d in (7, 6)]
-    checks.opcheck_backward(
-        torch.ops.v2l.rank_projection_backward.default, (*grads, *tensors[:4], 7, 6)
-    )
+def test_opcheck(device):
+    tensors = [t.float().to(device).requires_grad_() for t in inputs(unused=3)]
+    torch.library.opcheck(torch.ops.v2l.rank_projection.default, (*tensors, 7, 6))
+    grads = [random(4, 4, d).float().to(device) for d in (7, 6)]
+    checks.opcheck_backward(torch.ops.v2l.rank_projection_backward.default, (*grads, *tensors))
 
 
 def test_gradcheck():
-    checks.assert_gradcheck(op_of(), inputs(bias=2))
+    checks.assert_gradcheck(op_of(), inputs())
 
 
 def test_compiles():
-    few, many = ([t.float() for t in inputs(g=g, bias=2)] for g in (9, 11))
+    few, many = ([t.float() for t in inputs(n=n)] for n in (9, 11))
     checks.assert_compiles(op_of(), few, many, "aot_eager")
 
 
 # --- arguments -------------------------------------------------------------------------------
 
-NAMES = "latents", "weight", "scaler_a", "scaler_b", "bias_a", "bias_b"
+NAMES = "latents", "weight", "scaler_a", "scaler_b"
 
 
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        (
-            "latents",
-            torch.zeros(2, 3, 4, 5),
-            r"latents must be \[G, C, L, R, Z\], got",
-        ),
-        ("latents", torch.zeros(2, 2, 3, 4, 5).long(), "latents must be floating point"),
-        ("weight", torch.zeros(3, 5, 12), r"weight must be \[3, 5, 13 or more\], got \[3, 5, 12\]"),
-        ("scaler_a", torch.zeros(3, 5), r"scaler_a must be \[3, 4\], got \[3, 5\]"),
-        ("scaler_b", torch.zeros(3, 4).long(), "scaler_b must be floating point, got torch.int64"),
-        ("bias_b", torch.zeros(3, 3, 6), r"bias_b must be \[3, 2, 6\], got \[3, 3, 6\]"),
-        ("bias_b", None, "bias_b must be passed if and only if bias_a is"),
+        ("latents", torch.zeros(4, 5), r"latents must be \[N, R, Z\], got \[4, 5\]"),
+        ("latents", torch.zeros(4, 4, 5).long(), "latents must be floating point"),
+        ("weight", torch.zeros(5, 12), r"weight must be \[5, 13 or more\], got \[5, 12\]"),
+        ("scaler_a", torch.zeros(5), r"scaler_a must be \[4\], got \[5\]"),
+        ("scaler_b", torch.zeros(4).long(), "scaler_b must be floating point, got torch.int64"),
     ],
 )
 def test_error_names_the_argument(name, wrong, message):
-    args = dict(zip(NAMES, (t.float() for t in inputs(bias=2)), strict=True))
+    args = dict(zip(NAMES, (t.float() for t in inputs()), strict=True))
     with pytest.raises(ValueError, match=f"rank_projection: {message}"):
         rank_projection(**{**args, name: wrong}, d_in=7, d_out=6)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_every_tensor_on_one_device(name):
-    args = dict(zip(NAMES, inputs(bias=2), strict=True))
+    args = dict(zip(NAMES, inputs(), strict=True))
     with pytest.raises(ValueError, match=f"rank_projection: {name} must be on cpu, got meta"):
         _check(**{**args, name: args[name].to("meta")}, d_in=7, d_out=6)

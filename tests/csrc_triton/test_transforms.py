@@ -48,10 +48,8 @@ def attention_of_norm(norm: Tensor) -> Tensor:
     return perceiver_attention(QUERY.to(norm.dtype), CONTEXT.to(norm.dtype), norm)[0]
 
 
-def projection(latents: Tensor, weight: Tensor, scaler: Tensor, bias: Tensor) -> Tensor:
-    a, b = rank_projection(
-        latents, weight, scaler, 2 * scaler, bias, bias[..., :2], d_in=3, d_out=2
-    )
+def projection(latents: Tensor, weight: Tensor, scaler: Tensor) -> Tensor:
+    a, b = rank_projection(latents, weight, scaler, 2 * scaler, d_in=3, d_out=2)
     return torch.cat([a.flatten(), b.flatten()])
 
 
@@ -70,8 +68,7 @@ CASES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "perceiver_attention norm": (attention_of_norm, (random(2, 4, seed=6).abs(),)),
     "rank_projection": (
         projection,
-        (random(1, 2, 2, 3, 4, seed=0), random(2, 4, 6, seed=1), random(2, 3, seed=2),
-         random(2, 1, 3, seed=3)),
+        (random(4, 3, 4, seed=0), random(4, 6, seed=1), random(3, seed=2)),
     ),
     "gated_projection": (
         gated,

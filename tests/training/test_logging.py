@@ -57,7 +57,7 @@ def visible_ops(monkeypatch):
 
     def rank_projection(latents, weight, scaler_a, scaler_b, *, d_in, d_out):
         return projection_reference.rank_projection(
-            latents, weight, scaler_a, scaler_b, None, None, d_in, d_out
+            latents, weight, scaler_a, scaler_b, d_in, d_out
         )
 
     def lora_linear(x, weight, bias, a, b, index, scale, ranks=None):

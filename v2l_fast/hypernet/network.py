@@ -287,19 +287,19 @@ class HyperNetwork(nn.Module):
         """The layer's A and B from the rank latents [B, M * R, Z]."""
         rank, compute = self.config.rank, attention_dtype(dtype)
         factors_a, factors_b = {}, {}
-        weights = (self.head.of(index) if head is None else head).split(1)
+        weights = (self.head.of(index) if head is None else head).unbind(0)
         for number, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):
-            rows = latents[:, None, None, number * rank : (number + 1) * rank]
+            rows = latents[:, number * rank : (number + 1) * rank]
             a, b = rank_projection(
                 rows.to(compute),
                 weights[number].to(compute),
-                self.scaler_A[module].select(1, index)[..., 0],
-                self.scaler_B[module].select(1, index)[..., 0],
+                self.scaler_A[module][0].select(0, index)[:, 0],
+                self.scaler_B[module][0].select(0, index)[:, 0],
                 d_in=d_in,
                 d_out=d_out,
             )
-            factors_a[module] = a[:, 0].to(dtype)
-            factors_b[module] = b[:, 0].to(dtype)
+            factors_a[module] = a.to(dtype)
+            factors_b[module] = b.to(dtype)
         return factors_a, factors_b
 
     def assemble(
