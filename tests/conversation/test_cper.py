@@ -15,7 +15,7 @@ from v2l_fast.conversation import (
     cper_turn,
 )
 from v2l_fast.conversation.encoders import NgramEncoder
-from v2l_fast.conversation.models import Completion
+from v2l_fast.conversation.models import ModelReply
 from v2l_fast.errors import ConfigError
 
 MOVIES, VIEWER = Schema.load("movies"), Schema.load("viewer")
@@ -33,7 +33,7 @@ class Recorder:
         name = data.get("request", "question")
         self.requests.append((name, n, data))
         replies = self.model.complete(messages, n=n, **options)
-        return [Completion(self.change(name, reply.text)) for reply in replies]
+        return [ModelReply(self.change(name, reply.text)) for reply in replies]
 
 
 class Answers:
@@ -44,7 +44,7 @@ class Answers:
 
     def complete(self, messages, *, n=1, **options):
         self.questions.append(messages[-1]["content"])
-        return [Completion(self.answers[i % len(self.answers)]) for i in range(n)]
+        return [ModelReply(self.answers[i % len(self.answers)]) for i in range(n)]
 
 
 def models(reasoner=None, answerer=None) -> Models:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from v2l_fast.data.dialogs import Preference, read_dialogs
+from v2l_fast.data.dialogs import AnnotatedPreference, read_dialogs
 from v2l_fast.errors import ConfigError
 
 CCPE = {
@@ -64,7 +64,7 @@ def test_ccpe_drops_the_opening_joins_utterances_and_keeps_preferences(tmp_path)
     (dialog,) = read(tmp_path, CCPE)
     assert dialog.id == "CCPE-00001" and dialog.opening == "Which films do you like?"
     assert dialog.pairs == (("I like slow films.\nAnd old ones.", "Why?"), ("They are calm.", ""))
-    assert dialog.preferences == (Preference("slow films", "MOVIE_GENRE_OR_CATEGORY", 0),)
+    assert dialog.preferences == (AnnotatedPreference("slow films", "MOVIE_GENRE_OR_CATEGORY", 0),)
 
 
 def test_esconv_keeps_scores_as_strings(tmp_path):

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from v2l_fast.conversation import prompts
 from v2l_fast.conversation.encoders import Encoder
 from v2l_fast.conversation.gap import (
     Array,
@@ -27,8 +26,20 @@ from v2l_fast.conversation.gap import (
     slot_gap,
     uncertainty,
 )
-from v2l_fast.conversation.models import ChatModel, Completion, Message
+from v2l_fast.conversation.models import ChatModel, Message, ModelReply
 from v2l_fast.conversation.persona import Fact, Persona, Statement
+from v2l_fast.conversation.prompts import (
+    Feedback,
+    Reading,
+    describe_facts,
+    describe_slots,
+    read_feedback,
+    read_question,
+    read_reading,
+    read_reply,
+    read_selection,
+    request,
+)
 from v2l_fast.conversation.schema import Schema, Slot
 from v2l_fast.errors import ConfigError
 from v2l_fast.replies import ReplyError
@@ -306,7 +317,7 @@ class _Turn:
 
     def complete(
         self, model: ChatModel, messages: Sequence[Message], n: int = 1, **options: Any
-    ) -> list[Completion]:
+    ) -> list[ModelReply]:
         options = {"max_tokens": self.settings.max_tokens, **options}
         # Turns draw differently, and the same turn of an equal state draws the same.
         seed = self.settings.seed + 1000 * self.number
@@ -320,7 +331,7 @@ class _Turn:
         self, name: str, data: Mapping[str, Any], read: Callable[[str], Result], fallback: Result
     ) -> Result:
         """One greedy request whose reply is corrected at most once."""
-        messages = prompts.request(name, data)
+        messages = request(name, data)
         for attempt in range(2):
             (reply,) = self.complete(self.models.reasoner, messages, json=True)
             try:
@@ -339,30 +350,30 @@ class _Turn:
 
     # --- the person -------------------------------------------------------------------------------
 
-    def read_person(self) -> list[prompts.Reading | None]:
+    def read_person(self) -> list[Reading | None]:
         """n sampled readings, None for one that cannot be read."""
         data: dict[str, Any] = {"utterance": self.utterance}
         if self.settings.readings == "persona":
             data |= {
                 "history": self.history,
-                "facts": prompts.describe_facts(self.state.persona.active),
-                "slots": prompts.describe_slots(self.schema),
+                "facts": describe_facts(self.state.persona.active),
+                "slots": describe_slots(self.schema),
             }
         replies = self.complete(
-            self.models.reasoner, prompts.request("readings", data), self.settings.candidates,
+            self.models.reasoner, request("readings", data), self.settings.candidates,
             temperature=self.settings.temperature, top_p=self.settings.top_p, json=True,
         )  # fmt: skip
-        readings: list[prompts.Reading | None] = []
+        readings: list[Reading | None] = []
         for reply in replies:
             try:
-                readings.append(prompts.read_reading(reply.text))
+                readings.append(read_reading(reply.text))
             except ReplyError:
                 readings.append(None)
                 self.unreadable.append("readings")
         return readings
 
     def update_persona(
-        self, readings: Sequence[prompts.Reading | None]
+        self, readings: Sequence[Reading | None]
     ) -> tuple[Persona, tuple[Fact, ...], float]:
         """Facts that the first reading states, and those that enough readings infer."""
         readable = [reading for reading in readings if reading is not None]
@@ -388,7 +399,7 @@ class _Turn:
         return self.state.persona.update(kept.values(), self.number, self.utterance, self.schema)
 
     def measure(
-        self, readings: Sequence[prompts.Reading | None], persona: Persona, conflict: float
+        self, readings: Sequence[Reading | None], persona: Persona, conflict: float
     ) -> tuple[Array | None, KnowledgeGap]:
         """The vector of this turn's facts, and the gap."""
         settings, encoder = self.settings, self.models.encoder
@@ -426,7 +437,7 @@ class _Turn:
         normalized = normalized_gap(value, settings.alpha, settings.beta)
         return vector, KnowledgeGap(value, kind, u, w, conflict, normalized, missing)
 
-    def _values(self, reading: prompts.Reading) -> dict[str, str]:
+    def _values(self, reading: Reading) -> dict[str, str]:
         """Slot -> accepted value of one reading."""
         assert self.schema is not None
         values = {}
@@ -439,18 +450,16 @@ class _Turn:
 
     # --- the answer -------------------------------------------------------------------------------
 
-    def draft(
-        self, readings: Sequence[prompts.Reading | None], persona: Persona
-    ) -> tuple[str, list[str]]:
+    def draft(self, readings: Sequence[Reading | None], persona: Persona) -> tuple[str, list[str]]:
         """The first reply, and the answers about the video that it rests on."""
         if self.models.answerer is None:
             return next((r.reply for r in readings if r is not None and r.reply), ""), []
         data = {
             "utterance": self.utterance,
             "history": self.history,
-            "facts": prompts.describe_facts(persona.active),
+            "facts": describe_facts(persona.active),
         }
-        question = self.ask_reasoner("standalone", data, prompts.read_question, self.utterance)
+        question = self.ask_reasoner("standalone", data, read_question, self.utterance)
         messages = [{"role": "user", "content": question}]
         (greedy,) = self.complete(self.models.answerer, messages)
         sampled = self.complete(
@@ -515,7 +524,7 @@ class _Turn:
         persona: Persona,
         action: str | None,
         target: str | None,
-    ) -> prompts.Feedback:
+    ) -> Feedback:
         """The model's judgment of the draft."""
         measured = {
             "value": round(gap.value, 2),
@@ -526,17 +535,15 @@ class _Turn:
         data = {
             "utterance": self.utterance,
             "history": self.history,
-            "facts": prompts.describe_facts(persona.active),
+            "facts": describe_facts(persona.active),
             "draft": draft,
             "gap": measured,
             "action": action,
             "target": target,
         }
-        return self.ask_reasoner(
-            "feedback", data, prompts.read_feedback, prompts.Feedback(suggestion=draft)
-        )
+        return self.ask_reasoner("feedback", data, read_feedback, Feedback(suggestion=draft))
 
-    def select(self, persona: Persona, feedback: prompts.Feedback) -> list[str]:
+    def select(self, persona: Persona, feedback: Feedback) -> list[str]:
         """Ids of the facts that matter for this reply."""
         facts = persona.active
         if not facts:
@@ -547,13 +554,13 @@ class _Turn:
         data = {
             "utterance": self.utterance,
             "feedback": feedback.text,
-            "facts": prompts.describe_facts(offered),
+            "facts": describe_facts(offered),
         }
         ids = [fact.id for fact in offered]
         return self.ask_reasoner(
             "select",
             data,
-            lambda text: prompts.read_selection(text, ids),
+            lambda text: read_selection(text, ids),
             ids[: self.settings.max_selected],
         )
 
@@ -561,7 +568,7 @@ class _Turn:
         self,
         draft: str,
         video_answers: Sequence[str],
-        feedback: prompts.Feedback,
+        feedback: Feedback,
         persona: Persona,
         selected: Sequence[str],
         action: str,
@@ -572,7 +579,7 @@ class _Turn:
         data = {
             "utterance": self.utterance,
             "history": self.history,
-            "facts": prompts.describe_facts([f for f in persona.active if f.id in set(selected)]),
+            "facts": describe_facts([f for f in persona.active if f.id in set(selected)]),
             "draft": draft,
             "feedback": feedback.text,
             "action": action,
@@ -584,7 +591,7 @@ class _Turn:
             data["video_answers"] = [draft, *video_answers]
 
         def read(text: str) -> str:
-            reply = prompts.read_reply(text)
+            reply = read_reply(text)
             if action == "ask" and len(re.findall(r"\?", reply)) != 1:
                 raise ReplyError("the text must hold exactly one question")
             return reply

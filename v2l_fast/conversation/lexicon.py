@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from v2l_fast.conversation.models import Completion, Message
+from v2l_fast.conversation.models import Message, ModelReply
 
 Guess = Literal["uniform", "peaked", "none"]
 
@@ -38,10 +38,10 @@ class LexiconModel:
         max_tokens: int = 400,
         seed: int = 0,
         json: bool = False,
-    ) -> list[Completion]:
+    ) -> list[ModelReply]:
         data = _data(messages)
         perform = getattr(self, f"_{data['request']}")
-        return [Completion(perform(data, random.Random(seed + i))) for i in range(n)]
+        return [ModelReply(perform(data, random.Random(seed + i))) for i in range(n)]
 
     def _readings(self, data: Mapping[str, Any], rng: random.Random) -> str:
         slots = data.get("slots", {})

@@ -26,7 +26,7 @@ class ModelError(V2LError):
 
 
 @dataclass(frozen=True)
-class Completion:
+class ModelReply:
     """A reply.
 
     Attributes:
@@ -52,7 +52,7 @@ class ChatModel(Protocol):
         max_tokens: int = 400,
         seed: int = 0,
         json: bool = False,
-    ) -> list[Completion]:
+    ) -> list[ModelReply]:
         """n replies, sampled independently.
 
         Args:
@@ -115,7 +115,7 @@ class EndpointModel:
         max_tokens: int = 400,
         seed: int = 0,
         json: bool = False,
-    ) -> list[Completion]:
+    ) -> list[ModelReply]:
         fields: dict[str, Any] = {
             "messages": list(messages), "temperature": temperature, "top_p": top_p,
             "max_tokens": max_tokens, "seed": seed,
@@ -133,7 +133,7 @@ class EndpointModel:
             requests = [{**fields, "seed": seed + i} for i in range(n)]
             return [reply for replies in pool.map(self._request, requests) for reply in replies]
 
-    def _request(self, fields: dict[str, Any]) -> list[Completion]:
+    def _request(self, fields: dict[str, Any]) -> list[ModelReply]:
         """The replies; without the fields that the server refuses to accept."""
         import openai
 
@@ -158,7 +158,7 @@ class EndpointModel:
         prompt, new = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         count = max(len(reply.choices), 1)
         return [
-            Completion(choice.message.content or "", prompt if i == 0 else 0, new // count)
+            ModelReply(choice.message.content or "", prompt if i == 0 else 0, new // count)
             for i, choice in enumerate(reply.choices)
         ]
 
@@ -195,7 +195,7 @@ class TransformersModel:
         max_tokens: int = 400,
         seed: int = 0,
         json: bool = False,
-    ) -> list[Completion]:
+    ) -> list[ModelReply]:
         import torch
 
         inputs = self._tokenizer.apply_chat_template(
@@ -210,7 +210,7 @@ class TransformersModel:
                 torch.manual_seed(seed + i)
                 ids = self._model.generate(**inputs, max_new_tokens=max_tokens, **options)
             text = self._tokenizer.decode(ids[0, length:], skip_special_tokens=True)
-            replies.append(Completion(text, length, ids.shape[1] - length))
+            replies.append(ModelReply(text, length, ids.shape[1] - length))
         return replies if drawn else replies * n
 
 
@@ -238,10 +238,10 @@ class VideoModel:
         max_tokens: int = 400,
         seed: int = 0,
         json: bool = False,
-    ) -> list[Completion]:
+    ) -> list[ModelReply]:
         question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
         answers = self._model.answer(
             [question] * n, self._adapter, max_new_tokens=max_tokens, temperature=temperature,
             top_p=top_p, seed=seed,
         )  # fmt: skip
-        return [Completion(a.text, a.prompt_tokens, a.new_tokens) for a in answers]
+        return [ModelReply(a.text, a.prompt_tokens, a.new_tokens) for a in answers]

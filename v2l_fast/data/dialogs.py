@@ -26,7 +26,7 @@ _ASSISTANT = frozenset({"assistant", "sys", "supporter", "listener"})
 
 
 @dataclass(frozen=True)
-class Preference:
+class AnnotatedPreference:
     """A part of what a person said that is annotated as a preference.
 
     Attributes:
@@ -55,7 +55,7 @@ class Dialog:
     id: str
     opening: str
     pairs: tuple[tuple[str, str], ...]
-    preferences: tuple[Preference, ...] = ()
+    preferences: tuple[AnnotatedPreference, ...] = ()
     metadata: Mapping[str, str] | None = None
 
     @property
@@ -110,7 +110,7 @@ def _ccpe(entry: Mapping[str, Any]) -> Dialog:
     utterances = [(turn["speaker"], turn["text"]) for turn in entry["utterances"]]
     opening, pairs, owners = _pairs(utterances)
     preferences = [
-        Preference(_text(segment["text"]), annotation["entityType"], owners[index])
+        AnnotatedPreference(_text(segment["text"]), annotation["entityType"], owners[index])
         for index, turn in enumerate(entry["utterances"])
         for segment in turn.get("segments", ())
         for annotation in segment.get("annotations", ())
