@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from bench.runs.serve_clients import CheckedRequest, Observations, work
 from v2l_fast.generation import SamplingParams
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
-from v2l_fast.serving.requests import GenerationRequest
 from v2l_fast.shapes import render
 from v2l_fast.shapes.language import CAPTION_PROMPTS, ask_several
 from v2l_fast.shapes.world import sample_scenes
@@ -193,6 +192,13 @@ def _internalize(port: int, path: Path) -> str:
 # --- requests and their answers -------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Question:
+    text: str
+    adapters: tuple[str, ...]
+    sampling: SamplingParams
+
+
 def checked_requests(
     folder: Path, scenes: list, ids: list[str], seed: int
 ) -> tuple[list[CheckedRequest], list[CheckedRequest]]:
@@ -200,7 +206,7 @@ def checked_requests(
     model = Video2LoRA.from_pretrained("shapes", device="cpu")
     store = AdapterStore(folder)
 
-    def alone(request: GenerationRequest) -> str:
+    def alone(request: _Question) -> str:
         parts = [model.attach(store.get(id)) for id in request.adapters]
         adapter = Adapter.compose(parts) if parts else None
         return model.ask(request.text, adapter, **asdict(request.sampling))
@@ -216,7 +222,7 @@ def checked_requests(
     return checked, _extreme_requests(checked[number], sampled)
 
 
-def _requests(scenes: list, ids: list[str], seed: int) -> list[GenerationRequest]:
+def _requests(scenes: list, ids: list[str], seed: int) -> list[_Question]:
     """About each video, about it composed with the next one, and without; a quarter sampled."""
     rng = random.Random(seed)
     requests = []
@@ -228,11 +234,11 @@ def _requests(scenes: list, ids: list[str], seed: int) -> list[GenerationRequest
             options = {"temperature": 0.8, "seed": index} if number == 1 else {}
             sampling = SamplingParams(NEW_TOKENS, **options)
             for adapters in ((ids[index],), both, ()):
-                requests.append(GenerationRequest(text, adapters, sampling=sampling))
+                requests.append(_Question(text, adapters, sampling))
     return list(dict.fromkeys(requests))
 
 
-def _body(request: GenerationRequest) -> dict[str, Any]:
+def _body(request: _Question) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": request.adapters[0] if len(request.adapters) == 1 else "shapes",
         "messages": [{"role": "user", "content": request.text}],

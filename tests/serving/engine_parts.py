@@ -1,4 +1,4 @@
-"""A store in memory and requests for engine tests."""
+"""A store in memory and requests, for tests of the engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.waiting import LIMIT
 from v2l_fast.errors import AdapterError
 from v2l_fast.generation import SamplingParams
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.serving.requests import GenerationRequest
+from v2l_fast.serving.request import StreamingRequest
 
 WAIT = LIMIT
 QUESTIONS = (
@@ -20,7 +20,7 @@ class MemoryStore:
     """Adapters by id."""
 
     def __init__(self, adapters: list[Adapter] | None = None) -> None:
-        self.adapters = {f"a{place}": a for place, a in enumerate(adapters or [])}
+        self.adapters = {f"a{index}": a for index, a in enumerate(adapters or [])}
         self.reads = 0
 
     def put(self, adapter: Adapter) -> str:
@@ -35,6 +35,11 @@ class MemoryStore:
         return self.adapters[id]
 
 
-def request(text: str, *adapters: str, stop: tuple[str, ...] = (), **sampling) -> GenerationRequest:
+def request(text: str, *adapters: str, stop: tuple[str, ...] = (), **sampling) -> StreamingRequest:
     sampling.setdefault("max_new_tokens", 10)
-    return GenerationRequest(text, adapters, sampling=SamplingParams(**sampling), stop=stop)
+    return StreamingRequest(text, adapters, sampling=SamplingParams(**sampling), stop=stop)
+
+
+def copies(requests: list[StreamingRequest], times: int = 1) -> list[StreamingRequest]:
+    """The same questions again, not submitted."""
+    return [one.copy() for one in requests * times]

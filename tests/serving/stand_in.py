@@ -16,15 +16,8 @@ from v2l_fast.errors import V2LError
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.engine import EngineStats
-from v2l_fast.serving.requests import (
-    EngineClosed,
-    Generation,
-    GenerationRequest,
-    InternalizeJob,
-    JobCancelled,
-    QueueFull,
-    Usage,
-)
+from v2l_fast.serving.internalize import InternalizeJob, JobCancelled
+from v2l_fast.serving.request import EngineClosed, QueueFull, StreamingRequest, Usage
 from v2l_fast.store.adapter_store import AdapterStore
 
 
@@ -52,24 +45,23 @@ class StandInEngine:
         self.model, self.store, self.pause, self.words = model, store, pause, words
         self.hold = hold
         self.queue_limit = queue_limit
-        self.running: set[Generation] = set()
+        self.running: set[StreamingRequest] = set()
         self.ended: list[str] = []
         self.closed = False
         self.ready = True
         self._threads = ThreadPoolExecutor(8)
 
-    def submit(self, request: GenerationRequest) -> Generation:
+    def submit(self, request: StreamingRequest) -> StreamingRequest:
         if self.closed:
             raise EngineClosed("closed")
         if len(self.running) >= self.queue_limit:
             raise QueueFull("full")
-        generation = Generation(request)
-        self.running.add(generation)
-        self._threads.submit(self._answer, generation)
-        return generation
+        self.running.add(request)
+        self._threads.submit(self._answer, request)
+        return request
 
-    def _answer(self, generation: Generation) -> None:
-        request, start = generation.request, time.perf_counter()
+    def _answer(self, request: StreamingRequest) -> None:
+        start = time.perf_counter()
         try:
             words, prompt, visual = self.words, 3, 0
             if words is None:
@@ -83,22 +75,22 @@ class StandInEngine:
                 words = [word + " " for word in answer.text.split()]
                 words[-1:] = [words[-1].rstrip()] if words else []
                 prompt, visual = answer.prompt_tokens, answer.visual_tokens
-            self._held(lambda: generation.cancelled)
+            self._held(lambda: request.cancelled)
             count = 0
             for word in words:
                 time.sleep(self.pause)
-                if generation.cancelled:
+                if request.cancelled:
                     break
-                generation.put(word)
+                request.deliver(word)
                 count += 1
-            reason = "cancelled" if generation.cancelled else "stop"
+            reason = "cancelled" if request.cancelled else "stop"
             usage = Usage(prompt, count, visual, time.perf_counter() - start)
-            generation.finish("", reason, usage)
+            request.complete("", reason, usage)
         except V2LError as error:
             reason = "error"
-            generation.fail(error)
+            request.abort(error)
         self.ended.append(reason)
-        self.running.discard(generation)
+        self.running.discard(request)
 
     def internalize(self, path, sha256=None, **options) -> InternalizeJob:
         job = InternalizeJob(uuid.uuid4().hex)
@@ -138,8 +130,8 @@ class StandInEngine:
     def close(self, drain: bool = True, timeout: float = 30.0) -> None:
         self.closed = True
         if not drain:
-            for generation in list(self.running):
-                generation.cancel()
+            for request in list(self.running):
+                request.cancel()
         waited = threading.Event()
         end = time.monotonic() + timeout
         while self.running and time.monotonic() < end:

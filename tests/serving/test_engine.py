@@ -1,4 +1,4 @@
-"""The engine against the model asked alone, whatever is answered at the same time."""
+"""The engine answers as the model does alone, whatever else it answers at the same time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from v2l_fast.errors import AdapterError, ConfigError, V2LError
 from v2l_fast.generation import SamplingParams
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.requests import (
+from v2l_fast.serving.request import (
     EngineClosed,
-    GenerationRequest,
     OtherAdapter,
     PromptTooLong,
     QueueFull,
+    StreamingRequest,
 )
 from v2l_fast.vlm.decoder import Decoder
 
@@ -39,45 +39,46 @@ def engine(model, store):
         yield engine
 
 
-def alone(model: Video2LoRA, store: MemoryStore, asked: GenerationRequest) -> str:
-    """The answer of ``Video2LoRA`` to nothing but this request."""
-    sampling = {name: getattr(asked.sampling, name) for name in SamplingParams.__dataclass_fields__}
-    if asked.clip is not None:
-        return model.ask_direct(asked.text, asked.clip, **sampling)
-    parts = [store.adapters[id] for id in asked.adapters]
-    return model.ask(asked.text, Adapter.compose(parts) if parts else None, **sampling)
+def alone(model: Video2LoRA, store: MemoryStore, one: StreamingRequest) -> str:
+    """The answer of ``Video2LoRA`` to this request only."""
+    sampling = {name: getattr(one.sampling, name) for name in SamplingParams.__dataclass_fields__}
+    if one.clip is not None:
+        return model.ask_direct(one.text, one.clip, **sampling)
+    parts = [store.adapters[id] for id in one.adapters]
+    return model.ask(one.text, Adapter.compose(parts) if parts else None, **sampling)
 
 
-def mixture(clips, count: int, seed: int) -> list[GenerationRequest]:
-    """Questions with one adapter, several, none, or a video; greedy and drawn; short and long."""
+def mixture(clips, count: int, seed: int) -> list[StreamingRequest]:
+    """Questions with one adapter, several, none, or a video; greedy and sampled; short and long."""
     rng = random.Random(seed)
-    made = []
-    for place in range(count):
-        drawn = {"temperature": 1.1, "top_p": 0.9, "seed": place} if place % 3 == 0 else {}
+    requests = []
+    for index in range(count):
+        sampled = {"temperature": 1.1, "top_p": 0.9, "seed": index} if index % 3 == 0 else {}
         ids = rng.choice([(), ("a0",), ("a1",), ("a2",), ("a0", "a1"), ("a2", "a1", "a0")])
-        asked = request(rng.choice(QUESTIONS), *ids, max_new_tokens=rng.randint(1, 14), **drawn)
-        if place % 7 == 5:
-            asked = GenerationRequest(asked.text, (), rng.choice(clips), asked.sampling)
-        made.append(asked)
-    return made
+        one = request(rng.choice(QUESTIONS), *ids, max_new_tokens=rng.randint(1, 14), **sampled)
+        if index % 7 == 5:
+            one = StreamingRequest(one.text, (), rng.choice(clips), one.sampling)
+        requests.append(one)
+    return requests
 
 
 @pytest.mark.parametrize(("rows", "slots"), [(1, 1), (4, 2), (16, 8)])
 def test_every_answer_is_the_one_given_alone(rows, slots, model, store, clips):
-    asked = mixture(clips, 28, rows)
+    requests = mixture(clips, 28, rows)
     with Engine(model, store, max_batch=rows, max_context=160, adapter_slots=slots) as engine:
-        made = [engine.submit(one) for one in asked]
-        for one, generation in zip(asked, made, strict=True):
-            text, reason, usage = generation.result(WAIT)
+        for one in requests:
+            engine.submit(one)
+        for one in requests:
+            text, reason, usage = one.result(WAIT)
             assert text == alone(model, store, one)
             assert reason in ("stop", "length")
             assert 0 < usage.time_to_first_token < WAIT
             assert (usage.visual_tokens > 0) == (one.clip is not None)
         stats = engine.stats()
     assert (stats.running, stats.waiting, stats.jobs) == (0, 0, 0)
-    assert stats.requests["stop"] + stats.requests["length"] == len(asked)
-    assert stats.completion_tokens == sum(g.usage.completion_tokens for g in made)
-    with_adapter = sum(bool(one.adapters) for one in asked)
+    assert stats.requests["stop"] + stats.requests["length"] == len(requests)
+    assert stats.completion_tokens == sum(one.usage.completion_tokens for one in requests)
+    with_adapter = sum(bool(one.adapters) for one in requests)
     assert stats.adapter_hits + stats.adapter_misses == with_adapter
     assert stats.adapter_loads == 3
 
@@ -86,51 +87,52 @@ def test_requests_join_and_leave_a_running_batch(engine, model, store):
     long = engine.submit(request(QUESTIONS[0], "a0", max_new_tokens=120))
     pieces = iter(long)
     next(pieces)
-    for place in range(6):
-        one = request(QUESTIONS[place % 3], f"a{place % 3}", max_new_tokens=4)
+    for index in range(6):
+        one = request(QUESTIONS[index % 3], f"a{index % 3}", max_new_tokens=4)
         assert engine.submit(one).result(WAIT)[0] == alone(model, store, one)
     assert not long.done or long.usage.completion_tokens == 120
-    assert long.result(WAIT)[0] == alone(model, store, long.request)
+    assert long.result(WAIT)[0] == alone(model, store, long)
 
 
 def test_threads_submit_at_once(engine, model, store, clips):
-    asked = mixture(clips, 24, 5)
-    expected = [alone(model, store, one) for one in asked]
-    found: dict[int, str] = {}
+    requests = mixture(clips, 24, 5)
+    expected = [alone(model, store, one) for one in requests]
+    answers: dict[int, str] = {}
 
     def work(start: int) -> None:
-        for place in range(start, len(asked), 4):
-            found[place] = engine.submit(asked[place]).result(WAIT)[0]
+        for index in range(start, len(requests), 4):
+            answers[index] = engine.submit(requests[index]).result(WAIT)[0]
 
     threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[place] for place in range(len(asked))] == expected
+    assert [answers[index] for index in range(len(requests))] == expected
 
 
 def test_pieces_add_up_and_come_one_by_one(engine, model, store):
-    asked = request(QUESTIONS[0], "a1", max_new_tokens=40)
-    generation = engine.submit(asked)
-    pieces = list(generation)
-    assert "".join(piece.text for piece in pieces) == alone(model, store, asked)
+    one = engine.submit(request(QUESTIONS[0], "a1", max_new_tokens=40))
+    pieces = list(one)
+    assert "".join(piece.text for piece in pieces) == alone(model, store, one)
     assert len(pieces) > 10
     assert [p.finish_reason for p in pieces] == [None] * (len(pieces) - 1) + ["length"]
-    # A reader that comes later sees it from the beginning.
-    assert list(generation) == pieces
+    # A later reader sees the answer from the beginning.
+    assert list(one) == pieces
+    with pytest.raises(ConfigError, match="submitted before"):
+        engine.submit(one)
 
 
 def test_in_an_event_loop(engine, model, store):
-    asked = [request(q, "a0", max_new_tokens=20) for q in QUESTIONS]
+    requests = [request(q, "a0", max_new_tokens=20) for q in QUESTIONS]
 
-    async def read(one: GenerationRequest) -> str:
+    async def read(one: StreamingRequest) -> str:
         return "".join([chunk.text async for chunk in engine.submit(one).chunks()])
 
     async def main() -> list[str]:
-        return await asyncio.gather(*map(read, asked))
+        return await asyncio.gather(*map(read, requests))
 
-    assert asyncio.run(main()) == [alone(model, store, one) for one in asked]
+    assert asyncio.run(main()) == [alone(model, store, one) for one in requests]
 
 
 def test_a_stop_string_ends_an_answer(engine, model, store):
@@ -138,8 +140,8 @@ def test_a_stop_string_ends_an_answer(engine, model, store):
     whole = alone(model, store, free)
     words = whole.split()
     stop = " ".join(words[3:5])
-    generation = engine.submit(request(QUESTIONS[1], "a0", stop=(stop, "never"), max_new_tokens=30))
-    text, reason, usage = generation.result(WAIT)
+    one = engine.submit(request(QUESTIONS[1], "a0", stop=(stop, "never"), max_new_tokens=30))
+    text, reason, usage = one.result(WAIT)
     assert text == whole[: whole.index(stop)].rstrip() and reason == "stop"
     assert usage.completion_tokens < 30
 
@@ -150,7 +152,7 @@ def test_cancelling(engine, model, store):
     running.cancel()
     text, reason, usage = running.result(WAIT)
     assert reason == "cancelled" and 0 < usage.completion_tokens < 140
-    assert alone(model, store, running.request).startswith(text)
+    assert alone(model, store, running).startswith(text)
 
 
 def test_cancelling_what_waits(model, store):
@@ -167,12 +169,10 @@ def test_cancelling_what_waits(model, store):
 def test_limits(engine, clips):
     with pytest.raises(PromptTooLong, match="160"):
         engine.submit(request(QUESTIONS[0], max_new_tokens=155))
-    with pytest.raises(PromptTooLong, match="more than 160"):
+    with pytest.raises(PromptTooLong, match="context of 160"):
         engine.submit(request("what " * 200))
     long = engine.submit(
-        GenerationRequest(
-            "what?", clip=tiny.clip(8, 0), sampling=SamplingParams(max_new_tokens=100)
-        )
+        StreamingRequest("what?", clip=tiny.clip(8, 0), sampling=SamplingParams(max_new_tokens=100))
     )
     with pytest.raises(PromptTooLong):
         long.result(WAIT)
@@ -181,8 +181,8 @@ def test_limits(engine, clips):
     with pytest.raises(AdapterError, match="nobody"):
         engine.submit(request(QUESTIONS[0], "a0", "nobody"))
     with pytest.raises(ConfigError, match="not both"):
-        GenerationRequest("what?", ("a0",), clips[0])
-    with pytest.raises(ConfigError, match="empty"):
+        StreamingRequest("what?", ("a0",), clips[0])
+    with pytest.raises(ConfigError, match="not be empty"):
         request("what?", stop=("",))
     assert engine.stats().requests["error"] == 1
 
@@ -195,7 +195,7 @@ def test_a_full_queue(model, store):
         with pytest.raises(QueueFull, match="2 questions"):
             engine.submit(request(QUESTIONS[0]))
         first.cancel()
-        assert [g.result(WAIT)[1] for g in waiting] == ["length"] * 2
+        assert [one.result(WAIT)[1] for one in waiting] == ["length"] * 2
 
 
 def test_an_adapter_of_another_model_is_refused(engine, store, adapters):
@@ -228,20 +228,20 @@ def test_an_error_ends_its_requests_and_nothing_else(engine, model, store, monke
     monkeypatch.setattr(Decoder, "logits", sometimes)
     with pytest.raises(V2LError, match="RuntimeError; see the server's log"):
         engine.submit(request(QUESTIONS[0], "a0")).result(WAIT)
-    for place in range(4):
-        one = request(QUESTIONS[place % 3], f"a{place % 3}")
+    for index in range(4):
+        one = request(QUESTIONS[index % 3], f"a{index % 3}")
         assert engine.submit(one).result(WAIT)[0] == alone(model, store, one)
     assert engine.stats().requests["error"] == 1 and engine.stats().running == 0
 
 
 def test_merged_mode(model, store):
-    asked = [request(q, "a1", max_new_tokens=14) for q in QUESTIONS]
+    requests = [request(q, "a1", max_new_tokens=14) for q in QUESTIONS]
     before = [alone(model, store, request(q)) for q in QUESTIONS]
     with Engine(model, store, merged="a1", max_context=160) as engine:
-        for one, generation in zip(asked, [engine.submit(one) for one in asked], strict=True):
-            assert generation.result(WAIT)[0] == alone(model, store, one)
+        for one in [engine.submit(one) for one in requests]:
+            assert one.result(WAIT)[0] == alone(model, store, one)
         for other in (request("what?"), request("what?", "a0"), request("what?", "a1", "a0")):
-            with pytest.raises(OtherAdapter, match="adapter a1 alone"):
+            with pytest.raises(OtherAdapter, match="adapter a1 only"):
                 engine.submit(other)
         assert engine.stats().adapter_hits + engine.stats().adapter_misses == 0
         assert [alone(model, store, request(q)) for q in QUESTIONS] == before
@@ -251,9 +251,9 @@ def test_merged_mode(model, store):
 
 def test_closing_finishes_what_is_there(model, store):
     engine = Engine(model, store, max_batch=1, max_context=160)
-    made = [engine.submit(request(q, "a0")) for q in QUESTIONS]
+    requests = [engine.submit(request(q, "a0")) for q in QUESTIONS]
     engine.close()
-    assert all(g.result(0)[0] == alone(model, store, g.request) for g in made)
+    assert all(one.result(0)[0] == alone(model, store, one) for one in requests)
     for call in (lambda: engine.submit(request("what?")), lambda: engine.internalize("x.mp4")):
         with pytest.raises(EngineClosed):
             call()
@@ -262,12 +262,12 @@ def test_closing_finishes_what_is_there(model, store):
 
 def test_closing_at_once(model, store, tmp_path):
     engine = Engine(model, store, max_batch=1, max_context=160)
-    made = [engine.submit(request(QUESTIONS[0], max_new_tokens=140)) for _ in range(3)]
+    requests = [engine.submit(request(QUESTIONS[0], max_new_tokens=140)) for _ in range(3)]
     jobs = [engine.internalize(encode(tmp_path / "c.mp4", 12)) for _ in range(4)]
     engine.close(drain=False)
-    for generation in made:
+    for one in requests:
         with pytest.raises(EngineClosed):
-            list(generation)
+            list(one)
     assert all(job.state in ("done", "failed") for job in jobs)
 
 
@@ -278,9 +278,9 @@ def test_a_file_becomes_an_adapter_that_answers(engine, model, store, tmp_path):
     path = encode(tmp_path / "clip.mp4", 12)
     job = engine.internalize(path, max_frames=3, exact_frames=True)
     id = job.wait(WAIT)
-    made = model.internalize(path, max_frames=3, exact_frames=True)
-    for found, wanted in ((store.adapters[id].A, made.A), (store.adapters[id].B, made.B)):
-        assert torch.equal(found["down_proj"], wanted["down_proj"])
+    expected = model.internalize(path, max_frames=3, exact_frames=True)
+    assert torch.equal(store.adapters[id].A["down_proj"], expected.A["down_proj"])
+    assert torch.equal(store.adapters[id].B["down_proj"], expected.B["down_proj"])
     assert (job.state, job.progress, job.adapter_id) == ("done", 1.0, id)
     assert set(job.seconds) == {"queued", "decoding", "encoding", "generating"}
     one = request(QUESTIONS[0], id)
@@ -312,32 +312,31 @@ def test_too_many_jobs(model, store, tmp_path, monkeypatch):
         assert all(job.wait(WAIT) for job in jobs)
 
 
-def test_internalizing_and_answering_take_turns(model, store, tmp_path, monkeypatch):
+def test_internalizing_and_answering_alternate(model, store, tmp_path, monkeypatch):
     path = encode(tmp_path / "clip.mp4", 12)
     with Engine(model, store, max_batch=2, max_context=160) as engine:
         events: list[str] = []
-        batch = engine._answering.batch
-        step, unit = batch.decode, engine._background.step
+        runner, interleaver = engine._scheduler.runner, engine._interleaver
+        decode, run_unit = runner.decode, interleaver.run_unit
 
-        def logged_step(adapters=None):
+        def logged_decode(adapters=None):
             events.append("step")
-            step(adapters)
+            decode(adapters)
 
         def logged_unit() -> bool:
-            found = unit()
-            events.extend(["unit"] * found)
-            return found
+            ran = run_unit()
+            events.extend(["unit"] * ran)
+            return ran
 
-        monkeypatch.setattr(batch, "decode", logged_step)
-        monkeypatch.setattr(engine._background, "step", logged_unit)
-        asked = request(QUESTIONS[0], "a0", max_new_tokens=140)
-        generation = engine.submit(asked)
-        next(iter(generation))
+        monkeypatch.setattr(runner, "decode", logged_decode)
+        monkeypatch.setattr(interleaver, "run_unit", logged_unit)
+        one = engine.submit(request(QUESTIONS[0], "a0", max_new_tokens=140))
+        next(iter(one))
         job = engine.internalize(path)
-        assert generation.result(WAIT)[0] == alone(model, store, asked)
+        assert one.result(WAIT)[0] == alone(model, store, one)
         job.wait(WAIT)
-    # Encoding, each layer, and the end: none of them after another while tokens were due.
+    # Encoding, each layer, and the end: never two in a row while tokens are due.
     assert events.count("unit") >= 5
-    last = max(place for place, event in enumerate(events) if event == "step")
+    last = max(index for index, event in enumerate(events) if event == "step")
     answering = events[: last + 1]
     assert all(pair != ("unit", "unit") for pair in itertools.pairwise(answering))

@@ -80,8 +80,8 @@ def test_leaving_frees_a_row_of_the_real_engine(model, tmp_path, monkeypatch):
     """A random model that rambles until its limit, unless it is told to stop."""
     asked = {**QUESTION, "stream": True, "max_tokens": 1500}
     with running(model, tmp_path / "store", ServerLimits(new_tokens=1500)) as live:
-        batch, submitted = live.engine._answering.batch, []
-        submit, step = live.engine.submit, batch.decode
+        runner, submitted = live.engine._scheduler.runner, []
+        submit, decode = live.engine.submit, runner.decode
 
         def remembered(request):
             submitted.append(submit(request))
@@ -89,12 +89,12 @@ def test_leaving_frees_a_row_of_the_real_engine(model, tmp_path, monkeypatch):
 
         def limited(adapters=None):
             """A machine that is busy with the client would finish the answer meanwhile."""
-            if batch.requests and len(batch.requests[0].tokens) > 100:
+            if runner.requests and len(runner.requests[0].tokens) > 100:
                 wait_until(lambda: submitted[0].cancelled)
-            return step(adapters)
+            return decode(adapters)
 
         monkeypatch.setattr(live.engine, "submit", remembered)
-        monkeypatch.setattr(batch, "decode", limited)
+        monkeypatch.setattr(runner, "decode", limited)
         with live.http.stream("POST", "/v1/chat/completions", json=asked) as answer:
             lines = answer.iter_lines()
             assert any("content" in next(lines) for _ in range(20))

@@ -13,7 +13,7 @@ from tests.serving.checks import QUESTION, nothing_left, refused
 from tests.serving.conftest import Running
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.serving import sandbox
-from v2l_fast.serving.internalization import WORKERS
+from v2l_fast.serving.internalize import WORKERS
 
 
 def start(live: Running, path: Path, **fields: object) -> str:
@@ -75,23 +75,23 @@ def test_while_decoding(serve, videos, monkeypatch):
 def test_while_the_model_works(serve, videos, monkeypatch):
     """No unit of work runs after it."""
     live = serve()
-    background = live.engine._background
-    step, units, gate = background.step, [], threading.Event()
+    interleaver = live.engine._interleaver
+    run_unit, units, gate = interleaver.run_unit, [], threading.Event()
 
     def held() -> bool:
         if not gate.is_set():
             return False
-        units.append(step())
+        units.append(run_unit())
         return units[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(background, "step", held)
+        patch.setattr(interleaver, "run_unit", held)
         job = start(live, videos[0])
-        wait_until(lambda: len(background))
+        wait_until(lambda: len(interleaver))
         cancel(live, job)
         assert_cancelled(live, job)
         gate.set()
-        wait_until(lambda: not len(background))
+        wait_until(lambda: not len(interleaver))
     nothing_left(live)
     assert units.count(True) == 1
     assert live.internalize(videos[0])["status"] == "completed"

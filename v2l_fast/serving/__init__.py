@@ -1,4 +1,5 @@
-"""Answering many requests at once, each from an adapter of its own, while videos are internalized.
+"""Serving: answers many questions at once, each from adapters of its own, and internalizes videos.
 
-The engine (``engine``) runs the model; the store, server and page around it are files of their own.
+``engine`` runs the model; ``server`` adds the store, kept videos and limits; ``api`` and ``chat``
+are the HTTP interface.
 """

@@ -31,7 +31,7 @@ from v2l_fast.serving.http import (
 )
 from v2l_fast.serving.jobs import Admission, Job
 from v2l_fast.serving.monitoring import RequestLog, log_event
-from v2l_fast.serving.requests import EngineClosed
+from v2l_fast.serving.request import EngineClosed
 from v2l_fast.serving.schemas import (
     Deleted,
     Health,

@@ -19,7 +19,7 @@ from v2l_fast.errors import V2LError
 from v2l_fast.serving.gate import api_key_scheme
 from v2l_fast.serving.http import ApiError, JsonRoute, error_body, error_responses, to_api_error
 from v2l_fast.serving.monitoring import log_event
-from v2l_fast.serving.requests import Chunk, Generation, Usage
+from v2l_fast.serving.request import Chunk, StreamingRequest, Usage
 from v2l_fast.serving.schemas import (
     ChatCompletion,
     ChatRequest,
@@ -111,7 +111,7 @@ class Completion:
         self._first: float | None = None
         self._latest = self._arrived
         self._source = "plain"
-        self._generation: Generation | None = None
+        self._request: StreamingRequest | None = None
         self._chunks: AsyncIterator[Chunk] | None = None
         self._opening: Chunk | None = None
         self._ended = False
@@ -124,7 +124,7 @@ class Completion:
             # In a thread: it tokenizes, reads an adapter that is not in memory, decodes a video.
             async with self._in_time():
                 await run_in_threadpool(self._submit)
-            self._chunks = self._generation.chunks()
+            self._chunks = self._request.chunks()
             self._opening = await self._next()
             self._first = self._latest = time.perf_counter()
         except BaseException as error:
@@ -132,13 +132,13 @@ class Completion:
             raise
 
     def _submit(self) -> None:
-        asked = self._server.question(self._body)
-        self._source = asked.source
+        request = self._server.question(self._body)
+        self._source = request.source
         # Set here and not from a result: the result is lost if the client leaves as it is returned.
-        self._generation = self._server.engine.submit(asked.request)
+        self._request = self._server.engine.submit(request)
         if self._ended:
             # The client left or time ran out meanwhile.
-            self._generation.cancel()
+            self._request.cancel()
 
     def close(self) -> None:
         """Nobody reads the rest, if there is one."""
@@ -148,7 +148,7 @@ class Completion:
         """The complete answer."""
         try:
             pieces = [chunk async for chunk in self._pieces()]
-            usage = _usage(self._generation.usage)
+            usage = _usage(self._request.usage)
         except BaseException as error:
             self._end(error)
             raise
@@ -170,7 +170,7 @@ class Completion:
                 if piece.text:
                     yield self._event({"content": piece.text})
             yield self._event({}, piece.finish_reason)
-            usage = _usage(self._generation.usage)
+            usage = _usage(self._request.usage)
             self._end(None, piece.finish_reason, usage)
             if include_usage:
                 yield _data(self._frame([]) | {"usage": usage.model_dump()})
@@ -223,10 +223,10 @@ class Completion:
         """Free the engine's row if the answer still runs; count once how the completion ended."""
         if self._ended:
             return
-        # Set before the generation is read: the thread in _submit writes first, then reads.
+        # Set before the request is read: the thread in _submit writes first, then reads.
         self._ended = True
-        if error is not None and self._generation is not None:
-            self._generation.cancel()
+        if error is not None and self._request is not None:
+            self._request.cancel()
         if isinstance(error, V2LError | ApiError | TimeoutError):
             reason = to_api_error(error).code or "error"
         elif error is not None:

@@ -1,19 +1,19 @@
 """The serving engine: one thread that answers many requests at once and internalizes videos.
 
-Requests join the running batch as soon as there is a row for them and leave it when they end, each
-with an adapter of its own or none, and get the answer they would get alone. Between two decode
-steps at most one unit of internalization runs, so neither waits long for the other. Rows, slots and
-text are ``answering``'s, jobs ``internalization``'s, where adapters lie ``slots``'; HTTP is another
-file's.
+Requests join the running batch when a row is free and leave it when they end, each with an adapter
+of its own or none, and get the answer they would get alone. Between two decode steps at most one
+unit of internalization runs. ``scheduler`` handles rows and slots, ``internalize`` jobs, and
+``device_cache`` the places of adapters; this module knows nothing of HTTP.
 
-Threads: submitting tokenizes and reads adapters in the caller's thread, workers read and resize
-videos, and the model runs in one thread alone.
+Threads: a caller's thread tokenizes and reads adapters when it submits, worker threads read and
+resize videos, and the model runs in the engine's thread only.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,23 +21,19 @@ from dataclasses import dataclass
 
 import torch
 
-from v2l_fast.errors import V2LError
-from v2l_fast.generation import SamplingParams
+from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.model import Video2LoRA
-from v2l_fast.serving.answering import Answering, Waiting
-from v2l_fast.serving.background import Background
-from v2l_fast.serving.internalization import Internalization, LoadClip
-from v2l_fast.serving.requests import (
+from v2l_fast.serving.device_cache import HostAdapterCache, Store
+from v2l_fast.serving.internalize import InternalizeJob, Internalizer, LoadClip, TaskInterleaver
+from v2l_fast.serving.request import (
     EngineClosed,
-    Generation,
-    GenerationRequest,
-    InternalizeJob,
     OtherAdapter,
     PromptTooLong,
     QueueFull,
-    told,
+    StreamingRequest,
+    user_facing_error,
 )
-from v2l_fast.serving.slots import HostAdapters, Store
+from v2l_fast.serving.scheduler import Scheduler
 
 # Adapters kept in host memory for each slot on the device.
 HOST_ADAPTERS_PER_SLOT = 16
@@ -80,18 +76,17 @@ class Engine:
     """Answers and internalizes until it is closed.
 
     Args:
-        model: left as it is; it can be used beside the engine.
-        store: where adapters come from, and where internalized ones go.
+        model: not changed; it can be used beside the engine.
+        store: adapters are read from it, and internalized ones written to it.
         max_batch: requests answered at once.
         max_context: tokens of prompt and answer together.
-        adapter_slots: adapters on the device; more of them are moved there when needed.
+        adapter_slots: adapters on the device; others are copied there when they are needed.
         queue_limit: requests that may wait for a row, and jobs that may be unfinished.
-        merged: id of one adapter whose update is added to the weights: answers cost what the plain
-            model's do, and the engine answers from this adapter alone.
-        warm_up: compile and capture what short questions need before the first one is answered;
-            they wait for it.
-        load_clip: reads the videos of jobs; ``model.load_clip`` when omitted. It is called with a
-            path, the arguments of :meth:`internalize` and the job's :class:`Cancellation`.
+        merged: id of an adapter whose update is added to the weights. Its answers cost what the
+            plain model's do, and the engine answers from this adapter only.
+        warm_up: compile and capture what short questions need before the first one is answered.
+        load_clip: reads the videos of jobs, as :data:`~v2l_fast.serving.internalize.LoadClip`;
+            :meth:`Video2LoRA.load_clip` if omitted.
 
     Raises:
         AdapterError: ``merged`` is unknown or belongs to another model.
@@ -112,24 +107,24 @@ class Engine:
     ) -> None:
         self._model = model
         self._max_context, self._queue_limit = max_context, queue_limit
-        self._host = HostAdapters(model, store, HOST_ADAPTERS_PER_SLOT * adapter_slots)
+        self._host_adapters = HostAdapterCache(model, store, HOST_ADAPTERS_PER_SLOT * adapter_slots)
         self._merged = merged
         update = None if merged is None else model.attach(store.get(merged))
-        self._answering = Answering(
-            model, max_batch, max_context, adapter_slots, update, self._leave
+        self._scheduler = Scheduler(
+            model, max_batch, max_context, adapter_slots, update, self._end_request
         )
 
-        # Guards what follows; notified whenever any of it changes.
+        # Guards what follows; notified when any of it changes.
         self._changed = threading.Condition()
-        self._queue: deque[Waiting] = deque()
-        self._open: set[Generation] = set()
-        self._finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
+        self._waiting: deque[StreamingRequest] = deque()
+        self._unfinished: set[StreamingRequest] = set()
+        self._ended = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self._preparing = 0
         self._closing = self._stopped = False
 
-        self._background = Background(self._wake)
-        self._jobs = Internalization(
-            model, store, self._host, self._background, self._changed, queue_limit,
+        self._interleaver = TaskInterleaver(self._wake)
+        self._jobs = Internalizer(
+            model, store, self._host_adapters, self._interleaver, self._changed, queue_limit,
             load_clip,
         )  # fmt: skip
         self._question_workers = ThreadPoolExecutor(WORKERS, "v2l-question")
@@ -143,43 +138,45 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be answered at once, without anything being compiled first."""
+        """Whether warm-up is over, so that a request is answered without compiling first."""
         return self._ready.is_set()
 
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a question.
+    def submit(self, request: StreamingRequest) -> StreamingRequest:
+        """Queue a request, and return it.
 
         Raises:
-            QueueFull: too many are waiting.
+            QueueFull: too many requests are waiting.
             AdapterError: an adapter is unknown or belongs to another model.
-            OtherAdapter: one is merged, and something else is asked for.
-            PromptTooLong: question and answer limit exceed the context. With a video in context
-                that is known later, and raised by the :class:`Generation`.
+            OtherAdapter: an adapter is merged, and the request is for something else.
+            PromptTooLong: the question and the limit of new tokens exceed the context. With a video
+                in context this is known later, and reading the answer raises it.
             EngineClosed: the engine has been closed.
+            ConfigError: the request has been submitted before.
         """
-        generation = Generation(request)
+        if request.submitted is not None:
+            raise ConfigError("the request has been submitted before; submit request.copy()")
         if self._merged is not None and (request.adapters != (self._merged,) or request.clip):
             raise OtherAdapter(
-                f"this engine answers from adapter {self._merged} alone, merged into the weights; "
+                f"this engine answers from adapter {self._merged} only, merged into the weights; "
                 "start one without merged= for other adapters, none, or a video in context"
             )
-        self._check_room()
+        start = time.perf_counter()
+        self._check_queue()
         if request.clip is not None:
             with self._changed:
-                self._enter(generation)
+                self._add(request, start)
                 self._preparing += 1
-            self._question_workers.submit(self._prepare, generation)
-            return generation
-        adapter = None
+            self._question_workers.submit(self._prepare, request)
+            return request
         if request.adapters and self._merged is None:
-            adapter = self._host.get(request.adapters)
-        ids = self._model.backbone.prompt_builder.question(request.text)
-        self._check_length(len(ids), request.sampling)
+            request.host_adapter = self._host_adapters.get(request.adapters)
+        request.prompt = self._model.backbone.prompt_builder.question(request.text)
+        self._check_length(request, len(request.prompt))
         with self._changed:
-            self._enter(generation)
-            self._queue.append(Waiting(generation, ids, adapter=adapter))
+            self._add(request, start)
+            self._waiting.append(request)
             self._changed.notify_all()
-        return generation
+        return request
 
     def internalize(
         self,
@@ -204,58 +201,62 @@ class Engine:
             return self._jobs.start(path, (max_frames, longest_edge, exact_frames), sha256)
 
     def cancel(self, job: InternalizeJob) -> bool:
-        """End a job as "cancelled", at once; whether it has been. False for a job that has ended,
-        or whose adapter is being stored."""
+        """End a job as "cancelled", at once.
+
+        Returns:
+            False if the job has ended or is storing its adapter.
+        """
         return self._jobs.cancel(job)
 
     def forget(self, adapter_id: str) -> None:
-        """An adapter has been deleted: the next request for it asks the store."""
-        self._host.forget(adapter_id)
+        """An adapter was deleted: the next request for it asks the store."""
+        self._host_adapters.forget(adapter_id)
 
     def stats(self) -> EngineStats:
-        """Counters of this moment."""
-        answering, jobs = self._answering, self._jobs
+        """The current state and counters."""
+        scheduler, jobs = self._scheduler, self._jobs
         with self._changed:
             return EngineStats(
-                running=answering.running,
-                waiting=len(self._queue) + self._preparing,
+                running=scheduler.num_running,
+                waiting=len(self._waiting) + self._preparing,
                 jobs=len(jobs.unfinished),
-                requests=dict(self._finished),
+                requests=dict(self._ended),
                 jobs_done=jobs.ended["done"],
                 jobs_failed=jobs.ended["failed"],
-                prompt_tokens=answering.tokens["prompt"],
-                completion_tokens=answering.tokens["completion"],
-                visual_tokens=answering.tokens["visual"],
-                steps=answering.steps,
-                adapter_hits=answering.slots.hits,
-                adapter_misses=answering.slots.misses,
-                adapter_loads=self._host.loads,
+                prompt_tokens=scheduler.tokens["prompt"],
+                completion_tokens=scheduler.tokens["completion"],
+                visual_tokens=scheduler.tokens["visual"],
+                steps=scheduler.steps,
+                adapter_hits=scheduler.adapters.hits,
+                adapter_misses=scheduler.adapters.misses,
+                adapter_loads=self._host_adapters.loads,
             )
 
     def close(self, drain: bool = True, timeout: float = 30.0) -> None:
-        """Accept nothing more; with ``drain``, finish what is there first, for up to ``timeout`` s.
+        """Accept nothing more; with ``drain``, give unfinished work ``timeout`` seconds to finish.
 
-        What is unfinished then ends with EngineClosed. Closing twice does no harm.
+        The rest ends with EngineClosed. Closing twice has no effect.
         """
         reason = EngineClosed("the server is shutting down; try again later")
         with self._changed:
             self._closing = True
             if drain:
                 self._changed.wait_for(
-                    lambda: self._stopped or not (self._open or self._jobs.unfinished), timeout
+                    lambda: self._stopped or not (self._unfinished or self._jobs.unfinished),
+                    timeout,
                 )
             self._stopped = True
             self._changed.notify_all()
-        self._background.close(reason)
-        self._jobs.stop()
+        self._interleaver.close(reason)
+        self._jobs.shut_down()
         self._question_workers.shutdown(wait=False, cancel_futures=True)
         if threading.current_thread() is not self._thread:
             self._thread.join()
         with self._changed:
-            left = list(self._open)
-        for generation in left:
-            self._fail(generation, reason)
-        self._jobs.fail(reason)
+            unfinished = list(self._unfinished)
+        for request in unfinished:
+            self._fail(request, reason)
+        self._jobs.fail_all(reason)
 
     def __enter__(self) -> Engine:
         return self
@@ -263,44 +264,47 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- entering and leaving ---------------------------------------------------------------------
+    # --- bookkeeping ------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._closing:
             raise EngineClosed("the server is shutting down; try again later")
 
-    def _check_room(self) -> None:
+    def _check_queue(self) -> None:
         self._check_open()
-        waiting = len(self._queue) + self._preparing
+        waiting = len(self._waiting) + self._preparing
         if waiting >= self._queue_limit:
             raise QueueFull(f"{waiting} questions are waiting; try again later")
 
-    def _check_length(self, prompt: int, sampling: SamplingParams) -> None:
-        if prompt + sampling.max_new_tokens > self._max_context:
+    def _check_length(self, request: StreamingRequest, prompt_tokens: int) -> None:
+        new_tokens = request.sampling.max_new_tokens
+        if prompt_tokens + new_tokens > self._max_context:
             raise PromptTooLong(
-                f"a prompt of {prompt} tokens and up to {sampling.max_new_tokens} of the answer "
-                f"are more than {self._max_context}; shorten the question or lower the limit of "
-                "new tokens"
+                f"a prompt of {prompt_tokens} tokens and up to {new_tokens} new tokens exceed the "
+                f"context of {self._max_context}; shorten the question or lower the limit of new "
+                "tokens"
             )
+        request.prompt_tokens = prompt_tokens
 
-    def _enter(self, generation: Generation) -> None:
-        """With the lock: count it in, unless things have changed since the first look."""
-        self._check_room()
-        self._open.add(generation)
+    def _add(self, request: StreamingRequest, submitted: float) -> None:
+        """Count a request in; call with the lock held."""
+        self._check_queue()
+        request.submitted = submitted
+        self._unfinished.add(request)
 
-    def _leave(self, generation: Generation, reason: str) -> bool:
-        """Count it out, before its reader hears of it; False if it has left already."""
+    def _end_request(self, request: StreamingRequest, reason: str) -> bool:
+        """Count a request out; False if it has ended already."""
         with self._changed:
-            if generation not in self._open:
+            if request not in self._unfinished:
                 return False
-            self._open.discard(generation)
-            self._finished[reason] += 1
+            self._unfinished.discard(request)
+            self._ended[reason] += 1
             self._changed.notify_all()
         return True
 
-    def _fail(self, generation: Generation, error: V2LError) -> None:
-        if self._leave(generation, "error"):
-            generation.fail(error)
+    def _fail(self, request: StreamingRequest, error: V2LError) -> None:
+        if self._end_request(request, "error"):
+            request.abort(error)
 
     def _wake(self) -> None:
         with self._changed:
@@ -308,59 +312,59 @@ class Engine:
 
     # --- in the workers ---------------------------------------------------------------------------
 
-    def _prepare(self, generation: Generation) -> None:
-        """The prompt of a question with its video in context."""
-        request = generation.request
+    def _prepare(self, request: StreamingRequest) -> None:
+        """Compute the prompt of a question with its video in context."""
         try:
-            steps = self._model.iter_question_prompt(
+            units = self._model.iter_question_prompt(
                 request.clip,
                 request.text,
-                check=lambda tokens: self._check_length(tokens, request.sampling),
+                check=lambda tokens: self._check_length(request, tokens),
             )
-            prompt = self._background.run(steps)
+            prompt = self._interleaver.run(units)
         except Exception as error:
-            self._fail(generation, told(error))
+            self._fail(request, user_facing_error(error))
             with self._changed:
                 self._preparing -= 1
             return
+        request.prompt, request.visual_tokens = prompt.embeddings, prompt.visual_tokens
         with self._changed:
             self._preparing -= 1
-            self._queue.append(Waiting(generation, prompt.embeddings, prompt.visual_tokens))
+            self._waiting.append(request)
             self._changed.notify_all()
 
     # --- in the engine's thread -------------------------------------------------------------------
 
     def _run(self, warm_up: bool) -> None:
         if warm_up:
-            self._guarded(self._answering.warm_up)
+            self._guard(self._scheduler.warm_up)
         self._ready.set()
         while True:
             with self._changed:
                 self._changed.wait_for(
                     lambda: (
                         self._stopped
-                        or self._queue
-                        or self._answering.running
-                        or len(self._background)
+                        or self._waiting
+                        or self._scheduler.num_running
+                        or len(self._interleaver)
                     )
                 )
                 if self._stopped:
                     return
-            self._guarded(self._turn)
-            self._background.step()
+            self._guard(self._step)
+            self._interleaver.run_unit()
 
     @torch.inference_mode()
-    def _guarded(self, work: Callable[[], None]) -> None:
-        """An error that belongs to no request ends all that are being answered, not the service."""
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Run ``work``; an error that belongs to no request ends all running ones."""
         try:
             work()
         except Exception as error:
-            reason = told(error)
-            for generation in self._answering.abandon():
-                self._fail(generation, reason)
+            reason = user_facing_error(error)
+            for request in self._scheduler.drop_all():
+                self._fail(request, reason)
 
-    def _turn(self) -> None:
-        """Take in what waits, then one more token for all."""
+    def _step(self) -> None:
+        """Schedule what waits, then decode one more token for all."""
         with self._changed:
-            self._answering.take(self._queue)
-        self._answering.step()
+            self._scheduler.schedule(self._waiting)
+        self._scheduler.step()

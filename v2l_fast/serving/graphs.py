@@ -1,9 +1,9 @@
-"""A running batch whose passes are replayed CUDA graphs.
+"""A model runner whose passes are replayed CUDA graphs.
 
 Launching a decode step from Python takes longer than computing it. A step is captured once for each
-number of rows (a power of two), reach of the attention (a power of two) and set of adapter tables;
-a prefill for a single short prompt, the common case of a first token. Everything that changes lies
-in tensors that stay where they are. What a step computes is :class:`ModelRunner`'s alone.
+number of rows (a power of two), reach of the attention (a power of two) and adapter bank; a prefill
+for a single short prompt, the common case of a first token. Everything that changes is in tensors
+that keep their addresses. :class:`ModelRunner` alone defines what a pass computes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from v2l_fast.generation.runner import ModelRunner
 from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.vlm.decoder import Decoder
 
-LEAST_LIMIT = 256
-LEAST_PROMPT, MOST_PROMPT = 16, 128
+MIN_REACH = 256
+MIN_PROMPT, MAX_PROMPT = 16, 128
 
 
 @dataclass(frozen=True)
-class _Captured:
-    """A graph, its inputs and its output; keeps the adapters alive so that none replaces them."""
+class _CapturedPass:
+    """A graph, its inputs and its output; holds the bank so that its id is not reused."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -33,28 +33,28 @@ class _Captured:
 
 
 class CudaGraphRunner(ModelRunner):
-    """See the module; arguments as :class:`ModelRunner`'s."""
+    """See the module; arguments as those of :class:`ModelRunner`."""
 
     def __init__(self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]) -> None:
         super().__init__(decoder, size, context, stop_ids)
-        self._graphs: dict[tuple, _Captured] = {}
+        self._graphs: dict[tuple, _CapturedPass] = {}
         self._pool: tuple[int, int] | None = None
 
     def captured_sizes(self) -> list[tuple[int, int]]:
-        """Rows and tokens of prompts that together have every pass up to LEAST_LIMIT captured."""
-        counts = {min(_power(n), self.size) for n in range(1, self.size + 1)}
+        """(rows, prompt tokens) of batches that together capture every pass up to MIN_REACH."""
+        counts = {min(_next_power_of_two(n), self.size) for n in range(1, self.size + 1)}
         sizes = [(count, 2) for count in sorted(counts)]
-        length = LEAST_PROMPT
-        while length <= min(MOST_PROMPT, self.cache.capacity):
-            # One token less: the step that follows needs a place.
+        length = MIN_PROMPT
+        while length <= min(MAX_PROMPT, self.cache.capacity):
+            # One token less leaves room for the decode step that follows.
             sizes.append((1, length - 1))
             length *= 2
         return sizes
 
     def run_decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
-        rows = min(_power(count), self.size)
-        reach = min(max(_power(limit), LEAST_LIMIT), self.cache.capacity)
-        # Rows beyond the last are free: a token without an adapter at their first position.
+        rows = min(_next_power_of_two(count), self.size)
+        reach = min(max(_next_power_of_two(limit), MIN_REACH), self.cache.capacity)
+        # Free rows compute a token at position 0 without an adapter.
         self._positions[count:rows] = 0
         self._slots[count:rows] = -1
         key = ("decode", rows, reach, id(adapters))
@@ -70,8 +70,8 @@ class CudaGraphRunner(ModelRunner):
     ) -> Tensor:
         run = super().run_prefill
         count, longest, width = embeddings.shape
-        length = max(_power(longest), LEAST_PROMPT)
-        if count > 1 or length > min(MOST_PROMPT, self.cache.capacity):
+        length = max(_next_power_of_two(longest), MIN_PROMPT)
+        if count > 1 or length > min(MAX_PROMPT, self.cache.capacity):
             return run(embeddings, rows, last, adapters)
         key = ("prefill", length, id(adapters))
         if key not in self._graphs:
@@ -79,7 +79,7 @@ class CudaGraphRunner(ModelRunner):
             self._graphs[key] = self._capture(lambda: run(*inputs, adapters), inputs, adapters)
         captured = self._graphs[key]
         held, held_rows, held_last = captured.inputs
-        # What stands behind the prompt is never attended to.
+        # The prompt never attends to the padding behind it.
         held[:, :longest] = embeddings
         held_rows.copy_(rows)
         held_last.copy_(last)
@@ -88,28 +88,28 @@ class CudaGraphRunner(ModelRunner):
 
     def _capture(
         self, run: Callable[[], Tensor], inputs: tuple[Tensor, ...], adapters: AdapterBank | None
-    ) -> _Captured:
-        """Passes that run before and during the capture write what they would have written."""
+    ) -> _CapturedPass:
+        """Capture a pass; the runs before and during the capture write the same values."""
         if adapters is not None:
-            # Tables that have been replaced are never used again.
+            # A bank that was replaced is never used again.
             outdated = [k for k, c in self._graphs.items() if c.adapters not in (None, adapters)]
             for key in outdated:
                 del self._graphs[key]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            # Compiles, and lets libraries allocate what they keep.
+            # Compile, and let libraries allocate their workspaces.
             for _ in range(2):
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads encode prompts meanwhile.
+        # Other threads run passes of their own meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = run()
         self._pool = graph.pool()
-        return _Captured(graph, inputs, output, adapters)
+        return _CapturedPass(graph, inputs, output, adapters)
 
 
-def _power(count: int) -> int:
-    """The smallest power of two that is not less."""
+def _next_power_of_two(count: int) -> int:
+    """The smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()

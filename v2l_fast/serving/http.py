@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from v2l_fast.errors import AdapterError, ConfigError, V2LError, VideoError
-from v2l_fast.serving.requests import EngineClosed, OtherAdapter, PromptTooLong, QueueFull
+from v2l_fast.serving.request import EngineClosed, OtherAdapter, PromptTooLong, QueueFull
 from v2l_fast.serving.schemas import ErrorBody, ErrorResponse
 from v2l_fast.store.adapter_store import StoreError
 

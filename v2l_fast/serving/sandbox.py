@@ -36,9 +36,9 @@ import numpy as np
 import torch
 
 from v2l_fast.errors import ConfigError, V2LError, VideoError
+from v2l_fast.serving.internalize import Cancellation, JobCancelled
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.monitoring import configure_logging
-from v2l_fast.serving.requests import Cancellation, JobCancelled
 from v2l_fast.video import Clip, Limits, VideoInfo, fallbacks, load_video, probe
 from v2l_fast.video.reading import resolved
 

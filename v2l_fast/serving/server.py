@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from v2l_fast.errors import AdapterError, V2LError
@@ -17,7 +17,7 @@ from v2l_fast.serving.http import ApiError, error_body, to_api_error
 from v2l_fast.serving.jobs import Job, Jobs
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.monitoring import Metrics
-from v2l_fast.serving.requests import GenerationRequest, room
+from v2l_fast.serving.request import QueueFull, StreamingRequest
 from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.serving.schemas import ChatRequest, VideoBody
 from v2l_fast.serving.videos import VideoFolder
@@ -31,14 +31,6 @@ _CACHED_CLIPS = 4
 # Videos decoded for such questions at the same time, and questions that decode or wait for it: each
 # holds a thread of the web server.
 _DECODING, _CONTEXTS = 2, 8
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question on its way to the engine; ``source``: "adapter", "context" or "plain"."""
-
-    request: GenerationRequest
-    source: str
 
 
 class Server:
@@ -195,7 +187,7 @@ class Server:
 
     # --- questions ----------------------------------------------------------------------------
 
-    def question(self, chat: ChatRequest) -> Asked:
+    def question(self, chat: ChatRequest) -> StreamingRequest:
         """The engine's request for a chat request; decodes the video if it goes into context.
 
         Raises:
@@ -220,10 +212,8 @@ class Server:
                     400, "video_mode context needs exactly one video", "invalid_value", "video_ids"
                 )
             clip = self._clip(adapters[0])
-            request = GenerationRequest(text, clip=clip, sampling=sampling, stop=stop)
-            return Asked(request, "context")
-        request = GenerationRequest(text, adapters, sampling=sampling, stop=stop)
-        return Asked(request, "adapter" if adapters else "plain")
+            return StreamingRequest(text, clip=clip, sampling=sampling, stop=stop)
+        return StreamingRequest(text, adapters, sampling=sampling, stop=stop)
 
     def _sampling(self, chat: ChatRequest) -> SamplingParams:
         limit = self.limits.new_tokens
@@ -253,7 +243,7 @@ class Server:
         if video is None:
             raise gone
         try:
-            with room(self._contexts), self._decoding:
+            with try_acquire(self._contexts), self._decoding:
                 clip = self.reader.load(
                     video.path,
                     len(source["frame_indices"]),
@@ -270,6 +260,17 @@ class Server:
         while len(self._clips) > _CACHED_CLIPS:
             self._clips.popitem(last=False)
         return clip
+
+
+@contextmanager
+def try_acquire(permits: threading.Semaphore) -> Iterator[None]:
+    """Hold a permit; raise QueueFull instead of blocking a thread if there is none."""
+    if not permits.acquire(blocking=False):
+        raise QueueFull("too many videos are being read; try again later")
+    try:
+        yield
+    finally:
+        permits.release()
 
 
 def question_text(chat: ChatRequest) -> str:

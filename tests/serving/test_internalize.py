@@ -1,4 +1,4 @@
-"""Work beside answering ends whenever it is closed, or its thread would wait for ever."""
+"""The interleaver ends every task when it closes, or a thread would wait forever."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import threading
 
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import V2LError
-from v2l_fast.serving.background import Background
+from v2l_fast.serving.internalize import TaskInterleaver
 
 
 def test_closing_while_a_unit_runs_ends_its_task():
-    background, reason, ended = Background(lambda: None), V2LError("closing"), []
+    interleaver, reason, ended = TaskInterleaver(lambda: None), V2LError("closing"), []
 
-    def steps():
+    def units():
         yield "decode", 1, 1
         yield "encode frames", 0, 2
-        background.close(reason)
+        interleaver.close(reason)
         yield "encode frames", 1, 2
 
     def wait() -> None:
         try:
-            background.run(steps())
+            interleaver.run(units())
         except V2LError as error:
             ended.append(error)
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    wait_until(background.step)
+    wait_until(interleaver.run_unit)
     thread.join(LIMIT)
-    assert ended == [reason] and not background.step()
+    assert ended == [reason] and not interleaver.run_unit()

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
+from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, copies, request
 from v2l_fast.generation import Request, SamplingParams
-from v2l_fast.serving import answering, graphs
+from v2l_fast.serving import graphs, scheduler
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.graphs import CudaGraphRunner
 
@@ -27,48 +27,48 @@ def captures(monkeypatch) -> list[str]:
         made.append("")
         output = run()
         graph = SimpleNamespace(replay=lambda: output.copy_(run()))
-        return graphs._Captured(graph, inputs, output, adapters)
+        return graphs._CapturedPass(graph, inputs, output, adapters)
 
     monkeypatch.setattr(CudaGraphRunner, "_capture", capture)
-    monkeypatch.setattr(graphs, "LEAST_LIMIT", 16)
-    monkeypatch.setattr(answering, "ModelRunner", CudaGraphRunner)
+    monkeypatch.setattr(graphs, "MIN_REACH", 16)
+    monkeypatch.setattr(scheduler, "ModelRunner", CudaGraphRunner)
     return made
 
 
 def test_answers_are_the_same(captures, model, adapters):
     store = MemoryStore(adapters)
-    asked, expected = [], []
+    requests, expected = [], []
     for ids in ((), ("a0",), ("a1",)):
         for question in QUESTIONS:
-            asked.append(request(question, *ids, max_new_tokens=9))
+            requests.append(request(question, *ids, max_new_tokens=9))
             adapter = store.adapters[ids[0]] if ids else None
             expected.append(model.ask(question, adapter, max_new_tokens=9))
     with Engine(model, store, max_batch=6, max_context=100) as engine:
-        assert isinstance(engine._answering.batch, CudaGraphRunner)
-        for one, wanted in zip(asked, expected, strict=True):
-            assert engine.submit(one).result(WAIT)[0] == wanted
-        many = [engine.submit(one) for one in asked * 3]
-        assert [g.result(WAIT)[0] for g in many] == expected * 3
-        known = len(captures)
-        again = [engine.submit(one).result(WAIT)[0] for one in asked]
-        assert again == expected and len(captures) == known
+        assert isinstance(engine._scheduler.runner, CudaGraphRunner)
+        for one, answer in zip(copies(requests), expected, strict=True):
+            assert engine.submit(one).result(WAIT)[0] == answer
+        many = [engine.submit(one) for one in copies(requests, 3)]
+        assert [one.result(WAIT)[0] for one in many] == expected * 3
+        before = len(captures)
+        again = [engine.submit(one).result(WAIT)[0] for one in copies(requests)]
+        assert again == expected and len(captures) == before
 
 
 @pytest.mark.parametrize("rows", [1, 6, 8])
 def test_short_questions_find_their_graphs_captured(captures, model, adapters, monkeypatch, rows):
-    monkeypatch.setattr(graphs, "LEAST_LIMIT", 64)
+    monkeypatch.setattr(graphs, "MIN_REACH", 64)
     store = MemoryStore(adapters)
-    asked = [request(q, *ids, max_new_tokens=9) for q in QUESTIONS for ids in ((), ("a0",))]
+    requests = [request(q, *ids, max_new_tokens=9) for q in QUESTIONS for ids in ((), ("a0",))]
     with Engine(model, store, max_batch=rows, max_context=64) as engine:
-        engine.submit(asked[0]).result(WAIT)
+        engine.submit(requests[0]).result(WAIT)
         assert engine.ready
-        known = len(captures)
-        for made in [engine.submit(one) for one in asked * 3]:
-            made.result(WAIT)
-        assert len(captures) == known > 0
+        before = len(captures)
+        for one in [engine.submit(one) for one in copies(requests, 3)]:
+            one.result(WAIT)
+        assert len(captures) == before > 0
     with Engine(model, store, max_batch=rows, max_context=64, warm_up=False) as engine:
-        engine.submit(asked[0]).result(WAIT)
-        assert engine.ready and len(captures) == known + 2
+        engine.submit(requests[0].copy()).result(WAIT)
+        assert engine.ready and len(captures) == before + 2
 
 
 @torch.inference_mode()

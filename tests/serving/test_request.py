@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
-from v2l_fast.serving.text import TextStream
+from v2l_fast.serving.request import TextStream
 
 
 @functools.cache

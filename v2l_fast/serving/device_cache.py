@@ -1,8 +1,8 @@
-"""Where adapters are: in slots on the device, in host memory, in the store; least recently used go.
+"""Two LRU caches of the store's adapters: slots on the device, and factors in host memory.
 
-Host memory is filled by the threads that submit requests: factors lie there as a slot holds them,
-so that the engine's thread, to which the slots belong, only starts copies. Adapters are composed in
-the slot, side by side; no composed adapter exists in host memory.
+The threads that submit requests fill host memory with factors in the form that a slot has, so that
+the engine's thread, which owns the slots, only starts copies. Adapters are composed in the slot,
+side by side; no composed adapter exists in host memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,13 +23,13 @@ Ids = tuple[str, ...]
 
 
 class Store(Protocol):
-    """What the engine needs of an adapter store."""
+    """The part of an adapter store that the engine uses."""
 
     def put(self, adapter: Adapter) -> str:
-        """Keep it; its id."""
+        """Store an adapter; returns its id."""
 
     def get(self, id: str) -> Adapter:
-        """The adapter; AdapterError for an unknown id."""
+        """Read an adapter; raises AdapterError for an unknown id."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class HostFactors:
     """Factors of one adapter in host memory, pinned if the model is on a GPU.
 
     Attributes:
-        A: module -> [L, r, d_in] of the decoder's dtype.
-        B: module -> [L, r, d_out] of the decoder's dtype.
+        A: module -> [L, r, d_in] in the decoder's dtype.
+        B: module -> [L, r, d_out] in the decoder's dtype.
         rank: r.
     """
 
@@ -49,11 +49,11 @@ class HostFactors:
 
 @dataclass(frozen=True)
 class HostAdapter:
-    """What a slot is filled with: the factors of ``parts`` in this order, then the shared bias.
+    """The content of a slot: the factors of ``parts`` in order, then the shared bias.
 
     Attributes:
-        parts: one, or several that are composed.
-        shared_bias: whether the model's bias adapter belongs with them.
+        parts: one adapter, or several that are composed.
+        shared_bias: whether the model's bias adapter follows them.
     """
 
     parts: tuple[HostFactors, ...]
@@ -65,12 +65,12 @@ class HostAdapter:
         return sum(part.rank for part in self.parts)
 
 
-class HostAdapters:
+class HostAdapterCache:
     """Adapters in host memory, attached to the model.
 
     Args:
-        limit: how many of the model's rank; a wider one counts as several. The least recently used
-            are read from the store again.
+        limit: number of adapters of the model's rank; a wider one counts as several. Others are
+            read from the store again.
 
     Attributes:
         loads: adapters read from the store so far.
@@ -88,22 +88,22 @@ class HostAdapters:
         self._ranks = 0
 
     def get(self, ids: Ids) -> HostAdapter:
-        """The adapter of these ids, composed if there are several.
+        """The adapter for one id, or the composition for several.
 
         Raises:
-            AdapterError: an id is unknown, its adapter is broken or another model's, or adapters
-                with bias adapters of their own cannot be composed.
+            AdapterError: an id is unknown, its adapter is damaged or belongs to another model, or
+                adapters with bias adapters of their own cannot be composed.
         """
         adapters = [self._one(id) for id in ids]
         if len(adapters) > 1 and not all(a.shared_bias for a in adapters):
             attached = [self._model.attach(self._store.get(id)) for id in ids]
-            return self._prepared(Adapter.compose(attached))
+            return self._prepare(Adapter.compose(attached))
         parts = tuple(part for adapter in adapters for part in adapter.parts)
         return HostAdapter(parts, adapters[0].shared_bias)
 
-    def keep(self, id: str, adapter: Adapter) -> HostAdapter:
-        """Remember an adapter that has just been generated or read; it as it is kept."""
-        prepared = self._prepared(self._model.attach(adapter))
+    def add(self, id: str, adapter: Adapter) -> HostAdapter:
+        """Cache an adapter that was just generated or read."""
+        prepared = self._prepare(self._model.attach(adapter))
         with self._lock:
             self._drop(id)
             self._known[id] = prepared
@@ -113,7 +113,7 @@ class HostAdapters:
         return prepared
 
     def forget(self, id: str) -> None:
-        """Read it from the store again, if it is still there."""
+        """Read the adapter from the store again when it is needed."""
         with self._lock:
             self._drop(id)
 
@@ -123,43 +123,43 @@ class HostAdapters:
                 self._known.move_to_end(id)
                 return self._known[id]
             self.loads += 1
-        return self.keep(id, self._store.get(id))
+        return self.add(id, self._store.get(id))
 
     def _drop(self, id: str) -> None:
         adapter = self._known.pop(id, None)
         if adapter is not None:
             self._ranks -= adapter.rank
 
-    def _prepared(self, adapter: Adapter) -> HostAdapter:
-        shared = _same(adapter.bias, self._bias)
+    def _prepare(self, adapter: Adapter) -> HostAdapter:
+        shared = _is_same(adapter.bias, self._bias)
         a, b = (adapter.A, adapter.B) if shared else adapter.merged()
-        factors = HostFactors(self._final(a), self._final(b), one_rank(a))
+        factors = HostFactors(self._convert(a), self._convert(b), one_rank(a))
         return HostAdapter((factors,), shared and self._bias is not None)
 
-    def _final(self, side: Factors) -> Factors:
-        final = {}
+    def _convert(self, side: Factors) -> Factors:
+        converted = {}
         for module, factor in side.items():
             factor = factor.detach().to("cpu", self._dtype).contiguous()
-            # Copies to the device from pinned memory do not wait for it.
-            final[module] = factor.pin_memory() if self._pin else factor
-        return final
+            # Copies from pinned memory are asynchronous.
+            converted[module] = factor.pin_memory() if self._pin else factor
+        return converted
 
 
-def _same(one: BiasAdapter | None, other: BiasAdapter | None) -> bool:
+def _is_same(one: BiasAdapter | None, other: BiasAdapter | None) -> bool:
     if one is None or other is None:
         return one is other
     return one is other or one.id == other.id
 
 
 class DeviceAdapterCache:
-    """``count`` adapters side by side on the device, as a batch uses them.
+    """``count`` adapter slots side by side on the device, as a batch uses them.
 
-    A slot is reserved by :meth:`acquire`, written by :meth:`fill` and kept until :meth:`release`.
+    :meth:`acquire` reserves a slot, :meth:`fill` writes it, and :meth:`release` gives it back.
 
     Attributes:
-        tables: the slots, for :class:`~v2l_fast.generation.ModelRunner`; another object when a
-            wider adapter has made them anew.
-        hits, misses: requests whose adapter was there, or not.
+        bank: the slots, for :class:`~v2l_fast.generation.ModelRunner`; replaced by a wider one when
+            an adapter needs it.
+        hits, misses: requests whose adapter was in a slot, or was not.
     """
 
     def __init__(self, model: Video2LoRA, count: int) -> None:
@@ -167,30 +167,30 @@ class DeviceAdapterCache:
         self._count = count
         self._config = model.config
         decoder = model.backbone.decoder
-        self._placed = {"device": decoder.device, "dtype": decoder.dtype}
-        self._narrows = decoder.device.type == "cpu" and not decoder.is_compiled
+        self._like = {"device": decoder.device, "dtype": decoder.dtype}
+        self._may_narrow = decoder.device.type == "cpu" and not decoder.is_compiled
         self._slot_of: dict[Ids, int] = {}
         self._ids: list[Ids | None] = [None] * count
-        self._users = [0] * count
+        self._uses = [0] * count
         self._ranks = [0] * count
         self._filled: set[int] = set()
-        # Slots without users, the least recently used first.
+        # Slots without uses, the least recently used first.
         self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))
-        # Where each slot holds the bias, -1 if it does not: it is written again only if it moves.
-        self._bias_at = [-1] * count
+        # First rank of the bias in each slot, -1 for none: it is copied again only if it moves.
+        self._bias_start = [-1] * count
         with torch.inference_mode():
-            self._bias = _placed(model.bias, self._placed)
+            self._bias = _bias_factors(model.bias, self._like)
         self._stream = torch.cuda.Stream() if decoder.device.type == "cuda" else None
-        self.tables = self._new_tables(2 * model.config.rank)
+        self.bank = self._new_bank(2 * model.config.rank)
         self._narrow: dict[int, AdapterBank] = {}
 
-    def resident(self, ids: Ids) -> bool:
-        """Whether an adapter is on the device."""
+    def is_resident(self, ids: Ids) -> bool:
+        """Whether an adapter is in a slot."""
         return ids in self._slot_of
 
     def acquire(self, ids: Ids) -> int | None:
-        """Reserve the slot of an adapter until it is released as often as it was acquired; None
-        when all slots are in use."""
+        """Reserve the adapter's slot until it is released as often as it was acquired; None if all
+        slots are in use."""
         slot = self._slot_of.get(ids)
         if slot is not None:
             self.hits += 1
@@ -202,13 +202,13 @@ class DeviceAdapterCache:
             self.misses += 1
         else:
             return None
-        self._users[slot] += 1
+        self._uses[slot] += 1
         return slot
 
     def release(self, slot: int) -> None:
-        """One user less; the adapter stays until its slot is needed."""
-        self._users[slot] -= 1
-        if not self._users[slot]:
+        """End one use; the adapter stays until its slot is needed."""
+        self._uses[slot] -= 1
+        if not self._uses[slot]:
             self._idle[slot] = None
             if slot not in self._filled:
                 self._forget(slot)
@@ -216,47 +216,47 @@ class DeviceAdapterCache:
 
     @torch.inference_mode()
     def fill(self, slot: int, adapter: HostAdapter) -> None:
-        """Write an adapter into the slot reserved for it, unless it is there.
+        """Write an adapter into its reserved slot, unless it is already there.
 
-        On a GPU the copies run on a stream of their own; passes started afterwards wait for them
-        on the device, this thread does not.
+        On a GPU the copies run on a stream of their own. Later passes wait for them on the device;
+        this thread does not.
         """
         if slot in self._filled:
             return
         if self._stream is None:
-            self._fill(slot, adapter)
+            self._copy(slot, adapter)
         else:
             current = torch.cuda.current_stream()
-            # Passes that have been started may still read the slot.
+            # Passes under way may still read the slot.
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                self._fill(slot, adapter)
+                self._copy(slot, adapter)
                 copied = self._stream.record_event()
             current.wait_event(copied)
         self._filled.add(slot)
 
-    def used(self, slots: Iterable[int]) -> AdapterBank:
-        """The tables, no wider than adapters in ``slots`` need on a CPU that does not compile.
+    def bank_for(self, slots: Iterable[int]) -> AdapterBank:
+        """The bank; on an uncompiled CPU no wider than the adapters in ``slots`` need.
 
-        There every row of a batch costs as much as the widest table. Compiled code would need a
-        graph of its own for a part of a table.
+        There every row of a batch costs as much as the bank is wide. Compiled code would need
+        another graph for a part of the bank.
         """
-        if not self._narrows:
-            return self.tables
+        if not self._may_narrow:
+            return self.bank
         width = 2 * self._config.rank
         needed = max(self._ranks[slot] for slot in slots)
         while width < needed:
             width *= 2
-        if width >= _width(self.tables):
-            return self.tables
+        if width >= _width(self.bank):
+            return self.bank
         if width not in self._narrow:
-            tables = self.tables
+            bank = self.bank
             sides = (
-                {module: table[:, :, :width] for module, table in side.items()}
-                for side in (tables.A, tables.B)
+                {module: tensor[:, :, :width] for module, tensor in side.items()}
+                for side in (bank.A, bank.B)
             )
-            ranks = tables.ranks.clamp_max(width)
-            self._narrow[width] = AdapterBank(*sides, tables.index, tables.scale, ranks)
+            ranks = bank.ranks.clamp_max(width)
+            self._narrow[width] = AdapterBank(*sides, bank.index, bank.scale, ranks)
         return self._narrow[width]
 
     def _forget(self, slot: int) -> None:
@@ -265,70 +265,71 @@ class DeviceAdapterCache:
         if ids is not None:
             del self._slot_of[ids]
 
-    def _fill(self, slot: int, adapter: HostAdapter) -> None:
+    def _copy(self, slot: int, adapter: HostAdapter) -> None:
         bias = self._bias if adapter.shared_bias else None
         rank = adapter.rank
         total = rank + (0 if bias is None else self._config.rank)
         self._widen(total)
-        tables = self.tables
-        if self._bias_at[slot] != rank:
-            self._bias_at[slot] = -1
-        for place, side in enumerate((tables.A, tables.B)):
-            for module, table in side.items():
+        bank = self.bank
+        copies_bias = bias is not None and self._bias_start[slot] != rank
+        if self._bias_start[slot] != rank:
+            self._bias_start[slot] = -1
+        for index, side in enumerate((bank.A, bank.B)):
+            for module, tensor in side.items():
                 first = 0
                 for part in adapter.parts:
-                    factor = (part.A, part.B)[place][module]
+                    factor = (part.A, part.B)[index][module]
                     stop = first + part.rank
-                    table[:, slot, first:stop].copy_(factor, non_blocking=True)
+                    tensor[:, slot, first:stop].copy_(factor, non_blocking=True)
                     first = stop
-                if bias is not None and self._bias_at[slot] != rank:
-                    table[:, slot, rank:total].copy_(bias[place][module], non_blocking=True)
+                if copies_bias:
+                    tensor[:, slot, rank:total].copy_(bias[index][module], non_blocking=True)
         if bias is not None:
-            self._bias_at[slot] = rank
+            self._bias_start[slot] = rank
         self._ranks[slot] = total
-        tables.ranks[slot] = total
+        bank.ranks[slot] = total
         for width, narrow in self._narrow.items():
             narrow.ranks[slot] = min(total, width)
 
     def _widen(self, rank: int) -> None:
-        tables, width = self.tables, _width(self.tables)
+        bank, width = self.bank, _width(self.bank)
         if rank <= width:
             return
-        # In steps of doubled width, so that ever wider adapters do not each make new tables.
-        wider = self._new_tables(max(rank, 2 * width))
-        for new, old in ((wider.A, tables.A), (wider.B, tables.B)):
-            for module, table in new.items():
-                table[:, :, :width] = old[module]
-        wider.ranks.copy_(tables.ranks)
-        self.tables = wider
+        # Double the width, so that ever wider adapters do not each allocate a new bank.
+        wider = self._new_bank(max(rank, 2 * width))
+        for new, old in ((wider.A, bank.A), (wider.B, bank.B)):
+            for module, tensor in new.items():
+                tensor[:, :, :width] = old[module]
+        wider.ranks.copy_(bank.ranks)
+        self.bank = wider
         self._narrow.clear()
 
-    # The compiler tells tensors made in this mode from others: all tables are.
+    # The compiler distinguishes tensors created in inference mode: every bank is.
     @torch.inference_mode()
-    def _new_tables(self, rank: int) -> AdapterBank:
+    def _new_bank(self, rank: int) -> AdapterBank:
         config = self._config
 
         def zeros(width: int) -> torch.Tensor:
-            return torch.zeros(config.num_layers, self._count, rank, width, **self._placed)
+            return torch.zeros(config.num_layers, self._count, rank, width, **self._like)
 
         sizes = config.target_modules.items()
-        whole = {"dtype": torch.long, "device": self._placed["device"]}
+        integers = {"dtype": torch.long, "device": self._like["device"]}
         return AdapterBank(
             {module: zeros(d_in) for module, (d_in, _) in sizes},
             {module: zeros(d_out) for module, (_, d_out) in sizes},
-            torch.empty(0, **whole),
+            torch.empty(0, **integers),
             config.scale,
-            torch.zeros(self._count, **whole),
+            torch.zeros(self._count, **integers),
         )
 
 
-def _width(tables: AdapterBank) -> int:
-    return next(iter(tables.A.values())).shape[2]
+def _width(bank: AdapterBank) -> int:
+    return next(iter(bank.A.values())).shape[2]
 
 
-def _placed(bias: BiasAdapter | None, placed: dict) -> tuple[Factors, Factors] | None:
-    """A bias adapter's A and B on a device in a dtype."""
+def _bias_factors(bias: BiasAdapter | None, like: dict[str, Any]) -> tuple[Factors, Factors] | None:
+    """A bias adapter's A and B on the device and in the dtype of the slots."""
     if bias is None:
         return None
-    a, b = ({m: t.detach().to(**placed) for m, t in side.items()} for side in (bias.A, bias.B))
+    a, b = ({m: t.detach().to(**like) for m, t in side.items()} for side in (bias.A, bias.B))
     return a, b

@@ -1,4 +1,4 @@
-"""A file that harms whoever reads it: the process that does ends, the server answers."""
+"""A file that harms its reader ends that process; the server goes on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import VideoError
 from v2l_fast.serving import sandbox
 from v2l_fast.serving.limits import ServerLimits
-from v2l_fast.serving.requests import EngineClosed
+from v2l_fast.serving.request import EngineClosed
 from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.video import Clip, Limits, load_video, probe
 from v2l_fast.video.fallbacks import Fallbacks

@@ -1,4 +1,4 @@
-"""Which adapters lie on the device, and what stays of the others."""
+"""The adapters in the slots of the device, and those in host memory."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from tests.serving.engine_parts import MemoryStore
 from v2l_fast.errors import AdapterError
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.serving.slots import DeviceAdapterCache, HostAdapter, HostAdapters
+from v2l_fast.serving.device_cache import DeviceAdapterCache, HostAdapter, HostAdapterCache
 
 M = "down_proj"
 
 
 def host_adapter(model, *adapters: Adapter) -> HostAdapter:
-    """As the thread that submits a request prepares it."""
+    """The adapter as the thread that submits a request prepares it."""
     store = MemoryStore(list(adapters))
-    return HostAdapters(model, store, 99).get(tuple(store.adapters))
+    return HostAdapterCache(model, store, 99).get(tuple(store.adapters))
 
 
-def put(model, slots: DeviceAdapterCache, name: str, *adapters: Adapter) -> int | None:
+def acquire_and_fill(model, slots: DeviceAdapterCache, name: str, *adapters: Adapter) -> int | None:
     slot = slots.acquire((name,))
     if slot is not None:
         slots.fill(slot, host_adapter(model, *adapters))
@@ -27,55 +27,55 @@ def put(model, slots: DeviceAdapterCache, name: str, *adapters: Adapter) -> int 
 
 
 def holds(slots: DeviceAdapterCache, slot: int, adapter: Adapter) -> bool:
-    """Whether a slot is this adapter, bias and all."""
-    rank = int(slots.tables.ranks[slot])
+    """Whether a slot holds this adapter and its bias."""
+    rank = int(slots.bank.ranks[slot])
     return all(
-        torch.equal(table[M][:, slot, :rank], side[M])
-        for table, side in zip((slots.tables.A, slots.tables.B), adapter.merged(), strict=True)
+        torch.equal(tensor[M][:, slot, :rank], side[M])
+        for tensor, side in zip((slots.bank.A, slots.bank.B), adapter.merged(), strict=True)
     )
 
 
 def test_the_least_recently_used_idle_adapter_goes(model, adapters):
     slots = DeviceAdapterCache(model, 2)
     a, b, c = adapters
-    first, second = put(model, slots, "a", a), put(model, slots, "b", b)
+    first, second = acquire_and_fill(model, slots, "a", a), acquire_and_fill(model, slots, "b", b)
     assert holds(slots, first, a) and holds(slots, second, b)
-    assert put(model, slots, "c", c) is None
-    assert put(model, slots, "a", a) == first
+    assert acquire_and_fill(model, slots, "c", c) is None
+    assert acquire_and_fill(model, slots, "a", a) == first
     slots.release(first)
-    assert put(model, slots, "c", c) is None
+    assert acquire_and_fill(model, slots, "c", c) is None
     slots.release(second)
-    third = put(model, slots, "c", c)
+    third = acquire_and_fill(model, slots, "c", c)
     assert third == second and holds(slots, third, c) and holds(slots, first, a)
     slots.release(first)
     slots.release(third)
     # Both idle: "a" was used last before "c".
-    assert put(model, slots, "b", b) == first
-    assert put(model, slots, "c", c) == third
+    assert acquire_and_fill(model, slots, "b", b) == first
+    assert acquire_and_fill(model, slots, "c", c) == third
     assert (slots.hits, slots.misses) == (2, 4)
 
 
 def test_wider_adapters_make_room_and_keep_the_others(model, adapters):
     slots = DeviceAdapterCache(model, 3)
-    first = put(model, slots, "a", adapters[0])
-    tables = slots.tables
-    second = put(model, slots, "abc", *adapters)
-    assert slots.tables is not tables
+    first = acquire_and_fill(model, slots, "a", adapters[0])
+    bank = slots.bank
+    second = acquire_and_fill(model, slots, "abc", *adapters)
+    assert slots.bank is not bank
     wide = Adapter.compose(adapters)
     assert holds(slots, first, adapters[0]) and holds(slots, second, wide)
     narrow = adapters[1].prune(1)
-    third = put(model, slots, "pruned", narrow)
+    third = acquire_and_fill(model, slots, "pruned", narrow)
     assert holds(slots, third, narrow)
-    assert sorted(slots.tables.ranks.tolist()) == [5, 8, 16]
+    assert sorted(slots.bank.ranks.tolist()) == [5, 8, 16]
     # A batch without the wide one does not pay for it.
-    used = slots.used([first, third])
+    used = slots.bank_for([first, third])
     assert used.A[M].shape[2] == 8 and used.ranks.tolist() == [8, 8, 5]
-    assert slots.used([first, second]) is slots.tables
+    assert slots.bank_for([first, second]) is slots.bank
     # The bias moves with the ranks before it.
     slots.release(third)
-    again = put(model, slots, "b", adapters[1])
+    again = acquire_and_fill(model, slots, "b", adapters[1])
     assert again == third and holds(slots, again, adapters[1])
-    assert slots.used([again]) is used and used.ranks.tolist() == [8, 8, 8]
+    assert slots.bank_for([again]) is used and used.ranks.tolist() == [8, 8, 8]
 
 
 def test_filling_only_copies(model, adapters, monkeypatch):
@@ -123,9 +123,9 @@ def test_factors_are_prepared_in_the_dtype_of_the_slots(model, adapters):
 def test_a_bias_of_its_own_stays_with_its_adapter(model, adapters):
     own = adapters[0].without_layers([0], include_bias=True)
     slots = DeviceAdapterCache(model, 1)
-    assert holds(slots, put(model, slots, "own", own), own)
+    assert holds(slots, acquire_and_fill(model, slots, "own", own), own)
     slots.release(0)
-    assert holds(slots, put(model, slots, "a", adapters[0]), adapters[0])
+    assert holds(slots, acquire_and_fill(model, slots, "a", adapters[0]), adapters[0])
     with pytest.raises(AdapterError, match="bias adapter"):
         host_adapter(model, adapters[1], own)
 
@@ -139,14 +139,14 @@ def test_a_failed_copy_loses_no_slot(model, adapters):
     with pytest.raises(RuntimeError):
         slots.fill(slot, broken)
     slots.release(slot)
-    assert not slots.resident(("broken",))
-    slot = put(model, slots, "a", adapters[0])
+    assert not slots.is_resident(("broken",))
+    slot = acquire_and_fill(model, slots, "a", adapters[0])
     assert slot == 0 and holds(slots, slot, adapters[0])
 
 
 def test_host_memory_is_bounded_and_reads_again(model, adapters):
     store = MemoryStore(adapters)
-    host = HostAdapters(model, store, limit=2)
+    host = HostAdapterCache(model, store, limit=2)
     for id in ("a0", "a1", "a0", "a1"):
         host.get((id,))
     assert store.reads == host.loads == 2
@@ -170,4 +170,4 @@ def test_adapters_that_slots_cannot_hold(model, adapters):
         {M: adapters[0].A[M][:2]}, {M: adapters[0].B[M][:2]}, adapters[0].scale, adapters[0].bias
     )
     with pytest.raises(AdapterError, match="2 layers"):
-        HostAdapters(model, store, 4).get(("short",))
+        HostAdapterCache(model, store, 4).get(("short",))
