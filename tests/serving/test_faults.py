@@ -227,7 +227,7 @@ def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch
     video = live.internalize(videos[0])["adapter_id"]
     gate = threading.Event()
 
-    def stuck(*_):
+    def stuck(*_, **options):
         gate.wait(LIMIT)
         raise VideoError("not a video")
 
