@@ -134,6 +134,31 @@ def test_modules_import_each_other_in_no_circle():
     assert not circles, "\n".join(circles)
 
 
+def test_imported_names_exist():
+    """Also of imports inside functions, which only a test of the function would find."""
+    defined = {}
+    for module, path in MODULES:
+        names = {name.removeprefix(f"{module}.") for name in NAMES if name.startswith(f"{module}.")}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names |= {alias.asname or alias.name for alias in node.names}
+        defined[module] = names
+    defined["v2l_fast"] |= set(v2l_fast.__all__)
+    absent = [
+        f"{path.relative_to(ROOT)}:{node.lineno} imports {name} from {node.module}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in PACKAGES
+        for name in (alias.name for alias in node.names)
+        if name not in defined.get(node.module, ())
+    ]
+    assert not absent, "\n".join(absent)
+
+
 def test_no_module_uses_a_deprecated_path():
     old = [
         f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"

@@ -1,4 +1,4 @@
-"""``python -m v2l_fast`` is ``v2l``."""
+"""``python -m v2l_fast`` runs ``v2l``."""
 
 from v2l_fast.cli.entry import main
 

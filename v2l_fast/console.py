@@ -1,8 +1,8 @@
-"""What a person sees: text exactly as it is, tables, and progress on a terminal or in a log.
+"""Output for people: text as it is, tables, and progress on a terminal or in a log.
 
-Names, questions and answers are data. Nothing in them is markup, and no control character of
-theirs reaches the terminal. Outside a terminal, lines are never wrapped and a long command reports
-its progress in plain lines on standard error.
+Names, questions and answers are data: nothing in them is markup, and none of their control
+characters reaches the terminal. Outside a terminal, lines are never wrapped, and a long command
+reports its progress as plain lines on standard error.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any
 
-from rich.console import (
-    Console,
-    ConsoleDimensions,
-    HighlighterType,
-    JustifyMethod,
-    OverflowMethod,
-)
+from rich.console import Console, ConsoleDimensions, HighlighterType, JustifyMethod, OverflowMethod
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -45,16 +40,16 @@ Report = Callable[[str, int, int], None]
 _UNSAFE_IN_JSON = re.compile(
     "[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
-# Wider than any line.
+# A width in columns that no line reaches.
 _UNBOUNDED = 1_000_000
-# Seconds between two lines of progress outside a terminal, and before the first: work that is done
-# by then needs none.
+# Seconds between two lines of progress outside a terminal, and before the first one, so that short
+# work prints none.
 _LINE_SECONDS = 15.0
 _FIRST_SECONDS = 2.0
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """``text`` with the characters that a terminal would act on as escapes, such as ``\\x1b``.
+    """Escape the characters that a terminal would act on, as ``\\x1b``.
 
     Args:
         lines: keep line breaks and tabs.
@@ -66,7 +61,8 @@ class PlainConsole(Console):
     """A rich console for text that is data: no markup, emoji codes or highlighting.
 
     Raises:
-        WriteError: what it writes to is full or closed; a reader that has left ends the program.
+        WriteError: the stream is full or closed.
+        BrokenPipeError: the reader of a pipe has closed it.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -74,7 +70,7 @@ class PlainConsole(Console):
 
     @property
     def interactive(self) -> bool:
-        """Whether a person looks at it, who can see a bar move."""
+        """Whether the output is a terminal that can show a progress bar."""
         return _is_terminal(self.file) and not self.is_dumb_terminal
 
     @property
@@ -106,7 +102,7 @@ class PlainConsole(Console):
             super().print(*objects, **options)
 
     def write_line(self, text: str) -> None:
-        """One line, never wrapped, tabs and spaces as they are."""
+        """Write one line without wrapping it or expanding tabs."""
         with _console_errors(self):
             self.file.write(text + "\n")
             self.file.flush()
@@ -117,17 +113,17 @@ log = PlainConsole(stderr=True)
 
 
 def say(text: str) -> None:
-    """One line on standard output; line breaks in it are escaped."""
+    """Print one line on standard output, with its line breaks escaped."""
     out.write_line(printable(text))
 
 
 def show(text: str) -> None:
-    """Several lines on standard output."""
+    """Print several lines on standard output."""
     out.write_line(printable(text, lines=True))
 
 
 def note(text: str, label: str = "") -> None:
-    """One line on standard error, above a bar if there is one; ``label`` stands out."""
+    """Print one line on standard error, above any progress bar, after a colored ``label``."""
     style = {"error:": "bold red", "warning:": "yellow"}.get(label, "")
     line = Text(f"{label} " if label else "", style=style)
     line.append(printable(text), style="default" if label else "")
@@ -135,7 +131,7 @@ def note(text: str, label: str = "") -> None:
 
 
 class NoteHandler(logging.Handler):
-    """Log records as notes, for a program that configures no logging."""
+    """Prints log records as notes, for a program that does not configure logging."""
 
     def emit(self, record: logging.LogRecord) -> None:
         label = "error:" if record.levelno >= logging.ERROR else "warning:"
@@ -143,29 +139,43 @@ class NoteHandler(logging.Handler):
 
 
 def show_json(data: Any) -> None:
-    """JSON on standard output."""
+    """Print JSON on standard output."""
     # JSON itself escapes only the first 32 control characters.
     text = json.dumps(data, indent=2, ensure_ascii=False)
     out.write_line(_UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
+def print_outcome(line: str, data: dict[str, Any], failures: Sequence[Any], as_json: bool) -> None:
+    """Print a result and the videos that were left out, which do not make a command fail.
+
+    Args:
+        failures: dataclasses with a ``reason``.
+    """
+    if as_json:
+        show_json(data | {"failures": [asdict(failure) for failure in failures]})
+        return
+    say(line)
+    for failure in failures:
+        note(f"left out: {failure.reason}")
+
+
 def answer_text(text: str) -> str:
-    """An answer to show: on a terminal as it is, elsewhere on one line."""
+    """An answer for a table: as it is on a terminal, on one line elsewhere."""
     return text if _is_terminal(out.file) else printable(text)
 
 
 def show_table(
     columns: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str = ""
 ) -> None:
-    """A table on standard output.
+    """Print a table on standard output.
 
-    Where a terminal is too narrow for it, each row becomes a block of ``name: value`` lines.
+    If the terminal is too narrow for it, each row becomes a block of ``name  value`` lines.
     """
     table = Table(*columns, title=title or None)
     for cells in rows:
         table.add_row(*cells)
-    wanted = table.__rich_measure__(out, out.options.update(max_width=_UNBOUNDED)).maximum
-    if wanted <= out.width or _readable(columns, rows, out.width):
+    needed = table.__rich_measure__(out, out.options.update(max_width=_UNBOUNDED)).maximum
+    if needed <= out.width or _readable(columns, rows, out.width):
         out.print(table)
         return
     if title:
@@ -179,7 +189,7 @@ def show_table(
 
 
 def _readable(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], width: int) -> bool:
-    """Whether a table stays readable when its cells wrap: no word is broken."""
+    """Whether a table of this width wraps its cells without breaking a word."""
     longest = [
         max((len(word) for cell in column for word in str(cell).split()), default=0)
         for column in zip(columns, *rows, strict=True)
@@ -197,10 +207,10 @@ def progress_bar(
     first: float = _FIRST_SECONDS,
     seconds: float = _LINE_SECONDS,
 ) -> Iterator[Report]:
-    """Progress of one piece of work, to report as (stage, done, total).
+    """Show the progress of a task, which calls the yielded function with (stage, done, total).
 
-    On a terminal this is a bar. Elsewhere it is a line when the work has taken ``first`` seconds,
-    then one every ``seconds``, whether or not there was a report in between.
+    A terminal shows a bar. Elsewhere a line is printed after ``first`` seconds and then every
+    ``seconds``, with or without a report in between.
     """
     name = printable(name)
     if not console.interactive:
@@ -248,7 +258,7 @@ def _lines(name: str, console: PlainConsole, first: float, seconds: float) -> It
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say ``what`` is being done: at once on a terminal, elsewhere when it takes long."""
+    """Print ``what`` is being done: at once on a terminal, elsewhere only if it takes long."""
     if log.interactive:
         with log.status(Text(printable(what))):
             yield
@@ -266,10 +276,10 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def prepare_streams() -> None:
-    """Make the standard streams safe to write to, whatever the caller left open.
+    """Make the standard streams safe to write to, whichever of them the caller closed.
 
-    A character that the encoding lacks is escaped; a closed stream gives an error when it is
-    written to, instead of taking the number of the next file that is opened.
+    A character that the encoding lacks is escaped. Writing to a closed stream is an error; its
+    descriptor is not reused for the next file that is opened.
     """
     for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
@@ -286,7 +296,7 @@ def prepare_streams() -> None:
 
 
 def flush_output() -> None:
-    """Write what standard output still holds.
+    """Flush standard output.
 
     Raises:
         WriteError: it is full or closed.
@@ -296,7 +306,7 @@ def flush_output() -> None:
 
 
 def drop_output() -> None:
-    """Give up on standard output, so that the interpreter does not fail on it at exit."""
+    """Discard pending output, so that the interpreter does not fail on it at exit."""
     try:
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, sys.stdout.fileno())
@@ -309,7 +319,7 @@ def _console_errors(console: Console) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        # As `head` does when it has enough: no fault of anyone.
+        # Not an error: `head` closes its input when it has enough.
         raise
     except WriteError:
         raise

@@ -1,4 +1,4 @@
-"""What is installed, what each missing part would bring, and why."""
+"""What is installed, what each missing part would add, and how to install it."""
 
 from __future__ import annotations
 
@@ -9,46 +9,51 @@ from dataclasses import dataclass
 
 import torch
 
-# distribution names -> (extra that installs it, what it is for). The import name is not enough:
-# flash-attn 2 and 4 share theirs, and nvidia-dali is a placeholder package.
+# (distribution names, extra that installs it, purpose). The import name does not identify a
+# distribution: flash-attn 2 and 4 share theirs, and nvidia-dali is a placeholder package.
 PARTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("torch",), "core", "tensors, autograd, compilation"),
     (("triton",), "core", "GPU kernels"),
     (("transformers",), "core", "the frozen VLM"),
     (("safetensors",), "core", "weights and adapters on disk"),
-    (("av",), "core", "video decoding on the CPU, every codec"),
+    (("av",), "core", "video decoding on the CPU, all codecs"),
     (("rich",), "core", "progress and tables"),
     (("typer",), "core", "the command line"),
     (("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "dali", "video decoding on the GPU"),
     (("flash-attn",), "flash", "FlashAttention 2; PyTorch's own attention is used without it"),
     (("torchcodec",), "codec", "an alternative video decoder"),
     (("accelerate",), "train", "training on several GPUs"),
+    (("pydantic",), "train", "settings of training runs"),
     (("tensorboard",), "train", "training curves"),
     (("fastapi",), "serve", "the HTTP server"),
-    (("uvicorn",), "serve", "its listener"),
+    (("uvicorn",), "serve", "its HTTP listener"),
     (("prometheus-client",), "serve", "its metrics"),
     (("python-multipart",), "serve", "its uploads"),
-    (("fastapi-offline",), "serve", "its API documents"),
+    (("fastapi-offline",), "serve", "its API documentation without a network"),
     (("scipy",), "eval", "confidence intervals"),
     (("matplotlib",), "eval", "plots"),
     (("openai",), "eval", "the judge's client"),
     (("ray",), "ray", "teacher generation and internalizing on a cluster"),
-    (("peft",), "dev", "checks of the PEFT export"),
+    (("peft",), "dev", "tests of the PEFT export"),
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One part: whether it is there, what was found, and what it is for."""
+    """One part of the installation.
+
+    Attributes:
+        detail: its versions, or how to install it.
+    """
 
     part: str
     present: bool
-    found: str
+    detail: str
     purpose: str
 
 
 def remedy(module: str) -> str | None:
-    """How to install an optional part by its import name; None when it is not one of ours."""
+    """How to install a part, from its import name; None if it is not one of ours."""
     for names, extra, _ in PARTS:
         if module.split(".")[0] in (name.replace("-", "_") for name in names):
             return _install(extra)
@@ -56,15 +61,15 @@ def remedy(module: str) -> str | None:
 
 
 def examine() -> list[Finding]:
-    """Look at this machine; changes nothing."""
+    """Examine this machine without changing anything."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"Python {platform.python_version()}, {os.cpu_count()} cores, {memory:.0f} GB"
     findings = [Finding("machine", True, machine, "runs everything"), _gpu()]
     for names, extra, purpose in PARTS:
         versions = {name: version for name in names if (version := _version(name))}
         if versions:
-            found = ", ".join(f"{name} {version}" for name, version in versions.items())
-            findings.append(Finding(names[0], True, found, purpose))
+            detail = ", ".join(f"{name} {version}" for name, version in versions.items())
+            findings.append(Finding(names[0], True, detail, purpose))
         else:
             findings.append(Finding(names[0], False, _install(extra), purpose))
     return findings

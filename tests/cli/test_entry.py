@@ -127,7 +127,7 @@ def test_demo_keeps_what_it_made(tmp_path):
 
 def test_doctor():
     parts = {finding["part"]: finding for finding in json.loads(run("doctor", "--json"))}
-    assert parts["torch"]["present"] and torch.__version__ in parts["torch"]["found"]
+    assert parts["torch"]["present"] and torch.__version__ in parts["torch"]["detail"]
     assert "torch" in run("doctor")
 
 

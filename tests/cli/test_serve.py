@@ -31,8 +31,8 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         (["--host", "::", "--port", "0"], 1, "V2L_API_KEY"),
         (["--host", "no such host"], 1, "choose another address"),
         (["--allowed-host", "https://example.com"], 1, "without scheme and port"),
-        (["--vllm-folder", __file__], 1, "no folder that can be written (File exists)"),
-        (["--vllm-folder", "/proc/x"], 1, "no folder that can be written"),
+        (["--vllm-folder", __file__], 1, "is not a folder; name another one"),
+        (["--vllm-folder", "/proc/x"], 1, "cannot be written"),
         (["--model", "nowhere"], 1, "nowhere: not a local path"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Command line ``v2l``: one module for each group of commands; parses, calls, prints."""
+"""The command line ``v2l``, with one module for each group of commands."""
 
 from v2l_fast.cli.entry import app, main
 

@@ -1,82 +1,88 @@
-"""`v2l teach`, `v2l cache` and `v2l finevideo`: training data made ready."""
+"""``v2l teach``, ``v2l cache`` and ``v2l finevideo``: preparing training data."""
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
+from typer import Argument, Option
 
 from v2l_fast.cli.options import (
-    Device,
-    ExactFrames,
-    Force,
-    Json,
-    LongestEdge,
-    Manifest,
-    MaxFrames,
-    Root,
-    Seed,
+    CONTEXT,
+    DEVICE,
+    FORCE,
+    JSON,
+    MAX_NEW_TOKENS,
+    SEED,
+    FrameOptions,
+    ManifestOptions,
     check_device,
+    one_of,
+    options,
     output_file,
     quiet_transformers,
+    with_options,
 )
-from v2l_fast.console import note, progress_bar, say, show_json, waiting
+from v2l_fast.console import note, print_outcome, progress_bar, say, show_json, waiting
 
 if TYPE_CHECKING:
     from v2l_fast.data.readers import ClipReader
-    from v2l_fast.data.samples import Failure
 
-finevideo_app = typer.Typer(help="Training spans from FineVideo.", no_args_is_help=True)
-
-Base = Annotated[str, typer.Option(help="Frozen VLM: 'shapes' (shipped), a folder or a hub id.")]
-TargetFps = Annotated[
-    float | None,
-    typer.Option(help="Frames a second, up to --max-frames; as in training if omitted."),
-]
-Seconds = Annotated[
-    float, typer.Option(min=0.001, help="Longest time in seconds that one file may take to read.")
-]
-Threads = Annotated[int, typer.Option(min=1, help="Threads that read videos ahead.")]
+finevideo_app = typer.Typer(
+    help="Training spans from FineVideo.", no_args_is_help=True, context_settings=CONTEXT
+)
 
 
-def _known_dtype(name: str | None) -> str | None:
-    if name not in (None, "float32", "bfloat16"):
-        raise typer.BadParameter(f"must be float32 or bfloat16, got {name}")
-    return name
+@options("Model")
+class BaseOptions:
+    """A frozen VLM alone."""
+
+    base: str = Option("shapes", help="Frozen VLM: 'shapes' (shipped), a folder or a hub id.")
+    device: str | None = DEVICE
+    dtype: str | None = Option(
+        None,
+        help="float32 or bfloat16. By default, it depends on the device.",
+        callback=one_of("float32", "bfloat16"),
+    )
 
 
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32 or bfloat16; by device if omitted.", callback=_known_dtype),
-]
+@options("Frames")
+class ReadingOptions(FrameOptions):
+    """How videos are read."""
+
+    target_fps: float | None = Option(
+        None, help="Frames per second, up to --max-frames. By default, as in training."
+    )
+    seconds: float = Option(60.0, min=0.001, help="Time limit in seconds for reading one file.")
+    threads: int = Option(2, min=1, help="Threads that read videos ahead.")
+
+    def reader(self, base: str) -> ClipReader:
+        """A reader of the frames that hypernetworks for a base are trained with."""
+        from v2l_fast.data.readers import ClipReader
+        from v2l_fast.loading import training_sampling
+
+        sampling = self.override(training_sampling(base)).override(target_fps=self.target_fps)
+        return ClipReader.of(sampling, self.seconds)
 
 
-def teach_command(
-    manifest: Manifest,
-    out_path: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the answers and their manifest.")
-    ],
-    base: Base = "shapes",
-    root: Root = None,
-    engine: Annotated[str, typer.Option(help="hf: in this process; ray: on a Ray cluster.")] = "hf",
-    workers: Annotated[int, typer.Option(min=1, help="Processes of --engine ray.")] = 1,
-    max_frames: MaxFrames = None,
-    longest_edge: LongestEdge = None,
-    target_fps: TargetFps = None,
-    exact_frames: ExactFrames = False,
-    seconds: Seconds = 60.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 16,
-    shard: Annotated[
-        int, typer.Option(min=1, help="Videos of a shard: what an interruption can cost.")
-    ] = 32,
-    threads: Threads = 2,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
+@with_options
+def teach(
+    source: ManifestOptions,
+    frames: ReadingOptions,
+    teacher: BaseOptions,
+    out_path: Path = Option(..., "--out", "-o", help="Folder of the answers and their manifest."),
+    engine: str = Option(
+        "hf", help="hf: in this process; ray: on a Ray cluster.", callback=one_of("hf", "ray")
+    ),
+    workers: int = Option(1, min=1, help="Processes of --engine ray."),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch: int = Option(16, min=1, help="Prompts answered together."),
+    shard: int = Option(
+        32, min=1, help="Videos of a shard, the most that an interruption can cost."
+    ),
+    as_json: bool = JSON,
 ) -> None:
     """Write training targets: the frozen VLM's own answers with the video in its context.
 
@@ -86,58 +92,48 @@ def teach_command(
 
     The released checkpoints of both sizes learned from the 2.2B model's answers.
 
-    Frames and resolution are those that hypernetworks for the base are trained with, unless they
-    are given: those of the hypernetwork beside the base, else the paper's.
+    By default, frames and resolution are those that hypernetworks for the base are trained with:
+    those of the hypernetwork beside the base, else the paper's.
 
     Repeat the same command to continue after an interruption. The answers are in
     OUT/manifest.jsonl, videos that could not be read in OUT/quarantine.jsonl. With --engine ray,
     RAY_ADDRESS names the cluster (this machine if unset), and all its nodes must see OUT and the
     videos under the same paths.
     """
-    from v2l_fast.data.teach import TeacherSettings, teach
+    from v2l_fast.data.teach import TeacherSettings
+    from v2l_fast.data.teach import teach as run
 
-    if engine not in ("hf", "ray"):
-        raise typer.BadParameter(f"--engine must be hf or ray, got {engine}")
-    check_device(device)
+    check_device(teacher.device)
     settings = TeacherSettings(
-        base=base,
-        reader=_reader(base, max_frames, longest_edge, target_fps, exact_frames, seconds),
+        base=teacher.base,
+        reader=frames.reader(teacher.base),
         max_new_tokens=max_new_tokens,
         batch=batch,
         videos_per_shard=shard,
-        device=device,
-        dtype=dtype,
-        threads=threads,
+        device=teacher.device,
+        dtype=teacher.dtype,
+        threads=frames.threads,
     )
     quiet_transformers()
     with progress_bar("teaching") as report:
         progress = partial(report, "videos")
-        taught = teach(manifest, out_path, settings, root, engine, workers, progress)
+        result = run(source.manifest, out_path, settings, source.root, engine, workers, progress)
     print_outcome(
-        f"{taught.manifest}: {taught.answers} answers",
-        {"manifest": str(taught.manifest), "answers": taught.answers},
-        taught.failures,
+        f"{result.manifest}: {result.answers} answers",
+        {"manifest": str(result.manifest), "answers": result.answers},
+        result.failures,
         as_json,
     )
 
 
-def cache_command(
-    manifest: Manifest,
-    cache: Annotated[Path, typer.Option("--cache", help="Folder of the stored features.")],
-    base: Base = "shapes",
-    root: Root = None,
-    chunks: Annotated[
-        list[int] | None, typer.Option(help="Number of chunks of a video; may be repeated.")
-    ] = None,
-    max_frames: MaxFrames = None,
-    longest_edge: LongestEdge = None,
-    target_fps: TargetFps = None,
-    exact_frames: ExactFrames = False,
-    seconds: Seconds = 60.0,
-    threads: Threads = 2,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
+@with_options
+def cache(
+    source: ManifestOptions,
+    frames: ReadingOptions,
+    frozen: BaseOptions,
+    folder: Path = Option(..., "--cache", help="Folder of the stored features."),
+    chunks: list[int] | None = Option(None, help="Number of chunks of a video, repeatable."),
+    as_json: bool = JSON,
 ) -> None:
     """Store connector outputs, so that training neither decodes videos nor runs the vision tower.
 
@@ -145,35 +141,36 @@ def cache_command(
     v2l cache --manifest train.jsonl --cache features/ --base path/to/vlm
     v2l train --config my.toml data.feature_cache=features/
 
-    Frames and resolution are those that hypernetworks for the base are trained with, unless they
-    are given; they and the dtype must be the training's. Repeat the same command to continue after
-    an interruption, or to add videos.
+    By default, frames and resolution are those that hypernetworks for the base are trained with.
+    They and the dtype must be the training's. Repeat the same command to continue after an
+    interruption, or to add videos.
     """
     from v2l_fast.data.feature_cache import FeatureCache, fill_cache, vision_fingerprint
     from v2l_fast.data.manifest import group_by_video, load_manifest
     from v2l_fast.data.teach import REQUIRED, load_frozen
     from v2l_fast.outputs import check_folder
 
-    check_folder(cache, inputs=[manifest])
-    videos = group_by_video(load_manifest(manifest, root, required=REQUIRED))
-    check_device(device)
-    reader = _reader(base, max_frames, longest_edge, target_fps, exact_frames, seconds)
+    check_folder(folder, inputs=[source.manifest])
+    videos = group_by_video(load_manifest(source.manifest, source.root, required=REQUIRED))
+    check_device(frozen.device)
+    reader = frames.reader(frozen.base)
     quiet_transformers()
-    with waiting(f"loading {base}"):
-        backbone = load_frozen(base, device, dtype)
-        stored = FeatureCache(cache, reader, vision_fingerprint(backbone))
+    with waiting(f"loading {frozen.base}"):
+        backbone = load_frozen(frozen.base, frozen.device, frozen.dtype)
+        features = FeatureCache(folder, reader, vision_fingerprint(backbone))
     with progress_bar("encoding") as report:
         failures = fill_cache(
-            stored,
+            features,
             backbone,
             videos,
             tuple(chunks or [1]),
-            threads=threads,
+            threads=frames.threads,
             progress=partial(report, "videos"),
         )
+    stored = len(videos) - len(failures)
     print_outcome(
-        f"{cache}: {len(videos) - len(failures)} of {len(videos)} videos stored",
-        {"cache": str(cache), "videos": len(videos) - len(failures)},
+        f"{folder}: {stored} of {len(videos)} videos stored",
+        {"cache": str(folder), "videos": stored},
         failures,
         as_json,
     )
@@ -181,24 +178,21 @@ def cache_command(
 
 @finevideo_app.command("build")
 def finevideo_build(
-    folder: Annotated[Path, typer.Argument(help="Has <name>.mp4 and <name>.json pairs.")],
-    out_path: Annotated[
-        Path, typer.Option("--out", "-o", help="The manifest (JSONL).", parser=output_file)
-    ],
-    total: Annotated[
-        int | None, typer.Option(min=1, help="Spans; as many as the mix allows if omitted.")
-    ] = None,
-    mix: Annotated[
-        tuple[float, float, float],
-        typer.Option(help="Shares of single scenes, adjacent scenes and whole videos."),
-    ] = (0.6, 0.3, 0.1),
-    questions: Annotated[
-        int, typer.Option(min=0, help="The metadata's questions, so many for a whole video.")
-    ] = 0,
-    val_share: Annotated[float, typer.Option(help="Share of the videos kept to validate.")] = 0.01,
-    seed: Seed = 0,
-    force: Force = False,
-    as_json: Json = False,
+    folder: Path = Argument(..., help="Folder of <name>.mp4 and <name>.json pairs."),
+    out_path: Path = Option(
+        ..., "--out", "-o", help="The manifest (JSON lines).", parser=output_file
+    ),
+    total: int | None = Option(
+        None, min=1, help="Number of spans. By default, as many as the mix allows."
+    ),
+    mix: tuple[float, float, float] = Option(
+        (0.6, 0.3, 0.1), help="Shares of single scenes, adjacent scenes and whole videos."
+    ),
+    questions: int = Option(0, min=0, help="Questions of the metadata for each whole video."),
+    val_share: float = Option(0.01, help="Share of the videos that validate the training."),
+    seed: int = SEED,
+    force: bool = FORCE,
+    as_json: bool = JSON,
 ) -> None:
     """Write a manifest of spans (scenes, adjacent scenes, whole videos) without answers.
 
@@ -216,50 +210,20 @@ def finevideo_build(
         raise typer.BadParameter(f"--val-share must be at least 0 and below 1, got {val_share}")
     check_output(out_path, (p for p in folder.glob("*") if p.suffix in (".json", ".mp4")), force)
     shares = dict(zip(MIX, mix, strict=True))
-    built = build_manifest(folder, out_path, total, shares, val_share, questions, seed)
-    counts = {p: sum(row["metadata"]["pool"] == p for row in built.rows) for p in MIX}
+    result = build_manifest(folder, out_path, total, shares, val_share, questions, seed)
+    counts = {p: sum(row["metadata"]["pool"] == p for row in result.rows) for p in MIX}
     if as_json:
         show_json(
             {
                 "manifest": str(out_path),
-                "rows": len(built.rows),
+                "rows": len(result.rows),
                 "pools": counts,
-                "videos": built.pools.videos,
-                "left_out": dict(built.pools.left_out),
+                "videos": result.pools.videos,
+                "left_out": dict(result.pools.left_out),
             }
         )
         return
     pools = ", ".join(f"{count} {pool}" for pool, count in counts.items())
-    say(f"{out_path}: {len(built.rows)} rows ({pools}) of {built.pools.videos} videos")
-    for name, reason in built.pools.left_out.items():
+    say(f"{out_path}: {len(result.rows)} rows ({pools}) of {result.pools.videos} videos")
+    for name, reason in result.pools.left_out.items():
         note(f"left out: {name}: {reason}")
-
-
-# --- shared by the commands -----------------------------------------------------------------------
-
-
-def _reader(
-    base: str,
-    max_frames: int | None,
-    longest_edge: int | None,
-    target_fps: float | None,
-    exact_frames: bool,
-    seconds: float,
-) -> ClipReader:
-    from v2l_fast.data.readers import ClipReader
-    from v2l_fast.loading import training_sampling
-
-    sampling = training_sampling(base)
-    return ClipReader.of(
-        sampling.override(max_frames, longest_edge, target_fps, exact_frames), seconds
-    )
-
-
-def print_outcome(line: str, data: dict, failures: list[Failure], as_json: bool) -> None:
-    """The result, and what was left out, which is no failure of the command."""
-    if as_json:
-        show_json(data | {"failures": [dataclasses.asdict(f) for f in failures]})
-        return
-    say(line)
-    for failure in failures:
-        note(f"left out: {failure.reason}")

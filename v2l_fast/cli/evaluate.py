@@ -1,64 +1,151 @@
-"""Commands of the evaluation: build a benchmark's manifest, evaluate a model on a manifest."""
+"""``v2l evaluate`` and ``v2l manifest``: a model on a manifest, a published benchmark as one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from typer import Argument, Option
 
 from v2l_fast.cli.options import (
-    Base,
-    Device,
-    Dtype,
-    ExactFrames,
-    Force,
-    Json,
-    LongestEdge,
-    Manifest,
-    MaxFrames,
-    MaxNewTokens,
-    Model,
-    Root,
-    Seed,
-    Split,
-    load_model,
+    FORCE,
+    JSON,
+    MAX_NEW_TOKENS,
+    SEED,
+    ExampleOptions,
+    FrameOptions,
+    ModelOptions,
+    options,
     output_file,
+    with_options,
 )
 from v2l_fast.console import progress_bar, say, show, show_json
 
-app = typer.Typer()
+if TYPE_CHECKING:
+    from v2l_fast.evaluation.judge import Judge
 
 
-@app.command()
+@options("Judge")
+class JudgeOptions:
+    """A language model that scores the answers."""
+
+    judge: str | None = Option(
+        None, help="OpenAI-compatible API, such as http://localhost:8000/v1."
+    )
+    judge_model: str = Option(
+        "Qwen/Qwen3-VL-30B-A3B-Thinking-FP8",
+        help="Name that the judge is served under. By default, the paper's.",
+    )
+    judge_pairs: bool = Option(False, "--judge-pairs", help="Also judge both answers side by side.")
+    judge_tokens: int = Option(
+        1024, min=1, help="Maximum tokens of a reply, including its thoughts."
+    )
+    judge_workers: int = Option(8, min=1, help="Concurrent requests.")
+    judge_json: bool = Option(
+        True, help="Ask the judge's server for JSON, which some do not support."
+    )
+    judge_prices: tuple[float, float] = Option(
+        (0.0, 0.0), help="Dollars per million input and output tokens."
+    )
+
+    def create(self, cache: Path) -> Judge | None:
+        """The judge, if there is one; its judgments are kept in a file."""
+        from v2l_fast.evaluation.judge import Judge, JudgeSettings
+
+        if self.judge is None:
+            return None
+        settings = JudgeSettings(
+            self.judge,
+            self.judge_model,
+            max_tokens=self.judge_tokens,
+            workers=self.judge_workers,
+            json_mode=self.judge_json,
+            prices=self.judge_prices,
+        )
+        return Judge(settings, cache)
+
+
+@with_options
+def evaluate(
+    source: ExampleOptions,
+    frames: FrameOptions,
+    loading: ModelOptions,
+    judging: JudgeOptions,
+    folder: Path | None = Option(
+        None, "--out", "-o", help="Folder of the results. By default, runs/evaluate-MANIFEST."
+    ),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch: int = Option(16, min=1, help="Examples answered together."),
+    as_json: bool = JSON,
+) -> None:
+    """Compare the video in context with its adapter, and with controls, on a manifest.
+
+    All conditions see the same videos, prompts and frames and answer greedily. Repeat the same
+    command to continue after an interruption.
+
+    \b
+    v2l shapes render clips --count 64 && v2l evaluate --manifest clips/manifest.jsonl
+    v2l evaluate --manifest vdc.jsonl --model hypernet-500m/ --judge http://localhost:8000/v1
+    """
+    from v2l_fast.data.manifest import load_manifest
+    from v2l_fast.data.readers import ClipReader
+    from v2l_fast.evaluation.answers import Settings
+    from v2l_fast.evaluation.evaluate import evaluate as run
+    from v2l_fast.outputs import check_folder
+
+    folder = folder or Path("runs") / f"evaluate-{source.manifest.stem}"
+    check_folder(folder)
+    examples = load_manifest(source.manifest, source.root, source.split)
+    judge = judging.create(folder / "judgments.jsonl")
+    model = loading.load()
+    sampling = frames.override(model.config.sampling)
+    reader = ClipReader.of(sampling, seconds=600.0)
+    with progress_bar("evaluating") as progress:
+        result = run(
+            model,
+            examples,
+            Settings(
+                sampling.max_frames, sampling.longest_edge, sampling.exact_frames, max_new_tokens
+            ),
+            load=lambda video: reader.read(video)[0],
+            folder=folder,
+            judge=judge,
+            pairs=judging.judge_pairs,
+            batch=batch,
+            progress=progress,
+        )
+    if as_json:
+        show_json(result.record)
+        return
+    show(result.table)
+    for path in result.files:
+        say(str(path))
+
+
 def manifest(
-    benchmark: Annotated[
-        str,
-        typer.Argument(
-            help="activitynet-captions, plm-rdcap, plm-rcap, vdc, carebench, nextqa, "
-            "activitynet-qa, plm-sgqa or vidcapbench."
-        ),
-    ],
-    folder: Annotated[
-        Path, typer.Argument(help="Has the annotation files and, anywhere below it, the videos.")
-    ],
-    out_path: Annotated[
-        Path, typer.Option("--out", "-o", help="The manifest (JSONL).", parser=output_file)
-    ],
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Examples of each subset (videos of vidcapbench); 0 for all. The "
-            "paper's number if omitted: 500 (100).",
-        ),
-    ] = None,
-    seed: Seed = 0,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out examples whose video is missing.")
-    ] = False,
-    force: Force = False,
-    as_json: Json = False,
+    benchmark: str = Argument(
+        ...,
+        help="activitynet-captions, plm-rdcap, plm-rcap, vdc, carebench, nextqa, "
+        "activitynet-qa, plm-sgqa or vidcapbench.",
+    ),
+    folder: Path = Argument(
+        ..., help="Folder with the annotation files and, anywhere in it, videos."
+    ),
+    out_path: Path = Option(
+        ..., "--out", "-o", help="The manifest (JSON lines).", parser=output_file
+    ),
+    limit: int | None = Option(
+        None,
+        min=0,
+        help="Examples of each subset (videos of vidcapbench); 0 for all. By default, the "
+        "paper's number: 500 (100).",
+    ),
+    seed: int = SEED,
+    skip_missing: bool = Option(
+        False, "--skip-missing", help="Leave out examples whose video is missing."
+    ),
+    force: bool = FORCE,
+    as_json: bool = JSON,
 ) -> None:
     """Write the manifest of a published benchmark from its files.
 
@@ -70,110 +157,16 @@ def manifest(
     from v2l_fast.outputs import check_output
 
     check_output(out_path, force=force)
-    found = build(benchmark, folder, out_path, limit, seed, skip_missing)
+    result = build(benchmark, folder, out_path, limit, seed, skip_missing)
     if as_json:
         show_json(
             {
                 "manifest": str(out_path),
-                "examples": found.examples,
-                "videos": found.videos,
-                "missing": list(found.missing),
+                "examples": result.examples,
+                "videos": result.videos,
+                "missing": list(result.missing),
             }
         )
         return
-    left_out = f", {len(found.missing)} videos are missing" if found.missing else ""
-    say(f"{out_path}: {found.examples} examples about {found.videos} videos{left_out}")
-
-
-@app.command()
-def evaluate(
-    manifest_path: Manifest,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="Folder of the results; runs/evaluate-MANIFEST if omitted."
-        ),
-    ] = None,
-    root: Root = None,
-    split: Split = None,
-    judge: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible API, such as http://localhost:8000/v1.")
-    ] = None,
-    judge_model: Annotated[
-        str, typer.Option(help="Name the judge is served under; the paper's if omitted.")
-    ] = "Qwen/Qwen3-VL-30B-A3B-Thinking-FP8",
-    judge_pairs: Annotated[
-        bool, typer.Option("--judge-pairs", help="Also judge both answers side by side.")
-    ] = False,
-    judge_tokens: Annotated[
-        int, typer.Option(help="Longest reply of the judge, its thoughts included.", min=1)
-    ] = 1024,
-    judge_workers: Annotated[int, typer.Option(min=1, help="Requests to the judge at a time.")] = 8,
-    judge_json: Annotated[
-        bool, typer.Option(help="Ask the judge's server for JSON; some servers cannot.")
-    ] = True,
-    judge_prices: Annotated[
-        tuple[float, float], typer.Option(help="Dollars per million input and output tokens.")
-    ] = (0.0, 0.0),
-    max_frames: MaxFrames = None,
-    longest_edge: LongestEdge = None,
-    exact_frames: ExactFrames = False,
-    max_new_tokens: MaxNewTokens = 128,
-    batch: Annotated[int, typer.Option(help="Examples answered at a time.", min=1)] = 16,
-    model: Model = "shapes",
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Compare the video in context with its adapter, and controls, on a manifest.
-
-    All conditions see the same videos, prompts and frames and answer greedily. Repeat the same
-    command to continue after an interruption.
-
-    \b
-    v2l shapes render clips --count 64 && v2l evaluate --manifest clips/manifest.jsonl
-    v2l evaluate --manifest vdc.jsonl --model hypernet-500m/ --judge http://localhost:8000/v1
-    """
-    from v2l_fast.data.manifest import load_manifest
-    from v2l_fast.data.readers import ClipReader
-    from v2l_fast.evaluation.answers import AnswerSettings
-    from v2l_fast.evaluation.evaluate import evaluate as run
-    from v2l_fast.evaluation.judge import Judge, JudgeSettings
-    from v2l_fast.outputs import check_folder
-
-    folder = folder or Path("runs") / f"evaluate-{manifest_path.stem}"
-    check_folder(folder)
-    examples = load_manifest(manifest_path, root, split)
-    judging = None
-    if judge is not None:
-        settings = JudgeSettings(
-            judge,
-            judge_model,
-            max_tokens=judge_tokens,
-            workers=judge_workers,
-            json_mode=judge_json,
-            prices=judge_prices,
-        )
-        judging = Judge(settings, folder / "judgments.jsonl")
-    loaded = load_model(model, base, device, dtype)
-    sampling = loaded.config.sampling.override(max_frames, longest_edge, exact_frames=exact_frames)
-    reader = ClipReader.of(sampling, seconds=600.0)
-    with progress_bar("evaluating") as progress:
-        found = run(
-            loaded,
-            examples,
-            AnswerSettings(reader.max_frames, reader.longest_edge, exact_frames, max_new_tokens),
-            load=lambda video: reader.read(video)[0],
-            folder=folder,
-            judge=judging,
-            pairs=judge_pairs,
-            batch=batch,
-            progress=progress,
-        )
-    if as_json:
-        show_json(found.record)
-        return
-    show(found.table)
-    for path in found.files:
-        say(str(path))
+    left_out = f", {len(result.missing)} videos are missing" if result.missing else ""
+    say(f"{out_path}: {result.examples} examples about {result.videos} videos{left_out}")

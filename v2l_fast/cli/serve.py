@@ -1,93 +1,126 @@
-"""``v2l serve``: parses options, puts a server together, runs it until it is told to stop."""
+"""``v2l serve``: assembles a server from the options and runs it until it is stopped."""
 
 from __future__ import annotations
 
 import ipaddress
-import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from typer import Option
 
-from v2l_fast.cli.options import Base, Device, Dtype, Model, load_model
+from v2l_fast.cli.options import ModelOptions, one_of, options, with_options
 from v2l_fast.console import say
 from v2l_fast.errors import ConfigError
 
+if TYPE_CHECKING:
+    from v2l_fast.serving.limits import ServerLimits
 
+
+@options("Access")
+class AccessOptions:
+    """Who may use the server."""
+
+    host: str = Option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all of them.")
+    port: int = Option(8000, min=0, max=65535, help="Port to listen on.")
+    api_key: str | None = Option(
+        None, envvar="V2L_API_KEY", help="Key of the callers; prefer the variable."
+    )
+    api_key_file: Path | None = Option(
+        None, help="File with a key on each line; # starts a comment."
+    )
+    allow_unauthenticated: bool = Option(
+        False, help="Serve other machines without a key: all that reach it may use it."
+    )
+    allowed_host: list[str] | None = Option(
+        None,
+        help="Host name of the server, besides localhost and --host; repeatable. Requests "
+        "under other names are refused.",
+    )
+    allowed_root: Path | None = Option(
+        None, help="Folder of videos that callers may name by path. By default, none."
+    )
+
+
+@options("Limits")
+class LimitOptions:
+    """The size of a request and the number of waiting ones."""
+
+    max_jobs: int = Option(64, min=1, help="Videos waiting; more get 503.")
+    max_upload_mb: int = Option(1024, min=1, help="Size of a video, in MB.")
+    max_duration: float = Option(7200.0, min=0.1, help="Duration of a video, in seconds.")
+    max_pixels: int = Option(7680 * 4320, min=1, help="Pixels of a frame.")
+    max_frames: int = Option(1024, min=1, help="Frames of a video.")
+    max_decode_seconds: float = Option(600.0, min=1, help="Time to decode a video, in seconds.")
+    max_decode_gb: float = Option(8.0, min=0.1, help="Memory to decode a video on the CPU, in GB.")
+    max_new_tokens: int = Option(1024, min=1, help="Tokens of an answer.")
+    keep_videos_gb: float = Option(
+        20.0,
+        min=0,
+        help="Uploaded videos kept for comparison, in GB; the oldest are deleted first.",
+    )
+
+    def create(self, connections: int) -> ServerLimits:
+        """The limits in the server's units."""
+        from v2l_fast.serving.limits import ServerLimits
+
+        return ServerLimits(
+            upload_bytes=self.max_upload_mb * 1_000_000,
+            duration=self.max_duration,
+            pixels=self.max_pixels,
+            frames=self.max_frames,
+            new_tokens=self.max_new_tokens,
+            jobs=self.max_jobs,
+            kept_video_bytes=int(self.keep_videos_gb * 1e9),
+            decode_seconds=self.max_decode_seconds,
+            decode_bytes=int(self.max_decode_gb * 1e9),
+            connections=connections,
+        )
+
+
+@options("Engine")
+class EngineOptions:
+    """How questions are batched."""
+
+    max_batch: int = Option(32, min=1, help="Questions answered together.")
+    max_context: int = Option(2048, min=16, help="Tokens of prompt and answer together.")
+    adapter_slots: int = Option(
+        16, min=1, help="Adapters kept on the device; others are loaded when needed."
+    )
+    max_queue: int = Option(256, min=1, help="Questions waiting; more get 503.")
+    merged: str | None = Option(
+        None, help="Id of an adapter to merge into the weights and serve alone."
+    )
+    warm_up: bool = Option(
+        True, help="Compile before the first question; /health reports the end of it."
+    )
+
+
+@with_options
 def serve(
-    store: Annotated[
-        Path, typer.Option(help="Folder for adapters and uploaded videos; made when missing.")
-    ] = Path("v2l-store"),
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    model: Model = "shapes",
-    base: Base = None,
-    name: Annotated[
-        str | None, typer.Option(help="What callers name the base model; from --model if omitted.")
-    ] = None,
-    served_base: Annotated[
-        str | None,
-        typer.Option(help="Base named in downloaded PEFT adapters: what vLLM serves it under."),
-    ] = None,
-    vllm_folder: Annotated[
-        Path | None,
-        typer.Option(help="Also write every adapter here as PEFT, for vLLM replicas to answer."),
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="V2L_API_KEY", help="Key callers must send; prefer the variable."),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File with a key on each line; # starts a comment.")
-    ] = None,
-    allow_unauthenticated: Annotated[
-        bool, typer.Option(help="Serve other machines without a key: whoever reaches it, uses it.")
-    ] = False,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Host name under which the server is reached, besides localhost and --host; "
-            "repeat for more."
-        ),
-    ] = None,
-    allowed_root: Annotated[
-        Path | None,
-        typer.Option(help="Folder from which callers may name videos; none if omitted."),
-    ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
-    max_context: Annotated[int, typer.Option(min=16, help="Prompt and answer, in tokens.")] = 2048,
-    adapter_slots: Annotated[
-        int, typer.Option(min=1, help="Adapters kept on the device; others are loaded.")
-    ] = 16,
-    max_queue: Annotated[int, typer.Option(min=1, help="Questions waiting; more get 503.")] = 256,
-    max_jobs: Annotated[int, typer.Option(min=1, help="Videos waiting; more get 503.")] = 64,
-    max_upload_mb: Annotated[int, typer.Option(min=1, help="Size of a video, in MB.")] = 1024,
-    max_duration: Annotated[float, typer.Option(min=0.1, help="Seconds of a video.")] = 7200.0,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a frame.")] = 7680 * 4320,
-    max_frames: Annotated[int, typer.Option(min=1, help="Frames of one video.")] = 1024,
-    max_decode_seconds: Annotated[
-        float, typer.Option(min=1, help="Time for decoding one video.")
-    ] = 600.0,
-    max_decode_gb: Annotated[
-        float, typer.Option(min=0.1, help="Memory for decoding one video on the CPU.")
-    ] = 8.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer.")] = 1024,
-    keep_videos_gb: Annotated[
-        float,
-        typer.Option(min=0, help="Uploaded videos kept to compare with; the oldest go first."),
-    ] = 20.0,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="Time to finish answers and jobs when stopped.")
-    ] = 30.0,
-    merged: Annotated[
-        str | None, typer.Option(help="Merge this one adapter into the weights; serve it alone.")
-    ] = None,
-    warm_up: Annotated[
-        bool, typer.Option(help="Compile before the first question; /health says when it is done.")
-    ] = True,
-    device: Device = None,
-    dtype: Dtype = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    access: AccessOptions,
+    limits: LimitOptions,
+    engine: EngineOptions,
+    loading: ModelOptions,
+    store: Path = Option(
+        Path("v2l-store"), help="Folder for adapters and uploaded videos; made if needed."
+    ),
+    name: str | None = Option(
+        None, help="Name of the base model for callers. By default, --model's."
+    ),
+    served_base: str | None = Option(
+        None, help="Base to name in downloaded PEFT adapters, as vLLM serves it."
+    ),
+    vllm_folder: Path | None = Option(
+        None, help="Also write every adapter here as PEFT, for vLLM replicas."
+    ),
+    drain_seconds: float = Option(
+        30.0, min=0, help="Time to finish answers and jobs when stopped."
+    ),
+    log_level: str = Option(
+        "info",
+        help="debug, info, warning or error.",
+        callback=one_of("debug", "info", "warning", "error"),
+    ),
 ) -> None:
     """Serve videos and questions over HTTP: OpenAI's interface, a page at /, Prometheus metrics.
 
@@ -96,6 +129,7 @@ def serve(
     v2l serve --model hypernet-500m/ --store /data/store --host 0.0.0.0 --api-key-file keys.txt
     """
     from v2l_fast.interop.vllm import VllmFolder
+    from v2l_fast.outputs import check_folder
     from v2l_fast.serving import http_server
     from v2l_fast.serving.api import create_app
     from v2l_fast.serving.engine import Engine
@@ -106,80 +140,56 @@ def serve(
     from v2l_fast.serving.server import Server
     from v2l_fast.store.adapter_store import AdapterStore, PublishingStore
 
-    levels = ("debug", "info", "warning", "error")
-    if log_level not in levels:
-        raise typer.BadParameter(f"--log-level is one of {', '.join(levels)}, not {log_level}")
-    keys = ApiKeys.read(api_key, api_key_file)
-    if allowed_root is not None and not allowed_root.is_dir():
-        raise ConfigError(f"--allowed-root {allowed_root}: no such folder")
+    keys = ApiKeys.read(access.api_key, access.api_key_file)
+    root = access.allowed_root
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"--allowed-root {root}: no such folder")
     if vllm_folder is not None:
-        _check_writable(vllm_folder)
-    hosts = AllowedHosts(allowed_host or (), host)
-    bound = http_server.bind(host, port)
-    address, bound_port = bound.getsockname()[:2]
-    if not keys.required and not allow_unauthenticated and not _is_loopback(address):
+        check_folder(vllm_folder)
+    hosts = AllowedHosts(access.allowed_host or (), access.host)
+    bound = http_server.bind(access.host, access.port)
+    address, port = bound.getsockname()[:2]
+    if not keys.required and not access.allow_unauthenticated and not _is_loopback(address):
         raise ConfigError(
-            f"--host {host}: other machines could use this server without a key; set V2L_API_KEY, "
-            "or give --allow-unauthenticated if everybody who reaches it may"
+            f"--host {access.host}: other machines could use this server without a key; set "
+            "V2L_API_KEY, or give --allow-unauthenticated if all that reach it may use it"
         )
-    limits = ServerLimits(
-        upload_bytes=max_upload_mb * 1_000_000,
-        duration=max_duration,
-        pixels=max_pixels,
-        frames=max_frames,
-        new_tokens=max_new_tokens,
-        jobs=max_jobs,
-        kept_video_bytes=int(keep_videos_gb * 1e9),
-        decode_seconds=max_decode_seconds,
-        decode_bytes=int(max_decode_gb * 1e9),
-        connections=http_server.connection_limit(ServerLimits.connections),
-    )
+    server_limits = limits.create(http_server.connection_limit(ServerLimits.connections))
     VideoReader.preload()
-    loaded = load_model(model, base, device, dtype)
-    peft_base = served_base or loaded.config.base_model_name_or_path or loaded.backbone.name_or_path
+    model = loading.load()
+    peft_base = served_base or model.config.base_model_name_or_path or model.backbone.name_or_path
     if vllm_folder is None:
         adapters = AdapterStore(store)
     else:
         adapters = PublishingStore(store, VllmFolder(vllm_folder, peft_base))
-    reader = VideoReader(loaded, limits)
-    engine = Engine(
-        loaded,
-        adapters,
-        max_batch=max_batch,
-        max_context=max_context,
-        adapter_slots=adapter_slots,
-        queue_limit=max_queue,
-        merged=merged,
-        warm_up=warm_up,
-        load_clip=reader.load_clip,
-    )
+    reader = VideoReader(model, server_limits)
     server = Server(
-        loaded,
-        engine,
+        model,
+        Engine(
+            model,
+            adapters,
+            max_batch=engine.max_batch,
+            max_context=engine.max_context,
+            adapter_slots=engine.adapter_slots,
+            queue_limit=engine.max_queue,
+            merged=engine.merged,
+            warm_up=engine.warm_up,
+            load_clip=reader.load_clip,
+        ),
         adapters,
         reader,
-        name or (Path(model).name if Path(model).exists() else model),
-        limits,
+        name or (Path(loading.model).name if Path(loading.model).exists() else loading.model),
+        server_limits,
         keys,
-        None if allowed_root is None else allowed_root.resolve(),
+        None if root is None else root.resolve(),
         peft_base,
         hosts,
     )
-    shown = f"[{host}]" if ":" in host else host
-    say(f"v2l_fast serves {server.name} at http://{shown}:{bound_port}/")
+    host = f"[{access.host}]" if ":" in access.host else access.host
+    say(f"v2l_fast serves {server.name} at http://{host}:{port}/")
     configure_logging(log_level)
-    http_server.http_server(create_app(server, drain_seconds), limits, drain_seconds).run([bound])
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--vllm-folder {folder}: no folder that can be written ({error.strerror})"
-        ) from None
+    app = create_app(server, drain_seconds)
+    http_server.http_server(app, server_limits, drain_seconds).run([bound])
 
 
 def _is_loopback(address: str) -> bool:

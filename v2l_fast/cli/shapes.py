@@ -1,34 +1,43 @@
-"""Commands of the shapes world: render clips, train the pair, evaluate it."""
+"""``v2l shapes ...``: render clips of the shapes world, train its VLM, evaluate its pair."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from v2l_fast.cli.options import Force, Seed
+from v2l_fast.cli.options import CONTEXT, FORCE, SEED, one_of, options, with_options
 from v2l_fast.console import progress_bar, say, show, show_json, show_table
 
 app = typer.Typer(
     help="The shapes world: a tiny model pair that shows learning on any CPU.",
     no_args_is_help=True,
+    context_settings=CONTEXT,
 )
 
-RunFolder = Annotated[Path, typer.Option(help="Folder of the run's files.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads; one is best on a shared machine.")]
+PAIR = Option(None, help="Folder with base/ and hypernet/. By default, the shipped pair.")
+
+
+@options("Run")
+class RunOptions:
+    """How an experiment runs."""
+
+    seed: int = SEED
+    threads: int = Option(1, min=1, help="CPU threads; one is best on a shared machine.")
+    force: bool = FORCE
 
 
 @app.command()
 def render(
-    folder: Annotated[Path, typer.Argument(help="Where the clips go.")],
-    count: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 8,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    size: Annotated[
-        int, typer.Option(min=16, max=4096, help="Side of a frame in pixels, an even number.")
-    ] = 192,
-    seed: Seed = 0,
-    force: Force = False,
+    folder: Path = Argument(..., help="Folder of the clips."),
+    count: int = Option(8, min=1, help="Number of clips."),
+    split: str = Option(
+        "test", help="train, val or test.", callback=one_of("train", "val", "test")
+    ),
+    size: int = Option(192, min=16, max=4096, help="Side of a frame in pixels, an even number."),
+    seed: int = SEED,
+    force: bool = FORCE,
 ) -> None:
     """Write H.264 clips and manifest.jsonl: a caption and five questions about each.
 
@@ -40,10 +49,8 @@ def render(
     from v2l_fast.shapes.evaluate import clip_name, examples_for
     from v2l_fast.shapes.language import caption
     from v2l_fast.shapes.render import write_clip
-    from v2l_fast.shapes.world import SPLITS, sample_scenes
+    from v2l_fast.shapes.world import sample_scenes
 
-    if split not in SPLITS:
-        raise typer.BadParameter(f"--split must be one of {', '.join(SPLITS)}, got {split}")
     if size % 2:
         raise typer.BadParameter(f"--size must be even, got {size}")
     names = [clip_name(split, index) for index in range(count)]
@@ -57,52 +64,46 @@ def render(
     write_manifest(folder / "manifest.jsonl", rows)
 
 
-@app.command("train-vlm")
-def train_vlm_command(
-    folder: RunFolder = Path("runs/shapes"),
-    record: Annotated[Path, typer.Option(help="File for the run's record (JSON).")] = Path(
-        "runs/shapes-vlm.json"
-    ),
-    seed: Seed = 0,
-    threads: Threads = 1,
-    force: Force = False,
+@app.command()
+@with_options
+def train_vlm(
+    running: RunOptions,
+    folder: Path = Option(Path("runs/shapes"), help="Folder of the run's files."),
+    record: Path = Option(Path("runs/shapes-vlm.json"), help="File of the run's record (JSON)."),
 ) -> None:
     """Train the tiny VLM (about 20 minutes on one core).
 
     Repeat the same command to continue after an interruption.
+
+    \b
+    v2l shapes train-vlm --folder runs/shapes
     """
     from v2l_fast.outputs import check_folder, check_output
-    from v2l_fast.shapes.train import train_vlm
+    from v2l_fast.shapes.train import train_vlm as run
 
     check_folder(folder)
-    check_output(record, force=force)
-    train_vlm(folder, record, seed=seed, threads=threads)
+    check_output(record, force=running.force)
+    run(folder, record, seed=running.seed, threads=running.threads)
 
 
 @app.command()
+@with_options
 def evaluate(
-    folder: Annotated[
-        Path | None, typer.Option(help="Has base/ and hypernet/; the shipped pair if omitted.")
-    ] = None,
-    videos: Annotated[int, typer.Option(min=1, help="Unseen videos of the test split.")] = 512,
-    encoded: Annotated[
-        int, typer.Option(min=0, help="Number of them that are also read as H.264 files.")
-    ] = 64,
-    probes: Annotated[
-        bool,
-        typer.Option(
-            help="Also other durations, binding, untrained kinds of questions, absent objects."
-        ),
-    ] = True,
-    record: Annotated[Path, typer.Option(help="File for the results (JSON).")] = Path(
-        "runs/shapes-eval.json"
+    running: RunOptions,
+    folder: Path | None = PAIR,
+    videos: int = Option(512, min=1, help="Unseen videos of the test split."),
+    encoded: int = Option(64, min=0, help="Number of them that are also read as H.264 files."),
+    probes: bool = Option(
+        True, help="Also test other durations, binding, untrained questions and absent objects."
     ),
-    seed: Seed = 0,
-    threads: Threads = 1,
-    force: Force = False,
+    record: Path = Option(Path("runs/shapes-eval.json"), help="File of the results (JSON)."),
 ) -> None:
     """Compare direct answers, adapters and controls on the test split, and probe what averages
-    hide."""
+    hide.
+
+    \b
+    v2l shapes evaluate --videos 64 --record runs/mine.json
+    """
     import torch
 
     from v2l_fast.files import write_json
@@ -114,17 +115,17 @@ def evaluate(
     from v2l_fast.shapes.report_page import probe_tables
     from v2l_fast.shapes.world import sample_scenes
 
-    check_output(record, force=force)
-    torch.set_num_threads(threads)
+    check_output(record, force=running.force)
+    torch.set_num_threads(running.threads)
     model = Video2LoRA.from_pretrained(folder or "shapes", device="cpu")
-    scenes = sample_scenes("test", videos, seed)
+    scenes = sample_scenes("test", videos, running.seed)
     with progress_bar("evaluating") as progress:
-        result = run(model, scenes, seed, progress)
+        result = run(model, scenes, running.seed, progress)
         if encoded:
             progress("H.264 files", 0, 1)
             result["encoded_files"] = evaluate_files(model, scenes[:encoded])
         if probes:
-            result["probes"] = probe(model, scenes, seed, progress)
+            result["probes"] = probe(model, scenes, running.seed, progress)
     write_json(record, result)
     rows = []
     for name in result["conditions"]:
@@ -143,33 +144,24 @@ def evaluate(
 
 
 @app.command()
+@with_options
 def report(
-    out: Annotated[Path, typer.Option(help="Folder of the page and its plots.")] = Path(
-        "docs/shapes"
+    running: RunOptions,
+    out: Path = Option(Path("docs/shapes"), help="Folder of the page and its plots."),
+    records: Path = Option(
+        Path("runs/shapes-report"),
+        help="Folder of the records; pieces in it are not measured again.",
     ),
-    records: Annotated[
-        Path, typer.Option(help="Folder of the records; pieces in it are not measured again.")
-    ] = Path("runs/shapes-report"),
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="Measure this piece alone, repeatable; the page has all records."),
-    ] = None,
-    folder: Annotated[
-        Path | None, typer.Option(help="Has base/ and hypernet/; the shipped pair if omitted.")
-    ] = None,
-    trained: Annotated[
-        str | None,
-        typer.Option(
-            help="Hypernetwork trained on chunks, to compare with; the shipped one for the shipped "
-            "pair if omitted."
-        ),
-    ] = None,
-    videos: Annotated[
-        int, typer.Option(min=1, help="Unseen videos; expensive pieces take fewer.")
-    ] = 512,
-    seed: Seed = 0,
-    threads: Threads = 1,
-    force: Force = False,
+    only: list[str] | None = Option(
+        None, help="Measure only this piece, repeatable; the page shows all records."
+    ),
+    folder: Path | None = PAIR,
+    trained: str | None = Option(
+        None,
+        help="Hypernetwork trained on chunks, for comparison. By default, the shipped one for "
+        "the shipped pair.",
+    ),
+    videos: int = Option(512, min=1, help="Unseen videos; expensive pieces take fewer."),
 ) -> None:
     """Measure everything on the shapes world and write one page about it.
 
@@ -185,13 +177,13 @@ def report(
     from v2l_fast.shapes.report_page import FILES, write_page
 
     check_folder(records)
-    check_folder(out, FILES, force=force)
-    torch.set_num_threads(threads)
+    check_folder(out, FILES, force=running.force)
+    torch.set_num_threads(running.threads)
     base = None if folder is None else folder / "base"
     pair = Video2LoRA.from_pretrained(folder or "shapes", base, device="cpu")
     trained = trained or ("shapes-chunks" if folder is None else None)
     chunked = trained and Video2LoRA.from_pretrained(trained, base, device="cpu")
     with progress_bar("report") as progress:
-        made = ShapesReport(pair, records, videos, chunked, seed, progress)
-        measure(made, only or tuple(PIECES))
-    say(str(write_page(made.made(), out)))
+        measured = ShapesReport(pair, records, videos, chunked, running.seed, progress)
+        measure(measured, only or tuple(PIECES))
+    say(str(write_page(measured.made(), out)))
