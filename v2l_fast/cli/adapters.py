@@ -108,7 +108,7 @@ def internalize(
     if corpus.manifest is not None:
         if chunks > 1:
             raise typer.BadParameter("--chunks goes with video files, not with --manifest")
-        _internalize_manifest(corpus, Path(out_path), frames, loading, decoder, as_json)
+        _internalize_manifest(corpus, frames, loading, Path(out_path), decoder, as_json)
         return
     from v2l_fast.outputs import check_output
 

@@ -28,7 +28,7 @@ from v2l_fast.cli.options import (
 from v2l_fast.console import progress_bar, say, show_json, show_table
 
 if TYPE_CHECKING:
-    from v2l_fast.evaluation.examples import Example
+    from v2l_fast.evaluation.examples import EvalExample
     from v2l_fast.video import Clip
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ class AnalyzedOptions(ExampleOptions):
 
     limit: int | None = Option(None, min=1, help="Use only the first N videos.")
 
-    def examples(self, read_span: Callable[..., Clip] | None = None) -> list[Example]:
+    def examples(self, read_span: Callable[..., Clip] | None = None) -> list[EvalExample]:
         """See :func:`v2l_fast.evaluation.examples.manifest_examples`."""
         from v2l_fast.evaluation.examples import manifest_examples
 
@@ -320,7 +320,7 @@ def efficiency(
     results.check("efficiency", [source.manifest])
     from v2l_fast.evaluation.efficiency import compare_budgets
     from v2l_fast.evaluation.framefusion import FrameFusion
-    from v2l_fast.evaluation.methods import Setting
+    from v2l_fast.evaluation.methods import MethodSettings
     from v2l_fast.evaluation.metrics import token_f1
     from v2l_fast.evaluation.plots import plot_amortized, plot_budgets
 
@@ -332,7 +332,7 @@ def efficiency(
     fusion = FrameFusion(keep)
     examples = source.examples()
     model = loading.load()
-    setting = Setting(
+    setting = MethodSettings(
         model, exact_frames=exact_frames, max_new_tokens=max_new_tokens, fusion=fusion
     )
     budgets = itertools.product(max_frames or [None], longest_edge or [None])

@@ -89,7 +89,7 @@ def evaluate(
     """
     from v2l_fast.data.manifest import load_manifest
     from v2l_fast.data.readers import ClipReader
-    from v2l_fast.evaluation.answers import Settings
+    from v2l_fast.evaluation.answers import AnswerSettings
     from v2l_fast.evaluation.evaluate import evaluate as run
     from v2l_fast.outputs import check_folder
 
@@ -104,7 +104,7 @@ def evaluate(
         result = run(
             model,
             examples,
-            Settings(
+            AnswerSettings(
                 sampling.max_frames, sampling.longest_edge, sampling.exact_frames, max_new_tokens
             ),
             load=lambda video: reader.read(video)[0],
