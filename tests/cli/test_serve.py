@@ -25,7 +25,7 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         (["--log-level", "loud"], 2, "debug, info, warning, error"),
         (["--dtype", "int4"], 2, "float32, bfloat16, float16"),
         (["--allowed-root", "nowhere"], 1, "no such folder"),
-        (["--api-key-file", "nowhere"], 1, "write the keys to it"),
+        (["--api-key-file", "nowhere"], 1, "write one key per line to it"),
         (["--api-key", "two words"], 1, "ASCII"),
         (["--host", "0.0.0.0", "--port", "0"], 1, "--allow-unauthenticated"),
         (["--host", "::", "--port", "0"], 1, "V2L_API_KEY"),
@@ -58,7 +58,7 @@ def test_an_address_that_may_be_served(monkeypatch, capsys, tmp_path, arguments)
 def test_an_empty_key_file(monkeypatch, capsys, tmp_path):
     (tmp_path / "keys").write_text("# nothing yet\n\n")
     code, text = run(monkeypatch, capsys, "--api-key-file", str(tmp_path / "keys"))
-    assert code == 1 and "holds no key" in text
+    assert code == 1 and "contains no key" in text
 
 
 def test_a_port_that_is_taken(monkeypatch, capsys, tmp_path):

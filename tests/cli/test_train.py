@@ -52,7 +52,7 @@ def test_help_shows_how_to_launch():
         (["--config", "shapes", "optim.lrr=1"], "did you mean optim.lr"),
         (["--config", "smolvlm2-500m"], "data.manifests is empty"),
         (["--config", "shapes", "run.device=cuda"], "no usable GPU"),
-        (["--config", "shapes", "optim.micro_batch_size=0"], "must be at least 1, not 0"),
+        (["--config", "shapes", "optim.micro_batch_size=0"], "must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_work_fails_at_once(arguments, message, tmp_path):
