@@ -81,8 +81,8 @@ class ReleasedStep:
         """Mean cross-entropy of each example, from logits of all positions."""
         rows, labels = [], []
         for one in samples:
-            ((question, answer),) = one.turns
-            prompt = one.prefix + question
+            ((question, answer),) = one.qa_pairs
+            prompt = one.prompt_prefix + question
             rows.append(torch.tensor(prompt + answer))
             labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
         ids, mask = self._padded(rows, 0)

@@ -214,7 +214,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.run == "released":
         # One video for each example.
         samples = [
-            replace(one, turns=(turn,), kinds=("qa",)) for one in samples for turn in one.turns
+            replace(one, qa_pairs=(pair,), task_types=("qa",))
+            for one in samples
+            for pair in one.qa_pairs
         ]
         step: Step = ReleasedStep(network, backbone)
     else:
@@ -299,7 +301,7 @@ class Run:
 
     def once(self, stage: Stage = lambda name: None, update: bool = True) -> float:
         """The loss. Halves the micro-batch until the step fits into memory."""
-        total = sum(len(one.turns) for one in self.samples)
+        total = sum(len(one.qa_pairs) for one in self.samples)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:

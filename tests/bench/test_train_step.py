@@ -24,7 +24,9 @@ def runs() -> dict[str, tuple[train_step.Run, torch.nn.Module]]:
         if order == "released":
             step = ReleasedStep(network, backbone)
             samples = [
-                replace(one, turns=(t,), kinds=("qa",)) for one in samples for t in one.turns
+                replace(one, qa_pairs=(t,), task_types=("qa",))
+                for one in samples
+                for t in one.qa_pairs
             ]
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
         found[order] = train_step.Run(step, samples, optimizer, "cpu"), network

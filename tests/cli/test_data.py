@@ -129,7 +129,7 @@ def test_commands_use_them_if_omitted(command, options, manifest, tmp_path, monk
     )
     assert isinstance(result.exception, Stop)
     expected = FrameSampling(8, 48).override(**options)
-    assert seen == [ClipReader.of(expected)]
+    assert seen == [ClipReader(expected)]
 
 
 def test_nothing_given_is_not_zero_given():

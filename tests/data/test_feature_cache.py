@@ -26,9 +26,10 @@ from v2l_fast.pipeline import visual_features
 from v2l_fast.training.config import DataConfig
 from v2l_fast.training.sources import ManifestSource, manifest_sources
 from v2l_fast.training.step import TrainStep
+from v2l_fast.video import FrameSampling
 from v2l_fast.vlm.smolvlm import SmolVLM
 
-READER = ClipReader(4, 32)
+READER = ClipReader(FrameSampling(4, 32))
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_training_is_equal_bit_for_bit_with_and_without(backbone, videos, tmp_pa
     stored = source(backbone, videos[:4], cache_of(tmp_path / "cache", backbone), chunks=(1, 2))
     found = [stored.load(i, step) for i in range(4) for step in (0, 1)]
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.turns == theirs.turns and ours.frames == theirs.frames
+        assert ours.qa_pairs == theirs.qa_pairs and ours.frames == theirs.frames
         for mine, other in zip(ours.chunks, theirs.chunks, strict=True):
             assert mine.pixels is None and torch.equal(mine.ids, other.ids)
             assert mine.chunk_span == other.chunk_span
@@ -120,7 +121,7 @@ def test_a_damaged_file_is_passed_over_and_stored_again(backbone, videos, tmp_pa
     damaged.write_bytes(damaged.read_bytes()[:-10])
     (folder / f".{damaged.stem}.part").write_bytes(b"half")
     cache = cache_of(folder, backbone)
-    assert len(cache) == 2 and f"{damaged}: not a whole feature file" in caplog.text
+    assert len(cache) == 2 and f"{damaged}: not a complete feature file" in caplog.text
     fill_cache(cache, backbone, videos, videos_per_file=2)
     assert len(cache_of(folder, backbone)) == 4
 
@@ -132,8 +133,14 @@ def test_other_content_settings_and_models_are_not_confused(backbone, videos, tm
     first = videos[0]
     assert cache.find(first, 1) and cache.find(first, 2) is None
     assert cache.find(replace(first, span=(0.0, 1.0)), 1) is None
-    assert cache_of(folder, backbone, replace(READER, max_frames=1)).find(first, 1) is None
-    assert cache_of(folder, backbone, replace(READER, longest_edge=64)).find(first, 1) is None
+    assert (
+        cache_of(folder, backbone, replace(READER, sampling=FrameSampling(1, 32))).find(first, 1)
+        is None
+    )
+    assert (
+        cache_of(folder, backbone, replace(READER, sampling=FrameSampling(4, 64))).find(first, 1)
+        is None
+    )
     assert cache_of(folder, backbone, replace(READER, seconds=1.0)).find(first, 1)
     assert cache_of(folder, tiny.backbone(seed=1)).find(first, 1) is None
     # The same bytes under another name are the same video; other bytes under its name are not.

@@ -15,9 +15,15 @@ from v2l_fast.data.readers import ClipReader
 from v2l_fast.data.shards import ShardError, Shards
 from v2l_fast.data.teach import TeacherSettings, teach
 from v2l_fast.model import Video2LoRA
+from v2l_fast.video import FrameSampling
 
 SETTINGS = TeacherSettings(
-    "shapes", ClipReader(8, 48), max_new_tokens=24, batch=3, videos_per_shard=2, device="cpu"
+    "shapes",
+    ClipReader(FrameSampling(8, 48)),
+    max_new_tokens=24,
+    batch=3,
+    videos_per_shard=2,
+    device="cpu",
 )
 
 
@@ -88,7 +94,7 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
 def test_another_run_in_the_same_folder_is_refused(folder, tmp_path):
     teach(folder / "manifest.jsonl", tmp_path, SETTINGS)
     with pytest.raises(ShardError, match="made with max_frames=8, now it is 4 .and 1 more"):
-        settings = replace(SETTINGS, max_new_tokens=9, reader=ClipReader(4, 48))
+        settings = replace(SETTINGS, max_new_tokens=9, reader=ClipReader(FrameSampling(4, 48)))
         teach(folder / "manifest.jsonl", tmp_path, settings)
 
 

@@ -16,6 +16,7 @@ from v2l_fast.data.readers import ClipReader
 from v2l_fast.data.shards import ShardError, Shards
 from v2l_fast.data.teach import TeacherSettings, teach
 from v2l_fast.errors import VideoError
+from v2l_fast.video import FrameSampling
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,12 @@ def test_a_killed_worker_loses_nothing_and_targets_are_those_of_one_machine(
 ):
     manifest, _ = write_folder(tmp_path / "videos", 9, ("text",))
     settings = TeacherSettings(
-        "shapes", ClipReader(8, 48), max_new_tokens=24, batch=4, videos_per_shard=2, device="cpu"
+        "shapes",
+        ClipReader(FrameSampling(8, 48)),
+        max_new_tokens=24,
+        batch=4,
+        videos_per_shard=2,
+        device="cpu",
     )
     alone = teach(manifest, tmp_path / "alone", settings)
     marker = tmp_path / "killed"

@@ -31,12 +31,12 @@ def test_samples_are_seeded_and_differ_by_step(config, base):
     training, unseen = shapes_sources(config(), base)
     assert len(training) == 8 and len(unseen) == 4
     first, again, later = training.load(3, 5), training.load(3, 5), training.load(3, 6)
-    assert first.turns == again.turns != later.turns
+    assert first.qa_pairs == again.qa_pairs != later.qa_pairs
     assert torch.equal(first.chunks[0].features, later.chunks[0].features)
-    assert len(first.turns) == 4 and first.frames == 8
-    assert first.kinds == ("caption", "question", "question", "question")
-    assert training.load(2, 5).turns != first.turns
-    assert pickle.loads(pickle.dumps(training)).load(3, 5).turns == first.turns
+    assert len(first.qa_pairs) == 4 and first.frames == 8
+    assert first.task_types == ("caption", "question", "question", "question")
+    assert training.load(2, 5).qa_pairs != first.qa_pairs
+    assert pickle.loads(pickle.dumps(training)).load(3, 5).qa_pairs == first.qa_pairs
 
 
 def test_contexts_are_those_of_internalizing(config, base):

@@ -112,8 +112,8 @@ def turn_losses(
             for i, layer in enumerate(text_model.layers)
         }
         mine = []
-        for question, answer in one.turns:
-            ids = torch.tensor([one.prefix + question + answer])
+        for question, answer in one.qa_pairs:
+            ids = torch.tensor([one.prompt_prefix + question + answer])
             hidden = functional_call(
                 text_model, changed, (), {"input_ids": ids, "use_cache": False}
             ).last_hidden_state

@@ -12,7 +12,7 @@ from v2l_fast.pipeline import Context
 from v2l_fast.shapes.train import answer_logits
 from v2l_fast.shapes.vlm import cache_visual_tokens
 from v2l_fast.shapes.world import sample_scenes
-from v2l_fast.training.batches import pack_turns, turn_rows
+from v2l_fast.training.batches import pack_pairs, response_rows
 
 PAD = 99
 
@@ -29,7 +29,7 @@ SAMPLES = [
 
 
 def test_rows_of_any_length_in_one_group():
-    rows = turn_rows(SAMPLES, PAD, 1.0, 10**6).to(torch.device("cpu"))
+    rows = response_rows(SAMPLES, PAD, 1.0, 10**6).to(torch.device("cpu"))
     ((ids, owners),) = rows.groups
     # The shortest first; the last answer token is predicted, never read.
     assert ids.tolist() == [
@@ -41,27 +41,27 @@ def test_rows_of_any_length_in_one_group():
     assert owners.tolist() == [1, 0, 1, 0]
     # In the samples' order: the tokens before 4, 5, 11, 13, 14, 15.
     assert rows.targets.tolist() == [4, 5, 11, 13, 14, 15]
-    assert ids.flatten()[rows.places].tolist() == [3, 4, 10, 12, 13, 14]
-    assert rows.turns.tolist() == [0, 0, 1, 2, 2, 2]
+    assert ids.flatten()[rows.positions].tolist() == [3, 4, 10, 12, 13, 14]
+    assert rows.pair_index.tolist() == [0, 0, 1, 2, 2, 2]
 
 
 def test_no_padding_where_none_is_allowed():
-    rows = turn_rows(SAMPLES, PAD, 0.0, 10**6)
+    rows = response_rows(SAMPLES, PAD, 0.0, 10**6)
     assert [list(ids.shape) for ids, _ in rows.groups] == [[1, 2], [2, 4], [1, 7]]
     flat = torch.cat([ids.flatten() for ids, _ in rows.groups])
     assert not (flat == PAD).any()
-    assert flat[rows.places].tolist() == [3, 4, 10, 12, 13, 14]
+    assert flat[rows.positions].tolist() == [3, 4, 10, 12, 13, 14]
 
 
 @pytest.mark.parametrize("max_padding", [0.0, 0.1, 0.5])
 def test_groups_keep_their_bounds(max_padding):
     samples = plain.batch(tiny.backbone())
-    rows = turn_rows(samples, PAD, max_padding, 30)
+    rows = response_rows(samples, PAD, max_padding, 30)
     for ids, owners in rows.groups:
         assert len(owners) == len(ids)
         assert (ids == PAD).sum() <= max_padding * ids.numel()
         assert len(ids) == 1 or ids.numel() <= 30
-    assert sum(len(ids) for ids, _ in rows.groups) == sum(len(one.turns) for one in samples)
+    assert sum(len(ids) for ids, _ in rows.groups) == sum(len(one.qa_pairs) for one in samples)
 
 
 TURNS = (
@@ -80,22 +80,22 @@ def test_packed_turns_equal_single_turns(base, prompts, turns):
     visual = cache_visual_tokens(base.model, sample_scenes("train", 1, 0), None)[0]
     prefixes = [prompts.video_prefix, prompts.text_prefix]
     pad = prompts.tokenizer.pad_token_id
-    packed = pack_turns(prefixes, turns, pad)
+    packed = pack_pairs(prefixes, turns, pad)
     together = answer_logits(base.model, packed, visual.flatten(0, 1))
     parts = []
     for prefix, row in zip(prefixes, turns, strict=True):
         for turn in row:
             shown = visual if prefix is prompts.video_prefix else visual[:0]
-            single = pack_turns([prefix], [[turn]], pad)
+            single = pack_pairs([prefix], [[turn]], pad)
             parts.append(answer_logits(base.model, single, shown.flatten(0, 1)))
     assert torch.allclose(together, torch.cat(parts), atol=1e-4)
     assert packed.targets.tolist() == [i for row in turns for _, answer in row for i in answer]
-    assert packed.turns.unique_consecutive().tolist() == [0, 1, 2, 3, 4]
+    assert packed.pair_index.unique_consecutive().tolist() == [0, 1, 2, 3, 4]
 
 
 @torch.no_grad()
 def test_the_backbones_decoder_agrees_with_transformers(base, prompts, turns):
-    packed = pack_turns([prompts.text_prefix] * 2, turns, prompts.tokenizer.pad_token_id)
+    packed = pack_pairs([prompts.text_prefix] * 2, turns, prompts.tokenizer.pad_token_id)
     decoder = base.decoder
     span = decoder.attention_metadata(packed.positions, packed.mask)
     hidden = decoder.forward(decoder.embed(packed.ids), span)
@@ -105,7 +105,7 @@ def test_the_backbones_decoder_agrees_with_transformers(base, prompts, turns):
 
 
 def test_a_token_sees_the_prefix_and_its_own_turn():
-    packed = pack_turns([[1, 2], [1]], [[([3], [4, 5]), ([6], [7])], [([8], [9])]], pad_id=0)
+    packed = pack_pairs([[1, 2], [1]], [[([3], [4, 5]), ([6], [7])], [([8], [9])]], pad_id=0)
     assert packed.to(torch.device("cpu")).segments.tolist() == [
         [0, 0, 1, 1, 1, 2, 2],
         [0, 1, 1, -1, -1, -1, -1],

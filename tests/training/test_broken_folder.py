@@ -13,6 +13,7 @@ from v2l_fast.data.feature_cache import FeatureCache, fill_cache, vision_fingerp
 from v2l_fast.data.manifest import group_by_video, load_manifest
 from v2l_fast.data.readers import ClipReader
 from v2l_fast.training.trainer import train
+from v2l_fast.video import FrameSampling
 
 VIDEOS = 80
 
@@ -50,7 +51,9 @@ def test_a_feature_cache_gives_the_same_weights(tmp_path, folder):
     manifest, _ = folder
     videos = group_by_video(load_manifest(manifest))
     backbone = tiny.backbone()
-    cache = FeatureCache(tmp_path / "cache", ClipReader(2, 32), vision_fingerprint(backbone))
+    cache = FeatureCache(
+        tmp_path / "cache", ClipReader(FrameSampling(2, 32)), vision_fingerprint(backbone)
+    )
     assert len(fill_cache(cache, backbone, videos)) == 4
     one = ("optim.batch_size=1", "optim.micro_batch_size=1")
     weights = []

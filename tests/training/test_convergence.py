@@ -41,7 +41,7 @@ from v2l_fast.shapes.language import ask
 from v2l_fast.shapes.vlm import Prompts, cache_visual_tokens, load_base
 from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training import step as step_module
-from v2l_fast.training.batches import ResponseRows, turn_rows
+from v2l_fast.training.batches import ResponseRows, response_rows
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.vlm.smolvlm import SmolVLM
 
@@ -163,10 +163,10 @@ def mixed_up_rows() -> AbstractContextManager:
     """Within a group of turns, rows answer with each other's adapters."""
 
     def wrong(*arguments) -> ResponseRows:
-        rows = turn_rows(*arguments)
+        rows = response_rows(*arguments)
         return replace(rows, groups=[(ids, owners.flip(0)) for ids, owners in rows.groups])
 
-    return mock.patch.object(step_module, "turn_rows", wrong)
+    return mock.patch.object(step_module, "response_rows", wrong)
 
 
 def scaled_gradient(layer: int, factor: float) -> AbstractContextManager:

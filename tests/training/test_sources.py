@@ -35,11 +35,11 @@ from v2l_fast.training.sources import (
     with_length,
 )
 from v2l_fast.training.step import StepOptions, TrainStep
-from v2l_fast.video import load_video
+from v2l_fast.video import FrameSampling, load_video
 from v2l_fast.video.spans import load_spans
 from v2l_fast.vlm.smolvlm_prompt import SmolVLMPromptBuilder
 
-READER = ClipReader(max_frames=4, longest_edge=32)
+READER = ClipReader(FrameSampling(4, 32))
 
 SAMPLING = {"max_frames": 4, "longest_edge": 32, "target_fps": 1.0}
 
@@ -81,10 +81,10 @@ def test_ids_and_pixels_are_what_the_model_builds(backbone, model, video):
     built = backbone.embed(chunk.ids, [backbone.encode_views(chunk.pixels)])
     assert torch.equal(built, prompt.embeddings)
     assert chunk.chunk_span == (0.0, 1.0) and sample.frames == len(clip.frames) == 4
-    for (question, answer), words in zip(sample.turns, ("1", "2"), strict=True):
+    for (question, answer), words in zip(sample.qa_pairs, ("1", "2"), strict=True):
         asked = backbone.question(f"what is {words} ?")
         assert torch.equal(
-            backbone.decoder.embed(torch.tensor(sample.prefix + question)), asked.embeddings
+            backbone.decoder.embed(torch.tensor(sample.prompt_prefix + question)), asked.embeddings
         )
         assert answer[-1] in backbone.stop_ids
         assert backbone.decode(answer[:-1]) == f"it is {words} ."
@@ -96,8 +96,8 @@ def test_special_tokens_in_prompts_and_targets_are_text(backbone, video):
     plain = source(backbone, [example(1, video)]).load(0, 0)
     special = set(backbone.tokenizer.all_special_ids) - {backbone.tokenizer.unk_token_id}
     for found, expected in (
-        (sample.prefix + sample.turns[0][0], plain.prefix + plain.turns[0][0]),
-        (sample.turns[0][1], plain.turns[0][1]),
+        (sample.prompt_prefix + sample.qa_pairs[0][0], plain.prompt_prefix + plain.qa_pairs[0][0]),
+        (sample.qa_pairs[0][1], plain.qa_pairs[0][1]),
     ):
         assert [i for i in found if i in special] == [i for i in expected if i in special]
 
@@ -154,9 +154,9 @@ def test_prefix_question_and_answer_are_the_whole_text_cut(video, make):
     reads = ManifestSource(group_by_video(examples), inputs, READER, "", teacher=True)
     sample = reads.load(0, 0)
     found = set()
-    for question, answer in sample.turns:
+    for question, answer in sample.qa_pairs:
         assert question
-        whole = sample.prefix + question + answer
+        whole = sample.prompt_prefix + question + answer
         found.update(
             p for p in prompts
             if whole == inputs.ids(
@@ -166,23 +166,27 @@ def test_prefix_question_and_answer_are_the_whole_text_cut(video, make):
         )  # fmt: skip
     assert found == set(prompts)
     # A teacher that sees the video has the same turns behind its own opening.
-    shown = inputs.tokenizer.decode(sample.teacher_prefix + sample.turns[0][0])
-    assert inputs.tokenizer.decode(sample.prefix + sample.turns[0][0])[-20:] == shown[-20:]
+    shown = inputs.tokenizer.decode(sample.teacher_prefix + sample.qa_pairs[0][0])
+    assert (
+        inputs.tokenizer.decode(sample.prompt_prefix + sample.qa_pairs[0][0])[-20:] == shown[-20:]
+    )
     assert sample.teacher_prefix.count(inputs.ids("<image>")[0]) == 4 * 4
 
 
 def test_one_turn_and_equal_prompts_keep_a_token_to_predict_from(backbone, video):
     for examples in ([example(1, video)], [example(1, video), example(1, video, id="2")]):
         sample = source(backbone, examples).load(0, 0)
-        for question, _ in sample.turns:
+        for question, _ in sample.qa_pairs:
             assert len(question) == 1
-            assert sample.prefix + question == backbone.prompt_builder.question("what is 1 ?")
+            assert sample.prompt_prefix + question == backbone.prompt_builder.question(
+                "what is 1 ?"
+            )
 
 
 def test_a_target_cut_short_has_no_stop_token(backbone, video):
-    whole = source(backbone, [example(1, video)]).load(0, 0).turns[0][1]
+    whole = source(backbone, [example(1, video)]).load(0, 0).qa_pairs[0][1]
     cut = example(1, video, metadata={"truncated": True})
-    assert source(backbone, [cut]).load(0, 0).turns[0][1] == whole[:-1]
+    assert source(backbone, [cut]).load(0, 0).qa_pairs[0][1] == whole[:-1]
 
 
 # --- which turns ----------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def kinds_of(backbone, video, captions: int, questions: int, steps: int, **optio
         example(i, video, "caption" if i < captions else "qa") for i in range(captions + questions)
     ]
     reads = source(backbone, examples, **options)
-    return [reads.load(0, step).kinds for step in range(steps)]
+    return [reads.load(0, step).task_types for step in range(steps)]
 
 
 def test_captions_and_questions_are_mixed_in_the_ratio_asked_for(backbone, video):
@@ -214,15 +218,18 @@ def test_choices_depend_on_seed_step_and_video_alone(backbone, video):
     reads = source(backbone, examples, chunks=(1, 2), seed=3)
     again = pickle.loads(pickle.dumps(reads))
     drawn = [reads.load(0, step) for step in range(5)]
-    assert [again.load(0, step).turns for step in (3, 1)] == [drawn[3].turns, drawn[1].turns]
-    assert len({s.turns for s in map(_hashable, drawn)}) == 5
+    assert [again.load(0, step).qa_pairs for step in (3, 1)] == [
+        drawn[3].qa_pairs,
+        drawn[1].qa_pairs,
+    ]
+    assert len({s.qa_pairs for s in map(_hashable, drawn)}) == 5
     assert {len(s.chunks) for s in drawn} == {1, 2}
-    other = [replace(reads, seed=4).load(0, step).turns for step in range(5)]
-    assert other != [s.turns for s in drawn]
+    other = [replace(reads, seed=4).load(0, step).qa_pairs for step in range(5)]
+    assert other != [s.qa_pairs for s in drawn]
 
 
 def _hashable(sample: Sample) -> Sample:
-    return replace(sample, turns=tuple((tuple(q), tuple(a)) for q, a in sample.turns))
+    return replace(sample, qa_pairs=tuple((tuple(q), tuple(a)) for q, a in sample.qa_pairs))
 
 
 # --- answer lengths -------------------------------------------------------------------------------
@@ -234,9 +241,9 @@ def test_length_tags_name_the_class_of_the_answer(backbone, video):
     tagged = 0
     for step in range(8):
         sample = reads.load(0, step)
-        for question, answer in sample.turns:
+        for question, answer in sample.qa_pairs:
             long = len(answer) > 20
-            asked = sample.prefix + question
+            asked = sample.prompt_prefix + question
             for number in range(8):
                 prompt = f"what is {number} ?"
                 if asked == backbone.prompt_builder.question(
@@ -265,7 +272,7 @@ def shown(pixels: torch.Tensor) -> list[int]:
 
 def test_a_span_reads_as_a_clip_cut_there(backbone, tmp_path, video):
     spanned = example(1, video, metadata={"span": [1.5, 4.5]})
-    reads = source(backbone, [spanned], reader=ClipReader(30, 64, exact_frames=True))
+    reads = source(backbone, [spanned], reader=ClipReader(FrameSampling(30, 64, exact_frames=True)))
     (chunk,) = reads.load(0, 0).chunks
     (clip,) = load_spans(video, (1.5, 4.5), 1, 30, exact_frames=True)
     assert clip.indices.tolist() == list(range(15, 45))

@@ -67,12 +67,12 @@ class TinySource:
         return Sample(
             video=f"video {index}",
             chunks=(Context(torch.tensor(ids), features=features),),
-            prefix=self.inputs.ids("<|im_start|>User:"),
-            turns=tuple(
+            prompt_prefix=self.inputs.ids("<|im_start|>User:"),
+            qa_pairs=tuple(
                 (self.inputs.ids(f"{q}<end_of_utterance>\nAssistant:"), self.inputs.answer(a))
                 for q, a in TURNS[:count]
             ),
-            kinds=("qa", "captioning", "qa")[:count],
+            task_types=("qa", "captioning", "qa")[:count],
             frames=frames,
         )
 

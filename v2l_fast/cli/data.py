@@ -64,7 +64,7 @@ class ReadingOptions(FrameOptions):
         from v2l_fast.loading import training_sampling
 
         sampling = self.override(training_sampling(base)).override(target_fps=self.target_fps)
-        return ClipReader.of(sampling, self.seconds)
+        return ClipReader(sampling, self.seconds)
 
 
 @with_options

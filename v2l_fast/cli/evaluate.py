@@ -99,7 +99,7 @@ def evaluate(
     judge = judging.create(folder / "judgments.jsonl")
     model = loading.load()
     sampling = frames.override(model.config.sampling)
-    reader = ClipReader.of(sampling, seconds=600.0)
+    reader = ClipReader(sampling, seconds=600.0)
     with progress_bar("evaluating") as progress:
         result = run(
             model,

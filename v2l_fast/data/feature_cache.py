@@ -1,10 +1,9 @@
 """Connector outputs on disk, so that later epochs neither decode videos nor run the vision tower.
 
-A folder of safetensors files that are only ever added. A tensor is named by what it was made from
-(the file's bytes, frames, resolution, preprocessing, vision weights, dtype); each file's header
-also says which video, span and sampling its tensors answer. The headers are the whole index: it is
-read when the folder is opened and cannot be lost, nor disagree with the tensors. Any number of
-processes may add at the same time.
+The cache is a folder of safetensors files; files are added and never changed. A tensor's name is a
+hash of everything that determines it (the file's bytes, frames, resolution, preprocessing, vision
+weights, dtype). The header of each file lists the video, span and sampling of its tensors; these
+headers are the only index. Any number of processes may add at the same time.
 """
 
 from __future__ import annotations
@@ -41,20 +40,20 @@ class CacheError(V2LError):
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a video's chunks lie: the safetensors file and each chunk's description."""
+    """The safetensors file of a video's chunks, and a record of each chunk."""
 
     file: Path
     chunks: tuple[dict[str, Any], ...]
 
 
 class FeatureCache:
-    """Connector outputs of videos, as one model sees them in one sampling.
+    """Connector outputs of videos for one model and one sampling.
 
-    Picklable; workers open files of their own.
+    Picklable; each process opens the files itself.
 
     Args:
-        folder: of the cache; made when something is stored.
-        reader: sampling and resolution.
+        folder: created when something is stored.
+        reader: reads frames in the sampling of the cache.
         model: :func:`vision_fingerprint` of the model.
     """
 
@@ -63,7 +62,7 @@ class FeatureCache:
         self.reader = reader
         self.model = model
         self._stored: dict[str, _Stored] = {}
-        # (path, bytes, modification time) -> sha256: a file known by these is not read again.
+        # (path, bytes, modification time) -> sha256, so that known files are not read again.
         self._digests: dict[tuple[str, int, int], str] = {}
         self._handles: dict[Path, Any] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -73,20 +72,20 @@ class FeatureCache:
         return self.__dict__ | {"_handles": {}}
 
     def __len__(self) -> int:
-        """Videos and spans stored, of every model and sampling."""
+        """Number of stored videos and spans, of every model and sampling."""
         return len(self._stored)
 
     def check(self) -> None:
-        """Raises CacheError when nothing here was made by this model in this sampling."""
+        """Raises CacheError if nothing is stored for this model and sampling."""
         setting = self._setting()
         if not any(stored.startswith(setting) for stored in self._stored):
             raise CacheError(
-                f"{self.folder}: none of its {len(self)} entries was made by this model, dtype, "
-                "frame count and resolution; fill it with v2l cache and the same settings"
+                f"{self.folder}: none of its {len(self)} entries is of this model, dtype, "
+                "frame count and resolution; fill it by v2l cache with the same settings"
             )
 
     def find(self, video: VideoExamples, chunks: int) -> list[VideoChunk] | None:
-        """The video's chunks with features, or None when they are not stored."""
+        """The video's chunks with features, or None if they are not stored."""
         stored = self._stored.get(self._request(video, chunks))
         if stored is None:
             return None
@@ -106,14 +105,14 @@ class FeatureCache:
         ]
 
     def holds(self, video: VideoExamples, chunks: int) -> bool:
-        """Whether the video is stored in that many chunks."""
+        """Whether the video is stored in `chunks` chunks."""
         return self._request(video, chunks) in self._stored
 
     def add(self, entries: Sequence[tuple[VideoExamples, int, list[VideoChunk]]]) -> None:
-        """Store (video, chunks asked for, chunks with features) in a new file, or nothing at all.
+        """Store (video, number of chunks requested, chunks with features) in one new file.
 
         Raises:
-            CacheError: the disk is full or the folder not writable.
+            CacheError: the file cannot be written; nothing is stored.
         """
         tensors: dict[str, Tensor] = {}
         records = []
@@ -122,8 +121,8 @@ class FeatureCache:
             for chunk in chunks:
                 name = _hash(self._digest(video.path), self._setting(), chunk.indices)
                 tensors[name] = chunk.visual
-                told = {k: v for k, v in vars(chunk).items() if k != "visual"}
-                described.append({"tensor": name, **told})
+                fields = {k: v for k, v in vars(chunk).items() if k != "visual"}
+                described.append({"tensor": name, **fields})
             status = os.stat(video.path)
             records.append(
                 {
@@ -135,7 +134,7 @@ class FeatureCache:
                     "chunks": described,
                 }
             )
-        # Named by what it holds: two processes that store the same write the same file.
+        # Named by its content, so that processes which store the same videos write the same file.
         path = self.folder / f"{_hash(sorted(r['request'] for r in records))[:32]}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +146,7 @@ class FeatureCache:
     # --- index ------------------------------------------------------------------------------------
 
     def _learn(self, path: Path) -> None:
-        """Take up a file's records from its header."""
+        """Add the records of a file's header to the index."""
         try:
             header = read_header(path, CacheError)
             records = parse_json(header.metadata.get(_RECORDS, ""), f"{path}: records", CacheError)
@@ -158,22 +157,22 @@ class FeatureCache:
                     known = (record["path"], record["bytes"], record["modified_ns"])
                     digests[known] = str(record["sha256"])
         except (CacheError, LookupError, TypeError) as error:
-            log.warning("%s: not a whole feature file (%s); v2l cache stores it again", path, error)
+            log.warning(
+                "%s: not a complete feature file (%s); v2l cache stores it again", path, error
+            )
             return
         self._stored |= stored
         self._digests |= digests
 
     def _setting(self) -> str:
-        """16 hexadecimal digits of everything but the video that decides its features."""
-        how = {"seconds", "decoder", "device"}
-        reader = {k: v for k, v in asdict(self.reader).items() if k not in how}
-        return _hash(self.model, reader)[:16]
+        """16 hexadecimal digits of everything but the video that determines its features."""
+        return _hash(self.model, asdict(self.reader.sampling))[:16]
 
     def _request(self, video: VideoExamples, chunks: int) -> str:
         return self._setting() + _hash(self._digest(video.path), video.span, chunks)[:32]
 
     def _digest(self, path: str) -> str:
-        """sha256 of a file, "" when it cannot be read."""
+        """sha256 of a file, "" if it cannot be read."""
         try:
             status = os.stat(path)
             known = (path, status.st_size, status.st_mtime_ns)
@@ -193,9 +192,9 @@ def fill_cache(
     threads: int = 2,
     progress: Progress = lambda done, total: None,
 ) -> list[Failure]:
-    """Store what is missing of `videos` in every count of `chunks`; returns those unreadable.
+    """Store the missing ones of `videos` in each number of `chunks`; returns those that failed.
 
-    Interrupted, it loses at most the file it was gathering, and goes on from there.
+    An interruption costs at most `videos_per_file` videos.
     """
     missing = [
         (video, counts)
@@ -203,7 +202,7 @@ def fill_cache(
         if (counts := [count for count in chunks if not cache.holds(video, count)])
     ]
     failures: list[Failure] = []
-    gathered: list[tuple[VideoExamples, int, list[VideoChunk]]] = []
+    batch: list[tuple[VideoExamples, int, list[VideoChunk]]] = []
 
     def read(item: tuple[VideoExamples, list[int]]) -> list[list[VideoChunk]] | Failure:
         video, counts = item
@@ -214,24 +213,24 @@ def fill_cache(
 
     done = len(videos) - len(missing)
     progress(done, len(videos))
-    for (video, counts), found in zip(missing, read_ahead(read, missing, threads), strict=True):
-        if isinstance(found, Failure):
-            failures.append(found)
+    for (video, counts), result in zip(missing, read_ahead(read, missing, threads), strict=True):
+        if isinstance(result, Failure):
+            failures.append(result)
         else:
-            for count, parts in zip(counts, found, strict=True):
-                gathered.append((video, count, list(_encoded(backbone, parts))))
+            for count, parts in zip(counts, result, strict=True):
+                batch.append((video, count, list(_encoded(backbone, parts))))
         done += 1
-        if len(gathered) >= videos_per_file:
-            cache.add(gathered)
-            gathered = []
+        if len(batch) >= videos_per_file:
+            cache.add(batch)
+            batch = []
         progress(done, len(videos))
-    if gathered:
-        cache.add(gathered)
+    if batch:
+        cache.add(batch)
     return failures
 
 
 def vision_fingerprint(backbone: Backbone) -> str:
-    """Hash of everything in a model that turns frames into features: rules, weights, dtype."""
+    """Hash of everything in a model that determines features: preprocessing, weights, dtype."""
     decoder = backbone.decoder
     text = {id(p) for part in (decoder.text_model, decoder.lm_head) for p in part.parameters()}
     digest = hashlib.sha256(
@@ -245,7 +244,7 @@ def vision_fingerprint(backbone: Backbone) -> str:
 
 
 def _is_chunk(chunk: Any, header: TensorHeader) -> bool:
-    """Whether a record's chunk is one of this format, its tensor in the file."""
+    """Whether a record of a chunk has this format, and its tensor is in the file."""
     sizes = (chunk["rows"], chunk["cols"], *chunk["indices"])
     times = (chunk["duration"], *chunk["timestamps"])
     return (

@@ -98,7 +98,7 @@ class Internalizer:
         self.model = Video2LoRA.from_pretrained(
             settings.model, settings.base, settings.device, dtype
         )
-        self.reader = ClipReader.of(
+        self.reader = ClipReader(
             self.model.config.sampling.override(
                 settings.max_frames, settings.longest_edge, exact_frames=settings.exact_frames
             ),
@@ -115,8 +115,8 @@ class Internalizer:
         clips = read_ahead(self._read, videos, threads, max(2 * threads, batch_size))
         adapters = self.model.internalize_each(
             clips,
-            longest_edge=self.reader.longest_edge,
-            exact_frames=self.reader.exact_frames,
+            longest_edge=self.reader.sampling.longest_edge,
+            exact_frames=self.reader.sampling.exact_frames,
             batch_size=batch_size,
         )
         return [self._line(*pair) for pair in zip(videos, adapters, strict=True)]

@@ -1,7 +1,7 @@
-"""From a manifest's video to clips and views: how videos are read wherever a manifest is.
+"""How the videos of a manifest are read.
 
-Responsible for one set of sampling settings shared by training, the feature cache, the teacher and
-corpora, so that all of them see the same frames.
+Training, the feature cache, the teacher and corpora share one :class:`ClipReader`, so all of them
+see the same frames.
 """
 
 from __future__ import annotations
@@ -26,56 +26,37 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Reads videos.
+    """Reads clips of videos and their chunks.
 
     Attributes:
-        max_frames, target_fps, exact_frames: sampling of each chunk, see
-            :func:`~v2l_fast.video.sample_indices`.
-        longest_edge: resolution in pixels.
-        seconds: longest time one file may take; beyond it the file counts as unreadable.
-        decoder, device: what decodes, and where clips and views are, see
-            :func:`~v2l_fast.video.load_video`.
+        sampling: frames of each chunk, and their size.
+        seconds: longest time that one file may take; beyond it the file counts as unreadable.
+        decoder, device: as `backend` and `device` of :func:`~v2l_fast.video.load_video`.
     """
 
-    max_frames: int
-    longest_edge: int
-    target_fps: float = 1.0
-    exact_frames: bool = False
+    sampling: FrameSampling
     seconds: float = 60.0
     decoder: Backend = "auto"
     device: str = "cpu"
 
-    @classmethod
-    def of(
-        cls,
-        sampling: FrameSampling,
-        seconds: float = 60.0,
-        decoder: Backend = "auto",
-        device: str = "cpu",
-    ) -> ClipReader:
-        """A reader of these frames."""
-        return cls(
-            sampling.max_frames, sampling.longest_edge, sampling.target_fps,
-            sampling.exact_frames, seconds, decoder, device,
-        )  # fmt: skip
-
     def read(self, video: VideoExamples, chunks: int = 1) -> list[Clip]:
-        """The video (or its span) in `chunks` parts in the order of time.
+        """The video (or its span) in `chunks` consecutive parts.
 
         Raises:
-            VideoError: it cannot be read, in time or at all.
+            VideoError: the file cannot be read, or not in time.
         """
+        sampling = self.sampling
         try:
             return load_spans(
                 video.path,
                 video.span,
                 chunks,
-                self.max_frames,
-                self.target_fps,
-                exact_frames=self.exact_frames,
+                sampling.max_frames,
+                sampling.target_fps,
+                exact_frames=sampling.exact_frames,
                 limits=Limits(max_seconds=self.seconds),
                 backend=self.decoder,
-                longest_edge=self.longest_edge,
+                longest_edge=sampling.longest_edge,
                 device=self.device,
             )
         except OSError as error:
@@ -84,7 +65,7 @@ class ClipReader:
     def views(self, video: VideoExamples, chunks: int, tile_size: int) -> list[VideoChunk]:
         """:meth:`read`, resized and tiled for a vision tower of `tile_size`."""
         return [
-            run_to_completion(iter_views(clip, self.longest_edge, tile_size))
+            run_to_completion(iter_views(clip, self.sampling.longest_edge, tile_size))
             for clip in self.read(video, chunks)
         ]
 
@@ -92,9 +73,9 @@ class ClipReader:
 def read_ahead(
     read: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int | None = None
 ) -> Iterator[Result]:
-    """`read` of every item in order, computed by `threads` threads up to `ahead` items early.
+    """`read(item)` of every item in order, computed by `threads` threads up to `ahead` items early.
 
-    An exception of `read` is raised when its item's turn comes.
+    An exception of `read` is raised when its item is due.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
         pending: deque[Future[Result]] = deque()

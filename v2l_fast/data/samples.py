@@ -1,8 +1,7 @@
-"""What a trainer reads: videos with their contexts and turns, before any model has seen them.
+"""Training samples: one video with its contexts and its questions and answers as token ids.
 
-Responsible for the data passed from DataLoader workers to the training step: CPU tensors and plain
-lists that pickle. Where they come from is a `Source`'s business, what is computed from them
-`v2l_fast.training.step`'s.
+Samples travel from data workers to the training step: CPU tensors and plain lists that pickle. A
+:class:`Source` produces them; no model has seen them yet.
 """
 
 from __future__ import annotations
@@ -10,43 +9,41 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from torch import Tensor
-
 from v2l_fast.pipeline import Context
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One video of a batch: at least one chunk and one turn.
+    """One video of a batch.
 
     Attributes:
         video: its name, for logs and the quarantine.
-        chunks: in the order of time.
-        prefix: ids all turns start with (the opening of the text-only chat prompt).
-        turns: (ids after the prefix up to where the answer starts, answer ids with the stop token).
-        kinds: the task of each turn (captioning, qa, ...), for weights and logs.
-        frames: sampled from the video.
-        decode_seconds: spent on reading it.
-        teacher_prefix: what stands in place of `prefix` for a model with the video in context,
-            image tokens included, or None; for a KL teacher that sees the video.
-        teacher_logits: stored logits [answer tokens, vocabulary] of each turn, or None.
+        chunks: contexts of its chunks in temporal order, at least one.
+        prompt_prefix: token ids all questions start with (the opening of the text-only prompt).
+        qa_pairs: (token ids after the prefix up to where the answer starts, answer ids with the
+            stop token), at least one.
+        task_types: task of each pair (caption, qa, ...), for weights and logs.
+        frames: number of frames sampled from the video.
+        decode_seconds: time spent reading it.
+        teacher_prefix: replaces `prompt_prefix` for a KL teacher, with the video in context (image
+            tokens included); None without such a teacher.
     """
 
     video: str
     chunks: tuple[Context, ...]
-    prefix: list[int]
-    turns: tuple[tuple[list[int], list[int]], ...]
-    kinds: tuple[str, ...]
+    prompt_prefix: list[int]
+    qa_pairs: tuple[tuple[list[int], list[int]], ...]
+    task_types: tuple[str, ...]
     frames: int = 0
     decode_seconds: float = 0.0
     teacher_prefix: list[int] | None = None
-    teacher_logits: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.chunks or not self.turns or len(self.kinds) != len(self.turns):
+        if not self.chunks or not self.qa_pairs or len(self.task_types) != len(self.qa_pairs):
             raise ValueError(
-                f"{self.video}: needs at least one chunk, one turn and a kind for each turn, "
-                f"not {len(self.chunks)}, {len(self.turns)} and {len(self.kinds)}"
+                f"{self.video}: needs at least one chunk, one question and a task type for each "
+                f"question, got {len(self.chunks)}, {len(self.qa_pairs)} and "
+                f"{len(self.task_types)}"
             )
 
     def pin_memory(self) -> Sample:
@@ -56,16 +53,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Failure:
-    """A video that could not be read: quarantined; the batch goes on without it."""
+    """A video that could not be read, and why."""
 
     video: str
     reason: str
 
 
 class Source(Protocol):
-    """Videos to train on. Picklable: DataLoader workers call it, on the CPU.
+    """Videos to train on. Picklable: data workers call it, on the CPU.
 
-    A source whose attribute `on_gpu` is true is called by threads of the training process instead.
+    If its attribute `on_gpu` is true, threads of the training process call it instead.
     """
 
     def __len__(self) -> int:
@@ -73,5 +70,5 @@ class Source(Protocol):
         ...
 
     def load(self, index: int, step: int) -> Sample | Failure:
-        """Video `index` as step `step` sees it; all randomness from (seed, step, index)."""
+        """Video `index` as step `step` sees it; random choices depend on (seed, step, index)."""
         ...

@@ -1,8 +1,7 @@
-"""Teacher targets: what the frozen VLM itself answers with the video in its context.
+"""Teacher targets: the answers of the frozen VLM itself, with the video in its context.
 
-Responsible for asking and for the manifest of answers. Shards, resuming and clusters are
-`shards`' and `shards_ray`'s; the hypernetwork then learns to make the same model answer the same
-without the video (Section 4.1 of the paper).
+The hypernetwork then learns to make a model give the same answers without the video (Section 4.1
+of the paper).
 """
 
 from __future__ import annotations
@@ -35,23 +34,23 @@ from v2l_fast.outputs import check_folder
 from v2l_fast.video import Clip
 from v2l_fast.vlm import Backbone, VideoChunk, load_backbone
 
-# What must be in a manifest to be taught from: the answers are written here.
+# Fields that a manifest must have; the teacher writes `target_text`.
 REQUIRED = ("id", "video_path", "task_type", "prompt")
 
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Who answers, and how.
+    """The teacher, and how it answers.
 
     Attributes:
         base: the frozen VLM: "shapes" (shipped), a folder or a hub id.
-        reader: sampling and resolution, as the hypernetwork will see them.
-        max_new_tokens: longest answer; one that reaches it is marked as truncated.
-        batch: prompts generated together.
-        videos_per_shard: work that is lost at most when a worker dies.
-        device, dtype: "cuda" or "cpu" and "float32" or "bfloat16"; None: a GPU and bfloat16 where
-            there is one.
-        threads: that read videos ahead.
+        reader: reads frames as the hypernetwork will see them.
+        max_new_tokens: limit of an answer; one that reaches it is marked as truncated.
+        batch: prompts answered together.
+        videos_per_shard: the most work that an interruption can cost.
+        device: "cuda" or "cpu"; None prefers a GPU.
+        dtype: "float32" or "bfloat16"; None is bfloat16 on a GPU and float32 on a CPU.
+        threads: number that read videos ahead.
     """
 
     base: str
@@ -63,16 +62,17 @@ class TeacherSettings:
     dtype: str | None = None
     threads: int = 2
 
-    def meaning(self) -> dict[str, Any]:
-        """What the answers depend on."""
-        around = {"device", "threads", "videos_per_shard", "reader"}
-        told = {k: v for k, v in asdict(self).items() if k not in around}
-        return told | {k: v for k, v in asdict(self.reader).items() if k != "seconds"}
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that answers depend on."""
+        free = {"device", "threads", "videos_per_shard", "reader"}
+        kept = {k: v for k, v in asdict(self).items() if k not in free}
+        reader = {"decoder": self.reader.decoder, "device": self.reader.device}
+        return kept | asdict(self.reader.sampling) | reader
 
 
 @dataclass(frozen=True)
 class TeachResult:
-    """The manifest written, how many answers are in it, and what was left out."""
+    """The manifest, the number of answers in it, and the videos and questions left out."""
 
     manifest: Path
     answers: int
@@ -80,9 +80,9 @@ class TeachResult:
 
 
 class Teacher:
-    """The work of a shard: videos by number -> a line for each answer or failure.
+    """The work of a shard: numbers of videos -> a line for each answer or failure.
 
-    Loads its model when made, so a process makes one and keeps it.
+    It loads its model on construction, so a process keeps one.
     """
 
     def __init__(self, videos: Sequence[VideoExamples], settings: TeacherSettings) -> None:
@@ -99,7 +99,7 @@ class Teacher:
             if isinstance(clip, Failure):
                 lines.append({"failure": asdict(clip)})
                 continue
-            encoded = self.backbone.encode(clip, self.settings.reader.longest_edge)
+            encoded = self.backbone.encode(clip, self.settings.reader.sampling.longest_edge)
             for example in video.examples:
                 waiting.append((example, encoded))
                 if len(waiting) == self.settings.batch:
@@ -115,31 +115,31 @@ class Teacher:
         except VideoError as error:
             return Failure(video.name, str(error))
 
-    def _answer(self, asked: Sequence[tuple[Example, VideoChunk]]) -> Iterator[Line]:
-        """One batch, greedy."""
+    def _answer(self, batch: Sequence[tuple[Example, VideoChunk]]) -> Iterator[Line]:
+        """Greedy answers to one batch of prompts."""
         limit = self.settings.max_new_tokens
-        generated = generate(
+        output = generate(
             self.backbone.decoder,
             [
                 self.backbone.video_prompt(video, example.prompt).embeddings
-                for example, video in asked
+                for example, video in batch
             ],
             self.backbone.stop_ids,
             SamplingParams(max_new_tokens=limit),
         )
-        for (example, _), tokens in zip(asked, generated.tokens, strict=True):
+        for (example, _), tokens in zip(batch, output.tokens, strict=True):
             text = self.backbone.decode(tokens)
             if not text:
-                reason = f"the teacher answers {example.id!r} with nothing"
+                reason = f"the teacher's answer to {example.id!r} is empty"
                 yield {"failure": {"video": example.video_path, "reason": reason}}
                 continue
-            told = {"teacher": self.settings.base}
+            metadata = {k: v for k, v in example.metadata.items() if k != "truncated"}
+            metadata["teacher"] = self.settings.base
             if example.target_text:
-                told["reference"] = example.target_text
+                metadata["reference"] = example.target_text
             if len(tokens) == limit:
-                told["truncated"] = True
-            kept = {k: v for k, v in example.metadata.items() if k != "truncated"}
-            yield {"row": example.row(target_text=text, metadata=kept | told), "path": example.path}
+                metadata["truncated"] = True
+            yield {"row": example.row(target_text=text, metadata=metadata), "path": example.path}
 
 
 def load_frozen(base: str, device: str | None = None, dtype: str | None = None) -> Backbone:
@@ -147,7 +147,7 @@ def load_frozen(base: str, device: str | None = None, dtype: str | None = None) 
 
     Raises:
         CheckpointError: it cannot be loaded.
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: `device` is "cuda" and there is no GPU.
     """
     cuda = torch.cuda.is_available()
     chosen = torch.device(device or ("cuda" if cuda else "cpu"))
@@ -171,26 +171,26 @@ def teach(
     workers: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> TeachResult:
-    """Answer every prompt of a manifest; goes on where an earlier run of the same stopped.
+    """Answer every prompt of a manifest; continues an interrupted run.
 
     Args:
         out: folder of the shards, ``manifest.jsonl`` (paths relative to it) and
             ``quarantine.jsonl``.
-        engine: "hf", in this process; "ray", `workers` processes of a Ray cluster.
-        progress: called with (videos done, videos in all).
+        engine: "hf" in this process, or "ray" in `workers` processes of a Ray cluster.
+        progress: called with the number of videos done and their total.
 
     Raises:
         ManifestError: the manifest cannot be used.
         ShardError: `out` holds another run, or the cluster did not finish it.
-        WriteError: `out` holds the manifest, or files that another program wrote.
+        WriteError: `out` holds the input manifest, or files that another program wrote.
     """
-    # The folder continues an earlier run; what it did not write itself stays.
+    # An earlier run's folder is continued; files of other programs are not overwritten.
     names = ("manifest.jsonl", "quarantine.jsonl")
     check_folder(out, names, [manifest], force=(Path(out) / "run.json").is_file())
     examples = load_manifest(manifest, root, required=REQUIRED)
     videos = group_by_video(examples)
-    meaning = settings.meaning() | {"manifest": _digest(examples)}
-    shards = Shards.open(out, meaning, len(videos), settings.videos_per_shard)
+    fingerprint = settings.fingerprint() | {"manifest": _digest(examples)}
+    shards = Shards.open(out, fingerprint, len(videos), settings.videos_per_shard)
     if engine == "ray":
         gpus = 0 if settings.device == "cpu" else None
         run_on_ray(shards, Teacher, (videos, settings), workers, gpus, progress)
@@ -200,7 +200,7 @@ def teach(
 
 
 def _gather(shards: Shards) -> TeachResult:
-    """All shards' answers as one manifest, and the failures."""
+    """Write the answers of all shards as one manifest, and the list of failures."""
     rows: list[Mapping[str, Any]] = []
     failures: list[Failure] = []
     for line in shards.lines():
@@ -216,6 +216,6 @@ def _gather(shards: Shards) -> TeachResult:
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    """Hash of everything the answers depend on in a manifest, and of their order."""
-    told = [[e.id, e.video_path, e.span, e.prompt] for e in examples]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    """Hash of everything in a manifest that the answers and their order depend on."""
+    rows = [[e.id, e.video_path, e.span, e.prompt] for e in examples]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -107,9 +107,9 @@ class ShapesSource:
                 )
                 for part in parts
             ),
-            prefix=prompts.text_prefix,
-            turns=tuple((prompts.question(t.question), prompts.answer(t.answer)) for t in turns),
-            kinds=tuple("caption" if t.kind == "caption" else "question" for t in turns),
+            prompt_prefix=prompts.text_prefix,
+            qa_pairs=tuple((prompts.question(t.question), prompts.answer(t.answer)) for t in turns),
+            task_types=tuple("caption" if t.kind == "caption" else "question" for t in turns),
             frames=sum(len(part.frames) for part in parts),
         )
 

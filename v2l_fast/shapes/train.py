@@ -34,7 +34,7 @@ from v2l_fast.shapes.vlm import (
 )
 from v2l_fast.shapes.world import Scene, sample_scenes
 from v2l_fast.tensor_files import load_tensors, save_tensors
-from v2l_fast.training.batches import PackedTurns, pack_turns
+from v2l_fast.training.batches import PackedPairs, pack_pairs
 from v2l_fast.training.checkpoint import load_checkpoint, named_parameters, save_checkpoint
 
 _VAL_VIDEOS = 512
@@ -162,7 +162,7 @@ def video_turns(scene: Scene, questions: int, rng: random.Random) -> list[QAPair
 
 
 def answer_logits(
-    model: SmolVLMForConditionalGeneration, packed: PackedTurns, visual: Tensor
+    model: SmolVLMForConditionalGeneration, packed: PackedPairs, visual: Tensor
 ) -> Tensor:
     """Logits [N, vocabulary] at the answer positions; visual [n, D] fills the image tokens."""
     embeds = model.get_input_embeddings()(packed.ids)
@@ -221,7 +221,7 @@ def train_language(
         picks = rng.sample(range(len(scenes)), settings.batch)
         shown = [rng.random() >= settings.no_video_share for _ in picks]
         asked = [video_turns(scenes[i], settings.questions, rng) for i in picks]
-        packed = pack_turns(
+        packed = pack_pairs(
             [prompts.video_prefix if see else prompts.text_prefix for see in shown],
             [[(prompts.question(t.question), prompts.answer(t.answer)) for t in r] for r in asked],
             pad,
@@ -232,7 +232,7 @@ def train_language(
         logits = answer_logits(model, packed, visual[keep].flatten(0, 2))
         losses = F.cross_entropy(logits, packed.targets, reduction="none")
         kinds = [turn.kind for row in asked for turn in row]
-        is_caption = torch.tensor([kind == "caption" for kind in kinds])[packed.turns]
+        is_caption = torch.tensor([kind == "caption" for kind in kinds])[packed.pair_index]
         share = settings.caption_weight
         loss = share * losses[is_caption].mean() + (1 - share) * losses[~is_caption].mean()
         optimizer.zero_grad(set_to_none=True)
@@ -261,13 +261,13 @@ def _track(
     running: dict[str, float],
     kinds: list[str],
     seen: list[bool],
-    packed: PackedTurns,
+    packed: PackedPairs,
     logits: Tensor,
     loss: float,
 ) -> None:
     """Update running means: the loss, and by kind the share of answers that are all right."""
     wrong = torch.zeros(len(kinds)).index_add_(
-        0, packed.turns, (logits.detach().argmax(-1) != packed.targets).float()
+        0, packed.pair_index, (logits.detach().argmax(-1) != packed.targets).float()
     )
     right = (wrong == 0).tolist()
     rates: dict[str, list[bool]] = {}

@@ -1,7 +1,8 @@
-"""Samples as tensors on the model's device: embedded contexts, rows of responses, packed rows.
+"""Questions and answers as rows of token ids, with the positions that predict the answers.
 
-Contexts and rows are grouped by length, so that hardly anything is padded. Nothing here waits for
-the device.
+Without the video in context, each question is a row of its own (:class:`ResponseRows`): the shared
+prefix is a few tokens, so repeating it costs less than the mask that sharing it would need. With
+the video in the prefix, the questions of a video are packed into one row (:class:`PackedPairs`).
 """
 
 from __future__ import annotations
@@ -17,66 +18,80 @@ from v2l_fast.data.samples import Sample
 from v2l_fast.padding import length_buckets
 from v2l_fast.transfer import send
 
+# Question ids and answer ids.
+QAPair = tuple[list[int], list[int]]
+
 
 @dataclass(frozen=True)
 class ResponseRows:
-    """Groups of rows of similar length; answers are listed flat, in the samples' order.
+    """Rows grouped by length; answer tokens are listed flat, in the samples' order.
 
-    groups: ids int64 [n, T] and the sample of each row, int64 [n]. A row ends before its last
-    answer token, which nothing is predicted from. places: int64 [N], where the token before each
-    answer token stands in all groups' tokens, row by row; targets: int64 [N], the answer token;
-    turns: int64 [N], which turn (counted over the whole batch) the answer token belongs to.
+    Rows are right-padded, where causal attention needs no mask, and end before their last answer
+    token, which predicts nothing.
+
+    Attributes:
+        groups: token ids int64 [n, T], and the sample of each row, int64 [n].
+        positions: int64 [N], where the token before each answer token is in the concatenation of
+            all groups' tokens, row by row.
+        targets: int64 [N], the answer tokens.
+        pair_index: int64 [N], the question of each answer token, counted over the whole batch.
     """
 
     groups: list[tuple[Tensor, Tensor]]
-    places: Tensor
+    positions: Tensor
     targets: Tensor
-    turns: Tensor
+    pair_index: Tensor
 
     def to(self, device: torch.device) -> ResponseRows:
-        """The same on another device, without waiting for it."""
+        """A copy on another device; does not wait for it."""
         groups = [(send(ids, device), send(owners, device)) for ids, owners in self.groups]
         return ResponseRows(
-            groups, *(send(t, device) for t in (self.places, self.targets, self.turns))
+            groups, *(send(t, device) for t in (self.positions, self.targets, self.pair_index))
         )
 
 
-def turn_rows(
+def response_rows(
     samples: Sequence[Sample], pad_id: int, max_padding: float, max_tokens: int
 ) -> ResponseRows:
-    """Every turn of every sample, in groups by `length_buckets`."""
-    turns = [
-        (owner, sample.prefix + question, answer)
+    """A row for every question of every sample, in groups by `length_buckets`."""
+    pairs = [
+        (owner, sample.prompt_prefix + question, answer)
         for owner, sample in enumerate(samples)
-        for question, answer in sample.turns
+        for question, answer in sample.qa_pairs
     ]
-    rows = [torch.tensor(prompt + answer[:-1]) for _, prompt, answer in turns]
+    rows = [torch.tensor(prompt + answer[:-1]) for _, prompt, answer in pairs]
     groups: list[tuple[Tensor, Tensor]] = []
     starts = [0] * len(rows)
-    filled = 0
+    total = 0
     for members in length_buckets([len(row) for row in rows], max_padding, max_tokens):
         ids = pad_sequence([rows[i] for i in members], batch_first=True, padding_value=pad_id)
-        groups.append((ids, torch.tensor([turns[i][0] for i in members])))
+        groups.append((ids, torch.tensor([pairs[i][0] for i in members])))
         for member in members:
-            starts[member] = filled
-            filled += ids.shape[1]
-    places, targets, numbers = [], [], []
-    for number, (start, (_, prompt, answer)) in enumerate(zip(starts, turns, strict=True)):
+            starts[member] = total
+            total += ids.shape[1]
+    positions, targets, index = [], [], []
+    for number, (start, (_, prompt, answer)) in enumerate(zip(starts, pairs, strict=True)):
         first = start + len(prompt) - 1
-        places += range(first, first + len(answer))
+        positions += range(first, first + len(answer))
         targets += answer
-        numbers += [number] * len(answer)
-    return ResponseRows(groups, torch.tensor(places), torch.tensor(targets), torch.tensor(numbers))
+        index += [number] * len(answer)
+    return ResponseRows(groups, torch.tensor(positions), torch.tensor(targets), torch.tensor(index))
 
 
 @dataclass(frozen=True)
-class PackedTurns:
-    """A batch of rows; answers are listed flat, row-major.
+class PackedPairs:
+    """Rows of a prefix and several question-answer pairs, each of which sees only the prefix and
+    itself; answer tokens are listed flat, row by row.
 
-    ids, positions: int64 [B, T]; segments: int64 [B, T], 0 for the prefix, 1, 2, ... for the row's
-    turns, -1 for padding; rows, columns: int64 [N], where the token before each answer token
-    stands; targets: int64 [N], the answer token; turns: int64 [N], which turn (counted over the
-    whole batch) the answer token belongs to.
+    The positions of every pair start after the prefix, so a packed pair computes what it would
+    compute alone.
+
+    Attributes:
+        ids, positions: int64 [B, T].
+        segments: int64 [B, T], 0 for the prefix, 1, 2, ... for the pairs, -1 for padding.
+        rows, columns: int64 [N], where the token before each answer token is.
+        targets: int64 [N], the answer tokens.
+        pair_index: int64 [N], the pair of each answer token, counted over the whole batch.
     """
 
     ids: Tensor
@@ -85,60 +100,49 @@ class PackedTurns:
     rows: Tensor
     columns: Tensor
     targets: Tensor
-    turns: Tensor
+    pair_index: Tensor
 
     @property
     def mask(self) -> Tensor:
-        """What attention may see, bool [B, 1, T, T]; computed where the segments are."""
+        """Attention mask, bool [B, 1, T, T], on the device of the segments."""
         rows, columns = self.segments[:, :, None], self.segments[:, None, :]
         shared = (columns == 0) & (rows >= 0)
-        places = torch.arange(self.segments.shape[1], device=self.segments.device)
-        return (((rows == columns) | shared) & (places <= places[:, None]))[:, None]
+        order = torch.arange(self.segments.shape[1], device=self.segments.device)
+        return (((rows == columns) | shared) & (order <= order[:, None]))[:, None]
 
-    def to(self, device: torch.device) -> PackedTurns:
-        """The same on another device, without waiting for it."""
-        return PackedTurns(*(send(getattr(self, field.name), device) for field in fields(self)))
+    def to(self, device: torch.device) -> PackedPairs:
+        """A copy on another device; does not wait for it."""
+        return PackedPairs(*(send(getattr(self, field.name), device) for field in fields(self)))
 
 
-def pack_turns(
-    prefixes: Sequence[list[int]],
-    turns: Sequence[Sequence[tuple[list[int], list[int]]]],
-    pad_id: int,
-) -> PackedTurns:
-    """Pack each row's prefix and (question ids, answer ids) turns; rows are padded on the right."""
+def pack_pairs(
+    prefixes: Sequence[list[int]], pairs: Sequence[Sequence[QAPair]], pad_id: int
+) -> PackedPairs:
+    """Pack each prefix and its pairs into a row; rows are right-padded."""
     lengths = [
-        len(prefix) + sum(len(q) + len(a) for q, a in row)
-        for prefix, row in zip(prefixes, turns, strict=True)
+        len(prefix) + sum(len(question) + len(answer) for question, answer in row)
+        for prefix, row in zip(prefixes, pairs, strict=True)
     ]
-    width = max(lengths)
-    ids = torch.full((len(prefixes), width), pad_id)
-    positions = torch.zeros(len(prefixes), width, dtype=torch.int64)
-    segments = torch.full((len(prefixes), width), -1)
-    rows, columns, targets, owners = [], [], [], []
-    owner = 0
-    for b, (prefix, row) in enumerate(zip(prefixes, turns, strict=True)):
+    ids = torch.full((len(prefixes), max(lengths)), pad_id)
+    positions = torch.zeros_like(ids)
+    segments = torch.full_like(ids, -1)
+    rows, columns, targets, index = [], [], [], []
+    number = 0
+    for b, (prefix, row) in enumerate(zip(prefixes, pairs, strict=True)):
         start = len(prefix)
-        flat, places, marks = list(prefix), list(range(start)), [0] * start
-        for k, (question, answer) in enumerate(row):
-            first = len(flat) + len(question)
+        tokens, order, segment = list(prefix), list(range(start)), [0] * start
+        for k, (question, answer) in enumerate(row, 1):
+            first = len(tokens) + len(question)
             length = len(question) + len(answer)
-            flat += question + answer
-            places += range(start, start + length)
-            marks += [k + 1] * length
+            tokens += question + answer
+            order += range(start, start + length)
+            segment += [k] * length
             rows += [b] * len(answer)
             columns += range(first - 1, first - 1 + len(answer))
             targets += answer
-            owners += [owner] * len(answer)
-            owner += 1
-        ids[b, : len(flat)] = torch.tensor(flat)
-        positions[b, : len(flat)] = torch.tensor(places)
-        segments[b, : len(flat)] = torch.tensor(marks)
-    return PackedTurns(
-        ids=ids,
-        positions=positions,
-        segments=segments,
-        rows=torch.tensor(rows),
-        columns=torch.tensor(columns),
-        targets=torch.tensor(targets),
-        turns=torch.tensor(owners),
-    )
+            index += [number] * len(answer)
+            number += 1
+        for tensor, values in ((ids, tokens), (positions, order), (segments, segment)):
+            tensor[b, : len(values)] = torch.tensor(values)
+    flat = (torch.tensor(values) for values in (rows, columns, targets, index))
+    return PackedPairs(ids, positions, segments, *flat)

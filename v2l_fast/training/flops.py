@@ -114,7 +114,7 @@ class StepCost:
         # The backward pass needs two products for each of the forward's.
         pair = self.attention * (self.layers + 2 * (self.layers - 1))
         total = 0.0
-        for question, answer in sample.turns:
-            tokens = len(sample.prefix) + len(question) + len(answer) - 1
+        for question, answer in sample.qa_pairs:
+            tokens = len(sample.prompt_prefix) + len(question) + len(answer) - 1
             total += tokens * token + tokens * tokens / 2 * pair + len(answer) * self.logits
         return total

@@ -48,7 +48,7 @@ SHOWN = {
 
 
 class _Bar(Progress):
-    """A progress bar with a line of numbers below it, which a narrow terminal cuts, not wraps."""
+    """A progress bar with a line of numbers below it, which a narrow terminal truncates."""
 
     note = ""
 
@@ -58,14 +58,14 @@ class _Bar(Progress):
 
 
 class Report:
-    """The report of one run; a context manager that owns the bar.
+    """Writes a run's numbers to the terminal, its files and the trackers; owns the progress bar.
 
     Args:
         folder: of the run.
-        steps: of the whole run; start: done before.
-        track: numbers and texts of a step to the trackers.
-        enabled: False in all processes but the first.
-        console: where to show it; standard error if omitted.
+        steps: of the whole run, of which `start` are done.
+        track: sends numbers and texts of a step to the trackers.
+        enabled: False on all processes but the main one.
+        console: standard error if omitted.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Report:
         self.bar.stop()
 
     def advance(self, step: int) -> None:
-        """`step` steps are done."""
+        """Move the bar to `step`."""
         self.bar.update(self.task, completed=step)
 
     def log(self, step: int, numbers: dict[str, float | None]) -> None:
-        """A line of the log, numbers for the trackers, the bar's note."""
+        """Write a log line, send it to the trackers and show it."""
         if not self.enabled:
             return
         append_jsonl(self.folder.log, [{"step": step, **numbers}])
@@ -118,16 +118,16 @@ class Report:
             self.say(f"step {step}/{self.steps} · {note} · {self._left(step)} left")
 
     def validation(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of a validation pass."""
+        """Report the numbers of a validation pass."""
         if self.enabled:
             append_jsonl(self.folder.log, [{"step": step, **values}])
             self.track(dict(values), step)
             self.shown |= {name: value for name, value in values.items() if name in SHOWN}
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-            self.say(f"step {step} · {shown}")
+            text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.say(f"step {step} · {text}")
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Generated answers beside the references."""
+        """Report generated answers beside the references."""
         if not self.enabled:
             return
         for row in rows:
@@ -142,7 +142,7 @@ class Report:
         self.track({"samples": text}, step)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self.enabled:
             self.bar.console.print(
                 printable(text, lines=True), highlight=False, markup=False, emoji=False,
@@ -156,16 +156,16 @@ class Report:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory so far: of the GPU, or of this process on a CPU."""
+    """Peak memory so far in GB, of the GPU or else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kilobytes, but for macOS.
+    # Kilobytes, except on macOS.
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """What a run ran on, for its record."""
+    """Hardware and versions, for the record of a run."""
     import transformers
 
     import v2l_fast
@@ -187,10 +187,13 @@ Sums = dict[str, list[float]]
 
 
 class Meter:
-    """Collects one entry a step; `state` and `restore` carry an unfinished interval over.
+    """Sums of losses since the last log line, which stay on the device until :meth:`merge`.
+
+    Means come out the same, to the last bit, whether the run was interrupted or not: each step's
+    numbers are added over the processes in order of rank, then the steps in order of time.
 
     Args:
-        counts: this process's entries count as steps (one process's do).
+        counts: whether this process's entries count as steps; those of one process must.
     """
 
     def __init__(self, counts: bool = True) -> None:
@@ -199,19 +202,19 @@ class Meter:
         self._pending: list[dict[str, Tensor]] = []
 
     def add(self, results: list[StepResult], norm: Tensor) -> None:
-        """One step: its micro-batches on this process, each with its part of the batch's loss,
-        and the norm of the whole batch's gradient."""
+        """Add a step: the results of this process's micro-batches, each with its part of the
+        batch's loss, and the norm of the whole batch's gradient."""
         loss = torch.stack([result.loss.detach().float() for result in results]).sum()
         entry = {"loss": self._entry(loss), "grad_norm": self._entry(norm.float() * self._counts)}
         for result in results:
-            for kind, pair in result.parts.items():
-                entry[kind] = entry[kind] + pair if kind in entry else pair
+            for name, pair in result.parts.items():
+                entry[name] = entry[name] + pair if name in entry else pair
         self._pending.append(entry)
 
     def merge(self, gather: Callable[[list[Sums]], list[list[Sums]]]) -> None:
-        """Bring the pending steps of all processes to the host: the one wait for the device.
+        """Copy the pending steps of all processes to the host; this waits for the device.
 
-        gather: a value to the list of every process's, in order of rank.
+        gather: maps a value to the list of all processes' values, in order of rank.
         """
         flat = [pair for entry in self._pending for pair in entry.values()]
         values = iter(torch.stack(flat).tolist() if flat else [])
@@ -222,23 +225,23 @@ class Meter:
 
     def first_bad_step(self) -> int | None:
         """Age in steps of the first merged step whose loss or gradient is not finite, or None."""
-        for place, step in enumerate(self._merged):
+        for index, step in enumerate(self._merged):
             if not all(math.isfinite(step[name][0]) for name in ("loss", "grad_norm")):
-                return len(self._merged) - 1 - place
+                return len(self._merged) - 1 - index
         return None
 
     def means(self) -> dict[str, float]:
-        """Means over the merged steps, which are then forgotten."""
+        """Means over the merged steps, which are then dropped."""
         sums = added(self._merged)
         self._merged = []
         return means(sums)
 
     def state(self) -> list[Any]:
-        """The merged steps, JSON-ready."""
+        """The merged steps as JSON values, for a checkpoint."""
         return self._merged
 
     def restore(self, state: list[Any]) -> None:
-        """Continue the interval of `state`."""
+        """Continue from the `state` of a checkpoint."""
         self._merged = state
 
     def _entry(self, value: Tensor) -> Tensor:
@@ -246,7 +249,7 @@ class Meter:
 
 
 def added(parts: Any) -> Sums:
-    """Sums and numbers by name, added in order."""
+    """Sums and numbers by name, added in the order of `parts`."""
     total: Sums = {}
     for part in parts:
         for name, (value, number) in part.items():
@@ -262,12 +265,12 @@ def means(sums: Sums) -> dict[str, float]:
 
 
 class Speed:
-    """Counts this process's steps since the last time someone asked.
+    """Throughput of this process since the last log line.
 
     Args:
         cost: operations of a video.
-        peak: FLOP/s of one device, None where it is not known.
-        processes: how many count.
+        peak: FLOP/s of one device; None if unknown.
+        processes: number of processes of the run.
     """
 
     def __init__(self, cost: StepCost, peak: float | None, processes: int) -> None:
@@ -275,7 +278,7 @@ class Speed:
         self.sums, self.since = [0.0] * 5, time.perf_counter()
 
     def add(self, batch: StepBatch) -> None:
-        """A step that was enqueued."""
+        """Count the videos of a step."""
         samples = batch.samples
         new = (
             len(samples),
@@ -288,13 +291,13 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: its time does not count."""
+        """While entered, time does not count as training time."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
     def take(self, total: Callable[[Sequence[float]], list[float]]) -> dict[str, float | None]:
-        """Rates since the last call; `total` adds numbers over the processes."""
+        """Rates since the last call; `total` sums numbers over the processes."""
         seconds = max(time.perf_counter() - self.since, 1e-9)
         videos, frames, waited, decoded, flops = total(self.sums)
         self.sums, self.since = [0.0] * 5, time.perf_counter()

@@ -70,24 +70,20 @@ class ManifestSource:
     """A :class:`~v2l_fast.data.samples.Source` of a manifest's videos; holds no weights.
 
     Attributes:
-        videos: with their examples.
-        inputs: the backbone's prompts as ids.
-        reader: sampling and resolution.
-        instruction: the text that follows the video in the context pass.
-        prompts_per_video: turns of one load; all of a video's when it has fewer.
-        caption_share: share of the turns that describe the whole video, in the mean, where a video
-            has captions and questions both.
-        answer_length_tags: half of the turns say in the prompt how long their answer is.
-        chunks: numbers of parts a video is cut into; each load draws one.
-        seed: of all choices, with the step and the video's index.
-        cache: connector outputs to use instead of the file where they are stored.
+        videos: the videos with their examples.
+        prompt_builder: the backbone's.
+        reader: reads frames in the run's sampling.
+        instruction, prompts_per_video, caption_share, answer_length_tags, chunks: see
+            :class:`~v2l_fast.training.config.DataConfig`.
+        seed: of all random choices, with the step and the video's index.
+        cache: stored connector outputs, used instead of the file where there are any.
         teacher: give samples of one chunk the prefix of a teacher that sees the video. (Its text
-            has a space before the question that `Video2LoRA.ask_direct` does not write: turns
-            are the same ids for both models.)
+            has a space before the question that `Video2LoRA.ask_direct` does not write, because
+            the questions are the same token ids for both models.)
     """
 
     videos: Sequence[VideoExamples]
-    inputs: PromptBuilder
+    prompt_builder: PromptBuilder
     reader: ClipReader
     instruction: str
     prompts_per_video: int = 4
@@ -103,16 +99,16 @@ class ManifestSource:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether pixels are decoded to a GPU, which data workers are kept off."""
+        """Whether frames are decoded on a GPU, which data workers must not use."""
         return torch.device(self.reader.device).type == "cuda"
 
     def load(self, index: int, step: int) -> Sample | Failure:
-        """Read video `index`; a file that cannot be read is a Failure, within `reader.seconds`."""
+        """Read video `index`; a file that cannot be read within `reader.seconds` is a Failure."""
         video = self.videos[index]
         rng = random.Random(f"{self.seed}/{step}/{index}")
         chunks = rng.choice(self.chunks)
-        chosen = self._choose(video.examples, rng)
-        prefix, turns = self._turns(chosen, rng)
+        examples = self._choose(video.examples, rng)
+        prefix, pairs = self._qa_pairs(examples, rng)
         started = time.perf_counter()
         try:
             parts = self._parts(video, chunks)
@@ -121,65 +117,64 @@ class ManifestSource:
         return Sample(
             video=video.name,
             chunks=self._contexts(parts),
-            prefix=prefix,
-            turns=turns,
-            kinds=tuple(example.task_type for example in chosen),
+            prompt_prefix=prefix,
+            qa_pairs=pairs,
+            task_types=tuple(example.task_type for example in examples),
             frames=sum(len(part.timestamps) for part in parts),
             decode_seconds=time.perf_counter() - started,
             teacher_prefix=self._teacher_prefix(parts, prefix) if self.teacher else None,
         )
 
-    # --- turns ------------------------------------------------------------------------------------
+    # --- questions and answers --------------------------------------------------------------------
 
     def _choose(self, examples: Sequence[Example], rng: random.Random) -> list[Example]:
         """Captions, then questions, drawn without replacement."""
-        wanted = min(self.prompts_per_video, len(examples))
+        total = min(self.prompts_per_video, len(examples))
         captions = [example for example in examples if example.is_caption]
         questions = [example for example in examples if not example.is_caption]
-        share = wanted * self.caption_share
+        share = total * self.caption_share
         count = int(share) + (rng.random() < share % 1)
-        count = min(len(captions), max(count, wanted - len(questions)))
-        return rng.sample(captions, count) + rng.sample(questions, wanted - count)
+        count = min(len(captions), max(count, total - len(questions)))
+        return rng.sample(captions, count) + rng.sample(questions, total - count)
 
-    def _turns(
+    def _qa_pairs(
         self, examples: Sequence[Example], rng: random.Random
     ) -> tuple[list[int], tuple[tuple[list[int], list[int]], ...]]:
-        """What all questions begin with, and each one's rest with its answer."""
+        """The ids that all questions start with, and the rest of each with its answer."""
         questions, answers = [], []
         for example in examples:
             finished = not example.metadata.get("truncated", False)
-            answer = self.inputs.answer(example.target_text.strip(), finished)
+            answer = self.prompt_builder.answer(example.target_text.strip(), finished)
             prompt = example.prompt
             if self.answer_length_tags and rng.random() < TAGGED:
                 prompt = with_length(prompt, length_class(len(answer) - finished))
-            questions.append(self.inputs.question(prompt))
+            questions.append(self.prompt_builder.question(prompt))
             answers.append(answer)
-        # Whole prompts are tokenized, then cut: a tokenizer may join what stands around a cut.
-        # Each keeps a token of its own, from which its answer's first token is predicted.
+        # Whole prompts are tokenized, then cut, because a tokenizer may merge across the cut. Each
+        # question keeps a token of its own, which predicts the first token of its answer.
         shared = len(os.path.commonprefix([question[:-1] for question in questions]))
-        turns = tuple((q[shared:], a) for q, a in zip(questions, answers, strict=True))
-        return questions[0][:shared], turns
+        pairs = tuple((q[shared:], a) for q, a in zip(questions, answers, strict=True))
+        return questions[0][:shared], pairs
 
     # --- contexts ---------------------------------------------------------------------------------
 
     def _parts(self, video: VideoExamples, chunks: int) -> list[VideoChunk]:
         """The video's chunks: their stored features, else their views."""
         stored = None if self.cache is None else self.cache.find(video, chunks)
-        return stored or self.reader.views(video, chunks, self.inputs.tile_size)
+        return stored or self.reader.views(video, chunks, self.prompt_builder.tile_size)
 
     def _contexts(self, parts: Sequence[VideoChunk]) -> tuple[Context, ...]:
         return tuple(
-            Context.build(self.inputs, part, self.instruction, span)
+            Context.build(self.prompt_builder, part, self.instruction, span)
             for part, span in zip(parts, chunk_spans(len(parts)), strict=True)
         )
 
     def _teacher_prefix(self, parts: Sequence[VideoChunk], prefix: list[int]) -> list[int] | None:
-        opening = self.inputs.text_prefix()
+        opening = self.prompt_builder.text_prefix()
         if len(parts) > 1 or prefix[: len(opening)] != opening:
             return None
-        (part,) = parts
-        shown = self.inputs.text_prefix_with_video(*part.layout)
-        return shown + prefix[len(opening) :]
+        with_video = self.prompt_builder.text_prefix_with_video(*parts[0].layout)
+        return with_video + prefix[len(opening) :]
 
 
 def manifest_sources(
@@ -215,7 +210,7 @@ def manifest_sources(
         raise ManifestError(f"{', '.join(data.manifests)}: no example to train on; {remedy}")
     device = backbone.decoder.device
     on_gpu = resolved(data.decoder, device) == "dali"
-    reader = ClipReader.of(
+    reader = ClipReader(
         data.sampling, decoder=data.decoder, device=str(device) if on_gpu else "cpu"
     )
     cache = None
@@ -226,7 +221,7 @@ def manifest_sources(
     def source(examples: Sequence[Example], limit: int) -> ManifestSource:
         return ManifestSource(
             videos=_limited(group_by_video(examples), limit, seed),
-            inputs=backbone.prompt_builder,
+            prompt_builder=backbone.prompt_builder,
             reader=reader,
             instruction=data.instruction,
             prompts_per_video=data.prompts_per_video,

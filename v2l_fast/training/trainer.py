@@ -259,7 +259,7 @@ class _Run:
         with StopSignals() as signals, report:
             report.say(self._opening(accumulation))
             for batch in batches:
-                examples = sum(len(sample.turns) for sample in batch.samples)
+                examples = sum(len(sample.qa_pairs) for sample in batch.samples)
                 # This also tells every process that one of them has been asked to stop.
                 total, stops = distributed.all_reduce_sum([examples, float(signals.received > 0)])
                 self._optimize(model, batch, int(total))

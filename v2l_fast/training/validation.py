@@ -1,4 +1,4 @@
-"""Validation while training: the loss on videos kept apart, and answers one can read."""
+"""Validation during training: the loss on videos kept apart, and generated answers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MAX_NEW_TOKENS = 96
 
 
 class Validation:
-    """Passes over one source, the same videos and turns every time.
+    """Passes over one source, with the same videos and questions every time.
 
     Args:
-        source: the videos; as many as `data.val_videos` are used.
+        source: the videos, of which the first `data.val_videos` are used.
         config: of the run.
-        quarantine: where its broken videos are listed.
+        quarantine: list of the source's broken videos.
         rank, processes: this process takes every `processes`-th video.
     """
 
@@ -43,16 +43,19 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, step: TrainStep, gather: Callable[[Sums], list[Sums]]) -> dict[str, float]:
-        """`val_loss`, the mean over examples, `val_KIND` of each kind of task, and `val_ce`, the
-        cross-entropy alone, every answer counted once: what the best network is chosen by."""
+        """Means over examples: `val_loss`, `val_TYPE` of each task type, and `val_ce`.
+
+        The latter is the cross-entropy with every answer weighted equally; the best network is the
+        one with the lowest.
+        """
         sums: Sums = {}
         for samples in self._batches():
             if samples:
                 result = step(samples, example_total=1)
-                examples = sum(len(sample.turns) for sample in samples)
-                found = {name: pair.tolist() for name, pair in result.parts.items()}
-                found["loss"] = [result.loss.item(), float(examples)]
-                sums = added([sums, found])
+                examples = sum(len(sample.qa_pairs) for sample in samples)
+                parts = {name: pair.tolist() for name, pair in result.parts.items()}
+                parts["loss"] = [result.loss.item(), float(examples)]
+                sums = added([sums, parts])
         merged = added(gather(sums))
         values = means(merged)
         answers = [pair for name, pair in merged.items() if name not in ("loss", "kl")]
@@ -65,22 +68,22 @@ class Validation:
         """Greedy answers to one question of each of the first `count` videos."""
         samples: list[Sample] = []
         for index in self.indices[:count]:
-            found = self.source.load(index, 0)
-            if not isinstance(found, Failure):
-                samples.append(found)
+            sample = self.source.load(index, 0)
+            if not isinstance(sample, Failure):
+                samples.append(sample)
         if not samples:
             return []
         backbone = step.backbone
         contexts = [chunk for sample in samples for chunk in sample.chunks]
         adapters = step.adapters(samples, visual_features(backbone, contexts))
         decoder = backbone.decoder
-        # Another question of each video, so that the samples show every kind.
-        turns = [s.turns[i % len(s.turns)] for i, s in enumerate(samples)]
+        # A different question of each video, so that every task type appears.
+        pairs = [s.qa_pairs[i % len(s.qa_pairs)] for i, s in enumerate(samples)]
         prompts = [
-            decoder.embed(torch.tensor(sample.prefix + question, device=decoder.device))
-            for sample, (question, _) in zip(samples, turns, strict=True)
+            decoder.embed(torch.tensor(sample.prompt_prefix + question, device=decoder.device))
+            for sample, (question, _) in zip(samples, pairs, strict=True)
         ]
-        said = generate(
+        output = generate(
             decoder,
             prompts,
             backbone.stop_ids,
@@ -90,11 +93,13 @@ class Validation:
         return [
             {
                 "video": sample.video,
-                "question": " ".join(backbone.decode(sample.prefix + question).split()),
+                "question": " ".join(backbone.decode(sample.prompt_prefix + question).split()),
                 "answer": backbone.decode(tokens),
                 "reference": backbone.decode(answer),
             }
-            for sample, (question, answer), tokens in zip(samples, turns, said.tokens, strict=True)
+            for sample, (question, answer), tokens in zip(
+                samples, pairs, output.tokens, strict=True
+            )
         ]
 
     def _batches(self) -> Iterator[Sequence[Sample]]:
