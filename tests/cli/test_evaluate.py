@@ -119,7 +119,7 @@ def test_manifest_command(tmp_path, monkeypatch, capsys):
     code, err = fails(
         monkeypatch, capsys, "manifest", "vdc", tmp_path / "data", "--out", out, "--force"
     )
-    assert code == 1 and "1 of VDC's videos are not below it (clip.2)" in err
+    assert code == 1 and "1 videos of VDC are missing (clip.2)" in err
     shown = run("manifest", "vdc", tmp_path / "data", "--out", out, "--skip-missing", "--force")
     assert "10 examples about 2 videos, 1 videos are missing" in shown
     again = ("manifest", "vdc", tmp_path / "data", "--skip-missing", "--out")

@@ -278,7 +278,7 @@ def test_missing_videos_are_named_with_their_source(tmp_path, name):
         build(name, tmp_path, tmp_path / "out.jsonl")
     assert BENCHMARKS[name].videos in str(caught.value) and "--skip-missing" in str(caught.value)
     if len(gone) == 1:
-        with pytest.raises(BenchmarkError, match="none of .* videos is below it"):
+        with pytest.raises(BenchmarkError, match="all videos of .* are missing"):
             build(name, tmp_path, tmp_path / "out.jsonl", skip_missing=True)
         return
     found = build(name, tmp_path, tmp_path / "out.jsonl", skip_missing=True)
@@ -290,9 +290,9 @@ def test_missing_videos_are_named_with_their_source(tmp_path, name):
     [
         ("vdc", "VDC_1k.jsonl", '{"video_name": "a"}\n', "line 1 has no 'short_caption'"),
         ("vdc", "VDC_1k.jsonl", '{"video_name": "a"\n', "line 1: not JSON"),
-        ("carebench", "metadata.json", "{}", "holds a JSON dict, a list is published"),
+        ("carebench", "metadata.json", "{}", "must hold a JSON list, got dict"),
         ("carebench", "metadata.json", '[{"video": "a.mp4"}]', "entry 1 has no 'caption'"),
-        ("activitynet-captions", "val_1.json", "[]", "holds a JSON list"),
+        ("activitynet-captions", "val_1.json", "[]", "must hold a JSON object, got list"),
         ("activitynet-captions", "val_1.json", '{"v_a": {}}', "v_a has no 'sentences'"),
         ("nextqa", "test.csv", "video,question\n1,why\n", "line 2 has no 'qid'"),
         ("vidcapbench", "VidCapBench-AE_QA.jsonl", '{"video_dir": "a"}', "no 'QA_pairs'"),
@@ -313,5 +313,7 @@ def test_answers_of_another_split_are_noticed(tmp_path):
 
 
 def test_unknown_benchmarks_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no benchmark 'vcd'; there are activitynet-captions"):
+    with pytest.raises(
+        ConfigError, match="unknown benchmark 'vcd'; choose from activitynet-captions"
+    ):
         build("vcd", tmp_path, tmp_path / "out.jsonl")

@@ -91,7 +91,7 @@ def test_adapter_answers_as_ask_does(setting, clip):
 
 def test_reducing_nothing_gives_the_same_adapter(setting, clip):
     fused, plain = (
-        BY_NAME[name].prepare(setting, clip).kept
+        BY_NAME[name].prepare(setting, clip).stored
         for name in ("FrameFusion (ours) + adapter", "adapter")
     )
     for side in ("A", "B"):
@@ -103,8 +103,8 @@ def test_reducing_nothing_gives_the_same_adapter(setting, clip):
 def test_merged_adapter_equals_unmerged(setting, clip):
     model, decoder = setting.model, setting.model.backbone.decoder
     frozen = {name: p.clone() for name, p in model.backbone.model.named_parameters()}
-    merged = BY_NAME["merged adapter"].prepare(setting, clip).kept
-    slots = BY_NAME["adapter"].prepare(setting, clip).kept
+    merged = BY_NAME["merged adapter"].prepare(setting, clip).stored
+    slots = BY_NAME["adapter"].prepare(setting, clip).stored
     prompt = model.backbone.question(LONG).embeddings[None]
     expected = decoder.logits(decoder.forward(prompt, adapters=slots))
     found = merged.logits(merged.forward(prompt))

@@ -216,7 +216,7 @@ def test_impossible_shares(keep):
 
 
 def test_frames_that_do_not_fit(backbone, prompt):
-    with pytest.raises(ConfigError, match="equal frames"):
+    with pytest.raises(ConfigError, match="frames of equal size"):
         lengths(backbone, prompt, 5, FrameFusion())
-    with pytest.raises(ConfigError, match="equal frames"):
+    with pytest.raises(ConfigError, match="frames of equal size"):
         lengths(backbone, backbone.question("what happens?"), 1, FrameFusion())

@@ -241,9 +241,9 @@ def test_rules_at_margin_five_hundredths(low, high, non_inferior, equivalent):
 def test_misuse_is_named():
     with pytest.raises(ConfigError, match="differ in length: 2 and 3"):
         paired_difference([1, 2], [1, 2, 3])
-    with pytest.raises(ConfigError, match="empty or hold NaN"):
+    with pytest.raises(ConfigError, match="empty or contain NaN"):
         mean_interval([])
-    with pytest.raises(ConfigError, match="empty or hold NaN"):
+    with pytest.raises(ConfigError, match="empty or contain NaN"):
         mean_interval([1.0, float("nan")])
     with pytest.raises(ConfigError, match="nothing to average"):
         mean_of_ratios([])

@@ -56,7 +56,7 @@ def test_frames_asked_for_are_frames_encoded(model, files, monkeypatch):
 
 def test_no_video_is_long_enough(model, files):
     cell = measure_cell(model, files, token_f1, 64, 32)
-    assert cell["failed"] == "no video holds 64 frames" and len(cell["left_out"]) == 2
+    assert cell["failed"] == "no video has 64 frames" and len(cell["left_out"]) == 2
     assert "score_change" not in cell
 
 

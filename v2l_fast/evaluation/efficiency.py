@@ -1,9 +1,8 @@
-"""What each way of asking about a video costs and what its answers are worth (paper Section 5.5,
-Figures 2 and 4).
+"""Cost and answer quality of the methods (paper Section 5.5, Figures 2 and 4), and their timing.
 
 A method prepares a video in P seconds and gives a question's first token after q seconds, so n
-questions cost (P + n·q) / n each. Against direct inference at d seconds a question it breaks even
-at the first n with P + n·q < n·d.
+questions cost (P + n·q) / n each. Against direct inference with d seconds per question it breaks
+even at the first n with P + n·q < n·d.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import torch
 from v2l_fast.evaluation.examples import (
     EvalExample,
     Metric,
-    Progress,
     by_video,
     control_scores,
     internalize_each,
@@ -31,18 +29,17 @@ from v2l_fast.evaluation.examples import (
 )
 from v2l_fast.evaluation.framefusion import Reduction
 from v2l_fast.evaluation.methods import DIRECT, METHODS, Method, MethodSettings
+from v2l_fast.work_units import Progress
 
 
 def amortized(preparation: float, query: float, questions: int) -> float:
-    """Seconds a question when a video is asked ``questions`` questions, at least 1."""
+    """Seconds per question if ``questions`` (at least 1) are asked about a video."""
     return preparation / questions + query
 
 
 def break_even(preparation: float, query: float, direct: float) -> int | None:
-    """The first number of questions from which a method costs less than direct inference.
-
-    None when it never does.
-    """
+    """The smallest number of questions at which a method costs less than direct inference; None if
+    it never does."""
     if query >= direct:
         return None
     return math.floor(preparation / (direct - query)) + 1
@@ -58,19 +55,18 @@ def compare_methods(
 ) -> dict[str, Any]:
     """Measure every method on the same videos and questions.
 
-    Seconds are medians: preparation over videos, time to first token over questions and
-    ``repeats``. A warm-up on the first question is not counted. Direct inference always runs.
+    Times are medians: preparation over videos, time to first token over questions and ``repeats``.
+    A warm-up on the first question is not counted. Direct inference is always included.
 
     Returns:
         "videos", "keep" (of FrameFusion), "questions", "questions_per_video", "visual_tokens"
-        (mean of direct prompts),
-        "controls" (condition -> interval of the score, see
+        (mean of the direct prompts), "controls" (condition -> interval of the score, see
         :func:`~v2l_fast.evaluation.examples.control_scores`) and "rows": for each method "method",
-        "preparation" and "first_token" (s), "bytes" (mean a video), "score" (interval over
-        videos), "amortized" (s a question at the mean number of questions), "break_even"
-        (questions; null: never), "same_as_direct", the share of answers whose tokens are direct
-        inference's, and "merged" and "pruned", visual tokens that token reduction took away (means
-        over videos or, where every question reduces anew, questions; null where nothing reduces).
+        "preparation" and "first_token" (s), "bytes" (mean per video), "score" (interval over
+        videos), "amortized" (s per question at the mean number of questions), "break_even"
+        (questions; null: never), "same_as_direct" (share of answers with exactly the tokens of
+        direct inference), and "merged" and "pruned", removed visual tokens (mean over videos, or
+        over questions if every question reduces again; null without token reduction).
     """
     methods = (DIRECT, *(m for m in methods if m is not DIRECT))
     groups = by_video(examples)
@@ -78,7 +74,7 @@ def compare_methods(
     for method in methods:
         method.ask(setting, method.prepare(setting, first.video), first.prompt)
     tallies = {method.name: _Tally() for method in methods}
-    # One video after the other, so that a drift of the machine meets all methods alike.
+    # Methods alternate video by video, so a drift of the machine's speed affects all equally.
     for done, group in enumerate(groups):
         progress("comparing methods", done, len(groups))
         for method in methods:
@@ -89,8 +85,8 @@ def compare_methods(
     direct = tallies[DIRECT.name]
     rows = []
     for name, tally in tallies.items():
-        own = tally is not direct
-        preparation = median(tally.preparation) if own else 0.0
+        prepares = tally is not direct
+        preparation = median(tally.preparation) if prepares else 0.0
         wait = median(tally.waits)
         texts = [setting.model.backbone.decode(tokens) for tokens in tally.tokens]
         scores = [e.score(text, metric) for e, text in zip(ordered, texts, strict=True)]
@@ -103,7 +99,9 @@ def compare_methods(
                 "bytes": sum(tally.bytes) / len(tally.bytes),
                 "score": interval(scores, ordered),
                 "amortized": amortized(preparation, wait, max(1, round(per_video))),
-                "break_even": break_even(preparation, wait, median(direct.waits)) if own else None,
+                "break_even": break_even(preparation, wait, median(direct.waits))
+                if prepares
+                else None,
                 "same_as_direct": sum(same) / len(same),
                 "merged": fmean(r.merged for r in tally.reductions) if tally.reductions else None,
                 "pruned": fmean(r.pruned for r in tally.reductions) if tally.reductions else None,
@@ -133,7 +131,7 @@ def compare_budgets(
     """All methods at several numbers of visual tokens (Figure 4).
 
     Args:
-        budgets: frames and longest edge of each, instead of the setting's.
+        budgets: pairs of frames and longest edge, which replace the setting's.
 
     Returns:
         "budgets": for each "frames", "longest_edge" (null: as in training) and what
@@ -141,15 +139,15 @@ def compare_budgets(
     """
     records = []
     for frames, edge in budgets:
-        own = replace(setting, max_frames=frames, longest_edge=edge)
-        found = compare_methods(own, examples, metric, repeats=repeats, progress=progress)
-        records.append({"frames": frames, "longest_edge": edge, **found})
+        sized = replace(setting, max_frames=frames, longest_edge=edge)
+        record = compare_methods(sized, examples, metric, repeats=repeats, progress=progress)
+        records.append({"frames": frames, "longest_edge": edge, **record})
     return {"budgets": records}
 
 
 @dataclass
 class _Tally:
-    """What a method took and said: seconds, bytes and seconds a video or question, token ids."""
+    """Measurements of a method: seconds and bytes per video, seconds and token ids per question."""
 
     preparation: list[float] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
@@ -167,17 +165,17 @@ def _measure(
 ) -> None:
     """Prepare one video and ask all its questions."""
     device = setting.model.backbone.decoder.device
-    prepared, taken = timed(device, lambda: method.prepare(setting, group[0].video))
-    tally.preparation.append(taken)
+    prepared, seconds = timed(device, lambda: method.prepare(setting, group[0].video))
+    tally.preparation.append(seconds)
     tally.bytes.append(prepared.bytes)
     tally.reductions += [prepared.reduction] if prepared.reduction else []
     brief = replace(setting, max_new_tokens=1)
     for example in group:
-        said = method.ask(setting, prepared, example.prompt)
-        again = [method.ask(brief, prepared, example.prompt) for _ in range(repeats - 1)]
-        tally.tokens.append(said.tokens)
-        tally.reductions += [said.reduction] if said.reduction else []
-        tally.waits += [found.time_to_first_token for found in (said, *again)]
+        answer = method.ask(setting, prepared, example.prompt)
+        repeated = [method.ask(brief, prepared, example.prompt) for _ in range(repeats - 1)]
+        tally.tokens.append(answer.tokens)
+        tally.reductions += [answer.reduction] if answer.reduction else []
+        tally.waits += [a.time_to_first_token for a in (answer, *repeated)]
 
 
 def _visual_tokens(setting: MethodSettings, groups: Sequence[Sequence[EvalExample]]) -> float:
@@ -194,22 +192,22 @@ Result = TypeVar("Result")
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def finished(device: torch.device) -> float:
-    """The clock once everything enqueued on the device is done, seconds."""
+def synchronized_time(device: torch.device) -> float:
+    """Wait for the device's queue; the clock then, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def timed(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:
-    """What ``work`` returns and the seconds it took."""
-    start = finished(device)
+    """The result of ``work`` and its duration in seconds."""
+    start = synchronized_time(device)
     result = work()
-    return result, finished(device) - start
+    return result, synchronized_time(device) - start
 
 
 class Stopwatch:
-    """Seconds of each stage, as a progress callback: a report ends the stage before it.
+    """A progress callback that times stages: each report ends the previous stage.
 
     Attributes:
         seconds: stage -> seconds so far.
@@ -226,8 +224,8 @@ class Stopwatch:
         self._stage = stage
 
     def stop(self) -> None:
-        """End the stage that runs."""
-        now = finished(self._device)
+        """End the current stage."""
+        now = synchronized_time(self._device)
         if self._stage is not None:
             self.seconds[self._stage] += now - self._since
         self._stage, self._since = None, now
@@ -236,18 +234,18 @@ class Stopwatch:
 class PeakMemory:
     """Peak memory within a ``with`` block.
 
-    On a GPU what the allocator held at most; on a CPU the process's largest resident set, where
+    On a GPU the maximum that the allocator held; on a CPU the process's largest resident set, if
     the system lets a process reset it (Linux).
 
     Attributes:
-        bytes: known behind the block; None where it cannot be measured.
+        bytes: set at the end of the block; None if it cannot be measured.
     """
 
     bytes: int | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._measured = True
+        self._can_reset = True
 
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
@@ -256,12 +254,12 @@ class PeakMemory:
         try:
             _RESET.write_text("5")
         except OSError:
-            self._measured = False
+            self._can_reset = False
         return self
 
     def __exit__(self, *failure: object) -> None:
         if self._device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self._device)
-        elif self._measured:
+        elif self._can_reset:
             (line,) = (x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
             self.bytes = int(line.split()[1]) * 1024

@@ -1,12 +1,13 @@
 """FrameFusion (Fu et al., ICCV 2025) for this decoder: our own implementation of its rules.
 
-Before the first layer, and then between the attention and the MLP of every layer, visual tokens
-that are nearly the same as the token at the same place of the previous frame are merged into it
-(mean). Once a pass merges few, the next one prunes, once, down to the budget: the visual tokens go
-that the prompt's last token attends to least in that layer. Text is never touched and survivors
-keep their rotary positions. As in the authors' code, except that the budget is a number of tokens
-rather than of FLOPs, and that a prefix without a question can be reduced, so that what is left is
-reused for every question: its last token is then the last of the prefix.
+Before the first layer, and then between attention and MLP of every layer, a visual token that is
+nearly equal to the token at the same place in the previous frame is merged into it (mean). After
+the first pass that merges only a few tokens, the next pass prunes once, down to the budget: it
+removes the visual tokens that receive the least attention from the prompt's last token in that
+layer. Text is never removed, and the remaining tokens keep their rotary positions. This follows the
+authors' code except in two points: the budget is a number of tokens instead of FLOPs, and a prefix
+without a question can be reduced, too, and then reused for every question; its last token takes the
+place of the prompt's.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from v2l_fast.vlm.decoder import AttentionMetadata, Decoder, StaticKVCache
 
 @dataclass(frozen=True)
 class FrameFusion:
-    """Settings.
+    """Settings of the token reduction.
 
     Attributes:
-        keep: share of the visual tokens to keep, above 0 and up to 1.
-        similarity: least cosine similarity of tokens that merge.
-        stop_ratio: merging ends with the first pass in which less than this share of the visual
-            tokens merges.
+        keep: share of the visual tokens to keep, above 0 and at most 1.
+        similarity: minimum cosine similarity of tokens that merge.
+        stop_ratio: merging ends with the first pass that merges less than this share of the visual
+            tokens.
     """
 
     keep: float = 0.25
@@ -42,12 +43,12 @@ class FrameFusion:
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise ConfigError(f"keep must be above 0 and at most 1, not {self.keep}")
+            raise ConfigError(f"keep must be above 0 and at most 1, got {self.keep}")
 
 
 @dataclass
 class Reduction:
-    """Visual tokens that merging and pruning took away."""
+    """Numbers of visual tokens that were merged and pruned."""
 
     merged: int = 0
     pruned: int = 0
@@ -55,8 +56,8 @@ class Reduction:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Surviving tokens in order: hidden [n, D], rotary positions [n], place of each in its frame
-    [n] (-1 for text)."""
+    """The remaining tokens in order: hidden [n, D], rotary positions [n], place in the frame [n]
+    (-1 for text)."""
 
     hidden: Tensor
     positions: Tensor
@@ -66,7 +67,7 @@ class _Tokens:
     def visual(self) -> Tensor:
         return self.places >= 0
 
-    def kept(self, keep: Tensor) -> _Tokens:
+    def select(self, keep: Tensor) -> _Tokens:
         return _Tokens(self.hidden[keep], self.positions[keep], self.places[keep])
 
 
@@ -79,13 +80,16 @@ def reduced_layers(
     cache: StaticKVCache | None = None,
     reduction: Reduction | None = None,
 ) -> Iterator[Tensor]:
-    """What enters each layer, [1, n, D] with n falling; as ``Decoder.layer_inputs`` otherwise.
+    """The input of each layer, [1, n, D] with decreasing n; otherwise as ``Decoder.layer_inputs``.
 
     Args:
-        prompt: with a video of ``frames`` frames of equally many tokens.
-        cache: with one, keys and values of what a layer attends to are written, and the last layer
-            runs too: what leaves it comes last.
-        reduction: counts what is taken away.
+        prompt: contains a video of ``frames`` frames with equally many tokens each.
+        cache: receives the keys and values of every layer; the last layer then runs, too, and its
+            output is yielded last.
+        reduction: its counts are increased.
+
+    Raises:
+        ConfigError: the visual tokens are not ``frames`` equal frames.
     """
     tokens = _Reducer(prompt, frames, settings, decoder.device, reduction or Reduction())
     tokens.reduce(None)
@@ -97,10 +101,12 @@ def reduced_layers(
         layer = decoder.text_model.layers[index]
         metadata = decoder.attention_metadata(tokens.positions[None], None)
         part = None if cache is None else cache.layer(index)
-        received = _received(decoder, index, hidden, metadata) if tokens.prunes_next else None
+        attention = (
+            _last_token_attention(decoder, index, hidden, metadata) if tokens.prunes_next else None
+        )
         hidden = hidden + decoder.attention_block(layer, index, hidden, metadata, part)
         tokens.update(hidden[0])
-        tokens.reduce(received)
+        tokens.reduce(attention)
         hidden = tokens.hidden[None]
         tokens.update((hidden + decoder.mlp_block(layer, index, hidden))[0])
     yield tokens.hidden[None]
@@ -114,8 +120,11 @@ def reduced_prefix(
     room: int,
     reduction: Reduction | None = None,
 ) -> tuple[CachedPrefix, Tensor]:
-    """:func:`~v2l_fast.evaluation.prefix.prefill` with token reduction on the way, and the last
-    token's hidden state [1, D] behind the last layer."""
+    """:func:`~v2l_fast.evaluation.prefix.prefill` with token reduction.
+
+    Returns:
+        The prefix, and the last token's output of the last layer [1, D].
+    """
     cache = decoder.new_cache(1, len(prompt) + room)
     *layers, last = reduced_layers(decoder, prompt, frames, settings, cache, reduction)
     lengths = tuple(hidden.shape[1] for hidden in layers)
@@ -123,7 +132,7 @@ def reduced_prefix(
 
 
 class _Reducer:
-    """The surviving tokens, and what a pass may still do to them."""
+    """The remaining tokens, and whether the next pass merges, prunes or does nothing."""
 
     def __init__(
         self,
@@ -135,7 +144,9 @@ class _Reducer:
     ) -> None:
         visual = prompt.visual
         if visual is None or prompt.visual_tokens % frames:
-            raise ConfigError(f"{prompt.visual_tokens} visual tokens are not {frames} equal frames")
+            raise ConfigError(
+                f"{prompt.visual_tokens} visual tokens cannot be {frames} frames of equal size"
+            )
         self.count = prompt.visual_tokens
         self.budget = math.ceil(settings.keep * self.count)
         self.settings, self.reduction, self.merging = settings, reduction, True
@@ -154,19 +165,19 @@ class _Reducer:
 
     @property
     def prunes_next(self) -> bool:
-        """Whether the next pass needs to know what the last token attends to."""
+        """Whether the next pass needs the attention of the last token."""
         return not self.merging and self.count > self.budget
 
     def update(self, hidden: Tensor) -> None:
         self.tokens = replace(self.tokens, hidden=hidden)
 
-    def reduce(self, received: Tensor | None) -> None:
-        """One pass: merging, or pruning by the attention ``received``."""
+    def reduce(self, attention: Tensor | None) -> None:
+        """One pass: prune by ``attention`` [n], or merge without it."""
         excess = self.count - self.budget
         if excess <= 0:
             return
-        if received is not None:
-            self.tokens = _prune(self.tokens, excess, received)
+        if attention is not None:
+            self.tokens = _prune(self.tokens, excess, attention)
             self.reduction.pruned += excess
         else:
             self.tokens = _merge(self.tokens, excess, self.settings.similarity)
@@ -176,19 +187,19 @@ class _Reducer:
         self.count = int(self.tokens.visual.sum())
 
 
-def _merge(tokens: _Tokens, excess: int, least: float) -> _Tokens:
-    """Merge up to ``excess`` visual tokens, the most similar first, into the one at their place in
-    an earlier frame; a run of similar frames becomes one token, the mean of its tokens."""
+def _merge(tokens: _Tokens, excess: int, min_similarity: float) -> _Tokens:
+    """Merge up to ``excess`` visual tokens, the most similar first, into the token at the same
+    place of an earlier frame; a run of similar tokens becomes their mean."""
     visual = tokens.visual.nonzero()[:, 0]
-    # By place, then by time, so that neighbors are the same place in adjacent frames.
+    # Sorted by place, then time: neighbors are the same place in adjacent frames.
     order = visual[tokens.places[visual].argsort(stable=True)]
     rows, places = tokens.hidden[order].float(), tokens.places[order]
-    alike = F.cosine_similarity(rows[1:], rows[:-1], dim=-1)
-    alike = alike.masked_fill(places[1:] != places[:-1], -math.inf)
-    joins = alike >= least
+    similarity = F.cosine_similarity(rows[1:], rows[:-1], dim=-1)
+    similarity = similarity.masked_fill(places[1:] != places[:-1], -math.inf)
+    joins = similarity >= min_similarity
     if int(joins.sum()) > excess:
         joins = torch.zeros_like(joins)
-        joins[alike.topk(excess).indices] = True
+        joins[similarity.topk(excess).indices] = True
     starts = torch.cat([joins.new_ones(1), ~joins])
     group = starts.cumsum(0) - 1
     sums = rows.new_zeros(int(group[-1]) + 1, rows.shape[1]).index_add_(0, group, rows)
@@ -197,19 +208,21 @@ def _merge(tokens: _Tokens, excess: int, least: float) -> _Tokens:
     hidden[order[starts]] = means.to(hidden.dtype)
     keep = torch.ones_like(tokens.visual)
     keep[order[~starts]] = False
-    return replace(tokens, hidden=hidden).kept(keep)
+    return replace(tokens, hidden=hidden).select(keep)
 
 
-def _prune(tokens: _Tokens, excess: int, received: Tensor) -> _Tokens:
-    """Drop the ``excess`` visual tokens that received least attention."""
-    least = received.masked_fill(~tokens.visual, math.inf).topk(excess, largest=False).indices
+def _prune(tokens: _Tokens, excess: int, attention: Tensor) -> _Tokens:
+    """Remove the ``excess`` visual tokens with the least attention."""
+    least = attention.masked_fill(~tokens.visual, math.inf).topk(excess, largest=False).indices
     keep = torch.ones_like(tokens.visual)
     keep[least] = False
-    return tokens.kept(keep)
+    return tokens.select(keep)
 
 
-def _received(decoder: Decoder, index: int, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
-    """Attention that the last token pays to each token in a layer, mean over heads: [n]."""
+def _last_token_attention(
+    decoder: Decoder, index: int, hidden: Tensor, metadata: AttentionMetadata
+) -> Tensor:
+    """Attention of the last token to each token in a layer, mean over heads: [n]."""
     layer = decoder.text_model.layers[index]
     query, key, _ = decoder.project_qkv(layer, index, hidden, metadata)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)

@@ -1,7 +1,7 @@
-"""Ways to answer many questions about one video, each as preparation and questions.
+"""Methods of answering many questions about one video, each split into preparation and questions.
 
-A method prepares a video once and keeps what it prepared; every question then pays for the rest.
-All use the same frames, prompts, greedy decoding and eager decoder, one question at a time.
+A method prepares a video once and stores the result; every question pays for the rest. All methods
+use the same frames, prompts, greedy decoding and eager decoder, one question at a time.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from v2l_fast.vlm import Prompt
 from v2l_fast.vlm.base import VideoChunk
 from v2l_fast.vlm.decoder import Decoder
 
-# Cache slots kept free for a question.
+# Cache slots reserved for a question.
 _QUESTION_ROOM = 512
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What all methods share.
+    """Settings that all methods share.
 
     Attributes:
-        max_frames, longest_edge: frames and pixels; as in training when None.
-        exact_frames: exactly ``max_frames``, whatever the duration.
-        max_new_tokens: longest answer.
-        fusion: FrameFusion's settings.
+        max_frames, longest_edge: frames and pixels; None takes the values of training.
+        exact_frames: sample exactly ``max_frames``, whatever the duration.
+        max_new_tokens: maximum length of an answer.
+        fusion: settings of FrameFusion.
     """
 
     model: Video2LoRA
@@ -57,7 +57,7 @@ class MethodSettings:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """What ``Video2LoRA.internalize`` takes for it."""
+        """Keyword arguments of ``Video2LoRA.internalize``."""
         return {
             "max_frames": self.max_frames,
             "longest_edge": self.longest_edge,
@@ -65,27 +65,27 @@ class MethodSettings:
         }
 
     def clip(self, video: Video) -> Clip:
-        """The frames all methods see."""
+        """The frames that all methods use."""
         return self.model.load_clip(video, **self.sampling)
 
     def encode(self, video: Video) -> VideoChunk:
-        """Decoding, resizing and vision tower."""
+        """Decode, resize and run the vision tower."""
         return self.model.backbone.encode(self.clip(video), self.edge)
 
 
 @dataclass(frozen=True)
 class PreparedVideo:
-    """What a method keeps of a video, its size in bytes, and the visual tokens it took away."""
+    """What a method stores of a video, its size in bytes, and the visual tokens it removed."""
 
-    kept: Any
+    stored: Any
     bytes: int
     reduction: Reduction | None = None
 
 
 @dataclass(frozen=True)
 class MethodAnswer:
-    """An answer's token ids, seconds from the question's text to its first token, and the visual
-    tokens taken away for this question alone."""
+    """Token ids of an answer, seconds from the question's text to the first token, and the visual
+    tokens removed for this question."""
 
     tokens: list[int]
     time_to_first_token: float
@@ -94,7 +94,7 @@ class MethodAnswer:
 
 @dataclass(frozen=True)
 class Method:
-    """A method by name: ``prepare`` a video, then ``ask`` what was prepared."""
+    """A named method: ``prepare`` a video once, then ``ask`` about it."""
 
     name: str
     prepare: Callable[[MethodSettings, Video], PreparedVideo]
@@ -121,63 +121,74 @@ def _answer(
 # --- the video in context -----------------------------------------------------------------------
 
 
-def _keep_nothing(setting: MethodSettings, video: Video) -> PreparedVideo:
+def _store_nothing(setting: MethodSettings, video: Video) -> PreparedVideo:
     return PreparedVideo(video, 0)
 
 
 def _ask_video(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
     backbone = setting.model.backbone
-    return _answer(setting, lambda: backbone.video_prompt(setting.encode(prepared.kept), question))
+    return _answer(
+        setting, lambda: backbone.video_prompt(setting.encode(prepared.stored), question)
+    )
 
 
-def _keep_features(setting: MethodSettings, video: Video) -> PreparedVideo:
+def _store_features(setting: MethodSettings, video: Video) -> PreparedVideo:
     encoded = setting.encode(video)
     return PreparedVideo(encoded, _size(encoded.visual))
 
 
 def _ask_features(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
-    return _answer(setting, lambda: setting.model.backbone.video_prompt(prepared.kept, question))
+    return _answer(setting, lambda: setting.model.backbone.video_prompt(prepared.stored, question))
 
 
-def _keep_cache(setting: MethodSettings, video: Video) -> PreparedVideo:
+def _store_cache(setting: MethodSettings, video: Video) -> PreparedVideo:
     backbone = setting.model.backbone
     opening = backbone.video_prefix(setting.encode(video))
-    prefix = prefill(backbone.decoder, opening.embeddings, _room(setting))
+    prefix = prefill(backbone.decoder, opening.embeddings, setting.max_new_tokens + _QUESTION_ROOM)
     return PreparedVideo(prefix, prefix.bytes)
 
 
-def _keep_fused_cache(setting: MethodSettings, video: Video) -> PreparedVideo:
+def _store_fused_cache(setting: MethodSettings, video: Video) -> PreparedVideo:
     backbone = setting.model.backbone
     encoded = setting.encode(video)
     opening, frames = backbone.video_prefix(encoded), len(encoded.timestamps)
     reduction = Reduction()
     prefix, _ = reduced_prefix(
-        backbone.decoder, opening, frames, setting.fusion, _room(setting), reduction
+        backbone.decoder,
+        opening,
+        frames,
+        setting.fusion,
+        setting.max_new_tokens + _QUESTION_ROOM,
+        reduction,
     )
     return PreparedVideo(prefix, prefix.bytes, reduction)
 
 
 @torch.inference_mode()
 def _ask_fused(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
-    """FrameFusion as its authors use it: reduced anew for every question, which prunes too."""
+    """FrameFusion as its authors use it: every question reduces the tokens again and steers the
+    pruning."""
     start = time.perf_counter()
-    backbone, encoded = setting.model.backbone, setting.encode(prepared.kept)
-    prompt, frames, decoder = (
-        backbone.video_prompt(encoded, question), len(encoded.timestamps), backbone.decoder
-    )  # fmt: skip
+    backbone, encoded = setting.model.backbone, setting.encode(prepared.stored)
+    prompt, decoder = backbone.video_prompt(encoded, question), backbone.decoder
     reduction = Reduction()
     prefix, last = reduced_prefix(
-        decoder, prompt, frames, setting.fusion, setting.max_new_tokens, reduction
+        decoder,
+        prompt,
+        len(encoded.timestamps),
+        setting.fusion,
+        setting.max_new_tokens,
+        reduction,
     )
     first = decoder.logits(decoder.text_model.norm(last)).argmax(-1)
     token = int(first)
-    waited = time.perf_counter() - start
+    wait = time.perf_counter() - start
     if token in backbone.stop_ids:
-        return MethodAnswer([], waited, reduction)
+        return MethodAnswer([], wait, reduction)
     rest = continue_greedily(
         decoder, prefix, decoder.embed(first), backbone.stop_ids, setting.max_new_tokens - 1
     )
-    return MethodAnswer([token, *rest.tokens[0]], waited, reduction)
+    return MethodAnswer([token, *rest.tokens[0]], wait, reduction)
 
 
 def _ask_cache(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
@@ -186,20 +197,16 @@ def _ask_cache(setting: MethodSettings, prepared: PreparedVideo, question: str) 
     rest = backbone.question_suffix(question).embeddings
     built = time.perf_counter() - start
     generated = continue_greedily(
-        backbone.decoder, prepared.kept, rest, backbone.stop_ids, setting.max_new_tokens
+        backbone.decoder, prepared.stored, rest, backbone.stop_ids, setting.max_new_tokens
     )
     return MethodAnswer(generated.tokens[0], built + generated.time_to_first_token)
-
-
-def _room(setting: MethodSettings) -> int:
-    return _QUESTION_ROOM + setting.max_new_tokens
 
 
 # --- adapters -----------------------------------------------------------------------------------
 
 
 def internalize(setting: MethodSettings, video: Video) -> Adapter:
-    """The adapter as ``Video2LoRA.internalize`` makes it."""
+    """The adapter of ``Video2LoRA.internalize``."""
     return setting.model.internalize(video, **setting.sampling)
 
 
@@ -218,24 +225,24 @@ def internalize_fused(
     return model.hypernet.assemble(factors)[0]
 
 
-def _keep_adapter(setting: MethodSettings, video: Video) -> PreparedVideo:
-    return _packed(setting, internalize(setting, video))
+def _store_adapter(setting: MethodSettings, video: Video) -> PreparedVideo:
+    return _store_packed(setting, internalize(setting, video))
 
 
-def _keep_fused_adapter(setting: MethodSettings, video: Video) -> PreparedVideo:
+def _store_fused_adapter(setting: MethodSettings, video: Video) -> PreparedVideo:
     reduction = Reduction()
-    return _packed(setting, internalize_fused(setting, video, reduction), reduction)
+    return _store_packed(setting, internalize_fused(setting, video, reduction), reduction)
 
 
-def _packed(
+def _store_packed(
     setting: MethodSettings, adapter: Adapter, reduction: Reduction | None = None
 ) -> PreparedVideo:
     decoder = setting.model.backbone.decoder
-    slots = AdapterBank.pack([adapter], decoder.device, decoder.dtype)
-    return PreparedVideo(slots, _adapter_size(adapter), reduction)
+    bank = AdapterBank.pack([adapter], decoder.device, decoder.dtype)
+    return PreparedVideo(bank, _adapter_size(adapter), reduction)
 
 
-def _keep_merged(setting: MethodSettings, video: Video) -> PreparedVideo:
+def _store_merged(setting: MethodSettings, video: Video) -> PreparedVideo:
     model = setting.model
     decoder = model.backbone.decoder.merged(internalize(setting, video))
     weights = (
@@ -247,12 +254,12 @@ def _keep_merged(setting: MethodSettings, video: Video) -> PreparedVideo:
 
 
 def _ask_adapter(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
-    return _answer(setting, lambda: setting.model.backbone.question(question), prepared.kept)
+    return _answer(setting, lambda: setting.model.backbone.question(question), prepared.stored)
 
 
 def _ask_merged(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:
     backbone = setting.model.backbone
-    return _answer(setting, lambda: backbone.question(question), decoder=prepared.kept)
+    return _answer(setting, lambda: backbone.question(question), decoder=prepared.stored)
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -260,19 +267,19 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _adapter_size(adapter: Adapter) -> int:
-    """The generated factors; the bias adapter is the model's, shared by all videos."""
+    """Bytes of the generated factors; the bias adapter belongs to the model."""
     return sum(_size(t) for factors in (adapter.A, adapter.B) for t in factors.values())
 
 
-DIRECT = Method("direct", _keep_nothing, _ask_video)
-ADAPTER = Method("adapter", _keep_adapter, _ask_adapter)
+DIRECT = Method("direct", _store_nothing, _ask_video)
+ADAPTER = Method("adapter", _store_adapter, _ask_adapter)
 METHODS = (
     DIRECT,
-    Method("vision-feature cache", _keep_features, _ask_features),
-    Method("KV-cache reuse", _keep_cache, _ask_cache),
-    Method("FrameFusion (ours)", _keep_nothing, _ask_fused),
-    Method("FrameFusion (ours) + KV-cache reuse", _keep_fused_cache, _ask_cache),
-    Method("FrameFusion (ours) + adapter", _keep_fused_adapter, _ask_adapter),
+    Method("vision-feature cache", _store_features, _ask_features),
+    Method("KV-cache reuse", _store_cache, _ask_cache),
+    Method("FrameFusion (ours)", _store_nothing, _ask_fused),
+    Method("FrameFusion (ours) + KV-cache reuse", _store_fused_cache, _ask_cache),
+    Method("FrameFusion (ours) + adapter", _store_fused_adapter, _ask_adapter),
     ADAPTER,
-    Method("merged adapter", _keep_merged, _ask_merged),
+    Method("merged adapter", _store_merged, _ask_merged),
 )

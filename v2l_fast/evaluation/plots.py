@@ -1,4 +1,4 @@
-"""Plots of the analyses' records as PNG files.
+"""Plots of the records as PNG files.
 
 matplotlib (the extra ``eval``; Pillow comes with it) is loaded when a plot is drawn; its global
 state is never used.
@@ -27,13 +27,13 @@ _PANEL, _DPI, _COLORS = (3.6, 2.9), 90, 128
 
 
 def plot_conditions(shares: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
-    """Measure -> condition -> interval: a panel a measure, a bar a condition."""
+    """Measure -> condition -> interval: one panel per measure, one bar per condition."""
     panels = []
-    for measure, found in shares.items():
+    for measure, intervals in shares.items():
 
-        def draw(axes: Axes, measure: str = measure, found: Mapping = found) -> None:
-            estimates, errors = _errors(list(found.values()))
-            axes.barh(list(found), estimates, xerr=errors, capsize=2)
+        def draw(axes: Axes, measure: str = measure, intervals: Mapping = intervals) -> None:
+            estimates, errors = _errors(list(intervals.values()))
+            axes.barh(list(intervals), estimates, xerr=errors, capsize=2)
             axes.invert_yaxis()
             axes.set(xlabel=measure, xlim=(0, 1.02), xticks=(0, 0.25, 0.5, 0.75, 1))
 
@@ -42,14 +42,14 @@ def plot_conditions(shares: Mapping[str, Mapping[str, Mapping[str, float]]], pat
 
 
 def plot_rank(record: Mapping[str, Any], path: Path) -> None:
-    """Score against kept directions, a line a strategy (Figure 6)."""
+    """Score against kept directions, one line per strategy (Figure 6)."""
     rows = record["rows"]
 
     def draw(axes: Axes) -> None:
-        places = range(len(rows))
+        positions = range(len(rows))
         for strategy in STRATEGIES:
-            _line(axes, places, [row[strategy] for row in rows], strategy)
-        axes.set_xticks(places, [str(row["k"]) for row in rows])
+            _line(axes, positions, [row[strategy] for row in rows], strategy)
+        axes.set_xticks(positions, [str(row["k"]) for row in rows])
         axes.set(xlabel="directions k kept (remove-top: removed)", ylabel="score")
         axes.legend(fontsize=7)
 
@@ -97,7 +97,7 @@ def plot_logits(record: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_norms(record: Mapping[str, Any], path: Path) -> None:
-    """Norm products by layer and direction, and layer norms, a row of panels a module."""
+    """Norm products by layer and direction, and layer norms, two panels per module."""
     panels: list[Callable[[Axes], None]] = []
     for module, norms in record["modules"].items():
 
@@ -116,16 +116,17 @@ def plot_norms(record: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_chunks(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Share of the single adapter's score above no adapter's that compositions keep, by network."""
+    """Share of the single adapter's score above that without an adapter that compositions keep; one
+    panel per network."""
     panels = []
     for name, record in records.items():
 
         def draw(axes: Axes, name: str = name, rows: Sequence = record["rows"]) -> None:
-            places = range(len(rows))
+            positions = range(len(rows))
             for kind in rows[0]["kept"]:
-                axes.plot(places, [row["kept"][kind] for row in rows], marker="o", label=kind)
+                axes.plot(positions, [row["kept"][kind] for row in rows], marker="o", label=kind)
             axes.axhline(0.95, color="black", linewidth=0.6, linestyle=":")
-            axes.set_xticks(places, [str(row["chunks"]) for row in rows])
+            axes.set_xticks(positions, [str(row["chunks"]) for row in rows])
             axes.set(xlabel="chunks", ylabel="kept of the single adapter's", title=name)
             axes.set_ylim(min([0.0, *(k for row in rows for k in row["kept"].values())]), 1.1)
 
@@ -134,7 +135,7 @@ def plot_chunks(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def plot_amortized(record: Mapping[str, Any], path: Path, questions: int = 20) -> None:
-    """Seconds a question against questions a video, and what each method stores (Figure 2)."""
+    """Seconds per question against questions per video, and bytes stored (Figure 2)."""
     rows, counts = record["rows"], range(1, questions + 1)
 
     def curves(axes: Axes) -> None:
@@ -160,7 +161,7 @@ def plot_amortized(record: Mapping[str, Any], path: Path, questions: int = 20) -
 
 
 def plot_budgets(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """First token, preparation and score against visual tokens, a line a method (Figure 4)."""
+    """First token, preparation and score against visual tokens, one line per method (Figure 4)."""
     tokens = [record["visual_tokens"] for record in records]
     methods = [row["method"] for row in records[0]["rows"]]
 
@@ -226,7 +227,7 @@ def plot_sweep(record: Mapping[str, Any], path: Path) -> None:
 
 
 def _line(axes: Axes, x: Sequence[float], intervals: Sequence[Mapping], label: str) -> None:
-    """A line through estimates with its interval as a band."""
+    """A line through the estimates, with the intervals as a band."""
     axes.plot(x, [i["estimate"] for i in intervals], marker="o", markersize=3, label=label)
     low, high = ([i[side] for i in intervals] for side in ("low", "high"))
     axes.fill_between(x, low, high, alpha=0.15)
@@ -247,7 +248,7 @@ def _bars(axes: Axes, x: Sequence[float], intervals: Sequence[Mapping]) -> None:
 
 
 def _errors(intervals: Sequence[Mapping]) -> tuple[list[float], list[list[float]]]:
-    """Estimates, and their distances to the lower and the upper bounds."""
+    """Estimates, and their distances to the lower and upper bounds."""
     estimates = [i["estimate"] for i in intervals]
     down = [i["estimate"] - i["low"] for i in intervals]
     up = [i["high"] - i["estimate"] for i in intervals]
@@ -257,7 +258,7 @@ def _errors(intervals: Sequence[Mapping]) -> tuple[list[float], list[list[float]
 def _save(
     panels: Sequence[Callable[[Axes], None]], path: Path, title: str, legend: bool = False
 ) -> None:
-    """Draw panels side by side and write a PNG, whole or not at all."""
+    """Draw panels side by side and write a PNG atomically."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
     from PIL import Image
@@ -287,8 +288,8 @@ def _save(
 def plot_distributions(
     examples: Sequence[Example], scores: Mapping[str, Mapping[str, Scores]], folder: Path
 ) -> list[Path]:
-    """One PNG a metric: left the scores of baseline and system, right their differences, a row of
-    panels for each benchmark. Returns the files."""
+    """One PNG per metric (Figures 9 to 12): scores of baseline and system on the left, differences
+    on the right, one row per benchmark. Returns the files."""
     from matplotlib.figure import Figure
 
     written = []

@@ -1,19 +1,19 @@
 """Paired comparisons of two systems on the same examples.
 
-Responsible for intervals and for the paper's rules: non-inferior when the whole interval lies above
--margin, equivalent when it lies inside +-margin. What is compared is `comparison`'s.
+Responsible for intervals and for the paper's rules: non-inferior if the whole interval lies above
+-margin, equivalent if it lies inside ±margin. Table rows are `report`'s.
 
-An interval is the percentile bootstrap over videos (scipy), corrected where that is too narrow:
+An interval is the percentile bootstrap over videos (scipy), widened where that is too narrow:
 
-- Below :data:`SMALL` videos it is united with Korn and Graubard's interval, the exact binomial one
-  at the effective number of videos (Student's t for scores without a scale). Resampling ignores
-  that the spread itself is estimated, and what lies between the scores and the ends of their scale:
-  a nominal 95% covers 70 to 90% at 8 videos.
-- Where no video differs from another there is nothing to resample, which proves nothing: a share of
-  up to 1 - (alpha / 2)^(1/n) of all videos (about 3.7 / n) may differ and still be missed by n of
-  them, by as much as the scores' scale allows (the exact binomial bound).
+- Below :data:`SMALL` videos it is united with Korn and Graubard's interval, the exact binomial
+  interval at the effective number of videos (Student's t for scores without bounds). The bootstrap
+  ignores that the variance itself is estimated, and the distance from the scores to the ends of
+  their range: at 8 videos, a nominal 95% covers 70 to 90%.
+- If all videos have the same score, resampling gives no width, although a share of up to
+  1 - (alpha / 2)^(1/n) of all videos (about 3.7 / n) may differ, by as much as the range allows,
+  and be missed by a sample of n (the exact binomial bound).
 
-For the same reason a claim needs :func:`required_videos`.
+For the same reason, a claim needs :func:`required_videos`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from scipy.stats import beta, bootstrap, norm, t
 
 from v2l_fast.errors import ConfigError
 
-# Videos below which the percentile bootstrap alone is too narrow.
+# Below this number of videos the percentile bootstrap alone is too narrow.
 SMALL = 100
 CONFIDENCE = 0.95
-# Scale of one example's score, and of the difference of two scores.
+# Range of a score, and of the difference of two scores.
 SCORES, DIFFERENCES = (0.0, 1.0), (-1.0, 1.0)
 
 Bounds = tuple[float, float]
-# Sum of scores and number of examples of each video.
+# Video -> (sum of scores, number of examples).
 Stratum = Mapping[Hashable, tuple[float, float]]
 
 
@@ -48,19 +48,19 @@ class Interval:
     high: float
 
     def non_inferior(self, margin: float) -> bool:
-        """The difference is not worse than -margin: the lower bound lies above it."""
+        """Whether the lower bound lies above -margin."""
         return self.low > -_positive(margin)
 
     def equivalent(self, margin: float) -> bool:
-        """The difference lies inside +-margin with both bounds."""
+        """Whether both bounds lie inside ±margin."""
         return self.low > -_positive(margin) and self.high < margin
 
 
 def required_videos(margin: float, confidence: float = CONFIDENCE) -> int:
-    """Fewest videos that support a claim at a margin: 72 at 0.05, 23 at 0.15.
+    """Minimum number of videos for a claim at a margin: 72 at 0.05, 23 at 0.15.
 
     With fewer, even equal scores on every video are compatible with a difference of 1 on a share
-    ``margin`` of all videos. Raises ConfigError for a margin that is not positive.
+    ``margin`` of all videos. Raises ConfigError if the margin is not positive.
     """
     missed = 1 - min(_positive(margin), 0.999)
     return math.ceil(math.log((1 - confidence) / 2) / math.log(missed))
@@ -73,7 +73,7 @@ def mean_interval(
     seed: int = 0,
     bounds: Bounds | None = SCORES,
 ) -> Interval:
-    """Mean of one score per example; arguments and errors as :func:`mean_of_ratios`."""
+    """Mean of one score per example; arguments and errors as for :func:`mean_of_ratios`."""
     return ratio_interval(values, [1.0] * len(values), confidence, resamples, seed, bounds)
 
 
@@ -85,9 +85,9 @@ def paired_difference(
     seed: int = 0,
     bounds: Bounds | None = DIFFERENCES,
 ) -> Interval:
-    """Mean of system - baseline, resampling examples so that pairs stay together.
+    """Mean of system - baseline; examples are resampled in pairs.
 
-    Raises ConfigError when the lengths differ; otherwise as :func:`mean_of_ratios`.
+    Raises ConfigError if the lengths differ; otherwise as :func:`mean_of_ratios`.
     """
     first, second = _checked(system, baseline)
     return mean_interval((first - second).tolist(), confidence, resamples, seed, bounds)
@@ -101,7 +101,7 @@ def ratio_interval(
     seed: int = 0,
     bounds: Bounds | None = SCORES,
 ) -> Interval:
-    """sum(hits) / sum(totals) over videos that carry several items each, resampling videos."""
+    """sum(hits) / sum(totals) over videos with several items each, resampling videos."""
     first, second = _checked(hits, totals)
     stratum = dict(enumerate(zip(first.tolist(), second.tolist(), strict=True)))
     return mean_of_ratios([stratum], confidence, resamples, seed, bounds)
@@ -114,19 +114,19 @@ def mean_of_ratios(
     seed: int = 0,
     bounds: Bounds | None = SCORES,
 ) -> Interval:
-    """The mean over strata of sum of scores / number of examples, each stratum of equal weight.
+    """The mean over strata of (sum of scores / number of examples), all strata with equal weight.
 
-    A video of several strata is resampled in all of them together, which keeps the correlation of
-    its scores; videos of the same strata are resampled among themselves. (The paper's "Average"
-    rows mostly print the mean of the rows' bounds instead, which is wider.)
+    A video in several strata is resampled in all of them together, which preserves the correlation
+    of its scores; videos in the same strata are resampled among themselves. (Most "Average" rows of
+    the paper print the mean of the rows' bounds instead, which is wider.)
 
     Args:
-        strata: video -> (sum of scores, number of examples), one mapping each.
-        bounds: least and greatest score of one example, widened by what is there; None for scores
-            without ends, whose interval has no width where they are all equal.
+        strata: one mapping of video -> (sum of scores, number of examples) per stratum.
+        bounds: minimum and maximum score of an example, extended to the scores that occur; None for
+            unbounded scores, whose interval has no width if they are all equal.
 
     Raises:
-        ConfigError: no strata, an empty one, or NaN in it.
+        ConfigError: there are no strata, or one is empty or contains NaN.
     """
     if not strata:
         raise ConfigError("nothing to average: give at least one set of scores")
@@ -156,21 +156,21 @@ def mean_of_ratios(
 
 
 def recovery(system: float, baseline: float, chance: float = 0.0) -> float:
-    """Share of the baseline's score above ``chance`` that the system keeps (1.0 is all of it).
+    """Share of the baseline's score above ``chance`` that the system keeps (1.0: all of it).
 
-    NaN where the baseline is not above chance. The paper's recoveries take chance as 0.
+    NaN if the baseline is not above chance. The paper's recoveries use a chance of 0.
     """
     above = baseline - chance
     return (system - chance) / above if above > 0 else float("nan")
 
 
 def holm(intervals: Sequence[Interval], margin: float, two_sided: bool) -> list[bool]:
-    """Which of several claims hold together, by Holm's step-down procedure at 2.5% a side.
+    """Which of several claims hold together, by Holm's step-down procedure at 2.5% per side.
 
-    P-values are those of a normal distribution with the interval's own half-widths.
+    P-values are those of a normal distribution with the interval's half-widths.
 
     Args:
-        two_sided: equivalence (both bounds) instead of non-inferiority (the lower one).
+        two_sided: equivalence (both bounds) instead of non-inferiority (the lower bound).
     """
     p_values = [_p_value(interval, _positive(margin), two_sided) for interval in intervals]
     holds, alive = [False] * len(p_values), True
@@ -197,8 +197,8 @@ def _p_value(interval: Interval, margin: float, two_sided: bool) -> float:
 
 
 def _groups(strata: Sequence[Stratum]) -> list[np.ndarray]:
-    """Videos by the strata they are in, each [strata, 2, videos] of sums and counts, 0 where a
-    video is not in a stratum."""
+    """Group the videos by the strata that contain them; each group is [strata, 2, videos], sums and
+    counts, 0 in strata without the video."""
     members: dict[tuple[int, ...], list[Hashable]] = defaultdict(list)
     for video in dict.fromkeys(video for stratum in strata for video in stratum):
         members[tuple(i for i, stratum in enumerate(strata) if video in stratum)].append(video)
@@ -209,7 +209,7 @@ def _groups(strata: Sequence[Stratum]) -> list[np.ndarray]:
 
 
 def _ratios(group: np.ndarray) -> np.ndarray:
-    """Scores by stratum and video, without the strata that the group's videos are not in."""
+    """Scores by stratum and video, in the strata that contain the group's videos."""
     sums, counts = group[group[:, 1].any(axis=-1)].transpose(1, 0, 2)
     return sums / counts
 
@@ -222,15 +222,15 @@ def _mean_ratio(totals: np.ndarray) -> np.ndarray:
 def _resampled(
     groups: Sequence[np.ndarray], totals: np.ndarray, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Percentiles of the estimate over resamples of each group's videos, minus the estimate."""
+    """Percentiles over resamples of the groups' videos, relative to the estimate."""
     fixed = totals - sum(group.sum(axis=-1) for group in groups)
 
     def statistic(*picks: np.ndarray, axis: int = -1) -> np.ndarray:
         drawn = [g[..., pick].sum(axis=axis) for g, pick in zip(groups, picks, strict=True)]
         return _mean_ratio(sum(drawn) + fixed.reshape(*fixed.shape, *[1] * (drawn[0].ndim - 2)))
 
-    # Indices stand for videos, so that all of a video's numbers stay together.
-    found = bootstrap(
+    # Indices are resampled, so all numbers of a video stay together.
+    interval = bootstrap(
         [np.arange(group.shape[-1]) for group in groups],
         statistic,
         paired=False,
@@ -242,14 +242,14 @@ def _resampled(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     estimate = _mean_ratio(totals)
-    return float(found.low - estimate), float(found.high - estimate)
+    return float(interval.low - estimate), float(interval.high - estimate)
 
 
 def _small_sample(
     groups: Sequence[np.ndarray], totals: np.ndarray, scale: Bounds | None, confidence: float
 ) -> tuple[float, float]:
-    """Bounds, minus the estimate, from the variance of the linearized estimate, with Welch and
-    Satterthwaite's degrees of freedom over the groups."""
+    """Bounds, relative to the estimate, from the variance of the linearized estimate, with
+    Welch-Satterthwaite degrees of freedom over the groups."""
     ratios = totals[:, :1] / totals[:, 1:]
     variances, freedoms = [], []
     for group in groups:
@@ -279,7 +279,7 @@ def _small_sample(
 def _missed(
     group: np.ndarray, totals: np.ndarray, scale: Bounds, confidence: float
 ) -> tuple[float, float]:
-    """How far the estimate may lie above and below the truth when the group's videos are alike."""
+    """How far the estimate may exceed or miss the truth if a group's videos are all equal."""
     share = 1 - ((1 - confidence) / 2) ** (1 / group.shape[-1])
     own = group.sum(axis=-1)
     inside = own[:, 1] > 0
@@ -291,7 +291,7 @@ def _missed(
 
 def _positive(margin: float) -> float:
     if not margin > 0:
-        raise ConfigError(f"margin must be positive, not {margin}")
+        raise ConfigError(f"margin must be positive, got {margin}")
     return margin
 
 
@@ -301,5 +301,5 @@ def _checked(*columns: Sequence[float]) -> list[np.ndarray]:
         lengths = " and ".join(str(len(array)) for array in arrays)
         raise ConfigError(f"paired scores differ in length: {lengths}; score the same examples")
     if len(arrays[0]) == 0 or any(np.isnan(array).any() for array in arrays):
-        raise ConfigError("scores are empty or hold NaN; score every example")
+        raise ConfigError("scores are empty or contain NaN; score every example")
     return arrays

@@ -1,8 +1,7 @@
-"""Frames x resolution: what the adapter keeps and saves as a video grows (paper Section 5.4,
-Figure 3).
+"""Sweep over frames x resolution: adapter against direct inference (paper Section 5.4, Figure 3).
 
-Every cell takes exactly its number of frames from every video; a video that holds fewer is left out
-of the cell by name. Each cell is a file of its own, so an interrupted sweep goes on where it was.
+Every cell samples exactly its number of frames from every video; a video with fewer frames is left
+out of the cell and named. Each cell is one file, so an interrupted sweep resumes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from v2l_fast.evaluation.efficiency import PeakMemory, Stopwatch, timed
 from v2l_fast.evaluation.examples import (
     EvalExample,
     Metric,
-    Progress,
     by_video,
     control_scores,
     interval,
@@ -32,11 +30,12 @@ from v2l_fast.generation import Answer
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.outputs import ResumableFolder
+from v2l_fast.work_units import Progress
 
 FRAMES = (8, 12, 24, 48, 128, 256, 512, 1024)
 RESOLUTIONS = (224, 336, 512, 1024)
-# What a person compares cells by: field -> heading. They fit 80 characters; a cell that failed is
-# named below the table.
+# Columns of the printed table, field -> heading: 80 characters wide. Failed cells are named below
+# the table.
 COLUMNS = {
     "frames": "frames",
     "longest_edge": "edge",
@@ -65,7 +64,7 @@ def sweep(
         resolutions: longest edges, pixels.
 
     Returns:
-        "rows": one dict a cell, see :func:`measure_cell`.
+        "rows": one dict per cell, see :func:`measure_cell`.
 
     Raises:
         ConfigError: the folder holds a sweep of other examples, another model or other settings.
@@ -89,11 +88,11 @@ def measure_cell(
     longest_edge: int,
     max_new_tokens: int = 128,
 ) -> dict[str, Any]:
-    """One cell, one question at a time.
+    """Measure one cell, one question at a time.
 
     Returns:
         "frames", "longest_edge", "videos", "questions", "left_out" (videos of fewer frames) and,
-        unless no video is left or memory ran out ("failed" says so):
+        unless no video is left or memory runs out (then "failed" is the reason):
         "score_direct", "score_adapter", "score_change" (interval of adapter - direct, paired);
         "controls" (condition -> score, see
         :func:`~v2l_fast.evaluation.examples.control_scores`);
@@ -111,12 +110,12 @@ def measure_cell(
         return shape | {"failed": "out of memory"}
     shape |= {"videos": cell.videos, "questions": len(cell.examples), "left_out": cell.left_out}
     if not cell.videos:
-        return shape | {"failed": f"no video holds {frames} frames"}
+        return shape | {"failed": f"no video has {frames} frames"}
     return shape | cell.summary(metric)
 
 
 class _Cell:
-    """Measurements of one cell, video by video."""
+    """The measurements of one cell, accumulated video by video."""
 
     def __init__(self, model: Video2LoRA, frames: int, edge: int, max_new_tokens: int) -> None:
         self.videos = 0
@@ -131,7 +130,7 @@ class _Cell:
         self._peaks: dict[str, list[int]] = defaultdict(list)
 
     def add(self, group: Sequence[EvalExample]) -> None:
-        """Measure the examples of one video, unless it holds too few frames."""
+        """Measure the examples of one video, unless it has too few frames."""
         model, edge, limit = self._model, self._edge, self._limit
         device, video = model.backbone.decoder.device, group[0].video
         clip, decoding = timed(device, lambda: model.load_clip(video, self._frames, edge, True))
@@ -139,7 +138,7 @@ class _Cell:
             self.left_out.append(f"{group[0].video_name} ({len(clip.frames)} frames)")
             return
         if not self.videos:
-            # Not counted: whatever happens once.
+            # Warm-up, not counted.
             model.answer_direct(group[0].prompt, clip, edge, max_new_tokens=1)
             model.answer(group[0].prompt, model.internalize(clip, longest_edge=edge))
         self.videos += 1
@@ -162,13 +161,16 @@ class _Cell:
             self._adapter += model.answer(example.prompt, adapter, max_new_tokens=limit)
 
     def summary(self, metric: Metric) -> dict[str, Any]:
-        """The cell's numbers, see :func:`measure_cell`."""
+        """The results, see :func:`measure_cell`."""
         direct, adapter = (
-            [e.score(a.text, metric) for e, a in zip(self.examples, said, strict=True)]
-            for said in (self._direct, self._adapter)
+            [e.score(a.text, metric) for e, a in zip(self.examples, answers, strict=True)]
+            for answers in (self._direct, self._adapter)
         )
         waits, tokens = (
-            [summarize(getattr(a, name) for a in said) for said in (self._direct, self._adapter)]
+            [
+                summarize(getattr(a, name) for a in answers)
+                for answers in (self._direct, self._adapter)
+            ]
             for name, summarize in (("time_to_first_token", median), ("prompt_tokens", fmean))
         )
         changes = [a - d for a, d in zip(adapter, direct, strict=True)]

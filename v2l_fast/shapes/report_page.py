@@ -1,4 +1,4 @@
-"""The report's records as one Markdown page with plots."""
+"""The report's records as one Markdown page with plots; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from v2l_fast.evaluation.plots import (
     plot_rank,
     plot_sweep,
 )
+from v2l_fast.evaluation.report import markdown as metric_tables
+from v2l_fast.evaluation.report import notes
 from v2l_fast.evaluation.tables import interval_text, markdown
 from v2l_fast.files import write_text
 
@@ -25,25 +27,25 @@ Record = Mapping[str, Any]
 
 INTRODUCTION = """# Results on the shapes world
 
-What the paper measures, measured on the small pair that ships with the package: videos of moving
-colored shapes from the test split. No training video shows the same combination of attributes, but
-training shows every object by itself, and every question's words. Captions score the share of the
-scene's attributes they state rightly, questions exact match, unless a table says otherwise; the
-first two sections pool the attributes of all videos, elsewhere every caption counts the same. The
-worst numbers come first.
+The paper's measurements, repeated on the small pair that ships with the package, with videos of
+moving colored shapes from the test split. No training video shows the same combination of
+attributes, but every single object and all words of the questions occur in training. The score of a
+caption is the share of the scene's attributes that it states correctly, the score of a question is
+exact match, unless a table says otherwise. The first two sections pool the attributes of all
+videos; elsewhere every caption has the same weight. The worst numbers come first.
 
-Brackets are 95% intervals over videos: percentile bootstrap, below 100 videos united with an exact
-interval at the effective number of videos; where no video differs from another, as wide as so many
-videos leave open. The page prints several hundred of them, each at 95% on its own: some miss.
-Layers and directions count from 0. Times are this machine's CPU at toy model sizes: they compare
-methods with each other, and say little about real models.
+Brackets are 95% intervals over videos: the percentile bootstrap, united below 100 videos with an
+exact interval at the effective number of videos; if all videos have the same score, the exact bound
+for that number of videos. The page prints several hundred intervals, each at 95% on its own, so
+some miss the true value. Layers and directions are numbered from 0. Times are those of a CPU and
+toy models: they compare the methods with each other and say little about real models.
 
-`v2l shapes report` makes the page; `--only NAME` measures one piece of it. `v2l evaluate`,
-`v2l analyze` and `v2l sweep` do the same for any model and any manifest.
+`v2l shapes report` writes this page; `--only NAME` measures one section. `v2l evaluate`,
+`v2l analyze` and `v2l sweep` make the same measurements for any model and any manifest.
 """
 
 
-# What the page's folder holds.
+# Files of the page's folder.
 FILES = ("README.md",) + tuple(
     f"{name}.png"
     for name in (
@@ -53,7 +55,7 @@ FILES = ("README.md",) + tuple(
 
 
 def write_page(records: Mapping[str, Record], folder: Path) -> Path:
-    """Write ``README.md`` and its plots into ``folder``; pieces that are not there are left out."""
+    """Write ``README.md`` and its plots into ``folder``; sections without a record are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = [
         section(records[name], folder) for name, section in SECTIONS.items() if name in records
@@ -77,7 +79,7 @@ def _limits(record: Record, folder: Path) -> str:
 
 
 def probe_tables(record: Record) -> list[str]:
-    """The probes of :func:`v2l_fast.shapes.probes.probe` as text and tables, worst first."""
+    """The record of :func:`v2l_fast.shapes.probes.probe` as text and tables, worst first."""
 
     def questions(rows: Sequence[Record], score: str) -> str:
         return markdown(
@@ -85,7 +87,7 @@ def probe_tables(record: Record) -> list[str]:
                 {
                     "questions about": row["kind"],
                     "n (videos)": f"{row['questions']} ({row['videos']})",
-                    **{f"{score}, {name}": found for name, found in row["score"].items()},
+                    **{f"{score}, {name}": share for name, share in row["score"].items()},
                     **({"example": row["example"]} if "example" in row else {}),
                 }
                 for row in rows
@@ -98,7 +100,7 @@ def probe_tables(record: Record) -> list[str]:
                 {
                     "seconds": row["seconds"],
                     "frames": row["frames"],
-                    **{f"captions, {name}": found for name, found in row["captions"].items()},
+                    **{f"captions, {name}": share for name, share in row["captions"].items()},
                     **{
                         f"questions, {name}": row["questions"][name]
                         for name in (BASELINE, SYSTEM)
@@ -112,43 +114,44 @@ def probe_tables(record: Record) -> list[str]:
     named = [row["attribute"] for row in record["absent"]]
     lowest = {name: min(row[name] for row in named) for name in (BASELINE, SYSTEM)}
     return [
-        "**Absent things are not denied.** Asked about a shape that no object has, or about the "
-        "second object of one, both models name an attribute all the same (the lowest share of a "
-        f"kind is {lowest[BASELINE]:.3f} direct, {lowest[SYSTEM]:.3f} by adapter). Neither model "
-        'was trained to say "none". Scored: answers that deny.',
+        "**Absent objects are not denied.** Asked about a shape that is not in the video, or about "
+        "the second object of a video with one, both models name an attribute anyway (the lowest "
+        f"share of any kind is {lowest[BASELINE]:.3f} direct, {lowest[SYSTEM]:.3f} with the "
+        'adapter). Neither model was trained to say "none". Score: share of answers that deny the '
+        "object.",
         questions(record["absent"], "denied"),
-        "**Kinds of questions that the hypernetwork was not trained on are mostly not answered**, "
-        "though the VLM answers most of them with the video in context.",
-        questions(record["untrained"], "right"),
-        "**Which object is meant is not learned.** In a video of two objects both are asked about "
-        "by shape where their answers differ, so chance is 0.5, with the video in context as by "
-        "its adapter.",
-        questions(record["binding"], "right"),
-        "Both models know: the same questions, answered from what their own caption of the video "
-        "says.",
-        questions(record["binding_captions"], "right"),
-        "**Clips that do not last 8 seconds**, as every training clip does: the same scenes slower "
-        "or faster, sampled as files of that duration are (4 frames/s; below 8 s there are fewer "
-        "frames). Two questions a video of every kind but binding.",
+        "**Questions of kinds that the hypernetwork was not trained on are mostly answered "
+        "incorrectly**, although the VLM answers most of them correctly with the video in context.",
+        questions(record["untrained"], "correct"),
+        "**Neither model learned which object a question refers to.** In videos of two objects, "
+        "both are asked about by shape where their answers differ, so chance is 0.5, with the "
+        "video in context and with its adapter alike.",
+        questions(record["binding"], "correct"),
+        "Both models have the information: the same questions, answered from their own captions of "
+        "the video.",
+        questions(record["binding_captions"], "correct"),
+        "**Clips of other durations than the 8 seconds of every training clip**: the same scenes "
+        "slower or faster, sampled like files of that duration (4 frames/s; fewer frames below "
+        "8 s). Two questions per video, of every kind except binding.",
         durations(record["durations"]),
-        "What breaks is the time in the prompt: the very frames of the 8 s clip, with time stamps "
-        "of another duration.",
+        "The cause is the times in the prompt: the frames of the 8 s clip with the time stamps of "
+        "another duration.",
         durations(record["restamped"]),
     ]
 
 
 def _table(record: Record, folder: Path) -> str:
     shares = {
-        "attributes stated rightly": record["attributes"],
-        "captions right to the word": record["caption_exact"],
+        "correct attributes": record["attributes"],
+        "exact captions": record["caption_exact"],
     }
     plot_conditions(shares, folder / "conditions.png")
     rows = [
-        {"condition": name, **{measure: found[name] for measure, found in shares.items()}}
+        {"condition": name, **{measure: by[name] for measure, by in shares.items()}}
         for name in record["attributes"]
     ]
     files = [
-        {"condition, source": name, "attributes stated rightly": share}
+        {"condition, source": name, "correct attributes": share}
         for name, share in record["encoded_files"].items()
         if isinstance(share, Mapping)
     ]
@@ -157,9 +160,9 @@ def _table(record: Record, folder: Path) -> str:
         "Direct, adapter and controls",
         record,
         markdown(rows),
-        _image("conditions", "shares stated rightly by condition"),
-        record["table"].strip(),
-        f"The same scenes as H.264 files, {record['encoded_files']['videos']} of them:",
+        _image("conditions", "correct attributes and exact captions by condition"),
+        metric_tables(record["metrics"], notes(record)).strip(),
+        f"Read as H.264 files, {record['encoded_files']['videos']} of the same scenes:",
         markdown(files),
     )
 
@@ -167,7 +170,7 @@ def _table(record: Record, folder: Path) -> str:
 def _chunks(record: Record, folder: Path) -> str:
     plot_chunks(record["networks"], folder / "chunks.png")
     parts = []
-    for name, found in record["networks"].items():
+    for name, network in record["networks"].items():
         rows = [
             {
                 "chunks": row["chunks"],
@@ -177,21 +180,22 @@ def _chunks(record: Record, folder: Path) -> str:
                     for kind, share in row["score"].items()
                 },
             }
-            for row in found["rows"]
+            for row in network["rows"]
         ]
         rows += [
             {"chunks": control, "rank": None}
             | {kind: f"{share['estimate']:.3f}" for kind, share in scores.items()}
-            for control, scores in found["controls"].items()
+            for control, scores in network["controls"].items()
         ]
         parts += [f"**{name}**", markdown(rows)]
     return _section(
         "chunks",
         "Chunk composition",
         record,
-        "Each chunk is internalized on its own; adapters are joined in rank, the bias adapter "
-        "once. In parentheses what is kept of the single adapter's score above that without an "
-        "adapter; the goal is 95% at 8 chunks. Training on chunks goes up to 8 of them.",
+        "Each chunk is internalized on its own, and the adapters are joined along the rank, the "
+        "bias adapter once. In parentheses: the share of the single adapter's score above that "
+        "without an adapter that is kept; the goal is 95% at 8 chunks. Training on chunks uses up "
+        "to 8.",
         *parts,
         _image("chunks", "kept score against number of chunks"),
     )
@@ -210,7 +214,7 @@ def _efficiency(record: Record, folder: Path) -> str:
     plot_amortized(budgets[0], folder / "amortized.png")
     plot_budgets(budgets, folder / "budgets.png")
     parts = []
-    for found in budgets:
+    for budget in budgets:
         rows = [
             {
                 "method": row["method"],
@@ -225,12 +229,12 @@ def _efficiency(record: Record, folder: Path) -> str:
                 "on average (ms)": f"{row['amortized'] * 1e3:.1f}",
                 "break-even (questions)": row["break_even"],
             }
-            for row in found["rows"]
+            for row in budget["rows"]
         ]
-        rows += _control_rows("method", found["controls"])
+        rows += _control_rows("method", budget["controls"])
         parts += [
-            f"**{found['frames']} frames, {found['longest_edge']} px, "
-            f"{found['visual_tokens']:.0f} visual tokens**",
+            f"**{budget['frames']} frames, {budget['longest_edge']} px, "
+            f"{budget['visual_tokens']:.0f} visual tokens**",
             markdown(rows),
         ]
     first = budgets[0]
@@ -238,20 +242,21 @@ def _efficiency(record: Record, folder: Path) -> str:
         "efficiency",
         "Efficiency",
         record,
-        f"{first['questions']} questions, {first['questions_per_video']:.0f} a video, one at a "
-        "time. Direct inference decodes and encodes the file for every question; all others once, "
-        "as preparation. A method that prepares in P seconds and answers in q breaks even with "
-        "direct inference at d seconds a question at the first n with P + n·q < n·d; on average it "
-        f"costs P / n + q at n = {first['questions_per_video']:.0f}. First tokens are medians over "
-        "questions, preparations over videos. FrameFusion is our own implementation of its "
-        f"authors' rules, keeping {first['keep']:.0%} of the visual tokens; merged and pruned are "
-        "the tokens it takes away. Alone it reduces anew for every question, and the question's "
-        "last token decides what is pruned; reused, the last token of the video's prompt does. "
-        '"Tokens as direct" is the share of answers that equal direct inference\'s.',
+        f"{first['questions']} questions, {first['questions_per_video']:.0f} per video, one at a "
+        "time. Direct inference and FrameFusion alone decode and encode the file for every "
+        "question; the other methods do so once, as preparation. A method that prepares in P "
+        "seconds and answers in q breaks even with direct inference at d seconds per question at "
+        "the first n with P + n·q < n·d; its average cost is P / n + q at n = "
+        f"{first['questions_per_video']:.0f}. First tokens are medians over questions, preparation "
+        "over videos. FrameFusion is our own implementation of its authors' rules and keeps "
+        f"{first['keep']:.0%} of the visual tokens; merged and pruned count the tokens that it "
+        "removes. Alone it reduces the tokens again for every question, and the question's last "
+        "token decides what is pruned; reused, the last token of the video's prompt does. "
+        '"Tokens as direct" is the share of answers with exactly the tokens of direct inference.',
         *parts,
         f"At {first['frames']} frames, {first['longest_edge']} px:",
-        _image("amortized", "cost a question against questions a video"),
-        "All of them; a line that cannot be seen lies under another:",
+        _image("amortized", "cost per question against questions per video"),
+        "All budgets; a line that cannot be seen is covered by another:",
         _image("budgets", "first token, preparation and score against visual tokens"),
     )
 
@@ -284,11 +289,11 @@ def _sweep(record: Record, folder: Path) -> str:
         "sweep",
         "Frames and resolution",
         record,
-        "The frames asked for are the frames encoded. The pair was trained with 8 frames of 48 "
-        "pixels: every other cell is outside what both models have seen. The change is adapter - "
-        "direct. First tokens are timed from decoded frames, so direct inference does not pay for "
-        "decoding here, as it does in the efficiency comparison. Peak memory is the whole "
-        "process's.",
+        "Every cell encodes exactly its number of frames. The pair was trained with 8 frames of "
+        "48 pixels, so every other cell is outside of what both models have seen. The change is "
+        "adapter - direct. First tokens are timed from decoded frames: unlike in the efficiency "
+        "comparison, direct inference does not pay for decoding here. Peak memory is that of the "
+        "whole process.",
         markdown(rows),
         *failed,
         _image("sweep", "score change, speed-up and token reduction"),
@@ -305,13 +310,14 @@ def _rank(record: Record, folder: Path) -> str:
         "rank",
         "Rank directions",
         record,
-        "Attribute accuracy of captions with k of the adapter's directions, chosen by "
+        "Attribute accuracy of captions with k of the adapter's directions, selected by "
         "‖A_r‖·‖B_r‖ in every layer; random is the mean of three seeds. The bias adapter always "
-        "stays: k = 0 is the bias alone. The paper's Table 5 keeps or removes rank slices, the "
-        "same directions in all layers, in one order that holds for every example; choosing them "
-        "anew in every layer and module is the stronger selection, so the tables do not compare.",
+        "stays: k = 0 is the bias alone. The paper's Table 5 keeps or removes rank slices, which "
+        "are the same directions in all layers, in one order for all examples. Selecting them "
+        "separately in every layer and module is the stronger selection, so the two tables are not "
+        "comparable.",
         markdown(record["rows"]),
-        "Controls, the whole adapter of another video and none at all:",
+        "Controls, with the whole adapter of another video and with no adapter:",
         markdown(_control_rows("condition", record["controls"])),
         _image("rank", "score against directions kept"),
     )
@@ -331,11 +337,11 @@ def _layers(record: Record, folder: Path) -> str:
         "layers",
         "Layer removal",
         record,
-        "S, the log-probability of the reference caption in nats a token, is "
-        f"{interval_text(record['score'])} with the adapter, {controls}. Effect is S without one "
-        "layer's generated update - S with all of them: negative where the update helps; the bias "
-        "adapter stays. The norm is the mean ‖ΔW‖ of the generated updates (Frobenius, their scale "
-        "included).",
+        "S, the log-probability of the reference caption in nats per token, is "
+        f"{interval_text(record['score'])} with the adapter, {controls}. The effect is S without "
+        "one layer's generated update minus S with all updates, so it is negative where the update "
+        "helps; the bias adapter stays. The norm is the mean ‖ΔW‖ of the generated updates "
+        "(Frobenius norm, scale included).",
         markdown(rows),
         _image("layers", "effect of removal and update norm by layer"),
     )
@@ -347,11 +353,11 @@ def _logits(record: Record, folder: Path) -> str:
         "logits",
         "Direct logit attribution",
         record,
-        "What the adapter changes in the residual stream behind each layer, at the prompt's last "
-        "token, projected on the direction (of length one) of the mean output embedding of the "
-        "reference caption's tokens; attention and mlp are what the layer's own two parts change. "
-        "The whole is the running sum of the parts. All captions share most of their words, so "
-        "the direction is mostly that of any caption.",
+        "The adapter's change to the residual stream after each layer, at the prompt's last token, "
+        "projected on the unit vector of the mean output embedding of the reference caption's "
+        "tokens; attention and mlp are the changes to the outputs of the layer's two blocks. The "
+        "whole is the running sum of the parts. All captions share most of their words, so the "
+        "direction is mostly that of any caption.",
         markdown(record["rows"]),
         _image("logits", "attribution by layer"),
     )
@@ -372,10 +378,10 @@ def _norms(record: Record, folder: Path) -> str:
         "norms",
         "Update norms",
         record,
-        "Which direction has the largest or smallest norm product ‖A_r‖·‖B_r‖, averaged over "
+        "The direction with the largest or smallest norm product ‖A_r‖·‖B_r‖, averaged over "
         "layers:",
         markdown(rows),
-        "Right, ‖ΔW‖ of the generated update (its scale included) over the frozen weight's ‖W‖:",
+        "Right: ‖ΔW‖ of the generated update (scale included) divided by ‖W‖ of the frozen weight:",
         _image("norms", "norm products by layer and direction, relative layer norms"),
     )
 

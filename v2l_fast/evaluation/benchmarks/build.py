@@ -1,6 +1,7 @@
-"""A manifest from a benchmark's folder: its annotations, its videos, the paper's sample sizes.
+"""The manifest of a benchmark, from the folder with its annotations and videos.
 
-Responsible for files, sampling and the manifest's rows; annotation formats are `formats`'s.
+Responsible for the catalog of the nine benchmarks with the paper's sample sizes, for files, for
+sampling and for the manifest's rows. Annotation formats are `formats`'s.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from v2l_fast.evaluation.benchmarks.formats import BenchmarkItem
 from v2l_fast.outputs import check_output
 from v2l_fast.video import probe
 
-# Missing videos that an error names before it counts the rest.
+# Number of missing videos that an error names.
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class ManifestCounts:
-    """Counts of a manifest: its examples and videos, and the videos that are not there."""
+    """Numbers of examples and videos in a manifest, and the missing videos."""
 
     examples: int
     videos: int
@@ -46,35 +47,35 @@ def build(
 
     Args:
         name: a key of BENCHMARKS.
-        folder: holds the annotation files and, anywhere below it, the videos.
-        limit: examples of each subset (videos of VidCapBench), drawn by `seed` from those whose
-            video is there; the paper's number when None, all with 0.
-        skip_missing: leave out examples whose video is not there.
+        folder: contains the annotation files and, at any depth, the videos.
+        limit: examples per subset (for VidCapBench: videos), drawn with `seed` from those with a
+            video; None takes the paper's number, 0 all.
+        skip_missing: leave out examples without a video.
 
     Raises:
-        ConfigError: there is no such benchmark.
+        ConfigError: the name is unknown.
         BenchmarkError: a file is missing or not as published, or videos are missing.
         WriteError: `out` is one of the benchmark's own files, or cannot be written.
     """
     if name not in BENCHMARKS:
-        raise ConfigError(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+        raise ConfigError(f"unknown benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
     annotations = [_annotations(benchmark, folder, name) for name in benchmark.files]
     items = benchmark.items(*annotations)
-    found = _videos(folder)
-    check_output(out, [*annotations, *found.values()], force=True)
-    located = [(item, next((found[v] for v in item.videos if v in found), None)) for item in items]
+    files = _videos(folder)
+    check_output(out, [*annotations, *files.values()], force=True)
+    located = [(item, next((files[v] for v in item.videos if v in files), None)) for item in items]
     missing = tuple(dict.fromkeys(item.videos[0] for item, path in located if path is None))
     if missing and not skip_missing:
         named = ", ".join(missing[:_NAMED]) + (" ..." if len(missing) > _NAMED else "")
         raise BenchmarkError(
-            f"{folder}: {len(missing)} of {benchmark.title}'s videos are not below it ({named}); "
-            f"they are published at {benchmark.videos}; --skip-missing leaves them out"
+            f"{folder}: {len(missing)} videos of {benchmark.title} are missing ({named}); get them "
+            f"from {benchmark.videos} or leave them out with --skip-missing"
         )
     present = [(item, path) for item, path in located if path is not None]
     if not present:
         raise BenchmarkError(
-            f"{folder}: none of {benchmark.title}'s videos is below it; they are published at "
+            f"{folder}: all videos of {benchmark.title} are missing; get them from "
             f"{benchmark.videos}"
         )
     count = benchmark.limit if limit is None else limit
@@ -85,30 +86,29 @@ def build(
 
 
 def _annotations(benchmark: Benchmark, folder: Path, name: str) -> Path:
-    """The file as published, or its name directly in the folder."""
+    """The file at its published path, or directly in the folder."""
     for path in (folder / name, folder / Path(name).name):
         if path.is_file():
             return path
     raise BenchmarkError(
-        f"{folder}: {benchmark.title}'s {name} is not there; it is published at "
-        f"{benchmark.published}"
+        f"{folder}: {name} of {benchmark.title} is missing; get it from {benchmark.published}"
     )
 
 
 def _videos(folder: Path) -> dict[str, Path]:
-    """Every video file below the folder, by name with and without its suffix."""
-    found: dict[str, Path] = {}
+    """Every video file below the folder, by its name with and without suffix."""
+    files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-            found.setdefault(path.name, path)
-            found.setdefault(path.stem, path)
-    return found
+            files.setdefault(path.name, path)
+            files.setdefault(path.stem, path)
+    return files
 
 
 def _sample(
     items: Sequence[tuple[BenchmarkItem, Path]], limit: int, by_video: bool, seed: int
 ) -> list[tuple[BenchmarkItem, Path]]:
-    """`limit` of each subset, or of the videos, in the published order."""
+    """`limit` examples per subset, or `limit` videos, in the published order."""
     groups: dict[Any, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (item, path) in enumerate(items):
         groups[item.subset][path if by_video else index].append(index)
@@ -127,7 +127,7 @@ def _row(benchmark: Benchmark, item: BenchmarkItem, path: Path, base: Path) -> M
         metadata["subset"] = item.subset
     if item.frames is not None:
         first, last, total = item.frames
-        # Shares of the duration: right whatever frame rate the file was encoded at.
+        # Fractions of the duration, which do not depend on the file's frame rate.
         duration = probe(path).duration
         start, end = first / total * duration, min(1.0, (last + 1) / total) * duration
         metadata["span"] = [round(start, 3), round(end, 3)]
@@ -148,17 +148,17 @@ def _row(benchmark: Benchmark, item: BenchmarkItem, path: Path, base: Path) -> M
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark comes from and how the paper samples it (Section 4.2).
+    """Source of a benchmark and its sample size in the paper (Section 4.2).
 
     Attributes:
         title: the manifest's ``dataset``.
-        files: annotation files, relative to the user's folder; the file's name alone is enough.
-        published: where those files are.
-        videos: where the videos are.
-        split: the split the files belong to.
-        read: the files -> items.
-        limit: examples taken (of each subset), or videos where `limit_videos`. Which ones the
-            paper took is not published.
+        files: annotation files, relative to the user's folder or directly in it.
+        published: source of those files.
+        videos: source of the videos.
+        split: split of the annotation files.
+        read: reads the files and yields items.
+        limit: examples per subset, or videos if `limit_videos`. The paper's own selection is not
+            published.
     """
 
     title: str
@@ -171,7 +171,7 @@ class Benchmark:
     limit_videos: bool = False
 
     def items(self, *paths: Path) -> list[BenchmarkItem]:
-        """Every item of the files.
+        """All items of the files.
 
         Raises:
             BenchmarkError: a file is not as published.
@@ -182,11 +182,11 @@ class Benchmark:
         except BenchmarkError:
             raise
         except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
-            # A value of another type than is published.
+            # A value of an unexpected type.
             named = " or ".join(map(str, paths))
             raise BenchmarkError(
-                f"{named}: an entry after the first {len(items)} is not as published ({error}); "
-                f"get it from {self.published}"
+                f"{named}: the entry after the first {len(items)} is not as published ({error}); "
+                f"get the file from {self.published}"
             ) from None
         return items
 

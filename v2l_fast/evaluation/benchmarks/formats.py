@@ -1,8 +1,13 @@
-"""The annotation formats of the nine benchmarks, as their authors publish them.
+"""The annotation formats of the nine benchmarks, as their authors publish them, and their prompts.
 
-Responsible for turning rows of those files into items. Where the files come from is `catalog`'s,
-reading them `annotations`'s, sampling and writing the manifest `build`'s. Each reader names where
-its format is published, what it was checked against, and what could not be checked.
+Responsible for turning rows of those files into items. Reading files is `annotations`'s, sampling
+and writing the manifest `build`'s. Each reader names the source of its format, what it was checked
+against, and what could not be checked.
+
+The prompts are those of the paper's Appendix B and part of the measurement: with another wording
+the numbers belong to another benchmark. The appendix prints a question and its instruction as two
+paragraphs; here a space joins them, as in the examples on the authors' page (where PLM-SGQA's
+questions stand without the instruction).
 """
 
 from __future__ import annotations
@@ -18,12 +23,12 @@ from v2l_fast.evaluation.benchmarks.annotations import BenchmarkError, get, stem
 
 @dataclass(frozen=True)
 class BenchmarkItem:
-    """One example before its video is found.
+    """One example whose video file is not located yet.
 
     Attributes:
         id: unique within the benchmark.
-        videos: names its video may have, without a suffix, the likeliest first.
-        frames: (first, last, all), the frames of the video it is about; None for all of them.
+        videos: possible names of its video, without suffix, the most likely first.
+        frames: (first, last, total): the example is about these frames; None for all frames.
     """
 
     id: str
@@ -173,7 +178,7 @@ def activitynet_qa(questions: Path, answers: Path) -> Iterator[BenchmarkItem]:
         name = get(questions, where, row, "video_name")
         id_ = get(questions, where, row, "question_id")
         if id_ not in known:
-            raise BenchmarkError(f"{answers}: no answer to {id_}; take both files of one split")
+            raise BenchmarkError(f"{answers}: no answer to {id_}; use both files of one split")
         answer = get(answers, id_, known[id_], "answer")
         text = get(questions, where, row, "question")
         yield _question(id_, (f"v_{name}", name), text, str(answer), known[id_].get("type"))
@@ -268,5 +273,5 @@ CAREBENCH = {
 
 
 def question_prompt(text: str) -> str:
-    """The one template of all four question benchmarks."""
+    """The prompt template of all four question benchmarks."""
     return f"{text.strip()} Answer only the question, in one sentence."
