@@ -162,7 +162,7 @@ class LayerAdapters(AdapterBank):
         """
         like = next(iter(batch.A.values()))
         index = torch.arange(len(batch), device=like.device)
-        sides = [{m: t.unbind(1) for m, t in f.items()} for f in (batch.A, batch.B)]
+        sides = [{m: t.transpose(0, 1).unbind(0) for m, t in f.items()} for f in (batch.A, batch.B)]
         return [
             cls(*({m: t[layer] for m, t in side.items()} for side in sides), index, batch.scale)
             for layer in range(like.shape[1])

@@ -8,6 +8,7 @@ Nothing here knows a model: applying an adapter is ``csrc_triton.lora_linear``.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import warnings
@@ -430,24 +431,43 @@ class AdapterBatch:
             ValueError: ``n_chunks`` does not add up to the batch.
         """
         counts = [1] * len(self) if n_chunks is None else [int(n) for n in n_chunks]
-        if sum(counts) != len(self) or min(counts, default=0) < 1:
-            raise ValueError(f"n_chunks {counts} must be positive and add up to {len(self)}")
+        return compose_chunks([self], range(len(self)), counts)
 
-        def joined(factors: Factors, bias: Factors | None) -> dict[str, Tensor]:
-            result = {}
-            for module, rows in factors.items():
-                groups = []
-                for group in rows.split(counts):
-                    chunks = group.transpose(0, 1).flatten(1, 2)
-                    parts = [chunks]
-                    if bias is not None:
-                        parts.append(bias[module].to(rows))
-                    missing = (max(counts) - len(group)) * rows.shape[2]
-                    parts.append(chunks.new_zeros(chunks.shape[0], missing, chunks.shape[2]))
-                    groups.append(torch.cat(parts, 1))
-                result[module] = torch.stack(groups)
-            return result
 
-        a = joined(self.A, None if self.bias is None else self.bias.A)
-        b = joined(self.B, None if self.bias is None else self.bias.B)
-        return AdapterBatch(a, b, self.scale)
+def compose_chunks(
+    batches: Sequence[AdapterBatch], order: Sequence[int], n_chunks: Sequence[int]
+) -> AdapterBatch:
+    """As :meth:`AdapterBatch.composed`, of chunks generated in several batches.
+
+    Every factor is copied once, and memory is layer by layer, as a decoder reads it.
+
+    Args:
+        batches: of one hypernetwork.
+        order: which row of the batches, counted through all of them, each chunk is.
+        n_chunks: how many chunks in ``order`` belong to each of the G videos, at least 1 each.
+
+    Raises:
+        ValueError: ``n_chunks`` does not add up to the chunks.
+    """
+    if sum(n_chunks) != len(order) or min(n_chunks, default=0) < 1:
+        raise ValueError(f"n_chunks {list(n_chunks)} must be positive and add up to {len(order)}")
+    videos, most = len(n_chunks), max(n_chunks)
+    bias = batches[0].bias
+
+    def joined(side: str) -> dict[str, Tensor]:
+        result = {}
+        for module, like in getattr(batches[0], side).items():
+            rows = [row for batch in batches for row in getattr(batch, side)[module].unbind(0)]
+            chunks = iter([rows[index] for index in order])
+            empty = like.new_zeros(like.shape[1:])
+            # Expanded, so that the gradient of the bias is one sum, in its own dtype.
+            shared = getattr(bias, side)[module] if bias else like.new_empty(0, 0, 0)
+            blocks = []
+            for count, block in zip(n_chunks, shared.expand(videos, -1, -1, -1), strict=True):
+                blocks += itertools.islice(chunks, count)
+                blocks += [block.to(like)] if bias else []
+                blocks += [empty] * (most - count)
+            result[module] = torch.cat(blocks, 1).unflatten(1, (videos, -1)).transpose(0, 1)
+        return result
+
+    return AdapterBatch(joined("A"), joined("B"), batches[0].scale)

@@ -307,7 +307,11 @@ class HyperNetwork(nn.Module):
     ) -> AdapterBatch:
         """Stack the results of :meth:`layer` for layers 0 to L - 1 into one batch."""
         a, b = (
-            {m: torch.stack([layer[i][m] for layer in per_layer], 1) for m in per_layer[0][i]}
+            {
+                # In memory layer by layer: each layer's factors are copied as a whole.
+                m: torch.stack([layer[i][m] for layer in per_layer]).transpose(0, 1)
+                for m in per_layer[0][i]
+            }
             for i in (0, 1)
         )
         return AdapterBatch(a, b, self.config.scale, self.bias_adapter())

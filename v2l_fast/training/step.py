@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from v2l_fast.data.samples import Sample
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapted_linear import LayerAdapters
-from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.hypernet.adapter import AdapterBatch, compose_chunks
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import context_batches, iter_factors, visual_features
 from v2l_fast.training.batches import ResponseRows, response_rows
@@ -133,16 +133,8 @@ class TrainStep(nn.Module):
             factors = iter_factors(self.backbone, self.hypernet, batch, heads=heads, run=self._run)
             parts.append(run_to_completion(factors))
             order += batch.members
-        back = sorted(range(len(order)), key=order.__getitem__)
-        index = send(torch.tensor(back), self.backbone.decoder.device)
-
-        def joined(side: str) -> dict[str, Tensor]:
-            factors = [getattr(part, side) for part in parts]
-            rows = {m: torch.cat([f[m] for f in factors]) for m in factors[0]}
-            return {m: t.index_select(0, index) for m, t in rows.items()}
-
-        batch = AdapterBatch(joined("A"), joined("B"), parts[0].scale, parts[0].bias)
-        return batch.composed([len(sample.chunks) for sample in samples])
+        rows = sorted(range(len(order)), key=order.__getitem__)
+        return compose_chunks(parts, rows, [len(sample.chunks) for sample in samples])
 
     def loss(
         self,
