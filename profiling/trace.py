@@ -36,8 +36,8 @@ from v2l_fast.console import say, show_table, waiting
 from v2l_fast.data.samples import Sample
 from v2l_fast.files import replacing, write_json
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import Context
 from v2l_fast.training.step import StepOptions, TrainStep

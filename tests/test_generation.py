@@ -10,7 +10,7 @@ import torch
 
 from v2l_fast.errors import AdapterError, ConfigError
 from v2l_fast.generation import ModelRunner, Request, SamplingParams, generate
-from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm.decoder import Decoder
 
 M = "down_proj"

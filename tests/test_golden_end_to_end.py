@@ -11,8 +11,8 @@ from transformers import SmolVLMForConditionalGeneration
 
 from tests.golden import FOLDER, load, network, relative
 from v2l_fast.generation import SamplingParams, generate
-from v2l_fast.hypernet.adapted_linear import AdapterBank, LayerAdapters
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank, LayerAdapters
 from v2l_fast.training.losses import example_means, token_kl
 from v2l_fast.vlm.smolvlm import SmolVLM
 

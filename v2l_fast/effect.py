@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from v2l_fast.generation import SamplingParams, answer_prompts
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm import Backbone
 
 

@@ -26,8 +26,8 @@ from bench.models import FRAMES, SHAPES, RandomPair, Shape, random_context
 from csrc_triton.peaks import peak_of
 from v2l_fast.evaluation.prefix import continue_greedily, prefill
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.interop.peft import save_peft
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.graphs import CudaGraphRunner

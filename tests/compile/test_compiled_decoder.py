@@ -7,8 +7,8 @@ import torch
 
 from tests.compile.graphs import LENGTHS, assert_one_graph, ramp
 from tests.compile.models import INNER, SIZE, decoder
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm.decoder import Decoder, StaticKVCache
 
 BATCH, CAPACITY = 3, 40

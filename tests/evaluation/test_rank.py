@@ -11,7 +11,7 @@ from tests import tiny
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.ablations import STRATEGIES, kept_directions, rank_ablation
 from v2l_fast.evaluation.metrics import token_f1
-from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video2LoRA
 
 

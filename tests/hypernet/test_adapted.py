@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.golden import relative
 from v2l_fast import adapted_linear
 from v2l_fast.errors import AdapterError
-from v2l_fast.hypernet.adapted_linear import AdapterBank, LayerAdapters
 from v2l_fast.hypernet.adapter import Adapter, AdapterBatch, BiasAdapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank, LayerAdapters
 
 LAYERS, D_IN, D_OUT = 3, 40, 24
 

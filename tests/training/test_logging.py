@@ -16,9 +16,8 @@ from csrc_triton.rank_projection import reference as projection_reference
 from tests import tiny
 from tests.tiny import json_lines
 from tests.training.tiny_run import TinySource, run, settings
-from v2l_fast.hypernet import adapted_linear as adapted
+from v2l_fast.hypernet import adapter_bank, perceiver
 from v2l_fast.hypernet import network as hypernet
-from v2l_fast.hypernet import perceiver
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training.flops import StepCost, peak_flops
@@ -64,7 +63,7 @@ def visible_ops(monkeypatch):
         return lora_reference.lora_linear(x, weight, bias, a, b, index, scale, ranks, False)[0]
 
     monkeypatch.setattr(hypernet, "rank_projection", rank_projection)
-    monkeypatch.setattr(adapted, "lora_linear", lora_linear)
+    monkeypatch.setattr(adapter_bank, "lora_linear", lora_linear)
 
 
 def attention(query, key, value, *_, **__) -> int:

@@ -9,8 +9,8 @@ import torch
 
 from tests import tiny
 from tests.golden import relative
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 
 IDS = torch.randint(3, 60, (3, 11), generator=torch.Generator().manual_seed(0))
 

@@ -27,8 +27,8 @@ from v2l_fast.evaluation.examples import (
     other_adapters,
     silent,
 )
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video2LoRA
 from v2l_fast.work_units import Progress
 

@@ -21,8 +21,8 @@ from v2l_fast.evaluation.framefusion import (
 )
 from v2l_fast.evaluation.prefix import continue_greedily, prefill
 from v2l_fast.generation import SamplingParams, generate
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video, Video2LoRA
 from v2l_fast.video import Clip
 from v2l_fast.vlm import Prompt

@@ -12,8 +12,8 @@ from torch import Tensor
 from v2l_fast.errors import V2LError
 from v2l_fast.generation.runner import ModelRunner, Request
 from v2l_fast.generation.sampling import SamplingParams
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm import Backbone, Prompt
 from v2l_fast.vlm.decoder import Decoder
 

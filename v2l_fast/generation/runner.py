@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from v2l_fast.errors import AdapterError, V2LError
 from v2l_fast.generation.sampling import SamplingParams, SamplingTensors, on_device, sample
-from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm.decoder import Decoder
 
 log = logging.getLogger(__name__)

@@ -1,9 +1,8 @@
-"""Adapters of a batch, packed for the linear layers they adapt.
+"""LoRA adapters for each example of a batch in any PyTorch decoder.
 
-:class:`AdapterBank` holds the distinct adapters of a batch and which example uses which; a decoder
-passes it along and every adapted layer asks it. :func:`adapted_linear` does the same for a model
-whose forward is not ours; :mod:`v2l_fast.hypernet.adapter_scope` knows which adapters are
-in force where.
+:func:`adapted_linear` finds the decoder's linear layers and hooks them; the handle it returns
+chooses the adapters. Which adapters are in force where a layer runs is
+:mod:`v2l_fast.hypernet.adapter_scope`'s knowledge.
 """
 
 from __future__ import annotations
@@ -17,160 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from csrc_triton import lora_linear
 from v2l_fast.errors import AdapterError
-from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.hypernet.adapter_scope import UNRESOLVED, Scope
-
-
-def one_rank(factors: Mapping[str, Tensor]) -> int:
-    """Rank of an adapter's A or B {module: [L, r, d]}.
-
-    Raises:
-        AdapterError: its modules have different ones, which slots cannot hold.
-    """
-    ranks = {factor.shape[1] for factor in factors.values()}
-    if len(ranks) > 1:
-        sizes = ", ".join(f"{m} {factor.shape[1]}" for m, factor in factors.items())
-        raise AdapterError(f"an adapter needs one rank for all modules, not {sizes}")
-    return ranks.pop()
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterBank:
-    """Distinct adapters of a batch.
-
-    Attributes:
-        A: module -> [L, n, r, d_in]; r is the largest rank, shorter adapters are zero-filled.
-        B: module -> [L, n, r, d_out].
-        index: [E] int64, the slot of each example, -1 for none.
-        scale: s, the same for all.
-        ranks: [n] int64 used ranks, or None when all are r.
-    """
-
-    A: Mapping[str, Tensor]
-    B: Mapping[str, Tensor]
-    index: Tensor
-    scale: float
-    ranks: Tensor | None = None
-
-    @classmethod
-    def pack(
-        cls,
-        adapters: Sequence[Adapter | None],
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> AdapterBank | None:
-        """One adapter (or None) an example; the same object given twice takes one slot.
-
-        Raises:
-            AdapterError: adapters of different models or scales, or one without its bias.
-        """
-        distinct: list[Adapter] = []
-        index = []
-        for adapter in adapters:
-            if adapter is not None and not any(adapter is known for known in distinct):
-                distinct.append(adapter)
-            index.append(next((i for i, a in enumerate(distinct) if a is adapter), -1))
-        if not distinct:
-            return None
-        first = distinct[0]
-        if any(set(a.A) != set(first.A) or a.scale != first.scale for a in distinct):
-            raise AdapterError("adapters of different models or scales cannot share a batch")
-        merged = [adapter.merged() for adapter in distinct]
-        ranks = [one_rank(a) for a, _ in merged]
-        packed = []
-        for side in (0, 1):
-            factors = {}
-            for module in first.A:
-                rows = [m[side][module].to(device=device, dtype=dtype) for m in merged]
-                wide = rows[0].new_zeros(rows[0].shape[0], len(rows), max(ranks), rows[0].shape[2])
-                for slot, row in enumerate(rows):
-                    wide[:, slot, : row.shape[1]] = row
-                factors[module] = wide
-            packed.append(factors)
-        ragged = None
-        if len(set(ranks)) > 1:
-            ragged = torch.tensor(ranks, device=device)
-        return cls(*packed, torch.tensor(index, device=device), first.scale, ragged)
-
-    def apply(self, module: str, layer: int, linear: nn.Linear, x: Tensor) -> Tensor:
-        """``linear`` with each example's adapter: [E, T, d_in] -> [E, T, d_out].
-
-        Raises:
-            AdapterError: the batch is not of E examples.
-        """
-        self._check_batch(x)
-        a, b = self.factors(module, layer)
-        return lora_linear(
-            x, linear.weight, linear.bias, a, b, self.index, self.scale, ranks=self.ranks
-        )
-
-    def update(self, module: str, layer: int, x: Tensor, y: Tensor) -> Tensor:
-        """What to add to a layer's output for its input [E, ..., d_in]: scale · (x A_iᵀ) B_i.
-
-        Plain torch operations, because this runs inside of models that are not ours: compiled,
-        under autocast, and on several devices.
-
-        Args:
-            y: the output [E, ..., d_out]; the update is of its dtype and device.
-
-        Raises:
-            AdapterError: the batch is not of E examples.
-        """
-        self._check_batch(x)
-        a, b = (t.to(y.device, y.dtype) for t in self.factors(module, layer))
-        index = self.index.to(y.device)
-        if a.shape[0] > 1:
-            # An example without one gets any, whose update is then not chosen.
-            a, b = a[index.clamp_min(0)], b[index.clamp_min(0)]
-        wide = torch.promote_types(y.dtype, torch.float32)
-        u = ((x.to(y.device, y.dtype).flatten(1, -2) @ a.mT).to(wide) * self.scale).to(y.dtype)
-        update = torch.where((index >= 0)[:, None, None], u @ b, 0)
-        return update.to(y.dtype).view(y.shape)
-
-    def _check_batch(self, x: Tensor) -> None:
-        examples = self.index.shape[0]
-        if x.dim() < 3:
-            raise AdapterError(
-                f"a layer gets {list(x.shape)}, in which examples cannot be told apart: adapters "
-                "need a batch [E, T, d]"
-            )
-        if x.shape[0] != examples:
-            raise AdapterError(
-                f"a batch of {x.shape[0]} runs with adapters chosen for {examples} examples; give "
-                "one adapter (or None) for each row, with num_beams or num_return_sequences k "
-                "each of them k times in a row: [a for a in adapters for _ in range(k)]"
-            )
-
-    def factors(self, module: str, layer: int) -> tuple[Tensor, Tensor]:
-        """A [n, r, d_in] and B [n, r, d_out] of a layer."""
-        return self.A[module].select(0, layer), self.B[module].select(0, layer)
-
-
-class LayerAdapters(AdapterBank):
-    """One layer's adapters, A and B [n, r, d]: the slots to train with, one for each layer.
-
-    The gradient of a selection from all layers' factors is of the size of all of them.
-    """
-
-    @classmethod
-    def of_batch(cls, batch: AdapterBatch) -> list[LayerAdapters]:
-        """Generated and composed adapters, differentiable, layer by layer; example i has the i-th.
-
-        Other examples: ``dataclasses.replace(slots, index=...)``.
-        """
-        like = next(iter(batch.A.values()))
-        index = torch.arange(len(batch), device=like.device)
-        sides = [{m: t.transpose(0, 1).unbind(0) for m, t in f.items()} for f in (batch.A, batch.B)]
-        return [
-            cls(*({m: t[layer] for m, t in side.items()} for side in sides), index, batch.scale)
-            for layer in range(like.shape[1])
-        ]
-
-    def factors(self, module: str, layer: int) -> tuple[Tensor, Tensor]:
-        """The only ones it has."""
-        return self.A[module], self.B[module]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from v2l_fast.hypernet.adapted_linear import AdapterBank, one_rank
 from v2l_fast.hypernet.adapter import Adapter, BiasAdapter, Factors
+from v2l_fast.hypernet.adapter_bank import AdapterBank, common_rank
 from v2l_fast.model import Video2LoRA
 
 Ids = tuple[str, ...]
@@ -133,7 +133,7 @@ class HostAdapterCache:
     def _prepare(self, adapter: Adapter) -> HostAdapter:
         shared = _is_same(adapter.bias, self._bias)
         a, b = (adapter.A, adapter.B) if shared else adapter.merged()
-        factors = HostFactors(self._convert(a), self._convert(b), one_rank(a))
+        factors = HostFactors(self._convert(a), self._convert(b), common_rank(a))
         return HostAdapter((factors,), shared and self._bias is not None)
 
     def _convert(self, side: Factors) -> Factors:

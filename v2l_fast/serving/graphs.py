@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from v2l_fast.generation.runner import ModelRunner
-from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm.decoder import Decoder
 
 MIN_REACH = 256

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.device_cache import DeviceAdapterCache
 from v2l_fast.serving.graphs import CudaGraphRunner

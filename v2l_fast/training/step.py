@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from v2l_fast.data.samples import Sample
 from v2l_fast.errors import ConfigError
-from v2l_fast.hypernet.adapted_linear import LayerAdapters
 from v2l_fast.hypernet.adapter import AdapterBatch, compose_chunks
+from v2l_fast.hypernet.adapter_bank import LayerAdapters
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import context_batches, iter_factors, visual_features
 from v2l_fast.training.batches import ResponseRows, response_rows

@@ -9,7 +9,7 @@ import torch
 
 from v2l_fast.data.samples import Failure, Sample, Source
 from v2l_fast.generation import SamplingParams, generate
-from v2l_fast.hypernet.adapted_linear import AdapterBank
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training.config import TrainConfig
 from v2l_fast.training.loader import Key, Quarantine, read_batches

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from v2l_fast.compiling import compiled
-from v2l_fast.hypernet.adapted_linear import AdapterBank
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm import flash
 from v2l_fast.work_units import causal_token_chunks
 
