@@ -1,4 +1,4 @@
-"""Small pieces that the server's tests share."""
+"""Helpers that the server's tests share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUESTION = {"model": "shapes", "messages": [{"role": "user", "content": "What ha
 
 
 def refused(answer: httpx.Response, status: int, code: str | None = None) -> dict:
-    """Check the status and the shape of an error; its body."""
+    """Check an error's status, code and shape; return its body."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
@@ -23,12 +23,13 @@ def refused(answer: httpx.Response, status: int, code: str | None = None) -> dic
 
 
 def raw(live: Running) -> socket.socket:
+    """A plain connection to the server."""
     url = httpx.URL(live.url)
     return socket.create_connection((url.host, url.port), timeout=LIMIT)
 
 
 def nothing_left(live: Running) -> None:
-    """No half-written file, no adapter, no video."""
+    """Wait until no staged file, adapter or video is left."""
     wait_until(lambda: not list(live.server.store.staging.folder.iterdir()))
     assert live.server.store.list() == []
     wait_until(lambda: not list(live.server.videos.folder.iterdir()))
@@ -36,17 +37,17 @@ def nothing_left(live: Running) -> None:
 
 
 def children(process: int) -> set[int]:
-    """Processes that one started, and those that they did."""
+    """The descendants of a process."""
     parents = processes()
-    found, last = {process}, set()
-    while found != last:
-        last = set(found)
-        found |= {child for child, parent in parents.items() if parent in found}
-    return found - {process}
+    family, last = {process}, set()
+    while family != last:
+        last = set(family)
+        family |= {child for child, parent in parents.items() if parent in family}
+    return family - {process}
 
 
 def processes() -> dict[int, int]:
-    """Those of this machine and their parents."""
+    """Running process -> its parent, for the whole machine."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -54,7 +55,7 @@ def processes() -> dict[int, int]:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            # One that has ended stays listed until its parent looks.
+            # A process that has ended stays listed until its parent waits for it.
             if fields[0] != "Z":
                 parents[int(entry.name)] = int(fields[1])
     return parents

@@ -1,4 +1,4 @@
-"""The shipped model, clips of scenes it never saw, and servers on a port of their own."""
+"""The shipped model, clips of scenes it was not trained on, and servers on ports of their own."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ ENDED = ("completed", "failed", "cancelled")
 
 
 def start_forking() -> None:
-    """One process is forked from, by servers and tests alike; whoever is first starts it."""
+    """Start the fork server, which servers and tests share, with the imports of both."""
     sandbox.start_forkserver((*sandbox.PRELOAD, "tests.tiny", "tests.serving.test_restart"))
 
 
 @dataclass
 class Running:
-    """A server that listens, and what is inside it."""
+    """A listening server, its parts and a client."""
 
     url: str
     server: Server
@@ -82,7 +82,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def patient(limits: ServerLimits) -> ServerLimits:
-    """No time limit but those a test has set."""
+    """Raise the time limits that the test has not set."""
     default = ServerLimits()
     times = [f.name for f in dataclasses.fields(limits) if f.name.endswith("_seconds")]
     kept = [name for name in times if getattr(limits, name) == getattr(default, name)]
@@ -100,7 +100,7 @@ def running(
     merged: str | None = None,
     drain_seconds: float = LIMIT,
 ) -> Iterator[Running]:
-    """A server in a thread; with a StandInEngine of these options instead of the real one."""
+    """A server in a thread; ``stand_in`` is options of a StandInEngine that replaces the engine."""
     store = AdapterStore(folder)
     start_forking()
     limits = patient(limits or ServerLimits())
@@ -137,7 +137,7 @@ def running(
 
 @pytest.fixture
 def serve(shapes: Video2LoRA, tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """``serve(**options of running)``: a server of the shipped model with a store of its own."""
+    """``serve(**options)`` starts a server of the shipped model; options as of :func:`running`."""
     with contextlib.ExitStack() as stack:
 
         def start(folder: Path = tmp_path / "store", **options: object) -> Running:

@@ -1,6 +1,6 @@
-"""What a crafted file may do to the process that reads it; run there in place of probing it.
+"""Tasks that do what a crafted file may do to its reader; they replace the sandbox's own tasks.
 
-Imported by such processes, so it imports what they have.
+The processes that read files import this module, so it imports little.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from v2l_fast.video import Limits
 
 
 def read_or_suffer(path: str, limits: Limits) -> tuple[dict[str, Any], None]:
-    """Probe a file, unless it says what is to happen instead."""
-    told = Path(path).read_bytes()[:32].strip()
-    if told in HARM:
-        if HARM[told] in (hang, slowly):
+    """Probe a file, or do the harm that it names."""
+    name = Path(path).read_bytes()[:32].strip()
+    if name in HARM:
+        if HARM[name] in (hang, slowly):
             Path(f"{path}.{os.getpid()}.begun").touch()
-        HARM[told]()
+        HARM[name]()
     return sandbox._probe(path, limits)
 
 
-def load_for_ever(path: str, limits: Limits, *options: object) -> None:
-    """In place of decoding a file: says that it has begun, and does not end."""
+def load_forever(path: str, limits: Limits, *options: object) -> None:
+    """Instead of decoding a file: leave a marker, and never end."""
     Path(f"{path}.{os.getpid()}.begun").touch()
     slowly()
 
 
-def read_for_ever(folder: Path, harms: list[bytes], told: Event) -> None:
-    """A program that has files read which take for ever, and ends when it is told."""
+def read_forever(folder: Path, harms: list[bytes], stop: Event) -> None:
+    """A program that reads files which never end, until ``stop`` is set."""
     sandbox._probe = read_or_suffer
     decoder = SimpleNamespace(device=torch.device("cpu"))
     model = SimpleNamespace(config=None, backbone=SimpleNamespace(decoder=decoder))
@@ -48,7 +48,7 @@ def read_for_ever(folder: Path, harms: list[bytes], told: Event) -> None:
         path = folder / str(number)
         path.write_bytes(harm)
         threading.Thread(target=reader.probe, args=(path,), daemon=True).start()
-    told.wait()
+    stop.wait()
 
 
 def abort() -> None:

@@ -1,6 +1,6 @@
-"""An engine that answers one word at a time, as fast or slowly as a test wants.
+"""An engine that answers one word at a time, at the speed a test wants.
 
-Same interface as the real one, which has tests of its own; here the server around it is tested.
+It has the real engine's interface and serves to test the server around it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class StandInEngine:
     """Answers with the model's own words, each after ``pause`` seconds.
 
     Args:
-        words: what to answer instead of asking the model.
-        hold: answers and jobs wait for it, until they are cancelled.
+        words: the answer, instead of the model's.
+        hold: answers and jobs wait until it is set or they are cancelled.
         queue_limit: questions at the same time.
 
     Attributes:
-        ready: as the test sets it.
+        ready: set by the test.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class StandInEngine:
             pass
 
     def forget(self, adapter_id: str) -> None:
-        """Nothing is kept here."""
+        """Nothing is cached here."""
 
     def stats(self) -> EngineStats:
         fields = {f.name: 0 for f in dataclasses.fields(EngineStats)} | {"requests": {}}

@@ -76,7 +76,7 @@ def test_video_ids_compose(client, live, shapes):
     assert answer.choices[0].message.content == single.text
 
 
-def test_the_video_in_context_to_compare(client, live, shapes, videos):
+def test_the_video_in_context_for_comparison(client, live, shapes, videos):
     (expected,) = shapes.answer_direct(QUESTION, shapes.load_clip(videos[1]))
     answer = ask(client, live[1][1], extra_body={"video_mode": "context"})
     assert answer.choices[0].message.content == expected.text
@@ -105,11 +105,11 @@ def test_the_plain_model(client, live, shapes):
 
 
 def test_many_clients_at_once(live, shapes):
-    """Each asks about another video, two composed, or without an adapter; half of them stream."""
+    """Questions about one video, two composed, or none; half of them are streamed."""
     server, ids = live
     store, base = server.server.store, server.server.name
     pair = (ids[0], ids[2])
-    # Model and video_ids of a request, and the adapters it is answered from.
+    # (model, video_ids) of a request -> the adapters it is answered from.
     ways = {(base, ()): (), (base, pair): pair, **{(one, ()): (one,) for one in ids}}
 
     def alone(parts: tuple[str, ...], question: str) -> str:
@@ -121,10 +121,10 @@ def test_many_clients_at_once(live, shapes):
         for way, parts in ways.items()
         for question in (QUESTION, "How many objects are there?")
     }
-    asked = list(itertools.islice(itertools.cycle(expected), 64))
+    chosen = list(itertools.islice(itertools.cycle(expected), 64))
 
     async def answer(client: openai.AsyncOpenAI, number: int) -> str:
-        (model, composed), question = asked[number]
+        (model, composed), question = chosen[number]
         options = {"extra_body": {"video_ids": list(composed)}} if composed else {}
         message = [{"role": "user", "content": question}]
         create = client.chat.completions.create
@@ -137,9 +137,9 @@ def test_many_clients_at_once(live, shapes):
     async def everybody() -> list[str]:
         url = server.url + "/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key="secret", max_retries=0) as client:
-            return await asyncio.gather(*(answer(client, n) for n in range(len(asked))))
+            return await asyncio.gather(*(answer(client, n) for n in range(len(chosen))))
 
-    assert asyncio.run(everybody()) == [expected[one] for one in asked]
+    assert asyncio.run(everybody()) == [expected[one] for one in chosen]
 
 
 def test_text_parts_and_system_messages(client, live):
@@ -182,7 +182,7 @@ def test_models(client, live):
         ({"text": ""}, "messages"),
     ],
 )
-def test_bad_values_are_named(client, live, options, param):
+def test_an_error_names_the_parameter(client, live, options, param):
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, live[1][0], **options)
     assert refused.value.param.startswith(param)
@@ -222,7 +222,7 @@ def test_a_wrong_key(live, key):
 
 
 def test_it_retries_a_full_server(shapes, videos, serve):
-    """503 with Retry-After is what the client waits for by itself."""
+    """The client waits and retries by itself after 503 with Retry-After."""
     full = serve(stand_in={"queue_limit": 0})
     with openai.OpenAI(base_url=full.url + "/v1", api_key="-", max_retries=0) as client:
         with pytest.raises(openai.InternalServerError) as refused:

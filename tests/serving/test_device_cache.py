@@ -35,7 +35,7 @@ def holds(slots: DeviceAdapterCache, slot: int, adapter: Adapter) -> bool:
     )
 
 
-def test_the_least_recently_used_idle_adapter_goes(model, adapters):
+def test_the_least_recently_used_idle_adapter_is_replaced(model, adapters):
     slots = DeviceAdapterCache(model, 2)
     a, b, c = adapters
     first, second = acquire_and_fill(model, slots, "a", a), acquire_and_fill(model, slots, "b", b)
@@ -49,7 +49,7 @@ def test_the_least_recently_used_idle_adapter_goes(model, adapters):
     assert third == second and holds(slots, third, c) and holds(slots, first, a)
     slots.release(first)
     slots.release(third)
-    # Both idle: "a" was used last before "c".
+    # Both are idle; "a" was used before "c".
     assert acquire_and_fill(model, slots, "b", b) == first
     assert acquire_and_fill(model, slots, "c", c) == third
     assert (slots.hits, slots.misses) == (2, 4)
@@ -79,7 +79,7 @@ def test_wider_adapters_make_room_and_keep_the_others(model, adapters):
 
 
 def test_filling_only_copies(model, adapters, monkeypatch):
-    """What concatenates or converts waits for the device, or for memory that is not pinned."""
+    """Concatenating or converting would wait for the device or use memory that is not pinned."""
     slots, wide = DeviceAdapterCache(model, 2), host_adapter(model, *adapters)
     bias = slots._bias[0][M]
     calls = []
@@ -120,7 +120,7 @@ def test_factors_are_prepared_in_the_dtype_of_the_slots(model, adapters):
     assert part.A[M].is_contiguous()
 
 
-def test_a_bias_of_its_own_stays_with_its_adapter(model, adapters):
+def test_an_adapter_keeps_a_bias_of_its_own(model, adapters):
     own = adapters[0].without_layers([0], include_bias=True)
     slots = DeviceAdapterCache(model, 1)
     assert holds(slots, acquire_and_fill(model, slots, "own", own), own)
@@ -144,7 +144,7 @@ def test_a_failed_copy_loses_no_slot(model, adapters):
     assert slot == 0 and holds(slots, slot, adapters[0])
 
 
-def test_host_memory_is_bounded_and_reads_again(model, adapters):
+def test_host_memory_is_bounded(model, adapters):
     store = MemoryStore(adapters)
     host = HostAdapterCache(model, store, limit=2)
     for id in ("a0", "a1", "a0", "a1"):
@@ -158,13 +158,13 @@ def test_host_memory_is_bounded_and_reads_again(model, adapters):
     host.forget("a0")
     composed = host.get(("a0", "a2"))
     assert store.reads == 6 and composed.rank == adapters[0].rank + adapters[2].rank
-    # Wide ones count as several, and a composition takes no memory of its own.
+    # A wide adapter counts as several, and a composition takes no memory of its own.
     store.adapters["wide"] = Adapter.compose(adapters)
     host.get(("wide",))
     assert list(host._known) == ["wide"]
 
 
-def test_adapters_that_slots_cannot_hold(model, adapters):
+def test_an_adapter_with_too_few_layers_is_refused(model, adapters):
     store = MemoryStore(adapters)
     store.adapters["short"] = Adapter(
         {M: adapters[0].A[M][:2]}, {M: adapters[0].B[M][:2]}, adapters[0].scale, adapters[0].bias

@@ -63,7 +63,7 @@ def mixture(clips, count: int, seed: int) -> list[StreamingRequest]:
 
 
 @pytest.mark.parametrize(("rows", "slots"), [(1, 1), (4, 2), (16, 8)])
-def test_every_answer_is_the_one_given_alone(rows, slots, model, store, clips):
+def test_every_answer_is_the_same_as_alone(rows, slots, model, store, clips):
     requests = mixture(clips, 28, rows)
     with Engine(model, store, max_batch=rows, max_context=160, adapter_slots=slots) as engine:
         for one in requests:
@@ -94,7 +94,7 @@ def test_requests_join_and_leave_a_running_batch(engine, model, store):
     assert long.result(WAIT)[0] == alone(model, store, long)
 
 
-def test_threads_submit_at_once(engine, model, store, clips):
+def test_threads_submit_concurrently(engine, model, store, clips):
     requests = mixture(clips, 24, 5)
     expected = [alone(model, store, one) for one in requests]
     answers: dict[int, str] = {}
@@ -155,7 +155,7 @@ def test_cancelling(engine, model, store):
     assert alone(model, store, running).startswith(text)
 
 
-def test_cancelling_what_waits(model, store):
+def test_cancelling_a_waiting_request(model, store):
     with Engine(model, store, max_batch=1, max_context=160) as engine:
         first = engine.submit(request(QUESTIONS[0], max_new_tokens=140))
         waiting = engine.submit(request(QUESTIONS[1], "a0"))
@@ -214,7 +214,7 @@ def test_forgetting(engine, store):
         engine.submit(request(QUESTIONS[0], "a0"))
 
 
-def test_an_error_ends_its_requests_and_nothing_else(engine, model, store, monkeypatch):
+def test_an_error_ends_only_its_request(engine, model, store, monkeypatch):
     engine.submit(request(QUESTIONS[0])).result(WAIT)
     failures = itertools.chain([RuntimeError("device lost")], itertools.repeat(None))
     logits = Decoder.logits
@@ -249,7 +249,7 @@ def test_merged_mode(model, store):
         Engine(model, store, merged="nobody")
 
 
-def test_closing_finishes_what_is_there(model, store):
+def test_closing_finishes_unfinished_requests(model, store):
     engine = Engine(model, store, max_batch=1, max_context=160)
     requests = [engine.submit(request(q, "a0")) for q in QUESTIONS]
     engine.close()

@@ -1,4 +1,4 @@
-"""What must not hurt the server: clients that leave or flood, damaged files, full disks."""
+"""Clients that disconnect or flood, damaged files and full disks do not hurt the server."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from v2l_fast.serving.schemas import ChatRequest
 ENDLESS = {"pause": 0.01, "words": itertools.repeat("word ")}
 
 
-# --- clients that leave -------------------------------------------------------------------------
+# --- clients that disconnect ---------------------------------------------------------------------
 
 
-def test_leaving_a_stream_frees_the_row(serve):
+def test_disconnecting_from_a_stream_frees_the_row(serve):
     live = serve(stand_in=ENDLESS)
     with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
         lines = s.iter_lines()
@@ -46,8 +46,8 @@ def test_leaving_a_stream_frees_the_row(serve):
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("prefill", [False, True])
-def test_leaving_while_waiting_frees_the_row(serve, reset, prefill):
-    """Before the first word (a long prefill), and while a whole answer is awaited."""
+def test_disconnecting_while_waiting_frees_the_row(serve, reset, prefill):
+    """Before the first word (a long prefill), and before the complete answer."""
     live = serve(stand_in={**ENDLESS, "hold": threading.Event() if prefill else None})
     body = json.dumps(QUESTION).encode()
     with closing(raw(live)) as client:
@@ -61,8 +61,8 @@ def test_leaving_while_waiting_frees_the_row(serve, reset, prefill):
     wait_until(lambda: live.engine.ended == ["cancelled"])
 
 
-def test_leaving_as_the_question_is_submitted_frees_the_row(serve, monkeypatch):
-    """The thread is through, and its result is lost with the task that awaits it."""
+def test_disconnecting_as_the_question_is_submitted_frees_the_row(serve, monkeypatch):
+    """The thread has finished, and its result is lost with the task that awaits it."""
     live = serve(stand_in=ENDLESS)
 
     async def lost(function):
@@ -76,26 +76,26 @@ def test_leaving_as_the_question_is_submitted_frees_the_row(serve, monkeypatch):
     wait_until(lambda: live.engine.ended == ["cancelled"])
 
 
-def test_leaving_frees_a_row_of_the_real_engine(model, tmp_path, monkeypatch):
-    """A random model that rambles until its limit, unless it is told to stop."""
-    asked = {**QUESTION, "stream": True, "max_tokens": 1500}
+def test_disconnecting_frees_a_row_of_the_real_engine(model, tmp_path, monkeypatch):
+    """A random model answers up to its limit unless it is cancelled."""
+    body = {**QUESTION, "stream": True, "max_tokens": 1500}
     with running(model, tmp_path / "store", ServerLimits(new_tokens=1500)) as live:
         runner, submitted = live.engine._scheduler.runner, []
         submit, decode = live.engine.submit, runner.decode
 
-        def remembered(request):
+        def recorded(request):
             submitted.append(submit(request))
             return submitted[-1]
 
         def limited(adapters=None):
-            """A machine that is busy with the client would finish the answer meanwhile."""
+            """Wait for the cancellation, or a slow client would come too late."""
             if runner.requests and len(runner.requests[0].tokens) > 100:
                 wait_until(lambda: submitted[0].cancelled)
             return decode(adapters)
 
-        monkeypatch.setattr(live.engine, "submit", remembered)
+        monkeypatch.setattr(live.engine, "submit", recorded)
         monkeypatch.setattr(runner, "decode", limited)
-        with live.http.stream("POST", "/v1/chat/completions", json=asked) as answer:
+        with live.http.stream("POST", "/v1/chat/completions", json=body) as answer:
             lines = answer.iter_lines()
             assert any("content" in next(lines) for _ in range(20))
         wait_until(lambda: live.engine.stats().requests["cancelled"] == 1)
@@ -103,7 +103,7 @@ def test_leaving_frees_a_row_of_the_real_engine(model, tmp_path, monkeypatch):
         assert stats.running == stats.waiting == 0 and stats.completion_tokens < 1500
 
 
-def test_leaving_an_upload_leaves_nothing(serve, videos):
+def test_a_cut_upload_leaves_nothing(serve, videos):
     live = serve()
     data = videos[0].read_bytes()
     with closing(raw(live)) as client:
@@ -192,7 +192,7 @@ def test_an_answer_that_takes_too_long(serve):
 
 
 def test_a_streamed_answer_that_takes_too_long(serve, monkeypatch):
-    """Its status has been sent: the last event says so."""
+    """The status has been sent, so the last event is the error."""
     live = serve(limits=ServerLimits(answer_seconds=10 * LIMIT), stand_in=ENDLESS)
     passed = 0.0
     clock = SimpleNamespace(time=time.time, perf_counter=lambda: time.perf_counter() + passed)
@@ -207,21 +207,21 @@ def test_a_streamed_answer_that_takes_too_long(serve, monkeypatch):
 
 
 def test_a_video_that_takes_too_long_for_its_question(serve, monkeypatch):
-    """The time for an answer counts from its arrival, whatever it is spent on."""
+    """The time limit of an answer counts from the arrival of the question."""
     live = serve(limits=ServerLimits(answer_seconds=0.3), stand_in=ENDLESS)
-    question, asked = live.server.question, threading.Event()
+    question, proceed = live.server.question, threading.Event()
 
     def slowly(chat):
-        asked.wait(LIMIT)
+        proceed.wait(LIMIT)
         return question(chat)
 
     monkeypatch.setattr(live.server, "question", slowly)
     refused(live.http.post("/v1/chat/completions", json=QUESTION), 503, "timeout")
-    asked.set()
+    proceed.set()
     wait_until(lambda: live.engine.ended == ["cancelled"])
 
 
-def test_videos_being_read_leave_threads_for_the_rest(serve, videos, monkeypatch, tmp_path):
+def test_decoding_leaves_threads_for_other_requests(serve, videos, monkeypatch, tmp_path):
     """More questions and files than the web server has threads, all waiting for a decoder."""
     live = serve(root=Path("/"), stand_in={"words": ["a"]})
     video = live.internalize(videos[0])["adapter_id"]
@@ -286,7 +286,7 @@ def post(live: Running, data: bytes, name: str = "a.mp4", **fields: object) -> h
 
 @pytest.mark.parametrize("uploads", [64, 2])
 def test_equal_uploads_at_once_are_one_job(serve, videos, uploads):
-    """Fifty clients send one file: none is refused, and all follow the same job."""
+    """Of fifty clients that send one file none is refused, and all follow the same job."""
     live = serve(limits=ServerLimits(uploads=uploads), stand_in={"pause": 0.5})
     data = videos[0].read_bytes()
     with ThreadPoolExecutor(50) as threads:
@@ -295,11 +295,11 @@ def test_equal_uploads_at_once_are_one_job(serve, videos, uploads):
     assert len({answer.json()["id"] for answer in answers if answer.status_code == 202}) == 1
     live.internalize(videos[0])
     assert len(live.server.store.list()) == 1
-    made = live.server.metrics._videos.labels("internalized")._value
-    wait_until(lambda: made.get() == 1)
+    internalized = live.server.metrics._videos.labels("internalized")._value
+    wait_until(lambda: internalized.get() == 1)
 
 
-def test_different_uploads_at_once_all_get_in(serve, videos):
+def test_different_uploads_at_once_are_all_accepted(serve, videos):
     live = serve(stand_in={})
     data = videos[0].read_bytes()
     with ThreadPoolExecutor(40) as threads:
@@ -318,8 +318,8 @@ def test_equal_uploads_at_once_are_refused_alike(serve):
     nothing_left(live)
 
 
-def test_a_refused_upload_pushes_no_video_out(serve, videos, monkeypatch):
-    """The space is full of the user's video; what is no video, or fails later, takes none."""
+def test_a_refused_upload_displaces_no_video(serve, videos, monkeypatch):
+    """A file that is not a video, or fails later, takes no space from a kept video."""
     size = videos[0].stat().st_size
     live = serve(limits=ServerLimits(kept_video_bytes=size + 100))
     video = live.internalize(videos[0])["adapter_id"]
@@ -397,16 +397,16 @@ def test_no_space_for_an_adapter(serve, videos, monkeypatch):
 # --- the end ----------------------------------------------------------
 
 
-def test_stopping_takes_its_time_once(serve, monkeypatch):
-    """A client that reads an endless answer has used it up; nothing is left for the engine."""
+def test_the_drain_time_is_shared(serve, monkeypatch):
+    """A client that reads an endless answer uses it up; nothing is left for the engine."""
     live = serve(stand_in=ENDLESS, drain_seconds=1.0)
     close, timeouts = live.engine.close, []
 
-    def noted(drain: bool, timeout: float) -> None:
+    def recorded(drain: bool, timeout: float) -> None:
         timeouts.append(timeout)
         close(drain, timeout)
 
-    monkeypatch.setattr(live.engine, "close", noted)
+    monkeypatch.setattr(live.engine, "close", recorded)
     with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
         lines = s.iter_lines()
         assert any("word" in next(lines) for _ in range(10))

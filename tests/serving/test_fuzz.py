@@ -1,7 +1,7 @@
-"""Generated requests against the server's own OpenAPI document: no 5xx but 503 when it is full.
+"""Generated requests against the server's own OpenAPI document: no 5xx except 503 when it is full.
 
-What schemathesis checks of every answer: its status is declared, its content type and its body are
-as the document says, wrong data is refused, and keys and methods are enforced.
+schemathesis checks that every response has a declared status, content type and body, that wrong
+data is refused, and that keys and methods are enforced.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def document(shapes, videos, tmp_path_factory):
         yield schemathesis.openapi.from_url(live.url + "/openapi.json")
 
 
-# Nothing about these can be wrong but the key.
+# Only the key can be wrong in these.
 PLAIN = ("GET /", "GET /health", "GET /metrics", "GET /v1/models")
 OPERATIONS = (
     "GET /v1/models/{model}",
@@ -54,16 +54,16 @@ OPERATIONS = (
     "GET /v1/videos/{video_id}/peft",
     "GET /v1/videos/{video_id}/adapter",
 )
-# A conversation, or a file that is no video, is well-formed and refused nevertheless.
+# A conversation, or a file that is not a video, is well-formed and still refused.
 NOT_CHECKED = [positive_data_acceptance]
 PROFILE = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def operations(document) -> dict:
-    return {found.ok().label: found.ok() for found in document.get_all_operations()}
+    return {result.ok().label: result.ok() for result in document.get_all_operations()}
 
 
-def test_every_operation_is_here(document):
+def test_every_operation_is_covered(document):
     assert set(operations(document)) == {*PLAIN, *OPERATIONS}
 
 
@@ -97,7 +97,7 @@ FIELDS = (*ChatRequest.model_fields, *PathRequest.model_fields, "user", "x")
 
 @st.composite
 def spoiled(draw) -> dict:
-    """A body that is right but for a few values, or for what is in its texts."""
+    """A valid body except for a few values, or for what its texts contain."""
     text = draw(TEXT | st.just("What happens?"))
     body = {"model": "shapes", "messages": [{"role": "user", "content": text}], "path": "a.mp4"}
     return body | draw(st.dictionaries(st.sampled_from(FIELDS) | TEXT, JSON, max_size=3))
@@ -188,7 +188,7 @@ def test_generated_headers(document):
             client.sendall(b"\r\n".join(lines) + b"\r\n\r\n" + body)
             client.shutdown(socket.SHUT_WR)
             answer = client.recv(1 << 16)
-        # What is no HTTP at all, or a body that ends before its length, may get no answer.
+        # Something other than HTTP, or a body shorter than announced, may get no response.
         assert not answer.startswith(b"HTTP/1.1 5"), answer
 
     check()

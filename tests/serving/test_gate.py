@@ -1,4 +1,4 @@
-"""Requests that their head alone decides: strangers, missing keys, bodies too large or odd."""
+"""Requests refused by their head: other hosts and origins, missing keys, bodies of a wrong kind."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_origin(origin, expected):
 
 
 def test_listening_on_all_addresses():
-    """Addresses cannot be rebound, names can; a page is let in from the same place alone."""
+    """Names can be rebound, addresses cannot; a page is allowed from the same address only."""
     for bound in ("0.0.0.0", "::"):
         hosts = AllowedHosts(bound=bound)
         for host in ("192.168.0.2:8000", "[2001:db8::1]:8000", "localhost"):
@@ -81,12 +81,12 @@ def test_the_bound_address(bound):
 
 
 @pytest.mark.parametrize("name", ["", "http://x", "x:80", "*", "a b", "x/y", "[::1]:80"])
-def test_a_name_that_is_no_host(name):
+def test_an_invalid_allowed_host(name):
     with pytest.raises(ConfigError, match="--allowed-host"):
         AllowedHosts([name])
 
 
-def test_a_client_that_names_no_origin_and_no_host():
+def test_no_origin_and_no_host():
     """Programs send no Origin, and HTTP/1.0 no Host."""
     assert verdict(AllowedHosts()) == verdict(AllowedHosts(), host="localhost") == 0
 
@@ -141,7 +141,7 @@ def head(path: str, headers: dict[str, str], length: str = f"Content-Length: {HU
 
 
 def answer(client) -> bytes:
-    """All that comes until the server ends the connection."""
+    """Everything received until the server closes the connection."""
     received = b""
     while data := client.recv(1 << 16):
         received += data
@@ -163,7 +163,7 @@ def test_a_refusal_needs_no_body(guarded, kind):
 
 
 def send_on(client) -> int:
-    """Send zeros until the server ends it; how many."""
+    """Send zeros until the server closes the connection; the number sent."""
     sent, block = 0, bytes(1 << 20)
     while sent < HUGE:
         try:
@@ -184,8 +184,8 @@ def test_a_body_without_length_is_read_to_the_limit(guarded):
     nothing_left(guarded)
 
 
-def test_who_sends_first_and_reads_later_gets_the_answer(guarded: Running):
-    """A socket closed with bytes unread would reset the connection."""
+def test_a_client_that_sends_first_and_reads_later_gets_the_response(guarded: Running):
+    """Closing a socket with unread bytes would reset the connection."""
     for _ in range(5):
         with closing(raw(guarded)) as client:
             client.sendall(head("/v1/videos", {"Authorization": ""}, "Content-Length: 500000"))
@@ -193,7 +193,7 @@ def test_who_sends_first_and_reads_later_gets_the_answer(guarded: Running):
             assert answer(client).startswith(b"HTTP/1.1 401 ")
 
 
-def test_a_connection_goes_on_after_a_refusal_with_its_body(guarded):
+def test_a_connection_stays_open_after_a_refusal_with_its_body(guarded):
     body = {**QUESTION, "model": "nobody"}
     sent = [guarded.http.post("/v1/chat/completions", json=body) for _ in range(2)]
     for one in sent:

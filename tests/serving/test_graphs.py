@@ -1,7 +1,7 @@
-"""Captured passes on a CPU: what is captured is called again instead of replayed.
+"""Captured passes on a CPU, where the captured function is called again instead of replayed.
 
-Shows that everything a graph reads lies where it lay when it was captured, and that padded rows,
-lengths and prompts change no answer; the capture itself needs a GPU.
+This shows that everything a graph reads keeps its address, and that padded rows, lengths and
+prompts change no answer. The capture itself needs a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from v2l_fast.serving.graphs import CudaGraphRunner
 
 @pytest.fixture
 def captures(monkeypatch) -> list[str]:
-    """Every capture; a replay writes where the first run did."""
+    """One entry per capture; a replay writes to the output of the first run."""
     made = []
 
     def capture(self, run, inputs, adapters):
@@ -55,7 +55,9 @@ def test_answers_are_the_same(captures, model, adapters):
 
 
 @pytest.mark.parametrize("rows", [1, 6, 8])
-def test_short_questions_find_their_graphs_captured(captures, model, adapters, monkeypatch, rows):
+def test_warm_up_captures_the_graphs_of_short_questions(
+    captures, model, adapters, monkeypatch, rows
+):
     monkeypatch.setattr(graphs, "MIN_REACH", 64)
     store = MemoryStore(adapters)
     requests = [request(q, *ids, max_new_tokens=9) for q in QUESTIONS for ids in ((), ("a0",))]

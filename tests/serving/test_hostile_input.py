@@ -1,4 +1,4 @@
-"""Input that is wrong or meant to do harm: files, forms, JSON, names, paths and ids."""
+"""Wrong or malicious input: files, forms, JSON, names, paths and ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.store.test_store_damage import BAD_FILES
 from tests.waiting import wait_until
 from v2l_fast.serving.schemas import ChatRequest
 
-# --- files that are no videos -------------------------------------------------------------------
+# --- files that are not videos -------------------------------------------------------------------
 
 PLAYLIST = b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 NOT_VIDEOS = {
@@ -35,7 +35,7 @@ NOT_VIDEOS = {
 
 @pytest.fixture(scope="module")
 def patient(shapes, tmp_path_factory):
-    """One server for all the requests that leave nothing behind."""
+    """One server for all requests that leave nothing behind."""
     root, store = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("store")
     with running(shapes, store, root=root, stand_in={"words": ["yes"]}) as live:
         yield live
@@ -57,7 +57,7 @@ def test_a_truncated_video(patient, videos, share):
 
 
 def test_a_video_that_fails_later(serve, videos, monkeypatch):
-    """What the first look does not see fails the job, with its reason; it can be sent again."""
+    """A fault that probing does not see fails the job; the file can be sent again."""
     live = serve()
     monkeypatch.setattr(live.server.reader, "probe", lambda path: None)
     job = live.http.post("/v1/videos", files={"file": ("a.mp4", b"hello")}).json()
@@ -142,7 +142,7 @@ def test_malformed_json(patient, body):
 HALF = "x \ud83d"
 
 
-def said(content: object) -> dict:
+def user_says(content: object) -> dict:
     return {"messages": [{"role": "user", "content": content}]}
 
 
@@ -150,8 +150,8 @@ def said(content: object) -> dict:
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        (said(HALF), "messages.0.content"),
-        (said([{"type": "text", "text": HALF}]), "messages.0.content.0.text"),
+        (user_says(HALF), "messages.0.content"),
+        (user_says([{"type": "text", "text": HALF}]), "messages.0.content.0.text"),
         ({"messages": [{"role": "system", "content": HALF}, *QUESTION["messages"]]},
          "messages.0.content"),
         ({"messages": [{**QUESTION["messages"][0], "name": HALF}]}, "messages.0.name"),
@@ -159,7 +159,7 @@ def said(content: object) -> dict:
         ({"user": HALF}, "user"), ({"metadata": {"a": [HALF]}}, "metadata.a.0"),
         ({HALF: 1}, "x \\ud83d"), ({"video_ids": [HALF]}, "video_ids.0"),
         ({"video_mode": HALF}, "video_mode"), ({"path": HALF}, "path"),
-        (said("\udc00\ud800 the wrong way round"), "messages.0.content"),
+        (user_says("\udc00\ud800 the wrong way round"), "messages.0.content"),
     ],
 )  # fmt: skip
 def test_half_a_character_is_named(patient, changed, named, stream):
@@ -172,7 +172,7 @@ def test_half_a_character_is_named(patient, changed, named, stream):
 
 
 def test_whole_characters_are_text(patient):
-    body = json.dumps({**QUESTION, **said("\U0001f600 \uffff \0")})
+    body = json.dumps({**QUESTION, **user_says("\U0001f600 \uffff \0")})
     assert "\\ud83d\\ude00" in body
     headers = {"Content-Type": "application/json"}
     assert patient.http.post("/v1/chat/completions", content=body, headers=headers).is_success
@@ -205,15 +205,15 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:,"}}
 @pytest.mark.parametrize(
     ("changed", "named", "message"),
     [
-        (said([TEXT_PART, IMAGE_PART]), "messages.0.content", "part 1 must be a text part"),
-        (said([{"type": "video_url"}]), "messages.0.content", "POST /v1/videos"),
-        (said([{"type": "text"}]), "messages.0.content", "part 0 must have a string as its text"),
-        (said(["x"]), "messages.0.content", "part 0 must be a text part"),
-        (said(5), "messages.0.content", "must be text or a list of text parts"),
-        (said(None), "messages", "the question is empty"),
-        (said([]), "messages", "the question is empty"),
-        ({"messages": [*said("a")["messages"], {"role": "assistant", "content": None,
-                                                "tool_calls": []}, *said("b")["messages"]]},
+        (user_says([TEXT_PART, IMAGE_PART]), "messages.0.content", "part 1 must be a text part"),
+        (user_says([{"type": "video_url"}]), "messages.0.content", "POST /v1/videos"),
+        (user_says([{"type": "text"}]), "messages.0.content", "must have a string as its text"),
+        (user_says(["x"]), "messages.0.content", "part 0 must be a text part"),
+        (user_says(5), "messages.0.content", "must be text or a list of text parts"),
+        (user_says(None), "messages", "the question is empty"),
+        (user_says([]), "messages", "the question is empty"),
+        ({"messages": [*user_says("a")["messages"], {"role": "assistant", "content": None,
+                                                "tool_calls": []}, *user_says("b")["messages"]]},
          "messages", "one user message"),
         ({"messages": "x"}, "messages", "list"), ({"messages": None}, "messages", "list"),
         ({"stop": list("abcde")}, "stop", "at most 4 strings, got 5"),
@@ -266,18 +266,18 @@ def test_null_is_unset_everywhere(patient, videos):
         {"user": "a", "store": True, "metadata": {"a": "b"}, "anything": 10**4000},
     ],
 )  # fmt: skip
-def test_what_changes_nothing_is_accepted(patient, unchanging):
+def test_parameters_that_change_nothing_are_accepted(patient, unchanging):
     assert patient.http.post("/v1/chat/completions", json={**QUESTION, **unchanging}).is_success
 
 
-def test_text_parts_stay_apart(serve):
+def test_text_parts_are_joined_with_line_breaks(serve):
     live = serve(stand_in={"words": ["a"]})
-    asked = []
+    texts = []
     submit = live.engine.submit
-    live.engine.submit = lambda request: (asked.append(request.text), submit(request))[1]
-    parts = [{"type": "text", "text": text} for text in ("What color is", "the ring?")]
-    assert live.http.post("/v1/chat/completions", json={**QUESTION, **said(parts)}).is_success
-    assert asked == ["What color is\nthe ring?"]
+    live.engine.submit = lambda request: (texts.append(request.text), submit(request))[1]
+    parts = [{"type": "text", "text": part} for part in ("What color is", "the ring?")]
+    assert live.http.post("/v1/chat/completions", json={**QUESTION, **user_says(parts)}).is_success
+    assert texts == ["What color is\nthe ring?"]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_text_parts_stay_apart(serve):
         ("\u00fcber \U0001f600.mp4", "\u00fcber \U0001f600.mp4"),
     ],
 )
-def test_a_name_is_for_display_only(serve, videos, name, shown):
+def test_a_file_name_is_only_displayed(serve, videos, name, shown):
     live = serve(stand_in={})
     header = f'form-data; name="file"; filename="{name}"'.encode()
     body = b"--b\r\nContent-Disposition: " + header + b"\r\n\r\n"
@@ -323,7 +323,7 @@ def test_paths_outside_the_root(patient, path):
     assert not path or "no such file under the folder" in error["message"]
 
 
-def test_no_root_no_paths(serve, videos):
+def test_no_paths_without_a_root(serve, videos):
     answer = serve().http.post("/v1/videos", json={"path": str(videos[0])})
     assert "accepts no paths" in refused(answer, 400)["message"]
 
@@ -333,10 +333,10 @@ def test_no_root_no_paths(serve, videos):
     ["..", "../..", "..%2f..%2fetc%2fpasswd", "%2e%2e%2fx", "a" * 32, "A" * 32, "x" * 500, "%00",
      "%ff", "é", "0" * 31 + "%0a"],
 )  # fmt: skip
-def test_ids_that_are_none(patient, video):
+def test_malformed_ids(patient, video):
     for method, tail in (("GET", ""), ("DELETE", ""), ("GET", "/peft"), ("GET", "/adapter")):
         with closing(raw(patient)) as client:
-            # As it stands: a client library would tidy the dots away.
+            # Sent as it is: a client library would normalize the dots.
             line = f"{method} /v1/videos/{video}{tail} HTTP/1.1\r\nHost: localhost\r\n\r\n"
             client.sendall(line.encode())
             assert client.recv(4096)[:12] in (b"HTTP/1.1 404", b"HTTP/1.1 400", b"HTTP/1.1 405")
@@ -344,11 +344,11 @@ def test_ids_that_are_none(patient, video):
     refused(answer, 404, "model_not_found")
 
 
-# --- a store's folder that others write to --------------------------------------------------------
+# --- a store folder that others write to --------------------------------------------------------
 
 
-def test_bad_files_in_the_folder_cost_only_themselves(shapes, videos, tmp_path):
-    """The server starts over them and answers; a link gives away nothing."""
+def test_bad_files_in_the_store_do_not_affect_others(shapes, videos, tmp_path):
+    """The server starts and answers; a link reveals nothing."""
     folder = tmp_path / "store" / "adapters"
     folder.mkdir(parents=True)
     for number, content in enumerate(BAD_FILES.values()):
@@ -392,6 +392,6 @@ def test_a_replaced_file_is_not_sent(serve, videos):
             not any(os.path.realpath(f"{held}/{name}") == str(other) for name in os.listdir(held))
         )
     )
-    # The video is internalized anew.
+    # The video is internalized again.
     assert live.internalize(videos[0])["adapter_id"] == first
     assert live.http.get(f"/v1/videos/{first}/adapter").status_code == 200

@@ -1,4 +1,4 @@
-"""Connections: small delays, clients that are slow or silent, and more of them than descriptors."""
+"""Connections: no delays, slow or silent clients, and more of them than file descriptors."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ ADDRESSES = ["127.0.0.1", "localhost", *(["::1"] if has_ipv6() else [])]
 
 @pytest.mark.parametrize("protocol", ["named", "not named"])
 @pytest.mark.parametrize("host", ADDRESSES)
-def test_no_write_waits_for_the_one_before(serve, monkeypatch, host, protocol):
-    """Head and body, and the pieces of a stream, are writes of their own."""
+def test_connections_set_tcp_nodelay(serve, monkeypatch, host, protocol):
+    """Otherwise each piece of a stream would wait for the acknowledgement of the one before."""
     if protocol == "not named":
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = (host, 0)
@@ -51,12 +51,12 @@ def test_no_write_waits_for_the_one_before(serve, monkeypatch, host, protocol):
     options = []
     made = http_server._Connection.connection_made
 
-    def note(self, transport):
+    def recorded(self, transport):
         made(self, transport)
         accepted = transport.get_extra_info("socket")
         options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
-    monkeypatch.setattr(http_server._Connection, "connection_made", note)
+    monkeypatch.setattr(http_server._Connection, "connection_made", recorded)
     live = serve(stand_in={})
     port = httpx.URL(live.url).port
     with closing(socket.create_connection((host, port), timeout=LIMIT)) as client:
@@ -67,7 +67,7 @@ def test_no_write_waits_for_the_one_before(serve, monkeypatch, host, protocol):
 
 @pytest.mark.parametrize("begun", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: local", GET])
 def test_a_silent_connection_is_closed(serve, begun):
-    """Without a request, within its head, and after an answer."""
+    """Without a request, within its head, and after a response."""
     live = serve(limits=ServerLimits(head_seconds=0.2, keep_alive_seconds=0.2), stand_in={})
     with closing(raw(live)) as client:
         client.settimeout(LIMIT)
@@ -79,7 +79,7 @@ def test_a_silent_connection_is_closed(serve, begun):
 
 
 def test_a_head_that_never_ends_is_closed(serve):
-    """Bytes do not buy time."""
+    """Sending bytes does not extend the time limit."""
     live = serve(limits=ServerLimits(head_seconds=0.3), stand_in={})
     with closing(raw(live)) as client:
         client.settimeout(0.05)
@@ -97,7 +97,7 @@ def test_a_head_that_never_ends_is_closed(serve):
         wait_until(closed)
 
 
-def test_a_reader_that_stops_is_cut(serve):
+def test_a_client_that_stops_reading_is_disconnected(serve):
     words = ["x" * 100_000 + " "] * 10_000
     live = serve(limits=ServerLimits(stalled_seconds=0.3), stand_in={"words": words, "pause": 0.01})
     with live.http.stream("POST", "/v1/chat/completions", json={**QUESTION, "stream": True}) as s:
@@ -122,7 +122,7 @@ def test_no_connection_beyond_the_limit(serve):
 
 
 def few_files(control: Connection, folder: Path, spare: int, limited: bool) -> None:
-    """A server in a process that may open ``spare`` files more than it has."""
+    """A server in a process that may open ``spare`` more files than it has open."""
     import torch
 
     from v2l_fast.model import Video2LoRA
@@ -141,7 +141,9 @@ def few_files(control: Connection, folder: Path, spare: int, limited: bool) -> N
         control.recv()
 
 
-@pytest.mark.parametrize(("spare", "limited"), [(240, True), (60, False)])
+@pytest.mark.parametrize(
+    ("spare", "limited"), [(240, True), pytest.param(60, False, marks=pytest.mark.slow)]
+)
 def test_more_connections_than_files(tmp_path, spare, limited):
     """Silent connections are refused or wait, and time out; the log stays small."""
     ours, theirs = PROCESSES.Pipe()
@@ -171,7 +173,7 @@ def test_more_connections_than_files(tmp_path, spare, limited):
     assert (tmp_path / "log").stat().st_size < 50_000
 
 
-def test_hardly_any_files(monkeypatch):
+def test_too_few_files_for_connections(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
     with pytest.raises(ConfigError, match="may open 100 files.*ulimit -n"):
         http_server.connection_limit(4096)

@@ -1,4 +1,4 @@
-"""Cancelling: the job ends, what works for it ends, its files go, and nobody else notices."""
+"""Cancelling ends a job and its processes and removes its files, without affecting others."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def assert_cancelled(live: Running, job: str) -> None:
         409, "video_cancelled",
     )  # fmt: skip
     assert job not in [v["id"] for v in live.http.get("/v1/videos").json()["data"]]
-    # It may be asked for twice.
+    # Cancelling twice has no effect.
     cancel(live, job)
 
 
 def test_while_decoding(serve, videos, monkeypatch):
-    """The processes that read are killed, and a job that waits behind them never begins."""
+    """The processes that read are killed, and a job that waits for them never begins."""
     live = serve()
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox, "_load", hostile_tasks.load_for_ever)
+        patch.setattr(sandbox, "_load", hostile_tasks.load_forever)
         frames = range(1, WORKERS + 2)
         jobs = [start(live, videos[0], max_frames=count) for count in frames]
         folder = live.server.videos.folder
         begun = wait_until(
-            lambda: len(found := list(folder.glob("*/*.begun"))) == WORKERS and found
+            lambda: len(markers := list(folder.glob("*/*.begun"))) == WORKERS and markers
         )
         # The kept file is all jobs'; each is in use by its own.
         for job in reversed(jobs):
@@ -73,7 +73,7 @@ def test_while_decoding(serve, videos, monkeypatch):
 
 
 def test_while_the_model_works(serve, videos, monkeypatch):
-    """No unit of work runs after it."""
+    """No further unit of work runs."""
     live = serve()
     interleaver = live.engine._interleaver
     run_unit, units, gate = interleaver.run_unit, [], threading.Event()
@@ -98,7 +98,7 @@ def test_while_the_model_works(serve, videos, monkeypatch):
 
 
 def test_while_its_adapter_is_stored(serve, videos, monkeypatch):
-    """Too late to cancel: what is deleted is the adapter."""
+    """Too late to cancel: the adapter is deleted."""
     live = serve()
     put, storing, gate = live.server.store.put, threading.Event(), threading.Event()
 
@@ -121,7 +121,7 @@ def test_while_its_adapter_is_stored(serve, videos, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_equal_uploads_share_a_job(serve, videos, at_once):
-    """Each request takes back one of them; the last cancels the job."""
+    """Each request withdraws one of them; the last one cancels the job."""
     hold = threading.Event()
     live = serve(stand_in={"hold": hold})
     with ThreadPoolExecutor(3 if at_once else 1) as threads:
@@ -132,7 +132,7 @@ def test_equal_uploads_share_a_job(serve, videos, at_once):
     other = start(live, videos[1])
     cancel(live, job)
     assert_cancelled(live, job)
-    # What comes now is a job of its own.
+    # A later upload starts a new job.
     again = start(live, videos[0])
     assert again != job
     hold.set()

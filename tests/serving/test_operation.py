@@ -1,4 +1,4 @@
-"""Running it: keys, logs, metrics, the page and what comes with it."""
+"""Operating a server: keys, logs, metrics, health, the page and the documents."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_keys(serve):
     assert len(routes) == len(PROTECTED) + 2
 
 
-def test_logs_hold_no_user_content(serve, videos, caplog):
+def test_logs_contain_no_user_content(serve, videos, caplog):
     live = serve(keys=("hidden-key",))
     with caplog.at_level(logging.INFO):
         with open(videos[0], "rb") as file:
@@ -95,7 +95,7 @@ def test_metrics(serve, videos):
 
 
 class Clock:
-    """In place of the time module."""
+    """Replaces the time module."""
 
     time = staticmethod(time.time)
 
@@ -108,10 +108,10 @@ class Clock:
 
 
 def test_the_time_between_tokens_is_a_distribution(serve, monkeypatch):
-    """Every gap of every answer, streamed or not; some 30 ms each here, then one of 250 ms."""
+    """Every gap of every answer, streamed or not: about 30 ms each here, then one of 250 ms."""
     words = ["word "] * 6
     live = serve(stand_in={"words": words})
-    # Time passes with each look at the clock, of which there are two or so for a piece.
+    # Time passes with each reading of the clock, about two for a piece.
     clock = Clock(1 / 64)
     monkeypatch.setattr(chat, "time", clock)
     for stream in (False, True):
@@ -130,7 +130,7 @@ def test_the_time_between_tokens_is_a_distribution(serve, monkeypatch):
     assert gaps['v2l_inter_token_seconds_sum{source="plain"}'] >= 10 / 32 + 1 / 4
 
 
-def test_files_left_to_the_cpu_are_counted(serve, monkeypatch):
+def test_videos_left_to_the_cpu_are_counted(serve, monkeypatch):
     counted = Fallbacks()
     monkeypatch.setattr(monitoring, "fallbacks", counted)
     live = serve(stand_in={})
@@ -150,7 +150,7 @@ def test_not_ready_until_the_engine_is(serve):
     assert answer.status_code == 200 and answer.json()["status"] == "ok"
 
 
-def test_the_documents_ask_nobody_else(serve):
+def test_the_documents_load_nothing_from_elsewhere(serve):
     live = serve(stand_in={})
     answer = live.http.get("/docs")
     named = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", answer.text)
@@ -161,7 +161,7 @@ def test_the_documents_ask_nobody_else(serve):
     assert live.http.get("/redoc").status_code == 404
 
 
-def test_the_page_asks_nobody_else(serve):
+def test_the_page_loads_nothing_from_elsewhere(serve):
     answer = serve(stand_in={}).http.get("/")
     assert answer.headers["content-type"].startswith("text/html")
     assert "connect-src 'self'" in answer.headers["content-security-policy"]

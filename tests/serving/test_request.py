@@ -1,4 +1,4 @@
-"""Streamed pieces against decoding the whole answer, with word- and byte-level tokenizers."""
+"""Streamed pieces equal the decoded answer, with word- and byte-level tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from v2l_fast.serving.request import TextStream
 
 @functools.cache
 def byte_level() -> PreTrainedTokenizerFast:
-    """A token for each byte, and some words: characters and spaces come in pieces."""
+    """A token for each byte, and some words: characters and spaces arrive in pieces."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: id for id, token in enumerate(["<end>", *alphabet, "Ġa", "ab", "Ġab"])}
     core = Tokenizer(models.BPE(vocabulary, [("Ġ", "a"), ("a", "b"), ("Ġa", "b")]))
@@ -29,7 +29,7 @@ TOKENIZERS = {"words": functools.cache(tiny.tokenizer), "bytes": byte_level}
 
 
 def stream(decode, tokens: list[int], stop: tuple[str, ...]) -> tuple[list[str], bool]:
-    """Pieces of an answer that grows by one token at a time, until it ends."""
+    """The pieces of an answer that grows by one token at a time, and whether it was stopped."""
     made = TextStream(decode, stop)
     pieces = []
     for length in range(1, len(tokens) + 1):
@@ -40,7 +40,7 @@ def stream(decode, tokens: list[int], stop: tuple[str, ...]) -> tuple[list[str],
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:
-    """Before the first stop string, without outer white space."""
+    """The text before the first stop string, without outer white space."""
     places = [place for s in stop if (place := text.find(s)) >= 0]
     return text[: min(places)].rstrip() if places else text
 

@@ -1,4 +1,4 @@
-"""``v2l serve`` killed at any moment, and started again on the same folder."""
+"""``v2l serve`` is killed at any moment and started again on the same folder."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ from v2l_fast.store.adapter_store import content_id
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.tiny", "tests.serving.test_restart"])
-LIVES = 3
 
 
 def serve_forever(folder: Path, sending: Connection, drain_seconds: float, endless: bool) -> None:
-    """What the command does; sends the port it listens on. ``endless``: no video is ever read."""
+    """Run the command and send its port; with ``endless``, decoding a video never ends."""
     import torch
 
     from v2l_fast.cli import serve as cli
     from v2l_fast.serving import http_server, sandbox
 
     if endless:
-        sandbox._load = hostile_tasks.load_for_ever
+        sandbox._load = hostile_tasks.load_forever
     bind = http_server.bind
 
     def bound(host: str, port: int) -> socket.socket:
@@ -54,7 +53,7 @@ def serve_forever(folder: Path, sending: Connection, drain_seconds: float, endle
 def served(
     folder: Path, drain_seconds: float = LIMIT, endless: bool = False
 ) -> Iterator[tuple[multiprocessing.Process, httpx.Client]]:
-    """The command in a process of its own, answering."""
+    """The command in a process of its own, once it answers."""
     receiving, sending = PROCESSES.Pipe(duplex=False)
     arguments = folder, sending, drain_seconds, endless
     process = PROCESSES.Process(target=serve_forever, args=arguments)
@@ -81,14 +80,14 @@ def served(
 
 
 def variant(data: bytes, number: int) -> bytes:
-    """The same MP4 with another content: a free box at its end."""
+    """The same video with other bytes: a free box at the end of the MP4."""
     return data + (16).to_bytes(4) + b"free" + number.to_bytes(8)
 
 
 def upload_until_it_dies(
     http: httpx.Client, data: bytes, numbers: Iterator[int], finished: list[str]
 ) -> None:
-    """Internalize one video after the other; note each that the server says is there."""
+    """Internalize one video after the other; record the adapters that the server reports."""
     with contextlib.suppress(httpx.TransportError):
         for number in numbers:
             files = {"file": ("clip.mp4", variant(data, number))}
@@ -115,7 +114,7 @@ def stored_files(folder: Path) -> list[Path]:
 
 
 def check(http: httpx.Client, folder: Path, finished: list[str], expected: str) -> None:
-    """Everything finished is there and right, and nothing else is half there."""
+    """Every finished adapter is there and right, and nothing is half-written."""
     listed = http.get("/v1/videos", params={"limit": 1000}).json()["data"]
     assert {video["status"] for video in listed} <= {"completed"}
     ids = {video["id"] for video in listed}
@@ -125,11 +124,11 @@ def check(http: httpx.Client, folder: Path, finished: list[str], expected: str) 
         assert content_id(Adapter.load(stored)) == adapter_id
     assert {path.stem for path in (folder / "adapters").iterdir()} == ids
     assert not any((folder / "corrupt").iterdir())
-    # Of the videos, those whose jobs were lost are gone.
+    # Videos whose jobs were lost are removed.
     sources = {Adapter.load(path).provenance["source"]["sha256"] for path in stored_files(folder)}
     for video in (folder / "videos").iterdir():
         assert file_sha256(video / "video") == video.name and video.name in sources
-    # Of all that was under construction, only the living process's empty folder is left.
+    # Of the staging folders only the living process's is left, empty.
     (staging,) = (p for p in (folder / "staging").iterdir() if p.is_dir())
     assert not any(staging.iterdir())
     for adapter_id in finished[-3:]:
@@ -137,14 +136,15 @@ def check(http: httpx.Client, folder: Path, finished: list[str], expected: str) 
         assert answer.json()["choices"][0]["message"]["content"] == expected
 
 
-def test_killed_at_any_moment(shapes, videos, tmp_path):
+@pytest.mark.parametrize("lives", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(shapes, videos, tmp_path, lives):
     rng = random.Random(0)
     folder = tmp_path / "store"
     data = videos[0].read_bytes()
     text = QUESTION["messages"][0]["content"]
     expected = shapes.ask(text, shapes.internalize(videos[0]))
     finished: list[str] = []
-    for life in range(LIVES):
+    for life in range(lives):
         with served(folder) as (process, http):
             check(http, folder, finished, expected)
             enough = len(finished) + 2
@@ -163,13 +163,15 @@ def test_killed_at_any_moment(shapes, videos, tmp_path):
                 assert process.exitcode == -signal.SIGKILL
             for thread in threads:
                 thread.join()
-    assert len(set(finished)) == len(finished) >= 2 * LIVES
+    assert len(set(finished)) == len(finished) >= 2 * lives
     with served(folder) as (process, http):
         check(http, folder, finished, expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_finishes(videos, tmp_path, number):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_stopped_server_finishes_its_jobs(videos, tmp_path, number):
     folder = tmp_path / "store"
     with served(folder) as (process, http):
         with open(videos[0], "rb") as file:
@@ -181,16 +183,18 @@ def test_told_to_stop_it_finishes(videos, tmp_path, number):
         assert video["status"] == "completed"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_video_that_takes_for_ever_keeps_nothing_alive(videos, tmp_path, number):
-    """Told to stop, the server waits as long as it may; killed, it cannot even clean up."""
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
+def test_an_endless_video_keeps_no_process_alive(videos, tmp_path, number):
+    """A stopped server waits for its drain time; a killed one cannot clean up."""
     with served(tmp_path / "store", drain_seconds=0.5, endless=True) as (process, http):
         for count in (4, 8):
             with open(videos[0], "rb") as file:
                 files, data = {"file": file}, {"max_frames": count}
                 http.post("/v1/videos", files=files, data=data).raise_for_status()
         wait_until(lambda: len(list(tmp_path.glob("store/videos/*/*.begun"))) == 2)
-        # What both were forked from, too.
+        # Includes the fork server.
         started = children(process.pid)
         assert len(started) >= 3
         os.kill(process.pid, number)

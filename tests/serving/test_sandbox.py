@@ -47,14 +47,14 @@ def reader(shapes):
     reader.close(EngineClosed("closed"))
 
 
-def test_the_same_as_in_this_process(reader, videos):
+def test_results_equal_those_of_this_process(reader, videos):
     assert reader.probe(videos[0]) == probe(videos[0])
     for options in ((8, 64, False), (20, 48, True)):
-        found = reader.load(videos[0], *options)
+        clip = reader.load(videos[0], *options)
         frames, edge, exact = options
-        wanted = load_video(videos[0], frames, exact_frames=exact, longest_edge=edge)
+        expected = load_video(videos[0], frames, exact_frames=exact, longest_edge=edge)
         for name in Clip.__dataclass_fields__:
-            one, other = getattr(found, name), getattr(wanted, name)
+            one, other = getattr(clip, name), getattr(expected, name)
             if name == "frames":
                 assert torch.equal(one, other) and one.is_contiguous()
             elif name == "indices":
@@ -63,7 +63,7 @@ def test_the_same_as_in_this_process(reader, videos):
                 assert type(one) is type(other) and one == other, name
 
 
-def test_its_errors_are_the_same(reader, tmp_path):
+def test_errors_equal_those_of_this_process(reader, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video")
     for call in (probe, reader.probe):
@@ -73,7 +73,7 @@ def test_its_errors_are_the_same(reader, tmp_path):
         reader.load(tmp_path / "nowhere.mp4", 8, 64, False)
 
 
-def test_a_gpu_decodes_here_and_leaves_the_rest_to_the_others(reader, videos, monkeypatch):
+def test_a_gpu_decodes_in_this_process(reader, videos, monkeypatch):
     decoded = []
 
     def by_the_gpu(path, *sampling, **options) -> Clip:
@@ -87,14 +87,14 @@ def test_a_gpu_decodes_here_and_leaves_the_rest_to_the_others(reader, videos, mo
     monkeypatch.setattr(sandbox, "load_video", by_the_gpu)
     monkeypatch.setattr(sandbox, "fallbacks", Fallbacks())
     for path in videos[:2]:
-        wanted = load_video(path, 3, exact_frames=True, longest_edge=64)
-        assert torch.equal(reader.load_clip(path, 3, 64, True).frames, wanted.frames)
+        expected = load_video(path, 3, exact_frames=True, longest_edge=64)
+        assert torch.equal(reader.load_clip(path, 3, 64, True).frames, expected.frames)
     assert decoded == videos[:1] and sandbox.fallbacks.reasons() == {"not by the GPU": 1}
 
 
 @pytest.fixture(scope="module")
 def hurt(shapes, tmp_path_factory):
-    """A server whose files may say what they do to their reader."""
+    """A server that does the harm which an uploaded file names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "_probe", hostile_tasks.read_or_suffer)
         folder = tmp_path_factory.mktemp("store")
@@ -121,8 +121,8 @@ def test_a_file_that_takes_too_long(shapes, tmp_path, monkeypatch, harm):
         reader.probe(tmp_path / "a.mp4")
 
 
-def test_others_do_not_notice(hurt, videos):
-    """Harmful files and a sound one, all at the same time."""
+def test_harmful_files_do_not_affect_others(hurt, videos):
+    """Harmful and sound files at the same time."""
 
     def upload(content: bytes) -> int:
         return hurt.http.post("/v1/videos", files={"file": ("a.mp4", content)}).status_code
@@ -152,7 +152,7 @@ def crash(path: str, limits: Limits, *options: object) -> None:
     hostile_tasks.abort()
 
 
-def test_a_crash_for_the_context(serve, videos, monkeypatch):
+def test_a_crash_while_decoding_for_a_question(serve, videos, monkeypatch):
     live = serve()
     video = live.internalize(videos[0])["adapter_id"]
     direct = {**QUESTION, "model": video, "video_mode": "context"}
@@ -162,7 +162,7 @@ def test_a_crash_for_the_context(serve, videos, monkeypatch):
     assert live.http.post("/v1/chat/completions", json=direct).is_success
 
 
-def test_closing_ends_what_is_read(shapes, tmp_path, monkeypatch):
+def test_closing_ends_reading(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "_probe", hostile_tasks.read_or_suffer)
     slow = tmp_path / "slow.mp4"
     slow.write_bytes(b"slow")
@@ -186,7 +186,7 @@ def test_closing_ends_what_is_read(shapes, tmp_path, monkeypatch):
         reader.probe(slow)
 
 
-def test_the_process_they_are_forked_from_is_started_again(reader, videos):
+def test_the_fork_server_is_restarted(reader, videos):
     expected = reader.probe(videos[0])
     dying = forkserver._forkserver._forkserver_pid
     os.kill(dying, signal.SIGKILL)
@@ -196,21 +196,21 @@ def test_the_process_they_are_forked_from_is_started_again(reader, videos):
 
 @pytest.mark.parametrize("how", ["kill", "end"])
 def test_no_process_is_left(tmp_path, how):
-    """After kill -9, and after an end that closes nothing, with files being read."""
+    """After kill -9, and after an exit that closes nothing, while files are being read."""
     context = multiprocessing.get_context("forkserver")
-    told = context.Event()
+    stop = context.Event()
     process = context.Process(
-        target=hostile_tasks.read_for_ever, args=(tmp_path, [b"slow", b"hang"], told)
+        target=hostile_tasks.read_forever, args=(tmp_path, [b"slow", b"hang"], stop)
     )
     process.start()
     wait_until(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
-    # What both were forked from, too.
+    # Includes the fork server.
     started = children(process.pid)
     assert len(started) >= 3
     if how == "kill":
         process.kill()
     else:
-        told.set()
+        stop.set()
     process.join(LIMIT)
     assert process.exitcode == (-signal.SIGKILL if how == "kill" else 0)
     wait_until(lambda: not started & processes().keys())

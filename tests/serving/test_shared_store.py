@@ -1,4 +1,4 @@
-"""Two servers on one store folder: what one removes is not taken from under the other."""
+"""Two servers on one store folder do not remove what the other one uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from v2l_fast.store.adapter_store import AdapterStore, StoreError
 
 @pytest.fixture
 def two(serve, tmp_path):
-    """The first one's jobs and answers wait for the event."""
+    """Two servers, and an event that the first one's jobs and answers wait for."""
     hold = threading.Event()
     first = serve(folder=tmp_path / "store", stand_in={"hold": hold})
     yield first, serve(folder=tmp_path / "store", stand_in={}), hold
@@ -47,8 +47,8 @@ def test_a_video_stays_while_the_other_reads_it(two, videos):
     refused(first.http.post("/v1/chat/completions", json={**QUESTION, "model": video}), 404)
 
 
-def test_what_the_other_deleted_is_made_again(two, videos, monkeypatch):
-    """Also when the job that made it has not been accounted for yet."""
+def test_an_adapter_deleted_by_the_other_is_made_again(two, videos, monkeypatch):
+    """Even if its job has not been collected yet."""
     first, second, hold = two
     hold.set()
     monkeypatch.setattr(first.server.jobs, "collect", lambda: None)
@@ -57,7 +57,7 @@ def test_what_the_other_deleted_is_made_again(two, videos, monkeypatch):
     assert second.http.delete(f"/v1/videos/{video}").is_success
     again = first.internalize(videos[0])
     assert again["adapter_id"] == video and not again["cached"]
-    # So does any other process that has the folder.
+    # Any other process may delete it, too.
     other = AdapterStore(first.server.store.folder)
     other.delete(video)
     assert first.http.get("/v1/videos").json()["data"] == []
@@ -65,7 +65,7 @@ def test_what_the_other_deleted_is_made_again(two, videos, monkeypatch):
 
 
 def test_servers_that_keep_and_delete_at_once(tmp_path):
-    """Whoever keeps a video has its file until it releases it, however often others delete it."""
+    """A kept video has its file until it is released, however often others delete it."""
     store = AdapterStore(tmp_path / "store")
     folders = [VideoFolder(tmp_path / "store" / "videos", store.staging, 1 << 20) for _ in range(3)]
     sha256, ended = "0" * 64, threading.Event()
@@ -100,7 +100,7 @@ def test_servers_that_keep_and_delete_at_once(tmp_path):
     assert not os.listdir(folders[2].folder) and not os.listdir(store.staging.folder)
 
 
-def test_a_video_that_is_needed_stays(tmp_path):
+def test_a_video_in_use_or_needed_is_not_deleted(tmp_path):
     store = AdapterStore(tmp_path / "store")
     folder = VideoFolder(tmp_path / "store" / "videos", store.staging, 1 << 20)
     part = store.staging.new_path()
@@ -116,8 +116,8 @@ def test_a_video_that_is_needed_stays(tmp_path):
     assert not folder.has(sha256)
 
 
-def test_what_a_dead_process_left_is_removed_at_start(serve, videos, tmp_path):
-    """A video whose job was lost; folders under construction, with a lock file and without."""
+def test_the_remains_of_a_dead_process_are_removed_at_start(serve, videos, tmp_path):
+    """A video whose job was lost; staging folders with and without a lock file."""
     live = serve(stand_in={})
     video = live.internalize(videos[0])["adapter_id"]
     wait_until(lambda: not live.server.videos._in_use)
@@ -131,7 +131,7 @@ def test_what_a_dead_process_left_is_removed_at_start(serve, videos, tmp_path):
         (staging / name).mkdir()
         (staging / name / "part").write_bytes(b"half")
     (staging / f"{'a' * 32}.lock").touch()
-    # Used by a server that lives.
+    # Used by a living server.
     assert live.server.videos.use("4" * 64)
     again = serve(stand_in={})
     assert kept(live) == sorted([sound, "4" * 64])
@@ -159,8 +159,8 @@ def test_a_folder_that_cannot_be_written_is_refused_at_start(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("leftover", ["file", "empty folder", "dead link", "name alone"])
-def test_leftovers_in_a_videos_place(tmp_path, leftover):
-    """What a crash, or an owner who moved the file, has left is replaced."""
+def test_leftovers_are_replaced_by_the_video(tmp_path, leftover):
+    """The remains of a crash, or a link to a file that was moved."""
     store = AdapterStore(tmp_path / "store")
     folder = VideoFolder(tmp_path / "store" / "videos", store.staging, 1 << 20)
     sha256 = "2" * 64

@@ -1,4 +1,4 @@
-"""Adapters for vLLM: what its filesystem resolver reads, and the command that starts a replica."""
+"""Adapters for vLLM: the folder that its filesystem resolver reads, and a replica's command."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_export_prints_the_command(shapes, videos, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--vllm", "x"], ["a.safetensors"]])
-def test_export_asks_for_what_is_missing(arguments):
+def test_export_without_its_arguments(arguments):
     assert CliRunner().invoke(app, ["export", *arguments]).exit_code == 2
 
 
 @pytest.mark.parametrize(("rank", "allowed"), [(32, 32), (33, 64), (48, 64), (512, 512)])
-def test_the_rank_is_one_vllm_knows(rank, allowed, tmp_path):
+def test_the_rank_is_rounded_up_to_one_of_vllms(rank, allowed, tmp_path):
     text = VllmFolder(tmp_path, "base", text_only=True).command(rank)
     assert f"--max-lora-rank {allowed}" in text and "--language-model-only" not in text
 
@@ -47,7 +47,7 @@ def test_a_rank_beyond_vllm(tmp_path):
         VllmFolder(tmp_path, "base").command(513)
 
 
-def test_what_is_stored_is_published(shapes, videos, tmp_path):
+def test_stored_adapters_are_published(shapes, videos, tmp_path):
     published = tmp_path / "published"
     store = PublishingStore(tmp_path / "store", VllmFolder(published, "org/base"))
     adapter = shapes.internalize(videos[0])

@@ -1,4 +1,4 @@
-"""Files in a store that are damaged, foreign or exchanged: each costs only itself."""
+"""Damaged, foreign and exchanged files in a store do not affect other adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tests.store.test_adapter_store import SETTINGS, made, served
+from tests.store.test_adapter_store import SETTINGS, random_adapter, served
 from v2l_fast.errors import AdapterError
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.store.adapter_store import AdapterStore, StoreError, content_id
@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> AdapterStore:
     ],
 )
 def test_a_damaged_file_is_never_served(store, damage):
-    sound, broken = store.put(made(0)), store.put(made(1))
+    sound, broken = store.put(random_adapter(0)), store.put(random_adapter(1))
     path = store.file(broken)
     data = damage(path.read_bytes())
     assert data != path.read_bytes()
@@ -53,12 +53,12 @@ def test_a_damaged_file_is_never_served(store, damage):
         assert [r.id for r in one.list()] == [sound]
     assert len(list((store.folder / "corrupt").iterdir())) == 1
     # Internalizing again heals it.
-    assert store.put(made(1)) == broken
-    assert torch.equal(other.get(broken).A["down_proj"], made(1).A["down_proj"])
+    assert store.put(random_adapter(1)) == broken
+    assert torch.equal(other.get(broken).A["down_proj"], random_adapter(1).A["down_proj"])
 
 
 def test_a_foreign_file_is_left_alone(store):
-    stored = store.put(made(0))
+    stored = store.put(random_adapter(0))
     (store.folder / "adapters" / "README.txt").write_text("mine")
     (store.folder / "adapters" / "x.safetensors").write_text("mine")
     assert [r.id for r in AdapterStore(store.folder).list()] == [stored]
@@ -66,14 +66,14 @@ def test_a_foreign_file_is_left_alone(store):
 
 
 def test_an_adapter_under_another_name_is_refused(store):
-    first, second = store.put(made(0)), store.put(made(1))
+    first, second = store.put(random_adapter(0)), store.put(random_adapter(1))
     os.replace(store.file(first), store.file(second))
     with pytest.raises(AdapterError, match="does not match its name"):
         store.get(second)
 
 
 def test_out_of_descriptors_is_not_damage(store, monkeypatch):
-    stored = store.put(made(0))
+    stored = store.put(random_adapter(0))
 
     def refuse(*args, **kwargs):
         raise OSError(errno.EMFILE, "Too many open files")
@@ -92,7 +92,7 @@ ID = "0123456789abcdef" * 2
 
 
 def stranger(record: object = None, tensors: dict | None = None, **provenance: object) -> bytes:
-    """An adapter's file as anyone may write it."""
+    """An adapter file with any content."""
     tensors = tensors or {"m.lora_A": torch.ones(2, 3, 4), "m.lora_B": torch.ones(2, 3, 5)}
     if record is None:
         record = {"version": 1, "scale": 1.0, "bias_id": None, "provenance": provenance}
@@ -161,8 +161,8 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_bad_file_costs_only_itself(store, kind, caplog):
-    sound = store.put(made(0))
+def test_a_bad_file_does_not_affect_others(store, kind, caplog):
+    sound = store.put(random_adapter(0))
     path = store.folder / "adapters" / f"{ID}.safetensors"
     path.write_bytes(BAD_FILES[kind]())
     for one in (store, AdapterStore(store.folder)):
@@ -175,7 +175,7 @@ def test_a_bad_file_costs_only_itself(store, kind, caplog):
         with pytest.raises(AdapterError, match="no adapter"):
             one.describe(ID)
         assert ID not in one
-    # It was moved away with one line that names it and the reason.
+    # It is moved away with one log line that names it and the reason.
     (line,) = [r.getMessage() for r in caplog.records if ID in r.getMessage()]
     assert str(path) in line and len(line) < 2000 and line.isprintable()
     (aside,) = (store.folder / "corrupt").iterdir()
@@ -183,7 +183,7 @@ def test_a_bad_file_costs_only_itself(store, kind, caplog):
 
 
 def put_special(kind: str, path: Path, elsewhere: Path, other: Path) -> None:
-    """Something at ``path`` that is no file of the store's own."""
+    """Put something other than a regular file at ``path``."""
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "folder":
@@ -195,7 +195,7 @@ def put_special(kind: str, path: Path, elsewhere: Path, other: Path) -> None:
         elsewhere.write_text("secret")
         path.symlink_to(elsewhere)
     elif kind == "link to an adapter elsewhere":
-        made(3).save(elsewhere)
+        random_adapter(3).save(elsewhere)
         path.symlink_to(elsewhere)
     elif kind == "link to another adapter":
         path.symlink_to(other)
@@ -212,10 +212,10 @@ def put_special(kind: str, path: Path, elsewhere: Path, other: Path) -> None:
     ["pipe", "folder", "socket", "link to a secret", "link to an adapter elsewhere",
      "link to another adapter", "link to nothing", "link to itself", "link to a device"],
 )  # fmt: skip
-def test_only_files_of_the_store_are_adapters(store, tmp_path, kind, caplog):
-    sound = store.put(made(0))
-    # Even under the name that its content would have.
-    name = content_id(made(3)) if kind == "link to an adapter elsewhere" else ID
+def test_only_regular_files_are_adapters(store, tmp_path, kind, caplog):
+    sound = store.put(random_adapter(0))
+    # Even under the id of its content.
+    name = content_id(random_adapter(3)) if kind == "link to an adapter elsewhere" else ID
     path = store.folder / "adapters" / f"{name}.safetensors"
     put_special(kind, path, tmp_path / "elsewhere", store.file(sound))
     for one in (store, AdapterStore(store.folder)):
@@ -233,7 +233,7 @@ def test_only_files_of_the_store_are_adapters(store, tmp_path, kind, caplog):
 
 @pytest.mark.parametrize("how", ["renamed over", "copied over", "linked over", "cut", "changed"])
 def test_a_file_replaced_while_running_is_never_another_adapter(store, how, caplog):
-    first, second = store.put(made(0)), store.put(made(1))
+    first, second = store.put(random_adapter(0)), store.put(random_adapter(1))
     with store.open(first) as handle:
         whole = handle.read()
     path, other = store.file(first), store.file(second)
@@ -256,13 +256,18 @@ def test_a_file_replaced_while_running_is_never_another_adapter(store, how, capl
     assert [record.id for record in store.list()] == [second]
     assert sum(str(path) in r.getMessage() for r in caplog.records) == 1
     # Internalizing again heals it.
-    assert store.put(made(0)) == first
+    assert store.put(random_adapter(0)) == first
     with store.open(first) as handle:
-        assert torch.equal(Adapter.read(handle, "a").A["down_proj"], made(0).A["down_proj"])
+        assert torch.equal(
+            Adapter.read(handle, "a").A["down_proj"], random_adapter(0).A["down_proj"]
+        )
 
 
-def test_a_list_never_describes_an_adapter_by_another(store):
-    first, second = store.put(made(0, name="a.mp4")), store.put(made(1, name="b.mp4"))
+def test_a_record_never_describes_another_adapter(store):
+    first, second = (
+        store.put(random_adapter(0, name="a.mp4")),
+        store.put(random_adapter(1, name="b.mp4")),
+    )
     assert {r.name for r in store.list()} == {"a.mp4", "b.mp4"}
     shutil.copy(store.file(second), store.file(first))
     os.utime(store.file(first), (1, 1))
@@ -271,7 +276,7 @@ def test_a_list_never_describes_an_adapter_by_another(store):
 
 
 def test_a_file_is_verified_once(store, monkeypatch):
-    stored = store.put(made(0))
+    stored = store.put(random_adapter(0))
     os.utime(store.file(stored), (1, 1))
     monkeypatch.setattr("v2l_fast.store.adapter_store.settled", lambda status: True)
     with store.open(stored) as handle:
@@ -285,7 +290,7 @@ def test_a_file_is_verified_once(store, monkeypatch):
 
 
 def test_an_open_file_stays_the_adapter(store):
-    stored = store.put(made(0))
+    stored = store.put(random_adapter(0))
     with store.open(stored) as handle:
         shutil.copy(store.file(stored), store.folder / "copy")
         store.delete(stored)
@@ -293,8 +298,8 @@ def test_an_open_file_stays_the_adapter(store):
 
 
 def test_a_file_that_may_not_be_read(store, monkeypatch, caplog):
-    """Permissions do not bind every user that runs the tests."""
-    sound, closed = store.put(made(0)), store.put(made(1))
+    """Refused by a patched open: permissions do not apply to root."""
+    sound, closed = store.put(random_adapter(0)), store.put(random_adapter(1))
     opened = os.open
 
     def refuse(path, *args, **kwargs):
@@ -313,8 +318,8 @@ def test_a_file_that_may_not_be_read(store, monkeypatch, caplog):
         other.get(closed)
 
 
-def test_a_passing_failure_is_not_remembered(store, monkeypatch, caplog):
-    stored = store.put(made(0))
+def test_a_temporary_failure_is_not_remembered(store, monkeypatch, caplog):
+    stored = store.put(random_adapter(0))
     (store.folder / "index.jsonl").unlink()
     opened = os.open
 
@@ -334,8 +339,8 @@ def test_a_passing_failure_is_not_remembered(store, monkeypatch, caplog):
 
 @pytest.mark.parametrize("name", ["index.jsonl", "lock"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to a secret"])
-def test_what_is_in_place_of_the_stores_own_files(store, tmp_path, name, kind):
-    sound = store.put(made(0))
+def test_special_files_in_place_of_the_index_and_lock(store, tmp_path, name, kind):
+    sound = store.put(random_adapter(0))
     store.close()
     (store.folder / name).unlink()
     put_special(kind, store.folder / name, tmp_path / "elsewhere", store.file(sound))
@@ -343,10 +348,10 @@ def test_what_is_in_place_of_the_stores_own_files(store, tmp_path, name, kind):
         other = AdapterStore(store.folder)
         assert [record.id for record in other.list()] == [sound]
         with contextlib.suppress(StoreError):
-            other.put(made(1))
+            other.put(random_adapter(1))
     else:
         other = AdapterStore(store.folder)
-        new = other.put(made(1))
+        new = other.put(random_adapter(1))
         assert {r.id for r in AdapterStore(store.folder).list()} == {sound, new}
     if kind == "link to a secret":
         assert (tmp_path / "elsewhere").read_text() == "secret"
@@ -370,7 +375,7 @@ def test_what_is_in_place_of_the_stores_own_files(store, tmp_path, name, kind):
     ids=str,
 )
 def test_an_index_with_values_of_other_types(store, change):
-    store.put(made(0))
+    store.put(random_adapter(0))
     before = store.list()
     index = store.folder / "index.jsonl"
     index.write_text(json.dumps({**json.loads(index.read_text()), **change}) + "\n")
@@ -383,7 +388,7 @@ def test_an_index_with_values_of_other_types(store, change):
     ids=["deep", "giant number", "not UTF-8", "one long line", "many lines"],
 )
 def test_an_index_of_something_else(store, content):
-    store.put(made(0))
+    store.put(random_adapter(0))
     before = store.list()
     (store.folder / "index.jsonl").write_bytes(content)
     for _ in range(2):

@@ -190,7 +190,7 @@ class AdapterStore:
             with suppress(OSError):
                 self.staging.remove(part)
         with self._mutex:
-            self._index.learn(adapter_id)
+            self._index.update(adapter_id)
         return adapter_id
 
     def delete(self, adapter_id: str) -> None:

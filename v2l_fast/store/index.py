@@ -1,7 +1,7 @@
-"""What a store knows of its adapters without opening them: a cache of their files' headers.
+"""A cache of the headers of a store's adapters.
 
-The files are the truth. The index file spares reading every header at each start; whatever is
-missing, broken or behind in it is read from the files again.
+The files are authoritative. The index file avoids reading every header at each start; entries that
+are missing, malformed or stale are read from the files again.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 ID = re.compile(r"[0-9a-f]{32}")
-# A folder's modification time is only as fine as the kernel's clock tick or the file server's.
+# Modification times are as coarse as the clock tick of the kernel or the file server.
 _SETTLED_NS = 2_000_000_000
-# A line of the index has a few hundred bytes.
+# A line of the index takes a few hundred bytes.
 _LINE_BYTES, _INDEX_BYTES = 2**16, 2**30
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """What the index knows of an adapter.
+    """The index's record of an adapter.
 
     Attributes:
         id: 32 hexadecimal digits, a hash of the adapter's content.
         bytes: size of its file.
         created: Unix time in seconds at which the file was written.
         rank: generated rank, all chunks together.
-        name: file name of the video, None when unknown or composed.
-        video: sha256 of the video's bytes, None when unknown or composed.
-        frames: frames it was made from.
-        duration: seconds of the video.
-        hypernetwork: fingerprint of the one that made it, None when unknown.
+        name: file name of the video; None if it is unknown or the adapter is composed.
+        video: sha256 of the video's bytes; None if unknown or composed.
+        frames: number of frames sampled.
+        duration: of the video, in seconds.
+        hypernetwork: fingerprint of the hypernetwork; None if unknown.
     """
 
     id: str
@@ -59,7 +59,7 @@ class StoredAdapter:
     hypernetwork: str | None = None
 
     def __post_init__(self) -> None:
-        # An index file is only text: whoever lists adapters must not meet another type.
+        # The index file may contain anything; callers rely on these types.
         for name in ("bytes", "rank", "frames"):
             value = getattr(self, name)
             if not (type(value) is int and value >= 0 or value is None and name == "frames"):
@@ -78,12 +78,12 @@ class StoredAdapter:
             raise ValueError(f"id must be 32 hexadecimal digits, got {excerpt(self.id)}")
 
 
-# What tells that a file is still the same one: device, inode, size, times.
+# Identifies a version of a file: device, inode, size, times.
 Stamp = tuple[int, int, int, int, int]
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """A change of the file's content, by writing to it or by replacing it, changes this."""
+    """The version of a file; writing to the file or replacing it changes it."""
     return (
         status.st_dev,
         status.st_ino,
@@ -94,20 +94,20 @@ def stamp(status: os.stat_result) -> Stamp:
 
 
 def settled(status: os.stat_result) -> bool:
-    """Whether the next change will show in the file's times, which are only so fine."""
+    """Whether the file's times are old enough that the next change will change them."""
     return time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
 
 
 class Index:
-    """The records of the adapters in a folder. One thread at a time.
+    """The records of the adapters in a folder; for one thread at a time.
 
     Args:
-        file: the index file, one JSON line an adapter.
-        adapters: the folder; its files are ``<id>.safetensors``, others are left alone.
-        lock: lock file of the store, held to replace the index file.
-        damaged: called with the id, inode and reason of a file that is no adapter.
-        is_sound: called with the id of a file that was changed since it was indexed; whether its
-            content is still what its name says.
+        file: the index file, one JSON line per adapter.
+        adapters: the folder; files with names other than ``<id>.safetensors`` are ignored.
+        lock: lock file of the store, held to delete the index file.
+        on_damaged: called with the id, inode and reason for a file that is not an adapter.
+        is_sound: called with the id of a file that changed since it was indexed; whether its
+            content still matches its name.
     """
 
     def __init__(
@@ -115,31 +115,31 @@ class Index:
         file: Path,
         adapters: Path,
         lock: Path,
-        damaged: Callable[[str, int, str], None],
+        on_damaged: Callable[[str, int, str], None],
         is_sound: Callable[[str], bool],
     ) -> None:
         self._file = file
         self._adapters = adapters
         self._lock = lock
-        self._damaged = damaged
+        self._on_damaged = on_damaged
         self._is_sound = is_sound
         self._running = False
         self._scanned_ns: int | None = None
-        # Files that are no adapters, as they were when that was logged.
+        # Versions of files that are not adapters, which is logged once.
         self._skipped: dict[str, Stamp] = {}
-        # Files that could not be read for a reason that may pass, such as too many open files.
+        # Files that could not be read for a temporary reason, such as too many open files.
         self._unread: set[str] = set()
-        self._known = self._read()
+        self._records = self._read()
 
     def records(self) -> dict[str, StoredAdapter]:
-        """Id -> record, up to date with the folder; cheap when nothing changed.
+        """Id -> record, up to date with the folder; cheap if nothing has changed.
 
         Raises:
             OSError: the folder cannot be read.
         """
         changed_ns = self._adapters.stat().st_mtime_ns
         if changed_ns == self._scanned_ns:
-            return self._known
+            return self._records
         now_ns = time.time_ns()
         files: dict[str, os.stat_result] = {}
         with os.scandir(self._adapters) as entries:
@@ -149,28 +149,28 @@ class Index:
                     # Another process may delete it between the two calls.
                     with suppress(OSError):
                         files[adapter_id] = entry.stat(follow_symlinks=False)
-        for adapter_id in self._known.keys() - files.keys():
-            del self._known[adapter_id]
+        for adapter_id in self._records.keys() - files.keys():
+            del self._records[adapter_id]
         for adapter_id in self._skipped.keys() - files.keys():
             del self._skipped[adapter_id]
         self._unread &= files.keys()
         for adapter_id, status in files.items():
-            known = self._known.get(adapter_id)
-            same = known and (known.bytes, known.created) == (status.st_size, status.st_mtime)
+            record = self._records.get(adapter_id)
+            same = record and (record.bytes, record.created) == (status.st_size, status.st_mtime)
             if same and stat.S_ISREG(status.st_mode):
                 continue
-            # At the start, the index may be older than a folder that was copied without its times.
-            if known is None or not self._running or self._is_sound(adapter_id):
-                self.learn(adapter_id)
+            # At the start the index may be older than a folder that was copied without its times.
+            if record is None or not self._running or self._is_sound(adapter_id):
+                self.update(adapter_id)
         self._running = True
         whole = now_ns - changed_ns > _SETTLED_NS and not self._unread
         self._scanned_ns = changed_ns if whole else None
-        return self._known
+        return self._records
 
-    def learn(self, adapter_id: str) -> None:
-        """Read a file's header; report a file that is no adapter, once."""
+    def update(self, adapter_id: str) -> None:
+        """Read a file's header again; report a file that is not an adapter, once per version."""
         path = self._adapters / f"{adapter_id}{SUFFIX}"
-        self._known.pop(adapter_id, None)
+        self._records.pop(adapter_id, None)
         try:
             status = os.lstat(path)
         except OSError:
@@ -193,21 +193,21 @@ class Index:
             if isinstance(cause, OSError) or not stat.S_ISREG(status.st_mode):
                 log.error("%s; skipped", error)
             else:
-                self._damaged(adapter_id, status.st_ino, str(error))
+                self._on_damaged(adapter_id, status.st_ino, str(error))
             return
         self._unread.discard(adapter_id)
-        self._known[adapter_id] = record
+        self._records[adapter_id] = record
         # A line that is lost costs one header read.
         with suppress(V2LError):
             append_jsonl(self._file, [asdict(record)])
 
     def forget(self, adapter_id: str) -> None:
-        """An adapter is gone."""
-        self._known.pop(adapter_id, None)
+        """Drop the record of an adapter."""
+        self._records.pop(adapter_id, None)
 
     def _read(self) -> dict[str, StoredAdapter]:
-        """What the index file says, unchecked."""
-        known: dict[str, StoredAdapter] = {}
+        """The records of the index file, not compared with the files."""
+        records: dict[str, StoredAdapter] = {}
         lines = 0
         try:
             if not self._file.is_symlink() and not self._file.exists():
@@ -218,16 +218,16 @@ class Index:
                 self._file, max_line_bytes=_LINE_BYTES, max_bytes=_INDEX_BYTES
             ):
                 lines = number
-                # A line cut short by a crash, or one of another version: its file is read again.
+                # A line cut short by a crash or of another version: its file is read again.
                 with suppress(TypeError, ValueError, V2LError):
                     record = StoredAdapter(**parse_json(line, "index"))
-                    known[record.id] = record
+                    records[record.id] = record
         except V2LError as error:
-            log.warning("%s; the index is made anew", error)
+            log.warning("%s; the index is rebuilt", error)
         else:
-            if lines <= 2 * len(known) + 64:
-                return known
-            # Mostly of adapters that are gone: written anew from the files.
+            if lines <= 2 * len(records) + 64:
+                return records
+            # Most lines are of deleted adapters: rebuild the index.
         with suppress(OSError), exclusive(self._lock):
             self._file.unlink()
         return {}

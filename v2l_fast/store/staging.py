@@ -1,8 +1,8 @@
-"""Files under construction: a folder of this process's own, removed by whoever finds it orphaned.
+"""Files under construction, in a folder of each process that others remove once it is orphaned.
 
-A file is written here and moved to where it counts in one step. Each process owns a folder beside
-a lock file that it holds for as long as it lives; the kernel lets go of the lock when the process
-ends, however it ends, which tells others that the folder may go.
+A file is written here and moved to its place atomically. Each process owns a folder beside a lock
+file that it holds as long as it lives. The kernel releases the lock when the process ends, however
+it ends; a folder whose lock is free is orphaned.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _LOCK_SUFFIX = ".lock"
 
 
 class Staging:
-    """This process's part of the staging folder ``root``; what dead processes left is removed.
+    """This process's folder under ``root``; the folders of dead processes are removed.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
 
     def __init__(self, root: Path) -> None:
@@ -38,24 +38,24 @@ class Staging:
         self._finalizer = weakref.finalize(self, _release, lock, self.folder)
 
     def new_path(self, suffix: str = "") -> Path:
-        """A path that nobody else uses."""
+        """A unique path in the folder."""
         return self.folder / f"{uuid.uuid4().hex}{suffix}"
 
     def remove(self, path: Path) -> None:
-        """Remove a file or folder of this process, if it is still there."""
+        """Remove a file or folder if it is still there."""
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Remove the folder and all that is in it."""
+        """Remove the folder and its content."""
         self._finalizer()
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path``, alone among all processes and threads; waits for it."""
+    """Hold the lock file ``path`` exclusively among all processes and threads; blocks."""
     handle = _open_lock(path, os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -65,12 +65,12 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path, flags: int = 0) -> int:
-    """A descriptor of a lock file; a named pipe or a link in its place is not waited for."""
+    """Open a lock file without blocking on a named pipe or following a link in its place."""
     return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | flags, 0o666)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Flush the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -79,13 +79,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def _claim(root: Path) -> tuple[str, int]:
-    """A new name under ``root`` and the descriptor that holds its lock."""
+    """A new name under ``root``, and the descriptor that holds its lock."""
     while True:
         name = uuid.uuid4().hex
         path = root / f"{name}{_LOCK_SUFFIX}"
         lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Another process may have taken the file for an orphan before it was locked.
+        # Another process may have removed the file as an orphan before it was locked.
         if _is_same(lock, path):
             return name, lock
         os.close(lock)
@@ -98,22 +98,22 @@ def _release(lock: int, folder: Path) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the folders whose owners no longer live."""
+    """Remove the folders of dead processes."""
     for path in root.glob(f"*{_LOCK_SUFFIX}"):
-        # Locked by the living, or not ours to open.
+        # Locked by a living process, or not permitted.
         with suppress(OSError):
             handle = _open_lock(path)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 folder = path.with_suffix("")
                 if folder.exists():
-                    log.info("%s: removed, the process that wrote there is gone", folder)
+                    log.info("%s: removed, its process has ended", folder)
                     shutil.rmtree(folder, ignore_errors=True)
                 if _is_same(handle, path):
                     path.unlink()
             finally:
                 os.close(handle)
-    # A folder is made after its lock file and goes before it; one without was copied here.
+    # A folder is created after its lock file and removed before it; one without was copied here.
     for folder in [path for path in root.iterdir() if path.is_dir()]:
         if not folder.with_name(folder.name + _LOCK_SUFFIX).exists():
             shutil.rmtree(folder, ignore_errors=True)
