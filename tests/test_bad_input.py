@@ -1,4 +1,4 @@
-"""What a user can get wrong, end to end: one clear line, and nothing half-written."""
+"""Mistakes of users, end to end: one clear line, and no half-written file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from v2l_fast.tensor_files import load_tensors
 M = "down_proj"
 
 
-def one_line(caught: pytest.ExceptionInfo, *words: object) -> None:
+def check_one_line(caught: pytest.ExceptionInfo, *words: object) -> None:
     message = str(caught.value)
     assert isinstance(caught.value, V2LError)
     assert message and "\n" not in message
@@ -49,7 +49,7 @@ def test_a_hypernetwork_for_another_base(change, words, backbone):
     network = tiny.hypernetwork(dataclasses.replace(tiny.CONFIG, **change))
     with pytest.raises(V2LError) as caught:
         Video2LoRA(backbone, network)
-    one_line(caught, *words)
+    check_one_line(caught, *words)
 
 
 def break_hypernet(kind: str, folder: Path) -> None:
@@ -92,36 +92,36 @@ def test_broken_hypernetworks(kind, pair):
     break_hypernet(kind, folder)
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         Video2LoRA.from_pretrained(folder, base=pair / "base")
-    one_line(caught, folder)
+    check_one_line(caught, folder)
 
 
-def test_names_that_are_nowhere(pair, tmp_path):
+def test_unknown_names(pair, tmp_path):
     for name in (tmp_path / "nothing", "nobody/nothing", "not a name"):
         with pytest.raises(CheckpointError) as caught:
             Video2LoRA.from_pretrained(name)
-        one_line(caught, name)
+        check_one_line(caught, name)
     with pytest.raises(CheckpointError) as caught:
         Video2LoRA.from_pretrained(pair / "hypernet", base=tmp_path / "no base")
-    one_line(caught, tmp_path / "no base")
+    check_one_line(caught, tmp_path / "no base")
     path = tmp_path / "file.pt"
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError) as caught:
         Video2LoRA.from_pretrained(path, base=pair / "base")
-    one_line(caught, path)
+    check_one_line(caught, path)
 
 
-def test_a_hypernetwork_that_names_no_base(backbone, tmp_path):
+def test_a_hypernetwork_without_a_base(backbone, tmp_path):
     config = dataclasses.replace(tiny.CONFIG, base_model_name_or_path=None)
     tiny.hypernetwork(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         Video2LoRA.from_pretrained(tmp_path)
-    one_line(caught, tmp_path, "base=")
+    check_one_line(caught, tmp_path, "base=")
 
 
 @pytest.mark.parametrize("where", ["vision", "embedding", "layer"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_base_weights_that_are_not_finite(where, value, clips):
-    """The first sign is in the features; no adapter comes out."""
+    """The features show it first; no adapter is produced."""
     backbone = tiny.backbone()
     text = backbone.model.model.text_model
     weight = {
@@ -134,7 +134,7 @@ def test_base_weights_that_are_not_finite(where, value, clips):
     model = Video2LoRA(backbone, tiny.hypernetwork())
     with pytest.raises(VideoError) as caught:
         model.internalize(clips[0])
-    one_line(caught, "NaN or infinite")
+    check_one_line(caught, "NaN or infinite")
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def file(adapters, tmp_path) -> Path:
 
 
 def rewrite(file: Path, edit) -> None:
-    """Change an adapter file's tensors and metadata in place, its format staying right."""
+    """Edit an adapter file's tensors and metadata in position; its format stays valid."""
     tensors, metadata = load_tensors(file, AdapterError)
     record = json.loads(metadata["v2l_adapter"])
     edit(tensors, record)
@@ -162,15 +162,15 @@ def other_model(backbone, **change) -> Video2LoRA:
 
 @pytest.mark.parametrize("change", [{}, {"rank": 2}, {"bias_adapter": False}, {"scale": 3.0}])
 def test_adapters_of_another_hypernetwork(change, model, backbone, clips, tmp_path):
-    """Same base, same sizes or another rank: only the hypernetwork's hash tells."""
-    stranger = other_model(backbone, **change).internalize(clips[0])
-    stranger.save(tmp_path / "clip.safetensors")
+    """Same base, same sizes or another rank: only the fingerprint of the hypernetwork differs."""
+    other = other_model(backbone, **change).internalize(clips[0])
+    other.save(tmp_path / "clip.safetensors")
     with pytest.raises(AdapterError) as caught:
         model.load_adapter(tmp_path / "clip.safetensors")
-    one_line(caught, tmp_path / "clip.safetensors", "hypernetwork", "internalize")
+    check_one_line(caught, tmp_path / "clip.safetensors", "hypernetwork", "internalize")
     with pytest.raises(AdapterError) as caught:
-        model.ask("what happens?", stranger)
-    one_line(caught, "hypernetwork")
+        model.ask("what happens?", other)
+    check_one_line(caught, "hypernetwork")
 
 
 def _fewer_layers(tensors: dict, record: dict) -> None:
@@ -189,7 +189,7 @@ def _other_rank(tensors: dict, record: dict) -> None:
     tensors["down_proj.lora_A"] = tensors["down_proj.lora_A"][:, :2].contiguous()
 
 
-def _one_less(tensors: dict, record: dict) -> None:
+def _missing_tensor(tensors: dict, record: dict) -> None:
     tensors.pop("down_proj.lora_B")
 
 
@@ -220,7 +220,7 @@ def _other_format(tensors: dict, record: dict) -> None:
         (_narrower, ("(40, 32)", "(48, 32)")),
         (_other_module, ("up_proj", "down_proj")),
         (_other_rank, ("must be [L, r, d_in]",)),
-        (_one_less, ("modules",)),
+        (_missing_tensor, ("modules",)),
         (_not_finite, ("not finite",)),
         (_other_bias, ("bias adapter",)),
         (_no_bias, ("bias adapter",)),
@@ -232,7 +232,7 @@ def test_adapter_files_that_do_not_fit(edit, words, model, file):
     rewrite(file, edit)
     with pytest.raises(AdapterError) as caught:
         model.load_adapter(file)
-    one_line(caught, file, *words)
+    check_one_line(caught, file, *words)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 50, 400, -1])
@@ -240,25 +240,25 @@ def test_truncated_adapters(cut, model, file):
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(AdapterError) as caught:
         model.load_adapter(file)
-    one_line(caught, file)
+    check_one_line(caught, file)
 
 
-def test_files_that_are_something_else(model, file, pair, tmp_path):
+def test_files_that_are_not_adapters(model, file, pair, tmp_path):
     text = tmp_path / "text.safetensors"
     text.write_text("just words")
     for path in (text, pair / "base" / "model.safetensors", tmp_path / "missing", tmp_path):
         with pytest.raises(AdapterError) as caught:
             model.load_adapter(path)
-        one_line(caught, path)
+        check_one_line(caught, path)
 
 
-def test_every_corrupted_byte_of_the_header_is_survived(model, file):
-    """Whatever a flipped byte does to the header: an error of ours, or a sound adapter."""
+def test_corrupted_headers(model, file):
+    """A changed byte in the header gives an AdapterError or a valid adapter."""
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for place in range(0, header, 7):
+    for position in range(0, header, 7):
         broken = bytearray(whole)
-        broken[place] ^= 0x15
+        broken[position] ^= 0x15
         file.write_bytes(bytes(broken))
         try:
             loaded = model.load_adapter(file)
@@ -281,10 +281,10 @@ def test_a_failed_save_leaves_no_file(adapters, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_that_are_not_there(adapters, tmp_path):
+def test_a_missing_folder(adapters, tmp_path):
     with pytest.raises(V2LError) as caught:
         adapters[0].save(tmp_path / "nowhere" / "clip.safetensors")
-    one_line(caught, tmp_path / "nowhere")
+    check_one_line(caught, tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -294,11 +294,11 @@ def test_folders_that_are_not_there(adapters, tmp_path):
 def test_sampling_out_of_range(wrong, model):
     with pytest.raises(ConfigError) as caught:
         model.ask("what happens?", **wrong)
-    one_line(caught, next(iter(wrong)))
+    check_one_line(caught, next(iter(wrong)))
 
 
-def test_composing_strangers(model, backbone, clips, adapters):
-    stranger = other_model(backbone).internalize(clips[0])
+def test_composing_adapters_of_different_hypernetworks(model, backbone, clips, adapters):
+    other = other_model(backbone).internalize(clips[0])
     with pytest.raises(AdapterError) as caught:
-        Adapter.compose([adapters[0], stranger])
-    one_line(caught, "only adapters of one hypernetwork compose")
+        Adapter.compose([adapters[0], other])
+    check_one_line(caught, "only adapters of one hypernetwork compose")

@@ -1,4 +1,4 @@
-"""Text reaches a person as it is, and no name or answer controls the terminal."""
+"""Text is plain as it is, and no name or answer controls the terminal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_control_characters_are_escaped():
     assert printable("\u202egpj.exe\u2028\udcff") == "\\u202egpj.exe\\u2028\\udcff"
 
 
-def test_every_way_of_showing_text_keeps_it(capsys):
+def test_all_functions_show_text_as_it_is(capsys):
     console.say(HOSTILE)
     console.show(HOSTILE)
     console.show_table((HOSTILE, "b"), [(HOSTILE, "[/x]")], HOSTILE)
@@ -50,9 +50,9 @@ def test_every_way_of_showing_text_keeps_it(capsys):
 def test_a_warning_names_a_file_safely(capsys):
     record = logging.makeLogRecord({"msg": "%s: cut", "args": (HOSTILE,), "levelno": 30})
     console.NoteHandler().emit(record)
-    said = capsys.readouterr().err
-    assert said.startswith("warning: [/] [red]a[/red]") and said.count("\n") == 1
-    assert not set(said) & set("\x1b\r\x07\x9b\u202e")
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("warning: [/] [red]a[/red]") and stderr.count("\n") == 1
+    assert not set(stderr) & set("\x1b\r\x07\x9b\u202e")
 
 
 def test_outside_a_terminal_nothing_is_wrapped(capsys, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_narrow_terminal_gets_blocks(monkeypatch):
 
 def test_progress_outside_a_terminal_is_plain_lines():
     file = io.StringIO()
-    shown = PlainConsole(file=file)
+    plain = PlainConsole(file=file)
 
     def wait(words: str) -> None:
         limit = time.monotonic() + 60
@@ -84,20 +84,20 @@ def test_progress_outside_a_terminal_is_plain_lines():
             assert time.monotonic() < limit
             time.sleep(0.001)
 
-    with progress_bar("clip [final].mp4\n", shown, first=0, seconds=0.01) as report:
+    with progress_bar("clip [final].mp4\n", plain, first=0, seconds=0.01) as report:
         # Also before the first report, and between reports.
         wait("clip [final].mp4\\n: working, 0:0")
         report("decode", 9, 100)
         wait("clip [final].mp4\\n: decode 9/100, 0:0")
     assert all(line.endswith(" so far") for line in file.getvalue().splitlines())
     before = file.getvalue()
-    with progress_bar("short", shown, first=3600) as report:
+    with progress_bar("short", plain, first=3600) as report:
         report("decode", 0, 1)
     assert file.getvalue() == before
 
 
 def test_a_full_device_is_an_error_and_a_closed_pipe_is_not():
-    # Closing them fails again, with what they still hold.
+    # Closing the file fails again, because of its pending output.
     with suppress(OSError), open("/dev/full", "w") as full:
         with pytest.raises(WriteError, match="No space left"):
             PlainConsole(file=full).write_line("text")
@@ -114,7 +114,7 @@ def v2l(*arguments: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_command_without_a_place_for_its_output():
+def test_standard_output_that_is_full_or_closed():
     with open("/dev/full", "w") as full:
         done = v2l("--version", stdout=full)
     assert done.returncode == 1
@@ -131,7 +131,7 @@ def test_a_character_that_the_encoding_lacks():
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_help_is_there_by_its_short_name():
+def test_short_help_option():
     for command in ((), ("ask",), ("analyze", "rank"), ("shapes", "render"), ("finevideo",)):
         done = v2l(*command, "-h", stdout=subprocess.PIPE)
         assert done.returncode == 0 and "Usage:" in done.stdout, command
@@ -149,7 +149,7 @@ def test_wrong_usage_does_not_control_a_terminal():
         while select.select([leader], [], [], 0)[0]:
             text += os.read(leader, 65536)
     except OSError:
-        # Linux reports the end of a terminal so.
+        # Linux reports the end of a terminal as an error.
         pass
     os.close(leader)
     assert done.returncode == 2 and rb"got \x1b]0;title\x07[red]" in text.replace(b"\r\n", b" ")

@@ -1,4 +1,4 @@
-"""What may be wrong with a file that a user names: one bounded line, at once, no traceback."""
+"""Text and JSON files: any problem is reported at once in one bounded line; writes are atomic."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ BAD_JSON = {
 }
 
 
-def _bounded(error: pytest.ExceptionInfo, path: object) -> str:
+def _check_bounded(error: pytest.ExceptionInfo, path: object) -> str:
     text = str(error.value)
     assert str(path) in text
     assert "\n" not in text and text.isprintable()
@@ -72,17 +72,17 @@ def _bounded(error: pytest.ExceptionInfo, path: object) -> str:
 @pytest.mark.parametrize(
     "text", BAD_JSON, ids=lambda text: f"{text[:10]!r}, {len(text)} characters".replace("\\", "/")
 )
-def test_json_that_is_refused(text, error, tmp_path):
+def test_invalid_json_is_refused(text, error, tmp_path):
     path = tmp_path / "file.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(error, match=BAD_JSON[text]) as caught:
         read_json(path, error=error, remedy="write it again")
-    assert _bounded(caught, path).endswith("; write it again")
+    assert _check_bounded(caught, path).endswith("; write it again")
     if "\n" not in text and text:
         path.write_text('{"sound": 1}\n' + text + "\n{}\n", encoding="utf-8")
         with pytest.raises(error, match=BAD_JSON[text]) as caught:
             list(read_jsonl(path, error))
-        assert "line 2" in _bounded(caught, path)
+        assert "line 2" in _check_bounded(caught, path)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_json_that_is_refused(text, error, tmp_path):
         ('{"": null, "b": {"": 1}}', {"": None, "b": {"": 1}}),
     ],
 )
-def test_json_that_is_accepted(text, value, tmp_path):
+def test_valid_json_is_accepted(text, value, tmp_path):
     path = tmp_path / "file.json"
     path.write_text(text, encoding="utf-8")
     got = read_json(path)
@@ -108,7 +108,7 @@ def test_json_that_is_accepted(text, value, tmp_path):
     assert [row for _, row in read_jsonl(path)] == [got]
 
 
-def test_numbers_that_are_not_finite_where_they_are_allowed():
+def test_allow_nan_accepts_numbers_that_are_not_finite():
     nan, infinite = parse_json("[NaN, -Infinity]", "x", allow_nan=True)
     assert nan != nan and infinite == float("-inf")
     with pytest.raises(V2LError, match="64 bits"):
@@ -123,7 +123,7 @@ def test_an_error_in_json_names_line_column_and_value(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "text"), [(dict, "[1]"), (list, "{}"), (dict, '"x"')])
-def test_json_of_another_kind(kind, text, tmp_path):
+def test_json_must_be_of_the_expected_kind(kind, text, tmp_path):
     path = tmp_path / "file.json"
     path.write_text(text)
     with pytest.raises(V2LError, match="must hold a JSON (object|list), got"):
@@ -131,18 +131,18 @@ def test_json_of_another_kind(kind, text, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-32"])
-def test_text_that_is_not_utf_8(encoding, tmp_path):
+def test_text_must_be_utf_8(encoding, tmp_path):
     path = tmp_path / "file.json"
     path.write_bytes('{"a": "\n é"}'.encode(encoding))
     for read in (read_json, read_text, lambda path: list(read_lines(path))):
         with pytest.raises(V2LError, match="line [12] is not UTF-8 text") as caught:
             read(path)
-        _bounded(caught, path)
+        _check_bounded(caught, path)
 
 
 @pytest.fixture
 def special(tmp_path, request):
-    """A path that names no regular file."""
+    """A path that is not a regular file."""
     path = tmp_path / "special"
     if request.param == "pipe":
         os.mkfifo(path)
@@ -152,7 +152,7 @@ def special(tmp_path, request):
         os.mkfifo(tmp_path / "pipe")
         path.symlink_to(tmp_path / "pipe")
     elif request.param == "socket":
-        # Names of sockets are at most 107 bytes long.
+        # The path of a socket may have at most 107 bytes.
         with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:
             listener.bind(f"{short}/socket")
             yield f"{short}/socket"
@@ -192,16 +192,16 @@ def special(tmp_path, request):
     indirect=True,
 )
 @pytest.mark.parametrize("error", [V2LError, ConfigError])
-def test_what_is_not_a_regular_file(special, error):
+def test_only_regular_files_are_read(special, error):
     for read in (open_regular, lambda path, error: read_json(path, error=error)):
         with pytest.raises(error) as caught:
             read(special, error)
-        _bounded(caught, "")
+        _check_bounded(caught, "")
     with pytest.raises(error):
         list(read_jsonl(special, error))
 
 
-def test_a_link_is_followed_only_where_it_may_be(tmp_path):
+def test_a_symbolic_link_is_followed_only_if_allowed(tmp_path):
     (tmp_path / "file").write_text("1")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     assert read_json(tmp_path / "link") == 1
@@ -209,8 +209,8 @@ def test_a_link_is_followed_only_where_it_may_be(tmp_path):
         open_regular(tmp_path / "link", follow=False)
 
 
-def test_a_file_exchanged_for_a_pipe_after_the_look_at_it_is_refused(tmp_path, monkeypatch):
-    """The open file is judged, not its name."""
+def test_a_file_that_becomes_a_pipe_after_the_check_is_refused(tmp_path, monkeypatch):
+    """The open file is checked, not only its path."""
     (tmp_path / "file").write_text("1")
     os.mkfifo(tmp_path / "pipe")
     sound = os.stat(tmp_path / "file")
@@ -231,7 +231,7 @@ def test_descriptors_are_closed(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_file_is_read_to_its_limit_and_no_further(tmp_path):
+def test_reads_are_limited(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"1" * 10)
     assert read_bytes(path, 10) == b"1" * 10
@@ -242,10 +242,10 @@ def test_a_file_is_read_to_its_limit_and_no_further(tmp_path):
     for read in (read_json, lambda path: list(read_jsonl(path))):
         with pytest.raises(V2LError, match=r"l(arg|ong)er than [\d,]+ bytes") as caught:
             read(path)
-        _bounded(caught, path)
+        _check_bounded(caught, path)
 
 
-def test_lines_and_their_limits(tmp_path):
+def test_lines_are_limited(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"\xef\xbb\xbfa\r\n\n\xe2\x80\xa8\x0bb\n\xef\xbb\xbfc")
     assert list(read_lines(path)) == [(1, "a\r\n"), (2, "\n"), (3, "\u2028\x0bb\n"), (4, "\ufeffc")]
@@ -255,7 +255,7 @@ def test_lines_and_their_limits(tmp_path):
         list(read_lines(path, max_bytes=10))
 
 
-def test_a_torn_last_line(tmp_path):
+def test_a_torn_last_line_is_skipped(tmp_path):
     path = tmp_path / "file"
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": ')
     assert list(read_jsonl(path, torn=True)) == [(1, {"a": 1}), (3, {"a": 2})]
@@ -295,7 +295,7 @@ def test_json_lines_are_written_and_appended(tmp_path):
     assert len(path.read_text().splitlines()) == 4
 
 
-def test_text_that_is_not_unicode_is_written_as_an_escape(tmp_path):
+def test_lone_surrogates_are_written_as_escapes(tmp_path):
     path = tmp_path / "log.jsonl"
     append_jsonl(path, [{"name": "a\udcff.mp4"}])
     assert path.read_text() == '{"name": "a\\udcff.mp4"}\n'
@@ -359,14 +359,14 @@ def test_excerpts_of_short_values_are_their_repr():
         assert excerpt(value) == repr(value)
 
 
-def test_no_other_limit_of_python_is_met():
-    """Whatever the caller's stack has left, deep JSON ends in the same error."""
+def test_deep_json_never_reaches_a_limit_of_python():
+    """The error is the same however much of the stack the caller uses."""
 
-    def down(levels: int) -> None:
+    def recurse(levels: int) -> None:
         if levels:
-            return down(levels - 1)
+            return recurse(levels - 1)
         with pytest.raises(V2LError, match="nested more than"):
             parse_json("[" * DEEP, "x")
 
-    down(500)
+    recurse(500)
     assert files.MAX_DEPTH == 64

@@ -1,4 +1,4 @@
-"""Outputs destroy nothing: inputs, devices, links, and files that exist already."""
+"""Outputs never destroy inputs, devices, links or existing files; runs resume in their folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def video(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_an_output_is_no_input_under_any_name(video, tmp_path, force, monkeypatch):
+def test_an_output_must_not_be_an_input_under_any_name(video, tmp_path, force, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.mp4").symlink_to(video)
     (tmp_path / "chain.mp4").symlink_to(tmp_path / "link.mp4")
@@ -53,13 +53,13 @@ def test_an_existing_file_needs_force(video, tmp_path):
     check_output(video, force=True)
     check_output(tmp_path / "new.safetensors")
     check_output(tmp_path / "new" / "deep" / "a.safetensors")
-    # mktemp makes an empty file, in which nothing can be lost.
+    # mktemp creates an empty file, which holds nothing to lose.
     (tmp_path / "empty").touch()
     check_output(tmp_path / "empty")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "empty"]
 
 
-def test_what_cannot_be_written_is_refused_before_the_work(video, tmp_path, monkeypatch):
+def test_an_unwritable_output_is_refused_before_the_work(video, tmp_path, monkeypatch):
     with pytest.raises(WriteError, match="is a folder; name a file in it"):
         check_output(tmp_path)
     with pytest.raises(WriteError, match="File name too long; choose a shorter name"):
@@ -73,7 +73,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(video, tmp_path, monk
     def refuse(dir):
         raise PermissionError(1, "Operation not permitted")
 
-    # The superuser may write everywhere but on immutable and read-only file systems.
+    # The superuser may write everywhere except on immutable and read-only file systems.
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     for path in (tmp_path / "a", tmp_path / "new" / "a"):
         with pytest.raises(WriteError, match=r"a: cannot be written: Operation not permitted; ch"):
@@ -110,13 +110,13 @@ def test_a_device_stays(tmp_path):
         write_text("/dev/full", "text")
 
 
-def test_a_pipe_gets_the_content(tmp_path):
+def test_content_is_written_to_a_pipe(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     check_output(pipe)
     with pytest.raises(WriteError, match="nothing reads from this pipe"):
         write_text(pipe, "text")
-    # Both ends in one: the pipe has a reader before there is anything to read.
+    # One descriptor for both ends: the pipe has a reader before anything is written.
     with open(os.open(pipe, os.O_RDWR), "rb", buffering=0) as reader:
         text = "line\n" * 50_000
         writer = threading.Thread(target=write_text, args=(pipe, text))
@@ -129,8 +129,8 @@ def test_a_pipe_gets_the_content(tmp_path):
     assert stat.S_ISFIFO(os.stat(pipe).st_mode)
 
 
-def test_an_open_file_of_the_process_goes_on(tmp_path):
-    """As /dev/stdout, when the shell sends it to a file."""
+def test_an_open_file_of_the_process_is_written_to(tmp_path):
+    """As /dev/stdout if the shell redirects it to a file."""
     with open(tmp_path / "out", "w") as handle:
         write_text(f"/dev/fd/{handle.fileno()}", "first\n")
         inode = os.stat(handle.fileno()).st_ino
@@ -149,7 +149,7 @@ def test_a_disk_and_a_socket_are_refused(tmp_path, monkeypatch):
             write_text("socket", "text")
 
 
-def test_full_disks_are_told_as_such(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     from v2l_fast import tensor_files
@@ -176,20 +176,20 @@ def test_folders(video, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_new_folder_holds_no_input(video, tmp_path):
+def test_a_new_folder_must_not_contain_an_input(video, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     for folder in (tmp_path, tmp_path / "link"):
         for force in (False, True):
-            with pytest.raises(WriteError, match="holds the input"):
+            with pytest.raises(WriteError, match="contains the input"):
                 check_new_folder(folder, [video], force)
-            with pytest.raises(WriteError, match="holds the input"):
+            with pytest.raises(WriteError, match="contains the input"):
                 check_new_folder(folder, [tmp_path], force)
         with pytest.raises(WriteError, match="is not empty; name another folder, or use --force"):
             check_new_folder(folder, ["shapes"])
     check_new_folder(tmp_path, ["shapes"], force=True)
 
 
-def test_a_linked_folder_is_replaced_behind_its_link(tmp_path):
+def test_a_linked_folder_is_replaced_and_its_link_stays(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with replacing_folder(tmp_path / "link", V2LError) as part:
@@ -215,14 +215,14 @@ def test_an_adapter_replaces_adapters_only(model, video, tmp_path):
         adapter.save(tmp_path)
 
 
-def test_a_failing_block_leaves_a_pipe_alone():
+def test_a_failing_block_does_not_write_to_a_device():
     with pytest.raises(RuntimeError), replacing("/dev/null") as part:
         part.write_text("half")
         raise RuntimeError
     assert not part.exists()
 
 
-def test_process_substitution():
+def test_writing_to_an_open_pipe_by_its_path():
     read, write = os.pipe()
     write_text(f"/proc/self/fd/{write}", "text")
     os.close(write)

@@ -1,4 +1,4 @@
-"""Safetensors on disk: the same bits back, whole files or none, errors that name the file."""
+"""Safetensors files: exact round trips, atomic writes, errors that name the file."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_round_trip(tmp_path):
         "gradient": base.clone().requires_grad_(),
     }
     save_tensors(tensors, tmp_path / "file.safetensors", {"key": "value"})
-    found, metadata = load_tensors(tmp_path / "file.safetensors", CheckpointError)
+    loaded, metadata = load_tensors(tmp_path / "file.safetensors", CheckpointError)
     assert metadata["key"] == "value"
-    assert found.keys() == tensors.keys()
+    assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name].nan_to_num(7), tensor.nan_to_num(7)), name
-        assert found[name].is_contiguous() and not found[name].requires_grad
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name].nan_to_num(7), tensor.nan_to_num(7)), name
+        assert loaded[name].is_contiguous() and not loaded[name].requires_grad
     assert [p.name for p in tmp_path.iterdir()] == ["file.safetensors"]
 
 
@@ -54,7 +54,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(step, tmp_path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["file.safetensors"]
 
 
-def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_a_failed_write_of_text_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "a", "old")
     with pytest.raises(V2LError, match="cannot be written"):
         write_text(tmp_path / "none" / "a", "new")
@@ -65,8 +65,8 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert (tmp_path / "a").read_text() == "old"
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(V2LError, match="no folder"):
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(V2LError, match="does not exist"):
         save_tensors({"x": torch.zeros(3)}, tmp_path / "nowhere" / "file.safetensors")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Every file a user names, whatever reads it: one bounded line when it is not what it should be."""
+"""Every reader reports a wrong file in one bounded line."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def refused(read, path: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "missing"])
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_file(reader, kind, tmp_path):
+def test_paths_that_are_not_files(reader, kind, tmp_path):
     name, read = READERS[reader]
     path = tmp_path / name
     if kind == "pipe":
@@ -86,7 +86,7 @@ def test_what_is_no_file(reader, kind, tmp_path):
     elif kind == "device":
         path.symlink_to("/dev/zero")
     elif reader in ("journal", "shards"):
-        # These files are begun.
+        # These files are created.
         return
     refused(read, path)
 
@@ -111,12 +111,12 @@ def test_what_is_no_file(reader, kind, tmp_path):
          "number", "null", "list", "repeated key"],
 )  # fmt: skip
 @pytest.mark.parametrize("reader", JSON_READERS)
-def test_json_of_another_kind(reader, content, tmp_path):
+def test_wrong_json(reader, content, tmp_path):
     name, read = JSON_READERS[reader]
     path = tmp_path / name
     path.write_bytes(content)
     if reader == "record" and content.startswith(b'{"' + b"xx"):
-        # An object is all that is asked for here.
+        # Any object will do.
         assert read(path)
         return
     refused(read, path)
@@ -172,14 +172,14 @@ BAD_TENSORS = {
 
 
 @pytest.mark.parametrize("kind", BAD_TENSORS)
-def test_headers_that_lie(kind, tmp_path):
+def test_invalid_headers(kind, tmp_path):
     path = tmp_path / "clip.safetensors"
     path.write_bytes(BAD_TENSORS[kind]())
     for read in (Adapter.load, read_progress, read_header, load_tensors):
         assert str(path) in refused(read, path)
 
 
-def test_a_header_is_judged_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_headers_are_validated_before_anything_is_loaded(tmp_path, monkeypatch):
     path = tmp_path / "clip.safetensors"
     path.write_bytes(save({"m.lora_A": torch.ones(2, 3, 4)}, {"v2l_adapter": "{}"}))
     monkeypatch.setattr("v2l_fast.tensor_files.safe_open", None)
@@ -205,11 +205,11 @@ def test_a_header_is_judged_before_anything_is_loaded(tmp_path, monkeypatch):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_configs_of_networks_that_cannot_be(change, words, tmp_path, monkeypatch):
+def test_invalid_hypernetwork_configs(change, words, tmp_path, monkeypatch):
     tiny.hypernetwork().save_pretrained(tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**record, **change}))
-    # Shapes are judged by the header.
+    # Shapes are validated from the header.
     monkeypatch.setattr("v2l_fast.tensor_files.safe_open", None)
     assert words in refused(HyperNetwork.from_pretrained, tmp_path)
 

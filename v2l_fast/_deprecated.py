@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -58,6 +59,11 @@ def new_path(path: str) -> str | None:
     return None
 
 
+def _is_package(path: str) -> bool:
+    old = path.partition(".")[2]
+    return any(name.startswith(f"{old}.") for name in MOVED)
+
+
 class MovedModuleFinder:
     """Finds modules by their old paths, for ``sys.meta_path``; also their loader."""
 
@@ -74,8 +80,13 @@ class MovedModuleFinder:
         assert new is not None
         replacement = import_module(new)
         warn_renamed(old, new, stacklevel=3)
-        # The import system takes the module that stands here when this returns.
-        sys.modules[old] = replacement
+        if not hasattr(replacement, "__path__") and _is_package(old):
+            # A package that has become one module: its old modules are imported through it.
+            module.__path__ = []
+            module.__getattr__ = partial(getattr, replacement)  # type: ignore[method-assign]
+        else:
+            # The import system takes the module that stands here when this returns.
+            sys.modules[old] = replacement
 
 
 def warn_renamed(old: str, new: str, stacklevel: int) -> None:

@@ -1,4 +1,4 @@
-"""The demo: a real video file to answers, with and without visual tokens, on any machine."""
+"""The demo: from a video file to answers, with and without visual tokens, on any machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import transformers
 
 from v2l_fast.console import progress_bar, say, show_table
 from v2l_fast.model import Video2LoRA
-from v2l_fast.shapes.language import ask as question_of_kind
+from v2l_fast.shapes.language import ask as question_about
 from v2l_fast.shapes.language import question_kinds
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.world import sample_scenes
 
-# What the demo leaves in a folder.
+# Files that the demo writes.
 FILES = ("clip.mp4", "clip.safetensors")
 
 
@@ -23,8 +23,8 @@ def run(folder: Path | None, seed: int) -> None:
     """Render a clip of an unseen scene, internalize it, ask, print a table.
 
     Args:
-        folder: where clip and adapter are kept; nowhere when None.
-        seed: of the scene of the test split.
+        folder: folder of the clip and the adapter; None keeps neither.
+        seed: seed of the scene, which is of the test split.
     """
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -32,9 +32,9 @@ def run(folder: Path | None, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     transformers.logging.disable_progress_bar()
     rng = random.Random(seed)
-    # Two objects make the more telling video.
+    # A video of two objects shows more.
     scene = next(s for s in sample_scenes("test", 64, seed) if len(s.objects) == 2)
-    turns = [question_of_kind(scene, kind, rng) for kind in ("caption", *question_kinds(scene))]
+    turns = [question_about(scene, kind, rng) for kind in ("caption", *question_kinds(scene))]
     questions = [turn.question for turn in turns]
 
     with progress_bar("demo") as report:
@@ -52,7 +52,7 @@ def run(folder: Path | None, seed: int) -> None:
         adapter = model.internalize(clip)
         adapter.save(folder / FILES[1], overwrite=True)
         step(4, "ask with the adapter, no visual tokens")
-        # One at a time, as a person asks: a batch would hide the time to first token.
+        # One at a time: a batch would hide the time to first token.
         internalized = [model.answer(question, adapter)[0] for question in questions]
         step(5, "ask with the video in context")
         direct = [model.answer_direct(question, clip)[0] for question in questions]
@@ -66,14 +66,13 @@ def run(folder: Path | None, seed: int) -> None:
         "first token, ms:\nadapter / video",
     )
     rows = []
-    for turn, short, long in zip(turns, internalized, direct, strict=True):
-        first, second = (1e3 * a.time_to_first_token for a in (short, long))
-        times = f"{first:.0f} / {second:.0f}"
-        rows.append((turn.question, short.text, long.text, turn.answer, times))
+    for turn, adapted, in_context in zip(turns, internalized, direct, strict=True):
+        times = " / ".join(f"{1e3 * a.time_to_first_token:.0f}" for a in (adapted, in_context))
+        rows.append((turn.question, adapted.text, in_context.text, turn.answer, times))
     title = f"A video the model never saw: {clip.duration:.0f} s, {len(clip.frames)} frames"
     show_table(columns, rows, title)
     size = (folder / FILES[1]).stat().st_size
     say(
-        f"The adapter is {size / 1e3:.0f} kB. The shipped model is tiny: it shows that it works, "
-        "not how fast a large one gets."
+        f"The adapter is {size / 1e3:.0f} kB. The shipped model is tiny: it shows that the method "
+        "works, not how much time a large model saves."
     )

@@ -1,7 +1,7 @@
-"""Errors a user can act on.
+"""Errors that users can act on.
 
 Every message is one line that names the file or argument, the offending value and the remedy.
-The command line prints it as it is and exits with code 1; anything else is a bug and keeps its
+The command line prints it and exits with code 1. Any other exception is a bug and keeps its
 traceback.
 """
 
@@ -12,18 +12,18 @@ import re
 import reprlib
 from typing import Any
 
-# Longest line of a message, in characters. A path may have 4,096, a value in a file millions.
+# Maximum characters of a line. A path may have 4,096, a value in a file millions.
 LINE_LENGTH = 1000
-# Of a line that is too long, the start says what is wrong and the end how to go on.
+# Characters kept of a longer line: its start states the problem and its end the remedy.
 _HEAD, _TAIL = 600, 380
-# Most lines of a message that lists problems.
+# Maximum lines of a message that lists problems.
 _LINES = 40
 # Control characters, line and paragraph separators, marks that reorder a line, lone surrogates:
-# a terminal or a log would act on them, or fail.
+# a terminal or log would act on them or fail.
 _CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
-# By the operating system's reason.
+# Remedies by the operating system's error number.
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another disk",
     errno.EDQUOT: "free some space or choose another disk",
@@ -45,24 +45,24 @@ _short.maxlevel = 3
 
 
 def excerpt(value: Any) -> str:
-    """``repr`` of a value in at most 80 characters, whatever its size and depth."""
+    """``repr`` of a value, shortened to 80 characters whatever its size and depth."""
     try:
         text = _short.repr(value)
     except ValueError:
-        # Python does not print integers of more than 4,300 digits.
+        # Python refuses to print integers of more than 4,300 digits.
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def one_line(text: str) -> str:
-    """The text as one line of bounded length, with control characters as escapes."""
+    """Shorten a text and escape its control characters, so that it is one line."""
     if len(text) > LINE_LENGTH:
         text = f"{text[:_HEAD]} ... {text[-_TAIL:]}"
     return escape_controls(text)
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """The text with every character that a terminal would act on as an escape, but for `keep`."""
+    """Escape the characters that a terminal would act on, except those in `keep`."""
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else _escape(match), text)
 
 
@@ -71,9 +71,9 @@ def _escape(match: re.Match[str]) -> str:
 
 
 class V2LError(Exception):
-    """Base of all errors that v2l_fast raises on purpose.
+    """Base class of the errors that v2l_fast raises deliberately.
 
-    The message is cut to one line of at most about `LINE_LENGTH` characters, whatever the input.
+    The message is cut to one line of about `LINE_LENGTH` characters.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -85,7 +85,7 @@ class V2LError(Exception):
 
 
 class ListError(V2LError):
-    """An error whose message lists several problems, one a line."""
+    """An error whose message lists several problems, one per line."""
 
     @staticmethod
     def _bounded(message: str) -> str:
@@ -95,7 +95,7 @@ class ListError(V2LError):
 
 
 class ConfigError(V2LError, ValueError):
-    """A configuration value, or a combination of them, cannot work."""
+    """A configuration value, or a combination of values, is invalid."""
 
 
 class VideoError(V2LError, ValueError):
@@ -103,7 +103,7 @@ class VideoError(V2LError, ValueError):
 
 
 class CheckpointError(V2LError, ValueError):
-    """A checkpoint is broken, unsafe, incomplete or does not fit the model."""
+    """A checkpoint is broken, unsafe or incomplete, or does not fit the model."""
 
 
 class AdapterError(V2LError, ValueError):
@@ -111,9 +111,9 @@ class AdapterError(V2LError, ValueError):
 
 
 class WriteError(V2LError, OSError):
-    """A file or folder cannot be written, or would replace what must stay.
+    """A file or folder cannot be written, or would replace another that must stay.
 
-    ``errno`` and ``strerror`` are the operating system's, if it refused.
+    ``errno`` and ``strerror`` are set if the operating system refused.
     """
 
     def __init__(self, message: str, cause: OSError | None = None) -> None:
@@ -127,7 +127,7 @@ class WriteError(V2LError, OSError):
 
 
 def os_error_reason(error: OSError) -> str:
-    """What the operating system says, and a remedy where there is one."""
+    """The operating system's reason, with a remedy if one is known."""
     reason = error.strerror or str(error) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0)
     return reason if remedy is None else f"{reason}; {remedy}"

@@ -1,6 +1,7 @@
-"""Files of text, JSON and JSON lines: bounded reads, and writes that leave a whole file or none.
+"""Text, JSON and JSON-lines files: bounded reads, and writes that leave a whole file or none.
 
-Errors name the file, the fault and the remedy. ``outputs`` says which files a command may write.
+Errors name the file, the problem and the remedy. ``outputs`` decides which files a command may
+write.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from typing import Any, BinaryIO
 
 from v2l_fast.errors import V2LError, WriteError, excerpt, os_error_reason
 
-# Largest files read whole: configurations and records; data that others publish.
+# Maximum size of a file that is read whole: configurations and records; published data.
 SMALL_BYTES = 16 * 2**20
 LARGE_BYTES = 2**30
-# Longest line of a text file, and largest file that is read line by line.
+# Maximum size of a line, and of a file that is read line by line.
 LINE_BYTES = 16 * 2**20
 LINES_BYTES = 8 * 2**30
-# Deepest nesting of JSON values.
+# Maximum nesting of JSON values.
 MAX_DEPTH = 64
 
 # Windows has neither; its named pipes and devices are not found in folders.
@@ -124,7 +125,7 @@ def read_text(
     *,
     missing: str = "check the path",
 ) -> str:
-    """The whole of a UTF-8 text file, with or without a byte order mark.
+    """The content of a UTF-8 text file, without its byte order mark.
 
     Raises:
         error: as :func:`read_bytes`, or the file is not UTF-8.
@@ -150,9 +151,9 @@ def read_json(
     """The value of a JSON file, within the bounds of :func:`parse_json`.
 
     Args:
-        kind: ``dict`` or ``list`` where only an object or a list will do.
-        missing: the remedy when there is no such file.
-        remedy: the remedy when the content is wrong.
+        kind: ``dict`` or ``list``, to accept only an object or a list.
+        missing: the remedy if the file does not exist.
+        remedy: the remedy if the content is wrong.
 
     Raises:
         error: as :func:`read_text` and :func:`parse_json`, or the value is not of `kind`.
@@ -165,8 +166,8 @@ def read_json(
         allow_nan=allow_nan,
     )
     if kind is not None and not isinstance(value, kind):
-        wanted = "object" if kind is dict else "list"
-        raise error(f"{path}: must hold a JSON {wanted}, got {excerpt(value)}; {remedy}")
+        name = "object" if kind is dict else "list"
+        raise error(f"{path}: must hold a JSON {name}, got {excerpt(value)}; {remedy}")
     return value
 
 
@@ -250,16 +251,16 @@ def parse_json(
     remedy: str = "correct the file",
     allow_nan: bool = False,
 ) -> Any:
-    """A JSON value that the rest of the program can use without surprises.
+    """Parse a JSON text, and refuse values that other code would fail on.
 
     Args:
-        where: names the text in errors, as "FILE" or "FILE: line 3".
+        where: name of the text in errors, as "FILE" or "FILE: line 3".
         allow_nan: whether NaN and infinite numbers are accepted.
 
     Raises:
-        error: the text is not JSON, is nested more than `MAX_DEPTH` deep, holds an integer of more
-            than 64 bits, a number that is not finite, a key twice in one object, or half of a
-            surrogate pair, which no file or terminal can take.
+        error: the text is not JSON, is nested more than `MAX_DEPTH` levels deep, or holds an
+            integer of more than 64 bits, a number that is not finite, a key twice in one object,
+            or half of a surrogate pair, which cannot be written to a file or terminal.
     """
     try:
         value = (_LENIENT if allow_nan else _STRICT).decode(text)
@@ -272,12 +273,13 @@ def parse_json(
         near = excerpt(cause.object[max(0, cause.start - 20) : cause.end + 20])
         raise error(f"{where}: holds half of a surrogate pair, near {near}; {remedy}") from None
     except json.JSONDecodeError as cause:
-        # Of JSON lines, `where` names the line already.
-        place = f"line {cause.lineno}, column {cause.colno}"
+        position = f"line {cause.lineno}, column {cause.colno}"
         if text.find("\n") in (-1, len(text) - 1):
-            place = f"column {cause.colno}"
+            # For JSON lines, `where` already names the line.
+            position = f"column {cause.colno}"
         near = excerpt(text[cause.pos : cause.pos + 40])
-        raise error(f"{where}: not JSON ({cause.msg} at {place}, near {near}); {remedy}") from None
+        line = f"{where}: not JSON ({cause.msg} at {position}, near {near}); {remedy}"
+        raise error(line) from None
     except _RefusedValue as cause:
         raise error(f"{where}: {cause}; {remedy}") from None
     return value
@@ -309,7 +311,7 @@ def _read_errors(path: str | os.PathLike, error: type[V2LError]) -> Iterator[Non
 
 
 def _integer(digits: str) -> int:
-    # Longer texts are not handed to int, which takes quadratic time and has a limit of its own.
+    # `int` takes quadratic time in the length, and has a limit of its own.
     if len(digits) <= 20 and -(2**63) <= (value := int(digits)) < 2**63:
         return value
     raise _RefusedValue(f"the integer {excerpt(digits)[1:-1]} does not fit 64 bits")
@@ -342,7 +344,7 @@ _LENIENT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def _refuse_depth(value: Any) -> None:
-    """Raise RecursionError where Python itself would not yet."""
+    """Raise RecursionError for more than `MAX_DEPTH` levels."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -362,14 +364,14 @@ def _refuse_depth(value: Any) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike, suffix: str = ".part") -> Iterator[Path]:
-    """Write the yielded file, and ``path`` becomes it when the block ends, never a part of it.
+    """Yield the path of a temporary file that replaces ``path`` when the block ends.
 
-    The file is on the disk before it takes its place; when the block raises, it is removed. A
-    symbolic link stays: the file it points to is replaced. A device or pipe stays, too: the
-    content is written into it.
+    The file is on the disk before it replaces the old one, and is removed if the block raises.
+    Through a symbolic link, the file it points to is replaced. The content is copied into a device
+    or pipe, which stays.
 
     Args:
-        suffix: of the yielded file, for writers that go by it.
+        suffix: suffix of the temporary file, for writers that depend on it.
 
     Raises:
         WriteError: the path is a folder, a disk or a socket, or cannot be written.
@@ -395,10 +397,10 @@ def replacing(path: str | os.PathLike, suffix: str = ".part") -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file (UTF-8) so that ``path`` is either the old file or the whole new one.
+    """Write a UTF-8 text file, such that ``path`` is either the old file or the whole new one.
 
     Raises:
-        WriteError: its folder does not exist, is not writable, or the disk is full.
+        WriteError: the folder does not exist or is not writable, or the disk is full.
     """
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
@@ -493,7 +495,7 @@ def _write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """The operating system's errors as one that names what was to be written."""
+    """Raise the operating system's errors as a WriteError that names the file."""
     try:
         yield
     except WriteError:
@@ -504,8 +506,7 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 def write_target(path: Path) -> Path | None:
-    """The file that a write to ``path`` replaces or makes; None for a device or pipe, which is
-    written into.
+    """The file that a write to ``path`` replaces or creates; None if ``path`` is a device or pipe.
 
     Raises:
         WriteError: the path is a folder, a disk or a socket.
@@ -514,7 +515,7 @@ def write_target(path: Path) -> Path | None:
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError:
-            # Behind a link there may be nothing yet.
+            # A link may point to a file that does not exist yet.
             return Path(os.path.realpath(path)) if path.is_symlink() else path
     if stat.S_ISDIR(mode):
         raise WriteError(f"{path}: is a folder; name a file in it")
@@ -525,16 +526,16 @@ def write_target(path: Path) -> Path | None:
     link = path
     while link.is_symlink():
         if os.path.realpath(link.parent).startswith("/proc/"):
-            # An open file of this process, as /dev/stdout is: its owner goes on writing to it.
+            # An open file of this process, such as /dev/stdout, which others write to, too.
             return None
         link = link.parent / os.readlink(link)
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _copy_into(source: Path, path: Path) -> None:
-    """Write a file's bytes into a device or pipe."""
+    """Copy a file's bytes into a device or pipe."""
     try:
-        # Without O_NONBLOCK, opening a pipe that nothing reads from waits for ever.
+        # Without O_NONBLOCK, opening a pipe without a reader would wait for ever.
         handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ENXIO:

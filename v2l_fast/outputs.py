@@ -1,7 +1,7 @@
-"""What a command may write: outputs are checked before the work, and folders of long runs resume.
+"""Checks of outputs before the work begins, and folders that long runs resume.
 
-An output never replaces an input, a device, or a file that exists already, unless ``--force`` says
-so. Errors name the file, the fault and the remedy.
+An output never replaces an input or a device, and an existing file only with ``--force``. Errors
+name the file, the problem and the remedy.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from v2l_fast.files import LARGE_BYTES, read_json, write_errors, write_json, wri
 def check_output(
     path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), force: bool = False
 ) -> None:
-    """Refuse an output file before the work for it begins.
+    """Check that an output file may be written.
 
-    An empty file counts as absent; a device or pipe is written to, never replaced.
+    An empty file counts as absent. A device or pipe is written to, never replaced.
 
     Args:
-        inputs: files that the work reads. The output is none of them, under whatever name.
-        force: replace a file that exists already.
+        inputs: files that the work reads; the output must not be one of them under another name.
+        force: accept an existing file.
 
     Raises:
-        WriteError: the output is an input, a folder, exists already, or cannot be written.
+        WriteError: the output is an input or a folder, exists already, or cannot be written.
     """
     path = Path(path)
     for source in inputs:
@@ -57,13 +57,13 @@ def check_folder(
     inputs: Iterable[str | os.PathLike] = (),
     force: bool = False,
 ) -> None:
-    """Refuse a folder of outputs, which may exist, before the work for it begins.
+    """Check that files may be written to a folder, which may exist.
 
     Args:
-        names: files that will be written in it, each as in :func:`check_output`.
+        names: files that will be written, each as in :func:`check_output`.
 
     Raises:
-        WriteError: the folder is a file or cannot be written, or a file in it is refused.
+        WriteError: the folder is a file or cannot be written, or one of the files is refused.
     """
     folder, inputs = Path(folder), list(inputs)
     with write_errors(folder):
@@ -77,30 +77,30 @@ def check_folder(
 def check_new_folder(
     folder: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), force: bool = False
 ) -> None:
-    """Refuse a folder that will be written as a whole, before the work for it begins.
+    """Check that a folder may be written as a whole.
 
     Args:
-        inputs: files and folders that the work reads; none may be the output or lie in it.
-        force: replace what an earlier run of the same command wrote.
+        inputs: files and folders that the work reads; the output must not be or contain one.
+        force: accept a folder that an earlier run of the same command wrote.
 
     Raises:
-        WriteError: the folder is or holds an input, is not empty, or cannot be written.
+        WriteError: the folder is or contains an input, is not empty, or cannot be written.
     """
     folder = Path(folder)
     check_folder(folder)
     real = Path(os.path.realpath(folder))
     for source in inputs:
-        held = Path(os.path.realpath(source))
-        # A hub id or a preset's name is no path: what does not exist cannot be overwritten.
-        if held.exists() and (held.is_relative_to(real) or _same_file(folder, source)):
-            raise WriteError(f"{folder}: holds the input {source}; name another folder")
+        path = Path(os.path.realpath(source))
+        # The name of a hub repository or preset is not a path, and nothing is overwritten.
+        if path.exists() and (path.is_relative_to(real) or _same_file(folder, source)):
+            raise WriteError(f"{folder}: contains the input {source}; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise WriteError(f"{folder}: is not empty; name another folder, or use --force")
 
 
 def _same_file(path: str | os.PathLike, other: str | os.PathLike) -> bool:
     try:
-        # A device that is written to is not changed by it.
+        # Writing to a device does not change it.
         regular = stat.S_ISREG(os.stat(path).st_mode) or stat.S_ISDIR(os.stat(path).st_mode)
         return regular and os.path.samefile(path, other)
     except (OSError, ValueError):
@@ -108,11 +108,13 @@ def _same_file(path: str | os.PathLike, other: str | os.PathLike) -> bool:
 
 
 def _check_writable(path: Path, folder: Path) -> None:
-    """Make a file in the folder, or where the folder would be made: permissions alone do not say
-    what a file system allows."""
+    """Create a temporary file in the folder, or in its first existing parent.
+
+    Permissions alone do not tell whether a file system is writable.
+    """
     with write_errors(path):
         while not folder.exists():
-            # A link to nowhere: the folder would be made behind it.
+            # A dangling link: the folder would be created where it points.
             folder = Path(os.path.realpath(folder)).parent
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -165,16 +167,16 @@ def replacing_folder(path: str | os.PathLike, error: type[V2LError]) -> Iterator
 class ResumableFolder:
     """A folder of results that a later run continues if its fingerprint is the same.
 
-    The fingerprint is kept in ``run.json``.
+    The fingerprint is stored in ``run.json``.
 
     Args:
-        path: made if needed.
+        path: the folder, created if needed.
         fingerprint: JSON values of everything that the results depend on.
         error: class of the errors raised.
         shared: accept a folder with other files in it.
 
     Raises:
-        error: the folder belongs to a run with another fingerprint, or it holds other files.
+        error: the folder belongs to a run with another fingerprint, or contains other files.
         WriteError: the folder cannot be written.
     """
 
@@ -229,7 +231,7 @@ def check_fingerprint(
     error: type[V2LError],
     remedy: str,
 ) -> None:
-    """Compare what an earlier run depended on with what this one does.
+    """Compare the fingerprint of an earlier run with the current one.
 
     Raises:
         error: they differ; names the first difference and the number of others.

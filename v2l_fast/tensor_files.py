@@ -1,8 +1,8 @@
-"""Safetensors files: the header is judged before anything is loaded.
+"""Safetensors files: headers are validated before anything is loaded, and writes are atomic.
 
-Responsible for what any safetensors file may not be (too many tensors, unknown dtypes, bytes that
-belong to no tensor), and for errors that name the file, the tensor and the remedy. Which tensors a
-file of one kind holds is its reader's check.
+Every file is checked for too many tensors, unknown dtypes and bytes that belong to no tensor.
+Errors name the file, the tensor and the remedy. Which tensors a kind of file must hold is checked
+by its own reader.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor
 from v2l_fast.errors import V2LError, WriteError, excerpt
 from v2l_fast.files import open_regular, parse_json, replacing
 
-# A hundred times what the largest adapter or checkpoint of this package has.
+# A hundred times the largest adapter or checkpoint of this package.
 HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
-# Others (float8, complex, unsigned) are in no file of this package.
+# No file of this package uses others (float8, complex, unsigned).
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,13 +42,13 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Safetensors reports errors of the operating system as text.
+# Safetensors reports the operating system's errors as text.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor."""
+    """A tensor's entry in the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class TensorHeader:
 
     Attributes:
         tensors: name -> dtype and shape, in the order of their bytes.
-        metadata: the file's own strings.
+        metadata: strings by name.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -78,57 +78,60 @@ def parse_header(
     max_tensors: int = MAX_TENSORS,
     remedy: str = "make it again",
 ) -> tuple[bytes, TensorHeader]:
-    """(bytes before the tensors', what they say) of a file that is open at its start.
+    """Parse the header of a file that is open at its start.
 
     Args:
-        name: the file's, for errors.
+        name: name of the file, for errors.
+
+    Returns:
+        The bytes before the tensors' bytes, and the header.
 
     Raises:
-        error: not a whole safetensors file, or beyond the bounds above.
+        error: the file is not a whole safetensors file, or exceeds the limits above.
     """
 
-    def refused(what: str) -> V2LError:
-        return error(f"{name}: {what}; {remedy}")
+    def invalid(problem: str) -> V2LError:
+        return error(f"{name}: {problem}; {remedy}")
 
     try:
         size = os.fstat(handle.fileno()).st_size
         prefix = handle.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > size - 8:
-            raise refused("not a whole safetensors file (it ends within its header)")
+            raise invalid("not a whole safetensors file (it ends within its header)")
         if length > HEADER_BYTES:
-            raise refused(f"its header has {length:,} bytes, at most {HEADER_BYTES:,} are read")
+            raise invalid(f"its header has {length:,} bytes, at most {HEADER_BYTES:,} are read")
         data = handle.read(length)
     except OSError as cause:
         raise error(f"{name}: cannot be read ({cause.strerror}); try again") from None
-    # Counted before it is parsed, which takes seconds for a million.
+    # Counted before parsing, which takes seconds for a million tensors.
     if (count := data.count(b'"data_offsets"')) > max_tensors:
-        raise refused(f"holds {count:,} tensors, at most {max_tensors:,} are read")
+        raise invalid(f"holds {count:,} tensors, at most {max_tensors:,} are read")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        raise refused("not a safetensors file (its header is not UTF-8 text)") from None
+        raise invalid("not a safetensors file (its header is not UTF-8 text)") from None
     entries = parse_json(text, f"{name}: header", error, remedy=remedy)
     if not isinstance(entries, dict):
-        raise refused("not a safetensors file (its header is not an object)")
+        raise invalid("not a safetensors file (its header is not an object)")
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise refused(f"its metadata must map names to text, got {excerpt(metadata)}")
+        raise invalid(f"its metadata must map names to text, got {excerpt(metadata)}")
     spans, tensors = [], {}
     for key, entry in entries.items():
         problem, span = _check_entry(entry)
         if problem:
-            raise refused(f"tensor {excerpt(key)}: {problem}")
+            raise invalid(f"tensor {excerpt(key)}: {problem}")
         spans.append((span, key))
     end = 0
     for (begin, stop), key in sorted(spans):
         if begin != end:
-            raise refused(f"tensor {excerpt(key)}: its bytes begin at {begin}, expected {end}")
+            raise invalid(f"tensor {excerpt(key)}: its bytes begin at {begin}, expected {end}")
         end = stop
         tensors[key] = TensorInfo(_DTYPES[entries[key]["dtype"]], tuple(entries[key]["shape"]))
     if end != size - 8 - length:
-        raise refused(
+        raise invalid(
             "not a whole safetensors file "
             f"(its tensors take {end:,} bytes, it has {size - 8 - length:,} for them)"
         )
@@ -142,10 +145,10 @@ def read_header(
     max_tensors: int = MAX_TENSORS,
     remedy: str = "make it again",
 ) -> TensorHeader:
-    """The header of a safetensors file, without its tensors.
+    """Read the header of a safetensors file.
 
     Raises:
-        error: the file is missing, not a whole safetensors file, or beyond the bounds above.
+        error: the file is missing, is not a whole safetensors file, or exceeds the limits above.
     """
     with open_regular(path, error) as handle:
         return parse_header(handle, path, error, max_tensors=max_tensors, remedy=remedy)[1]
@@ -159,10 +162,10 @@ def load_tensors(
     max_tensors: int = MAX_TENSORS,
     remedy: str = "make it again",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file, mapped into memory.
+    """Load the tensors (on the CPU, memory-mapped) and metadata of a safetensors file.
 
     Args:
-        judge: called with the header before anything is loaded; raises what it does not accept.
+        judge: called with the header before anything is loaded; raises if it rejects the file.
 
     Raises:
         error: as :func:`read_header`.
@@ -187,12 +190,12 @@ def read_tensors(
     max_tensors: int = MAX_TENSORS,
     remedy: str = "make it again",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As :func:`load_tensors`, of a file that is open at its start, read into memory.
+    """As :func:`load_tensors`, from a file that is open at its start, into memory.
 
-    The tensors do not change when the file does, and are those of the header that was judged.
+    The tensors belong to the header that was judged and do not change if the file does.
 
     Args:
-        name: the file's, for errors.
+        name: name of the file, for errors.
     """
     start, header = parse_header(handle, name, error, max_tensors=max_tensors, remedy=remedy)
     if judge is not None:
@@ -208,18 +211,18 @@ def read_tensors(
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file so that ``path`` is either the old file or the whole new one.
+    """Write a safetensors file, such that ``path`` is either the old file or the whole new one.
 
     Raises:
-        WriteError: its folder does not exist, is not writable, or the disk is full.
+        WriteError: the folder does not exist or is not writable, or the disk is full.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise WriteError(f"{path}: there is no folder {path.parent}; make it first")
-    # Clones of views and of tensors that share storage (shared weights) are independent.
+        raise WriteError(f"{path}: the folder {path.parent} does not exist; create it first")
+    # Copies, because safetensors refuses views and tensors that share storage (tied weights).
     ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with replacing(path) as part:
-        # save_file makes its file private; adapters and weights follow the user's umask.
+        # save_file creates a private file; adapters and weights follow the user's umask.
         part.touch()
         mode = part.stat().st_mode
         try:
@@ -233,7 +236,7 @@ def save_tensors(
 
 
 def _check_entry(entry: Any) -> tuple[str, tuple[int, int]]:
-    """(what is wrong with a header's entry or "", where its bytes begin and end)."""
+    """The problem with a header's entry ("" if valid), and the span of its bytes."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return f"needs dtype, shape and data_offsets, got {excerpt(entry)}", (0, 0)
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]

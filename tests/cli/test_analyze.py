@@ -1,28 +1,13 @@
-"""The commands as a user types them, on the shipped pair and real files."""
+"""``v2l analyze`` and ``v2l sweep`` on the shipped pair and video files."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from v2l_fast.cli import entry as cli
-
-
-def run(*arguments) -> str:
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.stdout
-
-
-def exit_code(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["v2l", *(str(a) for a in arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return caught.value.code, capsys.readouterr().err
+from tests.cli.commands import fail, run
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +34,10 @@ def manifest(folder) -> Path:
     ],
 )
 def test_analyses(name, options, manifest, tmp_path):
-    found = run(
+    result = run(
         "analyze", name, "--manifest", manifest, "--limit", 1, "--out", tmp_path, "--json", *options
     )
-    record = json.loads(found)
+    record = json.loads(result)
     assert record["rows"] and record == json.loads((tmp_path / f"{name}.json").read_text())
     assert (tmp_path / f"{name}.csv").read_text().count("\n") == len(record["rows"]) + 1
     assert (tmp_path / f"{name}.png").stat().st_size > 2000
@@ -63,7 +48,7 @@ def test_analyses(name, options, manifest, tmp_path):
 
 
 def test_efficiency(manifest, tmp_path):
-    """Several budgets are one command (Figure 4)."""
+    """One command measures several budgets (Figure 4)."""
     arguments = ("analyze", "efficiency", "--manifest", manifest, "--limit", 1, "--out", tmp_path,
                  "--repeats", 1, "--max-new-tokens", 4, "--max-frames", 4, "--json")  # fmt: skip
     (one,) = json.loads(run(*arguments))["budgets"]
@@ -72,8 +57,8 @@ def test_efficiency(manifest, tmp_path):
         "efficiency.csv", "efficiency.json", "efficiency.png"
     ]  # fmt: skip
     more = ("--max-frames", 8, "--longest-edge", 48, "--force")
-    found = json.loads(run(*arguments, *more))["budgets"]
-    assert [(b["frames"], b["longest_edge"], b["visual_tokens"]) for b in found] == [
+    result = json.loads(run(*arguments, *more))["budgets"]
+    assert [(b["frames"], b["longest_edge"], b["visual_tokens"]) for b in result] == [
         (4, 48, 16), (8, 48, 32)
     ]  # fmt: skip
     assert (tmp_path / "budgets.png").stat().st_size > 2000
@@ -101,10 +86,10 @@ def test_sweep(manifest, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "cells", "sweep.csv", "sweep.json", "sweep.png"
     ]  # fmt: skip
-    # One row a cell, which fits an ordinary terminal and a log.
-    shown = run(*arguments).splitlines()
-    assert max(map(len, shown[:-2])) <= 80
-    assert shown[-2] == "64 frames, 48 px: no video holds 64 frames"
+    # One row per cell, which fits a terminal of 80 columns.
+    output = run(*arguments).splitlines()
+    assert max(map(len, output[:-2])) <= 80
+    assert output[-2] == "64 frames, 48 px: no video holds 64 frames"
 
 
 def test_help():
@@ -116,52 +101,52 @@ def test_help():
 
 
 def test_failures(monkeypatch, capsys, folder, manifest, tmp_path):
-    code, said = exit_code(monkeypatch, capsys, "analyze", "norms", tmp_path / "no.safetensors")
-    assert code == 1 and "no such file" in said
-    code, said = exit_code(
+    code, stderr = fail(monkeypatch, capsys, "analyze", "norms", tmp_path / "no.safetensors")
+    assert code == 1 and "no such file" in stderr
+    code, stderr = fail(
         monkeypatch, capsys, "analyze", "rank", "--manifest", manifest, "--split", "none",
         "--out", tmp_path / "out",
     )  # fmt: skip
-    assert code == 1 and "none" in said
-    code, said = exit_code(
+    assert code == 1 and "none" in stderr
+    code, stderr = fail(
         monkeypatch, capsys, "analyze", "efficiency", "--manifest", manifest, "--keep", 0,
         "--out", tmp_path / "out",
     )  # fmt: skip
-    assert code == 1 and "keep must be above 0" in said
-    code, said = exit_code(monkeypatch, capsys, "sweep")
-    assert code == 2 and "--manifest" in said
-    code, _ = exit_code(monkeypatch, capsys, "analyze", "rank", "--manifest", manifest, "-k", 0)
+    assert code == 1 and "keep must be above 0" in stderr
+    code, stderr = fail(monkeypatch, capsys, "sweep")
+    assert code == 2 and "--manifest" in stderr
+    code, _ = fail(monkeypatch, capsys, "analyze", "rank", "--manifest", manifest, "-k", 0)
     assert code == 2
 
 
 def test_part_of_a_file(manifest, tmp_path, monkeypatch, capsys):
-    """Ablations read spans; what needs whole files says so."""
+    """Ablations read spans; analyses that need whole files refuse them."""
     row = json.loads(manifest.read_text().splitlines()[0])
     row["metadata"] = {"span": [2.0, 6.0]}
     row["video_path"] = str(manifest.parent / row["video_path"])
     spans = tmp_path / "spans.jsonl"
     spans.write_text(json.dumps(row) + "\n")
-    found = json.loads(run("analyze", "layers", "--manifest", spans, "--out", tmp_path, "--json"))
-    assert found["examples"] == 1
-    code, said = exit_code(monkeypatch, capsys, "sweep", "--manifest", spans)
-    assert code == 1 and "part of a file" in said
+    result = json.loads(run("analyze", "layers", "--manifest", spans, "--out", tmp_path, "--json"))
+    assert result["examples"] == 1
+    code, stderr = fail(monkeypatch, capsys, "sweep", "--manifest", spans)
+    assert code == 1 and "is a span of a file" in stderr
 
 
 @pytest.mark.parametrize(
     "command", [("analyze", "layers"), ("analyze", "efficiency"), ("sweep", "-r", 48, "-f", 4)]
 )
-def test_other_results_stay(command, manifest, tmp_path, monkeypatch, capsys):
-    """Refused before anything is loaded, unless forced; an input never gives way."""
+def test_existing_results_are_not_replaced(command, manifest, tmp_path, monkeypatch, capsys):
+    """Refused before anything is loaded, unless forced; an input is never replaced."""
     name = command[1] if command[0] == "analyze" else "sweep"
     (tmp_path / f"{name}.csv").write_text("mine")
     arguments = (*command, "--manifest", manifest, "--out", tmp_path)
-    code, said = exit_code(monkeypatch, capsys, *arguments)
-    assert code == 1 and f"{name}.csv: exists already" in said
+    code, stderr = fail(monkeypatch, capsys, *arguments)
+    assert code == 1 and f"{name}.csv: exists already" in stderr
     own = tmp_path / f"{name}.json"
     own.write_bytes(manifest.read_bytes())
     (tmp_path / f"{name}.csv").unlink()
-    code, said = exit_code(
+    code, stderr = fail(
         monkeypatch, capsys, *command, "--manifest", own, "--out", tmp_path, "--force"
     )
-    assert code == 1 and "is the input" in said
+    assert code == 1 and "is the input" in stderr
     assert own.read_bytes() == manifest.read_bytes()

@@ -1,4 +1,4 @@
-"""The commands that make training data: what they print, and what they refuse."""
+"""The commands that prepare training data: their output and their errors."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_teach_then_cache(manifest, tmp_path):
 
 def test_internalize_a_manifest(manifest, tmp_path):
     store = tmp_path / "store"
-    made = run("internalize", "--manifest", manifest, "--out", store, "--device", "cpu")
-    assert made["adapters"] == 2 and len(made["failures"]) == 1
+    result = run("internalize", "--manifest", manifest, "--out", store, "--device", "cpu")
+    assert result["adapters"] == 2 and len(result["failures"]) == 1
     assert len(list((store / "adapters").glob("*.safetensors"))) == 2
 
 
@@ -72,7 +72,7 @@ def test_wrong_usage_is_exit_code_2(arguments):
     assert runner.invoke(app, list(arguments)).exit_code == 2
 
 
-def test_a_manifest_with_faults_is_told_in_full(tmp_path):
+def test_all_problems_of_a_manifest_are_listed(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text("{}\n[]\n")
     done = runner.invoke(app, ["teach", "--manifest", str(path), "--out", str(tmp_path / "out")])
@@ -95,7 +95,7 @@ def test_finevideo_build(tmp_path):
 
 
 def test_frames_are_those_of_the_base(tmp_path, pair):
-    """The shipped base's own, not SmolVLM2's; a folder's are those of the network beside it."""
+    """Those of the shipped base, not of SmolVLM2; for a folder, those of the network beside it."""
     shipped = HypernetConfig.load(ASSETS / "shapes" / "hypernet").sampling
     for base in ("shapes", ASSETS / "shapes" / "base"):
         assert training_sampling(base) == shipped == FrameSampling(8, 48)
@@ -122,17 +122,17 @@ def test_commands_use_them_if_omitted(command, options, manifest, tmp_path, monk
 
     monkeypatch.setattr("v2l_fast.data.teach.teach", stop)
     monkeypatch.setattr("v2l_fast.data.feature_cache.FeatureCache", stop)
-    given = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    changes = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
     out = "--out" if command == "teach" else "--cache"
     result = runner.invoke(
-        app, [command, "--manifest", str(manifest), out, str(tmp_path / "out"), *given]
+        app, [command, "--manifest", str(manifest), out, str(tmp_path / "out"), *changes]
     )
     assert isinstance(result.exception, Stop)
     expected = FrameSampling(8, 48).override(**options)
     assert seen == [ClipReader(expected)]
 
 
-def test_nothing_given_is_not_zero_given():
+def test_zero_is_not_the_default():
     with pytest.raises(ConfigError, match="max_frames must be at least 1, got 0"):
         FrameSampling(8, 48).override(max_frames=0)
     with pytest.raises(ConfigError, match="longest_edge must be at most 4096, got 5000"):

@@ -1,9 +1,8 @@
-"""Every command as a user types it, on the shipped pair and a real H.264 file."""
+"""Commands about adapters and errors of all commands, on the shipped pair and H.264 files."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from v2l_fast.cli import entry as cli
+from tests.cli.commands import fail, run
+from v2l_fast.cli import entry
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.peft import validate_peft
@@ -26,7 +26,7 @@ NANO = Path(__file__).parents[1] / "fixtures" / "interop" / "nano.pt"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two clips and their adapters, made by the command."""
+    """Two clips, and their adapters from the command."""
     folder = tmp_path_factory.mktemp("cli")
     videos = [
         write_clip(scene, folder / f"{i}.mp4")
@@ -36,28 +36,15 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(*arguments, stdin: str | None = None) -> str:
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.stdout
-
-
-def fails(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["v2l", *(str(a) for a in arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return caught.value.code, capsys.readouterr().err
-
-
 def test_internalize_one(folder, tmp_path):
     target = tmp_path / "new" / "clip.safetensors"
     options = ("--out", target, "--decoder", "pyav", "--json")
     (row,) = json.loads(run("internalize", folder / "0.mp4", *options))
     assert row["frames"] == 8 and row["duration"] == 8.0 and row["bytes"] == target.stat().st_size
     same = Adapter.load(folder / "adapters" / "0.safetensors")
-    found = Adapter.load(target)
-    assert all(torch.equal(found.A[m], same.A[m]) for m in same.A)
-    assert found.provenance["source"]["name"] == "0.mp4"
+    result = Adapter.load(target)
+    assert all(torch.equal(result.A[m], same.A[m]) for m in same.A)
+    assert result.provenance["source"]["name"] == "0.mp4"
 
 
 def test_internalize_in_chunks(folder, tmp_path):
@@ -86,20 +73,18 @@ def test_ask_every_question_about_every_adapter(folder):
 
 def test_chat(folder):
     file = folder / "adapters" / "0.safetensors"
-    said = run("chat", file, stdin="What color is the background?\nHow many objects are there?\n\n")
-    assert said.splitlines() == [
-        run("ask", file, question).strip()
-        for question in ("What color is the background?", "How many objects are there?")
-    ]
+    questions = "What color is the background?", "How many objects are there?"
+    output = run("chat", file, stdin="\n".join((*questions, "", "")))
+    assert output.splitlines() == [run("ask", file, question).strip() for question in questions]
 
 
 def test_compose_and_effect(folder, tmp_path):
     files = [folder / "adapters" / f"{i}.safetensors" for i in (0, 1)]
     run("compose", *files, "--out", tmp_path / "both.safetensors")
     assert Adapter.load(tmp_path / "both.safetensors").rank == 2 * Adapter.load(files[0]).rank
-    found = json.loads(run("analyze", "effect", files[0], "Describe the video.", "--json"))
-    assert found["logit_shift"] > 0 and found["divergence"] > 0
-    assert found["answer"] != found["answer_without"]
+    result = json.loads(run("analyze", "effect", files[0], "Describe the video.", "--json"))
+    assert result["logit_shift"] > 0 and result["divergence"] > 0
+    assert result["answer"] != result["answer_without"]
     assert "update norm" in run("analyze", "effect", files[0], "Describe the video.")
 
 
@@ -119,9 +104,9 @@ def test_convert(tmp_path):
     ]
 
 
-def test_demo_keeps_what_it_made(tmp_path):
-    shown = run("demo", "--keep", tmp_path)
-    assert "visual" in shown and "reference" in shown
+def test_demo_keeps_its_files(tmp_path):
+    output = run("demo", "--keep", tmp_path)
+    assert "visual" in output and "reference" in output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "clip.safetensors"]
 
 
@@ -166,10 +151,10 @@ def test_version():
 )
 def test_failures(arguments, code, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    found, said = fails(monkeypatch, capsys, *arguments)
-    assert found == code
-    assert words in " ".join(said.replace("│", " ").split())
-    assert "Traceback" not in said
+    exit_code, stderr = fail(monkeypatch, capsys, *arguments)
+    assert exit_code == code
+    assert words in " ".join(stderr.replace("│", " ").split())
+    assert "Traceback" not in stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -177,17 +162,17 @@ def test_a_missing_extra_names_its_remedy(monkeypatch, capsys):
     def evaluate(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'scipy'", name="scipy.stats")
 
-    monkeypatch.setattr(cli, "app", evaluate)
-    code, said = fails(monkeypatch, capsys, "shapes", "evaluate")
-    assert code == 1 and "v2l_fast[eval]" in said
+    monkeypatch.setattr(entry, "app", evaluate)
+    code, stderr = fail(monkeypatch, capsys, "shapes", "evaluate")
+    assert code == 1 and "v2l_fast[eval]" in stderr
 
 
 # --- what a command must not destroy --------------------------------------------------------------
 
 
 def refused(monkeypatch, capsys, *arguments, words: str) -> None:
-    code, said = fails(monkeypatch, capsys, *arguments)
-    assert code == 1 and words in said and said.count("\n") == 1, said
+    code, stderr = fail(monkeypatch, capsys, *arguments)
+    assert code == 1 and words in stderr and stderr.count("\n") == 1, stderr
 
 
 def test_no_command_destroys_its_input(folder, tmp_path, monkeypatch, capsys):
@@ -215,16 +200,16 @@ def test_no_command_destroys_its_input(folder, tmp_path, monkeypatch, capsys):
     assert inside.read_bytes() == adapter.read_bytes() and NANO.stat().st_size > 1000
 
 
-def test_no_command_replaces_a_file_without_being_told(folder, tmp_path, monkeypatch, capsys):
-    kept = []
+def test_no_command_replaces_a_file_without_force(folder, tmp_path, monkeypatch, capsys):
+    files = []
     for name in (
         "a.safetensors", "demo/clip.mp4", "clips/manifest.jsonl", "peft/x", "nano/config.json",
         "adapters/0.safetensors", "taught/manifest.jsonl", "run/log.jsonl", "eval/table.md",
         "record.json", "page/README.md",
     ):  # fmt: skip
-        kept.append(tmp_path / name)
-        kept[-1].parent.mkdir(exist_ok=True)
-        kept[-1].write_text("mine")
+        files.append(tmp_path / name)
+        files[-1].parent.mkdir(exist_ok=True)
+        files[-1].write_text("mine")
     adapter, spans = folder / "adapters" / "0.safetensors", tmp_path / "spans"
     taught = tmp_path / "clips" / "manifest.jsonl"
     spans.mkdir()
@@ -245,9 +230,12 @@ def test_no_command_replaces_a_file_without_being_told(folder, tmp_path, monkeyp
         ("teach", "--manifest", taught, "--out", tmp_path / "clips"),
         ("train", "-c", "shapes", "model.base=shapes", f"run.folder={tmp_path / 'run'}"),
     ):
-        code, said = fails(monkeypatch, capsys, *arguments)
-        assert code == 1 and said.startswith("error:") and said.count("\n") == 1, (arguments, said)
-    assert all(path.read_text() == "mine" for path in kept)
+        code, stderr = fail(monkeypatch, capsys, *arguments)
+        assert code == 1 and stderr.startswith("error:") and stderr.count("\n") == 1, (
+            arguments,
+            stderr,
+        )
+    assert all(path.read_text() == "mine" for path in files)
 
 
 def test_force_replaces(folder, tmp_path):
@@ -265,7 +253,7 @@ def test_a_device_is_written_to(folder):
 
 
 def test_a_folder_that_cannot_be_written(folder, tmp_path, monkeypatch, capsys):
-    """The superuser may write wherever the file system does not refuse, as this one does."""
+    """The superuser may write unless the file system refuses, as this one does."""
 
     def refuse(dir):
         raise OSError(30, "Read-only file system")
@@ -298,15 +286,15 @@ def test_a_folder_that_cannot_be_written(folder, tmp_path, monkeypatch, capsys):
 def test_names_and_questions_are_shown_as_they_are(folder, tmp_path):
     video = tmp_path / "c [final]\x1b[31m.mp4"
     video.write_bytes((folder / "0.mp4").read_bytes())
-    shown = run("internalize", video, "-o", f"{tmp_path}/new/")
-    assert "c [final]\\x1b[31m.safetensors: 8 frames" in shown and "\x1b" not in shown
+    output = run("internalize", video, "-o", f"{tmp_path}/new/")
+    assert "c [final]\\x1b[31m.safetensors: 8 frames" in output and "\x1b" not in output
     target = tmp_path / "new" / "c [final]\x1b[31m.safetensors"
     other = tmp_path / "b.adapter"
     other.write_bytes(target.read_bytes())
-    # By content, not by name.
-    shown = run("ask", target, other, "[/]", "Is [red] the [shape] here?\nWhat?")
-    rows = [line for line in shown.splitlines() if "│" in line]
-    assert len(rows) == 4 and "[/]" in rows[0] and "\x1b" not in shown
+    # Adapters are recognized by their content.
+    output = run("ask", target, other, "[/]", "Is [red] the [shape] here?\nWhat?")
+    rows = [line for line in output.splitlines() if "│" in line]
+    assert len(rows) == 4 and "[/]" in rows[0] and "\x1b" not in output
     assert "Is [red] the [shape] here?\\nWhat?" in rows[1]
 
 
@@ -327,7 +315,7 @@ def test_answers_are_one_line_each_outside_a_terminal(folder, monkeypatch):
 
 def test_chat_refuses_bytes_that_are_not_text(folder):
     file = folder / "adapters" / "0.safetensors"
-    result = CliRunner().invoke(cli.app, ["chat", str(file)], input=b"\xff\xfe what?\n")
+    result = CliRunner().invoke(entry.app, ["chat", str(file)], input=b"\xff\xfe what?\n")
     assert isinstance(result.exception, ConfigError)
     assert "line 1 is not UTF-8" in str(result.exception)
 
@@ -336,7 +324,7 @@ def test_one_bad_file_does_not_stop_the_others(folder, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_text("text")
     arguments = [folder / "0.mp4", bad, tmp_path / "none.mp4", folder / "1.mp4", "-o", tmp_path]
-    result = CliRunner().invoke(cli.app, ["internalize", *map(str, arguments), "--json"])
+    result = CliRunner().invoke(entry.app, ["internalize", *map(str, arguments), "--json"])
     assert result.exit_code == 1
     rows = json.loads(result.stdout)
     assert ["error" in row for row in rows] == [False, True, True, False]
@@ -346,12 +334,12 @@ def test_one_bad_file_does_not_stop_the_others(folder, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_file_that_is_no_adapter_is_named(folder, tmp_path, monkeypatch, capsys):
-    code, said = fails(monkeypatch, capsys, "ask", folder / "0.mp4", "What?")
-    assert code == 2 and "0.mp4 is another file" in said
+def test_a_file_that_is_not_an_adapter_is_named(folder, tmp_path, monkeypatch, capsys):
+    code, stderr = fail(monkeypatch, capsys, "ask", folder / "0.mp4", "What?")
+    assert code == 2 and "0.mp4 is another file" in stderr
 
 
-def test_the_largest_frames(folder, tmp_path, monkeypatch, capsys):
+def test_frames_have_a_maximum_size(folder, tmp_path, monkeypatch, capsys):
     refused(
         monkeypatch, capsys, "internalize", folder / "0.mp4", "-o", tmp_path / "a",
         "--longest-edge", "100000", words="longest_edge must be at most 4096, got 100000",
@@ -360,6 +348,6 @@ def test_the_largest_frames(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_an_adapter_serves_every_dtype(folder, dtype):
-    """It was made in float32."""
+    """Its factors are in float32."""
     file = folder / "adapters" / "0.safetensors"
     assert run("ask", file, "What color is the background?", "--dtype", dtype).strip()

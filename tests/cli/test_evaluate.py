@@ -1,35 +1,20 @@
-"""The commands as a user types them, on a tiny pair and real files."""
+"""``v2l evaluate`` and ``v2l manifest`` on a tiny pair and video files."""
 
 import json
-import sys
 
 import pytest
-from typer.testing import CliRunner
 
 from tests import tiny
+from tests.cli.commands import fail, run
 from tests.evaluation.judge_stub import StubJudge, scored
 from tests.evaluation.test_benchmarks import vdc
 from tests.video.clips import encode
-from v2l_fast.cli import entry as cli
 from v2l_fast.data.manifest import load_manifest, write_manifest
-
-
-def run(*arguments):
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.stdout
-
-
-def fails(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["v2l", *(str(a) for a in arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return caught.value.code, capsys.readouterr().err
 
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Two files, one of them in two spans."""
+    """Two files, one of them as two spans."""
     rows = []
     for index, span in ((0, [0.0, 1.0]), (0, [1.0, 2.0]), (1, None)):
         path = tmp_path / "videos" / f"{index}.mp4"
@@ -56,8 +41,10 @@ def options(pair, manifest):
 
 def test_evaluate_writes_its_results_and_resumes(options, tmp_path):
     folder = tmp_path / "out"
-    shown = run(*options, "--out", folder)
-    assert "| D | 6 |" in shown and "**Exact match**" in shown and str(folder / "table.md") in shown
+    output = run(*options, "--out", folder)
+    assert (
+        "| D | 6 |" in output and "**Exact match**" in output and str(folder / "table.md") in output
+    )
     answers = (folder / "answers" / "adapter.jsonl").read_text()
     record = json.loads(run(*options, "--out", folder, "--json"))
     assert record == json.loads((folder / "result.json").read_text())
@@ -66,7 +53,7 @@ def test_evaluate_writes_its_results_and_resumes(options, tmp_path):
     assert (folder / "answers" / "adapter.jsonl").read_text() == answers
 
 
-def test_results_lie_in_runs_by_default(options, tmp_path, monkeypatch):
+def test_results_are_in_runs_by_default(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(*options, "--batch", 1)
     assert (tmp_path / "runs" / "evaluate-manifest" / "result.json").exists()
@@ -102,31 +89,31 @@ def test_judging(options, tmp_path):
 
 
 def test_failures_are_one_line(options, tmp_path, monkeypatch, capsys):
-    code, err = fails(monkeypatch, capsys, *options[:1], "--manifest", tmp_path / "none.jsonl")
-    assert code == 1 and "none.jsonl: no such file" in err
+    code, stderr = fail(monkeypatch, capsys, *options[:1], "--manifest", tmp_path / "none.jsonl")
+    assert code == 1 and "none.jsonl: no such file" in stderr
     run(*options, "--out", tmp_path / "out")
-    code, err = fails(monkeypatch, capsys, *options, "--out", tmp_path / "out", "--max-frames", 2)
-    assert code == 1 and "made with settings.max_frames=" in err
+    code, stderr = fail(monkeypatch, capsys, *options, "--out", tmp_path / "out", "--max-frames", 2)
+    assert code == 1 and "made with settings.max_frames=" in stderr
 
 
 def test_manifest_command(tmp_path, monkeypatch, capsys):
     vdc(tmp_path / "data")
     out = tmp_path / "vdc.jsonl"
-    found = json.loads(run("manifest", "vdc", tmp_path / "data", "--out", out, "--json"))
-    assert found == {"manifest": str(out), "examples": 15, "videos": 3, "missing": []}
+    result = json.loads(run("manifest", "vdc", tmp_path / "data", "--out", out, "--json"))
+    assert result == {"manifest": str(out), "examples": 15, "videos": 3, "missing": []}
     assert len(load_manifest(out)) == 15
     (tmp_path / "data" / "clip.2.mkv").unlink()
-    code, err = fails(
+    code, stderr = fail(
         monkeypatch, capsys, "manifest", "vdc", tmp_path / "data", "--out", out, "--force"
     )
-    assert code == 1 and "1 videos of VDC are missing (clip.2)" in err
-    shown = run("manifest", "vdc", tmp_path / "data", "--out", out, "--skip-missing", "--force")
-    assert "10 examples about 2 videos, 1 videos are missing" in shown
+    assert code == 1 and "1 videos of VDC are missing (clip.2)" in stderr
+    output = run("manifest", "vdc", tmp_path / "data", "--out", out, "--skip-missing", "--force")
+    assert "10 examples about 2 videos, 1 videos are missing" in output
     again = ("manifest", "vdc", tmp_path / "data", "--skip-missing", "--out")
-    code, err = fails(monkeypatch, capsys, *again, out)
-    assert code == 1 and "exists already" in err
+    code, stderr = fail(monkeypatch, capsys, *again, out)
+    assert code == 1 and "exists already" in stderr
     for path in (tmp_path / "data").rglob("*.*"):
         before = path.read_bytes()
-        code, err = fails(monkeypatch, capsys, *again, path, "--force")
-        assert code == 1 and "is the input" in err, path
+        code, stderr = fail(monkeypatch, capsys, *again, path, "--force")
+        assert code == 1 and "is the input" in stderr, path
         assert path.read_bytes() == before

@@ -1,20 +1,12 @@
-"""``v2l serve``: what is wrong with its options is said before a model is loaded."""
+"""``v2l serve``: wrong options are reported before a model is loaded."""
 
 from __future__ import annotations
 
 import socket
-import sys
 
 import pytest
 
-from v2l_fast.cli import entry as cli
-
-
-def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["v2l", "serve", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value.code, " ".join(capsys.readouterr().err.split())
+from tests.cli.commands import fail
 
 
 @pytest.mark.parametrize(
@@ -38,8 +30,8 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
 )
 def test_wrong_options(monkeypatch, capsys, tmp_path, arguments, code, message):
     monkeypatch.chdir(tmp_path)
-    found, text = run(monkeypatch, capsys, *arguments)
-    assert found == code and message in text.replace("│ ", ""), text
+    exit_code, text = fail(monkeypatch, capsys, "serve", *arguments)
+    assert exit_code == code and message in text.replace("│ ", ""), text
 
 
 @pytest.mark.parametrize(
@@ -47,22 +39,22 @@ def test_wrong_options(monkeypatch, capsys, tmp_path, arguments, code, message):
     [["--api-key", "key", "--host", "0.0.0.0"], ["--host", "0.0.0.0", "--allow-unauthenticated"],
      ["--host", "127.0.0.2"], ["--host", "localhost"]],
 )  # fmt: skip
-def test_an_address_that_may_be_served(monkeypatch, capsys, tmp_path, arguments):
-    """All is well up to the model."""
+def test_allowed_addresses(monkeypatch, capsys, tmp_path, arguments):
+    """Only the model is missing."""
     monkeypatch.chdir(tmp_path)
     arguments = [*arguments, "--port", "0", "--model", "nowhere"]
-    code, text = run(monkeypatch, capsys, *arguments)
+    code, text = fail(monkeypatch, capsys, "serve", *arguments)
     assert code == 1 and text.startswith("error: nowhere"), text
 
 
 def test_an_empty_key_file(monkeypatch, capsys, tmp_path):
     (tmp_path / "keys").write_text("# nothing yet\n\n")
-    code, text = run(monkeypatch, capsys, "--api-key-file", str(tmp_path / "keys"))
+    code, text = fail(monkeypatch, capsys, "serve", "--api-key-file", str(tmp_path / "keys"))
     assert code == 1 and "contains no key" in text
 
 
 def test_a_port_that_is_taken(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        code, text = run(monkeypatch, capsys, "--port", str(taken.getsockname()[1]))
+        code, text = fail(monkeypatch, capsys, "serve", "--port", str(taken.getsockname()[1]))
     assert code == 1 and "Address already in use; choose another address" in text

@@ -18,7 +18,7 @@ SMALL = (
 
 
 def test_the_shapes_preset_trains_on_the_shipped_base(tmp_path):
-    """The real command in a process of its own."""
+    """The real command in its own process."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "v2l_fast", "train", "-c", "shapes", "--json"]
     done = subprocess.run(
@@ -55,7 +55,7 @@ def test_help_shows_how_to_launch():
         (["--config", "shapes", "optim.micro_batch_size=0"], "must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_work_fails_at_once(arguments, message, tmp_path):
+def test_wrong_settings_fail_at_once(arguments, message, tmp_path):
     extra = [f"run.folder={tmp_path}", "run.trackers=[]", "model.base=shapes"]
     result = CliRunner().invoke(app, ["train", *arguments, *extra])
     assert isinstance(result.exception, ConfigError)
