@@ -19,6 +19,7 @@ import shutil
 import stat
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -331,9 +332,8 @@ def _constant(name: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise _RefusedValue(f"the key {excerpt(twice)} appears twice in one object")
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise _RefusedValue(f"the key {excerpt(key)} appears twice in one object")
     return value
 
 

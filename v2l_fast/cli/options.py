@@ -51,7 +51,9 @@ def options(panel: str) -> Callable[[type], type]:
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give typer one option for each field of a command's parameters that are ``@options``."""
     hints = get_type_hints(command)
-    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups: dict[str, Any] = {
+        n: kind for n, kind in hints.items() if dataclasses.is_dataclass(kind)
+    }
     signature = inspect.signature(command)
     parameters = []
     for name, parameter in signature.parameters.items():
@@ -73,8 +75,10 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**values)
 
     expanded.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, default, kind in parameters
+        [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for n, default, kind in parameters
+        ]
     )
     expanded.__annotations__ = {}
     return expanded
