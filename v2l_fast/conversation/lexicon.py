@@ -45,13 +45,16 @@ class LexiconModel:
 
     def _readings(self, data: Mapping[str, Any], rng: random.Random) -> str:
         slots = data.get("slots", {})
-        facts, known = [], {fact.get("slot") for fact in data.get("facts", ())}
+        facts = []
+        known = {fact["slot"]: fact for fact in data.get("facts", ()) if "slot" in fact}
         for name, slot in slots.items():
             values = slot.get("values", [])
             stated = [value for value in values if _mentions(data["utterance"], value)]
             if stated:
                 facts.append(_fact(name, stated[-1], True))
-            elif name not in known and values and self.guess != "none":
+            elif name in known:
+                facts.append(_fact(name, known[name]["value"], True))
+            elif values and self.guess != "none":
                 sure = self.guess == "peaked" and rng.random() < 0.9
                 facts.append(_fact(name, values[0] if sure else rng.choice(values), False))
         return json.dumps({"reply": "", "facts": facts})
