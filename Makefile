@@ -64,6 +64,7 @@ evaluate-shapes: $(VENV)/.dev
 
 report: $(VENV)/.dev
 	$(BIN)/v2l shapes report --force
+	$(BIN)/v2l cper report --force
 
 page-test: $(VENV)/.dev
 	$(BIN)/python -m tests.browser.check_page

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +26,6 @@ from v2l_fast.cli.options import (
 )
 from v2l_fast.console import (
     answer_text,
-    log,
     note,
     out,
     print_outcome,
@@ -40,7 +35,7 @@ from v2l_fast.console import (
     show_json,
     show_table,
 )
-from v2l_fast.errors import ConfigError, V2LError, VideoError, WriteError
+from v2l_fast.errors import ConfigError, VideoError, WriteError
 
 if TYPE_CHECKING:
     from v2l_fast.hypernet.adapter import Adapter
@@ -188,42 +183,13 @@ def ask(
     if as_json:
         show_json([row | asdict(answer) for row, answer in zip(rows, answers, strict=True)])
     elif len(rows) == 1:
-        _show_answer(answers[0].text)
+        show_answer(answers[0].text)
     else:
         cells = [
             (printable(row["adapter"]), printable(row["question"]), answer_text(answer.text))
             for row, answer in zip(rows, answers, strict=True)
         ]
         show_table(("adapter", "question", "answer"), cells)
-
-
-@with_options
-def chat(
-    generation: GenerationOptions,
-    loading: ModelOptions,
-    file: Path = Argument(..., metavar="ADAPTER", help="Adapter file."),
-) -> None:
-    """Ask one question after the other; an empty line or Ctrl-D ends.
-
-    \b
-    v2l chat clip.safetensors
-    v2l chat clip.safetensors < questions.txt > answers.txt
-
-    Every question is answered from the adapter alone, without the earlier ones. Outside a terminal
-    every answer is one line.
-    """
-    model = loading.load()
-    adapter = model.load_adapter(file)
-    for question in _questions():
-        try:
-            (answer,) = model.answer(check_text(question), adapter, **asdict(generation))
-        except V2LError as error:
-            # A person can ask again; a script's next answers would belong to the wrong questions.
-            if not sys.stdin.isatty():
-                raise
-            note(str(error), "error:")
-        else:
-            _show_answer(answer.text)
 
 
 @with_options
@@ -292,7 +258,7 @@ def _describe(adapter: Adapter, path: Path) -> dict[str, Any]:
     }
 
 
-def _show_answer(text: str) -> None:
+def show_answer(text: str) -> None:
     """Print a single answer: on one line, unless standard output is a terminal."""
     out.write_line(printable(text, lines=out.interactive))
 
@@ -302,29 +268,3 @@ def _is_file(item: str) -> bool:
         return Path(item).is_file()
     except (OSError, ValueError):
         return False
-
-
-def _questions() -> Iterator[str]:
-    """Lines of standard input up to the first empty one.
-
-    Raises:
-        ConfigError: a line is not UTF-8.
-    """
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        # Importing it gives `input` line editing and a history.
-        with suppress(ImportError):
-            import readline  # noqa: F401
-        with suppress(EOFError):
-            while question := input("> ").strip():
-                yield question
-        return
-    for number in count(1):
-        if sys.stdin.isatty():
-            log.print("> ", end="")
-        try:
-            question = sys.stdin.buffer.readline().decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise ConfigError(f"standard input: line {number} is not UTF-8 text") from None
-        if not question:
-            return
-        yield question

@@ -16,7 +16,18 @@ import typer
 from typer import Option
 
 import v2l_fast
-from v2l_fast.cli import adapters, analyze, data, evaluate, export, install, serve, shapes, train
+from v2l_fast.cli import (
+    adapters,
+    analyze,
+    converse,
+    data,
+    evaluate,
+    export,
+    install,
+    serve,
+    shapes,
+    train,
+)
 from v2l_fast.cli.options import CONTEXT
 from v2l_fast.console import NoteHandler, drop_output, flush_output, note, prepare_streams, say
 from v2l_fast.errors import V2LError, excerpt, os_error_reason
@@ -30,7 +41,7 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 for panel, commands in {
-    "Adapters": (adapters.internalize, adapters.ask, adapters.chat, adapters.compose),
+    "Adapters": (adapters.internalize, adapters.ask, converse.chat, adapters.compose),
     "Export and serving": (export.convert, export.export, serve.serve),
     "Training": (train.train, data.teach, data.cache),
     "Evaluation": (evaluate.evaluate, evaluate.manifest, analyze.sweep),
@@ -38,6 +49,8 @@ for panel, commands in {
 }.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.add_typer(converse.persona_app, name="persona", rich_help_panel="Adapters")
+app.add_typer(converse.cper_app, name="cper", rich_help_panel="Evaluation")
 app.add_typer(analyze.app, name="analyze", rich_help_panel="Evaluation")
 app.add_typer(shapes.app, name="shapes", rich_help_panel="Evaluation")
 app.add_typer(data.finevideo_app, name="finevideo", rich_help_panel="Training")

