@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
 from tests import tiny
 from v2l_fast.hypernet.network import HyperNetwork
@@ -21,8 +20,14 @@ from v2l_fast.shapes.vlm import new_base
 from v2l_fast.video import Clip
 from v2l_fast.vlm.smolvlm import SmolVLM
 
-settings.register_profile("suite", deadline=None, derandomize=True, database=None)
-settings.load_profile("suite")
+try:
+    from hypothesis import settings
+except ImportError:
+    # The kernels' tests also run where only torch, transformers and pytest are installed.
+    pass
+else:
+    settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+    settings.load_profile("suite")
 
 
 def pytest_configure() -> None:

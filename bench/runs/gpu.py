@@ -1,7 +1,7 @@
 """Everything about a GPU in nine minutes: are the kernels right, and how fast is each part.
 
-Five sections, the most valuable first, each with a share of the time: ``checks`` runs the tests of
-csrc_triton, whose kernels run on the GPU; ``ops`` measures every op against its baselines
+Five sections, the most valuable first, each with a share of the time: ``checks`` runs the tests in
+tests/csrc_triton that launch kernels on the GPU; ``ops`` measures every op against its baselines
 (bench/ladder.py); ``internalize``, ``answer`` and ``train`` measure the released models' shapes
 with random weights. The record is written after every row. A further run with the same ``--out``,
 commit and device keeps the rows that passed and continues. It needs torch, triton, transformers and
@@ -39,7 +39,6 @@ EXAMPLES = """
 ENDS = {"checks": 0.31, "ops": 0.65, "internalize": 0.75, "answer": 0.83, "train": 0.9}
 # Tests that run at the same time; each process takes half a GB of GPU memory.
 CHECKERS = 8
-TESTS = "tests/csrc_triton"
 # Compiling a baseline takes up to a minute.
 COMPILE_SECONDS = 60
 # A CPU trial has no deadline: it shows that the whole script runs.
@@ -161,17 +160,30 @@ def _version(package: str) -> str | None:
 # --- sections --------------------------------------------------------------------------------
 
 
+def selected_tests(device: str) -> list[str]:
+    """Arguments of pytest for the tests that launch kernels."""
+    if device == "cuda":
+        return ["tests/csrc_triton", "-k", "cuda"]
+    # Triton's interpreter takes seconds for each test: one file is enough for a trial.
+    return ["tests/csrc_triton/test_rank_projection.py", "-k", "interpreter"]
+
+
 def checks(report: Report, end: float, _: float) -> None:
     """The tests of csrc_triton, in several processes that report after every test."""
     if "pytest" in report.record["not_installed"]:
         return
     count = min(CHECKERS, os.cpu_count() or 1)
-    # In a trial, one file.
-    tests = f"{TESTS}/test_perceiver_attention.py" if report.quick else TESTS
     with tempfile.TemporaryDirectory() as folder:
         done = Path(folder, "done.json")
         done.write_text(json.dumps(sorted(report.passed("checks"))))
-        command = [sys.executable, "-m", "pytest", tests, "-p", "bench.runs.verdicts"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *selected_tests(report.device),
+            "-p",
+            "bench.runs.verdicts",
+        ]
         command += ["--done", str(done)]
         files = [Path(folder, f"{index}.jsonl") for index in range(count)]
         running = {

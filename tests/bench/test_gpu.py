@@ -65,7 +65,7 @@ def checks(tmp_path, monkeypatch):
     folder.mkdir()
     for name, text in TESTS.items():
         (folder / name).write_text(text)
-    monkeypatch.setattr(gpu, "TESTS", str(folder))
+    monkeypatch.setattr(gpu, "selected_tests", lambda device: [str(folder)])
     monkeypatch.setattr(gpu, "CHECKERS", 1)
 
     def run(end: float = LIMIT, **files: str) -> gpu.Report:
