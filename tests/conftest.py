@@ -16,7 +16,6 @@ import torch
 from tests import tiny
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
-from v2l_fast.shapes.vlm import new_base
 from v2l_fast.video import Clip
 from v2l_fast.vlm.smolvlm import SmolVLM
 
@@ -97,6 +96,9 @@ def pair(tmp_path: Path, backbone: SmolVLM, hypernet: HyperNetwork) -> Path:
 @pytest.fixture
 def base() -> SmolVLM:
     """The shapes world's VLM, untrained, its weights so large that answers depend on the input."""
+    # Needs PyAV, which the tests of csrc_triton do not.
+    from v2l_fast.shapes.vlm import new_base
+
     model, tokenizer = new_base(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

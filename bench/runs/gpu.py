@@ -132,6 +132,9 @@ def main() -> int:
         sys.exit("no GPU is visible to torch; --device cpu --quick tries the script without one")
     if options.device == "cpu" and not options.quick:
         sys.exit("a CPU needs hours for these sizes; add --quick")
+    if options.device == "cpu":
+        # Small operations on several threads wait for each other.
+        torch.set_num_threads(1)
     report = Report(options.out, options.device, options.quick)
     for package in report.record["not_installed"]:
         print(f"{package} is not installed: {OPTIONAL[package]} left out")
