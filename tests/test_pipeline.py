@@ -22,7 +22,7 @@ from v2l_fast.hypernet import perceiver
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
-from v2l_fast.video import Clip, preprocess
+from v2l_fast.video import Clip, FrameSampling, preprocess
 from v2l_fast.work_units import run_to_completion
 
 M = "down_proj"
@@ -95,7 +95,7 @@ def test_chunks_of_one_file_go_together(knowing, tmp_path):
     with watched() as seen:
         found = knowing.internalize(path, chunks=4, max_frames=2)
     assert [count for count, _, _ in seen] == [4]
-    assert_near(found, alone(knowing, path, chunks=4, max_frames=2))
+    assert_near(found, alone(knowing, path, chunks=4, sampling=FrameSampling(2, 32)))
 
 
 @pytest.mark.parametrize(

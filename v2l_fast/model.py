@@ -22,7 +22,7 @@ from v2l_fast.generation import Answer, SamplingParams, answer_prompts
 from v2l_fast.hypernet.adapter import Adapter, BiasAdapter
 from v2l_fast.hypernet.network import HyperNetwork, as_dtype
 from v2l_fast.loading import load_hypernet, shipped
-from v2l_fast.pipeline import BATCH_TOKENS, Video, VideoInternalizer, VideoReader
+from v2l_fast.pipeline import BATCH_TOKENS, ChunkReader, Video, VideoInternalizer
 from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.video.reading import Backend
 from v2l_fast.vlm import Backbone, Prompt, load_backbone
@@ -124,13 +124,10 @@ class Video2LoRA:
     def load_clip(
         self,
         video: Video,
-        max_frames: int | None = None,
-        longest_edge: int | None = None,
-        exact_frames: bool = False,
+        sampling: FrameSampling | None = None,
         decoder: Backend = "auto",
     ) -> Clip:
-        """Sample and decode a video as in the hypernetwork's training; arguments as in
-        :meth:`internalize`.
+        """Sample and decode a video; arguments as in :meth:`internalize`.
 
         A :class:`Clip` is returned as it is. The frames of a file are on the model's device, where
         a GPU decodes them if it can.
@@ -138,21 +135,22 @@ class Video2LoRA:
         Raises:
             VideoError: the file cannot be read.
         """
-        reader = self._reader(self._sampling(max_frames, longest_edge, exact_frames), 1, decoder)
+        reader = self._reader(sampling or self.config.sampling, 1, decoder)
         source = _as_video(video)
         if isinstance(source, VideoError):
             raise source
         return reader.read(source)[0]
 
     @overload
-    def internalize(
+    def internalize(  # type: ignore[overload-overlap]
         self,
         videos: VideoOrFrames,
         *,
         fps: float | None = None,
+        sampling: FrameSampling | None = None,
         max_frames: int | None = None,
         longest_edge: int | None = None,
-        exact_frames: bool = False,
+        exact_frames: bool | None = None,
         chunks: int = 1,
         decoder: Backend = "auto",
         batch_size: int = BATCH_SIZE,
@@ -165,9 +163,10 @@ class Video2LoRA:
         videos: Sequence[VideoOrFrames],
         *,
         fps: float | None = None,
+        sampling: FrameSampling | None = None,
         max_frames: int | None = None,
         longest_edge: int | None = None,
-        exact_frames: bool = False,
+        exact_frames: bool | None = None,
         chunks: int = 1,
         decoder: Backend = "auto",
         batch_size: int = BATCH_SIZE,
@@ -179,9 +178,10 @@ class Video2LoRA:
         videos: VideoOrFrames | Sequence[VideoOrFrames],
         *,
         fps: float | None = None,
+        sampling: FrameSampling | None = None,
         max_frames: int | None = None,
         longest_edge: int | None = None,
-        exact_frames: bool = False,
+        exact_frames: bool | None = None,
         chunks: int = 1,
         decoder: Backend = "auto",
         batch_size: int = BATCH_SIZE,
@@ -193,8 +193,10 @@ class Video2LoRA:
             videos: a file, a :class:`Clip`, or uint8 frames with ``fps`` (a tensor [F, 3, H, W] or
                 an array [F, H, W, 3] or [F, 3, H, W]); or a list of these.
             fps: frame rate of frames in memory; files and clips have their own.
-            max_frames: maximum number of frames, by default as in training.
-            longest_edge: longest side of a frame in pixels, by default as in training.
+            sampling: frames and size, by default as in the hypernetwork's training. The next three
+                arguments replace single values of it.
+            max_frames: maximum number of frames.
+            longest_edge: longest side of a frame in pixels.
             exact_frames: take exactly ``max_frames`` over the whole clip, whatever its duration.
             chunks: split each video into this many parts of equal duration, sample each like a
                 video of its own, and compose their adapters (paper Section 5.6).
@@ -218,6 +220,7 @@ class Video2LoRA:
         adapters: list[Adapter] = []
         for outcome in self.internalize_each(
             batch,
+            sampling=sampling,
             max_frames=max_frames,
             longest_edge=longest_edge,
             exact_frames=exact_frames,
@@ -235,9 +238,10 @@ class Video2LoRA:
         self,
         videos: Iterable[Video | VideoError],
         *,
+        sampling: FrameSampling | None = None,
         max_frames: int | None = None,
         longest_edge: int | None = None,
-        exact_frames: bool = False,
+        exact_frames: bool | None = None,
         chunks: int = 1,
         decoder: Backend = "auto",
         batch_size: int = BATCH_SIZE,
@@ -257,7 +261,7 @@ class Video2LoRA:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        sampling = self._sampling(max_frames, longest_edge, exact_frames)
+        sampling = self._sampling(sampling, max_frames, longest_edge, exact_frames)
         reader = self._reader(sampling, chunks, decoder)
         remaining = iter(videos)
         while batch := [_as_video(video) for video in islice(remaining, batch_size)]:
@@ -269,9 +273,7 @@ class Video2LoRA:
     def iter_internalize(
         self,
         video: Video,
-        max_frames: int | None = None,
-        longest_edge: int | None = None,
-        exact_frames: bool = False,
+        sampling: FrameSampling | None = None,
         chunks: int = 1,
         decoder: Backend = "auto",
     ) -> Generator[WorkUnit, None, Adapter]:
@@ -285,8 +287,7 @@ class Video2LoRA:
         Returns:
             The adapter, as the generator's value (:func:`~v2l_fast.work_units.run_to_completion`).
         """
-        sampling = self._sampling(max_frames, longest_edge, exact_frames)
-        reader = self._reader(sampling, chunks, decoder)
+        reader = self._reader(sampling or self.config.sampling, chunks, decoder)
         units = self._internalizer.iter_internalize([_as_video(video)], reader, max_tokens=0)
         (outcome,) = yield from self._iter_without_autocast(units)
         if isinstance(outcome, VideoError):
@@ -295,15 +296,17 @@ class Video2LoRA:
 
     def _sampling(
         self,
+        sampling: FrameSampling | None = None,
         max_frames: int | None = None,
         longest_edge: int | None = None,
-        exact_frames: bool = False,
+        exact_frames: bool | None = None,
     ) -> FrameSampling:
         """The training's sampling, except for values that are not None."""
-        return self.config.sampling.override(max_frames, longest_edge, exact_frames=exact_frames)
+        base = sampling or self.config.sampling
+        return base.override(max_frames, longest_edge, exact_frames=exact_frames)
 
-    def _reader(self, sampling: FrameSampling, chunks: int, decoder: Backend) -> VideoReader:
-        return VideoReader(sampling, chunks, decoder, self.backbone.decoder.device)
+    def _reader(self, sampling: FrameSampling, chunks: int, decoder: Backend) -> ChunkReader:
+        return ChunkReader(sampling, chunks, decoder, self.backbone.decoder.device)
 
     def iter_question_prompt(
         self,
@@ -336,7 +339,7 @@ class Video2LoRA:
     # --- answering ------------------------------------------------------------------------------
 
     @overload
-    def ask(
+    def ask(  # type: ignore[overload-overlap]
         self,
         questions: str,
         adapters: AdapterOrPath | None = None,
@@ -395,14 +398,14 @@ class Video2LoRA:
         return _texts(questions, self._answer(questions, adapters, params))
 
     @overload
-    def ask_direct(
+    def ask_direct(  # type: ignore[overload-overlap]
         self,
         questions: str,
         video: Video,
         *,
         max_frames: int | None = None,
         longest_edge: int | None = None,
-        exact_frames: bool = False,
+        exact_frames: bool | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -418,7 +421,7 @@ class Video2LoRA:
         *,
         max_frames: int | None = None,
         longest_edge: int | None = None,
-        exact_frames: bool = False,
+        exact_frames: bool | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -433,7 +436,7 @@ class Video2LoRA:
         *,
         max_frames: int | None = None,
         longest_edge: int | None = None,
-        exact_frames: bool = False,
+        exact_frames: bool | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -445,8 +448,10 @@ class Video2LoRA:
         Frames as in :meth:`internalize`, sampling parameters as in :meth:`ask`.
         """
         params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
-        clip = self.load_clip(video, max_frames, longest_edge, exact_frames)
-        return _texts(questions, self._answer_direct(questions, clip, longest_edge, params))
+        sampling = self._sampling(None, max_frames, longest_edge, exact_frames)
+        clip = self.load_clip(video, sampling)
+        answers = self._answer_direct(questions, clip, sampling.longest_edge, params)
+        return _texts(questions, answers)
 
     def answer(
         self,

@@ -212,7 +212,8 @@ def iter_factors(
     count, length = batch.embeddings.shape[:2]
     whole = unit is None or length <= unit
     metadata = decoder.prefill_metadata(count, length) if whole else None
-    chunks = [] if whole or unit is None else list(token_chunks(length, unit))
+    unit = length if unit is None else unit
+    chunks = list(token_chunks(length, unit))
     hidden, per_layer = batch.embeddings, []
     total = hypernet.config.num_layers
     for index in range(total):
@@ -257,7 +258,7 @@ def iter_adapters(
 
 
 @dataclass(frozen=True)
-class VideoReader:
+class ChunkReader:
     """How a video becomes clips.
 
     Attributes:
@@ -288,13 +289,9 @@ class VideoReader:
             return [video] if self.chunks == 1 else split_clip(video, self.chunks)
         return load_spans(
             video,
-            None,
-            self.chunks,
-            self.sampling.max_frames,
-            self.sampling.target_fps,
-            exact_frames=self.sampling.exact_frames,
+            self.sampling,
+            chunks=self.chunks,
             backend=self.decoder,
-            longest_edge=self.sampling.longest_edge,
             device=self.device,
         )
 
@@ -315,7 +312,7 @@ class VideoInternalizer:
     def iter_internalize(
         self,
         videos: Sequence[Video | VideoError],
-        reader: VideoReader,
+        reader: ChunkReader,
         max_tokens: int = BATCH_TOKENS,
     ) -> Generator[WorkUnit, None, list[Adapter | VideoError]]:
         """The adapter of each video, composed of its chunks' adapters, or the error that names it.

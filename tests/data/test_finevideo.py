@@ -20,6 +20,7 @@ from v2l_fast.data.finevideo import (
 )
 from v2l_fast.data.manifest import load_manifest, split_by_video, video_key
 from v2l_fast.data.teach import REQUIRED
+from v2l_fast.video import FrameSampling
 from v2l_fast.video.spans import load_spans
 
 
@@ -135,7 +136,7 @@ def test_the_manifest_reads_the_spans_without_cutting(folder, tmp_path):
     assert not {video_key(e) for e in train} & {video_key(e) for e in val}
     assert [p.name for p in out.parent.iterdir()] == ["train.jsonl"]
     spanned = next(e for e in examples if e.span == (1.5, 3.2))
-    (clip,) = load_spans(spanned.path, spanned.span, 1, 99, exact_frames=True)
+    (clip,) = load_spans(spanned.path, FrameSampling(99, 4096, exact_frames=True), spanned.span)
     shown = [shown_index(frame.movedim(0, -1).numpy()) for frame in clip.frames]
     assert shown == list(range(15, 32))
 

@@ -21,7 +21,9 @@ BY_NAME = {method.name: method for method in METHODS}
 
 @pytest.fixture
 def setting(model) -> MethodSettings:
-    return MethodSettings(model, longest_edge=64, max_new_tokens=12, fusion=FrameFusion(keep=1.0))
+    return MethodSettings(
+        model, model.config.sampling.override(longest_edge=64), 12, FrameFusion(keep=1.0)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def drawn(path) -> bool:
 def test_plots_are_written(model, examples, adapters, tmp_path):
     own = [adapters[0], adapters[0], adapters[1], adapters[2]]
     chunks = compare_chunks(model, examples[:2], token_f1, (2,), max_new_tokens=2)
-    setting = MethodSettings(model, longest_edge=32, max_new_tokens=2)
+    setting = MethodSettings(model, model.config.sampling.override(longest_edge=32), 2)
     costs = compare_methods(setting, examples[:2], token_f1, repeats=1)
     cells = sweep(model, examples[:3], token_f1, tmp_path / "cells", (1, 3, 4), (32, 64), 2)
     for plot, record in (

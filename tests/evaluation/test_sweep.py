@@ -12,6 +12,7 @@ from v2l_fast.evaluation.sweep import measure_cell, sweep
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.world import sample_scenes
+from v2l_fast.video import FrameSampling
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_no_video_is_long_enough(model, files):
 
 def test_a_cell(model, files):
     cell = measure_cell(model, files, token_f1, 4, 32, max_new_tokens=4)
-    clips = [model.load_clip(e.video, 4, 32, True) for e in files]
+    clips = [model.load_clip(e.video, FrameSampling(4, 32, exact_frames=True)) for e in files]
     texts = [e.prompt for e in files]
     direct = model.answer_direct(texts, clips, 32, max_new_tokens=4)
     adapter = model.answer(texts, model.internalize(clips, longest_edge=32), max_new_tokens=4)

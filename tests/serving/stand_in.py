@@ -92,7 +92,7 @@ class StandInEngine:
         self.ended.append(reason)
         self.running.discard(request)
 
-    def internalize(self, path, sha256=None, **options) -> InternalizeJob:
+    def internalize(self, path, sampling=None, sha256=None) -> InternalizeJob:
         job = InternalizeJob(uuid.uuid4().hex)
 
         def work() -> None:
@@ -100,7 +100,7 @@ class StandInEngine:
                 job.update("decoding", 0.1)
                 time.sleep(self.pause)
                 self._held(lambda: job.cancellation.requested)
-                adapter = self.model.internalize(path, **options)
+                adapter = self.model.internalize(path, sampling=sampling)
                 job.update("generating", 0.9)
                 job.update("done", 1.0, adapter_id=self.store.put(adapter))
             except V2LError as error:

@@ -276,7 +276,7 @@ def test_closing_at_once(model, store, tmp_path):
 
 def test_a_file_becomes_an_adapter_that_answers(engine, model, store, tmp_path):
     path = encode(tmp_path / "clip.mp4", 12)
-    job = engine.internalize(path, max_frames=3, exact_frames=True)
+    job = engine.internalize(path, model.config.sampling.override(max_frames=3, exact_frames=True))
     id = job.wait(WAIT)
     expected = model.internalize(path, max_frames=3, exact_frames=True)
     assert torch.equal(store.adapters[id].A["down_proj"], expected.A["down_proj"])

@@ -22,7 +22,7 @@ from v2l_fast.serving import sandbox
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.request import EngineClosed
 from v2l_fast.serving.sandbox import VideoReader
-from v2l_fast.video import Clip, Limits, load_video, probe
+from v2l_fast.video import Clip, FrameSampling, Limits, load_spans, probe
 from v2l_fast.video.fallbacks import Fallbacks
 
 HARMS = {
@@ -49,10 +49,9 @@ def reader(shapes):
 
 def test_results_equal_those_of_this_process(reader, videos):
     assert reader.probe(videos[0]) == probe(videos[0])
-    for options in ((8, 64, False), (20, 48, True)):
-        clip = reader.load(videos[0], *options)
-        frames, edge, exact = options
-        expected = load_video(videos[0], frames, exact_frames=exact, longest_edge=edge)
+    for sampling in (FrameSampling(8, 64), FrameSampling(20, 48, exact_frames=True)):
+        clip = reader.load(videos[0], sampling)
+        (expected,) = load_spans(videos[0], sampling)
         for name in Clip.__dataclass_fields__:
             one, other = getattr(clip, name), getattr(expected, name)
             if name == "frames":
@@ -70,25 +69,26 @@ def test_errors_equal_those_of_this_process(reader, tmp_path):
         with pytest.raises(VideoError, match="bad.mp4: not a video that can be read"):
             call(bad)
     with pytest.raises(VideoError, match=r"nowhere.mp4: no such file"):
-        reader.load(tmp_path / "nowhere.mp4", 8, 64, False)
+        reader.load(tmp_path / "nowhere.mp4", FrameSampling(8, 64))
 
 
 def test_a_gpu_decodes_in_this_process(reader, videos, monkeypatch):
     decoded = []
 
-    def by_the_gpu(path, *sampling, **options) -> Clip:
+    def by_the_gpu(path, sampling, **options) -> list[Clip]:
         assert options["backend"] == "dali"
         if path == videos[1]:
             raise VideoError(f"{path}: DALI does not decode it")
         decoded.append(path)
-        return load_video(path, *sampling, **{**options, "backend": "pyav"})
+        return load_spans(path, sampling, **{**options, "backend": "pyav"})
 
     monkeypatch.setattr(sandbox, "resolved", lambda backend, device: "dali")
-    monkeypatch.setattr(sandbox, "load_video", by_the_gpu)
+    monkeypatch.setattr(sandbox, "load_spans", by_the_gpu)
     monkeypatch.setattr(sandbox, "fallbacks", Fallbacks())
+    sampling = FrameSampling(3, 64, exact_frames=True)
     for path in videos[:2]:
-        expected = load_video(path, 3, exact_frames=True, longest_edge=64)
-        assert torch.equal(reader.load_clip(path, 3, 64, True).frames, expected.frames)
+        (expected,) = load_spans(path, sampling)
+        assert torch.equal(reader.load_clip(path, sampling).frames, expected.frames)
     assert decoded == videos[:1] and sandbox.fallbacks.reasons() == {"not by the GPU": 1}
 
 

@@ -11,6 +11,7 @@ import resource
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ import torch
 from v2l_fast.errors import AdapterError
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings, StoreError, content_id
-from v2l_fast.video import sample_indices
+from v2l_fast.video import FrameSampling, sample_indices
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.store.test_adapter_store"])
-SETTINGS = InternalizeSettings("hyper", "rules 1", "remember", 64, 4, 1.0, False)
+SETTINGS = InternalizeSettings("hyper", "rules 1", "remember", FrameSampling(4, 64))
 
 
 def random_adapter(
@@ -31,7 +32,7 @@ def random_adapter(
 ) -> Adapter:
     """A random adapter with the provenance of 10 s at 5 frames/s internalized with SETTINGS."""
     generator = torch.Generator().manual_seed(seed)
-    indices = sample_indices(50, 5.0, 10.0, SETTINGS.max_frames, SETTINGS.target_fps)
+    indices = SETTINGS.sampling.indices(50, 5.0, 10.0)
     return Adapter(
         {"down_proj": torch.randn(3, 4, size, generator=generator)},
         {"down_proj": torch.randn(3, 4, 32, generator=generator).bfloat16()},
@@ -49,8 +50,8 @@ def random_adapter(
             },
             "preprocessing": {
                 "version": SETTINGS.version,
-                "longest_edge": SETTINGS.longest_edge,
-                "exact_frames": SETTINGS.exact_frames,
+                "longest_edge": SETTINGS.sampling.longest_edge,
+                "exact_frames": SETTINGS.sampling.exact_frames,
                 "instruction": SETTINGS.instruction,
             },
             "hypernetwork": SETTINGS.hypernetwork,
@@ -134,12 +135,12 @@ def test_find_by_video_and_settings(store):
         {"hypernetwork": "other"},
         {"version": "rules 2"},
         {"instruction": "forget"},
-        {"longest_edge": 32},
-        {"max_frames": 3},
-        {"exact_frames": True},
-        {"target_fps": 0.2},
+        {"sampling": FrameSampling(4, 32)},
+        {"sampling": FrameSampling(3, 64)},
+        {"sampling": FrameSampling(4, 64, exact_frames=True)},
+        {"sampling": FrameSampling(4, 64, target_fps=0.2)},
     ):
-        other = InternalizeSettings(**{**vars(SETTINGS), **change})
+        other = replace(SETTINGS, **change)
         assert store.find(video, other) is None, change
     store.delete(stored)
     assert store.find(video, SETTINGS) is None
@@ -155,7 +156,7 @@ def test_limits_that_select_the_same_frames_are_equivalent(store):
     )
     stored = store.put(wide)
     for limit in (10, 12, 500):
-        settings = InternalizeSettings(**{**vars(SETTINGS), "max_frames": limit})
+        settings = replace(SETTINGS, sampling=FrameSampling(limit, 64))
         assert store.find("ab" * 32, settings) == stored
 
 

@@ -74,7 +74,7 @@ def video(tmp_path_factory) -> str:
 def test_ids_and_pixels_are_what_the_model_builds(backbone, model, video):
     sample = source(backbone, [example(1, video), example(2, video)]).load(0, 0)
     (chunk,) = sample.chunks
-    clip = model.load_clip(video, 4, 32)
+    clip = model.load_clip(video, FrameSampling(4, 32))
     prompt = backbone.video_prompt(
         backbone.encode(clip, 32), tiny.CONFIG.instruction, answer_follows=False
     )
@@ -274,7 +274,7 @@ def test_a_span_reads_as_a_clip_cut_there(backbone, tmp_path, video):
     spanned = example(1, video, metadata={"span": [1.5, 4.5]})
     reads = source(backbone, [spanned], reader=ClipReader(FrameSampling(30, 64, exact_frames=True)))
     (chunk,) = reads.load(0, 0).chunks
-    (clip,) = load_spans(video, (1.5, 4.5), 1, 30, exact_frames=True)
+    (clip,) = load_spans(video, FrameSampling(30, 4096, exact_frames=True), (1.5, 4.5), 1)
     assert clip.indices.tolist() == list(range(15, 45))
     assert shown(clip.frames) == list(range(15, 45))
     assert clip.timestamps[0] == 0 and clip.duration == pytest.approx(3) and clip.num_frames == 30
@@ -284,7 +284,7 @@ def test_a_span_reads_as_a_clip_cut_there(backbone, tmp_path, video):
 
 
 def test_a_whole_file_in_one_part_is_load_video(video):
-    (part,) = load_spans(video, None, 1, 4, longest_edge=32)
+    (part,) = load_spans(video, FrameSampling(4, 32))
     clip = load_video(video, 4, longest_edge=32)
     assert torch.equal(part.frames, clip.frames)
     assert part.timestamps == clip.timestamps and part.sha256 == clip.sha256
@@ -297,25 +297,34 @@ def test_chunks_cover_the_span_in_order(backbone, video):
     sample = source(backbone, [spanned], chunks=(3,)).load(0, 0)
     assert [c.chunk_span for c in sample.chunks] == [(0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)]
     assert sample.frames == sum(len(c.pixels) for c in sample.chunks)
-    parts = load_spans(video, (1, 5.999), 3, 100, exact_frames=True)
+    parts = load_spans(video, FrameSampling(100, 4096, exact_frames=True), (1, 5.999), 3)
     assert [i for p in parts for i in p.indices.tolist()] == list(range(10, 60))
     assert [shown(p.frames) for p in parts] == [p.indices.tolist() for p in parts]
     assert max(p.num_frames for p in parts) - min(p.num_frames for p in parts) <= 1
 
 
 def test_the_ends_of_spans(video):
-    assert load_spans(video, (5.5, 999.0), 1, 9, exact_frames=True)[0].indices[-1] == 59
-    assert load_spans(video, (0.1, 0.3), 1, 9, exact_frames=True)[0].indices.tolist() == [1, 2]
-    assert [p.num_frames for p in load_spans(video, (0.0, 0.3), 5, 9)] == [1, 1, 1]
+    assert (
+        load_spans(video, FrameSampling(9, 4096, exact_frames=True), (5.5, 999.0), 1)[0].indices[-1]
+        == 59
+    )
+    assert load_spans(video, FrameSampling(9, 4096, exact_frames=True), (0.1, 0.3), 1)[
+        0
+    ].indices.tolist() == [1, 2]
+    assert [p.num_frames for p in load_spans(video, FrameSampling(9, 4096), (0.0, 0.3), 5)] == [
+        1,
+        1,
+        1,
+    ]
     with pytest.raises(VideoError, match="no frame is shown between 7 and 9 s; it has 60 frames"):
-        load_spans(video, (7, 9), 1, 9)
+        load_spans(video, FrameSampling(9, 4096), (7, 9), 1)
 
 
 def test_a_truncated_file_gives_its_spans_over_what_decodes(tmp_path):
     front = {"movflags": "faststart"}
     path = encode(tmp_path / "a.mp4", 60, options={"g": "10"}, mux_options=front)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
-    parts = load_spans(path, None, 2, 100, exact_frames=True)
+    parts = load_spans(path, FrameSampling(100, 4096, exact_frames=True), chunks=2)
     counted = [i for p in parts for i in p.indices.tolist()]
     assert counted == list(range(len(counted))) and 10 < len(counted) < 60
 

@@ -13,7 +13,16 @@ import torch
 from tests.video.clips import encode, set_display_matrix, shown_index
 from tests.video.colors import INSIDE, PRIMARIES, centers, encode_patches
 from v2l_fast.errors import VideoError
-from v2l_fast.video import Limits, dali_source, decode, load_spans, load_video, reading, spans
+from v2l_fast.video import (
+    FrameSampling,
+    Limits,
+    dali_source,
+    decode,
+    load_spans,
+    load_video,
+    reading,
+    spans,
+)
 from v2l_fast.video.dali_color import corrected, correction, supported
 from v2l_fast.video.dali_decoder import DaliDecoder, DaliError, shared_decoder
 from v2l_fast.video.dali_source import DaliSource
@@ -147,7 +156,9 @@ def test_shrinking_and_parts(clip):
     path = clip("a.webm", 40, **FAST_VP9, size=(128, 96))
     small, large = (load_video(path, 5, backend="dali", longest_edge=e) for e in (64, None))
     assert small.frames.shape[-2:] == (48, 64) and large.frames.shape[-2:] == (96, 128)
-    parts = load_spans(path, (1, 3), 2, 4, exact_frames=True, backend="dali")
+    parts = load_spans(
+        path, FrameSampling(4, 4096, exact_frames=True), (1, 3), 2, backend="dali", resize=False
+    )
     assert [shown(part.frames.movedim(1, -1)) for part in parts] == [[10, 13, 16, 19],
                                                                      [20, 23, 26, 29]]  # fmt: skip
 

@@ -283,7 +283,13 @@ def chunks(
     model = loading.load()
     with progress_bar("analyzing") as progress:
         record = compare_chunks(
-            model, examples, token_f1, counts or COUNTS, max_new_tokens, progress, **asdict(frames)
+            model,
+            examples,
+            token_f1,
+            counts or COUNTS,
+            max_new_tokens,
+            progress,
+            sampling=frames.override(model.config.sampling),
         )
     name = "told of chunks" if record["chunk_position"] else "zero-shot"
     results.write(
@@ -332,9 +338,8 @@ def efficiency(
     fusion = FrameFusion(keep)
     examples = source.examples()
     model = loading.load()
-    setting = MethodSettings(
-        model, exact_frames=exact_frames, max_new_tokens=max_new_tokens, fusion=fusion
-    )
+    sampling = model.config.sampling.override(exact_frames=exact_frames)
+    setting = MethodSettings(model, sampling, max_new_tokens, fusion)
     budgets = itertools.product(max_frames or [None], longest_edge or [None])
     with progress_bar("analyzing") as progress:
         record = compare_budgets(setting, examples, token_f1, budgets, repeats, progress)
@@ -406,13 +411,12 @@ def _analyze_adapters(
     from v2l_fast.video import load_spans
 
     model = loading.load()
-    sampling = asdict(frames.override(model.config.sampling))
+    sampling = frames.override(model.config.sampling)
 
     def read_span(path: str, span: tuple[float, float]) -> Clip:
-        return load_spans(path, span, 1, **sampling)[0]
+        return load_spans(path, sampling, span)[0]
 
     examples = source.examples(read_span)
-    sampling.pop("target_fps")
     with progress_bar("analyzing") as progress:
-        adapters = internalize_each(model, examples, progress, **sampling)
+        adapters = internalize_each(model, examples, progress, sampling=sampling)
         return analyze(model, examples, adapters, progress=progress)

@@ -115,8 +115,7 @@ class Internalizer:
         clips = read_ahead(self._read, videos, threads, max(2 * threads, batch_size))
         adapters = self.model.internalize_each(
             clips,
-            longest_edge=self.reader.sampling.longest_edge,
-            exact_frames=self.reader.sampling.exact_frames,
+            sampling=self.reader.sampling,
             batch_size=batch_size,
         )
         return [self._line(*pair) for pair in zip(videos, adapters, strict=True)]

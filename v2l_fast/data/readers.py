@@ -45,18 +45,14 @@ class ClipReader:
         Raises:
             VideoError: the file cannot be read, or not in time.
         """
-        sampling = self.sampling
         try:
             return load_spans(
                 video.path,
+                self.sampling,
                 video.span,
                 chunks,
-                sampling.max_frames,
-                sampling.target_fps,
-                exact_frames=sampling.exact_frames,
                 limits=Limits(max_seconds=self.seconds),
                 backend=self.decoder,
-                longest_edge=sampling.longest_edge,
                 device=self.device,
             )
         except OSError as error:

@@ -30,6 +30,7 @@ from v2l_fast.evaluation.examples import (
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video2LoRA
+from v2l_fast.video import FrameSampling
 from v2l_fast.work_units import Progress
 
 # Kept rank directions and number of chunks, by default.
@@ -302,9 +303,7 @@ def compare_chunks(
     max_new_tokens: int = 128,
     progress: Progress = silent,
     *,
-    max_frames: int | None = None,
-    longest_edge: int | None = None,
-    exact_frames: bool = False,
+    sampling: FrameSampling | None = None,
 ) -> dict[str, Any]:
     """Adapters composed of a video's chunks against the single adapter of the whole video.
 
@@ -313,8 +312,7 @@ def compare_chunks(
 
     Args:
         counts: numbers of chunks; 1, the single adapter, is always included.
-        max_frames, longest_edge, exact_frames: sampling of each chunk, as for
-            ``Video2LoRA.internalize``.
+        sampling: frames and size of each chunk; as in training by default.
 
     Returns:
         "examples", "chunk_position", "controls" (condition -> kind -> interval, with the single
@@ -347,9 +345,7 @@ def compare_chunks(
             model,
             examples,
             progress,
-            max_frames=max_frames,
-            longest_edge=longest_edge,
-            exact_frames=exact_frames,
+            sampling=sampling,
             chunks=count,
         )
         scores = by_kind(answer_scores(model, examples, adapters, metric, max_new_tokens))

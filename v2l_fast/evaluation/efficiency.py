@@ -107,7 +107,7 @@ def compare_methods(
                 "pruned": fmean(r.pruned for r in tally.reductions) if tally.reductions else None,
             }
         )
-    adapters = internalize_each(setting.model, ordered, **setting.sampling)
+    adapters = internalize_each(setting.model, ordered, sampling=setting.sampling)
     controls = control_scores(setting.model, ordered, adapters, metric, setting.max_new_tokens)
     return {
         "videos": len(groups),
@@ -139,7 +139,9 @@ def compare_budgets(
     """
     records = []
     for frames, edge in budgets:
-        sized = replace(setting, max_frames=frames, longest_edge=edge)
+        exact = setting.sampling.exact_frames
+        sampling = setting.model.config.sampling.override(frames, edge, exact_frames=exact)
+        sized = replace(setting, sampling=sampling)
         record = compare_methods(sized, examples, metric, repeats=repeats, progress=progress)
         records.append({"frames": frames, "longest_edge": edge, **record})
     return {"budgets": records}

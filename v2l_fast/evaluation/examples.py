@@ -16,7 +16,7 @@ from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.evaluation.answers import NONE, OTHER
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video, Video2LoRA
-from v2l_fast.video import Clip
+from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.work_units import Progress
 
 # Score of an answer against one reference, higher is better.
@@ -124,9 +124,7 @@ def internalize_each(
     examples: Sequence[EvalExample],
     progress: Progress = silent,
     *,
-    max_frames: int | None = None,
-    longest_edge: int | None = None,
-    exact_frames: bool = False,
+    sampling: FrameSampling | None = None,
     chunks: int = 1,
 ) -> list[Adapter]:
     """The adapter of each example's video; each video is internalized once.
@@ -139,11 +137,7 @@ def internalize_each(
     first = [group[0] for group in by_video(examples)]
     by_key: dict[Hashable, Adapter] = {}
     adapters = model.internalize_each(
-        (example.video for example in first),
-        max_frames=max_frames,
-        longest_edge=longest_edge,
-        exact_frames=exact_frames,
-        chunks=chunks,
+        (example.video for example in first), sampling=sampling, chunks=chunks
     )
     for example, adapter in zip(first, adapters, strict=True):
         if isinstance(adapter, VideoError):

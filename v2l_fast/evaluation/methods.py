@@ -24,7 +24,7 @@ from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video, Video2LoRA
-from v2l_fast.video import Clip
+from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.vlm import Prompt
 from v2l_fast.vlm.base import VideoChunk
 from v2l_fast.vlm.decoder import Decoder
@@ -38,39 +38,23 @@ class MethodSettings:
     """Settings that all methods share.
 
     Attributes:
-        max_frames, longest_edge: frames and pixels; None takes the values of training.
-        exact_frames: sample exactly ``max_frames``, whatever the duration.
+        sampling: frames and size.
         max_new_tokens: maximum length of an answer.
         fusion: settings of FrameFusion.
     """
 
     model: Video2LoRA
-    max_frames: int | None = None
-    longest_edge: int | None = None
-    exact_frames: bool = False
+    sampling: FrameSampling
     max_new_tokens: int = 128
     fusion: FrameFusion = FrameFusion()
 
-    @property
-    def edge(self) -> int:
-        return self.model.config.sampling.override(longest_edge=self.longest_edge).longest_edge
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Keyword arguments of ``Video2LoRA.internalize``."""
-        return {
-            "max_frames": self.max_frames,
-            "longest_edge": self.longest_edge,
-            "exact_frames": self.exact_frames,
-        }
-
     def clip(self, video: Video) -> Clip:
         """The frames that all methods use."""
-        return self.model.load_clip(video, **self.sampling)
+        return self.model.load_clip(video, self.sampling)
 
     def encode(self, video: Video) -> VideoChunk:
         """Decode, resize and run the vision tower."""
-        return self.model.backbone.encode(self.clip(video), self.edge)
+        return self.model.backbone.encode(self.clip(video), self.sampling.longest_edge)
 
 
 @dataclass(frozen=True)
@@ -207,7 +191,7 @@ def _ask_cache(setting: MethodSettings, prepared: PreparedVideo, question: str) 
 
 def internalize(setting: MethodSettings, video: Video) -> Adapter:
     """The adapter of ``Video2LoRA.internalize``."""
-    return setting.model.internalize(video, **setting.sampling)
+    return setting.model.internalize(video, sampling=setting.sampling)
 
 
 @torch.inference_mode()
@@ -216,7 +200,7 @@ def internalize_fused(
 ) -> Adapter:
     """The adapter generated from a context whose visual tokens FrameFusion reduces."""
     model, clip = setting.model, setting.clip(video)
-    chunk = model.backbone.encode(clip, setting.edge)
+    chunk = model.backbone.encode(clip, setting.sampling.longest_edge)
     prompt = model.backbone.video_prompt(chunk, model.config.instruction, answer_follows=False)
     layers = reduced_layers(
         model.backbone.decoder, prompt, len(clip.frames), setting.fusion, reduction=reduction

@@ -133,7 +133,8 @@ class _Cell:
         """Measure the examples of one video, unless it has too few frames."""
         model, edge, limit = self._model, self._edge, self._limit
         device, video = model.backbone.decoder.device, group[0].video
-        clip, decoding = timed(device, lambda: model.load_clip(video, self._frames, edge, True))
+        sampling = model.config.sampling.override(self._frames, edge, exact_frames=True)
+        clip, decoding = timed(device, lambda: model.load_clip(video, sampling))
         if len(clip.frames) != self._frames:
             self.left_out.append(f"{group[0].video_name} ({len(clip.frames)} frames)")
             return

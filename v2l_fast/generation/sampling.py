@@ -81,7 +81,7 @@ class SamplingParams:
 
 def _integer(name: str, value: object) -> int:
     try:
-        return operator.index(value)
+        return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise ConfigError(f"{name} must be an integer, got {_shown(value)}") from None
 

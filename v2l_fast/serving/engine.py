@@ -34,6 +34,7 @@ from v2l_fast.serving.request import (
     user_facing_error,
 )
 from v2l_fast.serving.scheduler import Scheduler
+from v2l_fast.video import FrameSampling
 
 # Adapters kept in host memory for each slot on the device.
 HOST_ADAPTERS_PER_SLOT = 16
@@ -181,15 +182,13 @@ class Engine:
     def internalize(
         self,
         path: str | os.PathLike,
-        *,
-        max_frames: int | None = None,
-        longest_edge: int | None = None,
-        exact_frames: bool = False,
+        sampling: FrameSampling | None = None,
         sha256: str | None = None,
     ) -> InternalizeJob:
-        """Queue a video; arguments as those of :meth:`Video2LoRA.internalize`.
+        """Queue a video.
 
         Args:
+            sampling: frames and size; as in training by default.
             sha256: hash of the file's bytes if it is known; otherwise the file is hashed.
 
         Raises:
@@ -198,7 +197,7 @@ class Engine:
         """
         with self._changed:
             self._check_open()
-            return self._jobs.start(path, (max_frames, longest_edge, exact_frames), sha256)
+            return self._jobs.start(path, sampling or self._model.config.sampling, sha256)
 
     def cancel(self, job: InternalizeJob) -> bool:
         """End a job as "cancelled", at once.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.serving.request import EngineClosed, QueueFull, user_facing_error
-from v2l_fast.video import Clip
+from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.work_units import Progress, WorkUnit
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ STATES = {
     "generate adapter": ("generating", 0.6, 1.0),
 }
 
-# As in Video2LoRA.internalize: max_frames, longest_edge, exact_frames.
-Options = tuple[int | None, int | None, bool]
 Result = TypeVar("Result")
 
 
@@ -155,10 +153,8 @@ class InternalizeJob:
             self._changed.notify_all()
 
 
-# (path, max_frames, longest_edge, exact_frames, cancellation, sha256) -> clip.
-LoadClip = Callable[
-    [str | os.PathLike, int | None, int | None, bool, Cancellation, str | None], Clip
-]
+# (path, sampling, cancellation, sha256) -> clip.
+LoadClip = Callable[[str | os.PathLike, FrameSampling, Cancellation, str | None], Clip]
 
 
 class Internalizer:
@@ -198,7 +194,7 @@ class Internalizer:
         self._workers = ThreadPoolExecutor(WORKERS, "v2l-internalize")
 
     def start(
-        self, path: str | os.PathLike, options: Options, sha256: str | None = None
+        self, path: str | os.PathLike, sampling: FrameSampling, sha256: str | None = None
     ) -> InternalizeJob:
         """Queue a video; call with the engine's lock held.
 
@@ -209,7 +205,7 @@ class Internalizer:
             raise QueueFull(f"{len(self.unfinished)} videos are waiting; try again later")
         job = InternalizeJob(uuid.uuid4().hex)
         self.unfinished.add(job)
-        self._workers.submit(self._run, job, path, options, sha256)
+        self._workers.submit(self._run, job, path, sampling, sha256)
         return job
 
     def cancel(self, job: InternalizeJob) -> bool:
@@ -237,7 +233,11 @@ class Internalizer:
             self._end(job, error=reason)
 
     def _run(
-        self, job: InternalizeJob, path: str | os.PathLike, options: Options, sha256: str | None
+        self,
+        job: InternalizeJob,
+        path: str | os.PathLike,
+        sampling: FrameSampling,
+        sha256: str | None,
     ) -> None:
         def report(stage: str, done: int, total: int) -> None:
             state, begin, end = STATES[stage]
@@ -246,9 +246,9 @@ class Internalizer:
         try:
             job.cancellation.check()
             report("decode", 0, 1)
-            clip = self._load_clip(path, *options, job.cancellation, sha256)
-            self._check_length(clip, options[1])
-            units = self._model.iter_internalize(clip, *options)
+            clip = self._load_clip(path, sampling, job.cancellation, sha256)
+            self._check_length(clip, sampling.longest_edge)
+            units = self._model.iter_internalize(clip, sampling)
             adapter = self._interleaver.run(units, report, job.cancellation)
             with self._changed:
                 job.cancellation.check()
@@ -263,18 +263,15 @@ class Internalizer:
     def _load_here(
         self,
         path: str | os.PathLike,
-        max_frames: int | None,
-        longest_edge: int | None,
-        exact_frames: bool,
+        sampling: FrameSampling,
         cancellation: Cancellation,
         sha256: str | None,
     ) -> Clip:
-        return self._model.load_clip(path, max_frames, longest_edge, exact_frames)
+        return self._model.load_clip(path, sampling)
 
-    def _check_length(self, clip: Clip, longest_edge: int | None) -> None:
-        tokens = self._model.visual_tokens(clip, longest_edge)
+    def _check_length(self, clip: Clip, edge: int) -> None:
+        tokens = self._model.visual_tokens(clip, edge)
         if tokens > MAX_VISUAL_TOKENS:
-            edge = self._model.config.sampling.override(longest_edge=longest_edge).longest_edge
             raise ConfigError(
                 f"{len(clip.frames)} frames at a longest edge of {edge} pixels are {tokens} visual "
                 f"tokens, more than the limit of {MAX_VISUAL_TOKENS}; lower longest_edge or "

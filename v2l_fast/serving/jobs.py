@@ -125,9 +125,7 @@ class Jobs:
                     return running
                 work = self._engine.internalize(
                     kept.path,
-                    max_frames=settings.max_frames,
-                    longest_edge=settings.longest_edge,
-                    exact_frames=settings.exact_frames,
+                    settings.sampling,
                     sha256=kept.trusted_sha256,
                 )
                 job = Job(work, video.sha256, settings, clean_name(video.name))
@@ -216,7 +214,7 @@ class Jobs:
         ):
             if changes.get(name, 0) > limit:
                 raise ConfigError(f"{name} must be at most {limit} here, got {changes[name]}")
-        return replace(self._settings, **changes)
+        return replace(self._settings, sampling=self._settings.sampling.override(**changes))
 
     def get(self, job_id: str) -> Job | None:
         """A job that runs or has ended recently."""

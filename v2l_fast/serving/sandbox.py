@@ -39,7 +39,15 @@ from v2l_fast.errors import ConfigError, V2LError, VideoError
 from v2l_fast.serving.internalize import Cancellation, JobCancelled
 from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.monitoring import configure_logging
-from v2l_fast.video import Clip, Limits, VideoInfo, fallbacks, load_video, probe
+from v2l_fast.video import (
+    Clip,
+    FrameSampling,
+    Limits,
+    VideoInfo,
+    fallbacks,
+    load_spans,
+    probe,
+)
 from v2l_fast.video.reading import resolved
 
 if TYPE_CHECKING:
@@ -74,7 +82,7 @@ class VideoReader:
     """
 
     def __init__(self, model: Video2LoRA, limits: ServerLimits) -> None:
-        self._config, self._device = model.config, model.backbone.decoder.device
+        self._device = model.backbone.decoder.device
         self._limits = limits
         self._sandbox = Sandbox(limits.decode_bytes, PRELOAD)
         self._probing = threading.Semaphore(PROBES)
@@ -98,9 +106,7 @@ class VideoReader:
     def load(
         self,
         path: str | os.PathLike,
-        max_frames: int,
-        longest_edge: int,
-        exact_frames: bool,
+        sampling: FrameSampling,
         cancellation: Cancellation | None = None,
         sha256: str | None = None,
     ) -> Clip:
@@ -114,9 +120,8 @@ class VideoReader:
             JobCancelled: ``cancellation`` was requested.
             VideoError, V2LError: as :meth:`probe`.
         """
-        options = max_frames, self._config.target_fps, exact_frames, longest_edge, sha256
         fields, frames = self._sandbox.run(
-            _load, path, self._limits.decoding, *options, cancellation=cancellation
+            _load, path, self._limits.decoding, sampling, sha256, cancellation=cancellation
         )
         return Clip(
             frames=torch.from_numpy(frames),
@@ -129,9 +134,7 @@ class VideoReader:
     def load_clip(
         self,
         path: str | os.PathLike,
-        max_frames: int | None = None,
-        longest_edge: int | None = None,
-        exact_frames: bool = False,
+        sampling: FrameSampling,
         cancellation: Cancellation | None = None,
         sha256: str | None = None,
     ) -> Clip:
@@ -139,24 +142,20 @@ class VideoReader:
 
         The frames are on the model's device. A GPU decodes to the end even when it is cancelled.
         """
-        sampling = self._config.sampling.override(max_frames, longest_edge)
-        frames, edge = sampling.max_frames, sampling.longest_edge
         if resolved("auto", self._device) == "dali":
             try:
-                return load_video(
+                (clip,) = load_spans(
                     path,
-                    frames,
-                    self._config.target_fps,
-                    exact_frames=exact_frames,
+                    sampling,
                     limits=self._limits.decoding,
                     backend="dali",
-                    longest_edge=edge,
                     device=self._device,
                     sha256=sha256,
                 )
+                return clip
             except VideoError as error:
                 fallbacks.add(os.fspath(path), "not by the GPU", str(error))
-        clip = self.load(path, frames, edge, exact_frames, cancellation, sha256)
+        clip = self.load(path, sampling, cancellation, sha256)
         return replace(clip, frames=clip.frames.to(self._device))
 
     def close(self, reason: V2LError) -> None:
@@ -287,22 +286,10 @@ def _probe(path: str, limits: Limits) -> tuple[dict[str, Any], None]:
 def _load(
     path: str,
     limits: Limits,
-    max_frames: int,
-    target_fps: float,
-    exact_frames: bool,
-    longest_edge: int,
+    sampling: FrameSampling,
     sha256: str | None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    clip = load_video(
-        path,
-        max_frames,
-        target_fps,
-        exact_frames,
-        limits,
-        "pyav",
-        longest_edge=longest_edge,
-        sha256=sha256,
-    )
+    (clip,) = load_spans(path, sampling, limits=limits, backend="pyav", sha256=sha256)
     fields = {
         "indices": clip.indices.tolist(),
         "timestamps": clip.timestamps,

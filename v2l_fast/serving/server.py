@@ -246,9 +246,11 @@ class Server:
             with try_acquire(self._contexts), self._decoding:
                 clip = self.reader.load(
                     video.path,
-                    len(source["frame_indices"]),
-                    provenance["preprocessing"]["longest_edge"],
-                    provenance["preprocessing"]["exact_frames"],
+                    self.model.config.sampling.override(
+                        len(source["frame_indices"]),
+                        provenance["preprocessing"]["longest_edge"],
+                        exact_frames=provenance["preprocessing"]["exact_frames"],
+                    ),
                     sha256=video.trusted_sha256,
                 )
         finally:

@@ -244,9 +244,8 @@ def _chunks(report: ShapesReport, count: int) -> dict[str, Any]:
 
 
 def _efficiency(report: ShapesReport, count: int) -> dict[str, Any]:
-    setting = MethodSettings(
-        report.model, exact_frames=True, max_new_tokens=MAX_NEW_TOKENS, fusion=FUSION
-    )
+    sampling = report.model.config.sampling.override(exact_frames=True)
+    setting = MethodSettings(report.model, sampling, MAX_NEW_TOKENS, FUSION)
     return compare_budgets(setting, report.files(count), right, BUDGETS, progress=report.progress)
 
 

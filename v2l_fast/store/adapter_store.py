@@ -37,7 +37,7 @@ from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_files import read_record
 from v2l_fast.store.index import ID, SUFFIX, Index, Stamp, StoredAdapter, settled, stamp
 from v2l_fast.store.staging import Staging, exclusive, sync_folder
-from v2l_fast.video import sample_indices
+from v2l_fast.video import FrameSampling
 
 if TYPE_CHECKING:
     from v2l_fast.interop.vllm import VllmFolder
@@ -60,37 +60,23 @@ class InternalizeSettings:
         hypernetwork: its fingerprint.
         version: of the backbone's preprocessing.
         instruction: text that follows the video in the context pass.
-        longest_edge: in pixels.
-        max_frames, target_fps, exact_frames: see :func:`v2l_fast.video.sample_indices`.
+        sampling: frames and size.
     """
 
     hypernetwork: str
     version: str
     instruction: str
-    longest_edge: int
-    max_frames: int
-    target_fps: float
-    exact_frames: bool
+    sampling: FrameSampling
 
     @classmethod
-    def of(
-        cls,
-        model: Video2LoRA,
-        max_frames: int | None = None,
-        longest_edge: int | None = None,
-        exact_frames: bool = False,
-    ) -> InternalizeSettings:
-        """The settings of ``model.internalize`` with these arguments (None: as in training)."""
+    def of(cls, model: Video2LoRA, sampling: FrameSampling | None = None) -> InternalizeSettings:
+        """The settings of ``model.internalize``; sampling as in training by default."""
         config = model.config
-        sampling = config.sampling.override(max_frames, longest_edge)
         return cls(
             model.hypernet.fingerprint,
             model.backbone.preprocessing,
             config.instruction,
-            sampling.longest_edge,
-            sampling.max_frames,
-            sampling.target_fps,
-            exact_frames,
+            sampling or config.sampling,
         )
 
     def matches(self, provenance: Mapping[str, Any]) -> bool:
@@ -100,8 +86,8 @@ class InternalizeSettings:
         """
         expected = {
             "version": self.version,
-            "longest_edge": self.longest_edge,
-            "exact_frames": self.exact_frames,
+            "longest_edge": self.sampling.longest_edge,
+            "exact_frames": self.sampling.exact_frames,
             "instruction": self.instruction,
         }
         if provenance.get("hypernetwork") != self.hypernetwork:
@@ -110,14 +96,7 @@ class InternalizeSettings:
             return False
         try:
             source = provenance["source"]
-            indices = sample_indices(
-                source["num_frames"],
-                source["fps"],
-                source["duration"],
-                self.max_frames,
-                self.target_fps,
-                exact_frames=self.exact_frames,
-            )
+            indices = self.sampling.indices(source["num_frames"], source["fps"], source["duration"])
             return indices.tolist() == source["frame_indices"]
         except (LookupError, TypeError, ValueError, ArithmeticError, V2LError):
             return False

@@ -7,7 +7,7 @@ checkpoints were trained with.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -54,18 +54,28 @@ class FrameSampling:
         target_fps: float | None = None,
         exact_frames: bool | None = None,
     ) -> FrameSampling:
-        """These settings with the values that are given in place of their own.
+        """A copy in which arguments that are not None replace the values.
 
         Raises:
             ConfigError: a value is out of range.
         """
-        given = {
-            "max_frames": max_frames,
-            "longest_edge": longest_edge,
-            "target_fps": target_fps,
-            "exact_frames": exact_frames,
-        }
-        return replace(self, **{name: v for name, v in given.items() if v is not None})
+        return FrameSampling(
+            self.max_frames if max_frames is None else max_frames,
+            self.longest_edge if longest_edge is None else longest_edge,
+            self.target_fps if target_fps is None else target_fps,
+            self.exact_frames if exact_frames is None else exact_frames,
+        )
+
+    def indices(self, num_frames: int, fps: float, duration: float) -> np.ndarray:
+        """:func:`sample_indices` of a source of ``duration`` seconds with these settings."""
+        return sample_indices(
+            num_frames,
+            fps,
+            duration,
+            self.max_frames,
+            self.target_fps,
+            exact_frames=self.exact_frames,
+        )
 
 
 def sample_indices(

@@ -20,7 +20,7 @@ from v2l_fast.video.clip import Clip
 from v2l_fast.video.limits import Limits
 from v2l_fast.video.preprocess import resize_lanczos, resized_size
 from v2l_fast.video.reading import Backend, open_source
-from v2l_fast.video.sampling import sample_indices
+from v2l_fast.video.sampling import MAX_EDGE, FrameSampling
 
 if TYPE_CHECKING:
     from v2l_fast.video.pyav_source import Decoded
@@ -48,42 +48,51 @@ def load_video(
     Where fewer frames decode than the file counts, sampling is done again over those that do.
     Raises VideoError as `probe` and `decode` do, ConfigError as `sample_indices` does.
     """
-    options = target_fps, exact_frames, limits, backend, longest_edge, device, sha256
-    return load_spans(path, None, 1, max_frames, *options)[0]
+    sampling = FrameSampling(
+        max_frames, MAX_EDGE if longest_edge is None else longest_edge, target_fps, exact_frames
+    )
+    (clip,) = load_spans(
+        path,
+        sampling,
+        limits=limits,
+        backend=backend,
+        device=device,
+        sha256=sha256,
+        resize=longest_edge is not None,
+    )
+    return clip
 
 
 def load_spans(
     path: str | os.PathLike,
-    span: tuple[float, float] | None,
-    chunks: int,
-    max_frames: int,
-    target_fps: float = 1.0,
-    exact_frames: bool = False,
+    sampling: FrameSampling,
+    span: tuple[float, float] | None = None,
+    chunks: int = 1,
     limits: Limits | None = None,
     backend: Backend = "auto",
-    longest_edge: int | None = None,
     device: str | torch.device = "cpu",
     sha256: str | None = None,
+    resize: bool = True,
 ) -> list[Clip]:
     """`span` of a file (seconds, None for all of it) in `chunks` equal parts, one clip each.
 
-    Every part is sampled as `load_video` samples a file (`max_frames` each); a frame belongs to a
-    span when it is shown at start <= t < end, an end beyond the file is the file's. A span of fewer
-    frames than `chunks` gives as many clips as it has frames. The file is read in one pass.
+    sampling: applied to every part as `load_video` does to a file; `longest_edge` shrinks frames
+    unless `resize` is False.
+
+    A frame belongs to a span when it is shown at start <= t < end; an end beyond the file is the
+    file's. A span of fewer frames than `chunks` gives as many clips as it has frames. The file is
+    read in one pass.
 
     Raises VideoError as `load_video` does, and when no frame lies in the span.
     """
     source = open_source(path, backend, limits or Limits(), device)
     info = source.info
-    transform = None if longest_edge is None else partial(_shrink, longest_edge=longest_edge)
+    transform = partial(_shrink, longest_edge=sampling.longest_edge) if resize else None
 
     def read(count: int) -> tuple[list[tuple[int, int]], list[np.ndarray], Decoded]:
         parts = _parts(*frames_of_span(source.path, count, info.fps, span), chunks)
         picked = [
-            first + sample_indices(
-                stop - first, info.fps, (stop - first) / info.fps, max_frames, target_fps,
-                exact_frames=exact_frames,
-            )
+            first + sampling.indices(stop - first, info.fps, (stop - first) / info.fps)
             for first, stop in parts
         ]  # fmt: skip
         # Parts follow each other, so their indices together are sorted and unique.

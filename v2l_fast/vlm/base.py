@@ -64,13 +64,15 @@ class PromptBuilder(Protocol):
     ``timestamps`` and ``duration`` are seconds of the chunk; ``rows`` and ``cols`` are the tiles of
     a frame, 0 if frames are not split.
 
-    Attributes:
-        tile_size: M, side of the square views of the vision tower.
-        tokens_per_view: image tokens, and visual features, of one view.
     """
 
-    tile_size: int
-    tokens_per_view: int
+    @property
+    def tile_size(self) -> int:
+        """M, side of the square views of the vision tower."""
+
+    @property
+    def tokens_per_view(self) -> int:
+        """Image tokens, and visual features, of one view."""
 
     def question(self, text: str) -> list[int]:
         """A user's turn without a video; the model's answer follows."""
@@ -139,9 +141,7 @@ class Backbone(Protocol):
         model: the transformers model.
         tokenizer: its tokenizer.
         decoder: its text decoder, run layer by layer.
-        prompt_builder: prompts as token ids, without the model.
         name_or_path: where the model came from.
-        preprocessing: name and version of the rules that turn frames into prompts.
         stop_ids: token ids that end an answer.
         views_per_unit: views that one work unit encodes.
     """
@@ -149,11 +149,17 @@ class Backbone(Protocol):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoder: Decoder
-    prompt_builder: PromptBuilder
     name_or_path: str
-    preprocessing: str
     stop_ids: tuple[int, ...]
     views_per_unit: int
+
+    @property
+    def preprocessing(self) -> str:
+        """Name and version of the rules that turn frames into prompts."""
+
+    @property
+    def prompt_builder(self) -> PromptBuilder:
+        """Prompts as token ids, without the model."""
 
     @property
     def hidden_size(self) -> int:

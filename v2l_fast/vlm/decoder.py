@@ -12,13 +12,18 @@ mask, and a row's next token overwrites the padding after it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaModel,
+    apply_rotary_pos_emb,
+)
 
 from v2l_fast.compiling import compiled
 from v2l_fast.hypernet.adapter import Adapter
@@ -106,12 +111,17 @@ class Decoder:
         lm_head: hidden states to logits.
     """
 
-    def __init__(self, text_model: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(self, text_model: LlamaModel, lm_head: nn.Linear) -> None:
         self.text_model = text_model
         self.lm_head = lm_head
         self.config = text_model.config
         self.num_layers = len(text_model.layers)
         self._run_layer = Decoder.run_layer
+
+    @property
+    def layers(self) -> Sequence[LlamaDecoderLayer]:
+        """The layers' modules."""
+        return cast(Sequence[LlamaDecoderLayer], self.text_model.layers)
 
     @property
     def is_compiled(self) -> bool:
@@ -135,7 +145,7 @@ class Decoder:
         twin = Decoder(copy.deepcopy(self.text_model, {id(t): t for t in shared}), self.lm_head)
         twin._run_layer = self._run_layer
         a, b = adapter.merged()
-        for index, layer in enumerate(twin.text_model.layers):
+        for index, layer in enumerate(twin.layers):
             for name in a:
                 linear = getattr(layer.mlp, name, None) or getattr(layer.self_attn, name)
                 weight = linear.weight
@@ -160,8 +170,7 @@ class Decoder:
 
     def new_cache(self, batch: int, capacity: int) -> StaticKVCache:
         """Empty cache for ``batch`` rows of up to ``capacity`` tokens."""
-        heads, size = self.config.num_key_value_heads, self._head_dim()
-        shape = (self.num_layers, batch, heads, capacity, size)
+        shape = (self.num_layers, *self._cache_shape(batch, capacity))
         # Zeros, not empty: attention reads masked slots with weight 0, and 0 * NaN is NaN.
         keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return StaticKVCache(keys, values, flash=flash.usable(keys))
@@ -191,13 +200,13 @@ class Decoder:
         adapters: AdapterBank | None = None,
     ) -> Tensor:
         """One decoder layer: [E, T, D] -> [E, T, D]; writes keys and values into ``cache``."""
-        module = self.text_model.layers[index]
+        module = self.layers[index]
         own = None if cache is None else cache.layer(index)
         return self._run_layer(self, module, index, hidden, metadata, own, adapters)
 
     def run_layer(
         self,
-        layer: nn.Module,
+        layer: LlamaDecoderLayer,
         index: int,
         hidden: Tensor,
         metadata: AttentionMetadata,
@@ -210,7 +219,7 @@ class Decoder:
 
     def attention_block(
         self,
-        layer: nn.Module,
+        layer: LlamaDecoderLayer,
         index: int,
         hidden: Tensor,
         metadata: AttentionMetadata,
@@ -245,7 +254,7 @@ class Decoder:
 
     def project_qkv(
         self,
-        layer: nn.Module,
+        layer: LlamaDecoderLayer,
         index: int,
         hidden: Tensor,
         metadata: AttentionMetadata,
@@ -265,7 +274,11 @@ class Decoder:
         return *apply_rotary_pos_emb(query, key, *metadata.rope), value
 
     def mlp_block(
-        self, layer: nn.Module, index: int, hidden: Tensor, adapters: AdapterBank | None = None
+        self,
+        layer: LlamaDecoderLayer,
+        index: int,
+        hidden: Tensor,
+        adapters: AdapterBank | None = None,
     ) -> Tensor:
         """A layer's MLP, to be added to the residual stream: [E, T, D] -> [E, T, D]."""
         mlp = layer.mlp
@@ -297,9 +310,9 @@ class Decoder:
         parts = list(causal_token_chunks(length, unit))
         if len(parts) == 1:
             return self.layer(index, hidden, self.prefill_metadata(count, length))
-        shape = (count, self.config.num_key_value_heads, length, self._head_dim())
+        shape = self._cache_shape(count, length)
         cache = KVCacheLayer(hidden.new_empty(shape), hidden.new_empty(shape))
-        module = self.text_model.layers[index]
+        module = self.layers[index]
         result = torch.empty_like(hidden)
         for part in parts:
             if part.start:
@@ -333,9 +346,11 @@ class Decoder:
         logits = self.lm_head(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _head_dim(self) -> int:
-        size = getattr(self.config, "head_dim", None)
-        return size or self.config.hidden_size // self.config.num_attention_heads
+    def _cache_shape(self, rows: int, capacity: int) -> tuple[int, int, int, int]:
+        """[rows, kv heads, capacity, head_dim] of a layer's keys, and of its values."""
+        config = self.config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return rows, config.num_key_value_heads or config.num_attention_heads, capacity, size
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=self.dtype, device=self.device)

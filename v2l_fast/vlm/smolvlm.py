@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class SmolVLM:
         self.tokenizer = tokenizer
         self.name_or_path = name_or_path
         self.decoder = Decoder(model.model.text_model, model.lm_head)
-        vision = model.config.vision_config
+        vision: Any = model.config.vision_config
         self.tile_size = vision.image_size
         side = vision.image_size // vision.patch_size
         self.tokens_per_view = side**2 // model.config.scale_factor**2
@@ -86,9 +87,10 @@ class SmolVLM:
         shows = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
-            model, info = SmolVLMForConditionalGeneration.from_pretrained(
+            loaded: Any = SmolVLMForConditionalGeneration.from_pretrained(
                 name_or_path, dtype=dtype, output_loading_info=True
             )
+            model, info = loaded
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except Exception as error:
             # transformers raises a dozen unrelated types for a broken folder.
@@ -115,7 +117,7 @@ class SmolVLM:
         Raises:
             CheckpointError: the decoder has no such layer.
         """
-        owner = self.decoder.text_model.layers[layer]
+        owner = self.decoder.layers[layer]
         for part in (owner.mlp, owner.self_attn):
             linear = getattr(part, module, None)
             if isinstance(linear, torch.nn.Linear):
@@ -144,7 +146,8 @@ class SmolVLM:
         """The part of :meth:`video_prompt` that all questions share, to the video's last special
         token."""
         ids = self.prompt_builder.video_prompt(*chunk.layout, "", False)
-        last = ids[::-1].index(self.tokenizer.convert_tokens_to_ids(FAKE_TOKEN))
+        fake = cast(int, self.tokenizer.convert_tokens_to_ids(FAKE_TOKEN))
+        last = ids[::-1].index(fake)
         return self._prompt(ids[: len(ids) - last], chunk)
 
     def question_suffix(self, text: str) -> Prompt:
@@ -161,7 +164,7 @@ class SmolVLM:
 
     def decode(self, ids: list[int], strip: bool = True) -> str:
         """Ids of an answer -> text without special tokens and, with ``strip``, outer spaces."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return text.strip() if strip else text
 
     # --- tensors --------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ class SmolVLM:
     def iter_encode(self, clip: Clip, longest_edge: int) -> Generator[WorkUnit, None, VideoChunk]:
         """:meth:`encode` in units: resizing where the frames are, then chunks of views."""
         chunk = yield from iter_views(clip, longest_edge, self.tile_size)
-        features = []
+        features: list[Tensor] = []
         for views in chunk.visual.split(self.views_per_unit):
             yield "encode frames", len(features) * self.views_per_unit, len(chunk.visual)
             features.append(self.encode_views(views))
