@@ -1,7 +1,7 @@
-"""torch.compile as the package uses it: whole graphs, one for every length.
+"""torch.compile with the package's settings: full graphs, one for all lengths.
 
-Only the settings live here. What is compiled is the caller's business: functions that take their
-object as an argument, so that a deep copy of the object runs on its own weights.
+Callers compile functions that take their object as an argument, so that a deep copy of the object
+runs on its own weights.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any
 
 import torch
 
-# Graphs a function may have. Lengths share one, but prefill and decoding, one example and several,
-# adapters or none, equal and ragged ranks, and each kind of gradient recording have their own: a
-# process that does all of it passes the compiler's limit of 8, which ends it.
+# Maximum graphs per function. Lengths share a graph, but prefill and decoding, one example and
+# several, adapters or none, equal and ragged ranks, and each kind of gradient recording have their
+# own: a process that does all of it exceeds Dynamo's recompile limit of 8 and raises.
 GRAPHS = 64
 
 
-# The compiler's settings belong to a thread, and to an asynchronous task, each.
+# The compiler's settings are per thread and per asynchronous task.
 _settled: ContextVar[bool] = ContextVar("settled", default=False)
 
 
 def compiled(function: Callable, backend: str = "inductor") -> Callable:
-    """``function`` without a graph break, its lengths and indices symbolic from the first call on.
+    """Compile a function as one graph with symbolic lengths and indices from the first call on.
 
     Args:
-        function: called with positional arguments alone.
-        backend: as torch.compile's.
+        function: called with positional arguments only.
+        backend: as for ``torch.compile``.
     """
     run = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
 
@@ -40,12 +40,12 @@ def compiled(function: Callable, backend: str = "inductor") -> Callable:
 
 
 def _settle() -> None:
-    # Loads the compiler, seconds that a run without it need not spend.
+    # Importing the compiler takes seconds, which a run without it should not spend.
     import torch._dynamo.config as settings
     import torch.fx.experimental._config as shapes
 
     settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
-    # Otherwise sizes that happen to be equal in the first call (as many examples as layers) are
-    # taken for the same size, and the next call compiles again.
+    # Otherwise sizes that happen to be equal in the first call (as many examples as layers) share a
+    # symbol, and the next call compiles again.
     shapes.use_duck_shape = False
     _settled.set(True)

@@ -19,8 +19,8 @@ class Effect:
 
     Attributes:
         update_norms: module -> Frobenius norm of each layer's generated update, [L].
-        relative_norms: the same over the norm of the layer's frozen weight, [L].
-        logit_shift: largest change of a logit of the first answer token.
+        relative_norms: the same divided by the norm of the layer's frozen weight, [L].
+        logit_shift: largest change of any logit of the first answer token.
         divergence: KL(with adapter ‖ without) of the first answer token's distribution, nats.
         answer: the answer with the adapter.
         answer_without: the answer of the same model without it.
@@ -36,7 +36,7 @@ class Effect:
 
 @torch.inference_mode()
 def measure_effect(backbone: Backbone, adapter: Adapter, question: str) -> Effect:
-    """:class:`Effect` of an adapter, its bias with it, on the greedy answer to a question."""
+    """:class:`Effect` of an adapter, its bias included, on the greedy answer to a question."""
     decoder = backbone.decoder
     prompt = backbone.question(question)
     slots = AdapterBank.pack([adapter], decoder.device, decoder.dtype)

@@ -329,7 +329,7 @@ class Video2LoRA:
         check(len(ids))
         chunk = yield from self._iter_without_autocast(self.backbone.iter_encode(clip, edge))
         with self._without_autocast():
-            return self.backbone.video_prompt(chunk, question, ids=ids)
+            return self.backbone.prompt(ids, chunk)
 
     def visual_tokens(self, clip: Clip, longest_edge: int | None = None) -> int:
         """Number of context tokens that stand for the clip's pixels."""

@@ -1,4 +1,4 @@
-"""Sequences of different lengths in one tensor: which go together, and how they are padded."""
+"""Batches of sequences of different lengths: grouping by length, and padding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def length_buckets(lengths: Sequence[int], max_padding: float, max_tokens: int) -> list[list[int]]:
-    """Indices in groups by length, shortest first.
+    """Indices grouped by length, shortest first.
 
-    At most the share `max_padding` of a group padded to its longest member is padding, and a group
-    of more than one holds at most `max_tokens` tokens with it.
+    Padded to its longest member, a group is at most the share `max_padding` padding. A group of
+    more than one sequence holds at most `max_tokens` tokens, padding included.
     """
     groups: list[list[int]] = []
     filled = 0
@@ -30,9 +30,9 @@ def length_buckets(lengths: Sequence[int], max_padding: float, max_tokens: int) 
 
 
 def pad_right(rows: Sequence[Tensor], value: float = 0) -> tuple[Tensor, Tensor | None]:
-    """Rows [T_i, ...] as one tensor [n, T, ...], `value` behind each, and their mask.
+    """Rows [T_i, ...] as one tensor [n, T, ...], padded with `value`, and their mask.
 
-    The mask, bool [n, T] on the rows' device, is True where a token is; None when all rows are of
+    The mask is bool [n, T] on the rows' device, True where a token is, or None if all rows have
     length T.
     """
     lengths = [len(row) for row in rows]

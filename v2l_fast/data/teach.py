@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from v2l_fast.data.samples import Failure
 from v2l_fast.data.shards import Line, Progress, Shards, run_on_ray
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.files import write_jsonl
-from v2l_fast.generation import SamplingParams, generate
+from v2l_fast.generation import SamplingParams, answer_prompts
 from v2l_fast.loading import shipped
 from v2l_fast.outputs import check_folder
 from v2l_fast.video import Clip
@@ -118,17 +119,13 @@ class Teacher:
     def _answer(self, batch: Sequence[tuple[Example, VideoChunk]]) -> Iterator[Line]:
         """Greedy answers to one batch of prompts."""
         limit = self.settings.max_new_tokens
-        output = generate(
-            self.backbone.decoder,
-            [
-                self.backbone.video_prompt(video, example.prompt).embeddings
-                for example, video in batch
-            ],
-            self.backbone.stop_ids,
-            SamplingParams(max_new_tokens=limit),
-        )
-        for (example, _), tokens in zip(batch, output.tokens, strict=True):
-            text = self.backbone.decode(tokens)
+        prompts = [
+            partial(self.backbone.video_prompt, chunk, example.prompt) for example, chunk in batch
+        ]
+        params = SamplingParams(max_new_tokens=limit)
+        answers = answer_prompts(self.backbone, prompts, [None] * len(prompts), params)
+        for (example, _), answer in zip(batch, answers, strict=True):
+            text = answer.text
             if not text:
                 reason = f"the teacher's answer to {example.id!r} is empty"
                 yield {"failure": {"video": example.video_path, "reason": reason}}
@@ -137,7 +134,7 @@ class Teacher:
             metadata["teacher"] = self.settings.base
             if example.target_text:
                 metadata["reference"] = example.target_text
-            if len(tokens) == limit:
+            if answer.new_tokens == limit:
                 metadata["truncated"] = True
             yield {"row": example.row(target_text=text, metadata=metadata), "path": example.path}
 

@@ -1,9 +1,9 @@
-"""How the next token is chosen: greedy, or drawn from the truncated distribution.
+"""Choice of the next token: greedy, or sampled from the truncated distribution.
 
-Everything runs on the logits' device and waits for nothing. A row's token depends on its own
-logits, parameters, seed and token index alone, to the bit: probabilities become integers, whose
-sums have no rounding, and the random number is a hash of (seed, token index). Neither the other
-rows of a batch nor the row's place in it can change an answer.
+Everything runs on the logits' device without waiting for it. A row's token depends only on its own
+logits, parameters, seed and token index, bit for bit: probabilities become integers, whose sums
+have no rounding, and the random number is a hash of (seed, token index). Neither the other rows of
+a batch nor the row's index in it changes an answer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 from v2l_fast.errors import ConfigError
 
 MIN_SEED, MAX_SEED = -(1 << 63), (1 << 63) - 1
-# A probability of 1 as an integer. What is below 2^-40 is never drawn.
+# A probability of 1 as an integer. Tokens below 2^-40 are never sampled.
 _ONE = 1 << 40
-# Rows at a time on a CPU, whose cache holds the temporaries of these: three times as fast as 32.
+# Rows at a time on a CPU, so that temporaries stay in its cache: three times as fast as 32.
 _ROWS_CPU = 4
-# Bits of the sort key that a histogram looks at, from the highest on.
+# Bits of the sort key per histogram, highest first.
 _DIGITS = (11, 11, 10)
 # Smallest normal float32 numbers are about 1e-38: below, a device may read 0 and divide 0 by it.
 _COLDEST, _HOTTEST = 1e-37, 3e38
@@ -34,16 +34,16 @@ _COLDEST, _HOTTEST = 1e-37, 3e38
 class SamplingParams:
     """How the next token is chosen.
 
-    ``top_p`` and ``top_k`` both apply to the full distribution, after the temperature; the token
-    must be within both. Equally likely tokens are ordered by id.
+    ``top_p`` and ``top_k`` both apply to the full distribution, after the temperature; a token must
+    satisfy both. Equally likely tokens are ordered by id.
 
     Attributes:
         max_new_tokens: limit of generated tokens, the stop token included.
         temperature: 0 is greedy; any finite positive number is valid.
         top_p: smallest set of tokens whose probability reaches it, at least one.
         top_k: the k most likely tokens; 0 for no limit, as any number above the vocabulary's size.
-        seed: integer of 64 bits with a sign, -2^63 to 2^63 - 1. The same seed gives the same answer
-            in any batch; example i of a batch asked together has ``seed + i``, modulo 2^64.
+        seed: signed 64-bit integer. The same seed gives the same answer in any batch; prompt i of
+            a call uses ``seed + i``, modulo 2^64.
 
     Raises:
         ConfigError: a value is out of its range or of the wrong type.
@@ -72,7 +72,7 @@ class SamplingParams:
         if self.top_k < 0:
             raise ConfigError(f"top_k must be 0 (no limit) or more, got {self.top_k}")
         if not MIN_SEED <= self.seed <= MAX_SEED:
-            raise ConfigError(f"seed must be from -2^63 to 2^63 - 1, got {_shown(self.seed)}")
+            raise ConfigError(f"seed must be from -2^63 to 2^63 - 1, got {_excerpt(self.seed)}")
 
     def for_example(self, index: int) -> SamplingParams:
         """The parameters of example ``index`` of a batch: ``seed + index``, modulo 2^64."""
@@ -83,7 +83,7 @@ def _integer(name: str, value: object) -> int:
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise ConfigError(f"{name} must be an integer, got {_shown(value)}") from None
+        raise ConfigError(f"{name} must be an integer, got {_excerpt(value)}") from None
 
 
 def _number(name: str, value: object) -> float:
@@ -92,10 +92,10 @@ def _number(name: str, value: object) -> float:
             return float(value)
     except OverflowError:
         pass
-    raise ConfigError(f"{name} must be a float, got {_shown(value)}")
+    raise ConfigError(f"{name} must be a float, got {_excerpt(value)}")
 
 
-def _shown(value: object) -> str:
+def _excerpt(value: object) -> str:
     text = hex(value) if isinstance(value, int) and value.bit_length() > 256 else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -120,7 +120,7 @@ class SamplingTensors:
     def of(
         cls, sampling: Sequence[SamplingParams], vocabulary: int, device: torch.device
     ) -> SamplingTensors:
-        """One row for each of ``sampling``; the temperature of a greedy one is ignored."""
+        """One row per element of ``sampling``; the temperature of greedy ones is ignored."""
         return cls(
             *on_device(
                 [
@@ -154,7 +154,7 @@ class SamplingTensors:
 
 
 def on_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a tensor, without waiting for the device."""
+    """Numbers as a tensor on ``device``, without waiting for it."""
     waits = device.type != "cuda"
     tensor = torch.tensor(values, dtype=dtype, pin_memory=not waits)
     return tensor.to(device, non_blocking=not waits)
@@ -167,13 +167,14 @@ def sample(
     by_mass: bool = True,
     by_count: bool = True,
 ) -> Tensor:
-    """Draw a token for each row.
+    """Sample a token for each row.
 
     Args:
         logits: [E, V] float32, finite or -inf.
         parameters: of the rows.
         index: [E] int64, how many tokens of the answer precede this one.
-        by_mass, by_count: False saves time where no row has a ``top_p`` below 1, or a ``top_k``.
+        by_mass: False skips ``top_p``, if no row has one below 1.
+        by_count: False skips ``top_k``, if no row has one.
 
     Returns:
         Token ids [E] int64. A row with NaN gets some id.
@@ -198,7 +199,7 @@ def _sample(
         weights = _truncated(logits, weights, parameters, by_mass, by_count)
     total = weights.cumsum(-1)
     mass = total[:, -1:]
-    # A product, not a remainder: a rounding error in the logits must not move the draw elsewhere.
+    # A product, not a remainder: a rounding error in the logits must not change the sample much.
     drawn = (uniform(parameters.seed, index)[:, None] * mass).to(torch.int64).minimum(mass - 1)
     # The first token whose cumulative weight exceeds the draw has a weight above 0.
     return torch.searchsorted(total, drawn, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
@@ -226,10 +227,10 @@ def _shifted(x: Tensor, count: int) -> Tensor:
 def _truncated(
     logits: Tensor, weights: Tensor, parameters: SamplingTensors, by_mass: bool, by_count: bool
 ) -> Tensor:
-    """Weights [E, V] with 0 for tokens beyond ``top_p`` or ``top_k``.
+    """Weights [E, V] with 0 for tokens outside ``top_p`` or ``top_k``.
 
-    Both keep the first tokens in descending order, equal ones by id: those above some key, and so
-    many of the ones equal to it. Histograms find the key; sorting takes several times as long.
+    Both keep the first tokens in descending order, ties by id: all above some key, and the first of
+    those equal to it. Histograms find the key; sorting takes several times as long.
     """
     bits = (logits + 0.0).view(torch.int32)
     # Integers in the order of the floats; + 0.0 has made -0 the 0 it equals.
@@ -254,10 +255,11 @@ def _truncated(
 
 
 def _prefix(key: Tensor, units: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the sum of ``units`` [E, V] in descending order of ``key`` reaches ``target`` [E, 1].
+    """Where the sum of ``units`` [E, V], in descending order of ``key``, reaches ``target`` [E, 1].
 
     Returns:
-        The key [E, 1] at which it does, and what is missing before that key's units, at least 1.
+        The key [E, 1] where it does, and how much of ``target`` [E, 1] that key's units must add,
+        at least 1.
     """
     reached, shift = torch.zeros_like(target), sum(_DIGITS)
     for digits in _DIGITS:

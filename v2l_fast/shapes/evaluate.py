@@ -11,6 +11,7 @@ import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from v2l_fast.evaluation.evaluate import evaluate as evaluate_examples
 from v2l_fast.evaluation.metrics import exact_match
 from v2l_fast.evaluation.report import text_scores
 from v2l_fast.evaluation.statistics import Interval, mean_interval, ratio_interval
-from v2l_fast.generation import SamplingParams, generate
+from v2l_fast.generation import SamplingParams, answer_prompts
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.language import CAPTION_PROMPTS, ask_several, attribute_hits, caption, plain
 from v2l_fast.shapes.render import CLIP_SECONDS, FRAME_TIMES, render, write_clip
 from v2l_fast.shapes.vlm import IMAGE_SIZE
 from v2l_fast.shapes.world import Scene
 from v2l_fast.video import Clip, load_video
+from v2l_fast.vlm import Prompt
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 CAPTIONS, QUESTIONS = "shapes captions", "shapes questions"
@@ -156,17 +158,14 @@ def evaluate_direct(backbone: SmolVLM, scenes: Sequence[Scene]) -> dict[str, Any
 
 def direct_answers(backbone: SmolVLM, clips: Sequence[Clip], prompts: Sequence[str]) -> list[str]:
     """Answer each prompt with its clip in context, without the Video2LoRA that would do it."""
-    said: list[str] = []
-    for start in range(0, len(prompts), _BATCH):
-        part = slice(start, start + _BATCH)
-        embedded = [
-            backbone.video_prompt(backbone.encode(clip, IMAGE_SIZE), text).embeddings
-            for clip, text in zip(clips[part], prompts[part], strict=True)
-        ]
-        limit = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
-        found = generate(backbone.decoder, embedded, backbone.stop_ids, limit)
-        said += [backbone.decode(tokens) for tokens in found.tokens]
-    return said
+
+    def prompt(clip: Clip, text: str) -> Prompt:
+        return backbone.video_prompt(backbone.encode(clip, IMAGE_SIZE), text)
+
+    builders = [partial(prompt, *pair) for pair in zip(clips, prompts, strict=True)]
+    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
+    answers = answer_prompts(backbone, builders, [None] * len(builders), params)
+    return [answer.text for answer in answers]
 
 
 def attribute_share(captions: Sequence[str], scenes: Sequence[Scene]) -> Interval:

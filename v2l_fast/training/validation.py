@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from v2l_fast.data.samples import Failure, Sample, Source
-from v2l_fast.generation import SamplingParams, generate
-from v2l_fast.hypernet.adapter_bank import AdapterBank
+from v2l_fast.generation import SamplingParams, answer_prompts
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training.config import TrainConfig
 from v2l_fast.training.loader import Key, Quarantine, read_batches
@@ -76,30 +76,22 @@ class Validation:
         backbone = step.backbone
         contexts = [chunk for sample in samples for chunk in sample.chunks]
         adapters = step.adapters(samples, visual_features(backbone, contexts))
-        decoder = backbone.decoder
         # A different question of each video, so that every task type appears.
         pairs = [s.qa_pairs[i % len(s.qa_pairs)] for i, s in enumerate(samples)]
         prompts = [
-            decoder.embed(torch.tensor(sample.prompt_prefix + question, device=decoder.device))
+            partial(backbone.prompt, sample.prompt_prefix + question)
             for sample, (question, _) in zip(samples, pairs, strict=True)
         ]
-        output = generate(
-            decoder,
-            prompts,
-            backbone.stop_ids,
-            SamplingParams(max_new_tokens=MAX_NEW_TOKENS),
-            AdapterBank.pack(list(adapters), decoder.device, decoder.dtype),
-        )
+        params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
+        answers = answer_prompts(backbone, prompts, list(adapters), params)
         return [
             {
                 "video": sample.video,
                 "question": " ".join(backbone.decode(sample.prompt_prefix + question).split()),
-                "answer": backbone.decode(tokens),
-                "reference": backbone.decode(answer),
+                "answer": answer.text,
+                "reference": backbone.decode(reference),
             }
-            for sample, (question, answer), tokens in zip(
-                samples, pairs, output.tokens, strict=True
-            )
+            for sample, (question, reference), answer in zip(samples, pairs, answers, strict=True)
         ]
 
     def _batches(self) -> Iterator[Sequence[Sample]]:

@@ -175,23 +175,15 @@ class Backbone(Protocol):
             CheckpointError: the decoder has no such layer.
         """
 
+    def prompt(self, ids: Sequence[int], chunk: VideoChunk | None = None) -> Prompt:
+        """Token ids, with the features of an encoded video in place of its image tokens."""
+
     def question(self, text: str) -> Prompt:
         """A question without a video; the model's answer follows."""
 
-    def video_prompt(
-        self,
-        chunk: VideoChunk,
-        text: str,
-        answer_follows: bool = True,
-        ids: Sequence[int] | None = None,
-    ) -> Prompt:
-        """Video and text: the direct baseline's question or, if no answer follows, the pass whose
-        hidden states become an adapter.
-
-        Args:
-            chunk: encoded, see :meth:`encode`.
-            ids: of ``prompt_builder.video_prompt`` for it, if they are known.
-        """
+    def video_prompt(self, chunk: VideoChunk, text: str, answer_follows: bool = True) -> Prompt:
+        """Encoded video and text: the direct baseline's question or, if no answer follows, the pass
+        whose hidden states become an adapter."""
 
     def video_prefix(self, chunk: VideoChunk) -> Prompt:
         """The part of :meth:`video_prompt` that all questions share, to the video's last token."""

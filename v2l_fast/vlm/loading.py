@@ -1,4 +1,4 @@
-"""Choice of the backbone class by the model's own configuration."""
+"""Loads a frozen VLM with the class of its family."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def _load(
 
 
 def _check_folder(folder: Path) -> None:
-    """Look at the files that transformers will read, which does so without bounds.
+    """Check the files that transformers will read, which it does without limits.
 
     Raises:
-        CheckpointError: one is no regular file, the config is nested without end, or a header of
+        CheckpointError: a file is not a regular file, a config is nested too deeply, or a header of
             weights is damaged.
     """
     remedy = "get the base model again"

@@ -1,8 +1,8 @@
 """SmolVLM2: prompts, vision embedding and decoder of the family the paper trains on.
 
-Models, weights and tokenizer are transformers' own. Preprocessing and prompt text are ours and
-fixed to transformers 4.51.3 at batch size 1 (as the released `infer.py` runs):
-later processors sample, resize and word prompts differently, silently.
+Model, weights and tokenizer are those of transformers. Preprocessing and prompt text are
+implemented here and fixed to transformers 4.51.3 at batch size 1 (as the released `infer.py` runs):
+later processors silently sample, resize and word prompts differently.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.vlm.smolvlm_prompt import FAKE_TOKEN, IMAGE_TOKEN, SmolVLMPromptBuilder
 from v2l_fast.work_units import WorkUnit, run_to_completion
 
-# Views in one vision call at most: 64 of 1,024 patches hold activations under 2 GB.
+# Maximum views per vision call: 64 of 1,024 patches keep activations under 2 GB.
 VIEWS_PER_CHUNK = 64
-# Patches in one vision call on a CPU, a few seconds of SmolVLM2-500M's tower.
+# Patches per vision call on a CPU: a few seconds of SmolVLM2-500M's tower.
 PATCHES_CPU = 4096
 
 
@@ -128,19 +128,13 @@ class SmolVLM:
 
     def question(self, text: str) -> Prompt:
         """A question without a video; the model's answer follows."""
-        return self._prompt(self.prompt_builder.question(text))
+        return self.prompt(self.prompt_builder.question(text))
 
-    def video_prompt(
-        self,
-        chunk: VideoChunk,
-        text: str,
-        answer_follows: bool = True,
-        ids: Sequence[int] | None = None,
-    ) -> Prompt:
-        """See :meth:`~v2l_fast.vlm.base.Backbone.video_prompt`."""
-        if ids is None:
-            ids = self.prompt_builder.video_prompt(*chunk.layout, text, answer_follows)
-        return self._prompt(ids, chunk)
+    def video_prompt(self, chunk: VideoChunk, text: str, answer_follows: bool = True) -> Prompt:
+        """Encoded video and text: the direct baseline's question or, if no answer follows, the pass
+        whose hidden states become an adapter."""
+        ids = self.prompt_builder.video_prompt(*chunk.layout, text, answer_follows)
+        return self.prompt(ids, chunk)
 
     def video_prefix(self, chunk: VideoChunk) -> Prompt:
         """The part of :meth:`video_prompt` that all questions share, to the video's last special
@@ -148,13 +142,14 @@ class SmolVLM:
         ids = self.prompt_builder.video_prompt(*chunk.layout, "", False)
         fake = cast(int, self.tokenizer.convert_tokens_to_ids(FAKE_TOKEN))
         last = ids[::-1].index(fake)
-        return self._prompt(ids[: len(ids) - last], chunk)
+        return self.prompt(ids[: len(ids) - last], chunk)
 
     def question_suffix(self, text: str) -> Prompt:
         """The part of :meth:`video_prompt` after :meth:`video_prefix`; an answer follows."""
-        return self._prompt(self.prompt_builder.question_suffix(text))
+        return self.prompt(self.prompt_builder.question_suffix(text))
 
-    def _prompt(self, ids: Sequence[int], chunk: VideoChunk | None = None) -> Prompt:
+    def prompt(self, ids: Sequence[int], chunk: VideoChunk | None = None) -> Prompt:
+        """Token ids, with the features of an encoded video in place of its image tokens."""
         tensor = torch.tensor(ids, dtype=torch.long)
         if chunk is None:
             return Prompt(self.embed(tensor))
@@ -198,8 +193,8 @@ class SmolVLM:
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalized pixels [V, 3, M, M] -> [V, tokens_per_view, D]."""
         tower = self.model.model.vision_model
-        # Also tells the compiler that views vary in number alone: with every size a symbol it
-        # takes three times as long.
+        # Also tells the compiler that only the number of views varies: with every size symbolic,
+        # compilation takes three times as long.
         side = tower.embeddings.image_size
         if (pixels.shape[1], pixels.shape[2], pixels.shape[3]) != (3, side, side):
             raise ValueError(f"views must be [V, 3, {side}, {side}], not {list(pixels.shape)}")
@@ -237,7 +232,7 @@ class SmolVLM:
 def _stop_ids(
     model: SmolVLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
-    """Ids that end an answer: the generation config's and the tokenizer's own."""
+    """Ids that end an answer, from the generation config and the tokenizer."""
     ids: set[int] = set()
     for eos in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
         ids.update([eos] if isinstance(eos, int) else eos or [])

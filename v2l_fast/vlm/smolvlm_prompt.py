@@ -23,9 +23,9 @@ FAKE_TOKEN = "<fake_token_around_image>"
 GLOBAL_TOKEN = "<global-img>"
 IMAGE_TOKEN = "<image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
-# What stands around the text of a user's turn.
+# Start of a user's turn.
 TURN_START = "<|im_start|>User: "
-# Between a video's last special token and the text.
+# Between a video's last special token and the user's text.
 AFTER_VIDEO = "\n\n"
 
 _ONES = (
@@ -84,7 +84,7 @@ def video_text(
     cols: int,
     tokens_per_view: int,
 ) -> str:
-    """What stands for a video in the user's turn; the user's own text follows it directly.
+    """The text of a video in the user's turn; the user's own text follows it directly.
 
     timestamps: seconds, one per frame (index / fps), printed as MM:SS, minutes not wrapped at 60.
     duration: seconds of the whole source, truncated to whole seconds as H:MM:SS.
@@ -104,12 +104,12 @@ def video_text(
 
 
 def turn_end(add_generation_prompt: bool) -> str:
-    """What ends a user's turn; then the assistant's opening when an answer is to follow."""
+    """The end of a user's turn, and the start of the assistant's if an answer follows."""
     return f"{END_OF_UTTERANCE}\n" + ("Assistant:" if add_generation_prompt else "")
 
 
 def chat(text: str, add_generation_prompt: bool) -> str:
-    """One user turn around `text`, then the assistant's opening when an answer is to follow."""
+    """A user's turn with `text`, and the start of the assistant's if an answer follows."""
     return TURN_START + text + turn_end(add_generation_prompt)
 
 
@@ -126,7 +126,7 @@ class SmolVLMPromptBuilder:
         return PromptTokenizer(self.tokenizer)
 
     def ids(self, template: str) -> list[int]:
-        """Token ids of trusted text, in which special tokens are spelled out."""
+        """Token ids of trusted text, in which spelled-out special tokens are special tokens."""
         return self._prompt_tokenizer.encode(template)
 
     def question(self, text: str) -> list[int]:
@@ -134,7 +134,7 @@ class SmolVLMPromptBuilder:
         return self._prompt_tokenizer.encode(TURN_START, text, turn_end(True))
 
     def answer(self, text: str, finished: bool = True) -> list[int]:
-        """What the model says after a question; the stop token last when it is `finished`."""
+        """The model's turn; ends with the stop token if ``finished``."""
         return self._prompt_tokenizer.encode(" ", text, END_OF_UTTERANCE if finished else "")
 
     def video_prompt(
@@ -146,26 +146,22 @@ class SmolVLMPromptBuilder:
         text: str,
         answer_follows: bool,
     ) -> list[int]:
-        """Video and text in the user's turn, one image token for each feature of each view.
-
-        timestamps, duration: seconds, of the clip. rows, cols: tiles of a frame, 0 when not split.
-        """
+        """A user's turn of video and text, with one image token per feature of each view."""
         video = video_text(len(timestamps), timestamps, duration, rows, cols, self.tokens_per_view)
         return self._prompt_tokenizer.encode(TURN_START + video, text, turn_end(answer_follows))
 
     def question_suffix(self, text: str) -> list[int]:
-        """What follows a video's last special token when `text` is asked about it and an answer is
-        to follow. Tokenizers split at special tokens, so its ids are those it has in the whole
-        prompt."""
+        """The part of a video prompt after the video's last special token, with an answer to
+        follow. Tokenizers split at special tokens, so the ids equal those in the whole prompt."""
         return self._prompt_tokenizer.encode(AFTER_VIDEO, text, turn_end(True))
 
     def text_prefix(self) -> list[int]:
-        """What :meth:`question` begins with, whatever is asked."""
+        """The ids that every :meth:`question` starts with."""
         return self.ids(TURN_START.rstrip())
 
     def text_prefix_with_video(
         self, timestamps: Sequence[float], duration: float, rows: int, cols: int
     ) -> list[int]:
-        """What stands in place of :meth:`text_prefix` where the video is in context."""
+        """Replaces :meth:`text_prefix` where the video is in context."""
         ids = self.video_prompt(timestamps, duration, rows, cols, "", answer_follows=False)
         return ids[: -len(self.ids(turn_end(False)))]

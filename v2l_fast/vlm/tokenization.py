@@ -1,8 +1,8 @@
 """Tokenization of prompts that contain untrusted text.
 
-A prompt is a template of ours around text of somebody else: a question, a system message, a
-caption. In the template a special token such as ``<image>`` is one token; in the text it is a few
-ordinary characters. Wording of the template is ``smolvlm_prompt``'s.
+A prompt is a template around untrusted text: a question, a system message, a caption. In the
+template a special token such as ``<image>`` is one token; in the text it is a few ordinary
+characters. ``smolvlm_prompt`` holds the templates.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class PromptTokenizer:
     def encode(self, before: str, text: str = "", after: str = "") -> list[int]:
         """Token ids of ``before + text + after``.
 
-        Ids are those of the whole string, except that special tokens spelled out in ``text``, in
-        part or entirely, are encoded as ordinary characters. Lone surrogates, which no tokenizer
+        The ids are those of the whole string, except that special tokens spelled out in ``text``,
+        entirely or in part, are encoded as ordinary characters. Lone surrogates, which no tokenizer
         can read, become U+FFFD.
 
         Args:
@@ -46,7 +46,7 @@ class PromptTokenizer:
         ids = [i for a, b in pairwise([0, *cuts, len(whole)]) for i in self._ids(whole[a:b])]
         if not self._matches_normalized_text:
             return ids
-        # Such a token may match text that only the tokenizer's normalizer turns into its spelling.
+        # Such a token may match text that only becomes its spelling through the normalizer.
         template = self._ids(before), self._ids(after)
         if self._count(ids) == sum(map(self._count, template)):
             return ids
@@ -54,10 +54,9 @@ class PromptTokenizer:
         return [*template[0], *(i for i in single if i not in self._control_ids), *template[1]]
 
     def _cuts(self, whole: str, start: int, end: int) -> list[int]:
-        """Where to cut so that no control token lies in ``whole[start:end]``, even in part.
+        """Positions to cut at so that no control token overlaps ``whole[start:end]``.
 
-        A control token is cut behind its first character. What is left is not joined again: pieces
-        are encoded one by one.
+        A control token is cut after its first character. The pieces are encoded one by one.
         """
         if not self._control_tokens:
             return []
@@ -81,12 +80,12 @@ class PromptTokenizer:
             if token.special or _MARKUP.fullmatch(token.content)
         }
         named = zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True)
-        # A single character cannot be cut, and is text before it is anything else.
+        # A single character cannot be cut; it counts as text.
         return {token: i for token, i in (added | dict(named)).items() if len(token) > 1}
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
-        """Ids of the control tokens but the unknown token's, which unknown words become."""
+        """Ids of the control tokens, without the unknown token, which any unknown word becomes."""
         return frozenset(self._control_tokens.values()) - {self.tokenizer.unk_token_id}
 
     @cached_property
@@ -96,7 +95,7 @@ class PromptTokenizer:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """All places where a control token begins, overlapping ones too; the longest one there."""
+        """Matches the longest control token at every position, overlapping ones too."""
         longest_first = sorted(self._control_tokens, key=len, reverse=True)
         return re.compile(f"(?=({'|'.join(map(re.escape, longest_first))}))")
 
