@@ -1,4 +1,4 @@
-"""What it takes to compile a kernel without a GPU, and what the result must look like.
+"""What is needed to compile a kernel without a GPU, and what the result must look like.
 
 Every op's ``kernels.py`` has a function ``aot_cases() -> list[AotCase]``: each of its kernels with
 each entry of its ``configs.json`` (those under ``default`` for sm_86), at the shape the entry was
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Architecture that stands for each section of a configuration file.
+# The architecture that each section of a configuration file is compiled for.
 SECTIONS = {"sm_80": "sm_80", "sm_90": "sm_90", "default": "sm_86"}
 
 
@@ -28,12 +28,12 @@ class AotCase:
         signature: argument name -> Triton type, for every argument that is not constexpr, in any
             order: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32".
         constexprs: argument name -> value, for every other argument. A launch turns an integer
-            equal to 1 into a constant and leaves out what is None: the stride of a contiguous
-            axis therefore stands here as 1, an absent tensor as None.
+            equal to 1 into a constant and drops arguments that are None: the stride of a
+            contiguous axis is therefore 1 here, and an absent tensor None.
         divisible: integer arguments that the launch passes as multiples of 16: strides, widths.
             Not those under ``do_not_specialize``. Pointers always are multiples of 16.
         num_warps, num_stages: of the configuration.
-        architecture: "sm_80" or "sm_90"; "sm_86" for what stands under ``default``.
+        architecture: "sm_80" or "sm_90"; "sm_86" for entries under ``default``.
         expects_mma: whether tensor cores must appear: HMMA, on sm_90 HMMA or HGMMA.
         flops: of one program's useful work, for the table.
         bytes: that one program must move from and to DRAM, for the table.

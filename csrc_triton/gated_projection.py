@@ -93,7 +93,7 @@ def _compiled(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def _one_kind_of_tensor() -> Iterator[None]:
-    """What is made inside looks the same to the compiler in training and inference."""
+    """Tensors created inside look the same to the compiler in training and inference."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -101,7 +101,7 @@ def _one_kind_of_tensor() -> Iterator[None]:
 def fused(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """:func:`reference` of rows [T, D] with one elementwise pass.
 
-    Rows do not mix, so those that are not visible are computed from what they hold and zeroed.
+    Rows do not mix, so masked rows are computed from whatever they hold and zeroed afterwards.
     """
     with _one_kind_of_tensor():
         out = _compiled(_hidden)(x @ gate.T, x @ up.T) @ down.T
@@ -119,13 +119,13 @@ def fused_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """:func:`reference_backward` of rows [T, D] with one elementwise pass.
 
-    Frozen features need no gradient, which is two of the eight products.
+    Frozen features need no gradient, which saves two of the eight products.
     """
     with _one_kind_of_tensor():
         if visible is not None:
             x = torch.where(visible[:, None], x, 0.0)
         hidden, d_gated, d_raised = _compiled(_hidden_backward)(grad @ down, x @ gate.T, x @ up.T)
-        # A row of zeros gets zeros here, as long as its grad is finite.
+        # A row of zeros gets a gradient of zeros here, as long as ``grad`` is finite.
         d_x = torch.addmm(d_gated @ gate, d_raised, up) if needs_x else None
         return d_x, d_gated.T @ x, d_raised.T @ x, grad.T @ hidden
 
@@ -199,7 +199,7 @@ def _backward(
             d_rows, *d_parts = fused_backward(*inputs, needs_x)
         else:
             d_rows, *d_parts = reference_backward(*inputs)
-        if needs_x:
+        if needs_x and d_rows is not None:
             d_x.view(rows.shape)[part] = d_rows
         for total, d_part in zip(d_weights, d_parts, strict=True):
             total += d_part
@@ -217,14 +217,14 @@ def _(grad, x, visible, gate, up, down, needs_x=True):
     )
 
 
-# All, as F.linear.
+# All arguments, as by F.linear.
 _CAST = 5
 register_autocast("gated_projection", _CAST)
 register_autocast("gated_projection_backward", 0)
 
 
 def _plain(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The op in plain torch operations, whose derivatives PyTorch knows."""
+    """The op in plain PyTorch operations, whose derivatives PyTorch knows."""
     _check(x, visible, gate, up, down)
     return reference(x, visible, gate, up, down)
 
@@ -236,7 +236,7 @@ def _setup(ctx, inputs, output) -> None:
 def _autograd(ctx, grad):
     x, visible, gate, up, down = ctx.saved_tensors
     if torch.is_grad_enabled():
-        # create_graph=True: these gradients are to be differentiated again.
+        # create_graph=True: these gradients will be differentiated again.
         return tuple(differentiable_backward(reference, ctx.saved_tensors, (grad,)))
     needs_x = ctx.needs_input_grad[0]
     d_x, *d_weights = _backward(grad.contiguous(), x, visible, gate, up, down, needs_x)
@@ -249,25 +249,25 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 def gated_projection(
     x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
-    """down(silu(gate(x)) * up(x)), no biases; rows that are not visible are read as zeros.
+    """down(silu(gate(x)) * up(x)), no biases; masked rows are read as zeros.
 
     On a GPU the elementwise part may be compiled at the first call, which takes some seconds;
-    ``V2L_BACKEND=reference`` keeps to plain torch.
+    ``V2L_BACKEND=reference`` uses plain PyTorch.
 
     Args:
         x: [..., D] features.
-        visible: [...] bool, or None when every row is visible. What stands in the other rows, NaN
-            too, reaches neither the result nor a gradient.
+        visible: [...] bool, or None when every row is visible. What the other rows hold, even NaN,
+            affects neither the result nor a gradient.
         gate, up: [H, D]; down: [Z, H]; all of x's dtype.
 
     Returns:
-        [..., Z] of x's dtype. Differentiable in x and the weights, any number of times and in both
-        modes; only the inputs are saved. What differentiates in forward mode or more than once,
-        and every transform of ``torch.func``, runs in plain torch operations. Under autocast, the
-        arguments are cast as by ``F.linear``.
+        [..., Z] of x's dtype. Differentiable in x and the weights any number of times, in reverse
+        and forward mode; only the inputs are saved. Higher derivatives, forward mode and the
+        transforms of ``torch.func`` run in plain PyTorch operations. Under autocast, the arguments
+        are cast as by ``F.linear``.
 
     Raises:
-        ValueError: an argument's shape, dtype or device does not fit.
+        ValueError: an argument has the wrong shape, dtype or device.
     """
     args = x, visible, gate, up, down
     return run_plain(_plain, args, _CAST) if transformed() else _forward(*args)

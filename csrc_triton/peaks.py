@@ -1,9 +1,8 @@
-"""What GPUs can do at most: dense bfloat16 FLOP/s and bytes of device memory per second.
+"""Peak rates of GPUs: dense bfloat16 FLOP/s and device memory bytes/s.
 
-The one table behind model FLOPs utilization, rooflines and shares of the roofline. Datasheet values
-are the makers'. Measured values are what a card reached on random data: the rate of an
-8,192 x 8,192 x 8,192 bfloat16 product by cuBLAS, and a device-to-device copy, counting the bytes
-read and written.
+The one table behind model FLOPs utilization and rooflines. Datasheet values are the vendors'.
+Measured values are what a card reached on random data: the rate of an 8,192 x 8,192 x 8,192
+bfloat16 product by cuBLAS, and of a device-to-device copy, counting bytes read and written.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ class Peak:
     Attributes:
         flops: dense bfloat16 FLOP/s of the datasheet.
         bandwidth: bytes/s of the datasheet.
-        measured_flops, measured_bandwidth: what was measured, None where nothing was.
+        measured_flops, measured_bandwidth: measured rates, None where not measured.
     """
 
     flops: float
@@ -37,11 +36,11 @@ class Peak:
         return self.measured_bandwidth or self.bandwidth
 
     def floor(self, flops: float, bytes: float) -> float:
-        """Seconds below which no kernel of so many operations and bytes gets."""
+        """Least seconds that a kernel of so many operations and bytes can take."""
         return max(flops / self.reachable_flops, bytes / self.reachable_bandwidth)
 
 
-# By a part of the device's name; the first that fits counts, so longer names stand first.
+# By a part of the device's name. The first match counts, so longer names come first.
 PEAKS = {
     "GB200": Peak(2.5e15, 8.0e12),
     "B200": Peak(2.25e15, 8.0e12),
@@ -63,5 +62,5 @@ PEAKS = {
 
 
 def peak_of(device_name: str) -> Peak | None:
-    """The peak of a GPU by the name that torch reports, or None where it is not known."""
+    """The peak of a GPU by the name that PyTorch reports, or None if it is not listed."""
     return next((peak for known, peak in PEAKS.items() if known in device_name), None)

@@ -1,18 +1,21 @@
 """How the ops behave under PyTorch's transforms: autocast, ``torch.func``, forward-mode AD.
 
 An op's kernels are opaque to PyTorch, and so is its backward pass: forward-mode AD would take its
-derivative for zero, and a derivative of its derivative does not exist. Where one is taken, an op
-runs as its definition in plain torch operations instead, which PyTorch differentiates any number
-of times and in either mode.
+derivative to be zero, and second derivatives do not exist. Where one is needed, the op runs as its
+definition in plain PyTorch operations, which PyTorch differentiates any number of times and in
+either mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+Result = TypeVar("Result")
 
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 _LIBRARY = torch.library.Library("v2l", "FRAGMENT")
@@ -22,12 +25,12 @@ def transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode AD is active here."""
     if torch._C._are_functorch_transforms_active():
         return True
-    # Dynamo follows torch.func, but breaks the graph at dual levels: there is none inside a graph.
+    # Dynamo traces torch.func but breaks the graph at dual levels, so none is active in a graph.
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """What an op's kernels do where forward-mode AD reaches them, through a compiled graph for one.
+    """Refuse a call that forward-mode AD reaches all the same, for example in a compiled graph.
 
     Raises:
         RuntimeError: a tensor has a tangent, which would be lost.
@@ -55,8 +58,8 @@ def register_autocast(op: str, cast: int) -> None:
         _LIBRARY.impl(op, kernel, key, with_keyset=True)
 
 
-def run_plain(function: Callable, args: Sequence[object], cast: int) -> Tensor | tuple[Tensor, ...]:
-    """An op's definition in place of the op, with the same rule for autocast."""
+def run_plain(function: Callable[..., Result], args: Sequence[Any], cast: int) -> Result:
+    """Call an op's definition in place of the op, with the same rule for autocast."""
     device = args[0].device.type
     if device in AUTOCAST_KEYS and torch.is_autocast_enabled(device):
         return _without_autocast(function, args, cast, device)
@@ -64,16 +67,17 @@ def run_plain(function: Callable, args: Sequence[object], cast: int) -> Tensor |
 
 
 def _without_autocast(
-    function: Callable, args: Sequence[object], cast: int, device: str
-) -> Tensor | tuple[Tensor, ...]:
+    function: Callable[..., Result], args: Sequence[Any], cast: int, device: str
+) -> Result:
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         return function(*(_cast(a, dtype) if i < cast else a for i, a in enumerate(args)))
 
 
-def _cast(value: object, dtype: torch.dtype) -> object:
-    casts = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if casts and value.dtype != torch.float64 else value
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value if value.dtype == torch.float64 else value.to(dtype)
 
 
 def differentiable_backward(
@@ -87,10 +91,10 @@ def differentiable_backward(
         For each input its gradient; None where the input is None or needs none.
     """
     with torch.enable_grad():
-        # Views, because one tensor may be several inputs, and each has a gradient of its own.
+        # Views, because one tensor may be passed twice, and each argument has its own gradient.
         views = [t if t is None or not t.requires_grad else t.view_as(t) for t in inputs]
-        outputs = function(*views)
-        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        result = function(*views)
+        outputs = [result] if isinstance(result, Tensor) else list(result)
         wanted = [t for t in views if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         results = iter(

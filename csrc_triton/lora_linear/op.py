@@ -44,7 +44,7 @@ def _implementation(
     direction: str, x: Tensor, lora_a: Tensor, adapter_index: Tensor, *others: Tensor | None
 ) -> ModuleType:
     rows, examples = x.numel() // max(1, x.shape[-1]), adapter_index.numel()
-    shape = {
+    shape: dict[str, float | str] = {
         "direction": direction,
         "rows": rows,
         # One token an example takes kernels of its own.
@@ -151,7 +151,7 @@ def _(grad, x, weight, lora_a, lora_b, adapter_index, scale, ranks, u):
     )
 
 
-# x, weight and bias, as F.linear; the op itself takes the factors of an adapter in any dtype.
+# x, weight and bias, as by F.linear; the op itself accepts factors of any dtype.
 _CAST = 3
 register_autocast("lora_linear", _CAST)
 register_autocast("lora_linear_backward", 0)
@@ -184,7 +184,7 @@ def _setup(ctx, inputs, output) -> None:
 def _autograd(ctx, grad, _):
     x, weight, lora_a, lora_b, adapter_index, ranks, u = ctx.saved_tensors
     if torch.is_grad_enabled():
-        # create_graph=True: these gradients are to be differentiated again.
+        # create_graph=True: these gradients will be differentiated again.
         d_x, d_a, d_b = differentiable_backward(
             lambda x, a, b: reference.differentiable_lora_linear(
                 x, weight.detach(), None, a, b, adapter_index, ctx.scale, ranks

@@ -1,14 +1,19 @@
 """Triton kernels of perceiver_attention: forward with split-KV, combine, and score gradients.
 
-Responsible for tiles, launches and the order of every sum; what is computed is defined in
-``reference.py``, when to launch in :mod:`csrc_triton.dispatch`.
+Roofline of the forward, per token at Z = 512, P = 128 in bf16:
 
-Forward. Per token at Z = 512, P = 128 in bf16: 262 kFLOP for 1 KB of context, 256 FLOP/B, above
-the ridge of an A100 (156) and of an H200 (184 at the rates measured): bound by tensor cores and by
-shared memory, not by DRAM. One program holds 64 query rows and their [64, 512] fp32 accumulator,
-half the register file; more rows spill. The two row tiles of a slice read the same context and
-run next to each other, so the second read comes from L2. Floor at S = 832, N = 1,536, one block:
-1.07 ms on an A100 (312 TFLOP/s), 0.42 ms at 790 TFLOP/s.
+- bytes: 1 KB of context. FLOPs: 262 k, so 256 FLOP/B, above the ridge of an A100 (156) and of an
+  H200 (184 at the measured rates): bound by tensor cores and shared memory, not by DRAM.
+- floor at S = 832, N = 1,536, one block: 1.07 ms on an A100 (312 TFLOP/s), 0.42 ms at 790 TFLOP/s.
+
+Roofline of the backward: 655 kFLOP a token in all, 512 B of intermediate weights.
+
+This module is responsible for tiles, launches and the order of every sum; ``reference.py`` defines
+what is computed, :mod:`csrc_triton.dispatch` decides when to launch.
+
+Forward. One program holds 64 query rows and their [64, 512] fp32 accumulator, half the register
+file; more rows spill. The two row tiles of a slice read the same context and run next to each
+other, so the second read comes from L2.
 
 Three forms of the inner loop, VAR, because the compiler lays out two chained products badly
 (bf16, Z = 512, Triton 3.7.1; registers, MMAs and instructions in loops, shared memory; no spills):
@@ -29,7 +34,7 @@ Backward. One GEMM recomputes the scores from the log-sum-exp next to grad_out �
 dS · inv_rms and P · inv_rms in the input dtype, [N, S, 2P] (512 B a token); two batched products
 turn these into the gradients of query and context. A single kernel for all of it spills on every
 tile tried. The gradient of inv_rms is sum_p dS (q · c) + P (dO · c), a row sum in the same
-epilogue: neither the context nor its gradient is read again for it. 655 kFLOP a token in all.
+epilogue: neither the context nor its gradient is read again for it.
 """
 
 from __future__ import annotations
@@ -74,9 +79,10 @@ def _visible_range(norms, S):
 
 @triton.jit
 def _softmax_step(scores, norm, peak, total, AXIS: tl.constexpr):
-    """Folds a tile of scores into the running softmax; AXIS is the one over tokens.
+    """Folds a tile of scores into the running softmax; AXIS is the axis over tokens.
 
-    Returns the weights p · inv_rms relative to the new peak, and what older sums decay by.
+    Returns the weights p · inv_rms relative to the new peak, the new peak, the new total, and the
+    factor by which older sums decay.
     """
     along = tl.expand_dims(norm, 1 - AXIS)
     scores = tl.where(along != 0, scores * (along * LOG2E), float("-inf"))
@@ -298,10 +304,10 @@ def padded_width(width: int) -> int:
 
 
 def split_count(programs: int, processors: int, token_tiles: int) -> int:
-    """Into how many parts to split each slice's tokens: 1 where ``programs`` fill the GPU.
+    """Number of parts to split each slice's tokens into: 1 where ``programs`` fill the GPU.
 
-    Else what takes the shortest time, counted in waves of one program a processor, with 1% of an
-    unsplit wave charged for each split's partial result; a split gets at least four tiles.
+    Otherwise the number with the shortest time, in waves of one program per multiprocessor, plus 1%
+    of an unsplit wave for each split's partial result; a split has at least four tiles.
     """
     if programs >= processors:
         return 1
@@ -313,7 +319,7 @@ def split_count(programs: int, processors: int, token_tiles: int) -> int:
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """Any outer strides, contiguous rows: a copy is made where the last axis is strided."""
+    """The tensor, copied if its last axis is strided; outer strides may be anything."""
     fits = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
     return tensor if fits and tensor.stride(-2) <= MAX_ROW_STRIDE else tensor.contiguous()
 
@@ -344,10 +350,10 @@ def perceiver_attention(
     config: dict[str, int] | None = None,
     n_splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the forward; arguments and results are those of the reference.
+    """As ``reference.perceiver_attention``.
 
-    Outer strides of query and context are used as they are (0 too); rows whose last axis is
-    strided are copied first. ``config`` and ``n_splits`` replace the choice from the tables.
+    Outer strides of query and context are used as they are, even 0; tensors whose last axis is
+    strided are copied first. ``config`` and ``n_splits`` override the tuned choice.
 
     Raises:
         ValueError: the latent width is above 512.
@@ -398,9 +404,9 @@ def perceiver_attention_backward(
     *,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the backward; arguments and results are those of the reference.
+    """As ``reference.perceiver_attention_backward``.
 
-    Strides as in the forward; ``config`` replaces the choice for ``score_gradients``.
+    Strides as in the forward; ``config`` overrides the tuned choice for ``score_gradients``.
 
     Raises:
         ValueError: the latent width is above 512.
@@ -442,8 +448,8 @@ def perceiver_attention_backward(
 def aot_cases() -> list[AotCase]:
     """Every configuration at P = 128, S = 832, for every architecture that it serves.
 
-    sm_90 also takes those defaults that no entry of its own replaces. What writes float32 partial
-    results of half-precision inputs is a case of its own.
+    sm_90 also uses the defaults that no entry of its own replaces. Writing float32 partial results
+    of half-precision inputs is a case of its own.
     """
     table = device.table(OP)
     served = [

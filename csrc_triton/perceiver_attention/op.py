@@ -121,7 +121,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_out, grad_lse):
     if torch.is_grad_enabled():
-        # create_graph=True: these gradients are to be differentiated again.
+        # create_graph=True: these gradients will be differentiated again.
         return tuple(
             differentiable_backward(
                 reference.differentiable_perceiver_attention,
