@@ -44,6 +44,9 @@ MOVED = {
     "training.samples": "data.samples",
     "training.shards": "data.shards",
     "training.teach": "data.teach",
+    "video.reading": "video.reader",
+    "video.spans": "video.reader",
+    "video.splitting": "video.clip",
 }
 
 

@@ -24,7 +24,7 @@ from v2l_fast.hypernet.network import HyperNetwork, as_dtype
 from v2l_fast.loading import load_hypernet, shipped
 from v2l_fast.pipeline import BATCH_TOKENS, ChunkReader, Video, VideoInternalizer
 from v2l_fast.video import Clip, FrameSampling
-from v2l_fast.video.reading import Backend
+from v2l_fast.video.reader import Backend
 from v2l_fast.vlm import Backbone, Prompt, load_backbone
 from v2l_fast.vlm.base import count_visual_tokens, video_prompt_ids
 from v2l_fast.work_units import Progress, WorkUnit, run_to_completion

@@ -26,9 +26,8 @@ from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.padding import length_buckets, pad_right
 from v2l_fast.transfer import send
 from v2l_fast.video import Clip, FrameSampling
-from v2l_fast.video.reading import Backend
-from v2l_fast.video.spans import load_spans
-from v2l_fast.video.splitting import split_clip
+from v2l_fast.video.clip import split_clip
+from v2l_fast.video.reader import Backend, load_spans
 from v2l_fast.vlm import Backbone, PromptBuilder, VideoChunk, iter_views
 from v2l_fast.work_units import (
     WorkUnit,

@@ -22,7 +22,7 @@ from bench.harness import RESULTS, argument_parser, environment, median_latency,
 from bench.models import CODECS, FPS, write_clip
 from v2l_fast.errors import VideoError
 from v2l_fast.video import Limits, decode, probe
-from v2l_fast.video.reading import Backend
+from v2l_fast.video.reader import Backend
 
 EXAMPLES = """
   python -m bench.runs.decode

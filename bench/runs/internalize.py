@@ -42,7 +42,7 @@ from bench.models import (
 from bench.runs.answer import judge
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.video import Clip, Limits, fallbacks, load_video
-from v2l_fast.video.reading import resolved
+from v2l_fast.video.reader import resolve_backend
 
 EXAMPLES = """
   python -m bench.runs.internalize --shape 500M --device cuda
@@ -97,7 +97,8 @@ def from_files(
             path = write_clip(Path(folder) / f"{count}.mp4", "h264", length, HEIGHT)
             rows.append(_row(pair, path, count, seconds))
     return {
-        "longest_edge": shape.longest_edge, "height": HEIGHT, "decoder": resolved("auto", device),
+        "longest_edge": shape.longest_edge, "height": HEIGHT,
+        "decoder": resolve_backend("auto", device),
         "decoder_fallbacks": fallbacks.reasons(), "rows": rows,
         "passed": all(row["passed"] for row in rows),
     }  # fmt: skip

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from v2l_fast.cli.options import FORCE, options, with_options
-from v2l_fast.video.reading import BACKENDS
+from v2l_fast.video.reader import BACKENDS
 
 
 @options("Sizes")

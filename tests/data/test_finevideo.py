@@ -21,7 +21,7 @@ from v2l_fast.data.finevideo import (
 from v2l_fast.data.manifest import load_manifest, split_by_video, video_key
 from v2l_fast.data.teach import REQUIRED
 from v2l_fast.video import FrameSampling
-from v2l_fast.video.spans import load_spans
+from v2l_fast.video.reader import load_spans
 
 
 def stamp(value: float) -> str:

@@ -10,7 +10,7 @@ from v2l_fast.evaluation.ablations import compare_chunks
 from v2l_fast.evaluation.examples import EvalExample
 from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.video.splitting import split_clip
+from v2l_fast.video.clip import split_clip
 
 
 def test_rows(model, clips):

@@ -18,7 +18,7 @@ from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
 from v2l_fast.video import Clip
-from v2l_fast.video.splitting import split_clip
+from v2l_fast.video.clip import split_clip
 
 CONFIG = replace(tiny.CONFIG, chunk_position=True)
 WHOLE, FIRST, SECOND = (torch.tensor([place]) for place in ([0.0, 1.0], [0.0, 0.5], [0.5, 1.0]))

@@ -23,7 +23,7 @@ from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.request import EngineClosed
 from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.video import Clip, FrameSampling, Limits, load_spans, probe
-from v2l_fast.video.fallbacks import Fallbacks
+from v2l_fast.video.reader import Fallbacks
 
 HARMS = {
     "abort": "crashed the decoder (SIGABRT)",
@@ -82,7 +82,7 @@ def test_a_gpu_decodes_in_this_process(reader, videos, monkeypatch):
         decoded.append(path)
         return load_spans(path, sampling, **{**options, "backend": "pyav"})
 
-    monkeypatch.setattr(sandbox, "resolved", lambda backend, device: "dali")
+    monkeypatch.setattr(sandbox, "resolve_backend", lambda backend, device: "dali")
     monkeypatch.setattr(sandbox, "load_spans", by_the_gpu)
     monkeypatch.setattr(sandbox, "fallbacks", Fallbacks())
     sampling = FrameSampling(3, 64, exact_frames=True)

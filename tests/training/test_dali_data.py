@@ -14,8 +14,8 @@ from v2l_fast.data.internalize import CorpusSettings, internalize_corpus
 from v2l_fast.training.config import DataConfig
 from v2l_fast.training.loader import EpochOrder, Quarantine, step_batches
 from v2l_fast.training.sources import ManifestSource, manifest_sources
-from v2l_fast.video.dali_decoder import shared_decoder
-from v2l_fast.video.fallbacks import fallbacks
+from v2l_fast.video.dali import shared_decoder
+from v2l_fast.video.reader import fallbacks
 
 VP9 = {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime", "g": "20"}}
 
@@ -65,11 +65,11 @@ def test_samples_are_those_of_pyav(manifest, tmp_path, workers):
 
 def test_threads_give_what_workers_give(manifest, tmp_path, monkeypatch):
     by_workers, _ = steps(manifest, tmp_path, decoder="dali")
-    before = shared_decoder(torch.device("cpu")).batches
+    before = shared_decoder(torch.device("cpu")).num_batches
     monkeypatch.setattr(ManifestSource, "on_gpu", True)
     by_threads, left_out = steps(manifest, tmp_path, decoder="dali")
     # In this process, not in workers of it.
-    assert shared_decoder(torch.device("cpu")).batches > before and left_out == 1
+    assert shared_decoder(torch.device("cpu")).num_batches > before and left_out == 1
     for one, other in zip(by_threads, by_workers, strict=True):
         assert [s.video for s in one] == [s.video for s in other]
         for a, b in zip(one, other, strict=True):

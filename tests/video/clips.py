@@ -1,4 +1,4 @@
-"""Tiny clips encoded on the fly: each frame shows its own index, so a wrong frame is seen."""
+"""Tiny clips encoded on the fly; each frame shows its own index, which reveals a wrong one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def encode(
     first: int = 0,
     format: str | None = None,
 ) -> Path:
-    """Write pictures `first`, ...; pts in hundredths of a second when given."""
+    """Write the pictures from index `first` on; pts in hundredths of a second."""
     with av.open(str(path), "w", format=format, options=mux_options or {}) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height = size

@@ -1,4 +1,4 @@
-"""Lossless VP9 clips of flat patches with chosen YCbCr values: only their conversion counts."""
+"""Lossless VP9 clips of flat patches with chosen YCbCr values, which only conversion changes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import av
 import numpy as np
 
 PATCH = 32
-# Y, Cb, Cr: greys, both ends, and colors that BT.601 leaves within 0..255 under every tag.
+# Y, Cb, Cr: greys, both ends, and colors that BT.601 keeps within 0..255 under every tag.
 INSIDE = np.array(
     [[40, 128, 128], [128, 128, 128], [220, 128, 128], [120, 118, 140], [140, 150, 116],
      [100, 110, 120], [160, 120, 150], [90, 140, 135]], np.uint8
 )  # fmt: skip
-# BT.709's pure red, green, blue and yellow (limited range): BT.601 puts channels of them outside.
+# BT.709's pure red, green, blue and yellow (limited range), of which BT.601 clips channels.
 PRIMARIES = np.array([[63, 102, 240], [173, 42, 26], [32, 240, 118], [219, 16, 138]], np.uint8)
 
 
@@ -40,7 +40,7 @@ def encode_patches(path: Path, colors: np.ndarray, options: dict[str, str]) -> P
 
 
 def centers(frame: np.ndarray) -> np.ndarray:
-    """int [patches, 3]: each patch's color, away from its edges; it must be flat there."""
+    """Each patch's color, int [patches, 3]; the patch must be flat away from its edges."""
     count = frame.shape[1] // PATCH
     patches = frame.reshape(PATCH, count, PATCH, 3)[8:-8, :, 8:-8].astype(int)
     assert (np.ptp(patches, axis=(0, 2)) == 0).all()

@@ -1,4 +1,4 @@
-"""Files that are broken or are no video: one clear line, or what can still be read."""
+"""Files that are broken or not videos: a one-line error, or the frames that still decode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.video.clips import picture, shown_index
 from v2l_fast.errors import VideoError
 from v2l_fast.video import Limits, decode, load_video, probe
-from v2l_fast.video.decoders import Decoder
+from v2l_fast.video.decoder import Decoder
 
 
 def error_of(path, limits: Limits | None = None) -> str:
@@ -118,7 +118,7 @@ def test_truncated_webm(clip):
     assert 1 < loaded.num_frames < 60
 
 
-def test_damage_in_the_middle_costs_only_what_it_hit(clip):
+def test_damage_in_the_middle_costs_only_the_damaged_frames(clip):
     path = clip("a.mp4", 60, options={"g": "10"}, mux_options={"movflags": "faststart"})
     data = bytearray(path.read_bytes())
     middle = data.find(b"mdat") + (len(data) - data.find(b"mdat")) // 2
@@ -129,7 +129,7 @@ def test_damage_in_the_middle_costs_only_what_it_hit(clip):
     assert shown_index(loaded.frames[0].movedim(0, -1).numpy()) == 0
 
 
-def test_packets_that_decode_to_nothing_are_found_out(clip, caplog):
+def test_packets_that_do_not_decode_are_detected(clip, caplog):
     path = clip("a.mov", 20, codec="mjpeg", pix_fmt="yuvj420p")
     data = bytearray(path.read_bytes())
     starts = [match.start() for match in re.finditer(b"\xff\xd8\xff", data)]
@@ -149,22 +149,22 @@ def test_nothing_decodes(clip):
     first, end = data.find(b"\xff\xd8\xff"), data.find(b"moov") - 4
     data[first:end] = bytes(end - first)
     path.write_bytes(data)
-    assert "not one frame can be decoded" in error_of(path)
+    assert "no frame can be decoded" in error_of(path)
 
 
 def test_first_frame_decodes_and_then_nothing(clip, monkeypatch):
     path = clip("a.mp4", 3)
     monkeypatch.setattr(Decoder, "group", lambda *_: (_ for _ in ()))
-    assert "not one frame can be decoded" in error_of(path)
-    with pytest.raises(VideoError, match="not one frame can be decoded"):
+    assert "no frame can be decoded" in error_of(path)
+    with pytest.raises(VideoError, match="no frame can be decoded"):
         decode(path, [1])
 
 
 def test_bounds(clip, monkeypatch):
     path = clip("a.mp4", 30)
-    assert "64x48 are more than 100 pixels" in error_of(path, Limits(max_pixels=100))
+    assert "64x48 have more than 100 pixels" in error_of(path, Limits(max_pixels=100))
     assert "3 s long, more than 2 s" in error_of(path, Limits(max_duration=2))
-    assert "3 frames asked for, more than 2" in error_of(path, Limits(max_frames=2))
+    assert "3 frames were requested, more than 2" in error_of(path, Limits(max_frames=2))
     assert "more than 9999; pass longest_edge" in error_of(path, Limits(max_bytes=9999))
 
     clock = iter(range(1000))
@@ -174,8 +174,8 @@ def test_bounds(clip, monkeypatch):
 
 def test_indices_outside(clip):
     path = clip("a.mp4", 3)
-    for indices, told in [([3], "3..3"), ([-1, 0], "-1..0"), ([], "none")]:
-        with pytest.raises(VideoError, match=f"frames 0..2, asked for {told}"):
+    for indices, text in [([3], "3..3"), ([-1, 0], "-1..0"), ([], "none")]:
+        with pytest.raises(VideoError, match=f"indices must be in 0..2, got {text}"):
             decode(path, indices)
 
 
@@ -199,7 +199,7 @@ def test_frame_size_that_changes(tmp_path):
 
 
 def tone(path, *, cover: bool) -> None:
-    """Silence, with a cover picture if asked for."""
+    """Writes silence, with a cover picture if ``cover``."""
     with av.open(str(path), "w", format="mp4") as container:
         sound = container.add_stream("aac", rate=16000, layout="mono")
         if cover:
@@ -238,16 +238,16 @@ def test_what_people_pass_by_mistake_is_named(tmp_path, start, kind):
 
 
 def mux(path, *streams) -> None:
-    """(codec, frames, size, default) of each stream; pictures count from 0."""
+    """Writes streams of (codec, frames, size, default); the pictures count from 0."""
     with av.open(str(path), "w") as container:
-        made = []
+        added = []
         for codec, count, size, default in streams:
             stream = container.add_stream(codec, rate=10)
             stream.width, stream.height = size
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             stream.disposition = av.stream.Disposition.default if default else 0
-            made.append((stream, count, size))
-        for stream, count, size in made:
+            added.append((stream, count, size))
+        for stream, count, size in added:
             for i in range(count):
                 image = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24")
                 container.mux(stream.encode(image))

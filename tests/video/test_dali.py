@@ -1,4 +1,4 @@
-"""DALI's pipeline on its CPU operator: the frames PyAV gives, from files and to files alike."""
+"""DALI's pipeline on its CPU operator: the frames of PyAV for the same files."""
 
 from __future__ import annotations
 
@@ -13,47 +13,43 @@ import torch
 from tests.video.clips import encode, set_display_matrix, shown_index
 from tests.video.colors import INSIDE, PRIMARIES, centers, encode_patches
 from v2l_fast.errors import VideoError
-from v2l_fast.video import (
-    FrameSampling,
-    Limits,
-    dali_source,
-    decode,
-    load_spans,
-    load_video,
-    reading,
-    spans,
+from v2l_fast.video import FrameSampling, Limits, dali, decode, load_spans, load_video, reader
+from v2l_fast.video.dali import (
+    DaliDecoder,
+    DaliError,
+    DaliSource,
+    corrected,
+    correction,
+    shared_decoder,
+    supported,
 )
-from v2l_fast.video.dali_color import corrected, correction, supported
-from v2l_fast.video.dali_decoder import DaliDecoder, DaliError, shared_decoder
-from v2l_fast.video.dali_source import DaliSource
-from v2l_fast.video.fallbacks import fallbacks
+from v2l_fast.video.reader import fallbacks
 
 CPU = torch.device("cpu")
 FAST_VP9 = {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime", "g": "20"}}
 MJPEG = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}
 # swscale rounds, DALI rounds, and neither is the exact matrix.
 LEVELS = 2
-# A channel that BT.601 clips: half of what the correction can leave open (see dali_color).
+# A channel that BT.601 clips: half of what the correction can leave open (see :func:`corrected`).
 CLIPPED_LEVELS = 19
 
 
 @pytest.fixture(autouse=True)
-def _no_fallbacks_yet():
+def no_fallbacks_yet():
     fallbacks.clear()
 
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """`auto` as on a GPU: DALI where it can, PyAV where it cannot."""
-    original = reading.open_source
+    """`auto` as on a GPU: DALI for files it decodes exactly, PyAV for the others."""
+    original = reader.open_source
 
     def source(path, backend, limits, device="cpu"):
         if backend == "auto":
             return DaliSource(path, limits, CPU, fallback=True)
         return original(path, backend, limits, device)
 
-    for module in (reading, spans):
-        monkeypatch.setattr(module, "open_source", source)
+    monkeypatch.setattr(reader, "open_source", source)
 
 
 def shown(frames: torch.Tensor) -> list[int]:
@@ -70,14 +66,14 @@ def encoded(path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "how"),
     [("a.webm", FAST_VP9), ("a.mp4", FAST_VP9), ("a.mov", MJPEG),
-     # VP9 hides reference frames inside the packets of shown ones.
+     # VP9 stores hidden reference frames inside the packets of shown ones.
      ("b.webm", {"codec": "libvpx-vp9", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}}),
      ("c.mp4", FAST_VP9 | {"pts": [i * i for i in range(50)]})],
 )  # fmt: skip
-def test_frames_are_the_ones_asked_for(clip, name, how):
+def test_frames_are_the_requested_ones(clip, name, how):
     path = clip(name, 50, **how)
-    for asked in ([0, 5, 39, 49], [7, 2, 7], list(range(50))):
-        assert shown(decode(path, asked, "dali")) == asked
+    for requested in ([0, 5, 39, 49], [7, 2, 7], list(range(50))):
+        assert shown(decode(path, requested, "dali")) == requested
     by_dali, by_pyav = (
         load_video(path, 6, exact_frames=True, backend=backend) for backend in ("dali", "pyav")
     )
@@ -93,12 +89,12 @@ def test_colors_follow_the_tags(tmp_path, space, color_range):
     inside = encode_patches(tmp_path / "inside.webm", INSIDE, tags)
     primaries = encode_patches(tmp_path / "primaries.webm", PRIMARIES, tags)
     for path, levels in ((inside, LEVELS), (primaries, CLIPPED_LEVELS)):
-        found, wanted = (centers(decode(path, [1], b)[0].numpy()) for b in ("dali", "pyav"))
-        assert np.abs(found - wanted).max() <= levels
+        result, expected = (centers(decode(path, [1], b)[0].numpy()) for b in ("dali", "pyav"))
+        assert np.abs(result - expected).max() <= levels
 
 
 def test_tags_matter(tmp_path):
-    """What the test above would not see if neither library read the tags."""
+    """The test above would pass if neither library read the tags."""
     rgb = {
         tags: centers(
             decode(
@@ -115,26 +111,26 @@ def test_tags_matter(tmp_path):
 
 def test_jpeg_colors(tmp_path):
     path = encode(tmp_path / "a.mov", 3, size=(96, 96), **MJPEG)
-    found, wanted = (decode(path, [1], b)[0, 4:20, 4:20].int() for b in ("dali", "pyav"))
-    assert (found - wanted).abs().max() <= LEVELS
+    result, expected = (decode(path, [1], b)[0, 4:20, 4:20].int() for b in ("dali", "pyav"))
+    assert (result - expected).abs().max() <= LEVELS
 
 
 @pytest.mark.parametrize(
     ("space", "worst", "mean"), [("bt709", 19, 1.15), ("bt2020nc", 15, 0.76), ("smpte240m", 17, 1)]
 )
 def test_correction_over_all_colors(space, worst, mean):
-    """The error stated in dali_color: every fifth level of each channel, DALI simulated."""
+    """The error that `corrected` states: every fifth level of each channel, DALI simulated."""
     levels = torch.arange(0, 256, 5, dtype=torch.float64)
     true = torch.cartesian_prod(levels, levels, levels)
     exact = true @ torch.from_numpy(np.linalg.inv(correction(space))).T
-    seen = exact.round().clamp(0, 255).to(torch.uint8)
-    kept = seen.clone()
-    error = (corrected(seen[None, None], space)[0, 0].double() - true).abs().amax(-1)
-    assert torch.equal(seen, kept)
+    decoded = exact.round().clamp(0, 255).to(torch.uint8)
+    copy = decoded.clone()
+    error = (corrected(decoded[None, None], space)[0, 0].double() - true).abs().amax(-1)
+    assert torch.equal(decoded, copy)
     assert error.max() <= worst and error.mean() <= mean
     clear = ((exact > 0.5) & (exact < 254.5)).all(-1)
     assert error[clear].max() <= 1
-    uncorrected = (seen.double() - true).abs().amax(-1)
+    uncorrected = (decoded.double() - true).abs().amax(-1)
     assert uncorrected.mean() > 8 * error.mean()
 
 
@@ -146,13 +142,13 @@ def test_unsupported_color_space():
 def test_rotation_is_honored(tmp_path, matrix):
     path = encode_patches(tmp_path / "a.mp4", INSIDE, {})
     set_display_matrix(path, matrix)
-    found, wanted = (decode(path, [0, 2], b)[:, 8:-8, 8:-8].int() for b in ("dali", "pyav"))
-    assert found.shape == wanted.shape
+    result, expected = (decode(path, [0, 2], b)[:, 8:-8, 8:-8].int() for b in ("dali", "pyav"))
+    assert result.shape == expected.shape
     # Between two patches chroma is interpolated.
-    assert ((found - wanted).abs() <= LEVELS).float().mean() > 0.9
+    assert ((result - expected).abs() <= LEVELS).float().mean() > 0.9
 
 
-def test_shrinking_and_parts(clip):
+def test_resizing_and_spans(clip):
     path = clip("a.webm", 40, **FAST_VP9, size=(128, 96))
     small, large = (load_video(path, 5, backend="dali", longest_edge=e) for e in (64, None))
     assert small.frames.shape[-2:] == (48, 64) and large.frames.shape[-2:] == (96, 128)
@@ -163,12 +159,12 @@ def test_shrinking_and_parts(clip):
                                                                      [20, 23, 26, 29]]  # fmt: skip
 
 
-def test_long_reads_are_cut_into_calls(clip, monkeypatch):
+def test_long_reads_are_split_into_calls(clip, monkeypatch):
     path = clip("a.webm", 30, **FAST_VP9)
-    monkeypatch.setattr(dali_source, "_CALL_BYTES", 7 * 64 * 48 * 3)
-    before = shared_decoder(CPU).batches
+    monkeypatch.setattr(dali, "_CALL_BYTES", 7 * 64 * 48 * 3)
+    before = shared_decoder(CPU).num_batches
     assert shown(decode(path, range(30), "dali")) == list(range(30))
-    assert shared_decoder(CPU).batches == before + 5
+    assert shared_decoder(CPU).num_batches == before + 5
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -178,16 +174,16 @@ def test_a_batch_of_different_files_and_lengths(clip):
     decoder = DaliDecoder(CPU, batch=4)
     files = [clip("a.webm", 40, **FAST_VP9), clip("b.mov", 20, **MJPEG, size=(32, 16)),
              clip("c.mp4", 9, **FAST_VP9)]  # fmt: skip
-    asked = [[0, 30, 31], [19], [8, 1, 0, 4]]
+    requested = [[0, 30, 31], [19], [8, 1, 0, 4]]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
             calls = [
                 pool.submit(decoder, encoded(f), np.array(i, np.int32))
-                for f, i in zip(files, asked, strict=True)
+                for f, i in zip(files, requested, strict=True)
             ]
-            found = [call.result() for call in calls]
-            assert [shown(frames) for frames in found] == asked
-            assert [tuple(frames.shape[1:3]) for frames in found] == [(48, 64), (16, 32), (48, 64)]
+            result = [call.result() for call in calls]
+            assert [shown(frames) for frames in result] == requested
+            assert [tuple(frames.shape[1:3]) for frames in result] == [(48, 64), (16, 32), (48, 64)]
 
 
 def test_calls_that_wait_share_a_batch(clip):
@@ -199,10 +195,10 @@ def test_calls_that_wait_share_a_batch(clip):
             while len(decoder._waiting) < 9:
                 pass
         assert [shown(call.result()) for call in calls] == [[i] for i in range(9)]
-    assert decoder.batches == 3
+    assert decoder.num_batches == 3
 
 
-def test_a_broken_file_does_not_take_its_batch_along(clip):
+def test_a_broken_file_does_not_affect_its_batch(clip):
     decoder = DaliDecoder(CPU)
     good = encoded(clip("a.webm", 20, **FAST_VP9))
     bad = np.zeros(1000, np.uint8)
@@ -226,10 +222,10 @@ def test_a_broken_file_does_not_take_its_batch_along(clip):
 def test_frames_outlive_the_next_call(clip):
     path = clip("a.webm", 20, **FAST_VP9)
     first = decode(path, [1, 2], "dali")
-    kept = first.clone()
+    copy = first.clone()
     for i in range(5):
         decode(path, [i, 19 - i], "dali")
-    assert torch.equal(first, kept)
+    assert torch.equal(first, copy)
 
 
 # --- refusals and fallbacks -----------------------------------------------------------------------
@@ -237,9 +233,9 @@ def test_frames_outlive_the_next_call(clip):
 
 def test_indices_out_of_range_are_refused(clip):
     path = clip("a.webm", 10, **FAST_VP9)
-    for asked in ([10], [-1], []):
-        with pytest.raises(VideoError, match=r"a\.webm: it has frames 0\.\.9"):
-            decode(path, asked, "dali")
+    for requested in ([10], [-1], []):
+        with pytest.raises(VideoError, match=r"a\.webm: indices must be in 0\.\.9"):
+            decode(path, requested, "dali")
     with pytest.raises(VideoError, match="frames beyond its end"):
         DaliSource(path, Limits(), CPU, fallback=False).read(np.array([3, 10]))
 
@@ -256,9 +252,9 @@ def test_a_broken_file_is_named(tmp_path):
     [("a.mp4", {}, "codec h264 on cpu"),
      ("a.webm", FAST_VP9 | {"pix_fmt": "yuv444p"}, "pixel format yuv444p"),
      ("b.webm", FAST_VP9 | {"size": (65, 48)}, "odd width or height"),
-     ("a.avi", MJPEG, "frames are not found by packet times")],
+     ("a.avi", MJPEG, "packet times do not locate its frames")],
 )  # fmt: skip
-def test_what_dali_does_not_decode_exactly(clip, on_the_cpu, caplog, name, how, reason):
+def test_files_that_dali_does_not_decode_exactly(clip, on_the_cpu, caplog, name, how, reason):
     path = clip(name, 8, **how)
     with pytest.raises(VideoError, match=f"DALI does not decode it: {reason}"):
         DaliSource(path, Limits(), CPU, fallback=False).read(np.array([1]))
@@ -279,8 +275,8 @@ def test_a_failure_inside_dali_falls_back(clip, on_the_cpu, monkeypatch):
     def fails(*_):
         raise DaliError("Codec configuration not supported on this GPU. Codec: AV1")
 
-    monkeypatch.setattr(dali_source, "shared_decoder", lambda device: fails)
-    monkeypatch.setattr(dali_source, "_refused", set())
+    monkeypatch.setattr(dali, "shared_decoder", lambda device: fails)
+    monkeypatch.setattr(dali, "_refused", set())
     assert shown(decode(path, [5])) == [5]
     assert fallbacks.reasons() == {"DALI failed": 1}
     # The codec is not tried again.
@@ -289,22 +285,22 @@ def test_a_failure_inside_dali_falls_back(clip, on_the_cpu, monkeypatch):
     assert fallbacks.reasons() == {"DALI failed": 1, "codec vp9 on cpu": 1}
 
 
-def test_a_first_frame_unlike_pyavs_falls_back(clip, on_the_cpu, monkeypatch):
+def test_a_first_frame_that_differs_from_pyav_falls_back(clip, on_the_cpu, monkeypatch):
     path = clip("a.webm", 8, **FAST_VP9)
-    # As a decoder that takes the limited range for the full one.
+    # Like a decoder that takes the limited range for the full one.
     monkeypatch.setattr(
-        dali_source, "corrected", lambda frames, _: (16 + frames * (219 / 255)).to(torch.uint8)
+        dali, "corrected", lambda frames, _: (16 + frames * (219 / 255)).to(torch.uint8)
     )
     assert shown(decode(path, [5])) == [5]
     assert fallbacks.reasons() == {"its first frame differs from PyAV's": 1}
 
 
-def test_a_truncated_file_is_read_as_pyav_reads_it(clip, on_the_cpu):
+def test_a_truncated_file_is_read_as_by_pyav(clip, on_the_cpu):
     path = clip("a.webm", 60, **FAST_VP9)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    found, wanted = (load_video(path, 8, exact_frames=True, backend=b) for b in ("auto", "pyav"))
-    assert found.num_frames == wanted.num_frames
-    assert shown(found.frames.movedim(1, -1)) == shown(wanted.frames.movedim(1, -1))
+    result, expected = (load_video(path, 8, exact_frames=True, backend=b) for b in ("auto", "pyav"))
+    assert result.num_frames == expected.num_frames
+    assert shown(result.frames.movedim(1, -1)) == shown(expected.frames.movedim(1, -1))
 
 
 def test_auto_on_the_cpu_is_pyav(clip):
@@ -314,29 +310,31 @@ def test_auto_on_the_cpu_is_pyav(clip):
 
 def test_auto_for_a_gpu_is_dali(clip):
     path = clip("a.webm", 5, **FAST_VP9)
-    source = reading.open_source(path, "auto", Limits(), "cuda")
+    source = reader.open_source(path, "auto", Limits(), "cuda")
     assert isinstance(source, DaliSource) and source.fallback
-    assert not reading.open_source(path, "dali", Limits(), "cuda").fallback
+    assert not reader.open_source(path, "dali", Limits(), "cuda").fallback
 
 
 def test_without_dali(clip, monkeypatch, caplog):
-    monkeypatch.setattr(reading, "find_spec", lambda name: None)
-    reading._has_dali.cache_clear()
+    monkeypatch.setattr(reader, "find_spec", lambda name: None)
+    reader._has_dali.cache_clear()
     try:
-        source = reading.open_source(clip("a.mp4", 2), "auto", Limits(), "cuda")
+        source = reader.open_source(clip("a.mp4", 2), "auto", Limits(), "cuda")
         assert not isinstance(source, DaliSource)
         assert sum("DALI is not installed" in r.message for r in caplog.records) == 1
     finally:
-        reading._has_dali.cache_clear()
+        reader._has_dali.cache_clear()
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(DaliError, match=r"cannot be imported.*v2l_fast\[dali\]"):
         DaliDecoder(CPU)
 
 
-def test_a_gpu_that_is_not_there(clip):
+def test_a_gpu_that_does_not_exist(clip):
     path = clip("a.webm", 8, **FAST_VP9)
-    gone = torch.device("cuda", 63)
-    assert shown(DaliSource(path, Limits(), gone, fallback=True).read(np.array([5])).frames) == [5]
+    missing = torch.device("cuda", 63)
+    assert shown(DaliSource(path, Limits(), missing, fallback=True).read(np.array([5])).frames) == [
+        5
+    ]
     assert fallbacks.reasons() == {"DALI failed": 1}
     with pytest.raises(VideoError, match=r"a\.webm: DALI does not decode it: DALI failed \("):
-        DaliSource(path, Limits(), gone, fallback=False).read(np.array([5]))
+        DaliSource(path, Limits(), missing, fallback=False).read(np.array([5]))

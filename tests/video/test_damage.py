@@ -1,5 +1,5 @@
-"""One rule for damaged files: the same frames whatever is read with them, and a frame that does
-not decode is shown as the one before it."""
+"""One rule for damaged files: a frame is the same whatever else is read with it, and a frame that
+does not decode is replaced by the one before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from tests.video.clips import shown_index
 from v2l_fast.errors import VideoError
-from v2l_fast.video import decode, load_video, probe, pyav_source
+from v2l_fast.video import decode, load_video, probe, pyav
 
 X265 = {
     "preset": "ultrafast",
@@ -38,14 +38,14 @@ def healthy(tmp_path_factory):
     """Bytes of each file and (position, size) of its packets, encoded once."""
     from tests.video.clips import encode
 
-    made = {}
+    files = {}
 
     def get(name: str):
-        if name not in made:
+        if name not in files:
             file, codec, options = FILES[name]
             path = encode(tmp_path_factory.mktemp(name) / file, COUNT, codec=codec, options=options)
-            made[name] = path.suffix, path.read_bytes(), packets(path)
-        return made[name]
+            files[name] = path.suffix, path.read_bytes(), packets(path)
+        return files[name]
 
     return get
 
@@ -64,7 +64,7 @@ def packets(path: Path) -> list[tuple[int, int]]:
 
 
 def damaged(data: bytes, where: list[tuple[int, int]], seed: int) -> bytes:
-    """Bits flipped, or bytes zeroed or made up, in one to three packets."""
+    """Flips bits, or zeroes or randomizes bytes, in one to three packets."""
     rng, out = random.Random(seed), bytearray(data)
     for _ in range(rng.choice((1, 1, 3))):
         position, size = rng.choice(where)
@@ -86,14 +86,12 @@ def read(path: Path, indices: list[int]) -> torch.Tensor | None:
         return None
 
 
-# Damage whose lost regions show what the decoder's returned buffers held before.
+# Damage whose lost regions show the previous content of the decoder's buffers.
 STALE_REGIONS = {"mpeg2": (121,), "vp8": (130, 152, 157)}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_frames_do_not_depend_on_cores_or_on_what_is_read_with_them(
-    healthy, tmp_path, monkeypatch, name
-):
+def test_frames_do_not_depend_on_cores_or_on_other_frames(healthy, tmp_path, monkeypatch, name):
     suffix, data, where = healthy(name)
     sparse = [0, 3, 11, 12, 23, 36, 44]
     for seed in (*range(6), *STALE_REGIONS.get(name, ())):
@@ -105,7 +103,7 @@ def test_frames_do_not_depend_on_cores_or_on_what_is_read_with_them(
             continue
         few = [i for i in sparse if i < count]
         for cores in (1, 2, 16):
-            monkeypatch.setattr(pyav_source, "_num_cores", lambda cores=cores: cores)
+            monkeypatch.setattr(pyav, "_num_cores", lambda cores=cores: cores)
             assert torch.equal(read(path, list(range(count))), whole)
             assert torch.equal(read(path, few), whole[few])
         for index in few[1::2]:
@@ -121,7 +119,7 @@ def zeroed(healthy, path: Path, name: str, numbers: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["h264", "hevc", "vp9", "av1"])
-def test_a_lost_group_shows_the_frame_before_it(healthy, tmp_path, name):
+def test_a_lost_group_is_replaced_by_the_frame_before_it(healthy, tmp_path, name):
     path = tmp_path / f"a{healthy(name)[0]}"
     zeroed(healthy, path, name, list(range(12, 24)))
     loaded = load_video(path, COUNT, exact_frames=True)
@@ -134,7 +132,7 @@ def test_a_lost_group_shows_the_frame_before_it(healthy, tmp_path, name):
         assert torch.equal(decode(path, [index])[0].movedim(-1, 0), loaded.frames[index])
 
 
-def test_a_lost_beginning_is_not_there(healthy, tmp_path):
+def test_a_lost_beginning_does_not_exist(healthy, tmp_path):
     path = tmp_path / "a.mp4"
     zeroed(healthy, path, "h264", list(range(12)))
     loaded = load_video(path, COUNT, exact_frames=True)
@@ -142,7 +140,7 @@ def test_a_lost_beginning_is_not_there(healthy, tmp_path):
     assert shown == list(range(12, COUNT))
 
 
-def test_a_lost_end_is_not_there(healthy, tmp_path, caplog):
+def test_a_lost_end_does_not_exist(healthy, tmp_path, caplog):
     path = tmp_path / "a.mp4"
     zeroed(healthy, path, "h264", list(range(36, COUNT)))
     loaded = load_video(path, COUNT, exact_frames=True)

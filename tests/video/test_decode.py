@@ -1,4 +1,4 @@
-"""Decoding by index: right frames, seeking equal to decoding through, orientation, odd files."""
+"""Decoding by index: right frames, seeking equals decoding everything, orientation, odd files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from v2l_fast.video import (
     load_video,
     probe,
 )
-from v2l_fast.video.decoders import Decoder, _Lost
+from v2l_fast.video.decoder import Decoder, _Lost
 
 
 def shown(frames: torch.Tensor) -> list[int]:
@@ -46,7 +46,7 @@ def test_color_tags(clip):
     [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9"), ("b.webm", "libvpx"), ("a.avi", "mpeg4"),
      ("a.mov", "mjpeg"), ("a.ts", "libx264"), ("a.mkv", "libx265")],
 )  # fmt: skip
-def test_frames_are_the_ones_asked_for(clip, name, codec):
+def test_frames_are_the_requested_ones(clip, name, codec):
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     path = clip(name, 12, codec=codec, pix_fmt=pix_fmt)
     assert probe(path).num_frames == 12
@@ -78,18 +78,18 @@ def test_sparse_reads_equal_the_whole(clip, name, codec, options):
         assert torch.equal(decode(path, indices), whole[list(indices)])
 
 
-def test_a_seek_that_misleads_costs_nothing_but_time(clip, monkeypatch):
+def test_a_misleading_seek_costs_only_time(clip, monkeypatch):
     path = clip("a.mp4", 150, options={"g": "30"})
     scan = Decoder._scan
     calls = []
 
-    def misled(self, key):
+    def misleading_scan(self, key):
         calls.append(key)
         if len(calls) % 2:
             raise _Lost
         return scan(self, key)
 
-    monkeypatch.setattr(Decoder, "_scan", misled)
+    monkeypatch.setattr(Decoder, "_scan", misleading_scan)
     assert shown(decode(path, [2, 140])) == [2, 140]
     assert len(calls) == 4
 
@@ -129,7 +129,7 @@ def test_8k_frame(clip):
     info = probe(path)
     assert (info.width, info.height) == (7680, 4320)
     assert decode(path, [0]).shape == (1, 4320, 7680, 3)
-    with pytest.raises(VideoError, match="7680x4320 are more than 8294400 pixels"):
+    with pytest.raises(VideoError, match="7680x4320 have more than 8294400 pixels"):
         probe(path, Limits(max_pixels=3840 * 2160))
 
 
@@ -144,7 +144,7 @@ def test_load_video(clip):
     assert loaded.path == str(path)
 
 
-def test_shrinking_while_decoding_leaves_the_views_unchanged(clip):
+def test_resizing_while_decoding_leaves_the_views_unchanged(clip):
     path = clip("a.mp4", 30, size=(162, 90))
     full = load_video(path, max_frames=3)
     small = load_video(path, max_frames=3, longest_edge=50)
@@ -157,22 +157,22 @@ def test_shrinking_while_decoding_leaves_the_views_unchanged(clip):
 
 def test_from_frames():
     frames = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
-    made = Clip.from_frames(frames, fps=4.0)
-    assert made.timestamps == (0.0, 0.25) and made.duration == 0.5 and made.num_frames == 2
-    assert made.indices.tolist() == [0, 1] and made.path is None
-    assert made.sha256 == Clip.from_frames(frames.clone(), fps=4.0).sha256
-    assert made.sha256 != Clip.from_frames(frames, fps=5.0).sha256
-    assert made.sha256 != Clip.from_frames(frames.flip(0), fps=4.0).sha256
-    assert made.sha256 != Clip.from_frames(frames.reshape(2, 3, 5, 4), fps=4.0).sha256
+    clip = Clip.from_frames(frames, fps=4.0)
+    assert clip.timestamps == (0.0, 0.25) and clip.duration == 0.5 and clip.num_frames == 2
+    assert clip.indices.tolist() == [0, 1] and clip.path is None
+    assert clip.sha256 == Clip.from_frames(frames.clone(), fps=4.0).sha256
+    assert clip.sha256 != Clip.from_frames(frames, fps=5.0).sha256
+    assert clip.sha256 != Clip.from_frames(frames.flip(0), fps=4.0).sha256
+    assert clip.sha256 != Clip.from_frames(frames.reshape(2, 3, 5, 4), fps=4.0).sha256
 
 
 @pytest.mark.parametrize(
     ("frames", "fps", "message"),
     [
-        (torch.zeros(1, 3, 2, 2), 1.0, "pass uint8"),
-        (torch.zeros(3, 2, 2, dtype=torch.uint8), 1.0, "pass uint8"),
+        (torch.zeros(1, 3, 2, 2), 1.0, "must be uint8"),
+        (torch.zeros(3, 2, 2, dtype=torch.uint8), 1.0, "must be uint8"),
         (torch.zeros(0, 3, 2, 2, dtype=torch.uint8), 1.0, "empty"),
-        (torch.zeros(1, 3, 2, 2, dtype=torch.uint8), 0.0, "fps=0.0"),
+        (torch.zeros(1, 3, 2, 2, dtype=torch.uint8), 0.0, "fps must be a positive number, got 0.0"),
     ],
 )
 def test_from_frames_refuses(frames, fps, message):
@@ -181,7 +181,7 @@ def test_from_frames_refuses(frames, fps, message):
 
 
 def test_unknown_backend(clip):
-    with pytest.raises(VideoError, match="a.mp4: unknown backend 'decord'"):
+    with pytest.raises(VideoError, match="a.mp4: backend must be one of .*, got 'decord'"):
         decode(clip("a.mp4", 1), [0], backend="decord")
 
 
@@ -209,7 +209,7 @@ class FakeTorchcodec:
         )
 
 
-def test_torchcodec_answers_as_pyav_does(clip, monkeypatch):
+def test_torchcodec_equals_pyav(clip, monkeypatch):
     path = clip("a.mp4", 40)
     module = types.SimpleNamespace(VideoDecoder=FakeTorchcodec)
     monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
@@ -230,5 +230,5 @@ def test_torchcodec_leaves_files_without_times_to_pyav(clip, monkeypatch):
     path = clip("a.avi", 20, options={"bf": "3"})
     fallbacks.clear()
     assert shown(decode(path, range(20), "torchcodec")) == list(range(20))
-    assert fallbacks.reasons() == {"frames are not found by packet times": 1}
+    assert fallbacks.reasons() == {"packet times do not locate its frames": 1}
     fallbacks.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from v2l_fast.video.orientation import Orientation
+from v2l_fast.video.info import Orientation
 
 _ONE = 1 << 16
 

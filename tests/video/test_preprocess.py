@@ -15,7 +15,7 @@ from v2l_fast.video import preprocess as module
 
 
 def pillow(image: torch.Tensor, height: int, width: int, passes: int = 2) -> torch.Tensor:
-    """Pillow's result; in two passes it is the same for every release (13 may swap them)."""
+    """Pillow's result; in two passes it is the same in every release (13 may swap them)."""
     pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     if passes == 2:
         pil = pil.resize((width, pil.height), Image.Resampling.LANCZOS)
@@ -24,7 +24,7 @@ def pillow(image: torch.Tensor, height: int, width: int, passes: int = 2) -> tor
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Values at both ends of the range, where ringing clips, as well as between."""
+    """Values at both ends of the range, where ringing clips, and in between."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-128, 384, shape, generator=generator)
     return x.clamp_(0, 255).to(torch.uint8)
@@ -86,7 +86,7 @@ def test_resize_does_not_depend_on_batching_or_strides(monkeypatch):
 
 @pytest.mark.parametrize("bad", [torch.zeros(3, 4, 4), torch.zeros(4, 4, 3, dtype=torch.uint8)])
 def test_resize_refuses_other_inputs(bad):
-    with pytest.raises(ConfigError, match="pass uint8"):
+    with pytest.raises(ConfigError, match="must be uint8"):
         resize_lanczos(bad, 2, 2)
 
 
@@ -149,7 +149,7 @@ def test_views_of_a_wide_frame_in_the_resolution_sweep(tile, edge, views):
 
 
 def test_frame_views_refuses_empty_sizes():
-    with pytest.raises(ConfigError, match="longest_edge=0"):
+    with pytest.raises(ConfigError, match="must be at least 1, got 0 and 32"):
         frame_views(noise(1, 3, 4, 4), 0, 32)
 
 

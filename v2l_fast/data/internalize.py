@@ -26,7 +26,7 @@ from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import BATCH_SIZE, Video2LoRA
 from v2l_fast.store.adapter_store import AdapterStore
 from v2l_fast.video import Clip, FrameSampling
-from v2l_fast.video.reading import BACKENDS, Backend
+from v2l_fast.video.reader import BACKENDS, Backend
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from typing import TypeVar
 from v2l_fast.data.manifest import VideoExamples
 from v2l_fast.errors import VideoError
 from v2l_fast.video import Clip, FrameSampling, Limits
-from v2l_fast.video.reading import Backend
-from v2l_fast.video.spans import load_spans
+from v2l_fast.video.reader import Backend, load_spans
 from v2l_fast.vlm import VideoChunk, iter_views
 from v2l_fast.work_units import run_to_completion
 

@@ -48,7 +48,7 @@ from v2l_fast.video import (
     load_spans,
     probe,
 )
-from v2l_fast.video.reading import resolved
+from v2l_fast.video.reader import resolve_backend
 
 if TYPE_CHECKING:
     from v2l_fast.model import Video2LoRA
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 # Imported before any process is forked: what reading needs, and the module that each process
 # imports again because the program was started from it.
-PRELOAD = ("v2l_fast.serving.sandbox", "v2l_fast.video.pyav_source", "v2l_fast.cli.entry")
+PRELOAD = ("v2l_fast.serving.sandbox", "v2l_fast.video.pyav", "v2l_fast.cli.entry")
 # Files examined at the same time; the callers of :meth:`VideoReader.load` bound decoding.
 PROBES = 4
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -142,7 +142,7 @@ class VideoReader:
 
         The frames are on the model's device. A GPU decodes to the end even when it is cancelled.
         """
-        if resolved("auto", self._device) == "dali":
+        if resolve_backend("auto", self._device) == "dali":
             try:
                 (clip,) = load_spans(
                     path,

@@ -29,7 +29,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from v2l_fast.errors import ConfigError, excerpt
 from v2l_fast.files import read_text
 from v2l_fast.hypernet.config import INSTRUCTION, HypernetConfig
-from v2l_fast.video.reading import Backend
+from v2l_fast.video.reader import Backend
 from v2l_fast.video.sampling import MAX_EDGE, FrameSampling
 
 PRESETS = Path(__file__).parent / "presets"

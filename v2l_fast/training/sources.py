@@ -32,7 +32,7 @@ from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.loading import shipped
 from v2l_fast.pipeline import Context, chunk_spans
 from v2l_fast.training.config import DataConfig, TrainConfig
-from v2l_fast.video.reading import resolved
+from v2l_fast.video.reader import resolve_backend
 from v2l_fast.vlm import Backbone, VideoChunk
 from v2l_fast.vlm.base import PromptBuilder
 
@@ -209,7 +209,7 @@ def manifest_sources(
         )
         raise ManifestError(f"{', '.join(data.manifests)}: no example to train on; {remedy}")
     device = backbone.decoder.device
-    on_gpu = resolved(data.decoder, device) == "dali"
+    on_gpu = resolve_backend(data.decoder, device) == "dali"
     reader = ClipReader(
         data.sampling, decoder=data.decoder, device=str(device) if on_gpu else "cpu"
     )

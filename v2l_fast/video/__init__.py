@@ -1,11 +1,10 @@
-"""Video files in, sampled frames and vision-tower views out.
+"""Reads video files, samples frames and turns them into the views of a vision tower.
 
-Every failure to read a file is a `v2l_fast.errors.VideoError` of one line that names it.
+Every failure to read a file raises a one-line `v2l_fast.errors.VideoError` that names it.
 """
 
 from v2l_fast._deprecated import warn_renamed
 from v2l_fast.video.clip import Clip
-from v2l_fast.video.fallbacks import fallbacks
 from v2l_fast.video.info import VideoInfo
 from v2l_fast.video.limits import Limits
 from v2l_fast.video.preprocess import (
@@ -16,9 +15,8 @@ from v2l_fast.video.preprocess import (
     resize_lanczos,
     resized_size,
 )
-from v2l_fast.video.reading import decode, probe
+from v2l_fast.video.reader import decode, fallbacks, load_spans, load_video, probe
 from v2l_fast.video.sampling import FrameSampling, sample_indices
-from v2l_fast.video.spans import load_spans, load_video
 
 __all__ = [
     "PREPROCESSING_VERSION",

@@ -1,14 +1,14 @@
-"""A clip ready for a model: sampled frames, when they are shown, and what they were taken from.
+"""A clip ready for a model: sampled frames, when they are shown, and their source.
 
-Responsible for what a clip is, and for clips of frames in memory; reading files is `spans`,
-resizing for the vision tower is `preprocess`, the prompt is the backbone's.
+Responsible for the clip itself and for clips of frames in memory. `reader` reads files,
+`preprocess` resizes for the vision tower, and the VLM family writes the prompt.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from v2l_fast.errors import VideoError
 class Clip:
     """Sampled frames and their provenance.
 
-    frames: uint8 [F, 3, H, W], upright RGB. indices: int64 [F], positions in presentation order.
-    timestamps: seconds, index / fps, which is what prompts say (as the released checkpoints were
-    trained); presentation_times: when the file shows each frame, seconds from its first frame,
-    different for variable frame rate, NaN where the file does not say, empty when not known.
-    fps, duration (seconds), num_frames: of the source, as far as it decodes. sha256: of the
-    file's bytes, or of the frames when there is no file (path None).
+    Attributes:
+        frames: uint8 [F, 3, H, W], upright RGB.
+        indices: int64 [F], positions in presentation order.
+        timestamps: seconds, index / fps; prompts state these (as in training of the released
+            checkpoints).
+        fps, duration, num_frames: of the source, as far as it decodes; duration in seconds.
+        sha256: of the file's bytes, or of the frames if there is no file (path None).
+        presentation_times: seconds from the file's first frame at which it shows each frame. They
+            differ from `timestamps` for variable frame rate; NaN where the file has no time, empty
+            when unknown.
     """
 
     frames: torch.Tensor
@@ -40,18 +44,18 @@ class Clip:
 
     @classmethod
     def from_frames(cls, frames: torch.Tensor, fps: float) -> Clip:
-        """Clip of all `frames` (uint8 [F, 3, H, W], F >= 1) shown at `fps` frames/s.
+        """A clip of all `frames` (uint8 [F, 3, H, W], F >= 1), shown at `fps` frames/s.
 
         Raises VideoError for another dtype or shape, or an fps that is not positive.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
             raise VideoError(
-                f"frames are {frames.dtype} {list(frames.shape)}; pass uint8 [F, 3, H, W]"
+                f"frames must be uint8 [F, 3, H, W], got {frames.dtype} {list(frames.shape)}"
             )
         if frames.numel() == 0:
-            raise VideoError(f"frames of shape {list(frames.shape)} are empty; pass at least one")
+            raise VideoError(f"frames must not be empty, got shape {list(frames.shape)}")
         if not (math.isfinite(fps) and fps > 0):
-            raise VideoError(f"fps={fps}: frames need a positive rate")
+            raise VideoError(f"fps must be a positive number, got {fps}")
         frames = frames.detach().cpu().contiguous()
         digest = hashlib.sha256(repr((tuple(frames.shape), float(fps))).encode())
         digest.update(frames.numpy().data)
@@ -68,3 +72,25 @@ class Clip:
             path=None,
             presentation_times=timestamps,
         )
+
+
+def split_clip(clip: Clip, parts: int) -> list[Clip]:
+    """Split a clip into `parts` consecutive clips of equal duration, at most one per frame.
+
+    Their numbers of frames differ by at most one. As with `load_spans`, a part's times count from
+    its start and its duration is its own; its `indices` remain those of the source.
+    """
+    groups = np.array_split(np.arange(len(clip.frames)), min(parts, len(clip.frames)))
+    length = clip.duration / len(groups)
+    return [
+        replace(
+            clip,
+            frames=clip.frames[group],
+            indices=clip.indices[group],
+            timestamps=tuple(max(0.0, clip.timestamps[i] - number * length) for i in group),
+            duration=length,
+            num_frames=max(1, round(clip.num_frames / len(groups))),
+            presentation_times=clip.presentation_times[group[0] : group[-1] + 1],
+        )
+        for number, group in enumerate(groups)
+    ]

@@ -1,4 +1,4 @@
-"""Bounds on what reading one video may cost, so that a hostile or broken file fails early."""
+"""Bounds on the cost of reading one video, so that a hostile or broken file fails early."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from v2l_fast.errors import VideoError
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds for one call; whatever exceeds one raises a VideoError that names it.
+    """Upper bounds for one call; exceeding one raises a VideoError that names it.
 
-    max_pixels: width * height of a frame (the default admits 8K, 7680 x 4320).
+    max_pixels: width * height of a frame (the default is 8K, 7680 x 4320).
     max_duration: seconds of the whole clip.
     max_frames: frames returned.
     max_bytes: decoded RGB bytes returned (1,024 frames of 1080p are 6.4e9).
@@ -27,7 +27,7 @@ class Limits:
 
 
 class Deadline:
-    """Wall-clock budget of one call on one file."""
+    """The wall-clock budget of one call on one file."""
 
     def __init__(self, path: str, seconds: float):
         self.path = path

@@ -1,8 +1,8 @@
-"""What a walk over all packets of a stream tells without decoding it: count, rate and times.
+"""Count, rate and times of a stream's frames, from all of its packets and without decoding.
 
-Headers say 0 frames for WebM and too many for a truncated MP4, and the times of a stream may
-start again, jump, or be missing. Responsible for one steady clock over all of that, and for where
-each frame's group of pictures lies. Decoding is `pyav_source`.
+Headers state 0 frames for WebM and too many for a truncated MP4, and the times of a stream may
+restart, jump, or be missing. Responsible for one steady clock in spite of all that, and for
+locating each frame's group of pictures. `pyav` decodes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import cast
 
 import av
 import numpy as np
@@ -23,27 +24,27 @@ from v2l_fast.video.limits import Deadline
 
 log = logging.getLogger(__name__)
 
-# Here a packet is one shown frame and carries its presentation time, so times locate frames.
+# In these a packet is one shown frame and has its presentation time, so times locate frames.
 _SEEKABLE_CODECS = {"h264", "hevc", "vp9", "av1", "mjpeg"}
 _SEEKABLE_FORMATS = {"mov", "matroska"}
 # Frames that decode later than they are shown (H.264 allows 16).
 _REORDERED = 16
-# Seconds, and median intervals, from which a step forward is no pause but another clock: in
+# Seconds, and median intervals, from which a step forward is not a pause but another clock: in
 # formats whose times may jump (FFmpeg's own limit for them is 10 s), and in all others.
 _JUMP = {True: (10.0, 10), False: (3600.0, 1000)}
-# Frames/s of a raw stream whose headers have no rate (FFmpeg's own assumption).
+# Frames/s of a raw stream whose headers state no rate (FFmpeg's own assumption).
 _RAW_RATE = 25.0
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Where frames lie in a stream whose presentation times locate them.
+    """Positions of frames in a stream whose presentation times locate them.
 
     A group is what is shown from one keyframe to the next. A keyframe's leading pictures (decoded
-    after it, shown before it) belong to the group before it.
+    after it, shown before it) belong to the previous group.
 
-    frames, keyframes: presentation times (int64, in the stream's time base, rising).
-    last: of each group, the presentation time of the packet that comes last in the file.
+    frames, keyframes: presentation times (int64, in the stream's time base, increasing).
+    last: for each group, the presentation time of its last packet in the file.
     """
 
     frames: np.ndarray
@@ -85,10 +86,10 @@ class Packets:
     """A stream as its packets describe it.
 
     count: packets that are frames and are shown. fps: frames/s. codec: FFmpeg's name.
-    seconds: float64 [count], when frame i is shown, from frame 0 on, never falling; NaN where the
-    file does not say.
-    plain: every packet of the only video stream is a frame that is shown.
-    timeline: None where times do not locate frames.
+    seconds: float64 [count], times at which frames are shown, counted from frame 0, nondecreasing;
+    NaN where the file has none.
+    plain: whether every packet of the only video stream is a frame that is shown.
+    timeline: None if times do not locate frames.
     """
 
     count: int
@@ -102,18 +103,18 @@ class Packets:
 def read_packets(
     path: str, container: InputContainer, stream: VideoStream, deadline: Deadline
 ) -> Packets:
-    """Walk all packets of `stream`.
+    """Walk over all packets of `stream`.
 
-    Raises VideoError when there is none, they are encrypted, or the deadline passes; MemoryError.
+    Raises VideoError when there is none, when they are encrypted, or when the deadline passes.
     """
     plain = len(container.streams.video) == 1
-    # The format's name: AV1's decoder has another.
+    # The name of the format; AV1's decoder has another name.
     codec, claimed = stream.codec_context.codec.canonical_name, stream.frames
     exact = codec in _SEEKABLE_CODECS and not _SEEKABLE_FORMATS.isdisjoint(
         container.format.name.split(",")
     )
-    raw = bool(container.format.flags & Flags.no_timestamps.value)
-    jumping = bool(container.format.flags & Flags.ts_discont.value)
+    raw = bool(container.format.flags & cast(int, Flags.no_timestamps.value))
+    jumping = bool(container.format.flags & cast(int, Flags.ts_discont.value))
     shown: list[int | None] = []
     decoded: list[int | None] = []
     keys: list[bool] = []
@@ -168,7 +169,7 @@ def read_packets(
 
 
 def _timeline(shown: np.ndarray, keys: np.ndarray) -> Timeline | None:
-    """Timeline of presentation times int64 [N] in the file's order; keys: bool [N]."""
+    """The timeline of presentation times int64 [N] in the file's order; keys: bool [N]."""
     frames, keyframes = np.sort(shown), shown[keys]
     if not (np.diff(frames) > 0).all() or not (np.diff(keyframes) > 0).all():
         return None
@@ -177,7 +178,7 @@ def _timeline(shown: np.ndarray, keys: np.ndarray) -> Timeline | None:
         return None
     group = np.searchsorted(keyframes, shown, side="right") - 1
     last = np.zeros(len(keyframes), np.int64)
-    last[group] = shown  # Of equal indices the last assignment stays.
+    last[group] = shown  # Among equal indices the last assignment remains.
     return Timeline(frames, keyframes, last)
 
 
@@ -188,12 +189,12 @@ def _steady(
     time_base: float,
     jumping: bool,
 ) -> tuple[np.ndarray | None, bool]:
-    """Times of the frames in presentation order on one clock, and whether the file's own falls.
+    """Times of the frames in presentation order on one clock, and whether the file's restarts.
 
-    shown, decoded: times of packets in the file's order. Where the clock starts again or jumps,
-    it goes on one median interval after the last packet. The result is sorted: some formats (AVI,
-    ASF) store times of decoding only, and frame i is then shown at the i-th of them.
-    None when no packet has a time.
+    shown, decoded: times of packets in the file's order. Where the file's clock restarts or jumps,
+    the result continues one median interval after the last packet. The result is sorted: some
+    formats (AVI, ASF) store decoding times only, and frame i is then shown at the i-th of them.
+    None if no packet has a time.
     """
     known = [pts if pts is not None else dts for pts, dts in zip(shown, decoded, strict=True)]
     present = np.array([time for time in known if time is not None], np.int64)
@@ -203,27 +204,26 @@ def _steady(
     steps = steps[steps > 0]
     interval = int(np.median(steps)) if len(steps) else 0
     seconds, intervals = _JUMP[jumping]
-    # A time base of zero says nothing of seconds.
+    # A time base of zero does not give seconds.
     jump = max(seconds / time_base if time_base else 0, intervals * interval, 1)
     times = np.empty(len(known), np.int64)
     restarts = False
-    offset, newest, previous = 0, None, None
+    offset = 0
+    newest: int | None = None
+    previous: int | None = None
     for i, (time, dts, key) in enumerate(zip(known, decoded, keys, strict=True)):
         if time is None:
-            # Without a time of its own: shown after the packet before it.
+            # A packet without a time is shown after the one before it.
             times[i] = times[i - 1] + interval if i else present[0]
             continue
-        falls = rises = False
         if newest is not None:
-            unknown = dts is None or previous is None
-            behind = key if unknown else dts < previous
-            # Nothing shown earlier follows a keyframe, but its leading pictures.
+            behind = key if dts is None or previous is None else dts < previous
+            # Only its leading pictures follow a keyframe and are shown earlier.
             falls = behind and time < newest + (1 if key else -(_REORDERED + 1) * interval)
-            rises = time - newest > jump
-        if falls or rises:
-            restarts |= falls
-            offset += newest + interval - (time if key or dts is None else min(time, dts))
-            newest = None
+            if falls or time - newest > jump:
+                restarts |= falls
+                offset += newest + interval - (time if key or dts is None else min(time, dts))
+                newest = None
         newest = time if newest is None else max(newest, time)
         previous = dts if dts is not None else previous
         times[i] = time + offset
@@ -246,18 +246,18 @@ def _raw_rate(path: str, stream: VideoStream) -> float:
 def _frame_rate(count: int, declared: float, span: float) -> float:
     """Frames/s: the header's average rate, unless the packets' own times contradict it.
 
-    declared: frames/s, 0 when the header has none. span: seconds from the first frame's start to
-    the last one's end, 0 when the packets carry no times.
+    declared: frames/s, 0 if the header has none. span: seconds from the first frame's start to the
+    last one's end, 0 if the packets have no times.
     """
     measured = count / span if span > 0 else 0.0
-    # A cut file can lack frames that come before its last ones in time, a handful at most.
+    # A truncated file can lack a few frames that are shown before its last ones.
     tolerance = 0.1 * span + _REORDERED / declared if declared > 0 else 0.0
     if declared > 0 and (not measured or abs(count / declared - span) <= tolerance):
         return declared
-    # A lone picture without any timing is shown for a second.
+    # A single picture without any timing is shown for a second.
     return measured or 1.0
 
 
-def _is_hidden(codec: str, packet) -> bool:
-    """VP8 stores its never-shown reference frames as packets of their own (RFC 6386, 9.1)."""
+def _is_hidden(codec: str, packet: av.Packet) -> bool:
+    """Whether a packet is one of VP8's reference frames that are never shown (RFC 6386, 9.1)."""
     return codec == "vp8" and not bytes(packet)[0] & 0x10

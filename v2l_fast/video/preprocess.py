@@ -1,7 +1,7 @@
-"""From decoded frames to the square views a vision tower reads, equal to transformers 4.51.3's
-SmolVLM image path bit for bit.
+"""Turns decoded frames into the square views that a vision tower reads, equal bit for bit to the
+SmolVLM image path of transformers 4.51.3.
 
-Frames stay uint8 until `normalize`. Everything runs on the device the frames are on.
+Frames stay uint8 until `normalize`. Everything runs on the frames' device.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 from v2l_fast.errors import ConfigError
 from v2l_fast.video.sampling import MAX_EDGE
 
-# Raised whenever a pixel of any view would change; part of an adapter's provenance.
+# Incremented whenever a pixel of any view would change; part of an adapter's provenance.
 PREPROCESSING_VERSION = 1
 
-# Pixels of the frames that are resized at a time where other work takes turns: one frame of 8K.
+# Pixels of the frames resized in one work unit: one 8K frame.
 GROUP_PIXELS = 7680 * 4320
 # Pillow's fixed point: coefficients are multiples of 2^-22.
 _ONE = 1 << 22
 _LOBES = 3.0
-# Outputs per matrix product: wider bands multiply more zeros, narrower ones start more products
-# (measured on one core, 16 is best or near it from 216p up to 1080p).
+# Outputs per matrix product: wider bands multiply more zeros, narrower ones need more products
+# (on one core, 16 is the best or nearly so from 216p to 1080p).
 _BAND = 16
-# Float64 elements of one temporary: within a CPU's cache (twice as fast at 1080p as eight times
-# more), few launches on a GPU.
+# Float64 elements of one temporary: within a CPU's cache (at 1080p twice as fast as eight times as
+# many), few launches on a GPU.
 _CHUNK_CPU, _CHUNK_GPU = 1 << 19, 1 << 26
 
 
@@ -59,7 +59,7 @@ def _bands(
 
 
 def _round_u8(acc: torch.Tensor) -> torch.Tensor:
-    """Pillow's (sum + 2^21) >> 22 clamped to 0..255; acc (consumed) is the sum / 2^22."""
+    """Pillow's (sum + 2^21) >> 22 clamped to 0..255; acc (overwritten) is the sum / 2^22."""
     return acc.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
@@ -83,17 +83,17 @@ def resize_lanczos(images: torch.Tensor, height: int, width: int) -> torch.Tenso
     """Resize uint8 [..., 3, H, W] to [..., 3, height, width] exactly as Pillow's LANCZOS does.
 
     Pillow (Resample.c, 8 bits per channel) resizes the width, rounds to uint8, then the height;
-    a pass that keeps its size is left out. (Newer releases, 12.3 among them, swap the two where
-    the height shrinks and the width grows or shrinks far less. The released checkpoints precede
-    that, and width first is the definition here.) Its integer sums are multiples of 2^-22 below
-    2^9 in magnitude, which float64 holds exactly in whatever order a matrix product adds them:
-    the result does not depend on device, threads or chunking.
+    a pass that keeps its size is skipped. (Newer releases, 12.3 among them, swap the two where the
+    height shrinks and the width grows or shrinks far less. The released checkpoints are older, and
+    width first is the definition here.) The integer sums are multiples of 2^-22 below 2^9 in
+    magnitude, which float64 holds exactly whatever the order of a matrix product's additions: the
+    result does not depend on device, threads or chunking.
 
     Raises ConfigError for other inputs or an empty size.
     """
     if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
         raise ConfigError(
-            f"resize_lanczos got {images.dtype} {list(images.shape)}; pass uint8 [..., 3, H, W]"
+            f"images must be uint8 [..., 3, H, W], got {images.dtype} {list(images.shape)}"
         )
     if min(height, width, *images.shape[-2:]) < 1:
         raise ConfigError(
@@ -103,7 +103,7 @@ def resize_lanczos(images: torch.Tensor, height: int, width: int) -> torch.Tenso
     in_height, in_width = images.shape[-2:]
     frames = images.reshape(-1, 3, in_height, in_width)
     out = frames.new_empty(len(frames), 3, height, width)
-    # Widest temporaries: one band's inputs, for all rows (first pass) or columns (second pass).
+    # The largest temporaries: one band's inputs, for all rows (first pass) or columns (second).
     reach = _BAND + 2 * _LOBES
     wide = in_height * min(in_width, reach * max(1.0, in_width / width))
     tall = width * min(in_height, reach * max(1.0, in_height / height))
@@ -120,9 +120,9 @@ def resize_lanczos(images: torch.Tensor, height: int, width: int) -> torch.Tenso
 
 
 def resized_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
-    """(height, width) with the longest side `longest_edge`, the other rounded up to an even number.
+    """(height, width) with longest side `longest_edge`, the other rounded up to an even number.
 
-    transformers 4.51.3, `get_resize_output_image_size`: sides are at least 1 and at most 4096.
+    As `get_resize_output_image_size` of transformers 4.51.3: sides are in 1..4096.
     """
     aspect = width / height
     if width >= height:
@@ -156,9 +156,10 @@ def _multiple_size(height: int, width: int, tile: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class FrameViews:
-    """views: uint8 [F * per_frame, 3, M, M]; a frame's tiles row-major, then its global view.
+    """Views of frames for a vision tower that reads M x M.
 
-    rows, cols: tiles of a frame, 0 and 0 when it is not split.
+    views: uint8 [F * per_frame, 3, M, M]; a frame's tiles row-major, then its global view.
+    rows, cols: tiles of a frame, 0 and 0 if it is not split.
     """
 
     views: torch.Tensor
@@ -167,12 +168,12 @@ class FrameViews:
 
     @property
     def per_frame(self) -> int:
-        """Views of one frame."""
+        """Number of views of a frame."""
         return self.rows * self.cols + 1
 
 
 def frame_tiles(height: int, width: int, longest_edge: int, tile_size: int) -> tuple[int, int]:
-    """(rows, cols) of tiles that :func:`frame_views` cuts a frame into, 0 and 0 if it does not."""
+    """(rows, cols) of the tiles that :func:`frame_views` cuts a frame into, or (0, 0) for none."""
     size = _multiple_size(*resized_size(height, width, longest_edge), tile_size)
     rows, cols = (side // tile_size for side in size)
     return (0, 0) if rows * cols == 1 else (rows, cols)
@@ -182,14 +183,16 @@ def frame_views(frames: torch.Tensor, longest_edge: int, tile_size: int) -> Fram
     """Views of frames uint8 [F, 3, H, W] for a vision tower that reads M x M, M = `tile_size`.
 
     The longest side becomes `longest_edge`, then both sides are stretched up to multiples of M.
-    A frame that is then M x M is its only view; a larger one is cut into tiles and followed by the
-    whole of it squeezed to M x M. (transformers 4.51.3 with do_image_splitting, which its video
-    path uses too; later releases never split videos.)
+    A frame that is then M x M is its only view; a larger one is cut into tiles, followed by the
+    whole frame resized to M x M. (transformers 4.51.3 with do_image_splitting, which its video path
+    uses, too; later releases never split videos.)
 
     Raises ConfigError for a longest_edge or tile_size below 1.
     """
     if longest_edge < 1 or tile_size < 1:
-        raise ConfigError(f"longest_edge={longest_edge}, tile_size={tile_size}: both must be >= 1")
+        raise ConfigError(
+            f"longest_edge and tile_size must be at least 1, got {longest_edge} and {tile_size}"
+        )
     height, width = resized_size(frames.shape[-2], frames.shape[-1], longest_edge)
     frames = resize_lanczos(frames, height, width)
     frames = resize_lanczos(frames, *_multiple_size(height, width, tile_size))
@@ -205,9 +208,9 @@ def frame_views(frames: torch.Tensor, longest_edge: int, tile_size: int) -> Fram
 def frame_views_in_groups(
     frames: torch.Tensor, longest_edge: int, tile_size: int
 ) -> Generator[tuple[int, int], None, FrameViews]:
-    """:func:`frame_views` of some frames at a time; yields between them (frames done, in all)."""
+    """:func:`frame_views` in work units of a few frames; yields (done, total) between them."""
     at_once = max(1, GROUP_PIXELS // max(1, frames.shape[-1] * frames.shape[-2]))
-    groups = []
+    groups: list[FrameViews] = []
     for group in frames.split(at_once):
         if groups:
             yield len(groups) * at_once, len(frames)

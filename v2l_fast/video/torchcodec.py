@@ -1,33 +1,37 @@
-"""Frames through torchcodec, where it is installed and asked for; PyAV still opens and counts.
+"""Frames through torchcodec, on request; PyAV still opens, counts and describes.
 
-Same pixels as PyAV's reader; the file has passed that reader's checks before it comes here. Files
-whose times do not locate their frames are read by PyAV (see `fallbacks`).
+The pixels equal those of PyAV's reader, whose checks the file has passed. Files whose times do not
+locate their frames are read by PyAV (see `fallbacks`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from v2l_fast.errors import VideoError
-from v2l_fast.video.fallbacks import fallbacks
-from v2l_fast.video.pyav_source import Decoded, PyAVSource
+from v2l_fast.video.pyav import Decoded, PyAVSource
+from v2l_fast.video.reader import fallbacks
 
-# Frames per call: between calls the deadline is looked at.
+if TYPE_CHECKING:
+    from torchcodec.decoders import VideoDecoder
+
+# Frames per call; the deadline is checked between calls.
 _CHUNK = 16
 
 
 class TorchcodecSource(PyAVSource):
-    """PyAVSource whose pixels come from torchcodec."""
+    """A PyAVSource whose pixels come from torchcodec."""
 
     def read(
         self,
         indices: np.ndarray,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Decoded:
-        """As PyAVSource.read; raises VideoError too when torchcodec cannot be imported."""
+        """As PyAVSource.read; also raises VideoError when torchcodec cannot be imported."""
         try:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, OSError, RuntimeError) as error:
@@ -36,9 +40,9 @@ class TorchcodecSource(PyAVSource):
                 f"({str(error).splitlines()[0]}); install torchcodec with FFmpeg or use 'pyav'"
             ) from error
         self.check_count(len(indices))
-        # torchcodec finds frames by time alone.
+        # torchcodec locates frames by time alone.
         if self._timeline is None or not self._packets.plain:
-            fallbacks.add(self.path, "frames are not found by packet times")
+            fallbacks.add(self.path, "packet times do not locate its frames")
             return super().read(indices, transform)
         try:
             decoder = VideoDecoder(self.path, dimension_order="NHWC", seek_mode="exact")
@@ -48,7 +52,7 @@ class TorchcodecSource(PyAVSource):
                 self.deadline.check()
                 batch = decoder.get_frames_at(inside[start : start + _CHUNK].tolist())
                 for image in batch.data:
-                    image = self._turned(image, decoder)
+                    image = self._turn_upright(image, decoder)
                     frames.append(image if transform is None else transform(image))
                     self.check_memory(len(indices), frames[0].shape)
         except VideoError:
@@ -64,8 +68,8 @@ class TorchcodecSource(PyAVSource):
         stacked = torch.stack(frames) if frames else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
         return Decoded(stacked, tuple(self._packets.seconds[inside].tolist()), available)
 
-    def _turned(self, image: torch.Tensor, decoder) -> torch.Tensor:
-        """torchcodec rotates by itself since 0.11 (it then reports a rotation), never mirrors."""
+    def _turn_upright(self, image: torch.Tensor, decoder: VideoDecoder) -> torch.Tensor:
+        """Since 0.11 torchcodec rotates frames (and reports a rotation); it never mirrors them."""
         orientation = self.orientation
         if not hasattr(decoder.metadata, "rotation"):
             return torch.from_numpy(np.ascontiguousarray(orientation.apply(image.numpy())))

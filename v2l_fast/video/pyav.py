@@ -1,22 +1,22 @@
-"""One video file read through PyAV (FFmpeg): described, and decoded by frame index.
+"""Describes a video file and decodes its frames by index through PyAV (FFmpeg).
 
-Responsible for giving exactly the frames asked for, or a VideoError that names the file. Opening
-it safely is `opening`, what its packets tell is `packets`; which indices are wanted and what
-becomes of the pixels is the caller's.
+Responsible for returning exactly the requested frames, or a VideoError that names the file.
+`container` opens the file safely, `packets` interprets its packets; the caller chooses the indices
+and what to do with the pixels.
 
-One rule says what frame i is, whatever the machine, the number of its cores and the frames that
-are read with it. Every decoder runs in one thread, for FFmpeg's own threads lose and conceal
-damaged frames differently as their number changes; several groups of pictures are decoded at the
-same time instead.
+One rule defines frame i, independently of the machine, the number of its cores and the other frames
+of the request. Every decoder runs in one thread, because FFmpeg's own threads lose and conceal
+damaged frames differently for different numbers of threads; several groups of pictures are decoded
+at the same time instead.
 
 - Where presentation times locate frames (H.264, HEVC, VP9, AV1 and MJPEG in MP4, MOV, Matroska and
   WebM, if the file begins with a keyframe), frame i is the i-th of the file's packets in
   presentation order, decoded from the keyframe that begins its group of pictures. A group that
   shows any sign of damage is decoded again, alone, by a new decoder. A frame that does not decode
-  is shown as the last one before it that does, the first frames as the first that does. Frames
-  after the last one that decodes are not there.
-- In all other files frame i is the i-th that comes out of one decoder that reads the file from its
-  start; damaged packets are passed over, and what they lose is not counted.
+  is replaced by the last one before it that does, the first frames by the first that does. Frames
+  after the last one that decodes do not exist.
+- In all other files frame i is the i-th output of one decoder that reads the file from its start;
+  damaged packets are skipped, and frames lost with them are not counted.
 
 Pixels are those of `frame.to_ndarray(format="rgb24")`, the released checkpoints' reader: swscale
 follows the stream's color tags and assumes BT.601 where there are none. Alpha is dropped, and
@@ -29,28 +29,29 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import cast
 
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideData
 from av.sidedata.sidedata import Type as SideDataType
 
 from v2l_fast.errors import VideoError
-from v2l_fast.video.decoders import Decoder, Send, in_parallel
-from v2l_fast.video.info import VideoInfo
+from v2l_fast.video.container import check_file, open_stream
+from v2l_fast.video.decoder import Decoder, Send, in_parallel
+from v2l_fast.video.info import Orientation, VideoInfo
 from v2l_fast.video.limits import Deadline, Limits
-from v2l_fast.video.opening import check_file, open_stream
-from v2l_fast.video.orientation import Orientation
 from v2l_fast.video.packets import Packets, Timeline, read_packets
 
 log = logging.getLogger(__name__)
 
-# Decoders of one read at most, and the bytes that their frames may take together. A decoder holds
-# up to 16 frames (H.264), of 1.5 bytes a pixel as a rule.
+# Maximum decoders of one read, and maximum bytes of all their frames. A decoder holds up to 16
+# frames (H.264), usually of 1.5 bytes a pixel.
 _DECODERS = 8
 _DECODER_BYTES = 2 << 30
 _HELD_FRAMES = 16
@@ -70,9 +71,9 @@ class Decoded:
     """frames: uint8 [F, H, W, 3] for the indices below `available`, in their order.
 
     times: seconds of each frame on the stream's own clock, counted from its first frame; NaN
-    where the file does not say.
-    available: the number of frames the file really has when its end came before the last index
-    asked for, else None.
+    where the file has none.
+    available: the number of frames that the file has, if it ends before the last requested index,
+    else None.
     """
 
     frames: torch.Tensor
@@ -83,7 +84,7 @@ class Decoded:
 class PyAVSource:
     """A file under `limits`; every method may raise VideoError.
 
-    Opening is lazy and each pass over the file opens it anew, since not every format can rewind.
+    Opening is lazy, and each pass over the file opens it again, because some formats cannot rewind.
     """
 
     def __init__(self, path: str | os.PathLike, limits: Limits):
@@ -91,7 +92,7 @@ class PyAVSource:
         self.limits = limits
         self.deadline = Deadline(self.path, limits.max_seconds)
         self._num_outputs = 0
-        # Of a group: the last frame before it that decodes.
+        # For a group: the last frame before it that decodes.
         self._before: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         check_file(self.path)
@@ -127,11 +128,11 @@ class PyAVSource:
     def orientation(self) -> Orientation:
         """How the frames must be turned, by the first one's display matrix.
 
-        Only the first frame's side data is read: it makes a reference cycle with its frame, which
-        then returns its buffers at a time of the garbage collector's choosing. FFmpeg decodes into
-        returned buffers, and what a damaged frame shows where it does not decode is what they held.
+        Only the first frame's side data is read. It forms a reference cycle with its frame, which
+        then returns its buffers whenever the garbage collector runs. FFmpeg decodes into returned
+        buffers, and a damaged frame shows what they held where it does not decode.
         """
-        data = self._first_frame.side_data
+        data = cast(Iterable[SideData], self._first_frame.side_data)
         matrix = next((d for d in data if d.type is SideDataType.DISPLAYMATRIX), None)
         return Orientation() if matrix is None else Orientation.from_display_matrix(bytes(matrix))
 
@@ -142,11 +143,11 @@ class PyAVSource:
     ) -> Decoded:
         """Decode frames `indices` (int64, sorted, unique, >= 0), upright.
 
-        transform: applied to each frame or several, uint8 [..., H, W, 3] -> uint8 [..., H', W', 3],
-        in this thread, before they are kept; decoding goes on meanwhile.
+        transform: applied in this thread to each frame (or several), uint8 [..., H, W, 3] ->
+        uint8 [..., H', W', 3], before it is kept; decoding continues meanwhile.
         """
         self.check_count(len(indices))
-        # Looked at here, before the threads that decode need them.
+        # Computed here, before the decoding threads need them.
         timeline, _ = self._timeline, self.orientation
         jobs: list[Callable[[Decoder, Send], None]]
         if timeline is None:
@@ -156,7 +157,7 @@ class PyAVSource:
             jobs = [partial(self._read_groups, timeline, run) for run in _runs(timeline, inside)]
         kept = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
         size: tuple[int, ...] = ()
-        there: set[int] = set()
+        received: set[int] = set()
         substituted: set[int] = set()
         images = in_parallel(jobs, self._new_decoder, self._num_decoders(len(jobs)), self.deadline)
         with closing(images):
@@ -173,14 +174,14 @@ class PyAVSource:
                     size = upright.shape
                     self.check_memory(len(indices), image.shape)
                     kept = torch.empty(len(indices), *image.shape, dtype=torch.uint8)
-                # Copied by NumPy, in this thread: PyTorch's threads wait for more work actively,
-                # beside the decoders, and a frame then takes several times as long.
+                # Copied by NumPy in this thread: PyTorch's threads spin while they wait for work
+                # and so take the cores from the decoders, which become several times slower.
                 kept.numpy()[np.searchsorted(indices, index)] = image
-                there.add(index)
+                received.add(index)
                 if is_substitute:
                     substituted.add(index)
         available = None
-        if substituted or len(there) < len(indices):
+        if substituted or len(received) < len(indices):
             decodable = self._num_decodable(timeline)
             available = decodable if decodable <= indices[-1] else None
         if available == 0:
@@ -189,37 +190,37 @@ class PyAVSource:
             indices = indices[indices < available]
         if count := sum(index <= indices[-1] for index in substituted) if len(indices) else 0:
             log.warning(
-                "%s: %d of the frames asked for do not decode; "
-                "the last one before it that does stands for each", self.path, count,
+                "%s: %d of the requested frames do not decode; "
+                "each is replaced by the last one before it that does", self.path, count,
             )  # fmt: skip
         times = self._packets.seconds[indices].tolist()
         return Decoded(kept[: len(indices)], tuple(times), available)
 
     def check_count(self, num_frames: int) -> None:
-        """Raise VideoError when `num_frames` pass Limits.max_frames."""
+        """Raise VideoError when `num_frames` exceed Limits.max_frames."""
         if num_frames > self.limits.max_frames:
             raise VideoError(
-                f"{self.path}: {num_frames} frames asked for, more than "
-                f"{self.limits.max_frames}; ask for fewer or raise Limits.max_frames"
+                f"{self.path}: {num_frames} frames were requested, more than "
+                f"{self.limits.max_frames}; request fewer or raise Limits.max_frames"
             )
 
     def nothing_decodes(self) -> VideoError:
-        """The error for a stream of which not a single frame can be had."""
+        """The error for a stream of which no frame decodes."""
         return VideoError(
-            f"{self.path}: not one frame can be decoded; the file is damaged, re-encode it"
+            f"{self.path}: no frame can be decoded; the file is damaged, re-encode it"
         )
 
     def check_memory(self, num_frames: int, shape: Sequence[int]) -> None:
-        """Raise VideoError when `num_frames` of `shape` (H, W, 3) pass Limits.max_bytes."""
+        """Raise VideoError when `num_frames` of `shape` (H, W, 3) exceed Limits.max_bytes."""
         size = num_frames * math.prod(shape)
         if size > self.limits.max_bytes:
             raise VideoError(
                 f"{self.path}: {num_frames} frames of {shape[1]}x{shape[0]} take {size} bytes, "
-                f"more than {self.limits.max_bytes}; pass longest_edge, ask for fewer frames or "
+                f"more than {self.limits.max_bytes}; pass longest_edge, request fewer frames or "
                 "raise Limits.max_bytes"
             )
 
-    # --- looking at it once --------------------------------------------------------------------
+    # --- properties of the file ----------------------------------------------------------------
 
     @cached_property
     def _packets(self) -> Packets:
@@ -228,7 +229,7 @@ class PyAVSource:
 
     @cached_property
     def _timeline(self) -> Timeline | None:
-        """The stream's timeline where its frames keep their packets' times."""
+        """The stream's timeline, if its frames keep their packets' times."""
         timeline = self._packets.timeline
         if timeline is None or timeline.index_of(self._first_frame.pts) is None:
             return None
@@ -253,7 +254,7 @@ class PyAVSource:
         return max(1, min(_DECODERS, _num_cores(), num_jobs, fit))
 
     def _read_through(self, indices: np.ndarray, decoder: Decoder, send: Send) -> None:
-        """Send frames `indices`, counted as they come out of the decoder."""
+        """Send frames `indices`, counted in the order of the decoder's output."""
         wanted = set(indices.tolist())
         previous = None
         count = 0
@@ -265,8 +266,8 @@ class PyAVSource:
                 if image is None:
                     raise self._no_rgb()
                 send((count, image, False))
-            # Held for one more frame whether it is wanted or not: what a damaged frame looks like
-            # can depend on which buffers are free.
+            # Always kept until the next frame: the pixels of a damaged frame can depend on which
+            # buffers are free.
             previous = frame
             del frame
             count += 1
@@ -282,7 +283,7 @@ class PyAVSource:
         for group in np.unique(groups).tolist():
             wanted = indices[groups == group].tolist()
             if not self._read_group(timeline, group, wanted, decoder, send):
-                # What damage leaves behind in a decoder must not reach the next group.
+                # The state that damage leaves in a decoder must not affect the next group.
                 decoder.reopen()
                 with decoder.fresh() as alone:
                     self._read_damaged_group(timeline, group, wanted, alone, send)
@@ -291,8 +292,8 @@ class PyAVSource:
         self, timeline: Timeline, group: int, wanted: list[int], decoder: Decoder, send: Send
     ) -> bool:
         """Send the group's `wanted` frames; False at the first sign of damage."""
-        left = iter(wanted)
-        target = next(left)
+        remaining = iter(wanted)
+        target: int | None = next(remaining)
         expected = timeline.frames_of(group)[0]
         with closing(decoder.group(timeline, group)) as frames:
             for index, frame in frames:
@@ -301,9 +302,9 @@ class PyAVSource:
                 if decoder.damaged or damaged or index != expected:
                     return False
                 expected += 1
-                if index == target:
+                if image is not None:
                     send((index, image, False))
-                    target = next(left, None)
+                    target = next(remaining, None)
                     if target is None:
                         return True
         return False
@@ -312,29 +313,29 @@ class PyAVSource:
         self, timeline: Timeline, group: int, wanted: list[int], decoder: Decoder, send: Send
     ) -> None:
         """Send the group's `wanted` frames, or for each the last one before it that decodes."""
-        left = list(wanted)
-        shown = None
+        remaining = list(wanted)
+        latest = None
         for index, image in self._images(decoder, timeline, group):
-            while left and left[0] < index:
-                if shown is None:
-                    shown = self._decodable_before(timeline, group)
-                send((left.pop(0), shown, True))
-            if left and left[0] == index:
-                send((left.pop(0), image, False))
-            if not left:
+            while remaining and remaining[0] < index:
+                if latest is None:
+                    latest = self._decodable_before(timeline, group)
+                send((remaining.pop(0), latest, True))
+            if remaining and remaining[0] == index:
+                send((remaining.pop(0), image, False))
+            if not remaining:
                 return
-            shown = image
-        for index in left:
-            if shown is None:
-                shown = self._decodable_before(timeline, group)
-            send((index, shown, True))
+            latest = image
+        for index in remaining:
+            if latest is None:
+                latest = self._decodable_before(timeline, group)
+            send((index, latest, True))
 
     def _decodable_before(self, timeline: Timeline, group: int) -> np.ndarray:
-        """The last frame before the group that decodes, or else the first of all that does."""
+        """The last frame before the group that decodes, or else the first in the file that does."""
         with self._lock:
-            passed = []
+            skipped = []
             while group not in self._before:
-                passed.append(group)
+                skipped.append(group)
                 if group > 0:
                     _, image = self._last_of(timeline, group - 1)
                 else:
@@ -345,12 +346,12 @@ class PyAVSource:
                     self._before[group] = image
                 else:
                     group -= 1
-            for later in passed:
+            for later in skipped:
                 self._before[later] = self._before[group]
             return self._before[group]
 
     def _num_decodable(self, timeline: Timeline | None) -> int:
-        """Frames up to the last one that decodes."""
+        """The number of frames up to the last one that decodes."""
         if timeline is None:
             return self._num_outputs
         for group in reversed(range(timeline.num_groups)):
@@ -369,18 +370,18 @@ class PyAVSource:
 
     def _images(
         self, decoder: Decoder, timeline: Timeline, group: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    ) -> Generator[tuple[int, np.ndarray], None, None]:
         """(index, upright image) of the group's frames that decode."""
         with closing(decoder.group(timeline, group)) as frames:
             for index, frame in frames:
                 image = self._upright(frame)
-                # What a damaged frame looks like can depend on which buffers are free.
+                # The pixels of a damaged frame can depend on which buffers are free.
                 del frame
                 if image is not None:
                     yield index, image
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray | None:
-        """RGB uint8 [H, W, 3] as it is shown; None for pixels that cannot be turned into it."""
+        """RGB uint8 [H, W, 3] as it is shown; None if the pixels cannot be converted."""
         try:
             coded = frame.to_ndarray(format="rgb24")
         except (av.FFmpegError, ValueError):
@@ -389,13 +390,13 @@ class PyAVSource:
 
     def _no_rgb(self) -> VideoError:
         return VideoError(
-            f"{self.path}: its pixels ({self._first_frame.format.name}) cannot be turned into RGB; "
-            "re-encode it"
+            f"{self.path}: its pixels ({self._first_frame.format.name}) cannot be converted to "
+            "RGB; re-encode it"
         )
 
 
 def _runs(timeline: Timeline, indices: np.ndarray) -> Iterator[np.ndarray]:
-    """`indices` in pieces of whole groups: one group, or short ones that follow each other."""
+    """Split `indices` between groups: one group each, or several short consecutive ones."""
     if len(indices) == 0:
         return
     groups = timeline.group_of(indices)

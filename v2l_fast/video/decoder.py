@@ -1,7 +1,7 @@
-"""Open files that decode: one file, one position, one thread each; several of them at a time.
+"""A decoder of one open file in one thread, and jobs on several decoders at a time.
 
-Responsible for feeding FFmpeg the packets of a stream or of one group of pictures, past whatever
-is damaged, and for running jobs on several decoders. Which frames a file has is `pyav_source`'s.
+Responsible for feeding FFmpeg the packets of a stream or of one group of pictures, past damaged
+ones, and for running jobs in parallel. `pyav` decides which frames a file has.
 """
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 
 import av
 import numpy as np
 
+from v2l_fast.video.container import check_size, open_stream
 from v2l_fast.video.limits import Deadline, Limits
-from v2l_fast.video.opening import check_size, open_stream
 from v2l_fast.video.packets import Timeline
 
 log = logging.getLogger(__name__)
 
-# Demuxing on over fewer frames than this costs less than a seek.
+# Continuing to demux over at most this many frames costs less than a seek.
 _SEEK_GAIN = 24
 
-# Frame index, upright image uint8 [H, W, 3], whether another frame's image stands in.
+# Frame index, upright image uint8 [H, W, 3], whether it is another frame's image in its place.
 Image = tuple[int, np.ndarray, bool]
 Send = Callable[[Image], None]
 
 
 class _Stopped(Exception):
-    """Nobody wants the frames any more."""
+    """The consumer of the frames has stopped."""
 
 
 class _Lost(Exception):
-    """The keyframe looked for does not come after this position."""
+    """The keyframe does not follow this position."""
 
 
 class Decoder:
     """A file and its best video stream, decoded in the calling thread alone.
 
-    damaged: whether a packet of the group being decoded failed.
-    Opening raises VideoError; decoding raises it for frames beyond the limits and a passed
-    deadline. MemoryError is raised as it is: it is no fault of the file's.
+    damaged: whether a packet of the current group failed to decode.
+    Opening raises VideoError; decoding raises it for frames beyond the limits and when the deadline
+    has passed. MemoryError is not converted, because it is no fault of the file.
     """
 
     def __init__(
@@ -66,18 +66,18 @@ class Decoder:
         return Decoder(self._path, self._limits, self._deadline, self._stop)
 
     def reopen(self) -> None:
-        """Start anew, as a new decoder does."""
+        """Reset to the state of a new decoder."""
         self._stack.close()
         opened = open_stream(self._path, self._limits, self._deadline)
         self._container, self._stream = self._stack.enter_context(opened)
         self._context = self._stream.codec_context
         self._context.thread_count = 1
         self._demuxed = self._container.demux(self._stream)
-        # Packets of the groups to come that were read with those before them.
+        # Packets of later groups that were read together with those of earlier ones.
         self._ahead: deque[av.Packet] = deque()
         self._next_group: int | None = 0
 
-    def frames(self) -> Iterator[av.VideoFrame]:
+    def frames(self) -> Generator[av.VideoFrame, None, None]:
         """All frames of a newly opened file that decode, in presentation order."""
         failures = 0
         for packet in itertools.chain(self._rest(), (None,)):
@@ -87,12 +87,14 @@ class Decoder:
             while frames:
                 yield frames.pop(0)
         if failures:
-            log.warning("%s: %d damaged packets were passed over", self._path, failures)
+            log.warning("%s: %d damaged packets were skipped", self._path, failures)
 
-    def group(self, timeline: Timeline, group: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    def group(
+        self, timeline: Timeline, group: int
+    ) -> Generator[tuple[int, av.VideoFrame], None, None]:
         """(index, frame) of the group's frames that decode, in presentation order.
 
-        They are decoded from their keyframe on. Closing the iterator early leaves the decoder
+        Decoding starts at the group's keyframe. Closing the generator early leaves the decoder
         ready for another group.
         """
         self.damaged = False
@@ -102,7 +104,7 @@ class Decoder:
             for packet in itertools.chain(self._packets_of(timeline, group), (None,)):
                 frames = self._decode(packet)
                 if frames is None:
-                    # A keyframe's leading pictures cannot decode here, and belong elsewhere.
+                    # A keyframe's leading pictures cannot decode here; they are another group's.
                     index = None if packet is None else timeline.index_of(packet.pts)
                     self.damaged |= index is None or first <= index < stop
                 while frames:
@@ -116,7 +118,7 @@ class Decoder:
             self._context.flush_buffers()
 
     def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame] | None:
-        """Frames that came out; None when the packet does not decode. Without one: the rest."""
+        """The decoder's frames after a packet (None: the rest); None if the packet is damaged."""
         self._check()
         try:
             frames = self._context.decode(packet)
@@ -136,7 +138,7 @@ class Decoder:
             raise _Stopped
 
     def _rest(self) -> Iterator[av.Packet]:
-        """Packets from here on."""
+        """The packets from the current position on."""
         while True:
             self._check()
             try:
@@ -144,7 +146,7 @@ class Decoder:
             except MemoryError:
                 raise
             except av.FFmpegError:
-                # The rest of the file cannot be read; what the decoder still holds can.
+                # The rest of the file cannot be read, but the decoder may still hold frames.
                 self._deadline.check()
                 packet = None
             # The last packet is empty.
@@ -172,11 +174,11 @@ class Decoder:
             self._ahead = ahead + self._ahead
 
     def _find(self, timeline: Timeline, group: int) -> av.Packet | None:
-        """The group's keyframe; the packets after it come next. None where it is not."""
+        """The group's keyframe, after which the next packets follow; None if it is missing."""
         key = timeline.keyframes[group]
         try:
-            here = self._next_group
-            if here is None or not 0 <= timeline.distance(here, group) <= _SEEK_GAIN:
+            current = self._next_group
+            if current is None or not 0 <= timeline.distance(current, group) <= _SEEK_GAIN:
                 self._ahead.clear()
                 self._container.seek(int(key), stream=self._stream, backward=True)
                 self._demuxed = self._container.demux(self._stream)
@@ -192,7 +194,7 @@ class Decoder:
             return None
 
     def _scan(self, key: int) -> av.Packet:
-        """The keyframe shown at `key`, from here on. Raises _Lost."""
+        """The keyframe shown at time `key`, after the current position. Raises _Lost."""
         for packet in self._rest():
             if packet.pts == key:
                 return packet
@@ -206,11 +208,11 @@ def in_parallel(
     new_decoder: Callable[[threading.Event], Decoder],
     count: int,
     deadline: Deadline,
-) -> Iterator[Image]:
-    """What `jobs` send, in any order; `count` threads run them, each with a decoder of its own.
+) -> Generator[Image, None, None]:
+    """The images that `jobs` send, in any order; `count` threads run them, each with a decoder.
 
-    They decode at most a few frames ahead of who iterates. Closing the iterator ends them. Raises
-    what a job raises, and VideoError when the deadline passes.
+    They decode at most a few frames ahead of the consumer. Closing the generator stops them. Raises
+    a job's exception, and VideoError when the deadline passes.
     """
     waiting = deque(jobs)
     stop = threading.Event()

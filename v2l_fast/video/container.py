@@ -1,4 +1,4 @@
-"""Opening a file that may be hostile or broken, and saying in one line why it cannot be opened."""
+"""Opens a file that may be hostile or broken, or says in one line why it cannot be opened."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from v2l_fast.errors import VideoError
 from v2l_fast.video.limits import Deadline, Limits
 
 # Files only, and no format that makes FFmpeg open other files or addresses (playlists, concat
-# scripts): the name and content of an uploaded file are not to be trusted.
+# scripts): neither the name nor the content of an uploaded file can be trusted.
 _FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,mxf,nut,ivf,rm,wtv,"
     "h264,hevc,av1,obu,m4v,mjpeg,y4m,yuv4mpegpipe,dv,3gp"
@@ -29,8 +29,8 @@ def open_stream(
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The opened file and its best video stream, by FFmpeg's own choice; never a cover picture.
 
-    Raises VideoError when it cannot be opened, has no such stream, no decoder for it, frames
-    beyond limits.max_pixels, or when the deadline passes.
+    Raises VideoError when the file cannot be opened, has no such stream, no decoder for it or
+    frames beyond limits.max_pixels, or when the deadline passes.
     """
     left = deadline.remaining()
     try:
@@ -46,26 +46,26 @@ def open_stream(
     with container:
         stream = _best_stream(container)
         if stream is None:
-            raise VideoError(f"{path}: {_what_it_holds(container)}; pass a file with a video")
+            raise VideoError(f"{path}: {_content_of(container)}; pass a file with a video")
         if stream.codec_context is None:
             raise VideoError(f"{path}: FFmpeg has no decoder for its video; re-encode it as H.264")
         check_size(path, stream.codec_context.width, stream.codec_context.height, limits)
-        # The decoder refuses larger frames too, before it makes room for one.
+        # The decoder refuses larger frames, too, before it allocates one.
         stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
         yield container, stream
 
 
 def check_size(path: str, width: int, height: int, limits: Limits) -> None:
-    """Raise VideoError when frames pass limits.max_pixels."""
+    """Raise VideoError when frames exceed limits.max_pixels."""
     if width * height > limits.max_pixels:
         raise VideoError(
-            f"{path}: frames of {width}x{height} are more than {limits.max_pixels} pixels; "
+            f"{path}: frames of {width}x{height} have more than {limits.max_pixels} pixels; "
             "scale it down or raise Limits.max_pixels"
         )
 
 
 def check_file(path: str) -> None:
-    """Raise VideoError unless `path` is a readable regular file with something in it."""
+    """Raise VideoError unless `path` is a readable, regular file that is not empty."""
     file = Path(path)
     if not file.exists():
         raise VideoError(f"{path}: no such file")
@@ -80,18 +80,20 @@ def check_file(path: str) -> None:
 
 
 def _best_stream(container: InputContainer) -> VideoStream | None:
-    """FFmpeg's best video stream (av_find_best_stream): the default one, or the one with most."""
+    """FFmpeg's best video stream (av_find_best_stream), or the best one that is no cover."""
     best = container.streams.best("video")
-    if best is None or not _is_cover(best):
+    if not isinstance(best, VideoStream):
+        return None
+    if not _is_cover(best):
         return best
-    # FFmpeg may choose a cover; then the default one of the others, or the one of most bits.
+    # FFmpeg may choose a cover; then the default one of the others, or that of the highest rate.
     default = av.stream.Disposition.default
     films = [stream for stream in container.streams.video if not _is_cover(stream)]
     return max(films, key=lambda s: (s.disposition & default, s.bit_rate or 0), default=None)
 
 
-def _what_it_holds(container: InputContainer) -> str:
-    """A container without a video, in words."""
+def _content_of(container: InputContainer) -> str:
+    """Describe a container without a video."""
     kinds = {stream.type for stream in container.streams}
     if "video" in kinds:
         with_audio = "audio and a cover picture" if "audio" in kinds else "a cover picture"
@@ -111,12 +113,12 @@ _SIGNATURES = (
     (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a RAR archive"),
 )  # fmt: skip
 _RIFF = {b"WEBP": "an image (WebP)", b"WAVE": "an audio file (WAV)"}
-# First bytes looked at.
+# Number of first bytes to look at.
 _HEAD = 4096
 
 
 def _why_not_opened(path: str, error: Exception) -> str:
-    """FFmpeg's own words are generic; what people pass by mistake is worth naming."""
+    """Name what people pass by mistake; FFmpeg's own errors are generic."""
     with open(path, "rb") as file:
         head = file.read(_HEAD)
         file.seek(0)
@@ -130,7 +132,7 @@ def _why_not_opened(path: str, error: Exception) -> str:
 
 
 def _kind(head: bytes) -> str | None:
-    """What a file is by its first bytes, in words; None when they do not tell."""
+    """The kind of a file by its first bytes; None if they do not show it."""
     if head[:4] == b"RIFF" and head[8:12] in _RIFF:
         return _RIFF[head[8:12]]
     for signature, kind in _SIGNATURES:
@@ -144,14 +146,14 @@ def _kind(head: bytes) -> str | None:
 
 
 def _is_text(head: bytes) -> bool:
-    # A head may end inside a character, of which at most 3 bytes remain.
+    # The head may end inside a character and then holds at most 3 bytes of it.
     text = head.decode("utf-8", errors="ignore")
     whole = len(text.encode()) >= len(head) - 3
     return whole and all(c.isprintable() or c.isspace() for c in text)
 
 
 def _top_level_boxes(file: BinaryIO) -> list[str]:
-    """Names of an ISO base media file's outer boxes that are there in full."""
+    """Names of an ISO base media file's outer boxes that are complete."""
     names: list[str] = []
     length = os.fstat(file.fileno()).st_size
     while len(head := file.read(16)) >= 8 and len(names) < 1000:
@@ -165,6 +167,6 @@ def _top_level_boxes(file: BinaryIO) -> list[str]:
     return names
 
 
-def _is_cover(stream) -> bool:
-    """A song's cover picture is a video stream to FFmpeg."""
+def _is_cover(stream: VideoStream) -> bool:
+    """Whether a stream is a song's cover picture, which FFmpeg counts as a video stream."""
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
