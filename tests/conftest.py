@@ -1,4 +1,4 @@
-"""What every test gets: one thread, no network, poisoned memory; and a tiny random Video2LoRA."""
+"""Fixtures of every test: one thread, no network, poisoned memory, a tiny random Video2LoRA."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def backbone() -> SmolVLM:
-    """A tiny random SmolVLM; tests must leave it as it is."""
+    """A tiny random SmolVLM; tests must not change it."""
     return tiny.backbone()
 
 
 @pytest.fixture(scope="session")
 def hypernet() -> HyperNetwork:
-    """A random hypernetwork for ``backbone``; tests must leave it as it is."""
+    """A random hypernetwork for ``backbone``; tests must not change it."""
     return tiny.hypernetwork()
 
 
 @pytest.fixture(scope="session")
 def model(backbone: SmolVLM, hypernet: HyperNetwork) -> Video2LoRA:
-    """The two as one; tests must leave it as it is."""
+    """Both as one Video2LoRA; tests must not change it."""
     return Video2LoRA(backbone, hypernet)
 
 

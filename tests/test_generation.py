@@ -1,4 +1,4 @@
-"""Generation against transformers' own, on the tiny model with merged adapters."""
+"""Generation equals that of transformers on the tiny model with merged adapters."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def transformers_greedy(backbone, prompt, adapter, new_tokens) -> list[int]:
             for index, layer in enumerate(model.model.text_model.layers):
                 layer.mlp.down_proj.weight += adapter.scale * b[index].mT @ a[index]
     ids = torch.tensor([prompt])
-    found = model.generate(
+    actual = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
     )
-    return found[0, len(prompt) :].tolist()
+    return actual[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:3])
@@ -52,37 +52,37 @@ def test_greedy_equals_transformers(prompt, which, backbone, adapters):
     adapter = None if which is None else adapters[which]
     expected = transformers_greedy(backbone, prompt, adapter, 12)
     # transformers bans the end token until min_new_tokens, we stop nowhere without stop ids.
-    found = run(backbone, [prompt], [adapter], max_new_tokens=12)[0]
-    same = found.index(3) if 3 in found else len(found)
-    assert found[:same] == expected[:same] and same > 4
+    actual = run(backbone, [prompt], [adapter], max_new_tokens=12)[0]
+    same = actual.index(3) if 3 in actual else len(actual)
+    assert actual[:same] == expected[:same] and same > 4
 
 
-def test_ragged_batch_equals_each_alone(backbone, adapters):
+def test_ragged_batch_equals_single_prompts(backbone, adapters):
     chosen = [adapters[0], None, adapters[1], adapters[0]]
     together = run(backbone, PROMPTS, chosen, max_new_tokens=16)
-    for prompt, adapter, found in zip(PROMPTS, chosen, together, strict=True):
-        assert run(backbone, [prompt], [adapter], max_new_tokens=16) == [found]
+    for prompt, adapter, actual in zip(PROMPTS, chosen, together, strict=True):
+        assert run(backbone, [prompt], [adapter], max_new_tokens=16) == [actual]
     assert len({tuple(t) for t in together}) == 4
 
 
-def test_stop_ids_end_an_answer_and_are_left_out(backbone):
+def test_stop_ids_end_an_answer(backbone):
     free = run(backbone, PROMPTS, max_new_tokens=16)
     stop = free[0][5]
     stopped = run(backbone, PROMPTS, stop=(stop,), max_new_tokens=16)
-    for found, whole in zip(stopped, free, strict=True):
-        assert found == (whole[: whole.index(stop)] if stop in whole else whole)
+    for actual, whole in zip(stopped, free, strict=True):
+        assert actual == (whole[: whole.index(stop)] if stop in whole else whole)
     assert len(stopped[0]) <= 5
 
 
-def test_all_stopped_at_once(backbone):
+def test_all_requests_stop_in_one_step(backbone):
     first = run(backbone, [PROMPTS[0]], max_new_tokens=1)[0][0]
     assert run(backbone, [PROMPTS[0]] * 2, stop=(first,), max_new_tokens=50) == [[], []]
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 7])
 def test_length_limit(new_tokens, backbone):
-    found = run(backbone, PROMPTS, max_new_tokens=new_tokens)
-    assert [len(t) for t in found] == [new_tokens] * 4
+    actual = run(backbone, PROMPTS, max_new_tokens=new_tokens)
+    assert [len(t) for t in actual] == [new_tokens] * 4
 
 
 def test_time_to_first_token_is_positive(backbone):
@@ -121,7 +121,7 @@ def test_narrow_sampling_is_greedy(narrow, backbone):
     assert run(backbone, PROMPTS, **{**SAMPLED, **narrow}) == greedy
 
 
-def test_top_k_and_top_p_keep_to_the_likely_tokens(backbone):
+def test_top_k_and_top_p_exclude_unlikely_tokens(backbone):
     decoder = backbone.decoder
     prompt = decoder.embed(torch.tensor(PROMPTS[0]))
     with torch.no_grad():
@@ -129,11 +129,11 @@ def test_top_k_and_top_p_keep_to_the_likely_tokens(backbone):
     ordered, order = probs.sort(descending=True)
     nucleus = int((ordered.cumsum(0) < 0.5).sum()) + 1
     for limit, allowed in (({"top_k": 3}, 3), ({"top_p": 0.5}, nucleus)):
-        drawn = {
+        sampled = {
             run(backbone, [PROMPTS[0]], max_new_tokens=1, temperature=1.0, seed=s, **limit)[0][0]
             for s in range(60)
         }
-        assert drawn <= set(order[:allowed].tolist()) and len(drawn) > 1
+        assert sampled <= set(order[:allowed].tolist()) and len(sampled) > 1
 
 
 def test_frequencies_follow_the_distribution(backbone):
@@ -142,8 +142,8 @@ def test_frequencies_follow_the_distribution(backbone):
     with torch.no_grad():
         probs = (decoder.logits(decoder.forward(prompt[None]))[0, -1] / 0.7).softmax(-1)
     count = 600
-    drawn = run(backbone, [PROMPTS[1]] * count, max_new_tokens=1, temperature=0.7)
-    frequency = torch.bincount(torch.tensor(drawn).flatten(), minlength=len(probs)) / count
+    sampled = run(backbone, [PROMPTS[1]] * count, max_new_tokens=1, temperature=0.7)
+    frequency = torch.bincount(torch.tensor(sampled).flatten(), minlength=len(probs)) / count
     # Five standard deviations of a binomial frequency.
     spread = 5 * (probs * (1 - probs) / count).sqrt() + 1e-3
     assert ((frequency - probs).abs() <= spread).all()
@@ -161,7 +161,7 @@ def test_frequencies_follow_the_distribution(backbone):
         {"top_k": -1},
     ],
 )
-def test_settings_out_of_range(wrong):
+def test_parameters_out_of_range(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SamplingParams(**wrong)
 
@@ -186,7 +186,7 @@ def finish(runner, adapters=None) -> None:
 
 @pytest.fixture
 def bad_token(monkeypatch) -> list[int]:
-    """Tokens whose embedding fails any pass they are in."""
+    """Tokens whose embedding raises in any pass that contains them."""
     bad, embed = [], Decoder.embed
 
     def checked(self, ids):
@@ -201,7 +201,7 @@ def bad_token(monkeypatch) -> list[int]:
 @torch.inference_mode()
 @pytest.mark.parametrize("guilty", range(5))
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_p": 0.9}])
-def test_a_failing_step_ends_one_row(guilty, sampling, backbone, bad_token):
+def test_a_failing_decode_ends_one_request(guilty, sampling, backbone, bad_token):
     runner, expected = running(backbone, **sampling)
     finish(runner)
     runner, requests = running(backbone, **sampling)
@@ -222,7 +222,7 @@ def test_a_failing_step_ends_one_row(guilty, sampling, backbone, bad_token):
 
 
 @torch.inference_mode()
-def test_a_failing_prefill_ends_one_row(backbone, monkeypatch):
+def test_a_failing_prefill_ends_one_request(backbone, monkeypatch):
     runner, expected = running(backbone)
     finish(runner)
     prefill = ModelRunner.run_prefill
@@ -243,8 +243,8 @@ def test_a_failing_prefill_ends_one_row(backbone, monkeypatch):
 @torch.inference_mode()
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38, -1e30])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_k": 5}])
-def test_a_poisoned_adapter_hurts_its_row_alone(value, sampling, backbone, adapters):
-    """Nor the requests that use its request of the cache afterwards."""
+def test_a_nan_adapter_ends_only_its_request(value, sampling, backbone, adapters):
+    """Requests that use its cache row afterwards are not affected either."""
     own = [adapters[0], adapters[1], adapters[2], adapters[0], adapters[1]]
     good = slots([*own[:3], adapters[0].to(), adapters[1].to()])
     runner, expected = running(backbone, good, **sampling)
@@ -270,7 +270,7 @@ def test_a_poisoned_adapter_hurts_its_row_alone(value, sampling, backbone, adapt
     assert one.tokens == expected[1].tokens
 
 
-def test_a_batch_asked_at_once_names_the_example(backbone, adapters):
+def test_an_error_names_the_example(backbone, adapters):
     bad = replace(adapters[1], B={M: torch.full_like(adapters[1].B[M], 1e38)})
     with pytest.raises(AdapterError, match="example 1: the logits are NaN or infinite"):
         run(backbone, PROMPTS[:2], [adapters[0], bad], max_new_tokens=3)

@@ -1,4 +1,4 @@
-"""Video2LoRA: videos in, answers out, on the tiny model."""
+"""Video2LoRA on the tiny model: internalizing, answering, adapters, loading."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_arrays_of_frames(model, clips):
 
 
 @pytest.mark.parametrize("wrong", [b"clip.mp4", io.BytesIO(b"video"), 3, None, [b"clip.mp4"]])
-def test_what_is_no_video(model, wrong):
+def test_not_a_video(model, wrong):
     name = type(wrong[0] if isinstance(wrong, list) else wrong).__name__
     for call in (model.internalize, model.load_clip, lambda v: model.ask_direct("what?", v)):
         with pytest.raises(TypeError, match=f"path .*got ({name}|list)"):
@@ -123,15 +123,15 @@ def test_autocast_changes_nothing(model, clips, adapters):
 
     expected = everything()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = everything()
-    assert (expected[0], found[0]) == ({torch.float32}, {torch.bfloat16})
-    assert found[1:] == expected[1:]
+        actual = everything()
+    assert (expected[0], actual[0]) == ({torch.float32}, {torch.bfloat16})
+    assert actual[1:] == expected[1:]
 
 
-@pytest.mark.parametrize("made", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("saved", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("used", ["bfloat16", torch.float16, "auto"])
-def test_adapters_are_accepted_in_every_dtype(made, used):
-    maker = Video2LoRA.from_pretrained("shapes", dtype=made)
+def test_adapters_are_accepted_in_every_dtype(saved, used):
+    maker = Video2LoRA.from_pretrained("shapes", dtype=saved)
     adapter = maker.internalize(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), fps=1.0)
     model = Video2LoRA.from_pretrained("shapes", dtype=used)
     assert model.hypernet.fingerprint == maker.hypernet.fingerprint == "978320c1fc60a48f"
@@ -164,7 +164,7 @@ def test_progress_is_reported(model, clips):
     assert {s[0] for s in seen} == {"decode", "encode frames", "generate adapter"}
 
 
-def test_adapters_carry_no_graph(adapters):
+def test_adapters_have_no_autograd_graph(adapters):
     assert not any(t.requires_grad for a in adapters for t in (a.A[M], a.B[M]))
 
 
@@ -176,7 +176,7 @@ def test_adapters_change_the_answer(model, adapters):
     assert len(set(answers)) == 4 and all(answers)
 
 
-def test_forms_of_asking(model, adapters):
+def test_forms_of_questions_and_adapters(model, adapters):
     a, b = adapters[:2]
     first, second = QUESTIONS[:2]
     one = model.ask(first, a, **SHORT)
@@ -194,7 +194,7 @@ def test_forms_of_asking(model, adapters):
         model.ask(QUESTIONS, [a, b])
 
 
-def test_counts_of_an_answer(model, clips, adapters):
+def test_token_counts_of_an_answer(model, clips, adapters):
     question = QUESTIONS[0]
     with_adapter = model.answer(question, adapters[0], **SHORT)[0]
     direct = model.answer_direct(question, clips[0], **SHORT)[0]
@@ -221,14 +221,14 @@ def test_direct_answers_equal_transformers(model, clips):
     question = QUESTIONS[0]
     pixels = normalize(frame_views(clips[0].frames, 32, 32).views, torch.float32)
     ids = _prompt_ids(model, clips[0], question)
-    found = copy.deepcopy(backbone.model).generate(
+    actual = copy.deepcopy(backbone.model).generate(
         input_ids=ids[None],
         attention_mask=torch.ones_like(ids[None]),
         pixel_values=pixels[None],
         do_sample=False,
         max_new_tokens=12,
     )
-    tokens = found[0, len(ids) :].tolist()
+    tokens = actual[0, len(ids) :].tolist()
     answer = model.answer_direct(question, clips[0], **SHORT)[0]
     assert answer.text == backbone.decode(tokens)
     assert answer.prompt_tokens == len(ids)
@@ -260,10 +260,10 @@ def _prompt_ids(model: Video2LoRA, clip: Clip, question: str) -> torch.Tensor:
     return torch.tensor(model.backbone.prompt_builder.ids(chat(shown + question, True)))
 
 
-def test_a_clip_for_each_question(model, clips):
+def test_one_clip_per_question(model, clips):
     together = model.answer_direct(QUESTIONS, clips, **SHORT)
-    for question, clip, found in zip(QUESTIONS, clips, together, strict=True):
-        assert model.ask_direct(question, clip, **SHORT) == found.text
+    for question, clip, actual in zip(QUESTIONS, clips, together, strict=True):
+        assert model.ask_direct(question, clip, **SHORT) == actual.text
     with pytest.raises(VideoError, match="3 questions and 2 clips"):
         model.answer_direct(QUESTIONS, clips[:2])
 
@@ -320,17 +320,17 @@ def test_saved_model_answers_as_before(model, adapters, pair):
 
 def test_adapters_move_between_dtypes(model, clips, adapters, pair, tmp_path):
     half = Video2LoRA.from_pretrained(pair, dtype=torch.bfloat16, device="cpu")
-    made = half.internalize(clips[0])
-    assert made.A[M].dtype == torch.bfloat16
+    adapter = half.internalize(clips[0])
+    assert adapter.A[M].dtype == torch.bfloat16
     # Random weights, with the spread of trained ones times ten, amplify rounding.
-    assert relative(made.A[M], adapters[0].A[M]) < 0.5
-    made.save(tmp_path / "half.safetensors")
+    assert relative(adapter.A[M], adapters[0].A[M]) < 0.5
+    adapter.save(tmp_path / "half.safetensors")
     adapters[0].save(tmp_path / "full.safetensors")
     assert model.ask(QUESTIONS[0], model.load_adapter(tmp_path / "half.safetensors"), **SHORT)
     assert half.ask(QUESTIONS[0], half.load_adapter(tmp_path / "full.safetensors"), **SHORT)
 
 
-def test_the_base_is_found_by_the_hypernetworks_config(pair, tmp_path):
+def test_the_base_is_read_from_the_hypernetworks_config(pair, tmp_path):
     config = dataclasses.replace(tiny.CONFIG, base_model_name_or_path=str(pair / "base"))
     tiny.hypernetwork(config).save_pretrained(tmp_path / "alone")
     model = Video2LoRA.from_pretrained(tmp_path / "alone")

@@ -1,4 +1,4 @@
-"""Videos and chunks internalized together are what each is alone, and fail alone."""
+"""Internalizing in batches gives the same adapters as one by one, and failures stay isolated."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ M = "down_proj"
 
 
 @pytest.fixture(scope="module")
-def knowing(backbone) -> Video2LoRA:
-    """Its network is told each chunk's place."""
+def chunk_aware(backbone) -> Video2LoRA:
+    """Its network takes each chunk's span as input."""
     return Video2LoRA(backbone, tiny.hypernetwork(replace(tiny.CONFIG, chunk_position=True)))
 
 
@@ -42,21 +42,21 @@ def mixed() -> list[Clip]:
 
 
 def alone(model: Video2LoRA, video: object, **options) -> Adapter:
-    """Unit by unit, each chunk by itself."""
+    """Internalize work unit by work unit, each chunk by itself."""
     return run_to_completion(model.iter_internalize(video, **options))
 
 
-def assert_near(found: Adapter, expected: Adapter) -> None:
-    """The same record, the same numbers but for the rounding of float32."""
-    for one, other in ((found.A, expected.A), (found.B, expected.B)):
+def assert_near(actual: Adapter, expected: Adapter) -> None:
+    """Equal provenance, and factors equal up to float32 rounding."""
+    for one, other in ((actual.A, expected.A), (actual.B, expected.B)):
         assert relative(one[M], other[M]) <= 1e-5
-    assert json.dumps(dict(found.provenance)) == json.dumps(dict(expected.provenance))
-    assert found.bias is expected.bias
+    assert json.dumps(dict(actual.provenance)) == json.dumps(dict(expected.provenance))
+    assert actual.bias is expected.bias
 
 
 @contextmanager
 def watched() -> Iterator[list[tuple[int, int, bool]]]:
-    """Of each batch that layer 0 of a hypernetwork sees: contexts, length, whether masked."""
+    """Record each batch of layer 0 of a hypernetwork: contexts, length, whether it is masked."""
     seen = []
     layer = HyperNetwork.layer
 
@@ -72,30 +72,30 @@ def watched() -> Iterator[list[tuple[int, int, bool]]]:
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
 def test_videos_do_not_depend_on_their_neighbors(model, mixed, batch_size):
     with watched() as seen:
-        found = model.internalize(mixed, batch_size=batch_size)
-    assert sum(count for count, _, _ in seen) == len(mixed) == len(found)
+        actual = model.internalize(mixed, batch_size=batch_size)
+    assert sum(count for count, _, _ in seen) == len(mixed) == len(actual)
     if batch_size >= 7:
         assert seen == [(1, 58, False), (2, 90, False), (4, 122, True)]
-    for adapter, clip in zip(found, mixed, strict=True):
+    for adapter, clip in zip(actual, mixed, strict=True):
         assert_near(adapter, alone(model, clip))
-    assert relative(found[0].A[M], found[4].A[M]) > 1e-2
+    assert relative(actual[0].A[M], actual[4].A[M]) > 1e-2
 
 
-def test_chunks_go_together_with_those_of_other_videos(knowing, mixed):
+def test_chunks_share_batches_with_other_videos(chunk_aware, mixed):
     with watched() as seen:
-        found = knowing.internalize(mixed, chunks=3)
+        actual = chunk_aware.internalize(mixed, chunks=3)
     assert sum(count for count, _, _ in seen) == 19 and len(seen) < 4
-    for adapter, clip in zip(found, mixed, strict=True):
-        assert_near(adapter, alone(knowing, clip, chunks=3))
+    for adapter, clip in zip(actual, mixed, strict=True):
+        assert_near(adapter, alone(chunk_aware, clip, chunks=3))
         assert adapter.rank == min(3, len(clip.frames)) * tiny.CONFIG.rank
 
 
-def test_chunks_of_one_file_go_together(knowing, tmp_path):
+def test_chunks_of_one_file_share_a_batch(chunk_aware, tmp_path):
     path = encode(tmp_path / "clip.mp4", 8, fps=2)
     with watched() as seen:
-        found = knowing.internalize(path, chunks=4, max_frames=2)
+        actual = chunk_aware.internalize(path, chunks=4, max_frames=2)
     assert [count for count, _, _ in seen] == [4]
-    assert_near(found, alone(knowing, path, chunks=4, sampling=FrameSampling(2, 32)))
+    assert_near(actual, alone(chunk_aware, path, chunks=4, sampling=FrameSampling(2, 32)))
 
 
 @pytest.mark.parametrize(
@@ -106,35 +106,35 @@ def test_chunks_of_one_file_go_together(knowing, tmp_path):
         (30, [(1, length) for length in (58, 90, 106, 90, 122, 106, 122)]),
     ],
 )
-def test_tokens_bound_a_batch(tokens, batches, model, mixed, monkeypatch):
+def test_tokens_limit_a_batch(tokens, batches, model, mixed, monkeypatch):
     expected = model.internalize(mixed)
     monkeypatch.setattr(model_module, "BATCH_TOKENS", tokens)
     with watched() as seen:
-        found = model.internalize(mixed)
+        actual = model.internalize(mixed)
     assert seen == [(*batch, False) for batch in batches]
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert_near(one, other)
 
 
-def test_units_of_one_video_stay_small(model, mixed):
+def test_units_of_one_video(model, mixed):
     units = model.iter_internalize(mixed[3], chunks=2)
     layers = [("generate adapter", done, 3) for done in range(4)]
     with watched() as seen:
-        found = list(units)
-    assert found == [
+        actual = list(units)
+    assert actual == [
         ("decode", 0, 1), ("encode frames", 0, 3), *layers, ("encode frames", 0, 2), *layers
     ]  # fmt: skip
     assert [count for count, _, _ in seen] == [1, 1]
 
 
-def test_one_video_has_the_same_bits_either_way(model, mixed):
+def test_one_video_is_bitwise_equal_either_way(model, mixed):
     for clip in mixed[:3]:
-        found, expected = model.internalize(clip), alone(model, clip)
-        assert torch.equal(found.A[M], expected.A[M])
-        assert torch.equal(found.B[M], expected.B[M])
+        actual, expected = model.internalize(clip), alone(model, clip)
+        assert torch.equal(actual.A[M], expected.A[M])
+        assert torch.equal(actual.B[M], expected.B[M])
 
 
-def test_one_that_fails_costs_the_others_nothing(model, mixed, tmp_path, monkeypatch):
+def test_a_failing_video_does_not_affect_the_others(model, mixed, tmp_path, monkeypatch):
     encode_views = model.backbone.encode_views
 
     def overflowing(views):
@@ -150,12 +150,12 @@ def test_one_that_fails_costs_the_others_nothing(model, mixed, tmp_path, monkeyp
     good = mixed[0]
     videos = [good, broken, replace(white, path="white.mp4"), unread, white, good]
     with watched() as seen:
-        found = list(model.internalize_each(iter(videos)))
+        actual = list(model.internalize_each(iter(videos)))
     assert [count for count, _, _ in seen] == [4]
     names = ("broken.mp4", "white.mp4: the context gives NaN", "gone.mp4", "frames in memory: the")
-    for name, error in zip(names, found[1:5], strict=True):
+    for name, error in zip(names, actual[1:5], strict=True):
         assert isinstance(error, VideoError) and name in str(error) and "\n" not in str(error)
-    for adapter in (found[0], found[5]):
+    for adapter in (actual[0], actual[5]):
         assert_near(adapter, alone(model, good))
     # A video of which one part fails has failed.
     half = torch.cat([good.frames, white.frames])
@@ -164,7 +164,7 @@ def test_one_that_fails_costs_the_others_nothing(model, mixed, tmp_path, monkeyp
             model.internalize([good, Clip.from_frames(half, 1.0)], chunks=chunks)
 
 
-def test_videos_are_taken_batch_by_batch(model, mixed):
+def test_videos_are_consumed_batch_by_batch(model, mixed):
     taken = []
 
     def reading():
@@ -180,12 +180,12 @@ def test_videos_are_taken_batch_by_batch(model, mixed):
     assert model.internalize([]) == []
 
 
-def test_no_batch_is_refused(model, mixed):
+def test_batch_size_must_be_positive(model, mixed):
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
         model.internalize(mixed, batch_size=0)
 
 
-def test_the_decoder_is_chosen(model, tmp_path):
+def test_the_decoder_option(model, tmp_path):
     path = encode(tmp_path / "clip.mp4", 12)
     assert_near(model.internalize(path, decoder="pyav"), model.internalize(path))
     for call in (
@@ -203,19 +203,19 @@ def test_the_decoder_is_chosen(model, tmp_path):
 
 
 @pytest.mark.parametrize("unit", [1, 7, 16, 50])
-def test_chunks_of_tokens_change_nothing_but_rounding(unit, knowing, mixed, monkeypatch):
-    expected = [alone(knowing, clip, chunks=2) for clip in mixed]
+def test_token_chunks_change_only_rounding(unit, chunk_aware, mixed, monkeypatch):
+    expected = [alone(chunk_aware, clip, chunks=2) for clip in mixed]
     monkeypatch.setitem(steps.TOKENS_PER_UNIT, "cpu", unit)
-    found = [alone(knowing, clip, chunks=2) for clip in mixed]
+    actual = [alone(chunk_aware, clip, chunks=2) for clip in mixed]
     # Padded and masked, too.
-    together = knowing.internalize(mixed, chunks=2)
-    for one, other, wanted in zip(found, together, expected, strict=True):
+    together = chunk_aware.internalize(mixed, chunks=2)
+    for one, other, wanted in zip(actual, together, expected, strict=True):
         assert_near(one, wanted)
         assert_near(other, wanted)
 
 
 def test_units_do_not_grow_with_the_context(model, monkeypatch):
-    """Tokens of a unit, and those times what they attend to, are bounded whatever the video."""
+    """Tokens per unit, and tokens times attended tokens, are bounded for any video."""
     unit, seen, decoder = 24, [], model.backbone.decoder
     monkeypatch.setitem(steps.TOKENS_PER_UNIT, "cpu", unit)
     run_layer = decoder._run_layer
@@ -262,7 +262,7 @@ def test_large_frames_are_resized_in_groups(model, monkeypatch):
     clip = tiny.clip(5, 0, 32)
     expected = alone(model, clip)
     monkeypatch.setattr(preprocess, "GROUP_PIXELS", 2 * clip.frames[0, 0].numel())
-    found = model.iter_internalize(clip)
-    names = [next(found) for _ in range(3)]
+    actual = model.iter_internalize(clip)
+    names = [next(actual) for _ in range(3)]
     assert names == [("decode", 0, 1), ("decode", 2, 5), ("decode", 4, 5)]
-    assert_near(run_to_completion(found), expected)
+    assert_near(run_to_completion(actual), expected)

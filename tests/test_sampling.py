@@ -1,4 +1,4 @@
-"""Drawing tokens: the right distribution for every valid parameter, in any batch."""
+"""Sampling: the right distribution for every valid parameter, in any batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def draw(logits, sampling: list[SamplingParams], index: int = 0) -> list[int]:
 
 
 def draws(logits, count: int, index: int = 0, first: int = 0, **options) -> torch.Tensor:
-    """How often each token is drawn with the seeds ``first`` to ``first + count - 1``."""
+    """How often each token is sampled with the seeds ``first`` to ``first + count - 1``."""
     options.setdefault("temperature", 1.0)
     sampling = [SamplingParams(seed=first + i, **options) for i in range(count)]
     tokens = draw(logits.expand(count, -1), sampling, index)
@@ -88,7 +88,7 @@ def test_tokens_of_one_seed_are_independent():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_supports_at_full_vocabulary_with_ties(dtype):
-    """Half-precision logits tie often; what is kept is a prefix by (probability, id), exactly."""
+    """Half-precision logits tie often; exactly a prefix by (probability, id) is kept."""
     vocabulary = 49280
     generator = torch.Generator().manual_seed(3)
     logits = (torch.randn(1, vocabulary, generator=generator) * 2).to(dtype).float()
@@ -130,7 +130,7 @@ def test_ties_at_the_border_go_by_id():
         {"temperature": 1e308, "top_p": 1e-300},
     ],
 )
-def test_the_narrowest_choices_are_greedy(options):
+def test_the_narrowest_truncation_is_greedy(options):
     for scale in (1.0, 1e-3, 1e6, 1e30):
         assert draws(SMALL * scale, 50, **options)[0] == 50
 
@@ -145,18 +145,18 @@ def test_the_narrowest_choices_are_greedy(options):
         {"temperature": 1},
     ],
 )
-def test_the_widest_choices_change_nothing(options):
+def test_the_widest_truncation_changes_nothing(options):
     assert torch.equal(draws(SMALL, 500, **options), draws(SMALL, 500))
 
 
-def test_masked_tokens_are_never_drawn():
+def test_masked_tokens_are_never_sampled():
     logits = torch.where(torch.arange(10) % 2 == 0, SMALL, -math.inf)
     for temperature in (1e-40, 1.0, 1e30, 1e308):
         assert draws(logits, 200, temperature=temperature)[1::2].sum() == 0
 
 
 def test_a_row_does_not_depend_on_the_batch():
-    """Bit for bit: alone, in any place, and beside rows with other parameters."""
+    """Bit for bit: alone, at any index, and beside rows with other parameters."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(13, 5000, generator=generator) * 3
     sampling = [
@@ -175,14 +175,14 @@ def test_a_row_does_not_depend_on_the_batch():
         row = logits[place : place + 1]
         assert draw(row, [one], 3) == [together[place]]
         parameters = SamplingTensors.of([one], 5000, CPU)
-        found = sample(
+        actual = sample(
             row, parameters, torch.tensor([3]), by_mass=one.top_p < 1, by_count=one.top_k > 0
         )
-        assert found.tolist() == [together[place]]
+        assert actual.tolist() == [together[place]]
 
 
-def test_a_rounding_error_moves_no_draw():
-    """A batch rounds its logits in its own way: the answer must not change with every last bit."""
+def test_rounding_errors_do_not_change_samples():
+    """Batches differ in rounding: the answer must not change with the last bits of the logits."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(400, 300, generator=generator)
     sampling = [SamplingParams(temperature=1.0, top_p=0.95, seed=i) for i in range(400)]
@@ -195,9 +195,9 @@ def test_nan_raises_nothing():
     logits = SMALL.repeat(4, 1)
     logits[1, 3], logits[2, 0] = math.nan, math.inf
     logits[3] = -math.inf
-    found = draw(logits, [SamplingParams(temperature=1.0, top_p=0.5, top_k=3)] * 4)
-    assert found[0] == draw(SMALL[None], [SamplingParams(temperature=1.0, top_p=0.5, top_k=3)])[0]
-    assert all(0 <= token < 10 for token in found)
+    actual = draw(logits, [SamplingParams(temperature=1.0, top_p=0.5, top_k=3)] * 4)
+    assert actual[0] == draw(SMALL[None], [SamplingParams(temperature=1.0, top_p=0.5, top_k=3)])[0]
+    assert all(0 <= token < 10 for token in actual)
 
 
 def test_seeds_of_examples_wrap():
@@ -224,7 +224,7 @@ def test_seeds_of_examples_wrap():
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
     ],
 )
-def test_wrong_values_are_refused_by_name(wrong, message):
+def test_invalid_values_are_named(wrong, message):
     with pytest.raises(ConfigError, match=message) as refused:
         SamplingParams(**wrong)
     assert len(str(refused.value)) < 200

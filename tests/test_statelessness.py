@@ -1,4 +1,4 @@
-"""Asking leaves nothing behind: the same question gets the same answer whatever went before it."""
+"""Answering has no side effects: a question gets the same answer whatever preceded it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def digest(model) -> str:
 
 @torch.no_grad()
 def plain_logits(model) -> torch.Tensor:
-    """Of transformers' own forward and of ours, without an adapter."""
+    """Logits of transformers' forward and of ours, without an adapter."""
     ids = torch.arange(3, 23)[None]
     decoder = model.backbone.decoder
     return torch.stack(
@@ -44,7 +44,7 @@ def choices(adapters) -> list[Adapter | None]:
 
 @pytest.fixture
 def alone(model, choices) -> list[list[str]]:
-    """Each choice asked each question by itself."""
+    """Answers to each question with each choice of adapter, one at a time."""
     return [[model.ask(q, c, **SHORT) for q in QUESTIONS] for c in choices]
 
 
@@ -74,8 +74,8 @@ def test_one_after_the_other(model, choices, alone):
 def test_different_adapters_in_one_batch(model, choices, alone):
     for order in ([1, 2], [1, 0, 2], [0, 1, 2, 3, 4], [4, 1, 1, 0, 3, 2]):
         for place, question in enumerate(QUESTIONS):
-            found = model.ask([question] * len(order), [choices[c] for c in order], **SHORT)
-            assert found == [alone[c][place] for c in order]
+            actual = model.ask([question] * len(order), [choices[c] for c in order], **SHORT)
+            assert actual == [alone[c][place] for c in order]
 
 
 def test_two_threads(model, clips, choices, alone):
@@ -88,16 +88,16 @@ def test_two_threads(model, clips, choices, alone):
 
     order = [0, 1, 2, 5, 3, 0, 4, 1, 5, 0, 2] * 4
     with ThreadPoolExecutor(2) as pool:
-        for choice, found in zip(order, pool.map(work, order), strict=True):
+        for choice, actual in zip(order, pool.map(work, order), strict=True):
             if choice == 5:
-                assert torch.equal(found.A["down_proj"], adapter.A["down_proj"])
-                assert torch.equal(found.B["down_proj"], adapter.B["down_proj"])
+                assert torch.equal(actual.A["down_proj"], adapter.A["down_proj"])
+                assert torch.equal(actual.B["down_proj"], adapter.B["down_proj"])
             else:
-                assert found == alone[choice]
+                assert actual == alone[choice]
     assert torch.equal(plain_logits(model), logits)
 
 
-def test_a_failed_question_leaves_nothing_behind(model, choices, alone, monkeypatch):
+def test_a_failed_question_has_no_side_effects(model, choices, alone, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 

@@ -97,8 +97,8 @@ class Video2LoRA:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = as_dtype(dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        hypernet, found_base = load_hypernet(name_or_path)
-        base = base or found_base or hypernet.config.base_model_name_or_path
+        hypernet, bundled_base = load_hypernet(name_or_path)
+        base = base or bundled_base or hypernet.config.base_model_name_or_path
         if base is None:
             raise CheckpointError(f"{name_or_path}: names no base model; pass base=...")
         backbone = load_backbone(shipped(base, "base") or base, device, dtype)
@@ -110,11 +110,11 @@ class Video2LoRA:
     def compile(self, backend: str = "inductor") -> None:
         """Compile vision encoding, decoder layers and hypernetwork layers.
 
-        Answers and adapters stay the same, to rounding. Each kind of call takes seconds the first
-        time, then no length of video or question compiles anything again.
+        Answers and adapters are the same up to rounding. The first call of each kind takes seconds;
+        afterwards no length of a video or question compiles again.
 
         Args:
-            backend: as torch.compile's.
+            backend: as for ``torch.compile``.
         """
         self.backbone.compile(backend)
         self.hypernet.compile_layers(backend)
@@ -584,10 +584,10 @@ class Video2LoRA:
                     f"the adapter's {module} is {sizes}, this model's {(d_in, d_out)}: "
                     "internalize the video with this model"
                 )
-        made_by = adapter.provenance.get("hypernetwork")
-        if made_by not in (None, self._internalizer.fingerprint):
+        source = adapter.provenance.get("hypernetwork")
+        if source not in (None, self._internalizer.fingerprint):
             raise AdapterError(
-                f"the adapter was made by hypernetwork {made_by}, this one is "
+                f"the adapter was made by hypernetwork {source}, this one is "
                 f"{self._internalizer.fingerprint}: internalize the video with this model"
             )
         if adapter.scale != self.config.scale:

@@ -1,4 +1,4 @@
-"""What a compiled path must show: one graph, eager's numbers, and no new graph for a new length."""
+"""Check of a compiled path: one graph, results equal to eager, no new graph for a new length."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def values_and_gradients(
 ) -> list[Tensor]:
     """Every tensor that comes out and the gradients of their squares' sum for ``parameters``."""
     with torch.set_grad_enabled(bool(parameters)):
-        found = pytree.tree_leaves(function(*args))
+        actual = pytree.tree_leaves(function(*args))
     if not parameters:
-        return found
-    loss = sum(value.double().square().sum() for value in found)
+        return actual
+    loss = sum(value.double().square().sum() for value in actual)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [*(value.detach() for value in found), *(g for g in grads if g is not None)]
+    return [*(value.detach() for value in actual), *(g for g in grads if g is not None)]
 
 
-def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Shapes, dtypes and numbers."""
-    assert len(found) == len(expected)
-    for f, e in zip(found, expected, strict=True):
+    assert len(actual) == len(expected)
+    for f, e in zip(actual, expected, strict=True):
         assert f.shape == e.shape
         assert f.dtype == e.dtype
         assert relative(f, e) <= TOLERANCE[e.dtype]
@@ -65,5 +65,5 @@ def assert_one_graph(
     for place, args in enumerate(cases):
         expected = values_and_gradients(function, args, parameters)
         with torch._dynamo.config.patch(error_on_recompile=place >= compilations):
-            found = values_and_gradients(compiled, args, parameters)
-        assert_same(found, expected)
+            actual = values_and_gradients(compiled, args, parameters)
+        assert_same(actual, expected)

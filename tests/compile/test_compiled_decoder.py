@@ -38,8 +38,8 @@ def test_prefill_layer(dtype):
 
     def prefill(hidden):
         cache = model.new_cache(BATCH, CAPACITY)
-        span = model.prefill_metadata(*hidden.shape[:2])
-        return model.layer(1, hidden, span, cache, adapters), cache.keys, cache.values
+        metadata = model.prefill_metadata(*hidden.shape[:2])
+        return model.layer(1, hidden, metadata, cache, adapters), cache.keys, cache.values
 
     cases = [(ramp(BATCH, s, SIZE, dtype=dtype),) for s in LENGTHS]
     assert_one_graph(prefill, cases)
@@ -79,9 +79,9 @@ def test_a_cache_is_written_in_place():
     for place, limit in enumerate(range(10, 15)):
         positions = torch.tensor([limit - 1, limit - 4, limit - 2])
         with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=place >= 2):
-            found = compiled(hidden, positions, limit, found_cache)
+            actual = compiled(hidden, positions, limit, found_cache)
             hidden = step(hidden, positions, limit, expected_cache)
-        assert torch.equal(found, hidden)
+        assert torch.equal(actual, hidden)
         assert torch.equal(found_cache.keys, expected_cache.keys)
         assert torch.equal(found_cache.values, expected_cache.values)
 
@@ -99,10 +99,10 @@ def test_answer_forward():
 def test_more_layers_than_the_compiler_keeps_graphs(cached):
     layers = 10  # the compiler keeps 8 graphs by default
     model = decoder(layers, torch.float32)
-    span, adapters = model.prefill_metadata(BATCH, 9), slots(layers, torch.float32)
+    metadata, adapters = model.prefill_metadata(BATCH, 9), slots(layers, torch.float32)
     cache = model.new_cache(BATCH, CAPACITY) if cached else None
     cases = [
-        (module, index, ramp(BATCH, 9, SIZE), span, cache and cache.layer(index), adapters)
+        (module, index, ramp(BATCH, 9, SIZE), metadata, cache and cache.layer(index), adapters)
         for index, module in enumerate(model.text_model.layers)
     ]
     assert_one_graph(model.run_layer, cases)

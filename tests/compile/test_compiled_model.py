@@ -1,4 +1,4 @@
-"""The product's own compile methods: same answers and adapters, and no new graph for a length."""
+"""Video2LoRA.compile: same answers and adapters, and no new graph for a new length."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def assert_near(found: Adapter, expected: Adapter) -> None:
-    for one, other in ((found.A, expected.A), (found.B, expected.B)):
+def assert_near(actual: Adapter, expected: Adapter) -> None:
+    for one, other in ((actual.A, expected.A), (actual.B, expected.B)):
         assert relative(one[M], other[M]) <= 1e-5
 
 
@@ -61,8 +61,8 @@ def test_a_graph_for_each_kind_of_call_and_none_for_a_length():
             assert_near(compiled.internalize(clip), wanted)
         later = [Adapter.compose(expected), expected[1]]
         for limit in (3, 9):
-            found = compiled.ask(LONGER, later, max_new_tokens=limit)
-            assert found == eager.ask(LONGER, later, max_new_tokens=limit)
+            actual = compiled.ask(LONGER, later, max_new_tokens=limit)
+            assert actual == eager.ask(LONGER, later, max_new_tokens=limit)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,11 @@ def test_every_kind_of_question(pair_of_models):
     composed = Adapter.compose([adapter, adapter])
     for questions in (QUESTIONS[0], QUESTIONS):
         for adapters in (None, adapter):
-            found = compiled.ask(questions, adapters, max_new_tokens=4)
-            assert found == eager.ask(questions, adapters, max_new_tokens=4)
+            actual = compiled.ask(questions, adapters, max_new_tokens=4)
+            assert actual == eager.ask(questions, adapters, max_new_tokens=4)
     ragged = [adapter, composed, None]
-    found = compiled.ask(QUESTIONS, ragged, max_new_tokens=4)
-    assert found == eager.ask(QUESTIONS, ragged, max_new_tokens=4)
+    actual = compiled.ask(QUESTIONS, ragged, max_new_tokens=4)
+    assert actual == eager.ask(QUESTIONS, ragged, max_new_tokens=4)
     assert graphs() > 8
 
 
@@ -92,8 +92,8 @@ def test_batches_of_videos_share_graphs(pair_of_models):
     def check(*frames: int) -> None:
         clips = [tiny.clip(count, seed) for seed, count in enumerate(frames)]
         expected = [eager.internalize(clip) for clip in clips]
-        for found, wanted in zip(compiled.internalize(clips), expected, strict=True):
-            assert_near(found, wanted)
+        for actual, wanted in zip(compiled.internalize(clips), expected, strict=True):
+            assert_near(actual, wanted)
 
     check(2, 2)
     check(3, 4)  # padded
@@ -114,11 +114,11 @@ def test_threads_share_compiled_graphs(pair_of_models):
         return compiled.ask(QUESTIONS[:2], adapter, max_new_tokens=6)
 
     with ThreadPoolExecutor(2) as pool:
-        for place, found in enumerate(pool.map(work, range(8))):
+        for place, actual in enumerate(pool.map(work, range(8))):
             if place % 2:
-                assert_near(found, adapter)
+                assert_near(actual, adapter)
             else:
-                assert found == expected
+                assert actual == expected
 
 
 def test_a_copy_runs_on_its_own_weights(pair_of_models):
@@ -157,7 +157,7 @@ def test_the_engine_compiles_before_the_first_request():
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(None, []), (False, []), (True, ["inductor"])])
-def test_loading_compiles_on_a_gpu_or_when_told(wanted, expected, pair, monkeypatch):
+def test_loading_compiles_on_a_gpu_or_on_request(wanted, expected, pair, monkeypatch):
     vision, layers = [], []
     monkeypatch.setattr(SmolVLM, "compile", lambda self, kind: vision.append(kind))
     monkeypatch.setattr(HyperNetwork, "compile_layers", lambda self, kind: layers.append(kind))

@@ -1,4 +1,4 @@
-"""A training step with compiled layers: eager's numbers, no new graph for a new length."""
+"""A training step with compiled layers equals eager, without a new graph for a new length."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from v2l_fast.training.step import TrainStep
 
 def samples(backbone, frames: int) -> list[Sample]:
     """Two videos of as many frames, encoded: vision is compiled in a test of its own."""
-    found = []
+    actual = []
     for seed in range(2):
         one = plain.sample(backbone, seed, (frames,), 2)
         (features,) = visual_features(backbone, one.chunks)
         chunk = replace(one.chunks[0], pixels=None, features=features)
-        found.append(replace(one, chunks=(chunk,)))
-    return found
+        actual.append(replace(one, chunks=(chunk,)))
+    return actual
 
 
 def test_recomputed_forward_and_backward():

@@ -1,4 +1,4 @@
-"""The check itself: what it must not let pass."""
+"""The check of compiled paths fails where it must."""
 
 from __future__ import annotations
 

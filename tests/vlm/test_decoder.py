@@ -22,10 +22,10 @@ def text_forward(backbone, ids, **kwargs):
 @torch.no_grad()
 def test_layer_inputs_equal_hidden_states(backbone):
     expected = text_forward(backbone, IDS, output_hidden_states=True).hidden_states
-    found = list(backbone.decoder.layer_inputs(backbone.decoder.embed(IDS)))
-    assert len(found) == len(expected) - 1 == 3
-    assert torch.equal(found[0], expected[0])
-    for one, other in zip(found, expected, strict=False):
+    actual = list(backbone.decoder.layer_inputs(backbone.decoder.embed(IDS)))
+    assert len(actual) == len(expected) - 1 == 3
+    assert torch.equal(actual[0], expected[0])
+    for one, other in zip(actual, expected, strict=False):
         assert relative(one, other) <= 3e-6
 
 
@@ -41,7 +41,7 @@ def test_the_last_layer_is_never_run(monkeypatch):
         assert len(list(backbone.decoder.layer_inputs(backbone.decoder.embed(IDS)))) == 3
 
 
-def test_layers_are_computed_only_when_asked_for(monkeypatch):
+def test_layers_are_computed_lazily(monkeypatch):
     backbone = tiny.backbone()
 
     def fail(x):
@@ -59,13 +59,13 @@ def test_hidden_states_and_logits(backbone):
     expected = backbone.model(input_ids=IDS, use_cache=False).logits
     hidden = backbone.decoder.forward(backbone.decoder.embed(IDS))
     assert relative(hidden, text_forward(backbone, IDS).last_hidden_state) <= 3e-6
-    found = backbone.decoder.logits(hidden)
-    assert found.dtype == torch.float32 and relative(found, expected) <= 3e-6
+    actual = backbone.decoder.logits(hidden)
+    assert actual.dtype == torch.float32 and relative(actual, expected) <= 3e-6
 
 
 @torch.no_grad()
 def test_half_precision():
-    """As far from float64 as transformers' own forward in that dtype is, at most twice."""
+    """Error against float64 is at most twice that of transformers' forward in the same dtype."""
     backbone = tiny.backbone()
     exact = copy.deepcopy(backbone.model).double()(input_ids=IDS, use_cache=False).logits
     backbone.model.bfloat16()
@@ -76,19 +76,19 @@ def test_half_precision():
 
 
 @torch.no_grad()
-def test_right_padding_is_never_seen(backbone):
+def test_right_padding_has_no_effect(backbone):
     decoder = backbone.decoder
     whole = decoder.forward(decoder.embed(IDS))
     padded = decoder.embed(IDS).clone()
     padded[0, 4:], padded[1, 9:] = 7.0, -3.0
-    found = decoder.forward(padded)
+    actual = decoder.forward(padded)
     for row, length in enumerate((4, 9, 11)):
-        assert relative(found[row, :length], whole[row, :length]) <= 3e-6
+        assert relative(actual[row, :length], whole[row, :length]) <= 3e-6
 
 
 @pytest.mark.parametrize("adapted", [False, True])
 @torch.no_grad()
-def test_prefill_and_steps_equal_one_pass(adapted, backbone, adapters):
+def test_prefill_and_decode_equal_one_pass(adapted, backbone, adapters):
     decoder = backbone.decoder
     slots = None
     if adapted:
@@ -100,15 +100,15 @@ def test_prefill_and_steps_equal_one_pass(adapted, backbone, adapters):
     start = embedded[:, :6].masked_fill((torch.arange(6) >= lengths[:, None])[..., None], 9.0)
     cache = decoder.new_cache(3, 12)
     assert cache.capacity == 12
-    found = decoder.forward(start, decoder.prefill_metadata(3, 6), cache, slots)
+    actual = decoder.forward(start, decoder.prefill_metadata(3, 6), cache, slots)
     for row, length in enumerate(lengths):
-        assert relative(found[row, :length], expected[row, :length]) <= 3e-6
+        assert relative(actual[row, :length], expected[row, :length]) <= 3e-6
     for step in range(5):
         places = lengths + step
         token = embedded[torch.arange(3), places][:, None]
-        span = decoder.decode_metadata(places, 6 + step + 1)
-        found = decoder.forward(token, span, cache, slots)[:, 0]
-        assert relative(found, expected[torch.arange(3), places]) <= 3e-6
+        metadata = decoder.decode_metadata(places, 6 + step + 1)
+        actual = decoder.forward(token, metadata, cache, slots)[:, 0]
+        assert relative(actual, expected[torch.arange(3), places]) <= 3e-6
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def test_adapters_in_every_linear(backbone):
         a[name] = 0.1 * torch.randn(3, 4, linear.in_features, generator=generator)
         b[name] = 0.1 * torch.randn(3, 4, linear.out_features, generator=generator)
     adapter = Adapter(a, b, 1.5)
-    found = decoder.forward(
+    actual = decoder.forward(
         decoder.embed(IDS), adapters=AdapterBank.pack([adapter] * 3, "cpu", torch.float32)
     )
     merged = tiny.backbone()
@@ -131,7 +131,7 @@ def test_adapters_in_every_linear(backbone):
         for name in names:
             weight = merged.linear(layer, name).weight
             weight += adapter.scale * b[name][layer].mT @ a[name][layer]
-    assert relative(found, merged.decoder.forward(merged.decoder.embed(IDS))) <= 3e-6
+    assert relative(actual, merged.decoder.forward(merged.decoder.embed(IDS))) <= 3e-6
 
 
 def test_the_model_is_frozen(backbone):

@@ -1,4 +1,4 @@
-"""FlashAttention 2 in one-token steps: what it is given, by a stand-in that does what it documents.
+"""FlashAttention 2 in one-token steps: its arguments, checked by a stand-in for the package.
 
 The package itself needs a GPU.
 """
@@ -60,10 +60,10 @@ def test_steps_equal_those_of_pytorch(picked, stand_in):
         decoder.forward(embedded[:, :6], decoder.prefill_metadata(3, 6), cache)
     assert not stand_in
     for step in range(3):
-        span = decoder.decode_metadata(lengths + step, 6 + step + 1)
+        metadata = decoder.decode_metadata(lengths + step, 6 + step + 1)
         token = embedded[:, 6 + step, None]
-        expected = decoder.forward(token, span, plain)
-        assert relative(decoder.forward(token, span, fast), expected) <= 3e-6
+        expected = decoder.forward(token, metadata, plain)
+        assert relative(decoder.forward(token, metadata, fast), expected) <= 3e-6
     assert len(stand_in) == 3 * decoder.num_layers
 
 

@@ -38,8 +38,8 @@ def test_prompt_with_video_equals_transformers(backbone, clips):
         use_cache=False,
     ).hidden_states
     assert len(prompt) == len(ids)
-    for found, wanted in zip(features, expected, strict=False):
-        assert relative(found, wanted) <= 3e-6
+    for actual, reference in zip(features, expected, strict=False):
+        assert relative(actual, reference) <= 3e-6
 
 
 def _ids_of(backbone, clip, text) -> torch.Tensor:
@@ -173,7 +173,7 @@ def test_broken_folders(broken, pair):
     assert str(base) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_name_that_is_nowhere(tmp_path):
+def test_an_unknown_name(tmp_path):
     for name in (tmp_path / "missing", "nobody/nothing"):
         with pytest.raises(CheckpointError, match="cannot read the base model's config"):
             load_backbone(name)

@@ -78,8 +78,8 @@ def ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def specials(tokenizer, found: list[int]) -> list[int]:
-    return [i for i in found if i in control_ids(tokenizer)]
+def specials(tokenizer, actual: list[int]) -> list[int]:
+    return [i for i in actual if i in control_ids(tokenizer)]
 
 
 FRAGMENTS = sorted(
@@ -122,8 +122,8 @@ def test_no_text_becomes_a_special_token(name, text):
 @given(text=st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join))
 def test_text_is_encoded_completely(text):
     tokenizer = TOKENIZERS["byte pairs"]
-    found = PromptTokenizer(tokenizer).encode(BEFORE, text, AFTER)
-    assert tokenizer.decode(found, clean_up_tokenization_spaces=False) == BEFORE + text + AFTER
+    actual = PromptTokenizer(tokenizer).encode(BEFORE, text, AFTER)
+    assert tokenizer.decode(actual, clean_up_tokenization_spaces=False) == BEFORE + text + AFTER
 
 
 @pytest.mark.parametrize(
@@ -166,15 +166,15 @@ def test_every_prompt_of_a_model_takes_text_as_text(tokenizer):
             "context": inputs.video_prompt(*clip, text, False),
             "continuation": inputs.question_suffix(text),
         }
-        found = {name: specials(tokenizer, one) for name, one in encoded.items()}
+        actual = {name: specials(tokenizer, one) for name, one in encoded.items()}
         if text == attack:
-            expected = found
+            expected = actual
         else:
-            assert found == expected
+            assert actual == expected
     assert encoded["about"].count(tokenizer.convert_tokens_to_ids("<image>")) == 2 * 4
 
 
-def test_inputs_travel_to_workers(tokenizer):
+def test_prompt_builders_are_picklable(tokenizer):
     inputs = SmolVLMPromptBuilder(tokenizer, 32, 4)
     asked = inputs.question("what is <image>?")
     assert pickle.loads(pickle.dumps(inputs)).question("what is <image>?") == asked
