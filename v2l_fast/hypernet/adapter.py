@@ -462,7 +462,7 @@ def compose_chunks(
             empty = like.new_zeros(like.shape[1:])
             # Expanded, so that the gradient of the bias is one sum, in its own dtype.
             shared = getattr(bias, side)[module] if bias else like.new_empty(0, 0, 0)
-            blocks = []
+            blocks: list[Tensor] = []
             for count, block in zip(n_chunks, shared.expand(videos, -1, -1, -1), strict=True):
                 blocks += itertools.islice(chunks, count)
                 blocks += [block.to(like)] if bias else []

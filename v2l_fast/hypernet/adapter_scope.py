@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import thread as executors
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType, MappingProxyType
 from typing import Any
 
@@ -63,7 +63,7 @@ class _Block:
     owner: FrameType | None = None
     lent: bool = False
     outer: _Block | None = None
-    thread: threading.Thread | None = None
+    thread: threading.Thread = field(default_factory=threading.current_thread)
     opener: object = None
 
 
@@ -119,7 +119,8 @@ class Scope:
         Raises:
             AdapterError: it is not known which one is.
         """
-        repeating, regions = False, []
+        repeating = False
+        regions: list[Any] = []
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward or (_blocks(self) and not torch.is_inference_mode_enabled()):
             repeating, regions = _checkpoints()
@@ -163,7 +164,7 @@ class Scope:
         if known or self.open[thread]:
             return
         starter = _STARTED_BY[thread]() if thread in _STARTED_BY else thread
-        if starter is thread or self.open[starter]:
+        if starter is thread or (starter is not None and self.open[starter]):
             raise AdapterError(
                 "the model runs in a thread that was started before use() was entered in another "
                 "one: enter use() in this thread too (use([None, ...]) for no adapters)"
@@ -174,7 +175,7 @@ class Scope:
             frame = frame.f_back
         lent = _flags(frame) & _GENERATES != 0 and _is_lent(frame)
         outer = _on_stack(_blocks(self), frame)
-        return _Block(value, frame, lent, outer, threading.current_thread(), opener)
+        return _Block(value, frame, lent, outer, opener=opener)
 
     def _count(self, thread: threading.Thread, change: int) -> None:
         with self._lock:
@@ -279,14 +280,15 @@ def _is_executors(thread: threading.Thread) -> bool:
 
 @functools.cache
 def _wrap_threads() -> None:
-    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+    start: Callable = threading.Thread.start
+    submit: Callable = ThreadPoolExecutor.submit
 
     @functools.wraps(start)
     def starting(self: threading.Thread) -> None:
         if not _is_executors(self):
             _STARTED_BY[self] = weakref.ref(threading.current_thread())
             if inherited := _snapshot():
-                self.run = functools.partial(_run_within, inherited, self.run)
+                self.run = functools.partial(_run_within, inherited, self.run)  # type: ignore
         start(self)
 
     @functools.wraps(submit)
@@ -295,7 +297,8 @@ def _wrap_threads() -> None:
             return submit(self, _run_within, inherited, fn, *args, **kwargs)
         return submit(self, fn, *args, **kwargs)
 
-    threading.Thread.start, ThreadPoolExecutor.submit = starting, submitting
+    threading.Thread.start = starting  # type: ignore
+    ThreadPoolExecutor.submit = submitting  # type: ignore[method-assign, assignment]
 
 
 # --- activation checkpointing ------------------------------------------------------------------
@@ -321,7 +324,7 @@ def _checkpoints() -> tuple[bool, list[Any]]:
     Returns:
         Whether the outermost of them is being repeated, and the regions up to that one.
     """
-    regions = []
+    regions: list[Any] = []
     for frame in _frames(sys._getframe(1)):
         if frame.f_code.co_filename != checkpoint.__file__:
             continue

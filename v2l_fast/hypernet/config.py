@@ -21,7 +21,14 @@ from v2l_fast.video.sampling import FrameSampling
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MODEL_TYPE = "v2l_hypernetwork"
+# Far beyond any network; building one of a billion layers would never end.
 _MAX_LAYERS, _MAX_SIZE = 1024, 2**20
+_MINIMUM = {
+    **dict.fromkeys(("hidden_size", "num_layers", "rank", "latent_size", "num_latents"), 1),
+    **dict.fromkeys(("num_blocks", "num_heads", "num_kv_heads", "head_dim", "max_frames"), 1),
+    **dict.fromkeys(("num_self_attn_per_block", "num_pre_head_layers"), 0),
+    "longest_edge": 2,
+}
 INSTRUCTION = "Internalize this video for later captioning."
 
 
@@ -47,7 +54,7 @@ class HypernetConfig:
         scale: s, the LoRA scale used as it is; ``2 * rank ** 1.5`` when omitted.
         num_heads, num_kv_heads, head_dim: attention of both resamplers.
         base_model_name_or_path: the frozen VLM the hypernetwork was trained for.
-        chunk_position: the network knows which part of its video a chunk is.
+        chunk_position: the network reads which part of its video a chunk is.
         max_frames, longest_edge, target_fps: sampling and resolution (pixels) of training.
         instruction: the text that follows the video in the context pass.
 
@@ -79,40 +86,31 @@ class HypernetConfig:
     instruction: str = field(default=INSTRUCTION)
 
     def __post_init__(self) -> None:
-        minimum = {
-            "hidden_size": 1,
-            "num_layers": 1,
-            "rank": 1,
-            "latent_size": 1,
-            "num_latents": 1,
-            "num_blocks": 1,
-            "num_self_attn_per_block": 0,
-            "num_pre_head_layers": 0,
-            "num_heads": 1,
-            "num_kv_heads": 1,
-            "head_dim": 1,
-            "max_frames": 1,
-            "longest_edge": 2,
-        }
-        for name, low in minimum.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(
-                    f"{name} must be an integer of at least {low}, not {excerpt(value)}"
-                )
-            # Far beyond any network; building one of a billion layers would never end.
-            limit = _MAX_LAYERS if name.startswith("num_") else _MAX_SIZE
-            if value > limit:
-                raise ConfigError(f"{name} must be at most {limit:,}, got {value:,}")
-        if self.num_blocks * (1 + self.num_self_attn_per_block) > _MAX_LAYERS:
+        def require(name: str, holds: bool, expected: str) -> None:
+            if not holds:
+                raise ConfigError(f"{name} must be {expected}, got {excerpt(getattr(self, name))}")
+
+        for name, low in _MINIMUM.items():
+            value, high = getattr(self, name), _limit(name)
+            in_range = type(value) is int and low <= value <= high
+            require(name, in_range, f"an integer from {low} to {high:,}")
+        for name in ("shared_weights", "shared_head", "bias_adapter", "chunk_position"):
+            require(name, isinstance(getattr(self, name), bool), "true or false")
+        base = self.base_model_name_or_path
+        require("base_model_name_or_path", base is None or isinstance(base, str), "text")
+        require("instruction", isinstance(self.instruction, str), "text")
+        scale = 2.0 * self.rank**1.5 if self.scale is None else self.scale
+        require("scale", _is_finite(scale), "a finite number")
+        object.__setattr__(self, "scale", float(scale))
+        fps = self.target_fps
+        require("target_fps", _is_finite(fps) and fps > 0, "a positive number")
+        multiple = f"a multiple of num_kv_heads ({self.num_kv_heads})"
+        require("num_heads", self.num_heads % self.num_kv_heads == 0, multiple)
+        layers = self.num_blocks * (1 + self.num_self_attn_per_block)
+        if layers > _MAX_LAYERS:
             raise ConfigError(
-                f"num_blocks ({self.num_blocks}) with num_self_attn_per_block "
-                f"({self.num_self_attn_per_block}) must be at most {_MAX_LAYERS:,} layers"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-                f"({self.num_kv_heads})"
+                f"num_blocks * (1 + num_self_attn_per_block) must be at most {_MAX_LAYERS:,}, got "
+                f"{self.num_blocks} * (1 + {self.num_self_attn_per_block})"
             )
         if not self.target_modules:
             raise ConfigError("target_modules is empty: name at least one, e.g. down_proj")
@@ -121,31 +119,14 @@ class HypernetConfig:
             pair = isinstance(sizes, list | tuple) and len(sizes) == 2
             if not pair or any(type(n) is not int or not 1 <= n <= _MAX_SIZE for n in sizes):
                 raise ConfigError(
-                    f"target_modules[{excerpt(name)}] must be (d_in, d_out), not {excerpt(sizes)}"
+                    f"target_modules[{excerpt(name)}] must be (d_in, d_out), got {excerpt(sizes)}"
                 )
-            modules[name] = (int(sizes[0]), int(sizes[1]))
+            modules[name] = (sizes[0], sizes[1])
         object.__setattr__(self, "target_modules", modules)
-        scale = 2.0 * self.rank**1.5 if self.scale is None else self.scale
-        if type(scale) not in (int, float) or not math.isfinite(scale):
-            raise ConfigError(f"scale must be a finite number, not {excerpt(self.scale)}")
-        fps = self.target_fps
-        if type(fps) not in (int, float) or not 0 < fps < math.inf:
-            raise ConfigError(f"target_fps must be a positive number, not {excerpt(fps)}")
-        for name in ("shared_weights", "shared_head", "bias_adapter", "chunk_position"):
-            if not isinstance(getattr(self, name), bool):
-                value = excerpt(getattr(self, name))
-                raise ConfigError(f"{name} must be true or false, not {value}")
-        if not isinstance(self.instruction, str):
-            raise ConfigError(f"instruction must be text, not {excerpt(self.instruction)}")
-        base = self.base_model_name_or_path
-        if base is not None and not isinstance(base, str):
-            raise ConfigError(f"base_model_name_or_path must be text, not {excerpt(base)}")
-        object.__setattr__(self, "scale", float(scale))
 
     @property
     def sampling(self) -> FrameSampling:
-        """Frames and resolution of the training, which everything else takes where nothing else
-        is asked for."""
+        """Frames and resolution of training: the defaults for everything that reads videos."""
         return FrameSampling(self.max_frames, self.longest_edge, self.target_fps)
 
     @property
@@ -157,7 +138,7 @@ class HypernetConfig:
         """JSON-ready form; inverse of :meth:`from_dict`."""
         values = dataclasses.asdict(self)
         values["target_modules"] = {m: list(sizes) for m, sizes in self.target_modules.items()}
-        # Networks without it keep the record, and with it the fingerprint, they always had.
+        # Left out when off, so that networks older than the field keep their fingerprint.
         if not self.chunk_position:
             del values["chunk_position"]
         return {"model_type": MODEL_TYPE, **values}
@@ -205,3 +186,11 @@ class HypernetConfig:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+
+
+def _limit(name: str) -> int:
+    return _MAX_LAYERS if name.startswith("num_") else _MAX_SIZE
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +38,14 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None or dtype == "auto":
         return None
-    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
-    found = getattr(torch, name, None) if name else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
-        raise ConfigError(
-            f"dtype must be 'bfloat16', 'float16', 'float32' or 'auto', or a torch.dtype, "
-            f"got {dtype!r}"
-        )
-    return found
+    resolved = (
+        getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    )
+    if isinstance(resolved, torch.dtype) and resolved.is_floating_point and resolved.itemsize >= 2:
+        return resolved
+    raise ConfigError(
+        f"dtype must be 'bfloat16', 'float16', 'float32' or 'auto', or a torch.dtype, got {dtype!r}"
+    )
 
 
 class PreHeadBlock(nn.Module):
@@ -168,6 +169,10 @@ class HyperNetwork(nn.Module):
         # Hashes of values cast to another dtype -> those of the values that were cast.
         self._aliases: dict[str, str] = {}
 
+    @property
+    def _perceiver(self) -> Perceiver:
+        return cast(Perceiver, self.aggregator["perceiver"])
+
     def compile_layers(self, backend: str = "inductor") -> None:
         """Run :meth:`layer` through one compiled graph, for every layer and length.
 
@@ -176,15 +181,15 @@ class HyperNetwork(nn.Module):
         self._run_layer = compiled(HyperNetwork._layer, backend)
 
     def forward(
-        self, features: Tensor, mask: Tensor | None = None, place: Tensor | None = None
+        self, features: Tensor, mask: Tensor | None = None, chunk_span: Tensor | None = None
     ) -> AdapterBatch:
         """Adapters of B videos or chunks.
 
         Args:
             features: [B, L, S, D] hidden states entering each decoder layer.
-            mask: [B, S]; a token is visible where it is 1. What stands elsewhere, NaN too, reaches
-                neither the result nor a gradient. None: all visible.
-            place: [B, 2], see :meth:`layer`.
+            mask: [B, S], 1 where a token is visible; None: all are. Values at other tokens, NaN
+                too, affect neither the result nor a gradient.
+            chunk_span: [B, 2], see :meth:`layer`.
 
         Returns:
             :class:`AdapterBatch` with A [B, L, R, d_in] and B [B, L, R, d_out] per module, of the
@@ -201,11 +206,11 @@ class HyperNetwork(nn.Module):
         recompute = torch.is_grad_enabled()
         per_layer = []
         for index, head in enumerate(self.head.slices()):
-            given = index, features[:, index], mask, place, head
+            inputs = index, features[:, index], mask, chunk_span, head
             if recompute:
-                factors = checkpoint(self.layer, *given, use_reentrant=False)
+                factors = checkpoint(self.layer, *inputs, use_reentrant=False)
             else:
-                factors = self.layer(*given)
+                factors = self.layer(*inputs)
             per_layer.append(factors)
         return self.assemble(per_layer)
 
@@ -214,7 +219,7 @@ class HyperNetwork(nn.Module):
         index: int,
         hidden: Tensor,
         mask: Tensor | None = None,
-        place: Tensor | None = None,
+        chunk_span: Tensor | None = None,
         head: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adapters of one decoder layer, as soon as its input exists.
@@ -223,30 +228,32 @@ class HyperNetwork(nn.Module):
             index: the decoder layer, 0 to L - 1.
             hidden: [B, S, D] its input.
             mask: [B, S], 1 where visible, or None.
-            place: [B, 2] float32, where the context starts and ends in its video, as fractions;
-                None for whole videos. Only a network with ``chunk_position`` looks at it.
-            head: this layer's of :meth:`Head.slices`, taken once for all layers by who wants
-                gradients; None: the same weight, selected here.
+            chunk_span: [B, 2] float32, start and end of the context as fractions of its video; None
+                for whole videos. Only a network with ``chunk_position`` reads it.
+            head: this layer's slice from :meth:`Head.slices`; pass it when training so gradients
+                are stacked once. None selects the same weight here.
 
         Returns:
             A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of hidden's dtype.
         """
-        place = self._checked(hidden, mask, place)
+        chunk_span = self._checked(hidden, mask, chunk_span)
         # The dtypes of each step are chosen here; autocast would mix in its own.
         with torch.autocast(hidden.device.type, enabled=False):
-            return self._run_layer(self, index, hidden, mask, place, head)
+            return self._run_layer(self, index, hidden, mask, chunk_span, head)
 
-    def _checked(self, hidden: Tensor, mask: Tensor | None, place: Tensor | None) -> Tensor | None:
-        """The place that the network looks at, if it does."""
+    def _checked(
+        self, hidden: Tensor, mask: Tensor | None, chunk_span: Tensor | None
+    ) -> Tensor | None:
+        """Check shapes; return the span that the network reads, None if it reads none."""
         if mask is not None and mask.shape != hidden.shape[:2]:
             raise ValueError(f"mask must be {list(hidden.shape[:2])}, not {list(mask.shape)}")
         if not self.config.chunk_position:
             return None
-        if place is None:
+        if chunk_span is None:
             return torch.arange(2.0, device=hidden.device).expand(len(hidden), 2)
-        if place.shape != (len(hidden), 2):
-            raise ValueError(f"place must be {[len(hidden), 2]}, not {list(place.shape)}")
-        return place
+        if chunk_span.shape != (len(hidden), 2):
+            raise ValueError(f"chunk_span must be {[len(hidden), 2]}, not {list(chunk_span.shape)}")
+        return chunk_span
 
     @torch.no_grad()
     def iter_layer(
@@ -254,7 +261,7 @@ class HyperNetwork(nn.Module):
         index: int,
         hidden: Tensor,
         mask: Tensor | None,
-        place: Tensor | None,
+        chunk_span: Tensor | None,
         chunks: Sequence[slice],
     ) -> Generator[None, None, tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """:meth:`layer` over a context in chunks of tokens; yields between them.
@@ -262,10 +269,10 @@ class HyperNetwork(nn.Module):
         The result is the same, to rounding; to the bit where there is one chunk.
         """
         if len(chunks) == 1:
-            return self.layer(index, hidden, mask, place)
-        place = self._checked(hidden, mask, place)
+            return self.layer(index, hidden, mask, chunk_span)
+        chunk_span = self._checked(hidden, mask, chunk_span)
         visible = None if mask is None else mask == 1
-        latents = yield from self.aggregator["perceiver"].in_units(hidden, visible, place, chunks)
+        latents = yield from self._perceiver.iter_forward(hidden, visible, chunk_span, chunks)
         return self._factors(index, self.layers(latents), hidden.dtype, None)
 
     def _layer(
@@ -273,12 +280,12 @@ class HyperNetwork(nn.Module):
         index: int,
         hidden: Tensor,
         mask: Tensor | None,
-        place: Tensor | None,
+        chunk_span: Tensor | None,
         head: Tensor | None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """:meth:`layer`, as it is compiled."""
         visible = None if mask is None else mask == 1
-        latents = self.layers(self.aggregator["perceiver"](hidden, visible, place))
+        latents = self.layers(self._perceiver(hidden, visible, chunk_span))
         return self._factors(index, latents, hidden.dtype, head)
 
     def _factors(
@@ -314,7 +321,7 @@ class HyperNetwork(nn.Module):
             }
             for i in (0, 1)
         )
-        return AdapterBatch(a, b, self.config.scale, self.bias_adapter())
+        return AdapterBatch(a, b, cast(float, self.config.scale), self.bias_adapter())
 
     def bias_adapter(self) -> BiasAdapter | None:
         """The learned adapter shared by all videos (by reference), or None."""
@@ -344,12 +351,13 @@ class HyperNetwork(nn.Module):
         # float16 and then for the hash, have another hash: it is known by that of the originals.
         if any(parameter.is_meta for parameter in self.parameters()):
             return super()._apply(fn, recurse)
-        before = self.fingerprint, self.bias_adapter()
-        bias_id = before[1] and before[1].id
+        fingerprint, bias = self.fingerprint, self.bias_adapter()
+        bias_id = None if bias is None else bias.id
         super()._apply(fn, recurse)
-        aliases = {self._value_hash(): before[0]}
-        if bias_id is not None:
-            aliases[self.bias_adapter().value_hash] = bias_id
+        aliases = {self._value_hash(): fingerprint}
+        converted = self.bias_adapter()
+        if bias_id is not None and converted is not None:
+            aliases[converted.value_hash] = bias_id
         self._aliases = {**self._aliases, **{k: v for k, v in aliases.items() if k != v}}
         return self
 

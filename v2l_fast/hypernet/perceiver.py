@@ -13,7 +13,8 @@ Adapters alone are within 2e-6 in float32, and inference is a quarter faster for
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from csrc_triton import dispatch, gated_projection, perceiver_attention
 
 RMS_EPS = 1e-6
 
-Chunks = list[slice]
-# A time of a video is told as sines and cosines of 1, 2, 4, ... 32 half turns over its length.
+Chunks = Sequence[slice]
+# Times are encoded as sin/cos at 1, 2, 4, ... 32 half-periods over the video.
 NUM_FREQUENCIES = 6
 
 
@@ -114,13 +115,13 @@ class PerceiverAttention(nn.Module):
             [max(N, N'), Q, Z] of latents' dtype.
         """
         absorbed, scores = self._absorbed(latents, compute)
-        if context is None:
+        if context is None or inv_rms is None or norm_weight is None:
             return self._values(torch.softmax(scores, dim=-1) @ latents, latents, compute)
         folded = self._folded(absorbed, norm_weight, compute, len(context))
         seen = perceiver_attention(folded, context, inv_rms)
         return self._values(self._joined(latents, scores, seen, norm_weight), latents, compute)
 
-    def in_units(
+    def iter_forward(
         self,
         latents: Tensor,
         compute: torch.dtype,
@@ -132,24 +133,16 @@ class PerceiverAttention(nn.Module):
         """:meth:`forward` over a context in chunks of tokens; yields before each."""
         absorbed, scores = self._absorbed(latents, compute)
         folded = self._folded(absorbed, norm_weight, compute, len(context))
-        seen, seen_lse = None, None
+        seen: tuple[Tensor, Tensor] | None = None
         for chunk in chunks:
             yield
             out, lse = perceiver_attention(
                 folded, context[:, chunk].contiguous(), inv_rms[:, chunk].contiguous()
             )
-            out = out.to(lse.dtype)
-            if seen is None:
-                seen, seen_lse = out, lse
-                continue
-            total = torch.logaddexp(seen_lse, lse)
-            # Of a row that has seen no token yet all are -inf.
-            base = total.masked_fill(total == -torch.inf, 0.0)
-            shares = (torch.exp(one - base)[..., None] for one in (seen_lse, lse))
-            seen = seen * next(shares) + out * next(shares)
-            seen_lse = total
-        joined = self._joined(latents, scores, (seen, seen_lse), norm_weight)
-        return self._values(joined, latents, compute)
+            part = out.to(lse.dtype), lse
+            seen = part if seen is None else _merge_attention(seen, part)
+        assert seen is not None, "a context has at least one chunk"
+        return self._values(self._joined(latents, scores, seen, norm_weight), latents, compute)
 
     def _absorbed(self, latents: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
         """Queries with the key projection folded in [N, P, Z], P = heads x Q, and their scores
@@ -199,6 +192,17 @@ class PerceiverAttention(nn.Module):
         return linear(values.reshape(mixed.shape[0], count, -1), self.o_proj.weight).to(wide)
 
 
+def _merge_attention(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Attention to two parts of a context, each output with its log-sum-exp, as one."""
+    total = torch.logaddexp(first[1], second[1])
+    # All of them are -inf for a row that has seen no token yet.
+    base = total.masked_fill(total == -torch.inf, 0.0)
+    shares = [torch.exp(lse - base)[..., None] for _, lse in (first, second)]
+    return first[0] * shares[0] + second[0] * shares[1], total
+
+
 class PerceiverLayer(nn.Module):
     """Attention and SwiGLU, each with a norm before and after, each with a residual."""
 
@@ -226,7 +230,7 @@ class PerceiverLayer(nn.Module):
             attended = self.self_attn(normed, context.dtype, norm_weight, context, inv_rms)
         return self._residual(latents, attended, mlp_dtype)
 
-    def in_units(
+    def iter_forward(
         self,
         latents: Tensor,
         context: Tensor,
@@ -239,7 +243,7 @@ class PerceiverLayer(nn.Module):
             return self(latents, context, inv_rms, mlp_dtype)
         normed = self.input_latents_layernorm(latents)
         norm_weight = self.input_context_layernorm.weight
-        attended = yield from self.self_attn.in_units(
+        attended = yield from self.self_attn.iter_forward(
             normed, context.dtype, norm_weight, context, inv_rms, chunks
         )
         return self._residual(latents, attended, mlp_dtype)
@@ -271,13 +275,13 @@ class Resampler(nn.Module):
         self.layers = nn.ModuleList()
         period = 1 + num_self_attn_per_block
         for index in range(num_blocks * period):
-            block, place = divmod(index, period)
-            if shared_weights and place == 0 and block >= 2:
+            block, offset = divmod(index, period)
+            if shared_weights and offset == 0 and block >= 2:
                 self.layers.append(self.layers[period])
-            elif shared_weights and place > 0 and block >= 1:
-                self.layers.append(self.layers[place])
+            elif shared_weights and offset > 0 and block >= 1:
+                self.layers.append(self.layers[offset])
             else:
-                self.layers.append(PerceiverLayer(size, *heads, cross=place == 0))
+                self.layers.append(PerceiverLayer(size, *heads, cross=offset == 0))
         self.layernorm = RMSNorm(size)
 
     def forward(
@@ -300,7 +304,7 @@ class Resampler(nn.Module):
             latents = layer(latents, context, inv_rms, dtype)
         return self.layernorm(latents)
 
-    def in_units(
+    def iter_forward(
         self,
         context: Tensor,
         inv_rms: Tensor,
@@ -313,8 +317,8 @@ class Resampler(nn.Module):
         context: [N, S, Z] of the attention's dtype. inv_rms: [N, S], 0 where masked.
         """
         latents = self._start(dtype, shift)
-        for layer in self.layers:
-            latents = yield from layer.in_units(latents, context, inv_rms, dtype, chunks)
+        for layer in cast(Iterable[PerceiverLayer], self.layers):
+            latents = yield from layer.iter_forward(latents, context, inv_rms, dtype, chunks)
         return self.layernorm(latents)
 
     def _start(self, dtype: torch.dtype, shift: Tensor | None) -> Tensor:
@@ -323,9 +327,9 @@ class Resampler(nn.Module):
 
 
 class ChunkPositionEmbedding(nn.Module):
-    """What a chunk's place in its video adds to the latents: start and end as waves, then linear.
+    """Embedding of a chunk's start and end in its video, added to the latents.
 
-    Zero at the start: a trained network gives what it gave before until this is trained too.
+    It is initialized to zero, so adding it to a trained network changes nothing until it trains.
     """
 
     def __init__(self, encoder_latents: int, decoder_latents: int, size: int) -> None:
@@ -334,15 +338,16 @@ class ChunkPositionEmbedding(nn.Module):
         self.encoder = nn.Parameter(torch.zeros(waves, encoder_latents, size))
         self.decoder = nn.Parameter(torch.zeros(waves, decoder_latents, size))
 
-    def forward(self, place: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, chunk_span: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 2] start and end, 0 to 1 -> [N, Q, Z] and [N, num_outputs, Z]."""
-        octaves = torch.arange(NUM_FREQUENCIES, device=place.device)
-        angles = math.pi * place[..., None] * 2**octaves
+        octaves = torch.arange(NUM_FREQUENCIES, device=chunk_span.device)
+        angles = math.pi * chunk_span[..., None] * 2**octaves
         waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
-        return tuple(
+        encoder, decoder = (
             torch.einsum("nw,wqz->nqz", waves.to(weight.dtype), weight)
             for weight in (self.encoder, self.decoder)
         )
+        return encoder, decoder
 
 
 class Perceiver(nn.Module):
@@ -366,23 +371,23 @@ class Perceiver(nn.Module):
         )
 
     def forward(
-        self, features: Tensor, visible: Tensor | None, place: Tensor | None = None
+        self, features: Tensor, visible: Tensor | None, chunk_span: Tensor | None = None
     ) -> Tensor:
         """[N, S, D] features, [N, S] bool -> [N, num_outputs, Z] in the latents' dtype.
 
-        place: [N, 2] float32 start and end of the chunk as fractions of its video, for a network
-        that knows places.
+        chunk_span: [N, 2] float32 start and end of the chunk as fractions of its video, read by a
+            network with ``chunk_position``.
         """
-        shifts = (None, None) if self.place is None else self.place(place)
+        shifts = (None, None) if self.place is None else self.place(chunk_span)
         context = self.modality_projection(features, visible)
         encoded = self.encoder(context, visible, features.dtype, shifts[0])
         return self.decoder(encoded, None, features.dtype, shifts[1])
 
-    def in_units(
-        self, features: Tensor, visible: Tensor | None, place: Tensor | None, chunks: Chunks
+    def iter_forward(
+        self, features: Tensor, visible: Tensor | None, chunk_span: Tensor | None, chunks: Chunks
     ) -> Generator[None, None, Tensor]:
         """:meth:`forward` over a context in chunks of tokens; yields before each but the first."""
-        shifts = (None, None) if self.place is None else self.place(place)
+        shifts = (None, None) if self.place is None else self.place(chunk_span)
         contexts, inverses = [], []
         for chunk in chunks:
             if chunk.start:
@@ -393,7 +398,7 @@ class Perceiver(nn.Module):
             contexts.append(projected.to(attention_dtype(features.dtype)))
         context, inv_rms = torch.cat(contexts, 1), torch.cat(inverses, 1)
         del contexts
-        encoded = yield from self.encoder.in_units(
+        encoded = yield from self.encoder.iter_forward(
             context, inv_rms, features.dtype, shifts[0], chunks
         )
         return self.decoder(encoded, None, features.dtype, shifts[1])

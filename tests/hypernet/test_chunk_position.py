@@ -21,7 +21,7 @@ from v2l_fast.video import Clip
 from v2l_fast.video.clip import split_clip
 
 CONFIG = replace(tiny.CONFIG, chunk_position=True)
-WHOLE, FIRST, SECOND = (torch.tensor([place]) for place in ([0.0, 1.0], [0.0, 0.5], [0.5, 1.0]))
+WHOLE, FIRST, SECOND = (torch.tensor([span]) for span in ([0.0, 1.0], [0.0, 0.5], [0.5, 1.0]))
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +35,32 @@ def hidden(batch: int = 1) -> torch.Tensor:
 
 
 @torch.no_grad()
-def factors(network: HyperNetwork, place: torch.Tensor | None) -> torch.Tensor:
-    return torch.cat([f["down_proj"] for f in network.layer(1, hidden(), None, place)], -1)
+def factors(network: HyperNetwork, span: torch.Tensor | None) -> torch.Tensor:
+    return torch.cat([f["down_proj"] for f in network.layer(1, hidden(), None, span)], -1)
 
 
-def test_each_place_gives_another_adapter(network):
-    places = (WHOLE, FIRST, SECOND, torch.tensor([[0.25, 0.5]]))
-    found = [factors(network, place) for place in places]
-    for i, one in enumerate(found):
-        assert all(relative(other, one) > 1e-2 for other in found[:i])
+def test_each_span_gives_another_adapter(network):
+    spans = (WHOLE, FIRST, SECOND, torch.tensor([[0.25, 0.5]]))
+    adapters = [factors(network, span) for span in spans]
+    for i, one in enumerate(adapters):
+        assert all(relative(other, one) > 1e-2 for other in adapters[:i])
 
 
-def test_no_place_is_the_whole_video(network):
+def test_no_span_is_the_whole_video(network):
     assert torch.equal(factors(network, None), factors(network, WHOLE))
 
 
-def test_the_batch_call_takes_places(network):
+def test_the_batch_call_takes_spans(network):
     features = torch.stack([hidden(2)] * CONFIG.num_layers, 1)
-    place = torch.cat([FIRST, SECOND])
+    spans = torch.cat([FIRST, SECOND])
     with torch.no_grad():
-        together = network(features, None, place)
+        together = network(features, None, spans)
         for index in range(2):
-            alone = network(features[index : index + 1], None, place[index : index + 1])
+            alone = network(features[index : index + 1], None, spans[index : index + 1])
             assert relative(together.A["down_proj"][index], alone.A["down_proj"][0]) < 1e-6
 
 
-def test_networks_without_places_are_what_they_were():
+def test_other_networks_ignore_the_span():
     plain = tiny.hypernetwork()
     assert set(tiny.hypernetwork(CONFIG).state_dict()) - set(plain.state_dict()) == {
         f"aggregator.perceiver.place.{name}" for name in ("encoder", "decoder")
@@ -69,12 +69,12 @@ def test_networks_without_places_are_what_they_were():
     assert torch.equal(factors(plain, FIRST), factors(plain, None))
 
 
-def test_a_trained_network_goes_on_from_where_it_is():
+def test_adding_it_to_a_trained_network_changes_nothing():
     plain = tiny.hypernetwork()
     grown = HyperNetwork(CONFIG)
     grown.load_state_dict({**grown.state_dict(), **plain.state_dict()})
-    for place in (FIRST, SECOND):
-        assert relative(factors(grown, place), factors(plain, None)) < 1e-6
+    for span in (FIRST, SECOND):
+        assert relative(factors(grown, span), factors(plain, None)) < 1e-6
 
 
 def test_config_and_weights_are_stored(network, tmp_path):
@@ -94,26 +94,26 @@ def knowing(backbone, network) -> Video2LoRA:
     return Video2LoRA(backbone, network)
 
 
-def test_chunks_are_internalized_at_their_places_and_composed(knowing):
+def test_chunks_are_internalized_with_their_spans_and_composed(knowing):
     clip = tiny.clip(4, 0)
     adapter = knowing.internalize(clip, chunks=2)
     rank = CONFIG.rank
     assert adapter.rank == 2 * rank
     parts = split_clip(clip, 2)
-    for index, (part, place) in enumerate(zip(parts, (FIRST, SECOND), strict=True)):
+    for index, (part, span) in enumerate(zip(parts, (FIRST, SECOND), strict=True)):
         prompt = knowing.backbone.video_prompt(
             knowing.backbone.encode(part, CONFIG.longest_edge),
             CONFIG.instruction,
             answer_follows=False,
         )
         with torch.no_grad():
-            for layer, seen in enumerate(
+            for layer, hidden in enumerate(
                 knowing.backbone.decoder.layer_inputs(prompt.embeddings[None])
             ):
-                a, b = knowing.hypernet.layer(layer, seen, None, place)
-                mine = slice(index * rank, (index + 1) * rank)
-                assert relative(adapter.A["down_proj"][layer, mine], a["down_proj"][0]) < 1e-6
-                assert relative(adapter.B["down_proj"][layer, mine], b["down_proj"][0]) < 1e-6
+                a, b = knowing.hypernet.layer(layer, hidden, None, span)
+                ranks = slice(index * rank, (index + 1) * rank)
+                assert relative(adapter.A["down_proj"][layer, ranks], a["down_proj"][0]) < 1e-6
+                assert relative(adapter.B["down_proj"][layer, ranks], b["down_proj"][0]) < 1e-6
     chunks = adapter.provenance["chunks"]
     assert [chunk["source"]["place"] for chunk in chunks] == [[0.0, 0.5], [0.5, 1.0]]
     assert [chunk["source"]["frame_indices"] for chunk in chunks] == [[0, 1], [2, 3]]
