@@ -22,7 +22,7 @@ def test_an_old_path_is_the_new_module(old):
     new = importlib.import_module(new_path(old))
     assert module is new or module.__path__ == []
     names = [name for name in vars(new) if not name.startswith("__")]
-    assert names and all(getattr(module, name) is getattr(new, name) for name in names)
+    assert all(getattr(module, name) is getattr(new, name) for name in names)
     assert new.__name__ == new.__spec__.name == new_path(old)
     assert len([w for w in caught if old in str(w.message)]) == 1
 
