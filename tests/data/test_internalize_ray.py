@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.cluster import cluster
 from tests.training.broken import write_folder
 from v2l_fast.data.internalize import CorpusSettings, internalize_corpus
@@ -12,6 +14,7 @@ from v2l_fast.store.adapter_store import AdapterStore
 SETTINGS = CorpusSettings("shapes", device="cpu", videos_per_shard=1, threads=1)
 
 
+@pytest.mark.slow
 def test_a_cluster_makes_the_adapters_of_one_machine(tmp_path):
     manifest, _ = write_folder(tmp_path / "videos", 4, ("text",))
     alone = internalize_corpus(manifest, tmp_path / "alone", SETTINGS)

@@ -47,6 +47,7 @@ class Killed(teaching.Teacher):
         return lines
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_targets_are_those_of_one_machine(
     ray, tmp_path, monkeypatch
 ):
@@ -80,7 +81,7 @@ class Failing:
         raise VideoError("clip.mp4: one clear line")
 
 
-def test_an_error_of_the_work_is_told_as_it_is(ray, tmp_path):
+def test_an_error_of_the_work_is_raised_unchanged(ray, tmp_path):
     from v2l_fast.data.shards import run_on_ray
 
     shards = Shards.open(tmp_path, {}, 2, 1)

@@ -113,6 +113,7 @@ def test_two_processes_learn_what_one_does(pair, start, tmp_path):
         assert [x["video"] for x in json_lines(folder / "quarantine.jsonl")] == [f"video {BROKEN}"]
 
 
+@pytest.mark.slow
 def test_killed_processes_continue_bit_for_bit(pair, start, tmp_path):
     folder = tmp_path / "run"
     kill = ["--kill-at", "4"]
@@ -125,7 +126,8 @@ def test_killed_processes_continue_bit_for_bit(pair, start, tmp_path):
     assert same(weights(folder), weights(pair))
 
 
-def test_one_process_that_is_told_to_stop_stops_all(start, tmp_path):
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all(start, tmp_path):
     """With shares of 3 and 4 of a batch of 7, whose sum is still what one process computes."""
     folder = tmp_path / "run"
     assert launch(folder, 2, start, [], ["--stop-at", "2"], batch=7) == [143, 143]
@@ -137,7 +139,8 @@ def test_one_process_that_is_told_to_stop_stops_all(start, tmp_path):
     assert_same_gradients(tmp_path / "one", folder)
 
 
-def test_an_error_of_the_first_process_is_that_of_all(start, tmp_path):
+@pytest.mark.slow
+def test_an_error_of_the_main_process_is_raised_on_all(start, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.open(None)
     assert launch(folder.path, 2, start) == [1, 1]
@@ -147,6 +150,7 @@ def test_an_error_of_the_first_process_is_that_of_all(start, tmp_path):
         assert "another run is writing here" in last
 
 
+@pytest.mark.slow
 def test_one_killed_process_continues_bit_for_bit(start, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     config = settings(whole, *SETTINGS, start)

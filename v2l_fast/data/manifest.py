@@ -27,7 +27,7 @@ from v2l_fast.files import parse_json, read_lines, write_jsonl
 
 SPLITS = ("train", "val", "test")
 TEXT_FIELDS = ("id", "video_path", "task_type", "prompt", "target_text")
-# Problems listed before the rest is only counted.
+# Problems that an error lists; it counts the rest.
 LISTED = 20
 # Problems after which the rest of the file is not read.
 _ENDED = 10_000
@@ -43,11 +43,11 @@ _ID_RULE = (
 
 
 class ManifestError(ListError, ValueError):
-    """A manifest cannot be used. The message lists its problems, one a line."""
+    """A manifest cannot be used. The message lists its problems, one per line."""
 
 
 def rows(path: str | os.PathLike, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that holds one; a problem is added for others.
+    """(line number, object) of every line with a JSON object; adds a problem for other lines.
 
     Raises:
         ManifestError: the file cannot be read, or has more than `_ENDED` problems.
@@ -56,7 +56,7 @@ def rows(path: str | os.PathLike, problems: list[str]) -> Iterator[tuple[int, di
         if not line.strip():
             continue
         if len(problems) >= _ENDED:
-            raise listed(path, [*problems, f"line {number}: and those after it are not read"])
+            raise listed(path, [*problems, f"line {number}: this and later lines are not read"])
         try:
             row = parse_json(line, f"line {number}", ManifestError, remedy="correct the line")
         except ManifestError as error:
@@ -154,7 +154,7 @@ def _is_number(value: Any) -> bool:
 
 
 def listed(path: str | os.PathLike, problems: list[str]) -> ManifestError:
-    """The error that lists them."""
+    """The error that lists `problems`."""
     first = "".join(f"\n  {one_line(problem)}" for problem in problems[:LISTED])
     rest = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -163,10 +163,11 @@ def listed(path: str | os.PathLike, problems: list[str]) -> ManifestError:
 
 @dataclass(frozen=True)
 class Example:
-    """One line: a prompt about a video and what to answer.
+    """One line of a manifest: a prompt about a video and its answer.
 
-    `video_path` is as written; `path` is where the file lies. `span` is (start, end) in seconds,
-    None for the whole file.
+    Attributes:
+        video_path: as written; `path` is the absolute path of the file.
+        metadata: any further entries; see the module for those with a meaning.
     """
 
     id: str
@@ -181,16 +182,17 @@ class Example:
 
     @property
     def span(self) -> tuple[float, float] | None:
-        found = self.metadata.get("span")
-        return None if found is None else (float(found[0]), float(found[1]))
+        """Start and end in seconds of the part it is about; None for the whole file."""
+        span = self.metadata.get("span")
+        return None if span is None else (float(span[0]), float(span[1]))
 
     @property
     def is_caption(self) -> bool:
-        """A description of the whole video rather than an answer to a question."""
+        """Whether the answer describes the whole video, rather than answering a question."""
         return self.task_type.startswith(("caption", "summar", "describ"))
 
     def row(self, **changes: Any) -> dict[str, Any]:
-        """The fields as a manifest line holds them."""
+        """The fields of the manifest line, with `changes`."""
         row = {
             "id": self.id,
             "video_path": self.video_path,
@@ -206,7 +208,7 @@ class Example:
 
 @dataclass(frozen=True)
 class VideoExamples:
-    """What is encoded once: a file, or a span of it, and every example about it."""
+    """A file, or a span of it, which is encoded once, and every example about it."""
 
     path: str
     span: tuple[float, float] | None
@@ -214,7 +216,7 @@ class VideoExamples:
 
     @property
     def name(self) -> str:
-        """For logs and the quarantine: the path as written, and the span in seconds."""
+        """The path as written and the span in seconds, for logs and the quarantine."""
         written = self.examples[0].video_path
         return written if self.span is None else f"{written}#{self.span[0]:g}-{self.span[1]:g}"
 
@@ -228,14 +230,14 @@ def load_manifest(
     """Read and check a whole manifest.
 
     Args:
-        root: what relative video paths start from; the manifest's folder when omitted.
-        split: keep only the examples of this split (all are checked).
-        required: text fields that must be there and not empty; a missing ``id`` is made from the
-            line's number, a missing ``task_type`` is "caption".
+        root: folder that relative video paths start from; the manifest's if omitted.
+        split: return only the examples of this split (all are checked).
+        required: text fields that must not be empty; a missing ``id`` is made from the
+            line number, a missing ``task_type`` is "caption".
 
     Raises:
-        ManifestError: it cannot be read, or some lines cannot be used: each problem with line
-            number, field and remedy, beyond `LISTED` of them only their number.
+        ManifestError: the file cannot be read, or lines cannot be used; lists up to `LISTED`
+            problems with line number, field and remedy.
     """
     path = Path(path)
     root = os.path.abspath(path.parent if root is None else root)
@@ -263,23 +265,23 @@ def load_manifest(
         examples.append(example)
     problems += _shared_videos(examples)
     if not examples and not problems:
-        problems.append("it holds no example; write one JSON object a line")
+        problems.append("it holds no example; write one JSON object per line")
     if problems:
         raise listed(path, problems)
-    kept = [e for e in examples if split is None or e.split == split]
-    if not kept:
-        found = ", ".join(sorted({str(e.split) for e in examples}))
-        raise ManifestError(f"{path}: no example of split {split!r}, only of {found}")
-    return kept
+    selected = [e for e in examples if split is None or e.split == split]
+    if not selected:
+        splits = ", ".join(sorted({str(e.split) for e in examples}))
+        raise ManifestError(f"{path}: no example of split {split!r}, only of {splits}")
+    return selected
 
 
 def write_manifest(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a manifest, whole or not at all."""
+    """Write a manifest atomically."""
     write_jsonl(path, map(dict, rows))
 
 
 def group_by_video(examples: Iterable[Example]) -> list[VideoExamples]:
-    """Examples about the same span of the same file together, in the order of their first."""
+    """Group the examples about the same span of the same file, in order of first appearance."""
     groups: dict[tuple[str, tuple[float, float] | None], list[Example]] = {}
     for example in examples:
         groups.setdefault((example.path, example.span), []).append(example)
@@ -291,10 +293,10 @@ def split_by_video(
 ) -> tuple[list[Example], list[Example]]:
     """(training, validation) examples that share no video.
 
-    A manifest that names splits is taken at its word ("val" and "test" are not trained on);
-    otherwise a hash of each video decides, so that adding lines moves nobody. The video is
-    ``metadata["video_id"]`` where given (spans and re-encodings of one video then stay together),
-    else the path as written; one file in several manifests is the video of its first line.
+    If a line names a split, splits are as written ("val" and "test" are not trained on); otherwise
+    a hash of each video decides, so that adding lines moves no video to the other part. The video
+    is ``metadata["video_id"]`` if present (spans and re-encodings of one video then stay together),
+    else the path as written; a file in several manifests is the video of its first line.
     """
     if any(example.split is not None for example in examples):
         return (
@@ -306,30 +308,29 @@ def split_by_video(
     keys: dict[str, str] = {}
     for example in examples:
         key = keys.setdefault(example.path, video_key(example))
-        chosen = video_share(key, seed) < val_share
-        (val if chosen else train).append(example)
+        (val if video_share(key, seed) < val_share else train).append(example)
     return train, val
 
 
 def video_key(example: Example) -> str:
-    """A name of the video that does not depend on where the data lies."""
+    """A name of the video that does not depend on the data's location."""
     return str(example.metadata.get("video_id") or os.path.normpath(example.video_path))
 
 
 def video_names(example: Example) -> tuple[str, ...]:
-    """Two examples that share one of these are about the same video, whatever their manifests."""
-    named = example.metadata.get("video_id")
-    return (example.path, f"video_id {named}") if named else (example.path,)
+    """Names of an example's video; examples that share one are about the same video."""
+    video_id = example.metadata.get("video_id")
+    return (example.path, f"video_id {video_id}") if video_id else (example.path,)
 
 
 def trained_on(train: Iterable[Example], val: Iterable[Example]) -> list[str]:
-    """Files of `val` whose video is in `train` too."""
+    """Files in `val` whose video is also in `train`."""
     known = {name for example in train for name in video_names(example)}
     return sorted({e.path for e in val if not known.isdisjoint(video_names(e))})
 
 
 def video_share(key: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the video and the seed alone."""
+    """A number in [0, 1) that depends only on the video and the seed."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -350,7 +351,7 @@ def _example(row: dict[str, Any], number: int, root: str) -> Example:
 
 
 def _missing(path: str) -> str:
-    """What is wrong with where a video should lie, "" if nothing is."""
+    """The problem with the file of a video, or ""."""
     if os.path.isfile(path):
         return ""
     if os.path.exists(path):
@@ -359,7 +360,7 @@ def _missing(path: str) -> str:
 
 
 def _shared_videos(examples: Sequence[Example]) -> Iterator[str]:
-    """A video that is trained on and validated on."""
+    """Problems of videos that are in two splits."""
     seen: dict[str, Example] = {}
     for example in examples:
         for name in video_names(example):
