@@ -15,7 +15,7 @@ from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes import probes
 from v2l_fast.shapes import report as module
 from v2l_fast.shapes.language import caption
-from v2l_fast.shapes.report import PIECES, SHARES, ShapesReport, measure, right
+from v2l_fast.shapes.report import MEASUREMENTS, SHARES, ShapesReport, accuracy, measure
 from v2l_fast.shapes.report_page import SECTIONS, write_page
 from v2l_fast.shapes.world import sample_scenes
 
@@ -47,7 +47,7 @@ def measured(pair, small, tmp_path_factory):
 
 def test_every_piece(measured):
     folder, records = measured
-    assert set(records) == set(PIECES) == set(SECTIONS) == set(SHARES)
+    assert set(records) == set(MEASUREMENTS) == set(SECTIONS) == set(SHARES)
     for name, record in records.items():
         assert record == json.loads((folder / f"{name}.json").read_text())
         assert record["videos"] == 2 and "torch" in record["machine"]
@@ -63,14 +63,14 @@ def test_every_piece(measured):
     assert all(layers["score"]["estimate"] > s["estimate"] for s in layers["controls"].values())
 
 
-def test_a_network_told_of_chunks_stands_beside(pair, small, tmp_path):
+def test_a_network_trained_on_chunks_is_compared(pair, small, tmp_path):
     config = dataclasses.replace(pair.config, chunk_position=True)
-    told = Video2LoRA(pair.backbone, HyperNetwork(config))
-    found = ShapesReport(pair, tmp_path, videos=2, trained=told).piece("chunks")["networks"]
+    trained = Video2LoRA(pair.backbone, HyperNetwork(config))
+    found = ShapesReport(pair, tmp_path, videos=2, trained=trained).section("chunks")["networks"]
     assert {name: record["chunk_position"] for name, record in found.items()} == {
         "zero-shot": False, "trained on chunks": True
     }  # fmt: skip
-    page = write_page(ShapesReport(pair, tmp_path).made(), tmp_path / "page").read_text()
+    page = write_page(ShapesReport(pair, tmp_path).records(), tmp_path / "page").read_text()
     assert "**trained on chunks**" in page and "`v2l shapes report --only chunks`" in page
     with pytest.raises(ConfigError, match="made with trained="):
         measure(ShapesReport(pair, tmp_path, videos=2), ["chunks"])
@@ -82,21 +82,21 @@ def test_pieces_are_not_made_again(pair, measured, monkeypatch):
     def again(report, count):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr(module, "PIECES", dict.fromkeys(PIECES, again))
+    monkeypatch.setattr(module, "MEASUREMENTS", dict.fromkeys(MEASUREMENTS, again))
     assert measure(ShapesReport(pair, folder, videos=2)) == records
-    assert ShapesReport(pair, folder).made() == records
+    assert ShapesReport(pair, folder).records() == records
     with pytest.raises(ConfigError, match="made with videos=2, now it is 64"):
         measure(ShapesReport(pair, folder, videos=64), ["rank"])
     other = Video2LoRA(pair.backbone, HyperNetwork(pair.config))
     with pytest.raises(ConfigError, match="of another model"):
-        ShapesReport(other, folder).made()
+        ShapesReport(other, folder).records()
 
 
 def test_page(measured, tmp_path):
     _, records = measured
     page = write_page(records, tmp_path / "page")
     text = page.read_text()
-    for name in PIECES:
+    for name in MEASUREMENTS:
         assert f"`v2l shapes report --only {name}`" in text
     for image in (tmp_path / "page").glob("*.png"):
         assert f"]({image.name})" in text and image.stat().st_size < 60_000
@@ -119,13 +119,13 @@ def test_command(measured, tmp_path):
     assert found.exit_code == 0, found.output
     assert "## Efficiency" in (tmp_path / "README.md").read_text()
     found = CliRunner().invoke(cli.app, [*arguments, "--only", "nothing", "--force"])
-    assert isinstance(found.exception, ConfigError) and "no piece" in str(found.exception)
+    assert isinstance(found.exception, ConfigError) and "unknown section" in str(found.exception)
 
 
-def test_right():
+def test_accuracy():
     scene = sample_scenes("test", 1, 0)[0]
     said = caption(scene)
-    assert right(said, said) == 1 and right("nothing", said) == 0
+    assert accuracy(said, said) == 1 and accuracy("nothing", said) == 0
     wrong = said.replace(scene.background, "black" if scene.background != "black" else "white")
-    assert 0 < right(wrong, said) < 1
-    assert right("Red.", "red") == 1 and right("blue", "red") == 0
+    assert 0 < accuracy(wrong, said) < 1
+    assert accuracy("Red.", "red") == 1 and accuracy("blue", "red") == 0

@@ -11,7 +11,7 @@ from v2l_fast.pipeline import context_batches, visual_features
 from v2l_fast.shapes import source as module
 from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.render import SAMPLED_INDICES
-from v2l_fast.shapes.source import clip_parts, prepare_base, shapes_sources
+from v2l_fast.shapes.source import clip_chunks, prepare_base, shapes_sources
 from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.config import load_config
 from v2l_fast.training.step import TrainStep
@@ -53,9 +53,9 @@ def test_contexts_are_those_of_internalizing(config, base):
 
 
 def test_parts_are_sampled_as_files_of_their_own(base):
-    (whole,) = clip_parts(base, 1, INSTRUCTION)
+    (whole,) = clip_chunks(base, 1, INSTRUCTION)
     assert whole.frames == SAMPLED_INDICES and whole.chunk_span == (0.0, 1.0)
-    halves = clip_parts(base, 2, INSTRUCTION)
+    halves = clip_chunks(base, 2, INSTRUCTION)
     assert [part.chunk_span for part in halves] == [(0.0, 0.5), (0.5, 1.0)]
     assert [len(part.frames) for part in halves] == [4, 4]
     assert max(halves[0].frames) < 16 <= min(halves[1].frames)

@@ -173,7 +173,7 @@ def report(
 
     from v2l_fast.model import Video2LoRA
     from v2l_fast.outputs import check_folder
-    from v2l_fast.shapes.report import PIECES, ShapesReport, measure
+    from v2l_fast.shapes.report import MEASUREMENTS, ShapesReport, measure
     from v2l_fast.shapes.report_page import FILES, write_page
 
     check_folder(records)
@@ -185,5 +185,5 @@ def report(
     chunked = trained and Video2LoRA.from_pretrained(trained, base, device="cpu")
     with progress_bar("report") as progress:
         measured = ShapesReport(pair, records, videos, chunked, running.seed, progress)
-        measure(measured, only or tuple(PIECES))
-    say(str(write_page(measured.made(), out)))
+        measure(measured, only or tuple(MEASUREMENTS))
+    say(str(write_page(measured.records(), out)))

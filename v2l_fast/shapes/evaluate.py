@@ -1,8 +1,8 @@
-"""Evaluation on unseen shapes videos: the manifest of scenes, and the attributes captions state.
+"""Evaluation on unseen shapes videos: examples from scenes, and the attributes of captions.
 
-Responsible for what only this world has: examples whose truth is a scene, frames rendered without a
-codec, attribute accuracy, and captions that are right to the word. Conditions, controls, other
-scores and intervals are `v2l_fast.evaluation`'s.
+Responsible for what only this world has: examples with known attributes, frames rendered without a
+codec, attribute accuracy and exact captions. Conditions, controls, other scores and intervals are
+`v2l_fast.evaluation`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 from v2l_fast.data.manifest import Example
 from v2l_fast.evaluation.answers import BASELINE, SYSTEM, AnswerSettings
-from v2l_fast.evaluation.evaluate import Progress
 from v2l_fast.evaluation.evaluate import evaluate as evaluate_examples
 from v2l_fast.evaluation.metrics import exact_match
 from v2l_fast.evaluation.report import text_scores
@@ -31,6 +30,7 @@ from v2l_fast.shapes.world import Scene
 from v2l_fast.video import Clip, load_video
 from v2l_fast.vlm import Prompt
 from v2l_fast.vlm.smolvlm import SmolVLM
+from v2l_fast.work_units import Progress
 
 CAPTIONS, QUESTIONS = "shapes captions", "shapes questions"
 QUESTIONS_PER_VIDEO = 5
@@ -44,32 +44,32 @@ def clip_name(split: str, index: int) -> str:
 
 
 def examples_for(scenes: Sequence[Scene], split: str = "test", seed: int = 0) -> list[Example]:
-    """A caption and five questions a video; the questions' kinds are their subsets."""
+    """A caption and five questions per video; the subset of a question is its kind."""
     rng = random.Random(f"questions/{seed}")
     examples = []
     for index, scene in enumerate(scenes):
         name = clip_name(split, index)
-        asked = [("caption", CAPTION_PROMPTS[0], caption(scene), CAPTIONS, {})]
-        asked += [
-            ("qa", turn.question, turn.answer, QUESTIONS, {"subset": turn.kind})
-            for turn in ask_several(scene, QUESTIONS_PER_VIDEO, rng)
+        rows = [("caption", CAPTION_PROMPTS[0], caption(scene), CAPTIONS, {})]
+        rows += [
+            ("qa", pair.question, pair.answer, QUESTIONS, {"subset": pair.kind})
+            for pair in ask_several(scene, QUESTIONS_PER_VIDEO, rng)
         ]
         examples += [
             Example(f"{Path(name).stem}/{number}", name, name, task, prompt, target, dataset, split,
                     metadata)
-            for number, (task, prompt, target, dataset, metadata) in enumerate(asked)
+            for number, (task, prompt, target, dataset, metadata) in enumerate(rows)
         ]  # fmt: skip
     return examples
 
 
 def rendered_clips(scenes: Sequence[Scene]) -> list[Clip]:
-    """The frames that sampling takes from each scene's file, rendered without a codec."""
+    """The frames that are sampled from each scene's file, rendered without a codec."""
     frames = render(scenes, IMAGE_SIZE)
     return [Clip.from_frames(video, len(FRAME_TIMES) / CLIP_SECONDS) for video in frames]
 
 
 def encoded_clips(scenes: Sequence[Scene]) -> list[Clip]:
-    """The scenes as H.264 files, sampled and decoded as any user's video is."""
+    """The scenes as H.264 files, sampled and decoded like any video."""
     with tempfile.TemporaryDirectory() as folder:
         return [
             load_video(write_clip(scene, Path(folder) / f"{i}.mp4"), len(FRAME_TIMES))
@@ -83,12 +83,16 @@ def evaluate(
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """The record of :func:`v2l_fast.evaluation.evaluate.evaluate` on rendered frames, with
-    "attributes" and "caption_exact" (shares stated rightly with 95% intervals, by condition),
-    "wrong_captions" (see :func:`wrong_captions`), "samples" and the Markdown "table"."""
+    """Evaluate on rendered frames.
+
+    Returns:
+        The record of :func:`v2l_fast.evaluation.evaluate.evaluate`, with "attributes" and
+        "caption_exact" (condition -> share with its 95% interval), "wrong_captions" (see
+        :func:`wrong_captions`), "samples" and the Markdown "table".
+    """
     examples = examples_for(scenes, seed=seed)
     clips = {clip_name("test", i): clip for i, clip in enumerate(rendered_clips(scenes))}
-    found = evaluate_examples(
+    evaluation = evaluate_examples(
         model,
         examples,
         AnswerSettings(max_new_tokens=MAX_NEW_TOKENS),
@@ -96,49 +100,50 @@ def evaluate(
         batch=3 * _BATCH,
         progress=progress,
     )
-    captions = {name: _captions(examples, texts) for name, texts in found.answers.items()}
+    captions = {name: _captions(examples, texts) for name, texts in evaluation.answers.items()}
     samples = [
-        {"reference": caption(scene)} | {name: said[i] for name, said in captions.items()}
+        {"reference": caption(scene)} | {name: texts[i] for name, texts in captions.items()}
         for i, scene in enumerate(scenes[:4])
     ]
     return {
-        **found.record,
+        **evaluation.record,
         "attributes": {
-            name: asdict(attribute_share(said, scenes)) for name, said in captions.items()
+            name: asdict(attribute_share(texts, scenes)) for name, texts in captions.items()
         },
         "caption_exact": {
-            name: asdict(exact_share(said, scenes)) for name, said in captions.items()
+            name: asdict(exact_share(texts, scenes)) for name, texts in captions.items()
         },
         "wrong_captions": {
             name: wrong_captions(captions[name], scenes) for name in (BASELINE, SYSTEM)
         },
         "samples": samples,
-        "table": found.table,
+        "table": evaluation.table,
     }
 
 
 def evaluate_files(model: Video2LoRA, scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Caption attributes when the same scenes come as H.264 files, against rendering them."""
+    """Attribute accuracy on H.264 files of the scenes, against rendered frames."""
     prompts = [CAPTION_PROMPTS[0]] * len(scenes)
     result: dict[str, Any] = {"videos": len(scenes)}
     for source, make in (("file", encoded_clips), ("rendered", rendered_clips)):
         clips = make(scenes)
-        said = {
+        answers = {
             BASELINE: model.answer_direct(prompts, clips, max_new_tokens=MAX_NEW_TOKENS),
             SYSTEM: model.answer(prompts, model.internalize(clips), max_new_tokens=MAX_NEW_TOKENS),
         }
-        for name, answers in said.items():
-            share = attribute_share([answer.text for answer in answers], scenes)
+        for name, by_scene in answers.items():
+            share = attribute_share([answer.text for answer in by_scene], scenes)
             result[f"{name}, {source}"] = asdict(share)
     return result
 
 
 def evaluate_direct(backbone: SmolVLM, scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Scores of a VLM that has no hypernetwork yet, the video in context."""
+    """Scores of a VLM without a hypernetwork, with the video in context."""
     examples = examples_for(scenes)
     clips = {clip_name("test", i): clip for i, clip in enumerate(rendered_clips(scenes))}
-    said = direct_answers(backbone, [clips[e.path] for e in examples], [e.prompt for e in examples])
-    texts = {e.id: text for e, text in zip(examples, said, strict=True)}
+    seen, prompts = [clips[e.path] for e in examples], [e.prompt for e in examples]
+    answers = direct_answers(backbone, seen, prompts)
+    texts = {e.id: text for e, text in zip(examples, answers, strict=True)}
     scores = {name: by[BASELINE] for name, by in text_scores(examples, {BASELINE: texts}).items()}
     by_kind: dict[str, list[float]] = {}
     for example in examples:
@@ -157,32 +162,32 @@ def evaluate_direct(backbone: SmolVLM, scenes: Sequence[Scene]) -> dict[str, Any
 
 
 def direct_answers(backbone: SmolVLM, clips: Sequence[Clip], prompts: Sequence[str]) -> list[str]:
-    """Answer each prompt with its clip in context, without the Video2LoRA that would do it."""
+    """Answer each prompt with its clip in context, without a hypernetwork."""
 
-    def prompt(clip: Clip, text: str) -> Prompt:
+    def build(clip: Clip, text: str) -> Prompt:
         return backbone.video_prompt(backbone.encode(clip, IMAGE_SIZE), text)
 
-    builders = [partial(prompt, *pair) for pair in zip(clips, prompts, strict=True)]
+    builders = [partial(build, *pair) for pair in zip(clips, prompts, strict=True)]
     params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
     answers = answer_prompts(backbone, builders, [None] * len(builders), params)
     return [answer.text for answer in answers]
 
 
 def attribute_share(captions: Sequence[str], scenes: Sequence[Scene]) -> Interval:
-    """Share of the scenes' attributes that the captions state rightly, resampling videos."""
+    """Share of the scenes' attributes that the captions state correctly, resampling videos."""
     hits = [attribute_hits(text, scene) for text, scene in zip(captions, scenes, strict=True)]
     return ratio_interval([h for h, _ in hits], [n for _, n in hits])
 
 
 def exact_share(captions: Sequence[str], scenes: Sequence[Scene]) -> Interval:
-    """Share of the captions that equal the scenes' own, resampling videos."""
+    """Share of the captions that equal the scenes' captions, resampling videos."""
     pairs = zip(captions, scenes, strict=True)
     return mean_interval([exact_match(text, caption(scene)) for text, scene in pairs])
 
 
 def wrong_captions(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, int]:
-    """How many captions are "wrong", and how many of those have the reference's words in another
-    order ("same_words"): token-F1 gives them 1."""
+    """Number of captions that are "wrong", and of those with the reference's words in another order
+    ("same_words"), for which token-F1 is 1."""
     pairs = [
         (plain(text), plain(caption(scene))) for text, scene in zip(captions, scenes, strict=True)
     ]

@@ -1,9 +1,10 @@
-"""Vision pre-training: the tower and connector learn single frames before any language.
+"""Vision pre-training: tower and connector learn single frames before any language.
 
-Throw-away linear heads read background, size, color, shape and the object's center from a frame's
-tokens. The schedule matters more than the probe scores it ends with: heads on the concatenated
-tokens first (which keeps places linearly readable), then on their mean, then again with a heavy
-weight on the center. Towers trained with mean heads only never let the decoder learn motion.
+Temporary linear heads predict background, size, color, shape and the object's center from a frame's
+tokens. The schedule matters more than the final scores of the heads: first heads on the
+concatenated tokens (which keeps positions linearly decodable), then on their mean, then again on
+the concatenation with a large weight on the center. With towers trained on mean heads only, the
+decoder never learned motion.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class VisionStage:
-    """One part of the schedule: which view of the tokens the heads read, and how strongly."""
+    """One part of the schedule; `reads` is the heads' input, "concat" or "mean" of the tokens."""
 
     steps: int
     reads: str
@@ -55,7 +56,7 @@ SCHEDULE = (
 
 
 def random_frames(batch: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Augmented frames [batch, 3, H, W] in 0..255 with objects all over them, and their labels."""
+    """Augmented frames [batch, 3, H, W] in 0..255 with an object anywhere, and their labels."""
 
     def choose(count: int) -> Tensor:
         return torch.randint(count, (batch,), generator=generator)
@@ -72,7 +73,7 @@ def random_frames(batch: int, generator: torch.Generator) -> tuple[Tensor, dict[
 
 
 class Heads(nn.Module):
-    """Linear readers of a frame's tokens, for pre-training only."""
+    """Linear classifiers of a frame's tokens, for pre-training only."""
 
     def __init__(self, width: int, reads: str) -> None:
         super().__init__()
@@ -85,8 +86,8 @@ class Heads(nn.Module):
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens [N, T, D] -> logits [N, classes] by attribute, and "center" [N, 2]."""
         x = self.norm(tokens.flatten(1) if self.reads == "concat" else tokens.mean(1))
-        found = {name: head(x) for name, head in self.classes.items()}
-        return found | {"center": self.center(x)}
+        logits = {name: head(x) for name, head in self.classes.items()}
+        return logits | {"center": self.center(x)}
 
 
 def pretrain_vision(
@@ -101,9 +102,9 @@ def pretrain_vision(
     """Train tower and connector in place.
 
     Args:
-        report: called with the steps done and the last scores.
-        checkpoint: a file from which an interrupted call continues to the same weights, to the
-            last bit, and which is written every `checkpoint_every` steps.
+        report: called with the number of steps and the last scores.
+        checkpoint: a file written every `checkpoint_every` steps, from which an interrupted call
+            resumes bit-exactly.
 
     Returns:
         The last scores (accuracies, center mse), and "seconds".
@@ -124,7 +125,7 @@ def pretrain_vision(
         resumed = read_progress(checkpoint)
         refuse_other_settings(checkpoint, resumed["settings"], settings)
     for index, stage in enumerate(schedule):
-        # In the order of the stages, also of those done before: they draw from one generator.
+        # Created in the order of the stages, finished ones included: they share one generator.
         heads = readers.setdefault(stage.reads, Heads(width, stage.reads))
         first = 0
         if resumed:
@@ -151,10 +152,10 @@ def pretrain_vision(
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr * warm * max(fade, 0.02)
             frames, labels = random_frames(batch, generator)
-            found = heads(visual_tokens(model, pixel_values(frames)))
-            loss = stage.center_weight * F.mse_loss(found["center"], labels["center"])
+            predicted = heads(visual_tokens(model, pixel_values(frames)))
+            loss = stage.center_weight * F.mse_loss(predicted["center"], labels["center"])
             for name in _CLASSES:
-                loss = loss + F.cross_entropy(found[name], labels[name])
+                loss = loss + F.cross_entropy(predicted[name], labels[name])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(params, 1.0)
@@ -163,14 +164,14 @@ def pretrain_vision(
             if step % 50 == 0 or (last and k == stage.steps - 1):
                 with torch.no_grad():
                     scores = {
-                        name: (found[name].argmax(-1) == labels[name]).float().mean().item()
+                        name: (predicted[name].argmax(-1) == labels[name]).float().mean().item()
                         for name in _CLASSES
                     }
-                    scores["center_mse"] = F.mse_loss(found["center"], labels["center"]).item()
+                    scores["center_mse"] = F.mse_loss(predicted["center"], labels["center"]).item()
                     scores["loss"] = loss.item()
                 if report is not None:
                     report(step, scores)
-            # A stage's end has nothing to continue: its optimizer is done with.
+            # Not at the end of a stage, where its optimizer is no longer needed.
             if checkpoint is not None and step % checkpoint_every == 0 and k + 1 < stage.steps:
                 progress = {
                     "step": step,
@@ -186,7 +187,7 @@ def pretrain_vision(
 def _parameters(
     model: SmolVLMForConditionalGeneration, readers: dict[str, Heads]
 ) -> dict[str, Tensor]:
-    """What is trained, by name."""
+    """The trained parameters, by name."""
     parts = {"tower": model.model.vision_model, "connector": model.model.connector, **readers}
     return {
         f"{part}.{name}": value

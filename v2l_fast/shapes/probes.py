@@ -1,14 +1,14 @@
-"""What the averages of the shapes world hide, each probed on its own.
+"""Weaknesses that the averages of the shapes world hide, each probed separately.
 
-Responsible for clips that do not last 8 seconds, questions that name one of two objects by its
-shape, questions in words and of kinds that no hypernetwork was trained on, and questions about
-objects that are not there. The averages are `evaluate`'s.
+Responsible for clips of other durations than 8 seconds, questions that refer to one of two objects
+by its shape, questions of kinds and wordings that no hypernetwork was trained on, and questions
+about absent objects. The averages are `evaluate`'s.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,16 +29,14 @@ from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, render
 from v2l_fast.shapes.vlm import IMAGE_SIZE
 from v2l_fast.shapes.world import COLORS, MOTIONS, SHAPES, SIZES, Scene
 from v2l_fast.video import Clip, sample_indices
+from v2l_fast.work_units import Progress
 
-Progress = Callable[[str, int, int], None]
-
-# Every clip in training lasts 8 s.
+# Durations of the probed clips; every training clip lasts 8 s.
 SECONDS = (2, 4, 6, 8, 10, 12, 16, 32, 64)
-# The eight frames of training, said to be from clips of other durations; None draws a duration of
-# RANDOM_SECONDS for each clip.
+# Durations stamped on the eight frames of an 8 s clip; None draws one of RANDOM_SECONDS per clip.
 RESTAMPED: tuple[int | None, ...] = (4, 8, 9, 10, 12, 16, 40, None)
 RANDOM_SECONDS = (1, 104)
-# Kinds of QUESTION_KINDS that the durations are asked about; binding has a table of its own.
+# Kinds of questions at other durations; binding has its own table.
 DURATION_KINDS = ("background", "count", "color", "shape", "size", "motion", "order")
 DENIALS = frozenset("no not none nothing zero neither isn absent missing".split())
 _BATCH = 128
@@ -48,8 +46,8 @@ ClipQuestion = tuple[int, str]
 
 @dataclass(frozen=True)
 class Probe:
-    """A question of a probe: its kind, the clip's number, its text, and the right answer ("" where
-    the right answer is that there is no such thing)."""
+    """A question about clip number `clip` with its correct answer ("": the object is absent, and a
+    correct answer denies it)."""
 
     kind: str
     clip: int
@@ -63,23 +61,23 @@ def probe(
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Every probe on the same scenes, greedy answers.
+    """Run every probe on the same scenes with greedy answers.
 
     Returns:
-        "videos"; "durations" and "restamped" (see :func:`duration_rows`); "binding",
-        "binding_captions", "untrained" and "absent" (see :func:`question_rows`). Rows stand in the
-        order of the adapter's score, the worst first.
+        "videos"; "durations" and "restamped" (see :func:`duration_row`); "binding",
+        "binding_captions", "untrained" and "absent" (see :func:`question_rows`). Rows are sorted by
+        the adapter's score, the worst first.
     """
-    found: dict[str, Any] = {"videos": len(scenes)}
+    record: dict[str, Any] = {"videos": len(scenes)}
     stages = len(SECONDS) + len(RESTAMPED) + 1
-    found["durations"] = []
+    record["durations"] = []
     for done, seconds in enumerate(SECONDS):
         progress(f"clips of {seconds} s", done, stages)
-        found["durations"].append(
+        record["durations"].append(
             {"seconds": str(seconds)}
             | duration_row(model, scenes, sampled_clips(scenes, seconds), seed)
         )
-    found["restamped"] = []
+    record["restamped"] = []
     rng = random.Random(f"restamped/{seed}")
     clips = rendered_clips(scenes)
     for done, seconds in enumerate(RESTAMPED, start=len(SECONDS)):
@@ -87,24 +85,24 @@ def probe(
         progress(f"time stamps of {name} s", done, stages)
         durations = [rng.uniform(*RANDOM_SECONDS) if seconds is None else seconds for _ in clips]
         stamped = [restamped(clip, d) for clip, d in zip(clips, durations, strict=True)]
-        found["restamped"].append({"seconds": name} | duration_row(model, scenes, stamped, None))
-    for rows in (found["durations"], found["restamped"]):
+        record["restamped"].append({"seconds": name} | duration_row(model, scenes, stamped, None))
+    for rows in (record["durations"], record["restamped"]):
         rows.sort(key=lambda row: row["captions"][SYSTEM]["estimate"])
     progress("questions", stages - 1, stages)
     answering = ConditionAnswers(model, clips)
-    found["binding"] = question_rows(answering, binding_probes(scenes))
-    found["binding_captions"] = _binding_captions(answering, scenes)
-    found["untrained"] = question_rows(answering, untrained_probes(scenes, seed))
-    found["absent"] = question_rows(answering, absent_probes(scenes, seed))
+    record["binding"] = question_rows(answering, binding_probes(scenes))
+    record["binding_captions"] = _binding_captions(answering, scenes)
+    record["untrained"] = question_rows(answering, untrained_probes(scenes, seed))
+    record["absent"] = question_rows(answering, absent_probes(scenes, seed))
     progress("questions", stages, stages)
-    return found
+    return record
 
 
 # --- clips ----------------------------------------------------------------------------------------
 
 
 def sampled_clips(scenes: Sequence[Scene], seconds: int) -> list[Clip]:
-    """The scenes at another pace: what sampling takes from files of ``seconds`` s, 4 frames/s."""
+    """The scenes at another pace, sampled as from files of ``seconds`` s with 4 frames/s."""
     count = seconds * CLIP_FPS
     indices = sample_indices(count, CLIP_FPS, seconds, len(FRAME_TIMES))
     frames = render(scenes, IMAGE_SIZE, [index / count for index in indices])
@@ -123,7 +121,7 @@ def sampled_clips(scenes: Sequence[Scene], seconds: int) -> list[Clip]:
 
 
 def restamped(clip: Clip, seconds: float) -> Clip:
-    """The same frames as if the clip lasted ``seconds``: only the prompt's times change."""
+    """The same frames with the time stamps of a clip of ``seconds``; only the prompt changes."""
     pace = seconds / clip.duration
     stamps = tuple(stamp * pace for stamp in clip.timestamps)
     return replace(
@@ -135,11 +133,11 @@ def restamped(clip: Clip, seconds: float) -> Clip:
 
 
 class ConditionAnswers:
-    """Greedy answers about clips: with the clip in context, by its adapter, by another clip's
-    adapter, and by neither.
+    """Greedy answers about clips with the clip in context, with its adapter, with another clip's
+    adapter, and with neither.
 
     Args:
-        conditions: of these, the ones that answer.
+        conditions: the conditions to run.
     """
 
     def __init__(
@@ -152,7 +150,7 @@ class ConditionAnswers:
         self.adapters = model.internalize(list(clips))
 
     def __call__(self, questions: Sequence[ClipQuestion]) -> dict[str, list[str]]:
-        """condition -> the answer to each (number of a clip, question)."""
+        """Condition -> one answer per (clip number, question)."""
         texts: dict[str, list[str]] = {name: [] for name in self.conditions}
         for start in range(0, len(questions), _BATCH):
             part = questions[start : start + _BATCH]
@@ -182,7 +180,7 @@ def duration_row(
     """Scores of clips that show the scenes.
 
     Args:
-        seed: of two questions about each clip, of :data:`DURATION_KINDS`; None asks none.
+        seed: selects two questions per clip, of :data:`DURATION_KINDS`; None asks no questions.
 
     Returns:
         "frames" (of a clip), "captions" (share of the attributes that captions state rightly) and,
@@ -192,15 +190,15 @@ def duration_row(
     answering = ConditionAnswers(model, clips, (BASELINE, SYSTEM, OTHER))
     texts = answering([(i, CAPTION_PROMPTS[0]) for i in range(len(clips))])
     hits: dict[str, list[tuple[float, float]]] = {
-        name: [attribute_hits(text, scene) for text, scene in zip(said, scenes, strict=True)]
-        for name, said in texts.items()
+        name: [attribute_hits(text, scene) for text, scene in zip(answers, scenes, strict=True)]
+        for name, answers in texts.items()
     }
     row: dict[str, Any] = {"frames": len(clips[0].frames), "captions": _intervals(hits)}
     if seed is not None:
         probes = list(_duration_probes(scenes, seed))
         texts = answering([(p.clip, p.question) for p in probes])
         row["questions"] = _intervals(
-            {name: _by_clip(probes, _scores(probes, said)) for name, said in texts.items()}
+            {name: _by_clip(probes, _scores(probes, answers)) for name, answers in texts.items()}
         )
     return row
 
@@ -210,16 +208,16 @@ def _duration_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
         rng = random.Random(f"durations/{seed}/{index}")
         kinds = [kind for kind in question_kinds(scene) if kind in DURATION_KINDS]
         for kind in rng.sample(kinds, 2):
-            turn = ask(scene, kind, rng)
-            yield Probe(kind, index, turn.question, turn.answer)
+            pair = ask(scene, kind, rng)
+            yield Probe(kind, index, pair.question, pair.answer)
 
 
 # --- questions ------------------------------------------------------------------------------------
 
 
 def binding_probes(scenes: Sequence[Scene]) -> Iterator[Probe]:
-    """Both objects of a scene asked about by shape, wherever they differ in shape and in what is
-    asked: an answer that ignores the shape is right half the time."""
+    """Questions that refer to both objects of a scene by shape, if they differ in shape and in the
+    answer: an answer that ignores the shape is correct half the time."""
     for index, scene in enumerate(scenes):
         if len(scene.objects) == 2 and len({item.shape for item in scene.objects}) == 2:
             for kind in ("color", "size", "motion"):
@@ -230,13 +228,13 @@ def binding_probes(scenes: Sequence[Scene]) -> Iterator[Probe]:
 
 
 def untrained_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
-    """Questions in known words that no hypernetwork was trained on: the VLM's own training asks
-    where objects start and end, and neither's has the other wordings."""
+    """Questions in known words that no hypernetwork was trained on. The VLM was trained on where
+    objects start and end, but not on the other wordings."""
     for index, scene in enumerate(scenes):
         rng = random.Random(f"untrained/{seed}/{index}")
         for kind in ("start", "end"):
-            turn = ask(scene, kind, rng)
-            yield Probe(f"where an object {kind}s", index, turn.question, turn.answer)
+            pair = ask(scene, kind, rng)
+            yield Probe(f"where an object {kind}s", index, pair.question, pair.answer)
         number = rng.randrange(len(scene.objects))
         item = scene.objects[number]
         name = "object" if len(scene.objects) == 1 else f"{('first', 'second')[number]} object"
@@ -253,7 +251,7 @@ def untrained_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
 
 
 def absent_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
-    """Questions about a shape that no object has, and about the second object of one."""
+    """Questions about a shape that is not in the scene, and about the second object of one."""
     for index, scene in enumerate(scenes):
         rng = random.Random(f"absent/{seed}/{index}")
         shapes = {item.shape for item in scene.objects}
@@ -265,24 +263,25 @@ def absent_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
             yield Probe("color of the second object of one", index, question, "")
 
 
-def question_rows(answering: ConditionAnswers, probes: Iterator[Probe]) -> list[dict[str, Any]]:
-    """A row for each kind.
+def question_rows(answering: ConditionAnswers, probes: Iterable[Probe]) -> list[dict[str, Any]]:
+    """One row per kind of question.
 
     Returns:
         "kind", "questions", "videos", "example" and "score": condition -> interval over videos of
-        the share that is answered rightly (for a thing that is not there: denied), with
-        "difference", adapter - direct; for things that are not there also "attribute", the share
-        of answers that name a color, size or motion, as a mean.
+        the share of correct answers (for an absent object: of denials), with "difference", adapter
+        - direct. For absent objects also "attribute": condition -> share of answers that name a
+        color, size or motion.
     """
-    asked = list(probes)
-    texts = answering([(p.clip, p.question) for p in asked])
+    probes = list(probes)
+    texts = answering([(p.clip, p.question) for p in probes])
     rows = []
-    for kind in dict.fromkeys(p.kind for p in asked):
-        places = [i for i, p in enumerate(asked) if p.kind == kind]
-        members = [asked[i] for i in places]
-        said = {name: [answers[i] for i in places] for name, answers in texts.items()}
+    for kind in dict.fromkeys(p.kind for p in probes):
+        chosen = [i for i, p in enumerate(probes) if p.kind == kind]
+        members = [probes[i] for i in chosen]
+        by_condition = {name: [answers[i] for i in chosen] for name, answers in texts.items()}
         scored = {
-            name: _by_clip(members, _scores(members, answers)) for name, answers in said.items()
+            name: _by_clip(members, _scores(members, answers))
+            for name, answers in by_condition.items()
         }
         row: dict[str, Any] = {
             "kind": kind,
@@ -294,23 +293,23 @@ def question_rows(answering: ConditionAnswers, probes: Iterator[Probe]) -> list[
         if not members[0].answer:
             row["attribute"] = {
                 name: sum(map(_names_attribute, answers)) / len(answers)
-                for name, answers in said.items()
+                for name, answers in by_condition.items()
             }
         rows.append(row)
     return sorted(rows, key=lambda row: row["score"][SYSTEM]["estimate"])
 
 
 def _binding_captions(answering: ConditionAnswers, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
-    """Binding's questions answered by reading each condition's own caption instead of asking."""
+    """The binding questions, answered from each condition's own caption of the clip."""
     texts = answering([(i, CAPTION_PROMPTS[0]) for i in range(len(scenes))])
-    stated = {name: [parse_caption(text) for text in said] for name, said in texts.items()}
+    stated = {name: [parse_caption(text) for text in answers] for name, answers in texts.items()}
     probes = list(binding_probes(scenes))
     rows = []
     for kind in dict.fromkeys(p.kind for p in probes):
         members = [p for p in probes if p.kind == kind]
         scored = {
-            name: _by_clip(members, [float(_read(found[p.clip], p)) for p in members])
-            for name, found in stated.items()
+            name: _by_clip(members, [float(_caption_answers(slots[p.clip], p)) for p in members])
+            for name, slots in stated.items()
         }
         videos = len({p.clip for p in members})
         rows.append(
@@ -319,11 +318,11 @@ def _binding_captions(answering: ConditionAnswers, scenes: Sequence[Scene]) -> l
     return sorted(rows, key=lambda row: row["score"][SYSTEM]["estimate"])
 
 
-def _read(stated: Mapping[str, str], asked: Probe) -> bool:
-    """Whether a caption's attributes give the right answer about the object of the shape named."""
+def _caption_answers(stated: Mapping[str, str], probe: Probe) -> bool:
+    """Whether a caption's attributes give the correct answer about the object of that shape."""
     for number in range(2):
-        if stated.get(f"shape{number}", "?") in plain(asked.question).split():
-            return stated.get(f"{asked.kind}{number}") == asked.answer
+        if stated.get(f"shape{number}", "?") in plain(probe.question).split():
+            return stated.get(f"{probe.kind}{number}") == probe.answer
     return False
 
 
@@ -339,7 +338,7 @@ def _scores(probes: Sequence[Probe], answers: Sequence[str]) -> list[float]:
 
 
 def denies(text: str) -> bool:
-    """Whether an answer says, in any words, that there is no such thing."""
+    """Whether an answer denies that the object exists, in any words."""
     return not DENIALS.isdisjoint(plain(text).split())
 
 
@@ -348,7 +347,7 @@ def _names_attribute(text: str) -> bool:
 
 
 def _by_clip(probes: Sequence[Probe], scores: Sequence[float]) -> list[tuple[float, float]]:
-    """(sum of scores, number of questions) of each clip."""
+    """(sum of scores, number of questions) for each clip."""
     sums: dict[int, list[float]] = {}
     for p, score in zip(probes, scores, strict=True):
         sums.setdefault(p.clip, []).append(score)
@@ -356,8 +355,8 @@ def _by_clip(probes: Sequence[Probe], scores: Sequence[float]) -> list[tuple[flo
 
 
 def _intervals(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
-    """condition -> interval of sum / count over videos, and "difference", adapter - direct."""
-    found = {name: ratio_interval(*zip(*rows, strict=True)) for name, rows in pairs.items()}
+    """Condition -> interval of sum / count over videos, and "difference", adapter - direct."""
+    intervals = {name: ratio_interval(*zip(*rows, strict=True)) for name, rows in pairs.items()}
     changes = [(a - d, n) for (a, n), (d, _) in zip(pairs[SYSTEM], pairs[BASELINE], strict=True)]
-    found["difference"] = ratio_interval(*zip(*changes, strict=True), bounds=(-1.0, 1.0))
-    return {name: asdict(interval) for name, interval in found.items()}
+    intervals["difference"] = ratio_interval(*zip(*changes, strict=True), bounds=(-1.0, 1.0))
+    return {name: asdict(interval) for name, interval in intervals.items()}

@@ -1,7 +1,7 @@
-"""Scenes to pixels: a vectorized anti-aliased renderer and real H.264 files.
+"""Scenes to pixels: a vectorized anti-aliased renderer, H.264 files and augmentation.
 
-Responsible for drawing only; which frames a model sees is decided by `v2l_fast.video`, whose choice
-for such a file `FRAME_TIMES` repeats so that training can skip the codec.
+Responsible for drawing. `v2l_fast.video` samples the frames of a file; `FRAME_TIMES` repeats its
+choice for such a file, so that training can skip the codec.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ def write_clip(
 
 
 def augment(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Random blur, gain, offset and noise; float [N, 3, H, W] in 0..255 -> the same."""
+    """Random blur, gain, offset and noise of float frames [N, 3, H, W] in 0..255.
+
+    Trained on such frames, the models are not sensitive to codec noise and resizing.
+    """
     count = len(frames)
 
     def uniform(low: float, high: float) -> Tensor:

@@ -1,11 +1,11 @@
-"""Every result on the shapes world: measured piece by piece, each kept as a JSON record.
+"""All results on the shapes world, measured section by section, each with a JSON record.
 
 Responsible for what is measured, on how many videos and with which scores; an interrupted report
-goes on with the piece it was at. The analyses are `v2l_fast.evaluation`'s, the table of conditions
-`evaluate`'s, the page `report_page`'s.
+resumes with the section that is missing. The ablations are `v2l_fast.evaluation`'s, the table of
+conditions is `evaluate`'s, the page `report_page`'s.
 
-Scores are attribute accuracy for captions and exact match for questions: template captions share so
-many words that token-F1 is high for the caption of another video.
+Scores are attribute accuracy for captions and exact match for questions: captions share so many
+words that token-F1 is high even for the caption of another video.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from v2l_fast.shapes.probes import probe
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.world import Scene, sample_scenes
 
-# Videos of a piece, as a share of the report's (512): the expensive ones take fewer.
+# Share of the report's videos (512) that a section uses; expensive sections use fewer.
 SHARES = {
     "limits": 1,
     "table": 1,
@@ -61,37 +61,38 @@ SHARES = {
     "logits": 1,
     "norms": 1,
 }
-# Videos of the table that also come as H.264 files.
+# Share of the table's videos that are also read as H.264 files.
 _ENCODED_SHARE = 1 / 8
-# (exact frames, longest edge) of the efficiency comparison; the first is training's.
+# (exact frames, longest edge) of the efficiency comparison; the first pair is that of training.
 BUDGETS = ((8, 48), (8, 96), (32, 48), (32, 96))
-# Below what merging alone reaches, at 8 frames, so that FrameFusion prunes too.
+# Fewer tokens than merging alone reaches at 8 frames, so that FrameFusion also prunes.
 FUSION = FrameFusion(keep=1 / 8)
 SWEEP_FRAMES, SWEEP_EDGES = (4, 8, 16, 32), (48, 96, 144)
 CHUNKS = (1, 2, 4, 8, 16)
 
 
-def right(answer: str, reference: str) -> float:
-    """Share of a reference caption's attributes that the answer states; 1 or 0 for an answer."""
-    wanted = parse_caption(reference)
-    if not wanted:
+def accuracy(answer: str, reference: str) -> float:
+    """Share of a reference caption's attributes that the answer states; otherwise exact match."""
+    expected = parse_caption(reference)
+    if not expected:
         return float(plain(answer) == plain(reference))
     stated = parse_caption(answer)
-    return sum(stated.get(slot) == value for slot, value in wanted.items()) / len(wanted)
+    return sum(stated.get(slot) == value for slot, value in expected.items()) / len(expected)
 
 
 @dataclass
 class ShapesReport:
-    """The pieces of a report on the test split.
+    """The sections of a report on the test split.
 
     Attributes:
-        model: the pair that is reported on.
-        folder: holds records, clips and the sweep's cells; a piece that is there is not made again.
-        videos: of the pieces that take all.
-        trained: another network for the same base, trained on chunks, to stand beside ``model`` in
-            the composition.
+        model: the pair to report on.
+        folder: contains records, clips and the sweep's cells; an existing record is not measured
+            again.
+        videos: number of videos of the sections that use all.
+        trained: another network for the same base, trained on chunks, for comparison in the section
+            about chunks.
         seed: of the scenes and questions.
-        progress: called with (what is being done, done, total).
+        progress: called with (stage, done, total).
     """
 
     model: Video2LoRA
@@ -101,21 +102,21 @@ class ShapesReport:
     seed: int = 0
     progress: Progress = silent
 
-    def piece(self, name: str) -> dict[str, Any]:
-        """A piece's record, measured unless the folder has it.
+    def section(self, name: str) -> dict[str, Any]:
+        """The record of a section, measured if the folder does not have it.
 
         Raises:
-            ConfigError: the folder's record is of another model or number of videos.
+            ConfigError: the folder belongs to another model, seed or number of videos.
         """
         network = self.model.hypernet.fingerprint
-        # Only this piece depends on it.
+        # No other section depends on it.
         with_trained = name == "chunks" and self.trained is not None
         trained = {"trained": self.trained.hypernet.fingerprint if with_trained else None}
 
         def measure() -> dict[str, Any]:
             about = {"network": network, **trained, "machine": machine()}
             count = self.count(name)
-            return {**about, "videos": count, **PIECES[name](self, count)}
+            return {**about, "videos": count, **MEASUREMENTS[name](self, count)}
 
         fingerprint = {"network": network, "videos": self.videos, "seed": self.seed}
         record = ResumableFolder(self.folder, fingerprint).record(name, measure)
@@ -124,22 +125,23 @@ class ShapesReport:
         check_fingerprint(self.folder / f"{name}.json", saved, trained, ConfigError, remedy)
         return record
 
-    def made(self) -> dict[str, dict[str, Any]]:
-        """The records that the folder holds, whoever made them.
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The records in the folder, by section.
 
         Raises:
-            ConfigError: one is of another model.
+            ConfigError: a record belongs to another model.
         """
-        found = {}
-        for name in PIECES:
+        records = {}
+        for name in MEASUREMENTS:
             if (path := self.folder / f"{name}.json").exists():
-                found[name] = read_json(path, LARGE_BYTES, ConfigError, kind=dict, allow_nan=True)
-                if found[name].get("network") != self.model.hypernet.fingerprint:
-                    raise ConfigError(f"{path}: of another model; delete it to make it again")
-        return found
+                record = read_json(path, LARGE_BYTES, ConfigError, kind=dict, allow_nan=True)
+                if record.get("network") != self.model.hypernet.fingerprint:
+                    raise ConfigError(f"{path}: of another model; delete it to measure it again")
+                records[name] = record
+        return records
 
     def count(self, name: str) -> int:
-        """Videos of a piece."""
+        """Number of videos of a section."""
         return max(2, round(self.videos * SHARES[name]))
 
     def scenes(self, count: int) -> list[Scene]:
@@ -148,7 +150,7 @@ class ShapesReport:
 
     @cached_property
     def captions(self) -> list[EvalExample]:
-        """A caption of each video, from rendered frames."""
+        """One caption example per video, with rendered frames."""
         scenes = self.scenes(self.videos)
         return [
             EvalExample(clip, CAPTION_PROMPTS[0], (caption(scene),), "caption")
@@ -157,11 +159,11 @@ class ShapesReport:
 
     @cached_property
     def adapters(self) -> list[Adapter]:
-        """The adapter of each caption's video."""
+        """The adapters of the captions' videos."""
         return internalize_each(self.model, self.captions, self.progress)
 
     def files(self, count: int) -> list[EvalExample]:
-        """A caption and five questions about each of the first videos, as H.264 files."""
+        """A caption and five questions for each of the first ``count`` videos, as H.264 files."""
         scenes = self.scenes(count)
         clips = self.folder / "clips"
         clips.mkdir(parents=True, exist_ok=True)
@@ -180,7 +182,7 @@ class ShapesReport:
 
 
 def machine() -> str:
-    """What a piece was measured on."""
+    """The machine that measures, in words."""
     threads = torch.get_num_threads()
     used = "one thread" if threads == 1 else f"{threads} threads"
     return f"{platform.machine()} CPU, {used}, torch {torch.__version__}"
@@ -191,9 +193,9 @@ def _limits(report: ShapesReport, count: int) -> dict[str, Any]:
 
 
 def _table(report: ShapesReport, count: int) -> dict[str, Any]:
-    found = evaluate(report.model, report.scenes(count), report.seed, report.progress)
+    record = evaluate(report.model, report.scenes(count), report.seed, report.progress)
     encoded = report.scenes(max(2, round(count * _ENCODED_SHARE)))
-    return found | {"encoded_files": evaluate_files(report.model, encoded)}
+    return record | {"encoded_files": evaluate_files(report.model, encoded)}
 
 
 def _rank(report: ShapesReport, count: int) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def _rank(report: ShapesReport, count: int) -> dict[str, Any]:
         report.model,
         report.captions[:count],
         report.adapters[:count],
-        right,
+        accuracy,
         max_new_tokens=MAX_NEW_TOKENS,
         progress=report.progress,
     )
@@ -233,7 +235,7 @@ def _chunks(report: ShapesReport, count: int) -> dict[str, Any]:
             name: compare_chunks(
                 model,
                 examples,
-                right,
+                accuracy,
                 CHUNKS,
                 MAX_NEW_TOKENS,
                 report.progress,
@@ -246,14 +248,16 @@ def _chunks(report: ShapesReport, count: int) -> dict[str, Any]:
 def _efficiency(report: ShapesReport, count: int) -> dict[str, Any]:
     sampling = report.model.config.sampling.override(exact_frames=True)
     setting = MethodSettings(report.model, sampling, MAX_NEW_TOKENS, FUSION)
-    return compare_budgets(setting, report.files(count), right, BUDGETS, progress=report.progress)
+    return compare_budgets(
+        setting, report.files(count), accuracy, BUDGETS, progress=report.progress
+    )
 
 
 def _sweep(report: ShapesReport, count: int) -> dict[str, Any]:
     return sweep(
         report.model,
         report.files(count),
-        right,
+        accuracy,
         report.folder / f"sweep-{count}",
         SWEEP_FRAMES,
         SWEEP_EDGES,
@@ -262,7 +266,7 @@ def _sweep(report: ShapesReport, count: int) -> dict[str, Any]:
     )
 
 
-PIECES: Mapping[str, Callable[[ShapesReport, int], dict[str, Any]]] = {
+MEASUREMENTS: Mapping[str, Callable[[ShapesReport, int], dict[str, Any]]] = {
     "limits": _limits,
     "table": _table,
     "chunks": _chunks,
@@ -276,14 +280,14 @@ PIECES: Mapping[str, Callable[[ShapesReport, int], dict[str, Any]]] = {
 
 
 def measure(
-    report: ShapesReport, names: Sequence[str] = tuple(PIECES)
+    report: ShapesReport, names: Sequence[str] = tuple(MEASUREMENTS)
 ) -> dict[str, dict[str, Any]]:
-    """The named pieces' records.
+    """The records of the named sections.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: a name is unknown.
     """
     for name in names:
-        if name not in PIECES:
-            raise ConfigError(f"no piece is called {name!r}: name {', '.join(PIECES)}")
-    return {name: report.piece(name) for name in names}
+        if name not in MEASUREMENTS:
+            raise ConfigError(f"unknown section {name!r}; choose from {', '.join(MEASUREMENTS)}")
+    return {name: report.section(name) for name in names}

@@ -1,8 +1,7 @@
-"""The shapes world as a data source of the trainer: scenes as samples, on cached visual tokens.
+"""The shapes world as a data source of the trainer: scenes as samples, with cached visual tokens.
 
-Responsible for what is special to this world; the loop, the loss and the schedule are
-`v2l_fast.training`'s. Targets are the scenes' true captions and answers, not a teacher's: the truth
-is known here, and the tiny teacher is wrong about a part of it.
+The loop, the loss and the schedule are `v2l_fast.training`'s. Targets are the scenes' correct
+captions and answers instead of a teacher's: they are known here, and the tiny teacher makes errors.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ MAX_FRAMES = len(FRAME_TIMES)
 
 @dataclass(frozen=True)
 class ClipChunk:
-    """One of the equal parts a clip is cut into, as if its frames were a file of their own.
+    """One of the equal chunks of a clip, sampled as if its frames were a separate file.
 
     Attributes:
         ids: int64 [S], prompt of the context pass.
@@ -52,16 +51,16 @@ class ClipChunk:
     chunk_span: tuple[float, float]
 
 
-def clip_parts(backbone: SmolVLM, count: int, instruction: str) -> tuple[ClipChunk, ...]:
-    """The `count` parts of any clip of this world, sampled as `v2l_fast.video` samples files."""
+def clip_chunks(backbone: SmolVLM, count: int, instruction: str) -> tuple[ClipChunk, ...]:
+    """The `count` chunks of any clip of this world, sampled as `v2l_fast.video` samples files."""
     parts = []
     for index in range(count):
         first, stop = (NUM_FRAMES * i // count for i in (index, index + 1))
         duration = (stop - first) / CLIP_FPS
-        shown = sample_indices(stop - first, CLIP_FPS, duration, MAX_FRAMES).tolist()
-        times = [frame / CLIP_FPS for frame in shown]
+        sampled = sample_indices(stop - first, CLIP_FPS, duration, MAX_FRAMES).tolist()
+        times = [frame / CLIP_FPS for frame in sampled]
         ids = backbone.prompt_builder.video_prompt(times, duration, 0, 0, instruction, False)
-        frames = tuple(first + frame for frame in shown)
+        frames = tuple(first + frame for frame in sampled)
         parts.append(ClipChunk(torch.tensor(ids), frames, (index / count, (index + 1) / count)))
     return tuple(parts)
 
@@ -73,17 +72,17 @@ class ShapesSource:
     Attributes:
         scenes: the videos.
         features: bf16 [videos, frames, T, D], connector outputs.
-        columns: index of a frame in its clip -> its place in `features`.
-        parts: number of chunks -> the parts; each load draws a number.
-        prompts: ids of the base's tokenizer.
-        questions: asked beside one caption.
-        seed: of all choices, with the step and the video's index.
+        columns: index of a frame in its clip -> its column in `features`.
+        chunks: number of chunks -> the chunks; each load draws a number.
+        prompts: token ids of the base model's prompts.
+        questions: number of questions in a sample, besides one caption.
+        seed: with the step and the video's index, determines every choice.
     """
 
     scenes: Sequence[Scene]
     features: Tensor
     columns: Mapping[int, int]
-    parts: Mapping[int, tuple[ClipChunk, ...]]
+    chunks: Mapping[int, tuple[ClipChunk, ...]]
     prompts: Prompts
     questions: int = 3
     seed: int = 0
@@ -92,28 +91,28 @@ class ShapesSource:
         return len(self.scenes)
 
     def load(self, index: int, step: int) -> Sample:
-        """Scene `index`: one caption and some questions; which ones depends on the step."""
+        """A caption of scene `index` and questions about it, which depend on the step."""
         rng = random.Random(f"{self.seed}/{step}/{index}")
-        turns = self.turns(index, rng)
-        parts = self.parts[rng.choice(sorted(self.parts))]
+        pairs = self.qa_pairs(index, rng)
+        chunks = self.chunks[rng.choice(sorted(self.chunks))]
         prompts = self.prompts
         return Sample(
             video=f"scene {index}",
             chunks=tuple(
                 Context(
-                    ids=part.ids,
-                    features=self.features[index, [self.columns[i] for i in part.frames]],
-                    chunk_span=part.chunk_span,
+                    ids=chunk.ids,
+                    features=self.features[index, [self.columns[i] for i in chunk.frames]],
+                    chunk_span=chunk.chunk_span,
                 )
-                for part in parts
+                for chunk in chunks
             ),
             prompt_prefix=prompts.text_prefix,
-            qa_pairs=tuple((prompts.question(t.question), prompts.answer(t.answer)) for t in turns),
-            task_types=tuple("caption" if t.kind == "caption" else "question" for t in turns),
-            frames=sum(len(part.frames) for part in parts),
+            qa_pairs=tuple((prompts.question(p.question), prompts.answer(p.answer)) for p in pairs),
+            task_types=tuple("caption" if p.kind == "caption" else "question" for p in pairs),
+            frames=sum(len(chunk.frames) for chunk in chunks),
         )
 
-    def turns(self, index: int, rng: random.Random) -> list[QAPair]:
+    def qa_pairs(self, index: int, rng: random.Random) -> list[QAPair]:
         """A caption, then questions of different kinds."""
         scene = self.scenes[index]
         return [ask(scene, "caption", rng), *ask_several(scene, self.questions, rng)]
@@ -122,30 +121,37 @@ class ShapesSource:
 def shapes_sources(
     config: TrainConfig, backbone: SmolVLM
 ) -> tuple[ShapesSource, ShapesSource | None]:
-    """Scenes of the train split, disturbed a little, and clean ones of the val split.
+    """Augmented scenes of the train split, and scenes of the val split as they are.
 
-    The former's visual tokens are kept in `data.feature_cache`, or the run's folder.
+    The visual tokens of the train split are cached in `data.feature_cache` or the run's folder.
 
     Raises:
-        ConfigError: `data` asks for something this world does not have.
+        ConfigError: a value of `data` is not possible in this world.
     """
     data, seed = config.data, config.run.seed
     for name, value in (("max_frames", MAX_FRAMES), ("longest_edge", IMAGE_SIZE)):
         if getattr(data, name) != value:
-            raise ConfigError(f"data.{name} is {value} in the shapes world, leave it so")
+            raise ConfigError(
+                f"data.{name} must be {value} in the shapes world, got {getattr(data, name)}"
+            )
     if data.prompts_per_video < 2:
-        raise ConfigError("data.prompts_per_video is at least 2 here: a caption and a question")
+        raise ConfigError(
+            "data.prompts_per_video must be at least 2 in the shapes world (a caption and a "
+            f"question), got {data.prompts_per_video}"
+        )
     if any(count not in (1, 2, 4, 8) for count in data.chunks):
-        raise ConfigError(f"data.chunks can be 1, 2, 4 and 8 here, not {list(data.chunks)}")
-    parts = {count: clip_parts(backbone, count, data.instruction) for count in data.chunks}
-    frames = tuple(sorted({i for cut in parts.values() for part in cut for i in part.frames}))
+        raise ConfigError(
+            f"data.chunks must be of 1, 2, 4 and 8 in the shapes world, got {list(data.chunks)}"
+        )
+    chunks = {count: clip_chunks(backbone, count, data.instruction) for count in data.chunks}
+    frames = tuple(sorted({i for cut in chunks.values() for chunk in cut for i in chunk.frames}))
 
     def source(scenes: list[Scene], features: Tensor) -> ShapesSource:
         return ShapesSource(
             scenes=scenes,
             features=features,
             columns={frame: column for column, frame in enumerate(frames)},
-            parts=parts,
+            chunks=chunks,
             prompts=Prompts(backbone.tokenizer),
             questions=data.prompts_per_video - 1,
             seed=seed,
@@ -154,7 +160,7 @@ def shapes_sources(
     times = [frame / NUM_FRAMES for frame in frames]
     scenes = sample_scenes("train", data.videos or DEFAULT_VIDEOS, seed)
     folder = Path(data.feature_cache or Path(config.run.folder) / "features")
-    training = source(scenes, _kept_tokens(backbone, scenes, times, seed, folder))
+    training = source(scenes, _cached_tokens(backbone, scenes, times, seed, folder))
     if not data.val_videos:
         return training, None
     unseen = sample_scenes("val", data.val_videos, seed)
@@ -165,42 +171,43 @@ def shapes_sources(
 def train_shapes(
     config: TrainConfig, resume: bool | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """:func:`~v2l_fast.training.trainer.train` on this world, whose base is trained first where
-    `model.base` names none."""
+    """:func:`~v2l_fast.training.trainer.train` on this world; without `model.base`, the base model
+    is trained first."""
     return train(
         config, resume, console=console, find_base=prepare_base, find_sources=shapes_sources
     )
 
 
 def prepare_base(config: TrainConfig) -> str | Path:
-    """The frozen model: `model.base`, else the run's own tiny VLM, which is trained first where it
-    is missing."""
+    """The frozen model: `model.base`, or else the run's own tiny VLM, trained first if it is
+    missing."""
     if config.model.base:
         return base_model(config)
-    # The heaviest part of this world, not needed once the model is there.
+    # Slow to import, and not needed if the model exists.
     from v2l_fast.shapes.train import train_vlm
 
     folder = Path(config.run.folder)
-    # Written last, so the rest is there too.
+    # Written last, so the model is complete if it exists.
     if not (folder / "base" / "preprocessor_config.json").exists():
         note(
             f"model.base is empty: training the base VLM first, in {folder / 'base'} (about 20 "
-            "minutes on one core); model.base=shapes takes the shipped one"
+            "minutes on one core); set model.base=shapes to use the shipped one"
         )
         threads = config.run.threads or torch.get_num_threads()
         train_vlm(folder, folder / "vlm.json", seed=config.run.seed, threads=threads)
     return folder / "base"
 
 
-def _kept_tokens(
+def _cached_tokens(
     backbone: SmolVLM, scenes: list[Scene], times: list[float], seed: int, folder: Path
 ) -> Tensor:
-    """Visual tokens of the scenes' disturbed frames, computed once and kept by what made them."""
-    made_by = hashlib.sha256(repr((len(scenes), times, seed)).encode())
+    """Visual tokens of the scenes' augmented frames, computed once; the name of their file is a
+    fingerprint of everything that they depend on."""
+    fingerprint = hashlib.sha256(repr((len(scenes), times, seed)).encode())
     for name, value in sorted(backbone.model.model.state_dict().items()):
         if name.startswith(("vision_model.", "connector.")):
-            made_by.update(value.float().cpu().numpy().tobytes())
-    path = folder / f"{made_by.hexdigest()[:16]}.safetensors"
+            fingerprint.update(value.float().cpu().numpy().tobytes())
+    path = folder / f"{fingerprint.hexdigest()[:16]}.safetensors"
     if path.is_file():
         return load_tensors(path, CheckpointError)[0]["features"]
     tokens = cache_visual_tokens(backbone.model, scenes, seed, times).to(torch.bfloat16)

@@ -1,9 +1,9 @@
-"""A word-level tokenizer for the shapes world that reads the real prompt text.
+"""A word-level tokenizer for the shapes world that accepts the real prompt text.
 
 Responsible for the vocabulary: SmolVLM2's special tokens under their own names, whole prompt
 phrases as single tokens (so a tiny decoder spends its context on frames, not boilerplate), and the
-words of `language`. Text is lower-cased; white space only separates, except for the prompt's line
-breaks.
+words of `language`. Text is lower-cased; white space only separates tokens, except for the
+prompt's line breaks.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split(
         Regex("|".join(pieces)), behavior="removed", invert=True
     )
-    # This decoder joins words with spaces and takes back those before punctuation.
+    # This decoder joins words with spaces and removes those before punctuation.
     core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

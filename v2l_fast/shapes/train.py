@@ -1,7 +1,8 @@
-"""One run that makes the tiny VLM: tower, cached tokens, decoder, checkpoint folder, record.
+"""Training of the tiny VLM: vision tower, cached visual tokens, decoder, folder, record.
 
-Responsible for the order of the stages and for resuming between them: each stage leaves a file in
-the run's folder and is skipped when that file exists.
+Responsible for the order of the stages, for resuming (each stage writes a file in the run's folder
+and is skipped if the file exists), and for the language stage: the decoder learns captions and
+questions about scenes on cached visual tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def train_vlm(
     settings: LanguageSettings | None = None,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Train the tiny VLM, write it to folder/base and the run's record to `record`."""
+    """Train the tiny VLM; write it to folder/base and the record of the run to `record`."""
     settings = settings or LanguageSettings()
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,7 @@ def train_vlm(
 def _vision_stage(
     model: SmolVLMForConditionalGeneration, path: Path, seed: int
 ) -> dict[str, float]:
-    """Pre-train tower and connector, or load them; returns the probes' last scores and seconds."""
+    """Pre-train tower and connector, or load them; return the heads' last scores and seconds."""
     parts: dict[str, Tensor] = {
         name: value
         for name, value in model.state_dict().items()
@@ -122,22 +123,26 @@ def _vision_stage(
 
 
 def _steps(bar: Report, total: int) -> Callable[[int, dict[str, float]], None]:
-    """Steps and their running scores for a bar of `total` steps."""
+    """A callback that shows steps and running scores on a progress bar."""
 
     def report(step: int, scores: dict[str, float]) -> None:
-        shown = {k: v for k, v in scores.items() if k in ("loss", "motion", "caption", "shape")}
-        bar(" ".join(["step,", *(f"{k} {v:.3f}" for k, v in shown.items())]), step, total)
+        names = ("loss", "motion", "caption", "shape")
+        texts = (f"{name} {scores[name]:.3f}" for name in scores if name in names)
+        bar(" ".join(["step,", *texts]), step, total)
 
     return report
 
 
-# --- train_language -------------------------------------------------------------------------------
+# --- language -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LanguageSettings:
-    """Steps and sizes. Decay starts when motion questions reach `motion_goal` (a running mean over
-    training batches) and at least `min_flat` steps are done, or after `max_flat` steps."""
+    """Steps and sizes of the language stage.
+
+    The learning rate decays once motion questions reach `motion_goal` (a running mean over training
+    batches), not before `min_flat` and not after `max_flat` steps.
+    """
 
     videos: int = 16384
     batch: int = 32
@@ -155,8 +160,8 @@ class LanguageSettings:
     checkpoint_every: int = 200
 
 
-def video_turns(scene: Scene, questions: int, rng: random.Random) -> list[QAPair]:
-    """One caption, both place questions and `questions` others, order and binding favored."""
+def video_qa_pairs(scene: Scene, questions: int, rng: random.Random) -> list[QAPair]:
+    """A caption, both questions about places, and `questions` others (see :func:`ask_several`)."""
     kinds = ("caption", *PLACE_KINDS)
     return [*(ask(scene, kind, rng) for kind in kinds), *ask_several(scene, questions, rng)]
 
@@ -178,12 +183,12 @@ def answer_logits(
 
 
 def learning_rate(settings: LanguageSettings, step: int, decay_from: int | None) -> float:
-    """Warm-up, flat, then linear from `decay_from` on (None: still flat) for `decay` steps."""
+    """Warm-up, constant, then linear decay from step `decay_from` on (None: not yet)."""
     rate = settings.lr * min(1.0, (step + 1) / settings.warmup)
     if decay_from is None:
         return rate
-    left = max(0.0, 1 - (step - decay_from) / settings.decay)
-    return settings.final_lr + (rate - settings.final_lr) * left
+    remaining = max(0.0, 1 - (step - decay_from) / settings.decay)
+    return settings.final_lr + (rate - settings.final_lr) * remaining
 
 
 def train_language(
@@ -198,8 +203,11 @@ def train_language(
 ) -> tuple[int, float]:
     """Train the decoder in place, resuming from `checkpoint` if it exists.
 
-    scenes, visual [B, F, T, D]: the training videos and their cached visual tokens.
-    Returns the steps done and the seconds they took, those before a resume included.
+    Args:
+        scenes, visual: the training videos and their visual tokens [B, F, T, D].
+
+    Returns:
+        The number of steps and their seconds, including those before a resume.
     """
     freeze(model.model.vision_model)
     freeze(model.model.connector)
@@ -219,19 +227,22 @@ def train_language(
     while decay_from is None or step < decay_from + settings.decay:
         rng = random.Random(f"{seed}/{step}")
         picks = rng.sample(range(len(scenes)), settings.batch)
-        shown = [rng.random() >= settings.no_video_share for _ in picks]
-        asked = [video_turns(scenes[i], settings.questions, rng) for i in picks]
+        with_video = [rng.random() >= settings.no_video_share for _ in picks]
+        pairs = [video_qa_pairs(scenes[i], settings.questions, rng) for i in picks]
         packed = pack_pairs(
-            [prompts.video_prefix if see else prompts.text_prefix for see in shown],
-            [[(prompts.question(t.question), prompts.answer(t.answer)) for t in r] for r in asked],
+            [prompts.video_prefix if see else prompts.text_prefix for see in with_video],
+            [
+                [(prompts.question(p.question), prompts.answer(p.answer)) for p in row]
+                for row in pairs
+            ],
             pad,
         )
-        keep = torch.tensor([i for i, see in zip(picks, shown, strict=True) if see])
+        keep = torch.tensor([i for i, see in zip(picks, with_video, strict=True) if see])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, decay_from)
         logits = answer_logits(model, packed, visual[keep].flatten(0, 2))
         losses = F.cross_entropy(logits, packed.targets, reduction="none")
-        kinds = [turn.kind for row in asked for turn in row]
+        kinds = [pair.kind for row in pairs for pair in row]
         is_caption = torch.tensor([kind == "caption" for kind in kinds])[packed.pair_index]
         share = settings.caption_weight
         loss = share * losses[is_caption].mean() + (1 - share) * losses[~is_caption].mean()
@@ -240,7 +251,7 @@ def train_language(
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         step += 1
-        seen = [see for see, row in zip(shown, asked, strict=True) for _ in row]
+        seen = [see for see, row in zip(with_video, pairs, strict=True) for _ in row]
         _track(running, kinds, seen, packed, logits, loss.item())
         if decay_from is None and (
             step >= settings.max_flat
@@ -265,7 +276,7 @@ def _track(
     logits: Tensor,
     loss: float,
 ) -> None:
-    """Update running means: the loss, and by kind the share of answers that are all right."""
+    """Update running means of the loss and, by kind, of the share of fully correct answers."""
     wrong = torch.zeros(len(kinds)).index_add_(
         0, packed.pair_index, (logits.detach().argmax(-1) != packed.targets).float()
     )

@@ -1,7 +1,7 @@
-"""The tiny vision-language model: transformers' own SmolVLM classes at toy sizes.
+"""The tiny vision-language model: transformers' SmolVLM classes at toy sizes.
 
-Responsible for its configuration and for turning frames into pixel values and visual tokens.
-Training is `train_vlm`'s.
+Responsible for its configuration, its visual tokens, its folder (a checkpoint like any other
+SmolVLM's) and the token ids of its prompts. Training is `train`'s.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def cache_visual_tokens(
     chunk: int = 64,
     report: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Visual tokens [B, F, T, D] of the scenes' frames at `times`, augmented unless `seed` is
+    """Visual tokens [B, F, T, D] of the scenes' frames at `times`; augmented unless `seed` is
     None."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     parts = []
@@ -114,13 +114,13 @@ def freeze(module: nn.Module) -> None:
 
 
 def seeded_model(config: SmolVLMConfig, seed: int) -> SmolVLMForConditionalGeneration:
-    """A freshly initialized model that depends on the seed alone."""
+    """A newly initialized model that depends on the seed alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return SmolVLMForConditionalGeneration(config)
 
 
-# --- base -----------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "shapes"
@@ -177,9 +177,9 @@ def save_base(
 
 
 def load_base(folder: str | Path = BASE_FOLDER) -> SmolVLM:
-    """The frozen model as any other backbone, in float32.
+    """The frozen model as a backbone, in float32.
 
-    Raises CheckpointError when the folder is missing or incomplete.
+    Raises CheckpointError if the folder is missing or incomplete.
     """
     return SmolVLM.from_pretrained(folder)
 
@@ -188,25 +188,27 @@ def load_base(folder: str | Path = BASE_FOLDER) -> SmolVLM:
 
 
 def shapes_video_text() -> str:
-    """What stands for a shapes clip in the user's turn: eight untiled frames."""
+    """The text of a shapes clip in the user's turn: eight untiled frames."""
     return video_text(len(TIMESTAMPS), TIMESTAMPS, CLIP_SECONDS, 0, 0, TOKENS_PER_FRAME)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompt ids under one tokenizer, remembered by text."""
+    """Token ids of prompts, cached by text.
+
+    A prompt is a prefix (the opening of the user's turn, with or without a video) and a question;
+    the ids of its parts concatenate to those of the whole text, so questions can share a prefix.
+    """
 
     tokenizer: PreTrainedTokenizerBase
 
     def ids(self, text: str) -> list[int]:
-        found = self._memory.get(text)
-        if found is None:
-            found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self._memory[text] = found
-        return found
+        if text not in self._cache:
+            self._cache[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._cache[text]
 
     @cached_property
-    def _memory(self) -> dict[str, list[int]]:
+    def _cache(self) -> dict[str, list[int]]:
         return {}
 
     @cached_property
@@ -219,11 +221,11 @@ class Prompts:
 
     @cached_property
     def context(self) -> list[int]:
-        """`[video] + instruction` as the hypernetwork's context pass reads it."""
+        """`[video] + instruction`, the prompt of the context pass."""
         return self.video_prefix + self.ids(f"{INSTRUCTION}<end_of_utterance>\n")
 
     def question(self, text: str) -> list[int]:
-        """The rest of the user's turn and the assistant's opening."""
+        """The rest of the user's turn and the opening of the assistant's."""
         return self.ids(f"{text}<end_of_utterance>\nAssistant:")
 
     def answer(self, text: str) -> list[int]:

@@ -42,7 +42,7 @@ _PLACE_EDGE = 5 / 48
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: four named attributes, and the numbers that place it."""
+    """One object: four named attributes, and the numbers that set its size and path."""
 
     size: str
     color: str
@@ -72,14 +72,14 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One object for the whole video, or two that share it half and half, one after the other."""
+    """One object for the whole video, or two, each for half of the video."""
 
     background: str
     objects: tuple[SceneObject, ...]
 
     @property
     def combination(self) -> tuple[str, ...]:
-        """The named attributes, in caption order: the identity that the splits keep apart."""
+        """The named attributes in caption order; no combination occurs in two splits."""
         return (self.background, *(name for item in self.objects for name in item.attributes))
 
     @property
