@@ -1,4 +1,4 @@
-"""A judge on localhost that does what a test tells it, and remembers what it was asked."""
+"""A judge on localhost that replies as a test defines, and records its requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """One response: a completion with `content`, or whatever else is given instead."""
+    """One response: a completion with `content`, or another body."""
 
     content: str | None = None
     status: int = 200

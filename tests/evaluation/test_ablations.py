@@ -39,13 +39,13 @@ CANDIDATES = ("red circle moves left then right", "blue", "a large square stays 
 
 
 def test_length_normalized_log_probability(model, adapters):
-    found = log_probabilities(model, PROMPT, CANDIDATES, [adapters[0], None, adapters[1]])
-    assert found.shape == (3, 3) and found.dtype == torch.float64
+    result = log_probabilities(model, PROMPT, CANDIDATES, [adapters[0], None, adapters[1]])
+    assert result.shape == (3, 3) and result.dtype == torch.float64
     plain = [
         with_update(model.backbone, adapters[0]), model.backbone.model,
         with_update(model.backbone, adapters[1]),
     ]  # fmt: skip
-    for row, weights in zip(found, plain, strict=True):
+    for row, weights in zip(result, plain, strict=True):
         for value, text in zip(row, CANDIDATES, strict=True):
             expected = log_probability(model.backbone, weights, PROMPT, text)
             assert value.item() == pytest.approx(expected, rel=2e-5)
@@ -53,8 +53,8 @@ def test_length_normalized_log_probability(model, adapters):
 
 def test_score_is_that_of_the_best_reference(model, adapters):
     table = log_probabilities(model, PROMPT, CANDIDATES, adapters)
-    found = diagnostic_scores(model, PROMPT, CANDIDATES, adapters)
-    assert torch.equal(found, table.max(1).values)
+    result = diagnostic_scores(model, PROMPT, CANDIDATES, adapters)
+    assert torch.equal(result, table.max(1).values)
     assert len({tuple(row) for row in table.tolist()}) == 3
 
 
@@ -143,30 +143,30 @@ def test_the_bias_stays(model, adapters):
 
 def test_rank_record(model, examples, adapters):
     own = [adapters[0], adapters[0], adapters[1], adapters[2]]
-    asked = []
+    scored = []
 
     def metric(answer: str, reference: str) -> float:
-        asked.append(answer)
+        scored.append(answer)
         return token_f1(answer, reference)
 
-    found = rank_ablation(model, examples, own, metric, (1, 2, 16), (0, 1), max_new_tokens=4)
-    rows = {row["k"]: row for row in found["rows"]}
-    assert list(rows) == [0, 1, 2, 4] and found["rank"] == 4
+    result = rank_ablation(model, examples, own, metric, (1, 2, 16), (0, 1), max_new_tokens=4)
+    rows = {row["k"]: row for row in result["rows"]}
+    assert list(rows) == [0, 1, 2, 4] and result["rank"] == 4
     for k, full in ((0, 4), (4, 0)):
         assert rows[k]["top"] == rows[k]["bottom"] == rows[k]["random"]
         assert rows[k]["remove-top"] == rows[full]["top"]
     assert rows[2]["remove-top"] == rows[2]["bottom"]
     # 2 ends, top and bottom and two seeds at k = 1 and 2, bottom 3, and 2 controls; each reference
     # is scored once.
-    assert len(asked) == (2 + 4 + 4 + 1 + 2) * 6
+    assert len(scored) == (2 + 4 + 4 + 1 + 2) * 6
     expected = model.ask([e.prompt for e in examples], own, max_new_tokens=4)
     mean = sum(e.score(t, token_f1) for e, t in zip(examples, expected, strict=True)) / 4
     assert rows[4]["top"]["estimate"] == pytest.approx(mean)
     prompts, others = [e.prompt for e in examples], [adapters[i] for i in (1, 1, 2, 0)]
-    for name, given in (("no adapter", None), ("another video's adapter", others)):
-        said = model.ask(prompts, given, max_new_tokens=4)
-        mean = sum(e.score(t, token_f1) for e, t in zip(examples, said, strict=True)) / 4
-        assert found["controls"][name]["estimate"] == pytest.approx(mean)
+    for name, controls in (("no adapter", None), ("another video's adapter", others)):
+        answers = model.ask(prompts, controls, max_new_tokens=4)
+        mean = sum(e.score(t, token_f1) for e, t in zip(examples, answers, strict=True)) / 4
+        assert result["controls"][name]["estimate"] == pytest.approx(mean)
 
 
 def test_rank_ablation_needs_one_rank(model, examples, adapters):
@@ -185,34 +185,34 @@ def best(backbone, weights, example) -> float:
 
 def test_effect_is_the_score_without_the_layer_minus_the_full_score(model, examples, adapters):
     backbone, example, adapter = model.backbone, examples[0], adapters[0]
-    found = removal_effects(model, example, adapter).tolist()
+    result = removal_effects(model, example, adapter).tolist()
     full = best(backbone, with_update(backbone, adapter), example)
-    assert found[0] == pytest.approx(full, rel=2e-5)
-    assert found[-1] == pytest.approx(best(backbone, backbone.model, example), rel=2e-5)
+    assert result[0] == pytest.approx(full, rel=2e-5)
+    assert result[-1] == pytest.approx(best(backbone, backbone.model, example), rel=2e-5)
     effects = [
         best(backbone, with_update(backbone, adapter, without=[layer]), example) - full
         for layer in range(adapter.num_layers)
     ]
-    assert found[1:-1] == pytest.approx(effects, rel=1e-3, abs=2e-5 * abs(full))
+    assert result[1:-1] == pytest.approx(effects, rel=1e-3, abs=2e-5 * abs(full))
     assert any(abs(effect) > 1e-3 for effect in effects)
 
 
 def test_removal_record(model, examples, adapters):
     own = [adapters[0], adapters[0], adapters[1], adapters[2]]
-    found = layer_removal(model, examples, own)
-    assert [row["layer"] for row in found["rows"]] == [0, 1, 2] and found["examples"] == 4
+    result = layer_removal(model, examples, own)
+    assert [row["layer"] for row in result["rows"]] == [0, 1, 2] and result["examples"] == 4
     each = torch.stack(
         [removal_effects(model, e, a) for e, a in zip(examples, own, strict=True)]
     ).mean(0)
-    assert found["score"]["estimate"] == pytest.approx(each[0].item(), rel=1e-5)
+    assert result["score"]["estimate"] == pytest.approx(each[0].item(), rel=1e-5)
     others = [adapters[i] for i in (1, 1, 2, 0)]
-    for name, given in (("no adapter", [None] * 4), ("another video's adapter", others)):
+    for name, controls in (("no adapter", [None] * 4), ("another video's adapter", others)):
         scores = [
             diagnostic_scores(model, e.prompt, e.references, [a]).item()
-            for e, a in zip(examples, given, strict=True)
+            for e, a in zip(examples, controls, strict=True)
         ]
-        assert found["controls"][name]["estimate"] == pytest.approx(sum(scores) / 4, rel=1e-5)
-    for layer, row in enumerate(found["rows"]):
+        assert result["controls"][name]["estimate"] == pytest.approx(sum(scores) / 4, rel=1e-5)
+    for layer, row in enumerate(result["rows"]):
         assert row["effect"]["estimate"] == pytest.approx(each[1 + layer].item(), abs=1e-5)
         norms = [
             torch.linalg.matrix_norm(
@@ -224,9 +224,9 @@ def test_removal_record(model, examples, adapters):
 
 
 def test_norms(model, adapters):
-    found = adapter_norms(model, adapters)
-    assert found["adapters"] == 3 and found["rank"] == 4
-    norms = found["modules"]["down_proj"]
+    result = adapter_norms(model, adapters)
+    assert result["adapters"] == 3 and result["rank"] == 4
+    norms = result["modules"]["down_proj"]
     assert torch.tensor(norms["rank_norms"]).shape == (3, 4)
     weight = model.backbone.linear(1, "down_proj").weight.norm().item()
     expected = norms["layer_norms"][1] / weight
@@ -252,22 +252,22 @@ def test_chunk_rows(model, clips):
         EvalExample(clip, "what happens?", ("red circle moves",), "caption"),
         EvalExample(clip, "which color?", ("red",), "qa"),
     ]
-    found = compare_chunks(model, examples, token_f1, (3,), max_new_tokens=6)
-    assert [row["chunks"] for row in found["rows"]] == [1, 3]
-    assert [row["rank"] for row in found["rows"]] == [4, 12]
-    assert found["chunk_position"] is False and found["examples"] == 2
-    single, composed = found["rows"]
+    result = compare_chunks(model, examples, token_f1, (3,), max_new_tokens=6)
+    assert [row["chunks"] for row in result["rows"]] == [1, 3]
+    assert [row["rank"] for row in result["rows"]] == [4, 12]
+    assert result["chunk_position"] is False and result["examples"] == 2
+    single, composed = result["rows"]
     parts = [model.internalize(part) for part in split_clip(clip, 3)]
     adapter = Adapter.compose(parts)
     a, _ = adapter.merged()
     assert a["down_proj"].shape[1] == 3 * 4 + 4
     assert torch.equal(a["down_proj"][:, 12:], adapter.bias.A["down_proj"])
     for example in examples:
-        said = model.ask(example.prompt, adapter, max_new_tokens=6)
-        score = example.score(said, token_f1)
+        answers = model.ask(example.prompt, adapter, max_new_tokens=6)
+        score = example.score(answers, token_f1)
         assert composed["score"][example.kind]["estimate"] == pytest.approx(score)
         before = single["score"][example.kind]["estimate"]
-        none = found["controls"]["no adapter"][example.kind]["estimate"]
+        none = result["controls"]["no adapter"][example.kind]["estimate"]
         assert composed["change"][example.kind]["estimate"] == pytest.approx(score - before)
         assert (example.kind in single["kept"]) == (before > none)
         if before > none:
@@ -279,8 +279,8 @@ def test_chunk_rows(model, clips):
 def test_kept_is_what_lies_above_the_score_without_an_adapter(model, clips):
     """A metric that gives every answer half a point: nothing is kept of nothing."""
     examples = [EvalExample(clips[0], "what happens?", ("red",))]
-    found = compare_chunks(model, examples, lambda answer, reference: 0.5, (2,), max_new_tokens=2)
-    assert all(row["kept"] == {} for row in found["rows"])
+    result = compare_chunks(model, examples, lambda answer, reference: 0.5, (2,), max_new_tokens=2)
+    assert all(row["kept"] == {} for row in result["rows"])
 
 
 def test_chunks_must_be_positive(model, examples):
@@ -297,17 +297,17 @@ def streams(backbone, weights, prompt: str) -> list[torch.Tensor]:
     kept: list[list[torch.Tensor]] = [[], [], []]
     hooks = []
     for layer in weights.model.text_model.layers:
-        for module, found in zip((layer.self_attn, layer.mlp, layer), kept, strict=True):
+        for module, result in zip((layer.self_attn, layer.mlp, layer), kept, strict=True):
 
-            def keep(module, inputs, output, found=found):
+            def keep(module, inputs, output, result=result):
                 output = output[0] if isinstance(output, tuple) else output
-                found.append(output[0, -1].clone())
+                result.append(output[0, -1].clone())
 
             hooks.append(module.register_forward_hook(keep))
     weights(input_ids=torch.tensor([backbone.prompt_builder.question(prompt)]), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return [torch.stack(found) for found in kept]
+    return [torch.stack(result) for result in kept]
 
 
 def test_shifts_are_those_of_the_written_in_update(model, adapters):
@@ -315,10 +315,10 @@ def test_shifts_are_those_of_the_written_in_update(model, adapters):
     base = streams(backbone, backbone.model, PROMPT)
     adapted = streams(backbone, with_update(backbone, adapters[0]), PROMPT)
     whole, attention, mlp = residual_shifts(model, PROMPT, adapters[0])
-    for found, index in ((attention, 0), (mlp, 1), (whole, 2)):
+    for result, index in ((attention, 0), (mlp, 1), (whole, 2)):
         expected = adapted[index] - base[index]
         size = max(adapted[index].abs().max().item(), 1.0)
-        assert torch.allclose(found, expected, rtol=0, atol=1e-4 * size)
+        assert torch.allclose(result, expected, rtol=0, atol=1e-4 * size)
     # The first layer's attention sees what the plain model sees.
     assert attention[0].abs().max() == 0 and attention[1].abs().max() > 0
 
@@ -327,9 +327,9 @@ def test_direction_is_the_normalized_mean_output_embedding(model):
     reference = "red circle moves"
     ids = model.backbone.prompt_builder.ids(f" {reference}")
     mean = sum(model.backbone.model.lm_head.weight[i] for i in ids) / len(ids)
-    found = answer_direction(model, reference)
-    assert found.norm().item() == pytest.approx(1, rel=1e-6)
-    assert torch.allclose(found, mean / mean.norm(), atol=1e-6)
+    result = answer_direction(model, reference)
+    assert result.norm().item() == pytest.approx(1, rel=1e-6)
+    assert torch.allclose(result, mean / mean.norm(), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -346,10 +346,10 @@ def test_parts_sum_to_the_whole_shift(model, adapters, examples, dtype):
     tolerance = 2 * len(whole) * torch.finfo(dtype).eps * size.item()
     assert whole.abs().max() > 2 * tolerance
     assert torch.allclose((attention + mlp).cumsum(0), whole, rtol=0, atol=tolerance)
-    found = attribute(one, examples[0], adapter)
-    parts = (found.attention + found.mlp).cumsum(0)
+    result = attribute(one, examples[0], adapter)
+    parts = (result.attention + result.mlp).cumsum(0)
     # The direction has length 1.
-    assert torch.allclose(parts, found.whole, rtol=0, atol=tolerance * whole.shape[1] ** 0.5)
+    assert torch.allclose(parts, result.whole, rtol=0, atol=tolerance * whole.shape[1] ** 0.5)
 
 
 def test_the_likelier_reference_gives_the_direction(model, adapters, examples):
@@ -357,10 +357,10 @@ def test_the_likelier_reference_gives_the_direction(model, adapters, examples):
     likely = log_probabilities(model, example.prompt, example.references, [adapters[0]])[0]
     direction = answer_direction(model, example.references[int(likely.argmax())])
     whole, attention, mlp = residual_shifts(model, example.prompt, adapters[0])
-    found = attribute(model, example, adapters[0])
-    assert torch.allclose(found.whole, whole @ direction)
-    assert torch.allclose(found.attention, attention @ direction)
-    assert torch.allclose(found.mlp, mlp @ direction)
+    result = attribute(model, example, adapters[0])
+    assert torch.allclose(result.whole, whole @ direction)
+    assert torch.allclose(result.attention, attention @ direction)
+    assert torch.allclose(result.mlp, mlp @ direction)
 
 
 def test_no_adapter_shifts_nothing(model, adapters):
@@ -370,7 +370,7 @@ def test_no_adapter_shifts_nothing(model, adapters):
 
 def test_attribution_record(model, examples, adapters):
     own = [adapters[0], adapters[0], adapters[1], adapters[2]]
-    found = logit_attribution(model, examples, own)
+    result = logit_attribution(model, examples, own)
     each = [attribute(model, e, a).whole for e, a in zip(examples, own, strict=True)]
     mean = torch.stack(each).mean(0).tolist()
-    assert [row["whole"]["estimate"] for row in found["rows"]] == pytest.approx(mean, rel=1e-5)
+    assert [row["whole"]["estimate"] for row in result["rows"]] == pytest.approx(mean, rel=1e-5)

@@ -170,10 +170,10 @@ def test_the_manifest_is_valid_and_complete(built, name):
     assert len(examples) == EXAMPLES[name]
     assert {e.dataset for e in examples} == {BENCHMARKS[name].title}
     assert {e.split for e in examples} == {BENCHMARKS[name].split}
-    asked = [e.prompt for e in examples if not e.is_caption]
+    prompts = [e.prompt for e in examples if not e.is_caption]
     questions = name in ("nextqa", "activitynet-qa", "plm-sgqa", "vidcapbench")
-    assert len(asked) == (len(examples) if questions else 0)
-    assert all(text.endswith(" Answer only the question, in one sentence.") for text in asked)
+    assert len(prompts) == (len(examples) if questions else 0)
+    assert all(text.endswith(" Answer only the question, in one sentence.") for text in prompts)
 
 
 def test_activitynet_paragraphs(built):
@@ -281,8 +281,8 @@ def test_missing_videos_are_named_with_their_source(tmp_path, name):
         with pytest.raises(BenchmarkError, match="all videos of .* are missing"):
             build(name, tmp_path, tmp_path / "out.jsonl", skip_missing=True)
         return
-    found = build(name, tmp_path, tmp_path / "out.jsonl", skip_missing=True)
-    assert len(found.missing) == 1 and 0 < found.examples < EXAMPLES[name]
+    result = build(name, tmp_path, tmp_path / "out.jsonl", skip_missing=True)
+    assert len(result.missing) == 1 and 0 < result.examples < EXAMPLES[name]
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,11 @@ def test_same_tokens_as_direct(setting, clip, name):
     prepared = method.prepare(setting, clip)
     for question in QUESTIONS:
         expected = direct.ask(setting, direct.prepare(setting, clip), question)
-        found = method.ask(setting, prepared, question)
-        assert found.tokens == expected.tokens and len(found.tokens) == 12
+        result = method.ask(setting, prepared, question)
+        assert result.tokens == expected.tokens and len(result.tokens) == 12
         text = setting.model.ask_direct(question, clip, longest_edge=64, max_new_tokens=12)
         assert setting.model.backbone.decode(expected.tokens) == text
-        assert found.time_to_first_token > 0
+        assert result.time_to_first_token > 0
 
 
 def test_a_prompt_is_its_opening_and_its_continuation(backbone, clip):
@@ -86,9 +86,9 @@ def test_adapter_answers_as_ask_does(setting, clip):
     prepared = method.prepare(setting, clip)
     adapter = setting.model.internalize(clip, longest_edge=64)
     for question in QUESTIONS:
-        said = method.ask(setting, prepared, question).tokens
+        tokens = method.ask(setting, prepared, question).tokens
         expected = setting.model.ask(question, adapter, max_new_tokens=12)
-        assert setting.model.backbone.decode(said) == expected
+        assert setting.model.backbone.decode(tokens) == expected
 
 
 def test_reducing_nothing_gives_the_same_adapter(setting, clip):
@@ -97,8 +97,8 @@ def test_reducing_nothing_gives_the_same_adapter(setting, clip):
         for name in ("FrameFusion (ours) + adapter", "adapter")
     )
     for side in ("A", "B"):
-        found, expected = getattr(fused, side)["down_proj"], getattr(plain, side)["down_proj"]
-        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        result, expected = getattr(fused, side)["down_proj"], getattr(plain, side)["down_proj"]
+        assert torch.allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -109,10 +109,10 @@ def test_merged_adapter_equals_unmerged(setting, clip):
     slots = BY_NAME["adapter"].prepare(setting, clip).stored
     prompt = model.backbone.question(LONG).embeddings[None]
     expected = decoder.logits(decoder.forward(prompt, adapters=slots))
-    found = merged.logits(merged.forward(prompt))
+    result = merged.logits(merged.forward(prompt))
     scale = expected.abs().max().item()
-    assert torch.allclose(found, expected, rtol=0, atol=1e-4 * scale)
-    assert not torch.allclose(found, decoder.logits(decoder.forward(prompt)), atol=1e-2 * scale)
+    assert torch.allclose(result, expected, rtol=0, atol=1e-4 * scale)
+    assert not torch.allclose(result, decoder.logits(decoder.forward(prompt)), atol=1e-2 * scale)
     for name, parameter in model.backbone.model.named_parameters():
         assert torch.equal(parameter, frozen[name])
 
@@ -146,11 +146,11 @@ def test_break_even_is_the_first_number_of_questions_that_costs_less():
 
 
 def test_comparison(setting, examples):
-    found = compare_methods(setting, examples, token_f1, repeats=2)
-    rows = {row["method"]: row for row in found["rows"]}
+    result = compare_methods(setting, examples, token_f1, repeats=2)
+    rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == [method.name for method in METHODS]
-    assert (found["videos"], found["questions"]) == (3, 4)
-    assert found["questions_per_video"] == pytest.approx(4 / 3)
+    assert (result["videos"], result["questions"]) == (3, 4)
+    assert result["questions_per_video"] == pytest.approx(4 / 3)
     for name in ("direct", "vision-feature cache", "KV-cache reuse", "FrameFusion (ours)"):
         assert rows[name]["same_as_direct"] == 1 and rows[name]["score"] == rows["direct"]["score"]
     assert rows["direct"]["preparation"] == 0 and rows["direct"]["break_even"] is None
@@ -161,8 +161,8 @@ def test_comparison(setting, examples):
     assert reducing == {name for name in rows if "FrameFusion" in name}
     assert all(rows[name]["merged"] == rows[name]["pruned"] == 0 for name in reducing)
     quarter = dataclasses.replace(setting, fusion=FrameFusion(keep=0.25, similarity=2.0))
-    found = compare_methods(quarter, examples[:2], token_f1, repeats=1)
-    for row in found["rows"]:
+    result = compare_methods(quarter, examples[:2], token_f1, repeats=1)
+    for row in result["rows"]:
         if "FrameFusion" in row["method"]:
             assert row["merged"] == 0 and row["pruned"] > 0
     without = compare_methods(setting, examples[:1], token_f1, [BY_NAME["adapter"]], repeats=1)

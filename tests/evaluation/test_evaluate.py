@@ -46,11 +46,11 @@ CLIPS = {f"{v}.mp4": tiny.clip(2 + v % 2, seed=10 + v) for v in range(4)}
 
 
 class Counted:
-    """A model that counts what it is made to do."""
+    """A model that counts its calls."""
 
     def __init__(self, model, stop_after=None):
         self.model, self.stop_after = model, stop_after
-        self.asked: list[tuple[str, str]] = []
+        self.questions: list[tuple[str, str]] = []
         self.internalized = 0
 
     def __getattr__(self, name):
@@ -63,9 +63,9 @@ class Counted:
         return self._do("direct", questions, self.model.answer_direct, args, options)
 
     def _do(self, kind, questions, call, args, options):
-        if self.stop_after is not None and len(self.asked) >= self.stop_after:
+        if self.stop_after is not None and len(self.questions) >= self.stop_after:
             raise KeyboardInterrupt
-        self.asked += [(kind, question) for question in questions]
+        self.questions += [(kind, question) for question in questions]
         return call(questions, *args, **options)
 
     def internalize(self, *args, **options):
@@ -78,8 +78,8 @@ def load(video):
 
 
 def test_every_condition_answers_as_when_asked_alone(model, examples):
-    found = evaluate(model, examples, SETTINGS, load, batch=5)
-    assert tuple(found.answers) == CONDITIONS
+    result = evaluate(model, examples, SETTINGS, load, batch=5)
+    assert tuple(result.answers) == CONDITIONS
     for example in examples[:6]:
         clip = CLIPS[example.path]
         own = model.internalize(clip)
@@ -92,18 +92,18 @@ def test_every_condition_answers_as_when_asked_alone(model, examples):
             BIAS: model.ask(example.prompt, own.prune(0), max_new_tokens=6),
             NONE: model.ask(example.prompt, None, max_new_tokens=6),
         }
-        assert {name: texts[example.id] for name, texts in found.answers.items()} == expected
+        assert {name: texts[example.id] for name, texts in result.answers.items()} == expected
 
 
 def test_the_record_is_complete(model, examples, tmp_path):
     folder = tmp_path / "out"
     stages = []
-    found = evaluate(
+    outcome = evaluate(
         model, examples, SETTINGS, load, folder,
         progress=lambda stage, done, total: stages.append((stage, done, total)),
     )  # fmt: skip
     record = json.loads((folder / "result.json").read_text())
-    assert record == json.loads(json.dumps(found.record))
+    assert record == json.loads(json.dumps(outcome.record))
     assert record["examples"] == 12 and record["videos"] == 4 and record["unreadable"] == {}
     assert record["settings"] == dataclasses.asdict(SETTINGS)
     tokens = record["prompt_tokens"]
@@ -114,8 +114,8 @@ def test_the_record_is_complete(model, examples, tmp_path):
         "Average",
         "Pooled",
     }
-    assert (folder / "table.md").read_text() == found.table
-    assert {p.name for p in found.files} == {
+    assert (folder / "table.md").read_text() == outcome.table
+    assert {p.name for p in outcome.files} == {
         "table.md",
         "result.json",
         "token_f1.png",
@@ -133,17 +133,17 @@ def test_an_interrupted_evaluation_repeats_no_work(model, examples, tmp_path, st
     with pytest.raises(KeyboardInterrupt):
         evaluate(first, examples, SETTINGS, load, folder, batch=4)
     second = Counted(model)
-    found = evaluate(second, examples, SETTINGS, load, folder, batch=4)
-    assert found.answers == whole.answers
-    assert found.record == whole.record
+    result = evaluate(second, examples, SETTINGS, load, folder, batch=4)
+    assert result.answers == whole.answers
+    assert result.record == whole.record
     # 12 examples under 6 conditions, each answered once in one of the two runs.
-    assert len(first.asked) + len(second.asked) == 72
+    assert len(first.questions) + len(second.questions) == 72
     # 4 videos and 2 kinds of blank clip.
     assert first.internalized + second.internalized == 6
 
     third = Counted(model)
     again = evaluate(third, examples, SETTINGS, load, folder, batch=4)
-    assert third.asked == [] and third.internalized == 0
+    assert third.questions == [] and third.internalized == 0
     assert again.record == whole.record and again.table == whole.table
 
 
@@ -174,7 +174,7 @@ def test_other_references_score_the_same_answers_anew(model, examples, tmp_path)
     changed = [dataclasses.replace(e, target_text=texts[e.id] or "x") for e in examples]
     counted = Counted(model)
     second = evaluate(counted, changed, SETTINGS, load, folder)
-    assert counted.asked == [] and second.answers == first.answers
+    assert counted.questions == [] and second.answers == first.answers
     assert second.scores["token_f1"] != first.scores["token_f1"]
 
 
@@ -187,18 +187,18 @@ def test_an_unreadable_video_is_left_out_everywhere_and_tried_again(model, examp
         return CLIPS[video.path]
 
     folder = tmp_path / "out"
-    found = evaluate(model, examples, SETTINGS, careful, folder, batch=4)
-    assert found.record["unreadable"] == {"1.mp4": "1.mp4: truncated"}
-    assert "1 videos cannot be read" in found.table
-    assert all(not any(id_.startswith("1-") for id_ in a) for a in found.answers.values())
-    assert all(len(texts) == 9 for texts in found.answers.values())
+    result = evaluate(model, examples, SETTINGS, careful, folder, batch=4)
+    assert result.record["unreadable"] == {"1.mp4": "1.mp4: truncated"}
+    assert "1 videos cannot be read" in result.table
+    assert all(not any(id_.startswith("1-") for id_ in a) for a in result.answers.values())
+    assert all(len(texts) == 9 for texts in result.answers.values())
 
     broken = False
     counted = Counted(model)
-    found = evaluate(counted, examples, SETTINGS, careful, folder, batch=4)
-    assert found.record["unreadable"] == {}
-    assert all(len(texts) == 12 for texts in found.answers.values())
-    assert len(counted.asked) == 18
+    result = evaluate(counted, examples, SETTINGS, careful, folder, batch=4)
+    assert result.record["unreadable"] == {}
+    assert all(len(texts) == 12 for texts in result.answers.values())
+    assert len(counted.questions) == 18
 
 
 def test_nothing_readable_is_an_error(model, examples):
@@ -210,39 +210,39 @@ def test_nothing_readable_is_an_error(model, examples):
 
 
 def test_one_video_has_no_other(model, examples):
-    found = evaluate(model, [e for e in examples if e.path == "0.mp4"], SETTINGS, load)
-    assert OTHER not in found.answers and len(found.answers) == 5
+    result = evaluate(model, [e for e in examples if e.path == "0.mp4"], SETTINGS, load)
+    assert OTHER not in result.answers and len(result.answers) == 5
 
 
 def test_a_hypernetwork_without_bias_has_no_bias_condition(backbone, examples):
     config = dataclasses.replace(tiny.CONFIG, bias_adapter=False)
     model = Video2LoRA(backbone, HyperNetwork(config))
-    found = evaluate(model, examples, SETTINGS, load)
-    assert BIAS not in found.answers and OTHER in found.answers
+    result = evaluate(model, examples, SETTINGS, load)
+    assert BIAS not in result.answers and OTHER in result.answers
 
 
-def test_kept_adapters_are_the_ones_made(model, examples, tmp_path):
+def test_cached_adapters_are_the_computed_ones(model, examples, tmp_path):
     (video, *_) = group_by_video(examples)
     fresh = VideoCache(model, SETTINGS, load, tmp_path / "adapters")
-    made = fresh.adapter(video)
-    kept = VideoCache(model, SETTINGS, load, tmp_path / "adapters").adapter(video)
-    for module in made.A:
-        assert torch.equal(made.A[module], kept.A[module])
-        assert torch.equal(made.B[module], kept.B[module])
-    assert kept.provenance == made.provenance
+    computed = fresh.adapter(video)
+    cached = VideoCache(model, SETTINGS, load, tmp_path / "adapters").adapter(video)
+    for module in computed.A:
+        assert torch.equal(computed.A[module], cached.A[module])
+        assert torch.equal(computed.B[module], cached.B[module])
+    assert cached.provenance == computed.provenance
 
 
-def test_few_clips_are_held(model, examples):
+def test_few_clips_are_cached(model, examples):
     loads = []
 
     def counting(video):
         loads.append(video.path)
         return CLIPS[video.path]
 
-    library = VideoCache(model, SETTINGS, counting, clips=2)
+    cache = VideoCache(model, SETTINGS, counting, clips=2)
     videos = group_by_video(examples)
     for video in (videos[0], videos[1], videos[0], videos[2], videos[0], videos[1]):
-        library.clip(video)
+        cache.clip(video)
     assert loads == ["0.mp4", "1.mp4", "2.mp4", "1.mp4"]
 
 
@@ -252,19 +252,19 @@ def test_a_judge_scores_every_condition_and_resumes(model, examples, tmp_path):
         settings = JudgeSettings(stub.url, "stub", workers=2)
         folder = tmp_path / "out"
         judge = Judge(settings, folder / "judgments.jsonl")
-        found = evaluate(model, examples, SETTINGS, load, folder, judge)
-        assert {name: len(s) for name, s in found.scores["judge"].items()} == {
+        result = evaluate(model, examples, SETTINGS, load, folder, judge)
+        assert {name: len(s) for name, s in result.scores["judge"].items()} == {
             name: 12 for name in CONDITIONS
         }
-        row = found.record["metrics"]["judge"]["rows"][0]
+        row = result.record["metrics"]["judge"]["rows"][0]
         assert row["baseline"] == row["system"] == 0.75 and not row["enough"]
-        assert found.record["judge"]["failures"] == {}
-        assert "Judge stub:" in found.table and "failed and left out: none" in found.table
-        asked = len(stub.requests)
+        assert result.record["judge"]["failures"] == {}
+        assert "Judge stub:" in result.table and "failed and left out: none" in result.table
+        requests = len(stub.requests)
         evaluate(
             model, examples, SETTINGS, load, folder, Judge(settings, folder / "judgments.jsonl")
         )
-        assert len(stub.requests) == asked
+        assert len(stub.requests) == requests
     finally:
         stub.close()
 
@@ -274,10 +274,10 @@ def test_pairs_are_counted(model, examples):
     stub = StubJudge(lambda request, attempt: reply)
     try:
         judge = Judge(JudgeSettings(stub.url, "stub", workers=2))
-        found = evaluate(model, examples, SETTINGS, load, judge=judge, pairs=True)
+        result = evaluate(model, examples, SETTINGS, load, judge=judge, pairs=True)
     finally:
         stub.close()
-    pairs = found.record["judge"]["pairs"]
+    pairs = result.record["judge"]["pairs"]
     assert pairs["pairs"] == 12 and pairs["failed"] == pairs["ties"] == 0
     assert pairs["system_preferred"] + pairs["baseline_preferred"] == 12
     share = pairs["system_preferred"] / 12

@@ -15,11 +15,11 @@ def test_examples_of_one_video_are_resampled_together():
     values = [index % 3 / 2 for index in range(30)]
     once = [EvalExample(f"{index}.mp4", "what?", ("x",)) for index in range(30)]
     many = [example for example in once for _ in range(10)]
-    found = interval([value for value in values for _ in range(10)], many)
-    assert found == pytest.approx(interval(values, once))
-    assert found == pytest.approx(dataclasses.asdict(mean_interval(values)))
+    result = interval([value for value in values for _ in range(10)], many)
+    assert result == pytest.approx(interval(values, once))
+    assert result == pytest.approx(dataclasses.asdict(mean_interval(values)))
     apart = mean_interval([value for value in values for _ in range(10)])
-    assert found["high"] - found["low"] > 2 * (apart.high - apart.low)
+    assert result["high"] - result["low"] > 2 * (apart.high - apart.low)
 
 
 def test_videos_weigh_by_their_examples():

@@ -42,10 +42,10 @@ def lengths(backbone, prompt, frames, settings, reduction=None) -> list[int]:
 @torch.no_grad()
 def test_keeping_all_is_the_plain_decoder(backbone, prompt):
     """Even where tokens are alike enough to merge."""
-    for given in (prompt, repeated(backbone, 6)):
-        found = list(reduced_layers(backbone.decoder, given, 6, FrameFusion(keep=1.0)))
-        expected = list(backbone.decoder.layer_inputs(given.embeddings[None]))
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for case in (prompt, repeated(backbone, 6)):
+        result = list(reduced_layers(backbone.decoder, case, 6, FrameFusion(keep=1.0)))
+        expected = list(backbone.decoder.layer_inputs(case.embeddings[None]))
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_equal_frames_merge_before_the_first_layer(backbone):
@@ -64,9 +64,9 @@ def test_a_merged_token_is_the_mean_of_its_run(backbone):
     changed = prompt.embeddings.clone()
     # The second frame's first token is scaled: as similar as before, but not the same.
     changed[visual[4]] *= 3
-    given = Prompt(changed, prompt.visual_tokens, prompt.visual)
+    case = Prompt(changed, prompt.visual_tokens, prompt.visual)
     settings = FrameFusion(keep=1 / 3, similarity=0.99)
-    first = next(iter(reduced_layers(backbone.decoder, given, 3, settings)))[0]
+    first = next(iter(reduced_layers(backbone.decoder, case, 3, settings)))[0]
     expected = (changed[visual[0]] * 2 + changed[visual[4]]) / 3
     assert torch.allclose(first[visual[0]], expected, rtol=1e-5, atol=1e-5)
 
@@ -95,19 +95,19 @@ def test_different_frames_are_pruned_by_the_last_tokens_attention(backbone, prom
     layer's attention, which decides, and its MLP, in one step."""
     settings = FrameFusion(keep=0.25, similarity=2.0)
     decoder, reduction = backbone.decoder, Reduction()
-    found = list(reduced_layers(decoder, prompt, 6, settings, reduction=reduction))
-    assert [h.shape[1] for h in found] == [len(prompt), len(prompt) - 18, len(prompt) - 18]
+    result = list(reduced_layers(decoder, prompt, 6, settings, reduction=reduction))
+    assert [h.shape[1] for h in result] == [len(prompt), len(prompt) - 18, len(prompt) - 18]
     assert reduction == Reduction(merged=0, pruned=18)
     span = decoder.prefill_metadata(1, len(prompt))
-    received = last_attention(decoder, 0, found[0], span)
+    received = last_attention(decoder, 0, result[0], span)
     layer = decoder.text_model.layers[0]
-    attended = found[0] + decoder.attention_block(layer, 0, found[0], span)
+    attended = result[0] + decoder.attention_block(layer, 0, result[0], span)
     visual = prompt.visual.nonzero()[:, 0]
     best = visual[received[visual].topk(6).indices]
     kept = sorted([*best.tolist(), *(~prompt.visual).nonzero()[:, 0].tolist()])
     survivors = attended[:, kept]
     expected = survivors + decoder.mlp_block(layer, 0, survivors)
-    assert torch.allclose(found[1], expected, atol=1e-6)
+    assert torch.allclose(result[1], expected, atol=1e-6)
 
 
 @torch.no_grad()
@@ -129,8 +129,8 @@ def test_layers_merge_between_attention_and_mlp(backbone, prompt):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "attention_block", drowning)
         reduction = Reduction()
-        found = lengths(backbone, prompt, 6, settings, reduction)
-    assert found == [len(prompt), len(prompt) - 20, len(prompt) - 20]
+        result = lengths(backbone, prompt, 6, settings, reduction)
+    assert result == [len(prompt), len(prompt) - 20, len(prompt) - 20]
     # Layer 0's attention saw all tokens.
     assert calls[0] == len(prompt) and len(visual) == 24
     assert reduction == Reduction(merged=20, pruned=0)
@@ -149,8 +149,8 @@ def test_text_is_never_touched_and_answers_follow(backbone, prompt):
     assert all(text < length <= len(prompt) for length in prefix.lengths)
     assert prefix.lengths[-1] == text + 1 and prefix.position == len(prompt)
     rest = backbone.question_suffix("what happens?").embeddings
-    found = continue_greedily(backbone.decoder, prefix, rest, backbone.stop_ids, 8)
-    assert len(found.tokens[0]) == 8
+    result = continue_greedily(backbone.decoder, prefix, rest, backbone.stop_ids, 8)
+    assert len(result.tokens[0]) == 8
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def test_survivors_keep_their_positions(backbone, prompt):
     # Layer 0 attends to all: it is the attention that decides.
     assert prefix.lengths == (len(prompt), len(prompt) - 18, len(prompt) - 18)
     rest = backbone.question_suffix("what happens?").embeddings
-    found = continue_greedily(decoder, prefix, rest, backbone.stop_ids, 1)
+    result = continue_greedily(decoder, prefix, rest, backbone.stop_ids, 1)
     received = last_attention(
         decoder, 0, prompt.embeddings[None], decoder.prefill_metadata(1, len(prompt))
     )
@@ -181,7 +181,7 @@ def test_survivors_keep_their_positions(backbone, prompt):
             index, hidden, decoder.attention_metadata(positions, masked[None, None])
         )
     expected = decoder.logits(decoder.text_model.norm(hidden[0, -1])).argmax().item()
-    assert found.tokens == [[expected]]
+    assert result.tokens == [[expected]]
 
 
 @torch.no_grad()
@@ -195,8 +195,8 @@ def test_the_last_hidden_state_gives_the_first_token(backbone, prompt):
 
 def test_a_single_frame_is_only_pruned(backbone):
     prompt = backbone.video_prefix(backbone.encode(tiny.clip(1, 0), 32))
-    found = lengths(backbone, prompt, 1, FrameFusion(keep=0.5))
-    assert found == [len(prompt), len(prompt) - 2, len(prompt) - 2]
+    result = lengths(backbone, prompt, 1, FrameFusion(keep=0.5))
+    assert result == [len(prompt), len(prompt) - 2, len(prompt) - 2]
 
 
 def test_plain_generation_agrees_with_the_prefix(backbone, prompt):
@@ -205,8 +205,8 @@ def test_plain_generation_agrees_with_the_prefix(backbone, prompt):
     limit = SamplingParams(max_new_tokens=8)
     expected = generate(backbone.decoder, [whole], backbone.stop_ids, limit).tokens
     prefix, _ = reduced_prefix(backbone.decoder, prompt, 6, FrameFusion(keep=1.0), room=64)
-    found = continue_greedily(backbone.decoder, prefix, rest, backbone.stop_ids, 8)
-    assert found.tokens == expected
+    result = continue_greedily(backbone.decoder, prefix, rest, backbone.stop_ids, 8)
+    assert result.tokens == expected
 
 
 @pytest.mark.parametrize("keep", [0.0, -1.0, 1.5])

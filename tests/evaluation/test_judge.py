@@ -43,8 +43,8 @@ def candidate_of(request):
 
 def test_scores_are_rescaled_in_order(serve):
     stub = serve(lambda request, attempt: scored(int(candidate_of(request))))
-    found = judge(stub).score(tasks(5), ["1", "2", "3", "4", "5"])
-    assert [v.score for v in found] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    result = judge(stub).score(tasks(5), ["1", "2", "3", "4", "5"])
+    assert [v.score for v in result] == [0.0, 0.25, 0.5, 0.75, 1.0]
     for request in stub.requests:
         assert request["temperature"] == 0 and request["max_tokens"] == 1024
         assert request["response_format"] == {"type": "json_object"}
@@ -94,10 +94,10 @@ def test_every_kind_of_misbehavior(serve, monkeypatch):
         return send(self, request, **options)
 
     monkeypatch.setattr(openai.DefaultHttpxClient, "send", impatiently)
-    found = dict(zip(bad, client.score(tasks(len(bad)), list(bad)), strict=True))
+    result = dict(zip(bad, client.score(tasks(len(bad)), list(bad)), strict=True))
 
-    assert all((v.fields is None) == (v.failure is not None) for v in found.values())
-    assert {name for name, v in found.items() if v.score == 1.0} == {
+    assert all((v.fields is None) == (v.failure is not None) for v in result.values())
+    assert {name for name, v in result.items() if v.score == 1.0} == {
         "fenced",
         "malformed once",
         "out of range once",
@@ -106,7 +106,7 @@ def test_every_kind_of_misbehavior(serve, monkeypatch):
         "down once",
         "cut off behind it",
     }
-    failed = {name: v.failure for name, v in found.items() if v.failure is not None}
+    failed = {name: v.failure for name, v in result.items() if v.failure is not None}
     assert failed == {
         "malformed": "malformed",
         "not a completion": "malformed",
@@ -124,7 +124,7 @@ def test_every_kind_of_misbehavior(serve, monkeypatch):
         "silent": "refused",
     }
     # Nothing is lost, and no failure became a number.
-    assert len(found) == len(bad) and all(found[name].score is None for name in failed)
+    assert len(result) == len(bad) and all(result[name].score is None for name in failed)
     counted = client.report()["failures"]
     assert sum(counted.values()) == len(failed)
     assert counted["malformed"] == 6 and counted["refused"] == 3
@@ -176,27 +176,27 @@ def test_judging_resumes_from_the_cache_and_retries_failures(serve, tmp_path):
     texts = [str(i) for i in range(10)]
     first = judge(stub, cache, corrections=0).score(tasks(10), texts)
     assert [v.failure for v in first] == ["malformed", None] * 5
-    asked = len(stub.requests)
-    assert asked == 10
+    requests = len(stub.requests)
+    assert requests == 10
 
     healthy = True
     client = judge(stub, cache, corrections=0)
     second = client.score(tasks(10), texts)
     assert all(v.score == 0.5 for v in second)
-    assert len(stub.requests) == asked + 5
+    assert len(stub.requests) == requests + 5
     assert client.report()["from_cache"] == 5
 
     # Another judge, reference or candidate is another judgment.
     judge(stub, cache, model="other").score(tasks(1), ["0"])
     judge(stub, cache).score([JudgeTask("question 0", "another", False)], ["0"])
     judge(stub, cache).score(tasks(1, is_caption=True), ["0"])
-    assert len(stub.requests) == asked + 8
+    assert len(stub.requests) == requests + 8
 
 
 def test_equal_requests_are_sent_once(serve):
     stub = serve(lambda request, attempt: scored(2))
-    found = judge(stub).score(tasks(1) * 6, ["same"] * 6)
-    assert [v.score for v in found] == [0.25] * 6 and len(stub.requests) == 1
+    result = judge(stub).score(tasks(1) * 6, ["same"] * 6)
+    assert [v.score for v in result] == [0.25] * 6 and len(stub.requests) == 1
 
 
 def test_a_torn_cache_line_is_judged_again(serve, tmp_path):
@@ -242,24 +242,24 @@ def test_pairs_are_anonymous_and_their_order_is_drawn(serve):
         return Reply('{"score_a": 5, "score_b": 1, "preferred": "A"}')
 
     count = 60
-    found = judge(serve(fair)).compare(tasks(count), ["good"] * count, ["poor"] * count)
-    assert found == [Preference(1.0, 0.0, 1)] * count
+    result = judge(serve(fair)).compare(tasks(count), ["good"] * count, ["poor"] * count)
+    assert result == [Preference(1.0, 0.0, 1)] * count
     swapped = judge(serve(fair)).compare(tasks(count), ["poor"] * count, ["good"] * count)
     assert swapped == [Preference(0.0, 1.0, -1)] * count
 
     stub = serve(biased)
-    found = judge(stub).compare(tasks(count), ["good"] * count, ["poor"] * count, seed=1)
-    first_is_a = sum(p.preferred == 1 for p in found)
+    result = judge(stub).compare(tasks(count), ["good"] * count, ["poor"] * count, seed=1)
+    first_is_a = sum(p.preferred == 1 for p in result)
     assert 0.25 * count < first_is_a < 0.75 * count
     again = judge(serve(biased)).compare(tasks(count), ["good"] * count, ["poor"] * count, seed=1)
-    assert again == found
+    assert again == result
     other = judge(serve(biased)).compare(tasks(count), ["good"] * count, ["poor"] * count, seed=2)
-    assert other != found
+    assert other != result
 
 
 def test_failed_pairs_are_verdicts(serve):
-    found = judge(serve(lambda request, attempt: Reply("both fine"))).compare(tasks(2), "ab", "cd")
-    assert all(isinstance(v, Verdict) and v.failure == "malformed" for v in found)
+    result = judge(serve(lambda request, attempt: Reply("both fine"))).compare(tasks(2), "ab", "cd")
+    assert all(isinstance(v, Verdict) and v.failure == "malformed" for v in result)
 
 
 def test_misuse_is_named():

@@ -19,17 +19,17 @@ def independent_f1(answer: str, reference: str) -> float:
         [w for w in re.sub(r"[^\w\s]|_", "", t.lower()).split() if w not in ("a", "an", "the")]
         for t in (answer, reference)
     ]
-    found, left = clean[0], list(clean[1])
-    if not found or not left:
-        return 1.0 if found == left else 0.0
+    result, left = clean[0], list(clean[1])
+    if not result or not left:
+        return 1.0 if result == left else 0.0
     shared = 0
-    for word in found:
+    for word in result:
         if word in left:
             left.remove(word)
             shared += 1
     if shared == 0:
         return 0.0
-    precision, recall = shared / len(found), shared / len(clean[1])
+    precision, recall = shared / len(result), shared / len(clean[1])
     return 2 * precision * recall / (precision + recall)
 
 
@@ -66,23 +66,23 @@ def squad_f1(answer: str, reference: str) -> float:
             counts[word] = counts.get(word, 0) + 1
         return counts
 
-    found, wanted = bag(answer), bag(reference)
-    if not found or not wanted:
-        return float(not found and not wanted)
-    common = sum(min(count, wanted.get(word, 0)) for word, count in found.items())
+    result, wanted = bag(answer), bag(reference)
+    if not result or not wanted:
+        return float(not result and not wanted)
+    common = sum(min(count, wanted.get(word, 0)) for word, count in result.items())
     if not common:
         return 0.0
-    precision, recall = common / sum(found.values()), common / sum(wanted.values())
+    precision, recall = common / sum(result.values()), common / sum(wanted.values())
     return 2 * precision * recall / (precision + recall)
 
 
 def test_token_f1_on_a_thousand_generated_pairs():
     rng = random.Random(0)
     pairs = [(generated_text(rng), generated_text(rng)) for _ in range(1000)]
-    found = [token_f1(*pair) for pair in pairs]
-    assert found == pytest.approx([squad_f1(*pair) for pair in pairs], abs=1e-12)
+    result = [token_f1(*pair) for pair in pairs]
+    assert result == pytest.approx([squad_f1(*pair) for pair in pairs], abs=1e-12)
     # The pairs test something: all of nothing, everything and between occur.
-    assert 0.0 in found and len({round(f, 3) for f in found}) > 40
+    assert 0.0 in result and len({round(f, 3) for f in result}) > 40
 
 
 def test_known_values():

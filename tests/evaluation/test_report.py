@@ -29,15 +29,15 @@ def table_of(summary, metric):
 
 
 def test_a_row_counts_what_both_systems_have():
-    found = compare({"a": 0.5, "b": 0.7, "x": 1.0}, {"a": 0.4, "b": 0.4, "y": 0.0}, VIDEOS, 0.05)
-    assert (found.examples, found.videos) == (2, 2)
-    assert found.system == pytest.approx(0.6) and found.baseline == pytest.approx(0.4)
-    assert found.difference.estimate == pytest.approx(0.2)
+    result = compare({"a": 0.5, "b": 0.7, "x": 1.0}, {"a": 0.4, "b": 0.4, "y": 0.0}, VIDEOS, 0.05)
+    assert (result.examples, result.videos) == (2, 2)
+    assert result.system == pytest.approx(0.6) and result.baseline == pytest.approx(0.4)
+    assert result.difference.estimate == pytest.approx(0.2)
     # Two videos prove nothing, however large the difference.
-    assert not (found.enough or found.non_inferior or found.equivalent)
-    assert found.as_json()["recovery"] == pytest.approx(1.5)
-    assert found.as_json()["kept"] is None and found.as_json(0.2)["kept"] == pytest.approx(2.0)
-    assert found.as_json(0.4)["kept"] is None
+    assert not (result.enough or result.non_inferior or result.equivalent)
+    assert result.as_json()["recovery"] == pytest.approx(1.5)
+    assert result.as_json()["kept"] is None and result.as_json(0.2)["kept"] == pytest.approx(2.0)
+    assert result.as_json(0.4)["kept"] is None
     with pytest.raises(ConfigError, match="share no scored example"):
         compare({"a": 1.0}, {"b": 1.0}, VIDEOS, 0.05)
 
@@ -53,21 +53,21 @@ def test_a_claim_needs_enough_videos(margin):
         names = {str(i): str(i) for i in range(count)}
         for shift in (0.0, 0.001):
             baseline = {name: 0.5 + shift * (int(name) % 2) for name in names}
-            found = compare(dict.fromkeys(names, 0.5), baseline, names, margin)
-            assert found.non_inferior is found.equivalent is holds
-            assert found.as_json()["enough"] is holds
+            result = compare(dict.fromkeys(names, 0.5), baseline, names, margin)
+            assert result.non_inferior is result.equivalent is holds
+            assert result.as_json()["enough"] is holds
     # Many questions about one video are one video.
     scores = {str(i): 0.5 for i in range(1000)}
-    found = compare(scores, scores, dict.fromkeys(scores, "one"), margin)
-    assert (found.examples, found.videos, found.equivalent) == (1000, 1, False)
+    result = compare(scores, scores, dict.fromkeys(scores, "one"), margin)
+    assert (result.examples, result.videos, result.equivalent) == (1000, 1, False)
 
 
 def test_the_pooled_average_weighs_examples():
     small, large = {"a": 1.0}, {"b": 0.5, "c": 0.5}
     rows = [(small, {"a": 0.0}), (large, large)]
-    found = pooled(rows, VIDEOS, 0.05)
-    assert (found.system, found.baseline) == pytest.approx((2 / 3, 1 / 3))
-    assert found.difference.estimate == pytest.approx(1 / 3)
+    result = pooled(rows, VIDEOS, 0.05)
+    assert (result.system, result.baseline) == pytest.approx((2 / 3, 1 / 3))
+    assert result.difference.estimate == pytest.approx(1 / 3)
 
 
 def test_marks_say_what_holds_only_alone():
@@ -85,14 +85,14 @@ def test_a_zero_baseline_has_no_recovery():
 def test_an_average_weighs_benchmarks_and_not_examples():
     small = ({"a": 1.0}, {"a": 0.0})
     large = ({"b": 0.5, "c": 0.5}, {"b": 0.5, "c": 0.5})
-    found = average([small, large], VIDEOS, 0.05)
-    assert found.difference.estimate == pytest.approx(0.5)
-    assert (found.examples, found.videos) == (3, 2)
-    assert (found.baseline, found.system) == (0.25, 0.75)
+    result = average([small, large], VIDEOS, 0.05)
+    assert result.difference.estimate == pytest.approx(0.5)
+    assert (result.examples, result.videos) == (3, 2)
+    assert (result.baseline, result.system) == (0.25, 0.75)
 
 
 @pytest.fixture
-def found():
+def result():
     examples = [
         *(example(f"s{i}", "VDC", subset="short") for i in range(4)),
         *(example(f"c{i}", "VDC", subset="camera") for i in range(4)),
@@ -112,8 +112,8 @@ def found():
     return examples, scores, summarize(examples, {e.id: e.path for e in examples}, scores)
 
 
-def test_rows_are_benchmarks_subsets_and_the_average(found):
-    _, scores, summary = found
+def test_rows_are_benchmarks_subsets_and_the_average(result):
+    _, scores, summary = result
     rows = table_of(summary, "token_f1")
     assert list(rows) == [
         ("VDC", None),
@@ -135,17 +135,17 @@ def test_rows_are_benchmarks_subsets_and_the_average(found):
     assert set(scores["exact_match"][SYSTEM]) == {"q0", "q1", "q2", "q3"}
 
 
-def test_failed_judgments_are_left_out_and_not_zero(found):
-    rows = table_of(found[2], "judge")
+def test_failed_judgments_are_left_out_and_not_zero(result):
+    rows = table_of(result[2], "judge")
     assert rows["VDC", None]["examples"] == 1 and rows["NExT-QA", None]["examples"] == 1
     assert rows["VDC", None]["system"] == 0.75
     assert rows["VDC", None]["controls"] == {OTHER: 0.0} and rows["NExT-QA", None]["controls"] == {}
     assert ("VDC", "camera") not in rows and rows["Average", None]["controls"] == {}
-    assert found[2]["judge"]["margin"] == 0.15
+    assert result[2]["judge"]["margin"] == 0.15
 
 
-def test_the_table_shows_every_number_and_marks_as_the_paper_does(found):
-    summary = found[2]
+def test_the_table_shows_every_number_and_marks_as_the_paper_does(result):
+    summary = result[2]
     lines = markdown(summary, ["a note"]).splitlines()
     assert lines[0] == "**Token-F1** (margin 0.05)"
     assert lines[2] == (
@@ -163,8 +163,8 @@ def test_the_table_shows_every_number_and_marks_as_the_paper_does(found):
     assert markdown(again, ["a note"]) == "\n".join(lines) + "\n"
 
 
-def test_plots_are_drawn_for_what_was_compared(found, tmp_path):
-    examples, scores, _ = found
+def test_plots_are_drawn_for_what_was_compared(result, tmp_path):
+    examples, scores, _ = result
     scores = {**scores, "judge": {BASELINE: {}, SYSTEM: {}}}
     files = plot_distributions(examples, scores, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exact_match.png", "token_f1.png"]

@@ -75,8 +75,8 @@ def test_scale():
 
 
 def test_pairs():
-    found = pair_verdict('{"rationale": "", "score_a": 5, "score_b": 2, "preferred": "a"}')
-    assert (found["score_a"], found["score_b"], found["preferred"]) == (5, 2, "A")
+    result = pair_verdict('{"rationale": "", "score_a": 5, "score_b": 2, "preferred": "a"}')
+    assert (result["score_a"], result["score_b"], result["preferred"]) == (5, 2, "A")
     assert pair_verdict('{"score_a":1,"score_b":1,"preferred":"Tie"}')["preferred"] == "tie"
     with pytest.raises(ReplyError):
         pair_verdict('{"score_a": 5, "score_b": 2, "preferred": "the first"}')

@@ -20,8 +20,8 @@ from v2l_fast.evaluation.statistics import (
 def naive_interval(rows: np.ndarray, statistic, seed: int) -> tuple[float, float]:
     """Percentile bootstrap written as a loop."""
     rng = np.random.default_rng(seed)
-    found = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(4000)]
-    return tuple(np.percentile(found, [2.5, 97.5]))
+    result = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(4000)]
+    return tuple(np.percentile(result, [2.5, 97.5]))
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def scores():
 
 
 def test_paired_difference_equals_a_loop(scores):
-    found = paired_difference(scores[:, 0], scores[:, 1], resamples=4000)
+    result = paired_difference(scores[:, 0], scores[:, 1], resamples=4000)
     low, high = naive_interval(scores, lambda r: (r[:, 0] - r[:, 1]).mean(), 1)
-    assert found.estimate == pytest.approx((scores[:, 0] - scores[:, 1]).mean())
+    assert result.estimate == pytest.approx((scores[:, 0] - scores[:, 1]).mean())
     # Two bootstraps of 4,000 resamples agree to a small part of the interval's width.
-    assert abs(found.low - low) < 0.1 * (high - low)
-    assert abs(found.high - high) < 0.1 * (high - low)
+    assert abs(result.low - low) < 0.1 * (high - low)
+    assert abs(result.high - high) < 0.1 * (high - low)
 
 
 def test_pairing_narrows_the_interval(scores):
@@ -48,22 +48,22 @@ def test_pairing_narrows_the_interval(scores):
 
 def test_ratio_weighs_examples_by_their_items():
     hits, totals = [1, 9, 5, 4], [2, 10, 10, 4]
-    found = ratio_interval(hits, totals)
-    assert found.estimate == pytest.approx(19 / 26)
+    result = ratio_interval(hits, totals)
+    assert result.estimate == pytest.approx(19 / 26)
     rows = np.stack([hits, totals], axis=1)
     low, high = naive_interval(rows, lambda r: r[:, 0].sum() / r[:, 1].sum(), 5)
     # Four examples: percentiles alone are too narrow.
-    assert found.low <= low and high <= found.high
+    assert result.low <= low and high <= result.high
     hits, totals = hits * 60, totals * 60
-    found = ratio_interval(hits, totals)
+    result = ratio_interval(hits, totals)
     rows = np.stack([hits, totals], axis=1)
     low, high = naive_interval(rows, lambda r: r[:, 0].sum() / r[:, 1].sum(), 5)
-    assert abs(found.low - low) < 0.1 * (high - low)
-    assert abs(found.high - high) < 0.1 * (high - low)
+    assert abs(result.low - low) < 0.1 * (high - low)
+    assert abs(result.high - high) < 0.1 * (high - low)
 
 
 def stratum(sums, counts, names=None) -> dict:
-    """Videos named by their place unless names are given."""
+    """Videos named by their index unless names are passed."""
     names = range(len(sums)) if names is None else names
     return dict(zip(names, zip(sums, counts, strict=True), strict=True))
 
@@ -76,15 +76,15 @@ def test_mean_of_ratios_equals_a_loop_over_strata():
         totals = rng.integers(1, 6, size)
         strata.append((rng.normal(mean, 0.1, size) * totals, totals))
     named = [stratum(h, t, [(i, j) for j in range(len(h))]) for i, (h, t) in enumerate(strata)]
-    found = mean_of_ratios(named, resamples=4000)
+    result = mean_of_ratios(named, resamples=4000)
     expected = []
     for _ in range(4000):
         picks = [(rng.integers(len(t), size=len(t)), h, t) for h, t in strata]
         expected.append(np.mean([h[i].sum() / t[i].sum() for i, h, t in picks]))
     low, high = np.percentile(expected, [2.5, 97.5])
-    assert found.estimate == pytest.approx(np.mean([h.sum() / t.sum() for h, t in strata]))
-    assert abs(found.low - low) < 0.1 * (high - low)
-    assert abs(found.high - high) < 0.1 * (high - low)
+    assert result.estimate == pytest.approx(np.mean([h.sum() / t.sum() for h, t in strata]))
+    assert abs(result.low - low) < 0.1 * (high - low)
+    assert abs(result.high - high) < 0.1 * (high - low)
 
 
 @pytest.mark.parametrize("videos", [40, 400])
@@ -103,15 +103,15 @@ def test_videos_of_one_stratum_and_of_two_are_resampled_among_themselves():
     scores = rng.random((2, 300))
     first = stratum(scores[0], [1.0] * 300)
     second = stratum(scores[1, :200], [2.0] * 200)
-    found = mean_of_ratios([first, second], resamples=4000)
+    result = mean_of_ratios([first, second], resamples=4000)
     expected = []
     for _ in range(4000):
         both, rest = rng.integers(200, size=200), 200 + rng.integers(100, size=100)
         mean = np.concatenate([scores[0, both], scores[0, rest]]).mean()
         expected.append((mean + scores[1, both].sum() / 400) / 2)
     low, high = np.percentile(expected, [2.5, 97.5])
-    assert abs(found.low - low) < 0.1 * (high - low)
-    assert abs(found.high - high) < 0.1 * (high - low)
+    assert abs(result.low - low) < 0.1 * (high - low)
+    assert abs(result.high - high) < 0.1 * (high - low)
 
 
 def test_strata_without_spread_shift_the_average_and_widen_it():
@@ -158,8 +158,8 @@ def test_coverage_of_small_samples(kind, videos):
     covered = 0
     for _ in range(400):
         scores = draw(rng, videos).tolist()
-        found = mean_interval(scores, resamples=99, bounds=bounds)
-        covered += found.low <= mean <= found.high
+        result = mean_interval(scores, resamples=99, bounds=bounds)
+        covered += result.low <= mean <= result.high
     assert covered >= 0.92 * 400
 
 
@@ -194,10 +194,10 @@ def test_no_spread_is_no_proof():
 
 
 def test_an_interval_stays_on_the_scale():
-    found = mean_interval([1.0, 1.0, 1.0, 0.9])
-    assert 0 <= found.low <= found.estimate <= found.high <= 1
-    found = paired_difference([1.0, 1.0, 1.0], [0.0, 0.0, 0.1])
-    assert -1 <= found.low and found.high <= 1
+    result = mean_interval([1.0, 1.0, 1.0, 0.9])
+    assert 0 <= result.low <= result.estimate <= result.high <= 1
+    result = paired_difference([1.0, 1.0, 1.0], [0.0, 0.0, 0.1])
+    assert -1 <= result.low and result.high <= 1
 
 
 @pytest.mark.parametrize(("margin", "videos"), [(0.05, 72), (0.15, 23), (1.0, 1)])

@@ -39,9 +39,9 @@ def test_frames_asked_for_are_frames_encoded(model, files, monkeypatch):
         return answer(self, question, adapter, **options)
 
     def direct(self, question, clip, *args, **options):
-        (found,) = answer_direct(self, question, clip, *args, **options)
-        seen.append(found.visual_tokens / self.backbone.tokens_per_view)
-        return [found]
+        (result,) = answer_direct(self, question, clip, *args, **options)
+        seen.append(result.visual_tokens / self.backbone.tokens_per_view)
+        return [result]
 
     monkeypatch.setattr(type(model), "answer", through_adapter)
     monkeypatch.setattr(type(model), "answer_direct", direct)

@@ -78,8 +78,8 @@ def test_swapped_words_are_wrong_captions_that_token_f1_does_not_see():
     first, second = (item.color for item in scene.objects)
     assert first != second
     swapped = caption(scene).replace(first, "?").replace(second, first).replace("?", second)
-    said = [caption(scene), swapped, "nothing"]
-    assert wrong_captions(said, [scene] * 3) == {"wrong": 2, "same_words": 1}
+    captions = [caption(scene), swapped, "nothing"]
+    assert wrong_captions(captions, [scene] * 3) == {"wrong": 2, "same_words": 1}
     assert token_f1(swapped, caption(scene)) == 1
 
 

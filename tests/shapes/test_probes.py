@@ -1,4 +1,4 @@
-"""The probes: what is asked about which clips, and how answers are scored."""
+"""The probes: their questions, clips and scores."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def clips():
 
 
 def test_binding_asks_about_both_objects_what_differs():
-    """Whatever the shape asked about, one answer for both questions of a pair is right once."""
-    asked = list(probes.binding_probes(SCENES))
-    assert {p.kind for p in asked} == {"color", "size", "motion"}
-    for first, second in zip(asked[::2], asked[1::2], strict=True):
+    """An answer that ignores the shape is correct for one question of each pair."""
+    questions = list(probes.binding_probes(SCENES))
+    assert {p.kind for p in questions} == {"color", "size", "motion"}
+    for first, second in zip(questions[::2], questions[1::2], strict=True):
         assert (first.clip, first.kind) == (second.clip, second.kind)
         assert first.answer != second.answer and first.question != second.question
         shapes = [item.shape for item in SCENES[first.clip].objects]
         assert len(set(shapes)) == 2
         for one, item in zip((first, second), SCENES[first.clip].objects, strict=True):
             assert item.shape in one.question and getattr(item, one.kind) == one.answer
-    assert all(probes._read(parse_caption(caption(SCENES[p.clip])), p) for p in asked), (
-        "a right caption answers every question"
-    )
-    assert not any(probes._read({}, p) for p in asked)
+    assert all(
+        probes._caption_answers(parse_caption(caption(SCENES[p.clip])), p) for p in questions
+    ), "a right caption answers every question"
+    assert not any(probes._caption_answers({}, p) for p in questions)
 
 
 def test_absent_probes_name_what_is_not_there():
-    asked = list(probes.absent_probes(SCENES, 0))
-    assert len({p.clip for p in asked}) == len(SCENES)
-    for p in asked:
+    questions = list(probes.absent_probes(SCENES, 0))
+    assert len({p.clip for p in questions}) == len(SCENES)
+    for p in questions:
         named = [shape for shape in SHAPES if shape in p.question]
         present = {item.shape for item in SCENES[p.clip].objects}
         if "second object" in p.question:
@@ -92,16 +92,16 @@ def test_every_probe_of_the_shipped_pair(monkeypatch):
     monkeypatch.setattr(probes, "SECONDS", (8, 16))
     monkeypatch.setattr(probes, "RESTAMPED", (8, 16))
     pair = Video2LoRA.from_pretrained("shapes", device="cpu")
-    found = probes.probe(pair, SCENES[:24])
-    for rows in (found["durations"], found["restamped"]):
+    result = probes.probe(pair, SCENES[:24])
+    for rows in (result["durations"], result["restamped"]):
         assert [row["seconds"] for row in rows] == ["16", "8"]
         slow, trained = (row["captions"]["adapter"]["estimate"] for row in rows)
         assert trained > 0.9 > slow
     for name in ("binding", "binding_captions", "untrained", "absent"):
-        scores = [row["score"]["adapter"]["estimate"] for row in found[name]]
-        assert scores == sorted(scores) and all(row["questions"] for row in found[name])
+        scores = [row["score"]["adapter"]["estimate"] for row in result[name]]
+        assert scores == sorted(scores) and all(row["questions"] for row in result[name])
     # An honest interval: no answer denies, which does not show that none ever would.
-    denied = found["absent"][0]["score"]["adapter"]
+    denied = result["absent"][0]["score"]["adapter"]
     assert denied["estimate"] == 0 < denied["high"]
-    read = found["binding_captions"][0]["score"]["adapter"]["estimate"]
-    assert read > found["binding"][-1]["score"]["adapter"]["estimate"]
+    read = result["binding_captions"][0]["score"]["adapter"]["estimate"]
+    assert read > result["binding"][-1]["score"]["adapter"]["estimate"]

@@ -69,8 +69,8 @@ def test_objects_move_as_named(motion):
 
 
 def test_sampled_times_are_what_the_video_package_picks():
-    found = sample_indices(NUM_FRAMES, 4.0, 8.0, max_frames=8)
-    assert tuple(found.tolist()) == SAMPLED_INDICES
+    result = sample_indices(NUM_FRAMES, 4.0, 8.0, max_frames=8)
+    assert tuple(result.tolist()) == SAMPLED_INDICES
     assert tuple(int(t) for t in TIMESTAMPS) == tuple(range(8))
 
 

@@ -1,4 +1,4 @@
-"""The report: every piece measured once, one page with its plots."""
+"""The report: every section is measured once; one page with its plots."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def measured(pair, small, tmp_path_factory):
     return folder, measure(ShapesReport(pair, folder, videos=2))
 
 
-def test_every_piece(measured):
+def test_every_section(measured):
     folder, records = measured
     assert set(records) == set(MEASUREMENTS) == set(SECTIONS) == set(SHARES)
     for name, record in records.items():
@@ -66,8 +66,8 @@ def test_every_piece(measured):
 def test_a_network_trained_on_chunks_is_compared(pair, small, tmp_path):
     config = dataclasses.replace(pair.config, chunk_position=True)
     trained = Video2LoRA(pair.backbone, HyperNetwork(config))
-    found = ShapesReport(pair, tmp_path, videos=2, trained=trained).section("chunks")["networks"]
-    assert {name: record["chunk_position"] for name, record in found.items()} == {
+    result = ShapesReport(pair, tmp_path, videos=2, trained=trained).section("chunks")["networks"]
+    assert {name: record["chunk_position"] for name, record in result.items()} == {
         "zero-shot": False, "trained on chunks": True
     }  # fmt: skip
     page = write_page(ShapesReport(pair, tmp_path).records(), tmp_path / "page").read_text()
@@ -76,7 +76,7 @@ def test_a_network_trained_on_chunks_is_compared(pair, small, tmp_path):
         measure(ShapesReport(pair, tmp_path, videos=2), ["chunks"])
 
 
-def test_pieces_are_not_made_again(pair, measured, monkeypatch):
+def test_sections_are_not_measured_again(pair, measured, monkeypatch):
     folder, records = measured
 
     def again(report, count):
@@ -115,17 +115,17 @@ def test_page(measured, tmp_path):
 def test_command(measured, tmp_path):
     folder, _ = measured
     arguments = ["shapes", "report", "--records", str(folder), "--out", str(tmp_path)]
-    found = CliRunner().invoke(cli.app, [*arguments, "--videos", "2", "--only", "norms"])
-    assert found.exit_code == 0, found.output
+    result = CliRunner().invoke(cli.app, [*arguments, "--videos", "2", "--only", "norms"])
+    assert result.exit_code == 0, result.output
     assert "## Efficiency" in (tmp_path / "README.md").read_text()
-    found = CliRunner().invoke(cli.app, [*arguments, "--only", "nothing", "--force"])
-    assert isinstance(found.exception, ConfigError) and "unknown section" in str(found.exception)
+    result = CliRunner().invoke(cli.app, [*arguments, "--only", "nothing", "--force"])
+    assert isinstance(result.exception, ConfigError) and "unknown section" in str(result.exception)
 
 
 def test_accuracy():
     scene = sample_scenes("test", 1, 0)[0]
-    said = caption(scene)
-    assert accuracy(said, said) == 1 and accuracy("nothing", said) == 0
-    wrong = said.replace(scene.background, "black" if scene.background != "black" else "white")
-    assert 0 < accuracy(wrong, said) < 1
+    text = caption(scene)
+    assert accuracy(text, text) == 1 and accuracy("nothing", text) == 0
+    wrong = text.replace(scene.background, "black" if scene.background != "black" else "white")
+    assert 0 < accuracy(wrong, text) < 1
     assert accuracy("Red.", "red") == 1 and accuracy("blue", "red") == 0

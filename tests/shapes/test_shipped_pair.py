@@ -56,8 +56,8 @@ def test_files_are_small_and_complete():
 
 
 def test_direct_captions_of_real_files(model, scenes, clips):
-    said = model.answer_direct(["Describe the video."] * VIDEOS, clips, max_new_tokens=40)
-    assert attribute_share([answer.text for answer in said], scenes) >= 0.95
+    answers = model.answer_direct(["Describe the video."] * VIDEOS, clips, max_new_tokens=40)
+    assert attribute_share([answer.text for answer in answers], scenes) >= 0.95
 
 
 def test_adapters_know_their_own_video(model, scenes, adapters):
@@ -71,10 +71,10 @@ def test_adapters_know_their_own_video(model, scenes, adapters):
 
 def counted(model, adapters, scenes):
     """Share of videos whose objects are counted right."""
-    said = model.ask(["How many objects are there?"] * VIDEOS, adapters)
+    answers = model.ask(["How many objects are there?"] * VIDEOS, adapters)
     right = [
         plain(text) == ("one", "two")[len(scene.objects) - 1]
-        for text, scene in zip(said, scenes, strict=True)
+        for text, scene in zip(answers, scenes, strict=True)
     ]
     return sum(right) / VIDEOS
 
@@ -84,7 +84,7 @@ def test_adapters_answer_questions(model, scenes, adapters):
 
 
 def test_a_network_trained_on_chunks_composes(model, scenes, clips):
-    """Eight chunks of one frame each; the pair, never told of chunks, blends them."""
+    """Eight chunks of one frame each; the pair, not trained on chunks, blends them."""
     chunked = Video2LoRA.from_pretrained("shapes-chunks", device="cpu")
     assert chunked.config.chunk_position and not model.config.chunk_position
     questions = ["Describe the video."] * VIDEOS
@@ -93,9 +93,9 @@ def test_a_network_trained_on_chunks_composes(model, scenes, clips):
     assert kept >= 0.95 * attribute_share(chunked.ask(questions, single), scenes) >= 0.9
     assert counted(chunked, composed, scenes) >= 0.9
     twos = [i for i, scene in enumerate(scenes) if len(scene.objects) == 2]
-    asked = [ask(scenes[i], "order", random.Random(i)) for i in twos]
-    said = chunked.ask([turn.question for turn in asked], [composed[i] for i in twos])
-    right = [plain(text) == plain(turn.answer) for text, turn in zip(said, asked, strict=True)]
+    pairs = [ask(scenes[i], "order", random.Random(i)) for i in twos]
+    answers = chunked.ask([pair.question for pair in pairs], [composed[i] for i in twos])
+    right = [plain(text) == plain(pair.answer) for text, pair in zip(answers, pairs, strict=True)]
     assert sum(right) >= 0.95 * len(twos)
     blended = model.internalize(clips, chunks=8)
     assert attribute_share(model.ask(questions, blended), scenes) < 0.5

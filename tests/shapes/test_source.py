@@ -43,13 +43,13 @@ def test_contexts_are_those_of_internalizing(config, base):
     _, unseen = shapes_sources(config(), base)
     chunks = [chunk for i in range(4) for chunk in unseen.load(i, 0).chunks]
     (group,) = context_batches(base, chunks, visual_features(base, chunks), 0.0, 65536)
-    for clip, found in zip(
+    for clip, result in zip(
         rendered_clips(sample_scenes("val", 4, 0)), group.embeddings, strict=True
     ):
         expected = base.video_prompt(
             base.encode(clip, 48), INSTRUCTION, answer_follows=False
         ).embeddings
-        assert torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
+        assert torch.allclose(result, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_parts_are_sampled_as_files_of_their_own(base):

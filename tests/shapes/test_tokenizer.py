@@ -72,10 +72,10 @@ def test_pieces_equal_the_whole_text(prompts, tokenizer):
 def test_chat_template_equals_the_prompt_builder(tokenizer):
     message = {"role": "user", "content": [{"type": "text", "text": "What happens?"}]}
     for generate in (True, False):
-        found = tokenizer.apply_chat_template(
+        result = tokenizer.apply_chat_template(
             [message], tokenize=False, add_generation_prompt=generate
         )
-        assert found == chat("What happens?", generate)
+        assert result == chat("What happens?", generate)
 
 
 def test_other_clips_are_known_too(tokenizer):

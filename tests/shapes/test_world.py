@@ -21,10 +21,10 @@ def test_a_longer_sample_starts_with_the_shorter_one():
 
 
 def test_splits_share_no_combination():
-    found = {s: {x.combination for x in sample_scenes(s, 1500, 0)} for s in SPLITS}
-    assert not found["train"] & found["val"]
-    assert not found["train"] & found["test"]
-    assert not found["val"] & found["test"]
+    result = {s: {x.combination for x in sample_scenes(s, 1500, 0)} for s in SPLITS}
+    assert not result["train"] & result["val"]
+    assert not result["train"] & result["test"]
+    assert not result["val"] & result["test"]
 
 
 def test_split_depends_on_names_only():

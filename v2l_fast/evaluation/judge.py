@@ -26,7 +26,7 @@ from v2l_fast.evaluation import rubrics
 from v2l_fast.evaluation.journal import Journal
 from v2l_fast.evaluation.rubrics import JudgeTask, Messages, ReplyError
 
-Progress = Callable[[int, int], None]
+JudgeProgress = Callable[[int, int], None]
 Parser = Callable[[str], dict[str, Any]]
 
 
@@ -256,7 +256,7 @@ class Judge:
         self,
         tasks: Sequence[JudgeTask],
         candidates: Sequence[str],
-        progress: Progress = lambda done, total: None,
+        progress: JudgeProgress = lambda done, total: None,
     ) -> list[Verdict]:
         """Judge each candidate on its own (the paper's primary metric).
 
@@ -276,7 +276,7 @@ class Judge:
         firsts: Sequence[str],
         seconds: Sequence[str],
         seed: int = 0,
-        progress: Progress = lambda done, total: None,
+        progress: JudgeProgress = lambda done, total: None,
     ) -> list[Preference | Verdict]:
         """Judge pairs side by side, as an audit of :meth:`score`.
 
@@ -313,7 +313,7 @@ class Judge:
     # --- requests -------------------------------------------------------------------------------
 
     def _judge_all(
-        self, batch: Sequence[Messages], parse: Parser, progress: Progress
+        self, batch: Sequence[Messages], parse: Parser, progress: JudgeProgress
     ) -> list[Verdict]:
         keys = [self._key(messages) for messages in batch]
         # Identical requests are sent once.

@@ -183,7 +183,7 @@ def duration_row(
         seed: selects two questions per clip, of :data:`DURATION_KINDS`; None asks no questions.
 
     Returns:
-        "frames" (of a clip), "captions" (share of the attributes that captions state rightly) and,
+        "frames" (of a clip), "captions" (share of the attributes that captions state correctly) and,
         with a seed, "questions" (exact match): condition -> interval over videos, with
         "difference", adapter - direct.
     """
