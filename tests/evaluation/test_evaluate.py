@@ -252,9 +252,9 @@ def test_a_judge_scores_every_condition_and_resumes(model, examples, tmp_path):
         settings = JudgeSettings(stub.url, "stub", workers=2)
         folder = tmp_path / "out"
         judge = Judge(settings, folder / "judgments.jsonl")
-        result = evaluate(model, examples, SETTINGS, load, folder, judge)
+        result = evaluate(model, examples[:4], SETTINGS, load, folder, judge)
         assert {name: len(s) for name, s in result.scores["judge"].items()} == {
-            name: 12 for name in CONDITIONS
+            name: 4 for name in CONDITIONS
         }
         row = result.record["metrics"]["judge"]["rows"][0]
         assert row["baseline"] == row["system"] == 0.75 and not row["enough"]
@@ -262,7 +262,7 @@ def test_a_judge_scores_every_condition_and_resumes(model, examples, tmp_path):
         assert "Judge stub:" in result.table and "failed and left out: none" in result.table
         requests = len(stub.requests)
         evaluate(
-            model, examples, SETTINGS, load, folder, Judge(settings, folder / "judgments.jsonl")
+            model, examples[:4], SETTINGS, load, folder, Judge(settings, folder / "judgments.jsonl")
         )
         assert len(stub.requests) == requests
     finally:

@@ -241,7 +241,7 @@ def test_pairs_are_anonymous_and_their_order_is_drawn(serve):
     def biased(request, attempt):
         return Reply('{"score_a": 5, "score_b": 1, "preferred": "A"}')
 
-    count = 60
+    count = 24
     result = judge(serve(fair)).compare(tasks(count), ["good"] * count, ["poor"] * count)
     assert result == [Preference(1.0, 0.0, 1)] * count
     swapped = judge(serve(fair)).compare(tasks(count), ["poor"] * count, ["good"] * count)

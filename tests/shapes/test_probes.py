@@ -87,6 +87,7 @@ def test_restamping_changes_times_alone(clips):
     assert slow.timestamps == tuple(2 * t for t in clips[0].timestamps)
 
 
+@pytest.mark.slow
 def test_every_probe_of_the_shipped_pair(monkeypatch):
     """Rows come worst first; 8 s is what works, another duration is not."""
     monkeypatch.setattr(probes, "SECONDS", (8, 16))

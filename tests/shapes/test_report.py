@@ -45,6 +45,7 @@ def measured(pair, small, tmp_path_factory):
     return folder, measure(ShapesReport(pair, folder, videos=2))
 
 
+@pytest.mark.slow
 def test_every_section(measured):
     folder, records = measured
     assert set(records) == set(MEASUREMENTS) == set(SECTIONS) == set(SHARES)
@@ -63,6 +64,7 @@ def test_every_section(measured):
     assert all(layers["score"]["estimate"] > s["estimate"] for s in layers["controls"].values())
 
 
+@pytest.mark.slow
 def test_a_network_trained_on_chunks_is_compared(pair, small, tmp_path):
     config = dataclasses.replace(pair.config, chunk_position=True)
     trained = Video2LoRA(pair.backbone, HyperNetwork(config))
@@ -76,6 +78,7 @@ def test_a_network_trained_on_chunks_is_compared(pair, small, tmp_path):
         measure(ShapesReport(pair, tmp_path, videos=2), ["chunks"])
 
 
+@pytest.mark.slow
 def test_sections_are_not_measured_again(pair, measured, monkeypatch):
     folder, records = measured
 
@@ -92,6 +95,7 @@ def test_sections_are_not_measured_again(pair, measured, monkeypatch):
         ShapesReport(other, folder).records()
 
 
+@pytest.mark.slow
 def test_page(measured, tmp_path):
     _, records = measured
     page = write_page(records, tmp_path / "page")
@@ -112,6 +116,7 @@ def test_page(measured, tmp_path):
     assert only.count("## ") == 1 and "## Rank directions" in only
 
 
+@pytest.mark.slow
 def test_command(measured, tmp_path):
     folder, _ = measured
     arguments = ["shapes", "report", "--records", str(folder), "--out", str(tmp_path)]

@@ -27,7 +27,7 @@ from v2l_fast.evaluation.statistics import (
     required_videos,
 )
 
-# Section 4.3 of the paper; exact match is a token metric, too, and uses the margin of token-F1.
+# Section 4.3 of the paper; exact match is also a token metric and uses token-F1's margin.
 MARGINS = {"token_f1": 0.05, "exact_match": 0.05, "judge": 0.15}
 
 Scores = Mapping[str, float]

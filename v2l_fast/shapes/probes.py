@@ -183,9 +183,8 @@ def duration_row(
         seed: selects two questions per clip, of :data:`DURATION_KINDS`; None asks no questions.
 
     Returns:
-        "frames" (of a clip), "captions" (share of the attributes that captions state correctly) and,
-        with a seed, "questions" (exact match): condition -> interval over videos, with
-        "difference", adapter - direct.
+        "frames" (per clip); "captions" (share of correct attributes) and, with a seed, "questions"
+        (exact match): condition -> interval over videos, with "difference", adapter - direct.
     """
     answering = ConditionAnswers(model, clips, (BASELINE, SYSTEM, OTHER))
     texts = answering([(i, CAPTION_PROMPTS[0]) for i in range(len(clips))])
