@@ -7,7 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from v2l_fast.video.splitting import split_clip
 
 from tests import tiny
 from tests.evaluation.plain import log_probability, with_update
@@ -32,6 +31,7 @@ from v2l_fast.evaluation.metrics import token_f1
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video2LoRA
+from v2l_fast.video.clip import split_clip
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 PROMPT = "what happens?"
