@@ -167,12 +167,13 @@ def _ask_fused(setting: MethodSettings, prepared: PreparedVideo, question: str) 
     first = decoder.logits(decoder.text_model.norm(last)).argmax(-1)
     token = int(first)
     wait = time.perf_counter() - start
-    if token in backbone.stop_ids:
-        return MethodAnswer([], wait, reduction)
-    rest = continue_greedily(
-        decoder, prefix, decoder.embed(first), backbone.stop_ids, setting.max_new_tokens - 1
-    )
-    return MethodAnswer([token, *rest.tokens[0]], wait, reduction)
+    tokens = [] if token in backbone.stop_ids else [token]
+    if tokens and setting.max_new_tokens > 1:
+        rest = continue_greedily(
+            decoder, prefix, decoder.embed(first), backbone.stop_ids, setting.max_new_tokens - 1
+        )
+        tokens += rest.tokens[0]
+    return MethodAnswer(tokens, wait, reduction)
 
 
 def _ask_cache(setting: MethodSettings, prepared: PreparedVideo, question: str) -> MethodAnswer:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.generation import GenerationOutput
+from v2l_fast.generation import GenerationOutput, ModelRunner, Request, SamplingParams
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm.decoder import AttentionMetadata, Decoder, StaticKVCache
 
 
@@ -69,25 +70,41 @@ def continue_greedily(
             f"the question and {max_new_tokens} new tokens need {needed} cache slots, but the "
             f"prefix has {prefix.cache.capacity}; prefill with more room"
         )
-    tokens: list[int] = []
-    count, first_seconds = 0, 0.0
-    pending = embeddings[None]
-    while len(tokens) < max_new_tokens:
-        hidden = pending
-        metadata = _layer_metadata(decoder, prefix, count, pending.shape[1])
-        for index in range(decoder.num_layers):
-            hidden = decoder.layer(index, hidden, metadata[prefix.lengths[index]], prefix.cache)
-        logits = decoder.logits(decoder.text_model.norm(hidden[:, -1]))
-        chosen = logits.argmax(-1)
-        token = int(chosen)
-        if not count:
-            first_seconds = time.perf_counter() - start
-        if token in stop_ids:
-            break
-        tokens.append(token)
-        count += pending.shape[1]
-        pending = decoder.embed(chosen[:, None])
-    return GenerationOutput([tokens], first_seconds)
+    request = Request(SamplingParams(max_new_tokens))
+    runner = _PrefixRunner(decoder, prefix, stop_ids)
+    runner.prefill([request], [embeddings])
+    first_seconds = time.perf_counter() - start
+    while request.finish_reason is None:
+        runner.decode()
+    if request.error is not None:
+        raise request.error
+    return GenerationOutput([request.tokens], first_seconds)
+
+
+class _PrefixRunner(ModelRunner):
+    """Runs one request behind a prefix whose layers hold different numbers of tokens."""
+
+    def __init__(self, decoder: Decoder, prefix: CachedPrefix, stop_ids: Sequence[int]) -> None:
+        super().__init__(decoder, 1, prefix.cache.capacity, stop_ids, prefix.cache)
+        self._prefix = prefix
+        # Tokens behind the prefix.
+        self._count = 0
+
+    def run_prefill(
+        self, embeddings: Tensor, rows: Tensor, last: Tensor, adapters: AdapterBank | None
+    ) -> Tensor:
+        return self._run(embeddings)
+
+    def run_decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
+        return self._run(self.decoder.embed(self._tokens[:count, None]))
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        prefix, length = self._prefix, hidden.shape[1]
+        metadata = _layer_metadata(self.decoder, prefix, self._count, length)
+        for index, kept in enumerate(prefix.lengths):
+            hidden = self.decoder.layer(index, hidden, metadata[kept], prefix.cache)
+        self._count += length
+        return self.decoder.logits(self.decoder.text_model.norm(hidden[:, -1]))
 
 
 def _layer_metadata(

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from v2l_fast.errors import AdapterError, V2LError
 from v2l_fast.generation.sampling import SamplingParams, SamplingTensors, on_device, sample
 from v2l_fast.hypernet.adapter_bank import AdapterBank
-from v2l_fast.vlm.decoder import Decoder
+from v2l_fast.vlm.decoder import Decoder, StaticKVCache
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +61,24 @@ class ModelRunner:
         size: rows of the KV cache.
         context: tokens of one row; the caller checks that prompt and answer fit.
         stop_ids: token ids that end an answer.
+        cache: of that size; allocated by default.
 
     Attributes:
         requests: the running requests, in the order of the cache's rows.
     """
 
-    def __init__(self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        size: int,
+        context: int,
+        stop_ids: Sequence[int],
+        cache: StaticKVCache | None = None,
+    ) -> None:
         self.decoder = decoder
         self.size = size
         self.stop_ids = frozenset(stop_ids)
-        self.cache = decoder.new_cache(size, context)
+        self.cache = cache or decoder.new_cache(size, context)
         self.requests: list[Request] = []
         # Of every row: the last token, its position, the adapter's slot, the prompt's length and
         # the sampling parameters.
