@@ -57,8 +57,8 @@ def frames(golden, video: int) -> torch.Tensor:
 
 def test_vision(vlm, golden):
     with torch.no_grad():
-        found = torch.cat([vlm.encode_pixels(frames(golden, video)) for video in (0, 1)])
-    assert relative(found, golden["ctx.image_hidden_states"]) <= 1e-6
+        actual = torch.cat([vlm.encode_pixels(frames(golden, video)) for video in (0, 1)])
+    assert relative(actual, golden["ctx.image_hidden_states"]) <= 1e-6
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -73,9 +73,9 @@ def test_context_features_and_adapter(video, padding, vlm, net, golden):
     embeddings = vlm.embed(ids, [vlm.encode_pixels(frames(golden, video))])
     features = torch.stack(list(vlm.decoder.layer_inputs(embeddings[None])), 1)
     assert relative(features[0], golden[f"{case}.ctx_features"][video][:, real]) <= 1e-5
-    found = net(features)
-    assert relative(found.A[M][0], golden[f"{case}.A.{M}"][video]) <= 1e-5
-    assert relative(found.B[M][0], golden[f"{case}.B.{M}"][video]) <= 1e-5
+    actual = net(features)
+    assert relative(actual.A[M][0], golden[f"{case}.A.{M}"][video]) <= 1e-5
+    assert relative(actual.B[M][0], golden[f"{case}.B.{M}"][video]) <= 1e-5
 
 
 def logits(
@@ -98,8 +98,8 @@ def test_logits(vlm, batch, golden):
     by_adapter = AdapterBank.pack(list(batch), "cpu", torch.float32)
     by_batch = LayerAdapters.of_batch(batch.composed())
     for slots in (by_adapter, by_batch):
-        found = logits(vlm, ids, slots)
-        assert relative(found[real], golden["train.logits"][real]) <= 1e-5
+        actual = logits(vlm, ids, slots)
+        assert relative(actual[real], golden["train.logits"][real]) <= 1e-5
 
 
 @torch.no_grad()
@@ -111,8 +111,8 @@ def test_several_questions_to_a_video(vlm, batch, golden):
         [replace(one, index=owner) for one in LayerAdapters.of_batch(batch.composed())],
         AdapterBank.pack([videos[i] for i in owner], "cpu", torch.float32),
     ):
-        found = logits(vlm, golden["multiq.input_ids"], slots)
-        assert relative(found[real], golden["multiq.logits"][real]) <= 1e-5
+        actual = logits(vlm, golden["multiq.input_ids"], slots)
+        assert relative(actual[real], golden["multiq.logits"][real]) <= 1e-5
 
 
 @torch.no_grad()
@@ -123,39 +123,39 @@ def test_two_chunks_of_one_video(vlm, batch, golden):
         AdapterBank.pack([Adapter.compose(list(batch))], "cpu", torch.float32),
         LayerAdapters.of_batch(batch.composed([2])),
     ):
-        found = logits(vlm, ids, slots)
-        assert relative(found[0, real], golden["chunks2.logits"][0, real]) <= 1e-5
+        actual = logits(vlm, ids, slots)
+        assert relative(actual[0, real], golden["chunks2.logits"][0, real]) <= 1e-5
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_generation(index, vlm, net, golden):
     prompt = golden[f"generate.single{index}.prompt_ids"][0]
     slots = AdapterBank.pack([adapter(golden, net, index)], "cpu", torch.float32)
-    found = generate(
+    actual = generate(
         vlm.decoder, [vlm.decoder.embed(prompt)], (EOS,), SamplingParams(max_new_tokens=10), slots
     )
     expected = golden[f"generate.single{index}.sequences"][0, len(prompt) :].tolist()
-    assert found.tokens == [expected]
+    assert actual.tokens == [expected]
 
 
 def test_generation_in_one_batch(vlm, net, golden):
     """The released code pads prompts on the left, we on the right: the answers are the same."""
     prompts = [golden[f"generate.single{i}.prompt_ids"][0] for i in (0, 1)]
     adapters = [adapter(golden, net, i) for i in (0, 1)]
-    found = generate(
+    actual = generate(
         vlm.decoder,
         [vlm.decoder.embed(prompt) for prompt in prompts],
         (EOS,),
         SamplingParams(max_new_tokens=10),
         AdapterBank.pack(adapters, "cpu", torch.float32),
     )
-    assert found.tokens == golden["generate.batch.sequences"][:, -10:].tolist()
+    assert actual.tokens == golden["generate.batch.sequences"][:, -10:].tolist()
 
 
 def answers(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows of logits that predict an answer token, those tokens and their example."""
-    owner, place = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    return logits[owner, place], labels[owner, place + 1], owner
+    owner, position = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return logits[owner, position], labels[owner, position + 1], owner
 
 
 def test_loss_and_gradients(vlm, golden):

@@ -1,6 +1,6 @@
-"""The Hugging Face Hub, asked once and briefly whether it answers.
+"""Whether the Hugging Face Hub can be reached, checked once with a short timeout.
 
-Its client tries every request six times, which takes 23 seconds where there is no network.
+Without a network, its client retries every request six times, which takes 23 seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SECONDS = 5.0
 
 @cache
 def hub_answers() -> bool:
-    """Whether the hub answers a request, whatever its answer is; asked once in a process."""
+    """Whether the hub answers a request, with any status; checked once per process."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -41,7 +41,7 @@ def _failures(session: object) -> tuple[type[Exception], ...]:
 
 @contextmanager
 def brief_hub() -> Iterator[None]:
-    """Reads of the hub take what is cached where it does not answer, and fail at once otherwise."""
+    """Read from the cache alone, without retries, while the hub cannot be reached."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""Where a hypernetwork and its base are found: shipped pairs, folders, released files, the hub."""
+"""Resolves hypernetworks and their bases: shipped pairs, folders, released files, the hub."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _preprocessor(base: str | os.PathLike) -> dict:
             with brief_hub():
                 path = Path(hf_hub_download(str(base), "preprocessor_config.json"))
         except (OSError, ValueError):
-            # Whether the base can be loaded at all is said when it is.
+            # Loading the base reports the error.
             return {}
     else:
         path /= "preprocessor_config.json"

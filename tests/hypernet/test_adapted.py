@@ -70,9 +70,9 @@ def test_each_example_runs_as_with_its_merged_weights(bias_terms):
     expected = [merged(model, a)(IDS[i, None]).logits[0] for i, a in enumerate(batch)]
     handle = adapted_linear(model, "mlp.down_proj")
     with handle.use(batch):
-        found = handle.model(IDS).logits
-    for row, wanted in zip(found, expected, strict=True):
-        assert relative(row, wanted) <= 3e-6
+        actual = handle.model(IDS).logits
+    for row, target in zip(actual, expected, strict=True):
+        assert relative(row, target) <= 3e-6
 
 
 @torch.no_grad()
@@ -130,8 +130,8 @@ def test_threads_do_not_see_each_other():
     alone = [run(i) for i in range(3)]
     order = [0, 1, 2, 1, 0, 2] * 8
     with ThreadPoolExecutor(3) as pool:
-        for choice, found in zip(order, pool.map(run, order), strict=True):
-            assert torch.equal(found, alone[choice])
+        for choice, actual in zip(order, pool.map(run, order), strict=True):
+            assert torch.equal(actual, alone[choice])
 
 
 def test_two_models_do_not_see_each_other():
@@ -149,14 +149,14 @@ def test_gradients_reach_generated_adapters():
     layers = LayerAdapters.of_batch(batch.composed())
     assert all(slots.index.tolist() == [0, 1] for slots in layers)
     x = torch.randn(3, 5, D_IN)
-    found = [
+    actual = [
         replace(slots, index=torch.tensor([0, 1, 1])).apply("down_proj", index, linear, x)
         for index, (slots, linear) in enumerate(zip(layers, linears, strict=True))
     ]
-    torch.stack(found).square().sum().backward()
+    torch.stack(actual).square().sum().backward()
     assert all(leaf.grad.flatten(2).any(-1).all() for leaf in leaves)
     packed = AdapterBank.pack([batch[0], batch[1], batch[1]], "cpu", torch.float32)
-    for index, (linear, expected) in enumerate(zip(linears, found, strict=True)):
+    for index, (linear, expected) in enumerate(zip(linears, actual, strict=True)):
         assert relative(packed.apply("down_proj", index, linear, x), expected) <= 1e-6
 
 

@@ -124,9 +124,9 @@ def test_t5():
     with torch.no_grad():
         plain = model(input_ids=IDS, decoder_input_ids=IDS).logits
         with handle.use([own, None, None, own]):
-            found = model(input_ids=IDS, decoder_input_ids=IDS).logits
-    assert torch.equal(found[1:3], plain[1:3])
-    assert not torch.isclose(found[[0, 3]], plain[[0, 3]]).all()
+            actual = model(input_ids=IDS, decoder_input_ids=IDS).logits
+    assert torch.equal(actual[1:3], plain[1:3])
+    assert not torch.isclose(actual[[0, 3]], plain[[0, 3]]).all()
 
 
 def test_adapters_that_do_not_fit_are_refused():
@@ -189,8 +189,8 @@ def test_any_kind_of_linear_layer_keeps_its_results(make):
     assert list(model.state_dict()) == names
     assert torch.equal(logits(model), before)
     with handle.use(BATCH):
-        found = logits(model)
-    assert torch.equal(found[1], before[1]) and not torch.isclose(found[0], before[0]).all()
+        actual = logits(model)
+    assert torch.equal(actual[1], before[1]) and not torch.isclose(actual[0], before[0]).all()
     assert torch.equal(logits(model), before)
     assert parametrize.is_parametrized(downs(model)[0]) == (make is parametrizations.weight_norm)
 
@@ -233,12 +233,12 @@ def test_with_peft(first):
         handle = adapted_linear(wrapped, SUFFIX)
     plain = logits(wrapped)
     with handle.use(BATCH):
-        found = logits(wrapped)
-    assert torch.equal(found[1], plain[1])
+        actual = logits(wrapped)
+    assert torch.equal(actual[1], plain[1])
     reference = merged(llama(), BATCH[0])
     torch.manual_seed(5)
     reference = peft.get_peft_model(reference, config).eval()
-    assert relative(found[0], logits(reference)[0]) <= 1e-5
+    assert relative(actual[0], logits(reference)[0]) <= 1e-5
     if first == "peft":
         wrapped.unload()
         with pytest.raises(AdapterError, match="replaced since"), handle.use(BATCH):
@@ -253,9 +253,9 @@ def test_changes_after_adapting(change):
     change(model)
     reference = change(merged(llama(), BATCH[0]))
     with handle.use(BATCH):
-        found = logits(model)
-    tolerance = 0.05 if found.dtype == torch.bfloat16 else 3e-6
-    assert relative(found[0], logits(reference)[0]) <= tolerance
+        actual = logits(model)
+    tolerance = 0.05 if actual.dtype == torch.bfloat16 else 3e-6
+    assert relative(actual[0], logits(reference)[0]) <= tolerance
     with handle.use(BATCH):
         model.float()
         assert relative(logits(model)[0], logits(reference.float())[0]) <= 0.05
@@ -264,9 +264,9 @@ def test_changes_after_adapting(change):
 def test_autocast(expected):
     model, handle = adapted()
     with torch.autocast("cpu", dtype=torch.bfloat16), handle.use(BATCH):
-        found = logits(model)
-    assert found.dtype == torch.bfloat16
-    assert relative(found.float(), expected[1]) <= 0.05
+        actual = logits(model)
+    assert actual.dtype == torch.bfloat16
+    assert relative(actual.float(), expected[1]) <= 0.05
 
 
 # --- handles -----------------------------------------------------------------------------------
@@ -336,12 +336,12 @@ def test_beams_take_copies_of_each_adapter(options):
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     beams, kept = options["num_beams"], options.get("num_return_sequences", 1)
     with handle.use([a for a in BATCH for _ in range(beams)]):
-        found = model.generate(**inputs, **common)
+        actual = model.generate(**inputs, **common)
     for row, own in enumerate(BATCH):
         alone = merged(llama(), own).generate(
             input_ids=IDS[row, None], attention_mask=torch.ones_like(IDS[row, None]), **common
         )
-        mine = found[row * kept : (row + 1) * kept, : alone.shape[1]]
+        mine = actual[row * kept : (row + 1) * kept, : alone.shape[1]]
         assert torch.equal(mine, alone[:, : mine.shape[1]])
     with handle.use(BATCH), pytest.raises(AdapterError, match="num_beams .* k times in a row"):
         model.generate(**inputs, **common)
@@ -374,8 +374,8 @@ def test_compiled_once_for_every_set_of_adapters(monkeypatch):
     assert relative(run_stack(compiled), plain) <= 1e-6
     with ThreadPoolExecutor(1) as pool:
         with handle.use(BATCH):
-            wanted = run_stack(model)
-            assert relative(pool.submit(run_stack, compiled).result(), wanted) <= 1e-6
+            target = run_stack(model)
+            assert relative(pool.submit(run_stack, compiled).result(), target) <= 1e-6
         assert relative(pool.submit(run_stack, compiled).result(), plain) <= 1e-6
 
 
@@ -396,7 +396,7 @@ def test_compiled_in_asyncio_tasks():
     plain = run_stack(model)
     handle = adapted_linear(model, "down_proj")
     with handle.use(BATCH):
-        wanted = run_stack(model)
+        target = run_stack(model)
     compiled = torch.compile(model, backend="eager")
 
     async def run(batch: list | None) -> Tensor:
@@ -407,5 +407,5 @@ def test_compiled_in_asyncio_tasks():
     async def main() -> list[Tensor]:
         return await asyncio.gather(run(BATCH), run(None))
 
-    for found, right in zip(asyncio.run(main()), (wanted, plain), strict=True):
-        assert relative(found, right) <= 1e-6
+    for actual, right in zip(asyncio.run(main()), (target, plain), strict=True):
+        assert relative(actual, right) <= 1e-6

@@ -58,8 +58,8 @@ def test_fields_cannot_be_set():
 
 
 def test_mappings_cannot_be_changed():
-    given = adapter()
-    for mapping in (given.A, given.B, given.provenance):
+    original = adapter()
+    for mapping in (original.A, original.B, original.provenance):
         with pytest.raises(TypeError):
             mapping["down_proj"] = None
 
@@ -70,15 +70,15 @@ def test_duplicates(duplicate):
 
 
 def test_methods_leave_the_adapter_as_it_was():
-    given, same = adapter(), adapter()
-    given.prune(1)
-    given.prune(2, by="random")
-    given.without_layers([0], include_bias=True)
-    Adapter.compose([given, adapter(1)])
-    given.merged()
-    given.norms()
-    given.to(dtype=torch.bfloat16)
-    assert_same(given, same)
+    original, same = adapter(), adapter()
+    original.prune(1)
+    original.prune(2, by="random")
+    original.without_layers([0], include_bias=True)
+    Adapter.compose([original, adapter(1)])
+    original.merged()
+    original.norms()
+    original.to(dtype=torch.bfloat16)
+    assert_same(original, same)
     assert torch.equal(BIAS.A["down_proj"], factors(RANK, 100)[0]["down_proj"])
 
 
@@ -125,17 +125,17 @@ def test_modules_must_agree_in_layers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [BIAS, None])
 def test_round_trip_is_bit_exact(bias, dtype, tmp_path):
-    given = adapter(bias=bias).to(dtype=dtype)
-    given.save(tmp_path / "clip.safetensors")
+    original = adapter(bias=bias).to(dtype=dtype)
+    original.save(tmp_path / "clip.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["clip.safetensors"]
     detached = Adapter.load(tmp_path / "clip.safetensors")
-    assert_same(detached, given)
-    assert_same(Adapter.load(tmp_path / "clip.safetensors", bias), given)
+    assert_same(detached, original)
+    assert_same(Adapter.load(tmp_path / "clip.safetensors", bias), original)
     if bias is not None:
         with pytest.raises(AdapterError, match="needs the bias adapter"):
             detached.merged()
-        assert_same(detached.with_bias(bias), given)
-        assert torch.equal(update(detached.with_bias(bias), "up_proj"), update(given, "up_proj"))
+        assert_same(detached.with_bias(bias), original)
+        assert torch.equal(update(detached.with_bias(bias), "up_proj"), update(original, "up_proj"))
 
 
 def test_the_bias_is_named_by_value_in_any_dtype():
@@ -164,9 +164,9 @@ def test_an_altered_value_is_not_the_same_file(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    found = Adapter.load(path)
-    assert not all(torch.equal(found.B[m], adapter().B[m]) for m in SIZES) or not all(
-        torch.equal(found.A[m], adapter().A[m]) for m in SIZES
+    actual = Adapter.load(path)
+    assert not all(torch.equal(actual.B[m], adapter().B[m]) for m in SIZES) or not all(
+        torch.equal(actual.A[m], adapter().A[m]) for m in SIZES
     )
 
 
@@ -280,20 +280,20 @@ def test_keeping_no_rank_leaves_the_bias_alone(by):
 
 
 def test_pruning_keeps_the_largest_or_the_smallest_products():
-    given = adapter()
-    norms = given.norms()["rank"]["up_proj"]
+    original = adapter()
+    norms = original.norms()["rank"]["up_proj"]
     for by, best in (("norm", norms.topk(2).values), ("bottom", (-norms).topk(2).values.neg())):
-        kept = given.prune(2, by).norms()["rank"]["up_proj"]
+        kept = original.prune(2, by).norms()["rank"]["up_proj"]
         torch.testing.assert_close(kept.sort(dim=1).values, best.sort(dim=1).values)
-    top, rest = given.prune(1), given.prune(RANK - 1, "bottom")
-    bias = update(given.prune(0), "up_proj")
+    top, rest = original.prune(1), original.prune(RANK - 1, "bottom")
+    bias = update(original.prune(0), "up_proj")
     parts = update(top, "up_proj") + update(rest, "up_proj") - bias
-    torch.testing.assert_close(parts, update(given, "up_proj"))
+    torch.testing.assert_close(parts, update(original, "up_proj"))
 
 
 def test_random_pruning_is_reproducible_and_depends_on_the_seed():
-    given = adapter(rank=16)
-    first, again, other = (given.prune(8, "random", seed) for seed in (0, 0, 1))
+    original = adapter(rank=16)
+    first, again, other = (original.prune(8, "random", seed) for seed in (0, 0, 1))
     assert_same(first, again)
     assert not torch.equal(first.A["up_proj"], other.A["up_proj"])
 
@@ -305,16 +305,18 @@ def test_pruning_out_of_range(keep, by):
 
 
 def test_without_layers():
-    given = adapter()
-    bias = update(given.prune(0), "up_proj")
-    found = given.without_layers([0, 2])
-    for layer, expected in enumerate((bias[0], update(given, "up_proj")[1], bias[2])):
-        assert torch.equal(update(found, "up_proj")[layer], expected)
-    cleared = given.without_layers([0, 2], include_bias=True)
+    original = adapter()
+    bias = update(original.prune(0), "up_proj")
+    actual = original.without_layers([0, 2])
+    for layer, expected in enumerate((bias[0], update(original, "up_proj")[1], bias[2])):
+        assert torch.equal(update(actual, "up_proj")[layer], expected)
+    cleared = original.without_layers([0, 2], include_bias=True)
     assert not update(cleared, "up_proj")[[0, 2]].any()
-    assert torch.equal(update(cleared, "up_proj")[1], update(given, "up_proj")[1])
-    assert found.provenance["without_layers"] == [0, 2]
-    assert_same(dataclasses.replace(given.without_layers([]), provenance=given.provenance), given)
+    assert torch.equal(update(cleared, "up_proj")[1], update(original, "up_proj")[1])
+    assert actual.provenance["without_layers"] == [0, 2]
+    assert_same(
+        dataclasses.replace(original.without_layers([]), provenance=original.provenance), original
+    )
 
 
 @pytest.mark.parametrize("layer", [-1, LAYERS])
@@ -324,13 +326,13 @@ def test_layers_out_of_range(layer):
 
 
 def test_norms_against_dense_updates():
-    given = adapter(bias=None)
-    norms = given.norms()
+    original = adapter(bias=None)
+    norms = original.norms()
     for module in SIZES:
-        dense = torch.linalg.matrix_norm(update(given, module))
+        dense = torch.linalg.matrix_norm(update(original, module))
         torch.testing.assert_close(norms["layer"][module], dense.float())
         for rank in range(RANK):
-            one = given.B[module][:, rank, :, None] * given.A[module][:, rank, None]
+            one = original.B[module][:, rank, :, None] * original.A[module][:, rank, None]
             torch.testing.assert_close(
                 norms["rank"][module][:, rank], torch.linalg.matrix_norm(one)
             )
@@ -364,6 +366,6 @@ def test_repr_is_one_short_line():
     sides = ({m: t[None] for m, t in f.items()} for f in (first.A, first.B))
     batch = AdapterBatch(*sides, 1.0)
     many = {f"module_{i}": torch.zeros(3, 4, 5) for i in range(300)}
-    for shown in (first, first.bias, batch, Adapter(many, many, 1.0)):
-        assert "\n" not in repr(shown) and len(repr(shown)) < 400
+    for value in (first, first.bias, batch, Adapter(many, many, 1.0)):
+        assert "\n" not in repr(value) and len(repr(value)) < 400
     assert "float32 on cpu, scale 2.5" in repr(first)

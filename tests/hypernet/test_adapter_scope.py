@@ -38,17 +38,17 @@ def expected() -> tuple[Tensor, Tensor]:
 
 def test_threads_started_inside_a_block(expected):
     model, handle = adapted()
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     go = threading.Event()
 
     def late() -> None:
         go.wait()
-        found.append(logits(model))
+        outputs.append(logits(model))
 
     with handle.use(BATCH):
         threads = [
-            threading.Thread(target=lambda: found.append(logits(model))),
-            threading.Timer(0, lambda: found.append(logits(model))),
+            threading.Thread(target=lambda: outputs.append(logits(model))),
+            threading.Timer(0, lambda: outputs.append(logits(model))),
             threading.Thread(target=late),
         ]
         for thread in threads:
@@ -56,7 +56,7 @@ def test_threads_started_inside_a_block(expected):
     go.set()
     for thread in threads:
         thread.join()
-    assert len(found) == 3 and all(torch.equal(f, expected[1]) for f in found)
+    assert len(outputs) == 3 and all(torch.equal(f, expected[1]) for f in outputs)
 
 
 def test_tasks_of_executors(expected):
@@ -106,19 +106,21 @@ def test_asyncio_tasks(expected):
     reverse = logits_of(BATCH[::-1])
 
     async def run(batch: list | None) -> list[Tensor]:
-        found = []
+        outputs = []
         with handle.use(batch) if batch else contextlib.nullcontext():
             for _ in range(3):
                 await asyncio.sleep(0)
-                found.append(logits(model))
-                found.append(await asyncio.to_thread(logits, model))
-        return found
+                outputs.append(logits(model))
+                outputs.append(await asyncio.to_thread(logits, model))
+        return outputs
 
     async def main() -> list[list[Tensor]]:
         return await asyncio.gather(run(BATCH), run(None), run(BATCH[::-1]))
 
-    for found, wanted in zip(asyncio.run(main()), (expected[1], expected[0], reverse), strict=True):
-        assert all(torch.equal(f, wanted) for f in found)
+    for outputs, target in zip(
+        asyncio.run(main()), (expected[1], expected[0], reverse), strict=True
+    ):
+        assert all(torch.equal(f, target) for f in outputs)
 
 
 def test_generators(expected):
@@ -149,13 +151,13 @@ def test_streaming_from_a_generator(expected):
     model, handle = adapted()
 
     def stream():
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
         with handle.use(BATCH):
-            thread = threading.Thread(target=lambda: found.append(logits(model)))
+            thread = threading.Thread(target=lambda: outputs.append(logits(model)))
             thread.start()
             yield "started"
             thread.join()
-            yield found[0]
+            yield outputs[0]
 
     assert torch.equal(list(stream())[1], expected[1])
 
@@ -210,9 +212,9 @@ def training(reentrant: bool | None) -> tuple[nn.Module, AdaptedModel]:
 
 
 def grads_of(model: nn.Module) -> list[Tensor]:
-    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    outputs = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    return found
+    return outputs
 
 
 def loss_of(model: nn.Module) -> Tensor:
@@ -226,18 +228,18 @@ def run_in_thread(function) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_run_again_as_they_ran(reentrant):
-    wanted = {}
+    target = {}
     model, handle = training(None)
     for name, batch in (("first", BATCH), ("second", BATCH[::-1]), ("plain", None)):
         with handle.use(batch) if batch else contextlib.nullcontext():
             loss_of(model).backward()
-        wanted[name] = grads_of(model)
+        target[name] = grads_of(model)
     model, handle = training(reentrant)
 
     def check(*names: str) -> None:
-        found = grads_of(model)
-        total = [sum(parts) for parts in zip(*(wanted[name] for name in names), strict=True)]
-        assert all(relative(f, t) <= 1e-5 for f, t in zip(found, total, strict=True))
+        outputs = grads_of(model)
+        total = [sum(parts) for parts in zip(*(target[name] for name in names), strict=True)]
+        assert all(relative(f, t) <= 1e-5 for f, t in zip(outputs, total, strict=True))
 
     with handle.use(BATCH):
         first = loss_of(model)
@@ -271,8 +273,8 @@ def test_checkpoints_inside_of_checkpoints(reentrant):
         with handle.use(BATCH):
             loss = function(x).square().sum()
         loss.backward()
-        found, x.grad = x.grad, None
-        return found
+        outputs, x.grad = x.grad, None
+        return outputs
 
     assert relative(run(2), run(0)) <= 1e-6
 

@@ -65,11 +65,11 @@ def test_composition_without_bias():
     golden, features, mask = case("nano_sa", "right")
     batch = network("nano_sa")(features, mask)
     composed = type(batch)(batch.A, batch.B, batch.scale).composed([2, 1])
-    for found, side in ((composed.A[M], "A"), (composed.B[M], "B")):
+    for actual, side in ((composed.A[M], "A"), (composed.B[M], "B")):
         expected = golden[f"comb.n21_nobias.{side}.{M}"]
-        width = found.shape[2]
+        width = actual.shape[2]
         assert width == 2 * CONFIGS["nano_sa"].rank and not expected[:, :, width:].any()
-        assert relative(found, expected[:, :, :width]) <= 3e-6
+        assert relative(actual, expected[:, :, :width]) <= 3e-6
 
 
 def gradients(name: str, padding: str, dtype: torch.dtype, garbage: float | None = None) -> dict:
@@ -92,25 +92,25 @@ def gradients(name: str, padding: str, dtype: torch.dtype, garbage: float | None
 
 @pytest.mark.parametrize(("name", "padding"), GRADIENTS)
 def test_gradients(name, padding):
-    found = gradients(name, padding, torch.float32)
+    actual = gradients(name, padding, torch.float32)
     expected = load(f"{name}/{padding}_grads")
     names = [key.removeprefix("grad.") for key in expected if key.startswith("grad.")]
     assert len(names) > 20
     for key in names:
-        assert relative(found[key], expected[f"grad.{key}"]) <= 1e-5, key
+        assert relative(actual[key], expected[f"grad.{key}"]) <= 1e-5, key
     mask = load(f"{name}/{padding}")["in.ctx_attn_mask"]
-    assert not found["in.ctx_features"].transpose(1, 2)[mask == 0].any()
+    assert not actual["in.ctx_features"].transpose(1, 2)[mask == 0].any()
 
 
 @pytest.mark.parametrize(("name", "padding"), GRADIENTS)
 def test_gradients_in_float64(name, padding):
-    found = gradients(name, padding, torch.float64)
+    actual = gradients(name, padding, torch.float64)
     expected = load(f"{name}/{padding}_grads")
     names = [key for key in expected if key.startswith(("grad64.", "gproj_"))]
     assert names
     for key in names:
         kind, parameter = key.split(".", 1)
-        grad = found[parameter]
+        grad = actual[parameter]
         # Projections of large gradients along rows and columns were stored in float32.
         if kind == "gproj_row64":
             grad = grad @ torch.cos(0.37 * torch.arange(grad.shape[-1]).double() + 0.1)
@@ -127,11 +127,11 @@ def test_masked_positions_reach_nothing(garbage):
     net = network("a")
     dirty = features.masked_fill((mask == 0)[:, None, :, None], garbage)
     with torch.no_grad():
-        expected, found = net(features, mask), net(dirty, mask)
-    assert torch.equal(found.A[M], expected.A[M]) and torch.equal(found.B[M], expected.B[M])
-    found, expected = (gradients("a", "mixed", torch.float32, g) for g in (garbage, None))
+        expected, actual = net(features, mask), net(dirty, mask)
+    assert torch.equal(actual.A[M], expected.A[M]) and torch.equal(actual.B[M], expected.B[M])
+    actual, expected = (gradients("a", "mixed", torch.float32, g) for g in (garbage, None))
     for name, grad in expected.items():
-        assert torch.equal(found[name], grad), name
+        assert torch.equal(actual[name], grad), name
 
 
 @pytest.mark.parametrize(("name", "padding"), CASES)

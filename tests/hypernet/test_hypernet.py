@@ -66,10 +66,10 @@ def test_equals_released_op_order(variant, padding):
         expected = released.hypernetwork(network, features(), mask)
         batch = network(features(), mask)
     assert list(batch.A) == sorted(network.config.target_modules)
-    for found, wanted in zip((batch.A, batch.B), expected, strict=True):
-        for module, factor in found.items():
-            assert factor.shape == wanted[module].shape
-            assert relative(factor, wanted[module]) <= 1e-12
+    for actual, target in zip((batch.A, batch.B), expected, strict=True):
+        for module, factor in actual.items():
+            assert factor.shape == target[module].shape
+            assert relative(factor, target[module]) <= 1e-12
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -86,18 +86,18 @@ def test_gradients_equal_released_op_order_and_reach_every_parameter(variant):
             for side in (composed.A, composed.B)
             for i, factor in enumerate(side.values())
         )
-        wanted = {"features": inputs, **dict(network.named_parameters())}
-        return dict(zip(wanted, torch.autograd.grad(loss, wanted.values()), strict=True))
+        target = {"features": inputs, **dict(network.named_parameters())}
+        return dict(zip(target, torch.autograd.grad(loss, target.values()), strict=True))
 
     def ours(inputs):
         batch = network(inputs, mask)
         return batch.A, batch.B
 
-    found = gradients(ours)
+    actual = gradients(ours)
     expected = gradients(lambda inputs: released.hypernetwork(network, inputs, mask))
     for name, grad in expected.items():
         assert grad.any(), name
-        assert relative(found[name], grad) <= 1e-10, name
+        assert relative(actual[name], grad) <= 1e-10, name
 
 
 @hypothesis_settings(max_examples=60)
@@ -153,9 +153,9 @@ def test_random_variants_equal_released_op_order(
     with torch.no_grad():
         batch = network(inputs, mask)
         expected = released.hypernetwork(network, inputs, mask)
-    for found, wanted in zip((batch.A, batch.B), expected, strict=True):
-        for module, factor in found.items():
-            assert relative(factor, wanted[module]) <= 1e-9
+    for actual, target in zip((batch.A, batch.B), expected, strict=True):
+        for module, factor in actual.items():
+            assert relative(factor, target[module]) <= 1e-9
 
 
 def test_shared_weights_are_one_parameter_under_every_index():
@@ -191,9 +191,9 @@ def test_the_heads_gradient_is_filled_once():
     network = tiny.hypernetwork(replace(BASE, num_blocks=1))
     batch = network(features().float())
     loss = sum(t.sin().sum() for side in (batch.A, batch.B) for t in side.values())
-    with ResultsOf(network.head.weight.shape) as found:
+    with ResultsOf(network.head.weight.shape) as actual:
         loss.backward()
-    assert found.count == 1
+    assert actual.count == 1
 
 
 class ResultsOf(TorchDispatchMode):
@@ -204,10 +204,10 @@ class ResultsOf(TorchDispatchMode):
         self.shape, self.count = shape, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, torch.Tensor) and found.shape == self.shape:
+        actual = func(*args, **(kwargs or {}))
+        if isinstance(actual, torch.Tensor) and actual.shape == self.shape:
             self.count += not func.is_view
-        return found
+        return actual
 
 
 def test_initialization_changes_nothing():
@@ -276,10 +276,10 @@ def test_save_and_load(variant, tmp_path):
     back = HyperNetwork.from_pretrained(tmp_path / "net")
     assert back.config == network.config and back.fingerprint == network.fingerprint
     assert not back.training
-    for (name, found), expected in zip(
+    for (name, actual), expected in zip(
         back.state_dict().items(), network.state_dict().values(), strict=True
     ):
-        assert torch.equal(found, expected), name
+        assert torch.equal(actual, expected), name
     with torch.no_grad():
         inputs = features().float()
         for module, factor in network(inputs).A.items():
@@ -333,10 +333,10 @@ def test_autocast_changes_nothing():
     network, inputs = tiny.hypernetwork(BASE), features().float()
     expected = network(inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = network(inputs)
+        actual = network(inputs)
     for module, factor in expected.A.items():
-        assert torch.equal(found.A[module], factor)
-        assert torch.equal(found.B[module], expected.B[module])
+        assert torch.equal(actual.A[module], factor)
+        assert torch.equal(actual.B[module], expected.B[module])
 
 
 @pytest.mark.parametrize("wrong", ["int8", "float9", "no dtype", torch.int32, 3, "float8_e4m3fn"])

@@ -39,9 +39,9 @@ def released(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             name = ".".join(parts[:depth])
             if name not in sys.modules:
                 monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        made = type(class_name, (), {"__module__": module_name})
-        monkeypatch.setattr(sys.modules[module_name], class_name, made, raising=False)
-        classes[class_name] = made
+        stand_in = type(class_name, (), {"__module__": module_name})
+        monkeypatch.setattr(sys.modules[module_name], class_name, stand_in, raising=False)
+        classes[class_name] = stand_in
     return types.SimpleNamespace(**classes)
 
 

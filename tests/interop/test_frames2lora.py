@@ -28,10 +28,10 @@ def refused(path: Path) -> str:
 
 
 def assert_same(network: HyperNetwork, state: dict[str, torch.Tensor]) -> None:
-    found = network.state_dict()
-    assert found.keys() == state.keys()
+    actual = network.state_dict()
+    assert actual.keys() == state.keys()
     for key, value in state.items():
-        assert torch.equal(found[key], value) and found[key].dtype == torch.float32, key
+        assert torch.equal(actual[key], value) and actual[key].dtype == torch.float32, key
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_damaged_files_are_read_or_refused(
 ) -> None:
     """Damage to the pickle, the headers and the directory at the end."""
     content = bytearray((data / "nano.pt").read_bytes())
-    for place, value in edits:
-        content[place] = value
+    for position, value in edits:
+        content[position] = value
     path = tmp_path / "x.pt"
     path.write_bytes(content[: len(content) - max(0, cut - 200)])
     try:

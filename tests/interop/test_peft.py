@@ -137,22 +137,22 @@ def test_save_refuses(adapter: Adapter, tmp_path: Path) -> None:
 def test_validate_refuses(
     base_model: SmolVLMForConditionalGeneration, adapter: Adapter, tmp_path: Path
 ) -> None:
-    place = tmp_path / "video"
+    directory = tmp_path / "video"
 
     def check(says: str, model: nn.Module = base_model, **kwargs: Any) -> None:
         with pytest.raises(AdapterError, match=says) as error:
-            validate_peft(place, model, **kwargs)
+            validate_peft(directory, model, **kwargs)
         assert "\n" not in str(error.value)
 
     def edit_config(**values: Any) -> None:
-        path = place / "adapter_config.json"
+        path = directory / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
     check("no such file")
-    save_peft(adapter, place, "tiny/base", layers=TEXT_LAYERS)
+    save_peft(adapter, directory, "tiny/base", layers=TEXT_LAYERS)
     check("no linear module model.layers.0.*layers prefix")
-    save_peft(adapter, place, "tiny/base")
-    validate_peft(place, base_model, base="tiny/base")
+    save_peft(adapter, directory, "tiny/base")
+    validate_peft(directory, base_model, base="tiny/base")
     check("written for the base model 'tiny/base', this one is 'other'", base="other")
     edit_config(r=6)
     check("lora_A")
@@ -163,13 +163,13 @@ def test_validate_refuses(
 
     save_peft(
         Adapter(*({m: t[:2] for m, t in f.items()} for f in (adapter.A, adapter.B)), 1.0),
-        place,
+        directory,
         "b",
     )
     check("lacks model.text_model.layers.2.mlp.down_proj, in all 2 modules")
 
-    save_peft(adapter, place, "tiny/base")
-    path = place / "adapter_model.safetensors"
+    save_peft(adapter, directory, "tiny/base")
+    path = directory / "adapter_model.safetensors"
     tensors = load_file(path)
     key = next(iter(tensors))
     for change, says in (

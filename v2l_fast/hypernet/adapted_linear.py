@@ -2,7 +2,7 @@
 
 :func:`adapted_linear` finds the decoder's linear layers and hooks them; the handle it returns
 chooses the adapters. Which adapters are in force where a layer runs is
-:mod:`v2l_fast.hypernet.adapter_scope`'s knowledge.
+decided by :mod:`v2l_fast.hypernet.adapter_scope`.
 """
 
 from __future__ import annotations
@@ -260,6 +260,6 @@ def _ranges(stack: Mapping[int, nn.Module]) -> str:
 
 
 def _forget_compiled() -> None:
-    """Graphs that torch.compile made before do not look at a module's hooks again."""
+    """Drop compiled graphs: those compiled earlier do not check a module's hooks again."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

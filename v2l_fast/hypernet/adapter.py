@@ -1,4 +1,4 @@
-"""Adapters as immutable data: what a video became, and what can be done with it.
+"""Adapters as immutable data: composition, pruning, norms and files.
 
 An :class:`Adapter` holds the generated LoRA factors of one video (or of several chunks composed in
 rank); the learned bias adapter is shared by all videos of a hypernetwork and kept by reference.
@@ -94,15 +94,17 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if not self.A or set(self.A) != set(self.B):
-            raise AdapterError(f"A is of modules {sorted(self.A)}, B of {sorted(self.B)}")
+            raise AdapterError(
+                f"A and B must have the same modules, got {sorted(self.A)} and {sorted(self.B)}"
+            )
         if not math.isfinite(self.scale):
-            raise AdapterError(f"the scale is {self.scale}, which is not a finite number")
+            raise AdapterError(f"scale must be a finite number, got {self.scale}")
         for module, a in self.A.items():
             b = self.B[module]
             if a.dim() != 3 or b.dim() != 3 or a.shape[:2] != b.shape[:2]:
                 raise AdapterError(
                     f"{module}: A must be [L, r, d_in] and B [L, r, d_out], "
-                    f"not {list(a.shape)} and {list(b.shape)}"
+                    f"got {list(a.shape)} and {list(b.shape)}"
                 )
             if a.shape[0] != self.num_layers:
                 raise AdapterError(
@@ -181,11 +183,11 @@ class Adapter:
         Raises:
             AdapterError: ``bias`` is not the one this adapter was generated with.
         """
-        found = None if bias is None else bias.id
-        if self.bias_id != found:
+        model_bias = None if bias is None else bias.id
+        if self.bias_id != model_bias:
             raise AdapterError(
                 f"this adapter was generated with bias adapter {self.bias_id}, the model has "
-                f"{found}: it comes from another hypernetwork; internalize the video again"
+                f"{model_bias}: it comes from another hypernetwork; internalize the video again"
             )
         return replace(self, bias=bias)
 
@@ -254,9 +256,9 @@ class Adapter:
             AdapterError: ``keep`` or ``by`` is out of range.
         """
         if not 0 <= keep <= self.rank:
-            raise AdapterError(f"keep must be 0 to {self.rank} ranks, not {keep}")
+            raise AdapterError(f"keep must be from 0 to {self.rank} ranks, got {keep}")
         if by not in ("norm", "bottom", "random"):
-            raise AdapterError(f"by must be norm, bottom or random, not {by!r}")
+            raise AdapterError(f"by must be norm, bottom or random, got {by!r}")
         generator = torch.Generator().manual_seed(seed)
         a, b = {}, {}
         for module, norms in self.norms()["rank"].items():
@@ -282,7 +284,7 @@ class Adapter:
         """
         for layer in layers:
             if not 0 <= layer < self.num_layers:
-                raise AdapterError(f"layer {layer} is not one of 0 to {self.num_layers - 1}")
+                raise AdapterError(f"layers must be from 0 to {self.num_layers - 1}, got {layer}")
         index = torch.tensor(list(layers), dtype=torch.long)
 
         def cleared(factors: Factors) -> dict[str, Tensor]:
@@ -322,7 +324,7 @@ class Adapter:
             overwrite: replace a file that is no adapter, such as a video, too.
 
         Raises:
-            AdapterError: a factor is not finite, or the provenance is none that can be read again.
+            AdapterError: a factor is not finite, or the provenance could not be read again.
             WriteError: the path is a folder or holds another kind of file, or cannot be written.
         """
         path = Path(path)
@@ -335,7 +337,7 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | os.PathLike, bias: BiasAdapter | None = None) -> Adapter:
-        """Read what :meth:`save` wrote; attach ``bias`` when given.
+        """Read what :meth:`save` wrote; attach ``bias`` unless it is None.
 
         Raises:
             AdapterError: the file is missing, corrupt, not an adapter, not finite, or belongs with
@@ -348,7 +350,7 @@ class Adapter:
     def read(
         cls, handle: BinaryIO, path: str | os.PathLike, bias: BiasAdapter | None = None
     ) -> Adapter:
-        """As :meth:`load`, of a file that is open for reading; ``path`` names it in errors."""
+        """As :meth:`load`, from a file open for reading; errors name it by ``path``."""
         a, b, record = read_adapter(handle, path)
         try:
             adapter = cls(a, b, record.scale, None, record.bias_id, record.provenance)
@@ -378,10 +380,10 @@ def _signature(adapter: Adapter) -> dict[str, tuple[int, int, int]]:
 def _contents(a: Factors, b: Factors) -> str:
     """Shapes, dtype and device of factors, in one line."""
     first = next(iter(a.values()))
-    shown = [f"{m}: A {list(a[m].shape)}, B {list(b[m].shape)}" for m in list(a)[:4]]
-    shown += [f"{len(a) - 4} more modules"] if len(a) > 4 else []
+    modules = [f"{m}: A {list(a[m].shape)}, B {list(b[m].shape)}" for m in list(a)[:4]]
+    modules += [f"{len(a) - 4} more modules"] if len(a) > 4 else []
     dtype = str(first.dtype).removeprefix("torch.")
-    return f"{'; '.join(shown)}, {dtype} on {first.device}"
+    return f"{'; '.join(modules)}, {dtype} on {first.device}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """Adapters of a batch, packed for the linear layers that apply them.
 
 :class:`AdapterBank` holds the distinct adapters of a batch and which example uses which; a decoder
-passes it along and every adapted layer asks it. :class:`LayerAdapters` is one layer's, to train
-with.
+passes it along and every adapted layer reads its factors. :class:`LayerAdapters` holds one layer's
+factors, for training.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def common_rank(factors: Mapping[str, Tensor]) -> int:
     """Rank of an adapter's A or B {module: [L, r, d]}.
 
     Raises:
-        AdapterError: its modules have different ones, which slots cannot hold.
+        AdapterError: the modules differ in rank, which a bank cannot hold.
     """
     ranks = {factor.shape[1] for factor in factors.values()}
     if len(ranks) > 1:
         sizes = ", ".join(f"{m} {factor.shape[1]}" for m, factor in factors.items())
-        raise AdapterError(f"an adapter needs one rank for all modules, not {sizes}")
+        raise AdapterError(f"an adapter must have one rank for all modules, got {sizes}")
     return ranks.pop()
 
 
@@ -56,7 +56,7 @@ class AdapterBank:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> AdapterBank | None:
-        """One adapter (or None) an example; the same object given twice takes one slot.
+        """Pack one adapter (or None) per example; an object that repeats takes one slot.
 
         Raises:
             AdapterError: adapters of different models or scales, or one without its bias.
@@ -93,7 +93,7 @@ class AdapterBank:
         """``linear`` with each example's adapter: [E, T, d_in] -> [E, T, d_out].
 
         Raises:
-            AdapterError: the batch is not of E examples.
+            AdapterError: the batch does not have E examples.
         """
         self._check_batch(x)
         a, b = self.factors(module, layer)
@@ -102,7 +102,7 @@ class AdapterBank:
         )
 
     def update(self, module: str, layer: int, x: Tensor, y: Tensor) -> Tensor:
-        """What to add to a layer's output for its input [E, ..., d_in]: scale · (x A_iᵀ) B_i.
+        """The update of a layer's output for its input [E, ..., d_in]: scale · (x A_iᵀ) B_i.
 
         Plain torch operations, because this runs inside of models that are not ours: compiled,
         under autocast, and on several devices.
@@ -111,13 +111,13 @@ class AdapterBank:
             y: the output [E, ..., d_out]; the update is of its dtype and device.
 
         Raises:
-            AdapterError: the batch is not of E examples.
+            AdapterError: the batch does not have E examples.
         """
         self._check_batch(x)
         a, b = (t.to(y.device, y.dtype) for t in self.factors(module, layer))
         index = self.index.to(y.device)
         if a.shape[0] > 1:
-            # An example without one gets any, whose update is then not chosen.
+            # Examples without an adapter compute with slot 0; their update is dropped below.
             a, b = a[index.clamp_min(0)], b[index.clamp_min(0)]
         wide = torch.promote_types(y.dtype, torch.float32)
         u = ((x.to(y.device, y.dtype).flatten(1, -2) @ a.mT).to(wide) * self.scale).to(y.dtype)
@@ -144,14 +144,14 @@ class AdapterBank:
 
 
 class LayerAdapters(AdapterBank):
-    """One layer's adapters, A and B [n, r, d]: the slots to train with, one for each layer.
+    """One layer's adapters, A and B [n, r, d], for training.
 
-    The gradient of a selection from all layers' factors is of the size of all of them.
+    Selecting a layer from the factors of all layers would give a gradient as large as all of them.
     """
 
     @classmethod
     def of_batch(cls, batch: AdapterBatch) -> list[LayerAdapters]:
-        """Generated and composed adapters, differentiable, layer by layer; example i has the i-th.
+        """Layers of generated and composed adapters, differentiable; example i uses adapter i.
 
         Other examples: ``dataclasses.replace(slots, index=...)``.
         """

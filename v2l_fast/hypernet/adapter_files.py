@@ -1,8 +1,8 @@
-"""The file of one adapter: its header is judged before its factors are loaded.
+"""Adapter files: the header is checked before any factor is read.
 
 One safetensors file: ``<module>.lora_A`` [L, r, d_in], ``<module>.lora_B`` [L, r, d_out], and a
-JSON record of scale, bias and provenance in the header. Responsible for which files are adapters;
-whether an adapter fits a model is the model's check.
+JSON record of scale, bias and provenance in the header. This module decides which files
+are adapters; whether an adapter fits a model is checked by the model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Factors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What an adapter file says besides its factors; ``rank`` is the generated rank."""
+    """Everything in an adapter file but its factors; ``rank`` is the generated rank."""
 
     scale: float
     bias_id: str | None
@@ -57,7 +57,7 @@ def write_adapter(
     """Write an adapter file, atomically.
 
     Raises:
-        AdapterError: a factor is not finite, or the provenance is none that can be read again.
+        AdapterError: a factor is not finite, or the provenance could not be read again.
         V2LError: the folder does not exist.
     """
     tensors = {f"{module}.lora_A": factor for module, factor in A.items()}
@@ -135,7 +135,7 @@ def is_adapter_file(path: str | os.PathLike) -> bool:
 
 
 def check_provenance(provenance: Any) -> str:
-    """What is wrong with the fields of a provenance that the package reads, "" if nothing is."""
+    """The first problem in the provenance fields that the package reads; "" if there is none."""
     waiting = [provenance]
     for record in waiting:
         if not isinstance(record, dict):
@@ -233,7 +233,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_hash(value: Any) -> bool:
-    # Videos that are no file are named by a word, such as the blank one of the controls.
+    # Videos without a file have a word for a hash, such as the blank video of the controls.
     return isinstance(value, str) and re.fullmatch("[0-9A-Za-z]{1,128}", value) is not None
 
 
@@ -247,7 +247,7 @@ def _are_frames(value: Any) -> bool:
 
 _TEXT = (_is_text, "text of at most 4,096 characters")
 _SECONDS = (lambda value: _is_number(value) and value >= 0, "a number of at least 0")
-# Section ("" is the record itself) -> field -> (test, what it must be). Others are anyone's.
+# Section ("" is the record itself) -> field -> (test, expected value). Other fields are free.
 _FIELDS: dict[str, dict[str, tuple[Any, str]]] = {
     "": {"hypernetwork": _TEXT, "base_model": _TEXT},
     "source": {

@@ -1,4 +1,4 @@
-"""What is in force where a model runs: in which block, thread, task, generator or recomputation.
+"""Which value is in force where a model runs: block, thread, task, generator or recomputation.
 
 A :class:`Scope` holds a value from the start to the end of a ``with`` block. It is in force:
 
@@ -50,13 +50,13 @@ class _Block:
     """An open block.
 
     Attributes:
-        value: what is in force.
+        value: the value in force.
         owner: frame that opened it, when it is a generator's; the block then ends with the frame's
             turn, unless ``lent``.
         lent: a context manager or fixture opened the block for its caller.
         outer: the block in force where this one was opened, of a caller of its own.
         thread: the thread that opened it.
-        opener: what ends it.
+        opener: the object whose :meth:`Scope.leave` ends the block.
     """
 
     value: Any
@@ -98,7 +98,7 @@ class Scope:
         """``value`` is in force from here on.
 
         Args:
-            opener: what is to be passed to :meth:`leave`.
+            opener: pass the same object to :meth:`leave`.
             frame: of the ``with`` statement.
         """
         block = self._block(value, frame, opener)
@@ -256,8 +256,8 @@ def _is_lent(frame: FrameType) -> bool:
 
 def _snapshot() -> dict[Scope, _Block]:
     """What is in force here, as blocks for another thread."""
-    found = {s: _in_force(b, sys._getframe(1)) for s, b in _BLOCKS.get().items()}
-    return {s: _Block(b.value) for s, b in found.items() if b is not None}
+    blocks = {s: _in_force(b, sys._getframe(1)) for s, b in _BLOCKS.get().items()}
+    return {s: _Block(b.value) for s, b in blocks.items() if b is not None}
 
 
 def _run_within(inherited: dict[Scope, _Block], function: Callable, *args, **kwargs) -> Any:

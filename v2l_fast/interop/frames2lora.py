@@ -113,7 +113,7 @@ class _Fields:
         if value is None:
             raise self.error(field, "is missing")
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(field, f"is {excerpt(value)}, which makes no sense")
+            raise self.error(field, f"is {excerpt(value)}, which has the wrong type")
         return value
 
     def size(self, field: str, default: int | None = None) -> int:
@@ -124,9 +124,9 @@ class _Fields:
 
     def same(self, field: str, value: Any, other: str) -> None:
         """Require a redundant field to agree with where its value was read."""
-        found = self.values.get(field, value)
-        if type(found) is not type(value) or found != value:
-            raise self.error(field, f"is {excerpt(found)}, but {other} says {excerpt(value)}")
+        actual = self.values.get(field, value)
+        if type(actual) is not type(value) or actual != value:
+            raise self.error(field, f"is {excerpt(actual)}, but {other} says {excerpt(value)}")
 
     def only(self, field: str, supported: Any, default: Any) -> None:
         """Refuse a variant of the architecture by its field."""
@@ -240,7 +240,7 @@ def _empty_network(
     with torch.device("meta"):
         network = HyperNetwork(config)
     for key, expected in network.state_dict().items():
-        # The rest is for load_checked; a wrong shape is told before gigabytes are read.
+        # Keys and values are left to load_checked.
         if key in state and state[key].shape != tuple(expected.shape):
             raise CheckpointError(
                 f"{path}: {key} is {list(state[key].shape)}, the configuration says "

@@ -33,7 +33,7 @@ def export_text_decoder(
 
     Args:
         model: a VLM of transformers with a Llama text decoder.
-        directory: made anew; an earlier export there is replaced.
+        directory: created; an earlier export there is replaced.
         tokenizer: written beside it, with its chat template.
 
     Raises:

@@ -51,7 +51,7 @@ def save_peft(
 
     Args:
         adapter: rank r and bias rank R give a PEFT adapter of rank r + R.
-        directory: made anew; an earlier export there is replaced.
+        directory: created; an earlier export there is replaced.
         base_model_name_or_path: exactly the name or path the base model is served under: vLLM's
             resolver compares the strings.
         dtype: of the stored factors. s·B is computed in float32 first.
