@@ -168,9 +168,8 @@ def test_killed_at_any_moment(shapes, videos, tmp_path, lives):
         check(http, folder, finished, expected)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_server_finishes_its_jobs(videos, tmp_path, number):
     folder = tmp_path / "store"
     with served(folder) as (process, http):
@@ -183,9 +182,8 @@ def test_a_stopped_server_finishes_its_jobs(videos, tmp_path, number):
         assert video["status"] == "completed"
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_endless_video_keeps_no_process_alive(videos, tmp_path, number):
     """A stopped server waits for its drain time; a killed one cannot clean up."""
     with served(tmp_path / "store", drain_seconds=0.5, endless=True) as (process, http):

@@ -194,7 +194,7 @@ def test_the_fork_server_is_restarted(reader, videos):
     assert reader.probe(videos[0]) == expected
 
 
-@pytest.mark.parametrize("how", ["kill", "end"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("end", marks=pytest.mark.slow)])
 def test_no_process_is_left(tmp_path, how):
     """After kill -9, and after an exit that closes nothing, while files are being read."""
     context = multiprocessing.get_context("forkserver")

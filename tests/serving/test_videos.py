@@ -48,7 +48,7 @@ def test_an_upload_becomes_an_adapter(serve, shapes, videos):
 
 
 def test_the_same_video_is_internalized_once(serve, videos, tmp_path):
-    live = serve()
+    live = serve(stand_in={})
     first = live.internalize(videos[0])
     copy = tmp_path / "another name.mp4"
     copy.write_bytes(videos[0].read_bytes())
@@ -62,7 +62,7 @@ def test_the_same_video_is_internalized_once(serve, videos, tmp_path):
 
 
 def test_other_options_give_another_adapter(serve, videos):
-    live = serve()
+    live = serve(stand_in={})
     whole = live.internalize(videos[0])
     fewer = live.internalize(videos[0], max_frames=3)
     small = live.internalize(videos[0], longest_edge=32)
@@ -74,7 +74,7 @@ def test_other_options_give_another_adapter(serve, videos):
 
 
 def test_a_path_on_the_server(serve, videos):
-    live = serve(root=videos[0].parent)
+    live = serve(stand_in={}, root=videos[0].parent)
     for path in (videos[1].name, str(videos[1]), f"../{videos[1].parent.name}/{videos[1].name}"):
         answer = live.http.post("/v1/videos", json={"path": path})
         assert answer.status_code in (200, 202), answer.text
@@ -122,7 +122,7 @@ def test_a_file_with_other_content_is_not_sent(serve, videos, way):
 
 
 def test_deleting(serve, videos):
-    live = serve()
+    live = serve(stand_in={})
     whole, fewer = live.internalize(videos[0]), live.internalize(videos[0], max_frames=3)
     other = live.internalize(videos[1])["adapter_id"]
     kept = live.server.store.folder / "videos"
@@ -144,7 +144,7 @@ def test_deleting(serve, videos):
 
 
 def test_listing_in_pages(serve, videos):
-    live = serve()
+    live = serve(stand_in={})
     for path in videos:
         live.internalize(path)
     whole = [v["id"] for v in live.http.get("/v1/videos").json()["data"]]
@@ -158,7 +158,7 @@ def test_listing_in_pages(serve, videos):
 def test_uploaded_videos_take_bounded_space(serve, videos):
     """The least recently used are removed; a question with one of them in context is refused."""
     size = videos[0].stat().st_size
-    live = serve(limits=ServerLimits(kept_video_bytes=size))
+    live = serve(stand_in={}, limits=ServerLimits(kept_video_bytes=size))
     first = live.internalize(videos[0])["adapter_id"]
     for path in videos[1:]:
         # A video in use is not removed.
@@ -175,7 +175,7 @@ def test_a_linked_video_that_changed(serve, videos, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (root / "clip.mp4").write_bytes(videos[0].read_bytes())
-    live = serve(root=root)
+    live = serve(stand_in={}, root=root)
     job = live.completed(live.http.post("/v1/videos", json={"path": "clip.mp4"}).json())
     (root / "clip.mp4").write_bytes(videos[1].read_bytes())
     direct = {"model": job["id"], "video_mode": "context", **QUESTION}
@@ -195,7 +195,7 @@ def test_a_restart_changes_nothing(serve, shapes, videos):
 
 
 def test_adapters_of_another_model_are_not_offered(serve, shapes, videos):
-    live = serve()
+    live = serve(stand_in={})
     mine = live.internalize(videos[0])["adapter_id"]
     adapter = live.server.store.get(mine)
     foreign = Adapter(
@@ -225,15 +225,15 @@ def test_a_merged_adapter_is_the_only_one(serve, videos):
         assert error["param"] == "model" and f"adapter {one} only" in error["message"]
 
 
-@pytest.mark.parametrize("mode", ["adapter", "context"])
-def test_usage_counts_visual_tokens(serve, videos, mode):
+def test_usage_counts_visual_tokens(serve, videos):
     live = serve()
     video = live.internalize(videos[0])["adapter_id"]
-    body = {"model": video, "video_mode": mode, **QUESTION}
-    usage = live.http.post("/v1/chat/completions", json=body).json()["usage"]
-    visual = usage["prompt_tokens_details"]["visual_tokens"]
-    assert (visual == 0) == (mode == "adapter")
-    assert usage["prompt_tokens"] > visual and usage["time_to_first_token"] > 0
+    for mode in ("adapter", "context"):
+        body = {"model": video, "video_mode": mode, **QUESTION}
+        usage = live.http.post("/v1/chat/completions", json=body).json()["usage"]
+        visual = usage["prompt_tokens_details"]["visual_tokens"]
+        assert (visual == 0) == (mode == "adapter")
+        assert usage["prompt_tokens"] > visual and usage["time_to_first_token"] > 0
 
 
 def ask(live, model: str) -> str:
