@@ -216,7 +216,7 @@ def _gpu(record: Record) -> str:
     if record["failed"]:
         parts.append("Failed: " + ", ".join(f"`{name}`" for name in record["failed"]) + ".")
     if record["left_out"]:
-        parts.append("Not run for lack of time: " + ", ".join(record["left_out"]) + ".")
+        parts.append("Left out: " + ", ".join(record["left_out"]) + ".")
     parts.append("### Ops\n\nMedians in microseconds with a cold L2 cache; ratios to ours.")
     names = list(dict.fromkeys(name for row in record["ops"] for name in row.get("seconds", ())))
     others = [name for name in names if name != "ours"]

@@ -108,6 +108,9 @@ class Report:
         except subprocess.TimeoutExpired:
             self.leave_out(name)
             return
+        except ModuleNotFoundError as error:
+            self.leave_out(f"{name} (needs {error.name})")
+            return
         except Exception as error:
             # What does not compile, launch or fit costs its own row.
             row = {"passed": False, "reason": first_line(error)}
@@ -143,13 +146,16 @@ def main() -> int:
     for section, run in SECTIONS.items():
         if section in options.only:
             began = time.monotonic()
-            run(report, start + ENDS[section] * total, start + total)
+            try:
+                run(report, start + ENDS[section] * total, start + total)
+            except ModuleNotFoundError as error:
+                report.leave_out(f"{section} (needs {error.name})")
             report.record["section_seconds"][section] = time.monotonic() - began
             report.write()
     failed, left_out = report.record["failed"], report.record["left_out"]
     print(f"{time.monotonic() - start:.0f} s; failed: {', '.join(failed) or 'nothing'}")
     if left_out:
-        print(f"no time for: {', '.join(left_out)}; run again to continue")
+        print(f"left out: {', '.join(left_out)}; run again to continue")
     return 1 if failed else 0
 
 

@@ -1,17 +1,14 @@
-"""Times candidate tiles of every kernel on the GPU at hand and writes them as data.
+"""Times candidate tiles of every kernel on this GPU and writes the best ones as data.
 
-For each entry of ``csrc_triton/<op>/configs.json`` (a shape under ``where``) the candidates around
-its tile are timed on that shape. A candidate replaces the entry when its result is right and it is
-at least MARGIN faster. Then
-``faster.json`` gets, for this architecture, the shapes at which the fused path beats the reference.
-Half precision only; nothing is tuned while a model runs.
-
-    python -m bench.runs.tune [--op lora_linear] [--dry-run]
+For each entry of ``csrc_triton/<op>/configs.json`` (a shape under ``where``), the candidates around
+its tile are timed at that shape. A candidate replaces the entry if its result is right and it is at
+least MARGIN faster. Then ``faster.json`` gets, for this architecture, the shapes at which the fused
+path beats the reference. Files are written after each change, so a run that is cut short keeps what
+it measured. Half precision only; nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -22,24 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import backend, captured, error_limit, median_seconds, relative_error
-from csrc_triton import (
-    device as gpu,
+from bench.harness import (
+    argument_parser,
+    backend,
+    captured,
+    error_limit,
+    first_line,
+    median_seconds,
+    relative_error,
 )
-from csrc_triton import (
-    gated_projection,
-    lora_linear,
-    perceiver_attention,
-    rank_projection,
-)
+from csrc_triton import device as gpu
+from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
 from csrc_triton.perceiver_attention import reference
 from v2l_fast.files import write_text
 
+EXAMPLES = """
+  python -m bench.runs.tune
+  python -m bench.runs.tune --op lora_linear --dry-run"""
 TUNED = ("perceiver_attention", "rank_projection", "lora_linear")
 OPS = (*TUNED, "gated_projection")
-# A replacement must be this much faster than what it replaces, more than times vary.
+# By how much a replacement must be faster, more than times vary.
 MARGIN = 0.03
-# Keys of a tile and the values tried for them; each kernel has some of them.
+# Keys of tiles and the values to try; each kernel has some of the keys.
 CHOICES: dict[str, Sequence[int]] = {
     "BLOCK_P": (16, 32, 64, 128),
     "BLOCK_S": (16, 32, 64, 128),
@@ -53,9 +54,9 @@ CHOICES: dict[str, Sequence[int]] = {
 }
 FOLDER = Path(gpu.__file__).parent
 D_IN, D_OUT, SCALE = 2560, 960, 128.0
-# d_out of the model whose d_in is the key.
+# d_in of a model -> its d_out.
 WIDTHS = {D_IN: D_OUT, 8192: 2048}
-# For tokens from the first number to the last, measured at the middle one: the slices measured.
+# (first, measured, last number of tokens) -> numbers of slices to measure.
 ATTENTION: dict[tuple[int, int, int | None], Sequence[int]] = {
     (256, 832, 2047): (1, 8, 32, 256, 1536),
     (2048, 4096, 16383): (1, 8, 32, 256),
@@ -68,17 +69,17 @@ Trial = Callable[[Tile], list[Tensor]]
 
 
 def candidates(tile: Mapping[str, int]) -> Iterator[Tile]:
-    """The tile itself, then its neighbors: up to two keys moved to the next value tried.
+    """The tile itself, then its neighbors, with one or two keys moved to the next choice.
 
-    Keys without choices (BLOCK_R, programs, VAR) stay: VAR says which
-    inner loop an architecture compiles well, and one of them may be compiled wrong.
+    Keys without choices (BLOCK_R, programs, VAR) stay: VAR selects the inner loop that an
+    architecture compiles well, and another one may be compiled wrong.
     """
     steps: dict[str, list[int]] = {}
     for key, now in tile.items():
         tried = CHOICES.get(key, ())
         if now in tried:
-            place = tried.index(now)
-            steps[key] = [tried[p] for p in (place - 1, place + 1) if 0 <= p < len(tried)]
+            index = tried.index(now)
+            steps[key] = [tried[i] for i in (index - 1, index + 1) if 0 <= i < len(tried)]
     yield dict(tile)
     for moved in (1, 2):
         for keys in itertools.combinations(steps, moved):
@@ -87,7 +88,7 @@ def candidates(tile: Mapping[str, int]) -> Iterator[Tile]:
 
 
 def replaced(entries: Sequence[Entry], where: Mapping[str, Any], tile: Tile) -> list[Entry]:
-    """The entries with ``tile`` at ``where``, added at the end when it is not there."""
+    """The entries with ``tile`` at ``where``, appended if no entry is for that shape."""
     new = {"where": dict(where), "config": tile}
     if not any(entry["where"] == where for entry in entries):
         return [*entries, new]
@@ -95,9 +96,9 @@ def replaced(entries: Sequence[Entry], where: Mapping[str, Any], tile: Tile) -> 
 
 
 def ranges(key: str, won: Sequence[tuple[int, bool]]) -> list[dict[str, list[int | None]]]:
-    """Measured (value, kernel won) of a number, ascending -> rules of faster.json.
+    """Rules of faster.json from (value, kernel won) in ascending order of the value.
 
-    A rule spans neighbors that all won; behind the largest value measured it is open.
+    A rule spans neighbors that all won; one that reaches the largest value is open at its end.
     """
     rules: list[dict[str, list[int | None]]] = []
     before = False
@@ -116,7 +117,7 @@ def ranges(key: str, won: Sequence[tuple[int, bool]]) -> list[dict[str, list[int
 
 
 def trial(op: str, where: Mapping[str, Any], device: str = "cuda") -> Trial | None:
-    """Runs the kernel of an entry with a given tile at the entry's shape; None: not tuned."""
+    """A function that runs an entry's kernel at its shape with any tile; None if not tuned."""
     makers = {
         "perceiver_attention": _attention_trial,
         "rank_projection": _projection_trial,
@@ -194,27 +195,27 @@ def _linear_trial(where: Mapping[str, Any], device: str) -> Trial:
 
 
 def best(run: Trial, tile: Tile) -> tuple[Tile, float]:
-    """The fastest right candidate, and its time over that of the tile there is."""
-    wanted = [t.clone() for t in run(dict(tile))]
+    """The fastest candidate with the right result, and its time relative to the tile's."""
+    expected = [t.clone() for t in run(dict(tile))]
     calls, tiles = {}, {}
     for candidate in candidates(tile):
         name = json.dumps(candidate)
         try:
-            found = run(dict(candidate))
-        except Exception as problem:
-            # Too much shared memory, or a tile the compiler refuses.
-            print(f"  left out {name}: {(str(problem).splitlines() or ['?'])[0][:80]}")
+            outputs = run(dict(candidate))
+        except Exception as error:
+            # Too much shared memory, or a tile that the compiler refuses.
+            print(f"  left out {name}: {first_line(error)}")
             continue
-        pairs = zip(found, wanted, strict=True)
-        if all(relative_error(f, w) <= error_limit(torch.bfloat16) for f, w in pairs):
+        pairs = zip(outputs, expected, strict=True)
+        if all(relative_error(a, e) <= error_limit(torch.bfloat16) for a, e in pairs):
             calls[name], tiles[name] = captured(lambda c=candidate: run(dict(c))), candidate
     times = median_seconds(calls, "cuda", seconds=0.02, most=30)
     first = min(times, key=times.__getitem__)
     return tiles[first], times[first] / times[json.dumps(dict(tile))]
 
 
-def tune(op: str, section: str) -> list[Entry]:
-    """The entries of a section of an op's file, better ones in place of those beaten."""
+def tune(op: str, section: str, dry_run: bool) -> None:
+    """Replace the beaten entries of a section of an op's file."""
     entries = list(gpu.table(op)[section])
     for entry in list(entries):
         where = entry["where"]
@@ -222,16 +223,19 @@ def tune(op: str, section: str) -> list[Entry]:
         if run is None:
             continue
         tile, ratio = best(run, dict(entry["config"]))
-        keeps = ratio > 1 - MARGIN
-        print(f"{op} {where}: {'kept' if keeps else f'{tile}, {ratio:.2f} of the time'}")
-        if not keeps:
+        better = ratio <= 1 - MARGIN
+        print(f"{op} {where}: {f'{tile}, {ratio:.2f} of the time' if better else 'kept'}")
+        if better:
             entries = replaced(entries, where, tile)
+            if not dry_run:
+                save(op, dump({**gpu.table(op), section: entries}))
         torch.cuda.empty_cache()
-    return entries
+    # Later launches use the new tiles.
+    gpu.clear_cache()
 
 
 def wins(op: str) -> list[dict[str, Any]]:
-    """Rules of faster.json for this GPU: one number of the shape measured at a time."""
+    """Rules of faster.json for this GPU; one number of the shape varies at a time."""
     rules = {
         "perceiver_attention": _attention_wins,
         "rank_projection": _projection_wins,
@@ -250,7 +254,7 @@ def _attention_wins() -> Iterator[dict[str, Any]]:
                 query, context = _rand("cuda", n, 128, 512) * 0.1, _rand("cuda", n, s, 512)
                 return [query, context, torch.ones(n, s, device="cuda")]
 
-            # One rule serves both directions.
+            # A rule holds for both directions.
             both = (_wins(perceiver_attention, inputs, needs) for needs in ((), (0, 1)))
             won.append((slices, all(both)))
         fixed = {"tokens": [low, high], "width": [512, 512]}
@@ -258,7 +262,7 @@ def _attention_wins() -> Iterator[dict[str, Any]]:
 
 
 def _projection_wins() -> Iterator[dict[str, Any]]:
-    """Forward only: the backward is made of matrix products on both paths."""
+    """Forward only: the backward pass consists of matrix products on both paths."""
     won = []
     for rows in (16, 64, 128, 1024):
 
@@ -275,7 +279,7 @@ def _projection_wins() -> Iterator[dict[str, Any]]:
 
 
 def _linear_wins() -> Iterator[dict[str, Any]]:
-    """One token an example, up to 64 examples and more, and longer examples: each its kernels."""
+    """One token per example, for up to 64 examples and more, and longer examples."""
     decoding = [(1, 1), (8, 1), (32, 1), (64, 1), (65, 1)]
     longer = [(1, 32), (1, 256), (32, 32), (32, 256)]
     for direction, needs in (("forward", ()), ("backward", (0, 2, 3))):
@@ -313,7 +317,7 @@ def _gated_wins() -> Iterator[dict[str, Any]]:
 
 
 def _wins(function: Callable, make: Callable[[], Sequence[Tensor]], needs: Sequence[int]) -> bool:
-    """Whether the fused path beats the reference, forward and (with ``needs``) backward."""
+    """Whether the fused path beats the reference, forward or, with ``needs``, with backward."""
     inputs = make()
     for i in needs:
         inputs[i].requires_grad_()
@@ -331,7 +335,7 @@ def _wins(function: Callable, make: Callable[[], Sequence[Tensor]], needs: Seque
 
 
 def dump(table: Mapping[str, Sequence[Entry]]) -> str:
-    """A configuration file, one entry a line."""
+    """The text of a configuration file, with one entry per line."""
     sections = [
         f'  "{name}": [' + ",".join(f"\n    {json.dumps(entry)}" for entry in entries) + "\n  ]"
         for name, entries in table.items()
@@ -344,8 +348,8 @@ def save(name: str, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=OPS, action="append", help="all when omitted")
+    parser = argument_parser("bench.runs.tune", __doc__, EXAMPLES)
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -354,15 +358,11 @@ def main() -> None:
     faster = {name: dict(rules) for name, rules in gpu.table("faster").items()}
     for op in options.op or OPS:
         if op in TUNED:
-            entries = tune(op, section)
-            if not options.dry_run:
-                save(op, dump({**gpu.table(op), section: entries}))
-                # What follows is launched with the new tiles.
-                gpu.clear_cache()
+            tune(op, section, options.dry_run)
         faster.setdefault(section, {})[op] = wins(op)
         print(f"{op} beats the reference at {faster[section][op]}")
-    if not options.dry_run:
-        save("faster", json.dumps(faster, indent=2) + "\n")
+        if not options.dry_run:
+            save("faster", json.dumps(faster, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,11 @@ def test_a_row_that_raises_fails_alone(tmp_path):
     def broken():
         raise RuntimeError("out of shared memory\nmore")
 
+    def incomplete():
+        raise ModuleNotFoundError("No module named 'av'", name="av")
+
     report.measure("ops", "broken", end, broken)
+    report.measure("ops", "incomplete", end, incomplete)
     report.measure("ops", "right", end, lambda: {"passed": True})
     report.measure("ops", "late", 0.0, lambda: {"passed": True})
     record = json.loads((tmp_path / "gpu.json").read_text())
@@ -155,7 +159,10 @@ def test_a_row_that_raises_fails_alone(tmp_path):
         {"name": "broken", "passed": False, "reason": "RuntimeError: out of shared memory"},
         {"name": "right", "passed": True},
     ]
-    assert record["failed"] == ["broken"] and report.record["left_out"] == ["late"]
+    assert record["failed"] == ["broken"] and report.record["left_out"] == [
+        "incomplete (needs av)",
+        "late",
+    ]
 
 
 def attention_row(ours) -> ladder.Row:

@@ -71,7 +71,7 @@ def test_failures_are_named_and_claim_nothing():
     record["internalize"][0] |= {"passed": False, "reason": "not finite"}
     page = report.report([record])
     assert "Failed: `lora_linear 500M forward`" in page
-    assert "Not run for lack of time: train 2.2B-p1" in page
+    assert "Left out: train 2.2B-p1" in page
     assert "4.00x" not in page and "25%" not in page
     assert "failed (not finite)" in page and "500.00" not in page
 
