@@ -56,13 +56,13 @@ def table(name: str) -> dict[str, Any]:
 def _distance(where: Mapping[str, Any], shape: Mapping[str, float | str]) -> float:
     """Squared distance in log space over the numbers both name; inf when a string differs."""
     total = 0.0
-    for name, wanted in where.items():
+    for name, expected in where.items():
         value = shape.get(name)
-        if isinstance(wanted, str) or isinstance(value, str):
-            if value != wanted:
+        if isinstance(expected, str) or isinstance(value, str):
+            if value != expected:
                 return math.inf
         elif value is not None:
-            total += math.log(max(wanted, 1) / max(value, 1)) ** 2
+            total += math.log(max(expected, 1) / max(value, 1)) ** 2
     return total
 
 
@@ -103,10 +103,10 @@ def clear_cache() -> None:
     _nearest.cache_clear()
 
 
-def _within(wanted: str | list[float | None], value: float | str | None) -> bool:
-    if value is None or isinstance(value, str) or isinstance(wanted, str):
-        return value == wanted
-    low, high = wanted
+def _within(expected: str | list[float | None], value: float | str | None) -> bool:
+    if value is None or isinstance(value, str) or isinstance(expected, str):
+        return value == expected
+    low, high = expected
     return (low is None or low <= value) and (high is None or value <= high)
 
 
@@ -114,5 +114,5 @@ def prefers_fused(op: str, capability: Capability, **shape: float | str) -> bool
     """Whether ``faster.json`` selects the op's fused path for this shape."""
     rules = table("faster").get(architecture(capability), {}).get(op, ())
     return any(
-        all(_within(wanted, shape.get(name)) for name, wanted in rule.items()) for rule in rules
+        all(_within(expected, shape.get(name)) for name, expected in rule.items()) for rule in rules
     )

@@ -95,12 +95,12 @@ def differentiable_backward(
         views = [t if t is None or not t.requires_grad else t.view_as(t) for t in inputs]
         result = function(*views)
         outputs = [result] if isinstance(result, Tensor) else list(result)
-        wanted = [t for t in views if t is not None and t.requires_grad]
+        differentiable = [t for t in views if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         results = iter(
             torch.autograd.grad(
                 [o for o, _ in pairs],
-                wanted,
+                differentiable,
                 [g for _, g in pairs],
                 create_graph=True,
                 allow_unused=True,

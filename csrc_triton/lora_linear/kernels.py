@@ -234,8 +234,8 @@ def expand_(
 def examples_by_adapter(adapter_index: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
     """(order [E], bounds [n + 1]): those of adapter i are order[bounds[i] : bounds[i + 1]]."""
     by_adapter, order = torch.sort(adapter_index, stable=True)
-    wanted = torch.arange(adapters + 1, device=order.device, dtype=by_adapter.dtype)
-    return order, torch.searchsorted(by_adapter, wanted, out_int32=True)
+    adapter_ids = torch.arange(adapters + 1, device=order.device, dtype=by_adapter.dtype)
+    return order, torch.searchsorted(by_adapter, adapter_ids, out_int32=True)
 
 
 def reduce(

@@ -35,7 +35,7 @@ def differentiable_perceiver_attention(
     masked = (norm == 0)[:, None]
     blind = masked.all(-1, keepdim=True)
     scores = torch.einsum("npz,nsz->nps", query.to(wide), context) * norm[:, None]
-    # A row that sees nothing gets the scores of one that sees everything, and no use is made of it.
+    # A row that sees nothing gets the scores of one that sees everything, which are not used.
     scores = scores.masked_fill(masked & ~blind, -torch.inf)
     probs = torch.softmax(scores, -1).masked_fill(masked, 0.0)
     out = torch.einsum("nps,nsz->npz", probs * norm[:, None], context)

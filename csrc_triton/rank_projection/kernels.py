@@ -138,13 +138,13 @@ def rank_projection_backward(
     d_scalers, start = [], 0
     for grad, scaler in ((grad_a, scaler_a), (grad_b, scaler_b)):
         columns = slice(start, start := start + grad.shape[-1])
-        wanted = grad.to(compute)
-        pulled = (wanted @ weight[:, columns].to(compute).mT).float()
+        compute_grad = grad.to(compute)
+        pulled = (compute_grad @ weight[:, columns].to(compute).mT).float()
         scaled = scaler.float()[:, None]
         d_unit += scaled * pulled
         d_scalers.append((unit * pulled).sum((0, 2)).to(scaler.dtype))
         scaled_rows = (unit * scaled).to(compute).flatten(0, 1)
-        d_weight[:, columns] = scaled_rows.mT @ wanted.flatten(0, 1)
+        d_weight[:, columns] = scaled_rows.mT @ compute_grad.flatten(0, 1)
     d_weight[:, start:] = 0
     d_rows = inverse * (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True))
     return d_rows.to(latents.dtype), d_weight, *d_scalers

@@ -1,7 +1,7 @@
-"""What every op must pass, whatever it computes.
+"""Checks that every op must pass.
 
-An op is given as a function of tensors and an oracle, the same function written as differentiable
-torch operations that share no code with the op.
+They take the op as a function of tensors, and an oracle: the same function in differentiable
+PyTorch operations that share no code with the op.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def assert_equals_oracle(
     """
     rounded = [t.to(device, dtype) for t in inputs]
     exact = values_and_gradients(oracle, [t.double() for t in rounded])
-    found = values_and_gradients(op, rounded)
-    assert [f.shape for f in found] == [e.shape for e in exact]
+    results = values_and_gradients(op, rounded)
+    assert [f.shape for f in results] == [e.shape for e in exact]
     same_dtype = values_and_gradients(oracle, rounded)
-    for f, e, s in zip(found, exact, same_dtype, strict=True):
+    for f, e, s in zip(results, exact, same_dtype, strict=True):
         finite = torch.isfinite(e)
         assert torch.equal(f[~finite].double(), e[~finite])
         if not finite.any():
@@ -110,7 +110,7 @@ def assert_same_bits_twice(op: Function, inputs: Sequence[Tensor]) -> None:
 
 
 def opcheck_backward(op: torch._ops.OpOverload, args: tuple) -> None:
-    """A backward op, itself not differentiable: schema, aliasing, shapes, strides and dtypes."""
+    """Checks schema, aliasing, shapes, strides and dtypes of an op without derivatives."""
     args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -118,11 +118,11 @@ def opcheck_backward(op: torch._ops.OpOverload, args: tuple) -> None:
 def assert_compiles(
     op: Function, inputs: Sequence[Tensor], longer: Sequence[Tensor], backend: str
 ) -> None:
-    """One graph, forward and backward, with the numbers of the eager call, for every length."""
+    """One compiled graph, forward and backward, equals the eager op for every length."""
     torch._dynamo.reset()
     compiled = torch.compile(op, fullgraph=True, backend=backend, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tensors in (inputs, longer):
-            found = values_and_gradients(compiled, tensors)
-            for f, e in zip(found, values_and_gradients(op, tensors), strict=True):
+            results = values_and_gradients(compiled, tensors)
+            for f, e in zip(results, values_and_gradients(op, tensors), strict=True):
                 torch.testing.assert_close(f, e)

@@ -1,7 +1,7 @@
-"""Triton's interpreter in place of its compiler, for a while and in this process.
+"""Runs Triton's interpreter instead of its compiler, temporarily and in this process.
 
 TRITON_INTERPRET normally counts when a kernel is decorated, so that a process either compiles or
-interprets. Here the decorated functions are exchanged instead. Triton patches its language at every
+interprets. Here the decorated functions are replaced instead. Triton patches its language at every
 launch and restores part of it; here it is patched once and restored as a whole, so that kernels can
 still be compiled afterwards.
 """

@@ -163,8 +163,8 @@ def test_frozen_features(graphs, backend):
     x, w = random(2, 20, 4), weights(4, 6, 3)
     expected = checks.values_and_gradients(lambda x, *w: gated_projection(x, None, *w), [x, *w])
     op = torch.compile(lambda *w: gated_projection(x, None, *w), backend=backend)
-    found = checks.values_and_gradients(op, w)
-    for f, e in zip(found, [expected[0], *expected[2:]], strict=True):
+    results = checks.values_and_gradients(op, w)
+    for f, e in zip(results, [expected[0], *expected[2:]], strict=True):
         torch.testing.assert_close(f, e)
 
 

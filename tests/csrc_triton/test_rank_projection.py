@@ -1,4 +1,4 @@
-"""rank_projection against normalization, einsum and concatenation in PyTorch."""
+"""rank_projection against a normalization and matrix products in PyTorch."""
 
 from __future__ import annotations
 

@@ -33,8 +33,9 @@ def test_results_are_integers_that_bfloat16_holds(op, check):
 
 @pytest.mark.parametrize(("op", "check"), CHECKS)
 def test_kernels_pass(op, check, kernel_device):
-    small = kernel_device.type == "cpu"
-    assert op.wrong_elements(check, torch.float16, kernel_device, small=small) == 0
+    on_gpu = kernel_device.type == "cuda"
+    for dtype in (torch.float16, torch.bfloat16) if on_gpu else (torch.float16,):
+        assert op.wrong_elements(check, dtype, kernel_device, small=not on_gpu) == 0
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, float("nan")])

@@ -124,26 +124,26 @@ def test_reverse_mode_of_torch_func(case):
     function, inputs, direction = case_of(case)
     expected = gradients(function, inputs)
     every = tuple(range(len(inputs)))
-    for found in (
+    for result in (
         grad(loss_of(function), every)(*inputs),
         vjp(loss_of(function), *inputs)[1](torch.ones((), dtype=torch.float64)),
         jacrev(loss_of(function), every)(*inputs),
         jacfwd(loss_of(function), every)(*inputs),
     ):
-        assert all(relative(f, e) <= 1e-10 for f, e in zip(found, expected, strict=True))
+        assert all(relative(f, e) <= 1e-10 for f, e in zip(result, expected, strict=True))
 
 
 @EVERY_OP
 def test_gradients_of_each_sample(case):
     function, inputs, direction = case_of(case)
     batch = tuple(torch.stack([t, t + d]) for t, d in zip(inputs, direction, strict=True))
-    found = vmap(grad(loss_of(function), tuple(range(len(inputs)))))(*batch)
+    result = vmap(grad(loss_of(function), tuple(range(len(inputs)))))(*batch)
     for sample in range(2):
         expected = gradients(function, tuple(t[sample] for t in batch))
-        assert all(relative(f[sample], e) <= 1e-10 for f, e in zip(found, expected, strict=True))
-    found = vmap(function)(*batch)
+        assert all(relative(f[sample], e) <= 1e-10 for f, e in zip(result, expected, strict=True))
+    result = vmap(function)(*batch)
     for sample in range(2):
-        assert relative(found[sample], function(*(t[sample] for t in batch))) <= 1e-12
+        assert relative(result[sample], function(*(t[sample] for t in batch))) <= 1e-12
 
 
 @EVERY_OP
@@ -151,21 +151,23 @@ def test_derivatives_of_derivatives(case):
     function, inputs, direction = case_of(case)
     leaves = [t.detach().requires_grad_() for t in inputs]
     first = torch.autograd.grad(loss_of(function)(*leaves), leaves, create_graph=True)
-    for found, expected in zip(first, gradients(function, inputs), strict=True):
-        assert relative(found, expected) <= 1e-10
+    for result, expected in zip(first, gradients(function, inputs), strict=True):
+        assert relative(result, expected) <= 1e-10
     along = sum((g * d).sum() for g, d in zip(first, direction, strict=True))
     second = torch.autograd.grad(along, leaves)
-    for place, found in enumerate(second):
+    for position, result in enumerate(second):
         expected = slope(
-            lambda *moved, place=place: gradients(function, moved)[place], inputs, direction
+            lambda *moved, position=position: gradients(function, moved)[position],
+            inputs,
+            direction,
         )
-        assert relative(found, expected) <= 1e-6
+        assert relative(result, expected) <= 1e-6
     hessians = hessian(loss_of(function), tuple(range(len(inputs))))(*inputs)
     for row, expected in zip(hessians, second, strict=True):
-        found = sum(
+        result = sum(
             torch.tensordot(block, d, d.dim()) for block, d in zip(row, direction, strict=True)
         )
-        assert relative(found, expected) <= 1e-9
+        assert relative(result, expected) <= 1e-9
 
 
 @pytest.mark.parametrize("mode", ["backward", "double", "func", "jvp"])
@@ -230,15 +232,15 @@ def test_autocast_on_a_cpu(case, transforming):
     )  # fmt: skip
     expected = run(function)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(function)
+        result = run(function)
     if case == "rank_projection":
-        assert found.dtype == torch.float32
-        assert relative(found, expected) <= 1e-6
+        assert result.dtype == torch.float32
+        assert relative(result, expected) <= 1e-6
         return
-    rounded = run(lambda *given: function(*(t.bfloat16() for t in given)))
-    assert found.dtype == rounded.dtype
-    assert relative(found.float(), rounded.float()) <= 0.01
-    assert relative(found.float(), expected) <= 0.05
+    rounded = run(lambda *rounded_inputs: function(*(t.bfloat16() for t in rounded_inputs)))
+    assert result.dtype == rounded.dtype
+    assert relative(result.float(), rounded.float()) <= 0.01
+    assert relative(result.float(), expected) <= 0.05
 
 
 @EVERY_OP
@@ -247,8 +249,8 @@ def test_training_under_autocast(case):
     inputs = tuple(t.float() for t in inputs)
     expected = gradients(function, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = gradients(function, inputs)
-    for f, e, t in zip(found, expected, inputs, strict=True):
+        result = gradients(function, inputs)
+    for f, e, t in zip(result, expected, inputs, strict=True):
         assert f.dtype == t.dtype
         assert relative(f, e) <= 0.05
 

@@ -243,7 +243,7 @@ class DaliError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class DecodeRequest:
-    """Frames wanted of one file.
+    """A request for frames of one file.
 
     encoded: uint8 [bytes], the file. indices: int32 [F], frames in presentation order, all of them
     in the file: DALI returns black frames for others.
