@@ -8,8 +8,8 @@ import pytest
 from v2l_fast.evaluation.rubrics import (
     CORRECTION,
     VERSION,
+    InvalidReply,
     JudgeTask,
-    ReplyError,
     pair_messages,
     pair_verdict,
     rescaled,
@@ -51,21 +51,21 @@ def test_repaired(reply):
     ],
 )  # fmt: skip
 def test_malformed(reply):
-    with pytest.raises(ReplyError) as caught:
+    with pytest.raises(InvalidReply) as caught:
         single_verdict(reply)
     assert caught.value.kind == "malformed"
 
 
 @pytest.mark.parametrize("score", ["0", "6", "-1", "4.5", "100", "1e400", "NaN", '"0"'])
 def test_out_of_range(score):
-    with pytest.raises(ReplyError) as caught:
+    with pytest.raises(InvalidReply) as caught:
         single_verdict(f'{{"score": {score}}}')
     assert caught.value.kind == "out of range"
 
 
 @pytest.mark.parametrize("unit", ['{"a":', "[", "{", "("])
 def test_nonsense_of_any_depth_is_malformed(unit):
-    with pytest.raises(ReplyError) as caught:
+    with pytest.raises(InvalidReply) as caught:
         single_verdict("{" + unit * 2000)
     assert caught.value.kind == "malformed"
 
@@ -78,9 +78,9 @@ def test_pairs():
     result = pair_verdict('{"rationale": "", "score_a": 5, "score_b": 2, "preferred": "a"}')
     assert (result["score_a"], result["score_b"], result["preferred"]) == (5, 2, "A")
     assert pair_verdict('{"score_a":1,"score_b":1,"preferred":"Tie"}')["preferred"] == "tie"
-    with pytest.raises(ReplyError):
+    with pytest.raises(InvalidReply):
         pair_verdict('{"score_a": 5, "score_b": 2, "preferred": "the first"}')
-    with pytest.raises(ReplyError):
+    with pytest.raises(InvalidReply):
         pair_verdict('{"score_a": 5, "score_b": 9, "preferred": "A"}')
 
 

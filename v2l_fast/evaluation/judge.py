@@ -24,7 +24,7 @@ from typing import Any
 from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.evaluation import rubrics
 from v2l_fast.evaluation.journal import Journal
-from v2l_fast.evaluation.rubrics import JudgeTask, Messages, ReplyError
+from v2l_fast.evaluation.rubrics import InvalidReply, JudgeTask, Messages
 
 JudgeProgress = Callable[[int, int], None]
 Parser = Callable[[str], dict[str, Any]]
@@ -351,7 +351,7 @@ class Judge:
         reply = self._endpoint.request(messages)
         try:
             return parse(reply)
-        except ReplyError as error:
+        except InvalidReply as error:
             if corrections == 0:
                 raise FailedJudgment(error.kind, str(error)) from None
         with self._lock:

@@ -61,7 +61,7 @@ CORRECTION = (
 Messages = list[dict[str, str]]
 
 
-class ReplyError(Exception):
+class InvalidReply(Exception):
     """A reply contains no valid judgment; `kind` is "malformed" or "out of range"."""
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -109,17 +109,17 @@ def _task_text(task: JudgeTask) -> str:
 
 
 def single_verdict(reply: str) -> dict[str, Any]:
-    """{"score": 1 to 5} and the reply's other fields. Raises ReplyError."""
+    """{"score": 1 to 5} and the reply's other fields. Raises InvalidReply."""
     fields = _json_object(reply, "score")
     return {**fields, "score": _scale(fields, "score")}
 
 
 def pair_verdict(reply: str) -> dict[str, Any]:
-    """{"score_a", "score_b": 1 to 5, "preferred": "A", "B" or "tie"}. Raises ReplyError."""
+    """{"score_a", "score_b": 1 to 5, "preferred": "A", "B" or "tie"}. Raises InvalidReply."""
     fields = _json_object(reply, "preferred")
     preferred = str(fields.get("preferred", "")).strip().upper()
     if preferred not in ("A", "B", "TIE"):
-        raise ReplyError("malformed", f"'preferred' is {fields.get('preferred')!r}")
+        raise InvalidReply("malformed", f"'preferred' is {fields.get('preferred')!r}")
     return {
         **fields,
         "score_a": _scale(fields, "score_a"),
@@ -140,9 +140,9 @@ def _scale(fields: Mapping[str, Any], name: str) -> int:
         match = re.fullmatch(rf"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*{HIGHEST})?\s*", value)
         value = float(match.group(1)) if match else value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ReplyError("malformed", f"{name!r} is {value!r}")
+        raise InvalidReply("malformed", f"{name!r} is {value!r}")
     if value not in range(LOWEST, HIGHEST + 1):
-        raise ReplyError("out of range", f"{name!r} is {value!r}")
+        raise InvalidReply("out of range", f"{name!r} is {value!r}")
     return int(value)
 
 
@@ -168,7 +168,7 @@ def _json_object(reply: str, needed: str) -> dict[str, Any]:
     fields = {name: value.strip('"') for name, value in _FIELD.findall(text)}
     if needed in fields:
         return fields
-    raise ReplyError("malformed", f"no JSON object with {needed!r} in {reply[:80]!r}")
+    raise InvalidReply("malformed", f"no JSON object with {needed!r} in {reply[:80]!r}")
 
 
 def _object_at(text: str, start: int) -> dict[str, Any] | None:
