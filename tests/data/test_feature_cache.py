@@ -69,14 +69,14 @@ def test_training_is_equal_bit_for_bit_with_and_without(backbone, videos, tmp_pa
     expected = [plain.load(i, step) for i in range(4) for step in (0, 1)]
     unread()
     stored = source(backbone, videos[:4], cache_of(tmp_path / "cache", backbone), chunks=(1, 2))
-    found = [stored.load(i, step) for i in range(4) for step in (0, 1)]
-    for ours, theirs in zip(found, expected, strict=True):
+    actual = [stored.load(i, step) for i in range(4) for step in (0, 1)]
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours.qa_pairs == theirs.qa_pairs and ours.frames == theirs.frames
         for mine, other in zip(ours.chunks, theirs.chunks, strict=True):
             assert mine.pixels is None and torch.equal(mine.ids, other.ids)
             assert mine.chunk_span == other.chunk_span
             assert torch.equal(mine.features, backbone.encode_views(other.pixels))
-    results = [gradients(backbone, samples) for samples in (found, expected)]
+    results = [gradients(backbone, samples) for samples in (actual, expected)]
     assert torch.equal(results[0], results[1])
 
 

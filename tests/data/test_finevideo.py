@@ -91,11 +91,11 @@ def test_pools(folder):
     ],
 )
 def test_scenes_that_make_no_sense_give_no_span(bounds, scenes, adjacent):
-    found = list(video_spans("a.mp4", metadata(bounds)))
-    assert [sum(s.pool == pool for s in found) for pool in ("scene", "adjacent", "full")] == [
+    actual = list(video_spans("a.mp4", metadata(bounds)))
+    assert [sum(s.pool == pool for s in actual) for pool in ("scene", "adjacent", "full")] == [
         scenes, adjacent, 1,
     ]  # fmt: skip
-    assert all(s.end <= 7 for s in found if s.end is not None)
+    assert all(s.end <= 7 for s in actual if s.end is not None)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_the_cards_own_layout(tmp_path):
         told.write_text(json.dumps(metadata([(0, 1)])))
     # Two videos of one name, neither beside the metadata: which is meant is not known.
     (tmp_path / "more/sample_2.mp4").touch()
-    found = read_pools(tmp_path).spans["full"]
-    assert [span.video for span in found] == ["videos/sample_0.mp4", "videos/sample_1.mp4"]
+    actual = read_pools(tmp_path).spans["full"]
+    assert [span.video for span in actual] == ["videos/sample_0.mp4", "videos/sample_1.mp4"]
 
 
 def test_names_that_differ_in_their_folder_alone_have_ids_of_their_own(tmp_path):

@@ -91,8 +91,8 @@ def test_a_span_is_not_taken_for_the_whole_video(tmp_path):
     source = store.get(part["adapter"]).provenance["source"]
     assert max(source["frame_indices"]) < 4 and source["duration"] == 1
     model = Video2LoRA.from_pretrained("shapes", device="cpu")
-    found = store.find(source["sha256"], InternalizeSettings.of(model))
-    assert found == whole["adapter"]
+    actual = store.find(source["sha256"], InternalizeSettings.of(model))
+    assert actual == whole["adapter"]
 
 
 def test_batches_across_an_interruption(tmp_path, monkeypatch):

@@ -90,8 +90,8 @@ def test_the_released_cut_positions_are_accepted(tmp_path):
     ],
 )
 def test_a_fault_is_named_with_its_remedy(tmp_path, changes, message):
-    found = problems(write(tmp_path, [row(0, **changes)]))
-    assert message in found and "manifest.jsonl: 1 problem" in found
+    actual = problems(write(tmp_path, [row(0, **changes)]))
+    assert message in actual and "manifest.jsonl: 1 problem" in actual
 
 
 def test_all_problems_are_listed_up_to_a_limit(tmp_path):
@@ -110,8 +110,8 @@ def test_what_is_no_manifest(tmp_path):
     path.write_bytes(b"\xff\xfe")
     assert "not UTF-8" in problems(path)
     path.write_text('{"id": \n[1]\n')
-    found = problems(path)
-    assert "line 1: not JSON" in found and "line 2: a JSON list" in found
+    actual = problems(path)
+    assert "line 1: not JSON" in actual and "line 2: a JSON list" in actual
 
 
 def test_repeated_ids(tmp_path):
@@ -286,8 +286,8 @@ def test_targets_and_ids_can_be_left_to_others(tmp_path):
     path.write_text(json.dumps({"video_path": "a.mp4"}) + "\n")
     (example,) = load_manifest(path, required=("video_path",))
     assert (example.id, example.prompt, example.target_text) == ("line-1", "", "")
-    found = problems(path)
-    assert "'target_text' is missing" in found and "v2l teach" in found
+    actual = problems(path)
+    assert "'target_text' is missing" in actual and "v2l teach" in actual
 
 
 def examples(count: int) -> list[Example]:

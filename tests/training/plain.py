@@ -72,10 +72,10 @@ def features(backbone: SmolVLM, contexts: list[Context]) -> tuple[Tensor, Tensor
         embeddings[context.ids == backbone.image_token_id] = backbone.encode_pixels(shown).flatten(
             0, 1
         )
-        found = backbone.model.model.text_model(
+        actual = backbone.model.model.text_model(
             inputs_embeds=embeddings[None], output_hidden_states=True, use_cache=False
         )
-        rows.append(torch.cat(found.hidden_states[:-1]))
+        rows.append(torch.cat(actual.hidden_states[:-1]))
     longest = max(row.shape[1] for row in rows)
     padded = [F.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows]
     lengths = torch.tensor([row.shape[1] for row in rows])
@@ -88,15 +88,15 @@ def updates(
     """s Bᵀ A of each sample, [L, d_out, d_in]: the chunks' factors and the bias's one after the
     other."""
     a, b = (factors["down_proj"] for factors in released.hypernetwork(network, seen, mask))
-    found, start = [], 0
+    actual, start = [], 0
     for one in samples:
         mine = slice(start, start := start + len(one.chunks))
         sides = [
             torch.cat([*side[mine].unbind(0), bias["down_proj"]], 1)
             for side, bias in ((a, network.bias_A), (b, network.bias_B))
         ]
-        found.append(network.config.scale * sides[1].mT @ sides[0])
-    return found
+        actual.append(network.config.scale * sides[1].mT @ sides[0])
+    return actual
 
 
 def turn_losses(

@@ -99,9 +99,9 @@ def test_the_backbones_decoder_agrees_with_transformers(base, prompts, turns):
     decoder = base.decoder
     span = decoder.attention_metadata(packed.positions, packed.mask)
     hidden = decoder.forward(decoder.embed(packed.ids), span)
-    found = decoder.logits(hidden[packed.rows, packed.columns])
+    actual = decoder.logits(hidden[packed.rows, packed.columns])
     empty = torch.zeros(0, base.hidden_size)
-    assert torch.allclose(found, answer_logits(base.model, packed, empty), atol=1e-4)
+    assert torch.allclose(actual, answer_logits(base.model, packed, empty), atol=1e-4)
 
 
 def test_a_token_sees_the_prefix_and_its_own_turn():

@@ -39,10 +39,10 @@ def test_broken_videos_are_listed_and_cost_nothing_else(tmp_path, folder, worker
     summary = run(tmp_path, manifest, f"data.workers={workers}")
     assert summary["steps"] == 10
     lines = (tmp_path / "run/quarantine.jsonl").read_text().splitlines()
-    found = {line["video"]: line["reason"] for line in map(json.loads, lines)}
-    assert found.keys() == broken.keys() and len(lines) == 4
+    actual = {line["video"]: line["reason"] for line in map(json.loads, lines)}
+    assert actual.keys() == broken.keys() and len(lines) == 4
     for video, kind in broken.items():
-        assert REASONS[kind] in found[video]
+        assert REASONS[kind] in actual[video]
     assert (tmp_path / "run/hypernet/model.safetensors").is_file()
 
 

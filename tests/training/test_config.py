@@ -151,7 +151,7 @@ def test_wrong_files_are_refused(tmp_path):
             load_config(missing)
 
 
-def test_what_only_changes_the_running_does_not_change_the_identity():
+def test_the_identity_ignores_settings_without_effect_on_the_result():
     plain = load_config("shapes").identity()
     same = load_config(
         "shapes", ["optim.micro_batch_size=12", "data.workers=2", "run.folder=x", "run.keep=9"]

@@ -228,8 +228,8 @@ def main() -> None:
     backbone = load_base()
     train, held_out = scenes(backbone, "train", 2048, 0), scenes(backbone, "val", 64, 1)
     for name, broken in {"right": nullcontext, **BROKEN}.items():
-        found = [losses(step, held_out) for step in training(backbone, train, STOPS, broken)]
-        print(name, [[round(loss, 3) for loss in at_once] for at_once in found], flush=True)
+        actual = [losses(step, held_out) for step in training(backbone, train, STOPS, broken)]
+        print(name, [[round(loss, 3) for loss in at_once] for at_once in actual], flush=True)
 
 
 if __name__ == "__main__":

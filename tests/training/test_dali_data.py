@@ -55,9 +55,9 @@ def test_samples_are_those_of_pyav(manifest, tmp_path, workers):
     by_dali, left_out = steps(manifest, tmp_path, decoder="dali", workers=workers)
     by_pyav, _ = steps(manifest, tmp_path, decoder="pyav", workers=workers)
     assert left_out == 1
-    wanted = {sample.video: sample for step in by_pyav for sample in step}
-    for found in (sample for step in by_dali for sample in step):
-        (one,), (other,) = found.chunks, wanted[found.video].chunks
+    reference = {sample.video: sample for step in by_pyav for sample in step}
+    for actual in (sample for step in by_dali for sample in step):
+        (one,), (other,) = actual.chunks, reference[actual.video].chunks
         assert torch.equal(one.ids, other.ids)
         difference = (one.pixels.int() - other.pixels.int()).abs().float()
         assert difference.mean() < 4 and one.pixels.dtype == torch.uint8

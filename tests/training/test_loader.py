@@ -47,7 +47,7 @@ def test_what_does_not_divide_the_batch_differs_by_one(inputs, tmp_path):
         assert [[v for part in parts for micro in part[step] for v in micro]] == whole[step]
 
 
-def test_a_failure_costs_its_own_place_only(inputs, tmp_path):
+def test_a_failure_costs_only_its_own_video(inputs, tmp_path):
     whole = names(inputs, tmp_path, processes=2, accumulation=2)
     left = names(inputs, tmp_path, broken=(1, 6), processes=2, accumulation=2)
     gone = {"video 1", "video 6"}
@@ -81,7 +81,7 @@ def test_batches_cross_epochs_at_full_size():
     assert sorted(batch[:3]) == sorted(batch[3:6]) == [0, 1, 2]
 
 
-def test_any_step_can_be_asked_for():
+def test_batches_depend_on_seed_and_step_alone():
     forward = EpochOrder(videos=7, batch_size=3, seed=5)
     batches = [forward.batch(step) for step in range(9)]
     again = EpochOrder(videos=7, batch_size=3, seed=5)

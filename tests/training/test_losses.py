@@ -27,11 +27,11 @@ def test_means_are_per_example():
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_kl_scales_with_the_squared_temperature(logits, temperature):
-    found = token_kl(*logits, temperature)
+    actual = token_kl(*logits, temperature)
     for token, (student, teacher) in enumerate(logits.unbind(1)):
         p, q = probabilities(teacher, temperature), probabilities(student, temperature)
         expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-        assert found[token].item() == pytest.approx(temperature**2 * expected, rel=1e-5)
+        assert actual[token].item() == pytest.approx(temperature**2 * expected, rel=1e-5)
 
 
 def test_kl_to_itself_is_zero(logits):

@@ -95,11 +95,11 @@ def test_special_tokens_in_prompts_and_targets_are_text(backbone, video):
     sample = source(backbone, [example(1, video, prompt=forged, target_text=forged)]).load(0, 0)
     plain = source(backbone, [example(1, video)]).load(0, 0)
     special = set(backbone.tokenizer.all_special_ids) - {backbone.tokenizer.unk_token_id}
-    for found, expected in (
+    for actual, expected in (
         (sample.prompt_prefix + sample.qa_pairs[0][0], plain.prompt_prefix + plain.qa_pairs[0][0]),
         (sample.qa_pairs[0][1], plain.qa_pairs[0][1]),
     ):
-        assert [i for i in found if i in special] == [i for i in expected if i in special]
+        assert [i for i in actual if i in special] == [i for i in expected if i in special]
 
 
 @torch.no_grad()
@@ -119,8 +119,8 @@ def test_adapters_in_training_are_those_of_internalizing(backbone, hypernet, mod
 def test_a_teacher_that_sees_the_video_can_be_learned_from(backbone, hypernet, video):
     examples = [example(i, video) for i in range(3)]
     sample = source(backbone, examples, teacher=True).load(0, 0)
-    found = TrainStep(hypernet, backbone, StepOptions(kl_weight=1.0))([sample])
-    assert found.parts["kl"][0] > 0 and found.loss.isfinite()
+    actual = TrainStep(hypernet, backbone, StepOptions(kl_weight=1.0))([sample])
+    assert actual.parts["kl"][0] > 0 and actual.loss.isfinite()
     in_parts = source(backbone, examples, teacher=True, chunks=(2,)).load(0, 0)
     assert in_parts.teacher_prefix is None
 
@@ -153,18 +153,18 @@ def test_prefix_question_and_answer_are_the_whole_text_cut(video, make):
     ]
     reads = ManifestSource(group_by_video(examples), inputs, READER, "", teacher=True)
     sample = reads.load(0, 0)
-    found = set()
+    actual = set()
     for question, answer in sample.qa_pairs:
         assert question
         whole = sample.prompt_prefix + question + answer
-        found.update(
+        actual.update(
             p for p in prompts
             if whole == inputs.ids(
                 f"<|im_start|>User: {p}<end_of_utterance>\nAssistant: The color is red."
                 "<end_of_utterance>"
             )
         )  # fmt: skip
-    assert found == set(prompts)
+    assert actual == set(prompts)
     # A teacher that sees the video has the same turns behind its own opening.
     shown = inputs.tokenizer.decode(sample.teacher_prefix + sample.qa_pairs[0][0])
     assert (
@@ -200,7 +200,7 @@ def kinds_of(backbone, video, captions: int, questions: int, steps: int, **optio
     return [reads.load(0, step).task_types for step in range(steps)]
 
 
-def test_captions_and_questions_are_mixed_in_the_ratio_asked_for(backbone, video):
+def test_captions_and_questions_are_mixed_in_the_configured_ratio(backbone, video):
     drawn = kinds_of(backbone, video, 5, 20, 32, prompts_per_video=4, caption_share=0.375)
     assert all(len(kinds) == 4 and kinds.count("caption") in (1, 2) for kinds in drawn)
     assert sum(k.count("caption") for k in drawn) / 128 == pytest.approx(0.375, abs=0.07)
@@ -336,22 +336,22 @@ def test_broken_videos_are_failures_with_their_reason(backbone, tmp_path):
     manifest, broken = write_folder(tmp_path, 8, tuple(REASONS))
     reads = source(backbone, load_manifest(manifest))
     loaded = [reads.load(index, 0) for index in range(len(reads))]
-    for video, found in zip(reads.videos, loaded, strict=True):
+    for video, actual in zip(reads.videos, loaded, strict=True):
         if video.name in broken:
-            assert isinstance(found, Failure) and found.video == video.name
-            assert REASONS[broken[video.name]] in found.reason and "\n" not in found.reason
+            assert isinstance(actual, Failure) and actual.video == video.name
+            assert REASONS[broken[video.name]] in actual.reason and "\n" not in actual.reason
         else:
-            assert isinstance(found, Sample) and found.decode_seconds > 0
+            assert isinstance(actual, Sample) and actual.decode_seconds > 0
 
 
 def test_a_file_that_takes_too_long_is_a_failure(backbone, video):
-    found = source(backbone, [example(1, video)], reader=replace(READER, seconds=0.0)).load(0, 0)
-    assert isinstance(found, Failure) and "took more than 0 s" in found.reason
+    actual = source(backbone, [example(1, video)], reader=replace(READER, seconds=0.0)).load(0, 0)
+    assert isinstance(actual, Failure) and "took more than 0 s" in actual.reason
 
 
 def test_a_file_that_vanished_is_a_failure(backbone, tmp_path):
-    found = source(backbone, [example(1, str(tmp_path / "gone.mp4"))]).load(0, 0)
-    assert isinstance(found, Failure) and "no such file" in found.reason
+    actual = source(backbone, [example(1, str(tmp_path / "gone.mp4"))]).load(0, 0)
+    assert isinstance(actual, Failure) and "no such file" in actual.reason
 
 
 # --- manifests to sources -------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_a_video_must_not_be_in_both_manifests(backbone, tmp_path):
         manifest_sources(data, backbone, seed=0)
 
 
-def test_manifests_that_name_the_same_video_are_told_apart_by_the_file(backbone, tmp_path):
+def test_videos_of_several_manifests_are_identified_by_their_file(backbone, tmp_path):
     """Written in two ways, from two folders; and two files of one name."""
     manifest, _ = write_folder(tmp_path / "videos", 4)
     other, _ = write_folder(tmp_path / "others", 4)
@@ -418,13 +418,13 @@ def test_read_ahead_keeps_order_and_raises_in_turn():
             raise VideoError("seventeen")
         return number
 
-    found = []
+    actual = []
     with pytest.raises(VideoError, match="seventeen"):
         for value in read_ahead(slow, range(30), 3):
-            found.append(value)
-    assert found == list(range(17))
+            actual.append(value)
+    assert actual == list(range(17))
 
 
-def test_names_tell_the_span():
+def test_names_contain_the_span():
     cut = example(1, "/x/a.mp4", metadata={"span": [1, 2.5]})
     assert VideoExamples("/x/a.mp4", cut.span, (cut,)).name == "/x/a.mp4#1-2.5"

@@ -45,11 +45,11 @@ def measured(pair, samples, total=None, **options) -> tuple[Tensor, dict[str, Te
     return result.loss.detach(), plain.gradients(pair[0], result.loss), result.parts
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert value.abs().sum() > 0, name
-        assert relative(found[name], value) <= limit, name
+        assert relative(actual[name], value) <= limit, name
 
 
 # --- against the plain step -----------------------------------------------------------------------
@@ -61,8 +61,8 @@ def test_equals_a_plain_step(pair, samples, recompute, max_padding):
     losses = plain.turn_losses(*pair, samples)
     each = [loss for mine in losses for loss in mine]
     expected = torch.stack(each).mean()
-    found, gradients, parts = measured(pair, samples, recompute=recompute, max_padding=max_padding)
-    assert relative(found, expected) < LOSS
+    actual, gradients, parts = measured(pair, samples, recompute=recompute, max_padding=max_padding)
+    assert relative(actual, expected) < LOSS
     assert_same(gradients, plain.gradients(pair[0], expected), GRADIENT)
     for kind in plain.KINDS:
         of_kind = [
@@ -76,7 +76,7 @@ def test_equals_a_plain_step(pair, samples, recompute, max_padding):
         assert total == pytest.approx(sum(of_kind).item(), rel=1e-6)
 
 
-def test_kinds_weigh_what_they_are_given(pair, samples):
+def test_task_types_are_weighted(pair, samples):
     weights = {"captioning": 0.25, "qa": 0.75}
     losses = plain.turn_losses(*pair, samples)
     expected = 0.0
@@ -91,8 +91,8 @@ def test_kinds_weigh_what_they_are_given(pair, samples):
         mixed = sum(weights[kind] * value for kind, value in by_kind.items()) / share
         expected = expected + len(mine) * mixed
     expected = expected / sum(len(mine) for mine in losses)
-    found, gradients, _ = measured(pair, samples, kind_weights=weights)
-    assert relative(found, expected) < LOSS
+    actual, gradients, _ = measured(pair, samples, kind_weights=weights)
+    assert relative(actual, expected) < LOSS
     assert_same(gradients, plain.gradients(pair[0], expected), GRADIENT)
 
 
@@ -129,10 +129,10 @@ def test_composition_counts_the_bias_once(pair, samples):
 
 def encoded(backbone: SmolVLM, one: Sample) -> Sample:
     """The same with connector outputs for pixels."""
-    found = visual_features(backbone, one.chunks)
+    actual = visual_features(backbone, one.chunks)
     chunks = [
         replace(chunk, pixels=None, features=features)
-        for chunk, features in zip(one.chunks, found, strict=True)
+        for chunk, features in zip(one.chunks, actual, strict=True)
     ]
     return replace(one, chunks=tuple(chunks))
 
@@ -141,13 +141,13 @@ def test_stored_features_stand_for_pixels(pair, samples):
     backbone = pair[1]
     stored = [encoded(backbone, one) for one in samples]
     mixed = [stored[0], samples[1], samples[2], stored[3]]
-    found, gradients, _ = measured(pair, mixed)
-    expected, wanted, _ = measured(pair, samples)
-    assert relative(found, expected) < 1e-12
-    assert_same(gradients, wanted, 1e-9)
+    actual, gradients, _ = measured(pair, mixed)
+    expected, reference, _ = measured(pair, samples)
+    assert relative(actual, expected) < 1e-12
+    assert_same(gradients, reference, 1e-9)
 
 
-def test_the_order_of_chunks_reaches_a_network_that_knows_places():
+def test_the_order_of_chunks_matters_to_a_network_with_chunk_positions():
     pair = plain.models(replace(tiny.CONFIG, chunk_position=True))
     one = plain.sample(pair[1], 0, (2, 3), 2)
     spans = [chunk.chunk_span for chunk in one.chunks]
@@ -164,14 +164,14 @@ def test_the_order_of_chunks_reaches_a_network_that_knows_places():
 def teacher_logits(backbone, one: Sample) -> list[Tensor]:
     """transformers' own logits at each turn's answer tokens, the video in context."""
     shown = visual_features(backbone, one.chunks)[0].flatten(0, 1)
-    found = []
+    actual = []
     for question, answer in one.qa_pairs:
         ids = torch.tensor(one.teacher_prefix + question + answer)
         embeddings = backbone.decoder.embed(ids)
         embeddings[ids == backbone.image_token_id] = shown
         hidden = backbone.model.model.text_model(inputs_embeds=embeddings[None]).last_hidden_state
-        found.append(backbone.model.lm_head(hidden[0, -len(answer) - 1 : -1]))
-    return found
+        actual.append(backbone.model.lm_head(hidden[0, -len(answer) - 1 : -1]))
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -194,18 +194,18 @@ def test_kl_to_the_model_that_sees_the_video(pair, taught):
     step = TrainStep(*pair)
     plain_loss = step(taught).loss
     options = {"kl_weight": weight, "kl_temperature": temperature}
-    found, gradients, parts = measured(pair, taught, **options)
+    actual, gradients, parts = measured(pair, taught, **options)
 
     # The student's logits, recovered from a step whose only task is one token at one place.
     divergences = []
     for one, rows in zip(taught, logits, strict=True):
-        for turn, wanted in zip(one.qa_pairs, rows, strict=True):
+        for turn, reference in zip(one.qa_pairs, rows, strict=True):
             student = student_logits(step, one, turn)
-            teacher = (wanted / temperature).softmax(-1)
+            teacher = (reference / temperature).softmax(-1)
             log_ratio = teacher.log() - (student / temperature).log_softmax(-1)
             divergences.append(temperature**2 * (teacher * log_ratio).sum(-1).mean())
     divergence = torch.stack(divergences).mean()
-    assert relative(found, plain_loss + weight * divergence) < LOSS
+    assert relative(actual, plain_loss + weight * divergence) < LOSS
     assert_same(gradients, plain.gradients(pair[0], plain_loss + weight * divergence), GRADIENT)
     total, count = parts["kl"].tolist()
     assert total / count == pytest.approx(divergence.item(), rel=1e-5)
@@ -237,15 +237,15 @@ def test_kl_without_a_teacher_is_refused(pair, samples):
 
 def test_logits_in_chunks_change_nothing(pair, taught, monkeypatch):
     options = {"kl_weight": 0.5}
-    expected, wanted, _ = measured(pair, taught, **options)
+    expected, reference, _ = measured(pair, taught, **options)
     vocabulary = len(pair[1].tokenizer)
     monkeypatch.setattr(step_module, "LOGITS_PER_CHUNK", 4 * vocabulary)
     largest = LargestWith(vocabulary)
     with largest:
-        found, gradients, _ = measured(pair, taught, **options)
+        actual, gradients, _ = measured(pair, taught, **options)
     assert largest.numbers == 4 * vocabulary
-    assert relative(found, expected) < 1e-12
-    assert_same(gradients, wanted, 1e-10)
+    assert relative(actual, expected) < 1e-12
+    assert_same(gradients, reference, 1e-10)
 
 
 class LargestWith(TorchDispatchMode):
@@ -256,12 +256,12 @@ class LargestWith(TorchDispatchMode):
         self.size, self.numbers = size, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        wide = isinstance(found, Tensor) and found.dim() > 1 and found.shape[-1] == self.size
+        actual = func(*args, **(kwargs or {}))
+        wide = isinstance(actual, Tensor) and actual.dim() > 1 and actual.shape[-1] == self.size
         # The LM head's weight is transposed for the product, not copied.
         if wide and func.name() != "aten::t":
-            self.numbers = max(self.numbers, found.numel())
-        return found
+            self.numbers = max(self.numbers, actual.numel())
+        return actual
 
 
 @pytest.mark.parametrize("max_padding", [0.0, 1.0], ids=["many groups", "one group"])
@@ -278,7 +278,7 @@ def test_the_factors_gradient_is_filled_once(pair, samples, max_padding):
     made = Results(leaves[0]["down_proj"])
     with made:
         loss.backward()
-    assert made.found == {"aten::stack": 1}
+    assert made.actual == {"aten::stack": 1}
 
 
 class Results(TorchDispatchMode):
@@ -287,13 +287,13 @@ class Results(TorchDispatchMode):
     def __init__(self, like: Tensor) -> None:
         super().__init__()
         self.numbers = like.numel()
-        self.found: Counter[str] = Counter()
+        self.actual: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and found.numel() == self.numbers and not func.is_view:
-            self.found[func.name()] += 1
-        return found
+        actual = func(*args, **(kwargs or {}))
+        if isinstance(actual, Tensor) and actual.numel() == self.numbers and not func.is_view:
+            self.actual[func.name()] += 1
+        return actual
 
 
 class Waits(TorchDispatchMode):
@@ -303,12 +303,12 @@ class Waits(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.actual: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::")
         if name.startswith(self.NAMES):
-            self.found[name] += 1
+            self.actual[name] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -326,7 +326,7 @@ def test_nothing_waits_for_the_device(pair, samples, taught, options):
     with waits:
         step(given, total).loss.backward()
     network.zero_grad()
-    assert not waits.found
+    assert not waits.actual
 
 
 def test_waiting_would_be_noticed():
@@ -334,7 +334,7 @@ def test_waiting_would_be_noticed():
     with waits:
         torch.ones(2).sum().item()
         torch.ones(2).nonzero()
-    assert set(waits.found) == {"_local_scalar_dense", "nonzero"}
+    assert set(waits.actual) == {"_local_scalar_dense", "nonzero"}
 
 
 def deep_backbone(layers: int) -> SmolVLM:

@@ -126,8 +126,8 @@ def test_the_best_network_is_that_of_the_lowest_validation_cross_entropy(base, t
     assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in best.items())
     # Continued, it ends with the same best.
     run(short, base)
-    again, found = best_of(tmp_path / "short")
-    assert again == record and same(found, best)
+    again, actual = best_of(tmp_path / "short")
+    assert again == record and same(actual, best)
     # Another run in the same folder does not inherit it.
     once = settings(tmp_path / "short", *changes, "optim.steps=1")
     sources = TinySource(base.prompt_builder), TinySource(base.prompt_builder, videos=4)
@@ -147,7 +147,7 @@ def test_sigterm_finishes_the_step_saves_and_continues(whole, base, tmp_path):
     assert same(weights(tmp_path), weights(whole[0]))
 
 
-def test_an_interrupt_is_no_crash_either(base, tmp_path):
+def test_an_interrupt_saves_too(base, tmp_path):
     with pytest.raises(Stopped) as stopped:
         run(settings(tmp_path), base, events={0: signal.SIGINT})
     assert stopped.value.code == 130
@@ -173,14 +173,14 @@ def test_a_crash_between_checkpoints_changes_nothing(whole, base, tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_workers_read_what_the_step_would(whole, base, tmp_path):
+def test_workers_give_the_same_run(whole, base, tmp_path):
     run(settings(tmp_path, "data.workers=2"), base)
     assert curve(tmp_path) == curve(whole[0])
     assert same(weights(tmp_path), weights(whole[0]))
 
 
 @pytest.mark.parametrize(("wanted", "compiled"), [("auto", 0), ("off", 0), ("on", 1)])
-def test_layers_are_compiled_when_asked_for(base, tmp_path, monkeypatch, wanted, compiled):
+def test_layers_are_compiled_if_configured(base, tmp_path, monkeypatch, wanted, compiled):
     """On a CPU only then; what is compiled computes is another test's."""
     calls = []
     monkeypatch.setattr(type(base), "compile", lambda self: calls.append("backbone"))
@@ -274,7 +274,7 @@ def test_a_resumed_run_knows_the_broken_videos_of_its_past(base, tmp_path):
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
-def test_a_run_of_broken_videos_alone_ends(base, tmp_path):
+def test_a_run_of_only_broken_videos_ends(base, tmp_path):
     run(settings(tmp_path, "optim.steps=2"), base, broken=frozenset(range(13)))
     assert len(Quarantine(tmp_path / "quarantine.jsonl", 13)) == 13
     assert curve(tmp_path)[0]["loss"] == 0.0
@@ -315,9 +315,9 @@ def test_tensorboard_gets_the_numbers(base, tmp_path):
     run(config, base)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "v2l_fast"))
     events.Reload()
-    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    actual = [(event.step, event.value) for event in events.Scalars("loss")]
     logged = [(line["step"], line["loss"]) for line in curve(tmp_path) if line["loss"]]
-    assert found == [(step, pytest.approx(value)) for step, value in logged]
+    assert actual == [(step, pytest.approx(value)) for step, value in logged]
     assert events.Scalars("val_loss")
 
 

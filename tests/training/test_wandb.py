@@ -49,10 +49,10 @@ class Wandb:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    found = Wandb()
-    monkeypatch.setitem(sys.modules, "wandb", found)
+    actual = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", actual)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
-    return found
+    return actual
 
 
 def test_a_stopped_run_continues_in_the_same_one(wandb, tmp_path):
@@ -78,6 +78,6 @@ def test_another_run_has_another_id(wandb, tmp_path):
     assert first != second
 
 
-def test_its_errors_say_what_to_do(wandb, tmp_path):
+def test_errors_name_the_remedy(wandb, tmp_path):
     with pytest.raises(ConfigError, match="does not start .No API key configured.*offline"):
         run(settings(tmp_path, WANDB, 'run.name="no key"'), tiny.backbone())

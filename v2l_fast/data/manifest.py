@@ -88,8 +88,8 @@ def faults(row: dict[str, Any], required: Sequence[str]) -> Iterator[str]:
             yield f"field 'video_path' is {excerpt(value)}; write a path without control characters"
     for name, kind in _OPTIONAL.items():
         if row.get(name) is not None and not isinstance(row[name], kind):
-            wanted = "a text" if kind is str else "an object"
-            yield f"field {name!r} is {excerpt(row[name])}; write {wanted} or leave it out"
+            expected = "a text" if kind is str else "an object"
+            yield f"field {name!r} is {excerpt(row[name])}; write {expected} or leave it out"
     for name in _IGNORED:
         if row.get(name) is not None and not _is_number(row[name]):
             yield f"field {name!r} is {excerpt(row[name])}; write a number or leave it out"

@@ -41,8 +41,8 @@ class Distributed:
             from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
         except ImportError:
             raise ConfigError('training needs accelerate: pip install "v2l_fast[train]"') from None
-        wanted, gpu = config.run.device, torch.cuda.is_available()
-        if wanted == "cuda" and not gpu:
+        device, gpu = config.run.device, torch.cuda.is_available()
+        if device == "cuda" and not gpu:
             raise ConfigError("run.device=cuda: this machine has no usable GPU; see v2l doctor")
         installed = {str(tracker) for tracker in get_available_trackers()}
         for name in config.run.trackers:
@@ -53,7 +53,7 @@ class Distributed:
                 )
         folder = Path(config.run.folder)
         self.accelerator = Accelerator(
-            cpu=wanted == "cpu" or not gpu,
+            cpu=device == "cpu" or not gpu,
             mixed_precision="no",
             log_with=list(config.run.trackers) or None,
             project_config=ProjectConfiguration(str(folder), str(folder / "tensorboard")),

@@ -80,7 +80,7 @@ class Report:
         self.folder, self.steps, self.track, self.enabled = folder, steps, track, enabled
         self.console = console or log
         self.live = enabled and self.console.is_terminal
-        self.shown: dict[str, float | None] = {}
+        self.latest: dict[str, float | None] = {}
         self.started, self.start = time.perf_counter(), start
         self.bar = _Bar(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
@@ -106,11 +106,11 @@ class Report:
             return
         append_jsonl(self.folder.log, [{"step": step, **numbers}])
         self.track({name: value for name, value in numbers.items() if value is not None}, step)
-        self.shown |= {name: value for name, value in numbers.items() if name in SHOWN}
+        self.latest |= {name: value for name, value in numbers.items() if name in SHOWN}
         note = " · ".join(
-            text.format(self.shown[name]) if self.shown[name] is not None else "MFU n/a"
+            text.format(self.latest[name]) if self.latest[name] is not None else "MFU n/a"
             for name, text in SHOWN.items()
-            if name in self.shown
+            if name in self.latest
         )
         self.bar.note = note
         self.bar.update(self.task, completed=step)
@@ -122,7 +122,7 @@ class Report:
         if self.enabled:
             append_jsonl(self.folder.log, [{"step": step, **values}])
             self.track(dict(values), step)
-            self.shown |= {name: value for name, value in values.items() if name in SHOWN}
+            self.latest |= {name: value for name, value in values.items() if name in SHOWN}
             text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             self.say(f"step {step} · {text}")
 

@@ -148,16 +148,16 @@ def make_hypernet(
     Raises:
         ConfigError: a part of `initial` has another shape.
     """
-    wanted = hypernet_config(config, backbone)
+    architecture = hypernet_config(config, backbone)
     if initial is not None:
         inherited = {
             field.name: getattr(initial.config, field.name)
             for field in fields(HypernetConfig)
             if field.name not in ("base_model_name_or_path", *FROM_DATA, *config.model.hypernet)
         }
-        wanted = replace(wanted, **inherited)
+        architecture = replace(architecture, **inherited)
     torch.manual_seed(config.run.seed)
-    network = HyperNetwork(wanted)
+    network = HyperNetwork(architecture)
     if initial is None:
         return network
     state, known = network.state_dict(), initial.state_dict()
@@ -260,7 +260,7 @@ class _Run:
             report.say(self._opening(accumulation))
             for batch in batches:
                 examples = sum(len(sample.qa_pairs) for sample in batch.samples)
-                # This also tells every process that one of them has been asked to stop.
+                # This also tells every process that one of them must stop.
                 total, stops = distributed.all_reduce_sum([examples, float(signals.received > 0)])
                 self._optimize(model, batch, int(total))
                 self.quarantine.refresh()
