@@ -92,8 +92,8 @@ class HypernetConfig:
 
         for name, low in _MINIMUM.items():
             value, high = getattr(self, name), _limit(name)
-            in_range = type(value) is int and low <= value <= high
-            require(name, in_range, f"an integer from {low} to {high:,}")
+            require(name, type(value) is int and value >= low, f"an integer of at least {low}")
+            require(name, value <= high, f"at most {high:,}")
         for name in ("shared_weights", "shared_head", "bias_adapter", "chunk_position"):
             require(name, isinstance(getattr(self, name), bool), "true or false")
         base = self.base_model_name_or_path
@@ -109,8 +109,8 @@ class HypernetConfig:
         layers = self.num_blocks * (1 + self.num_self_attn_per_block)
         if layers > _MAX_LAYERS:
             raise ConfigError(
-                f"num_blocks * (1 + num_self_attn_per_block) must be at most {_MAX_LAYERS:,}, got "
-                f"{self.num_blocks} * (1 + {self.num_self_attn_per_block})"
+                f"num_blocks * (1 + num_self_attn_per_block) must be at most {_MAX_LAYERS:,} "
+                f"layers, got {self.num_blocks} * (1 + {self.num_self_attn_per_block})"
             )
         if not self.target_modules:
             raise ConfigError("target_modules is empty: name at least one, e.g. down_proj")
