@@ -82,14 +82,14 @@ def test_sweep(manifest, tmp_path):
                  "-f", 4, "-f", 64, "-r", 48, "--max-new-tokens", 4)  # fmt: skip
     first, second = json.loads(run(*arguments, "--json"))["rows"]
     assert first["frames"] == 4 and first["token_reduction"] > 1
-    assert second["failed"] == "no video holds 64 frames"
+    assert second["failed"] == "no video has 64 frames"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "cells", "sweep.csv", "sweep.json", "sweep.png"
     ]  # fmt: skip
     # One row per cell, which fits a terminal of 80 columns.
     output = run(*arguments).splitlines()
     assert max(map(len, output[:-2])) <= 80
-    assert output[-2] == "64 frames, 48 px: no video holds 64 frames"
+    assert output[-2] == "64 frames, 48 px: no video has 64 frames"
 
 
 def test_help():
