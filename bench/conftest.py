@@ -39,8 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    """Device, versions, commit and command, as in the other records of bench/."""
-    return environment(config.getoption("--bench-device")) | {"threads": torch.get_num_threads()}
+    """Where it ran: what two records must share so that --benchmark-compare does not warn."""
+    machine = environment(config.getoption("--bench-device"))
+    for varies in ("command", "commit", "uncommitted_changes"):
+        del machine[varies]
+    return machine | {"threads": torch.get_num_threads()}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:

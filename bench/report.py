@@ -37,7 +37,7 @@ def report(records: Iterable[Record]) -> str:
     for record in records:
         name = record.get("benchmark", "unnamed")
         title, body, command = SECTIONS.get(name, (name, _unknown, None))
-        parts += [f"## {title}", _origin(record.get("machine_info", record), command), body(record)]
+        parts += [f"## {title}", _origin(record, command), body(record)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -293,6 +293,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], str | None]] = {
 
 def _origin(record: Record, now: str | None) -> str:
     """Device, versions, commit and command in one line, with the command's name ``now``."""
+    if record.get("benchmarks"):
+        # pytest-benchmark's: the machine, and the origin in each result.
+        record = {**record["machine_info"], **record["benchmarks"][0]["extra_info"]}
     commit = (record.get("commit") or "unknown")[:10]
     if record.get("uncommitted_changes"):
         commit += " with uncommitted changes"

@@ -12,14 +12,16 @@ compared with float64; a wrong one fails and gets no time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import ladder
-from bench.harness import FLUSH_BYTES, WARM_UP, backend
+from bench.harness import FLUSH_BYTES, WARM_UP, backend, environment
 
 ROUNDS = 30
 
@@ -76,6 +78,7 @@ def test_op(
         else:
             benchmark(call)
     benchmark.extra_info |= {
+        **_origin(device),
         "op": row.op, "shape": row.shape, "direction": row.direction, "variant": variant,
         "relative_error": error, "error_limit": None if bare else row.allowed_error,
     }  # fmt: skip
@@ -83,6 +86,14 @@ def test_op(
         benchmark.extra_info["note"] = row.note
     if benchmark.stats is not None:
         benchmark.extra_info |= ladder.rates(row, benchmark.stats.stats.median, device)
+
+
+@functools.cache
+def _origin(device: str) -> dict[str, Any]:
+    """Device, versions, commit and command, as in the other records of bench/."""
+    names = ("device", "torch", "python", "commit", "uncommitted_changes", "command")
+    record = environment(device)
+    return {name: record[name] for name in names}
 
 
 def _measure_on_gpu(benchmark: BenchmarkFixture, call: Callable[[], object]) -> None:
