@@ -40,7 +40,7 @@ SPILL_LIMIT = 64
 
 
 @dataclass(frozen=True)
-class Limits:
+class OccupancyLimits:
     """Of one multiprocessor, from the table of technical specifications in the CUDA C guide.
 
     Shared memory in bytes; a block takes 1 KB more than it requests.
@@ -54,9 +54,9 @@ class Limits:
 
 
 LIMITS = {
-    "sm_80": Limits(shared_per_block=166_912, shared=167_936, warps=64, blocks=32),
-    "sm_86": Limits(shared_per_block=101_376, shared=102_400, warps=48, blocks=16),
-    "sm_90": Limits(shared_per_block=232_448, shared=233_472, warps=64, blocks=32),
+    "sm_80": OccupancyLimits(shared_per_block=166_912, shared=167_936, warps=64, blocks=32),
+    "sm_86": OccupancyLimits(shared_per_block=101_376, shared=102_400, warps=48, blocks=16),
+    "sm_90": OccupancyLimits(shared_per_block=232_448, shared=233_472, warps=64, blocks=32),
 }
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 INTRODUCTION = """# Public interface
 
-Signatures and summaries; the docstrings have shapes, units and errors. Errors that a user can act on
-are subclasses of `v2l_fast.V2LError`. `python -m tests.test_api_page` writes this page, and a test
-compares it with the code.
+Signatures and summaries; the docstrings have shapes, units and errors. Errors that a user can act
+on are subclasses of `v2l_fast.V2LError`. `python -m tests.test_api_page` writes this page, and a
+test compares it with the code.
 """
 # Section -> module -> names; a class with the methods that users call.
 SECTIONS = {

@@ -160,15 +160,11 @@ def test_imported_names_exist():
     assert not absent, "\n".join(absent)
 
 
-# Names that two modules still share; no name is added here.
-SHARED_CLASS_NAMES = {"Decoder", "Internalizer", "Limits", "ReplyError", "Report", "Request"}
-
-
 def test_class_names_are_unique():
     places = defaultdict(list)
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and node.name not in SHARED_CLASS_NAMES:
+            if isinstance(node, ast.ClassDef):
                 places[node.name].append(str(path.relative_to(ROOT)))
     repeated = [f"{name}: {', '.join(files)}" for name, files in places.items() if len(files) > 1]
     assert not repeated, "\n".join(repeated)

@@ -48,7 +48,7 @@ OPTIONAL = {"pytest": "checks", "av": "decoding beside a training step", "peft":
 Row = dict[str, Any]
 
 
-class Report:
+class GpuReport:
     """The record of a run, written after every row.
 
     Args:
@@ -138,7 +138,7 @@ def main() -> int:
     if options.device == "cpu":
         # Small operations on several threads wait for each other.
         torch.set_num_threads(1)
-    report = Report(options.out, options.device, options.quick)
+    report = GpuReport(options.out, options.device, options.quick)
     for package in report.record["not_installed"]:
         print(f"{package} is not installed: {OPTIONAL[package]} left out")
     start = time.monotonic()
@@ -177,7 +177,7 @@ def selected_tests(device: str) -> list[str]:
     return ["tests/csrc_triton/test_rank_projection.py", "-k", "interpreter"]
 
 
-def checks(report: Report, end: float, _: float) -> None:
+def checks(report: GpuReport, end: float, _: float) -> None:
     """The tests of csrc_triton, in several processes that report after every test."""
     if "pytest" in report.record["not_installed"]:
         return
@@ -235,7 +235,7 @@ def checks(report: Report, end: float, _: float) -> None:
                 report.leave_out(f"{rest} checks of process {file.stem}")
 
 
-def ops(report: Report, end: float, _: float) -> None:
+def ops(report: GpuReport, end: float, _: float) -> None:
     on_gpu = report.device == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     size, seconds = ("tiny", 0.01) if report.quick else ("gpu", 0.15)
@@ -250,11 +250,11 @@ def ops(report: Report, end: float, _: float) -> None:
         report.measure("ops", name, end, measure, make)
 
 
-def _shapes(report: Report) -> list[str]:
+def _shapes(report: GpuReport) -> list[str]:
     return ["tiny"] if report.quick else ["500M", "2.2B"]
 
 
-def internalize(report: Report, end: float, _: float) -> None:
+def internalize(report: GpuReport, end: float, _: float) -> None:
     from bench.runs.internalize import from_frames
 
     dtype = torch.bfloat16 if report.device == "cuda" else torch.float32
@@ -264,7 +264,7 @@ def internalize(report: Report, end: float, _: float) -> None:
         report.measure("internalize", f"internalize {shape}", end, from_frames, *arguments)
 
 
-def answer(report: Report, end: float, _: float) -> None:
+def answer(report: GpuReport, end: float, _: float) -> None:
     from bench.runs.answer import measure
 
     new_tokens, seconds = (4, 0.01) if report.quick else (24, 0.5)
@@ -273,7 +273,7 @@ def answer(report: Report, end: float, _: float) -> None:
         report.measure("answer", f"answer {shape}", end, measure, *arguments)
 
 
-def train(report: Report, end: float, latest: float) -> None:
+def train(report: GpuReport, end: float, latest: float) -> None:
     from bench.runs.train_step import compare
 
     def measure(case: str) -> Row:
@@ -285,7 +285,7 @@ def train(report: Report, end: float, latest: float) -> None:
         report.measure("train", f"train {shape}-p1", end, measure, f"{shape}-p1")
 
 
-SECTIONS: dict[str, Callable[[Report, float, float], None]] = {
+SECTIONS: dict[str, Callable[[GpuReport, float, float], None]] = {
     "checks": checks,
     "ops": ops,
     "internalize": internalize,

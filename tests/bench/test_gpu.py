@@ -68,10 +68,10 @@ def checks(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "selected_tests", lambda device: [str(folder)])
     monkeypatch.setattr(gpu, "CHECKERS", 1)
 
-    def run(end: float = LIMIT, **files: str) -> gpu.Report:
+    def run(end: float = LIMIT, **files: str) -> gpu.GpuReport:
         for name, text in files.items():
             (folder / f"{name}.py").write_text(text)
-        report = gpu.Report(tmp_path / "gpu.json", "cpu", quick=False)
+        report = gpu.GpuReport(tmp_path / "gpu.json", "cpu", quick=False)
         gpu.checks(report, time.monotonic() + end, 0.0)
         return report
 
@@ -102,7 +102,7 @@ def test_a_run_of_another_commit_starts_anew(tmp_path, monkeypatch):
         monkeypatch.setattr(
             gpu, "environment", lambda _, c=commit: {"commit": c, "device": "a", "torch": "b"}
         )
-        report = gpu.Report(tmp_path / "gpu.json", "cpu", quick=True)
+        report = gpu.GpuReport(tmp_path / "gpu.json", "cpu", quick=True)
         assert len(report.record["ops"]) == kept
         report.add("ops", "right", {"passed": True})
         report.add("ops", "wrong", {"passed": False})
@@ -118,14 +118,14 @@ def test_a_process_that_dies_keeps_its_verdicts(checks):
 def test_tests_that_come_too_late_are_counted(checks):
     # The second test never ends; the deadline is that the first one has.
     text = "import time\ndef test_a(): pass\ndef test_b(): time.sleep(10_000)"
-    report = gpu.Report.add
+    report = gpu.GpuReport.add
 
     def add(self, section, name, row):
         report(self, section, name, row)
         raise TimeoutError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TimeoutError):
-        patch.setattr(gpu.Report, "add", add)
+        patch.setattr(gpu.GpuReport, "add", add)
         checks(test_one="", test_two=text)
     record = checks(end=-1.0).record
     assert names(record["checks"]) == ["test_a"] and record["left_out"]
@@ -141,7 +141,7 @@ def test_without_pytest_the_checks_are_left_out(checks, monkeypatch):
 
 
 def test_a_row_that_raises_fails_alone(tmp_path):
-    report = gpu.Report(tmp_path / "gpu.json", "cpu", quick=True)
+    report = gpu.GpuReport(tmp_path / "gpu.json", "cpu", quick=True)
     end = time.monotonic() + LIMIT
 
     def broken():

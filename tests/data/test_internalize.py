@@ -55,14 +55,14 @@ def test_each_video_becomes_the_models_adapter_once(manifest, tmp_path):
 def test_it_goes_on_where_it_stopped(manifest, tmp_path, monkeypatch):
     done = []
 
-    class Stopping(corpora.Internalizer):
+    class Stopping(corpora.CorpusInternalizer):
         def __call__(self, numbers):
             if done:
                 raise KeyboardInterrupt
             done.append(list(numbers))
             return super().__call__(numbers)
 
-    monkeypatch.setattr(corpora, "Internalizer", Stopping)
+    monkeypatch.setattr(corpora, "CorpusInternalizer", Stopping)
     with pytest.raises(KeyboardInterrupt):
         internalize_corpus(manifest, tmp_path / "store", SETTINGS)
     assert len(AdapterStore(tmp_path / "store").list()) == 2

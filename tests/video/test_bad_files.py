@@ -13,7 +13,7 @@ import pytest
 from tests.video.clips import picture, shown_index
 from v2l_fast.errors import VideoError
 from v2l_fast.video import Limits, decode, load_video, probe
-from v2l_fast.video.decoder import Decoder
+from v2l_fast.video.decoder import StreamDecoder
 
 
 def error_of(path, limits: Limits | None = None) -> str:
@@ -154,7 +154,7 @@ def test_nothing_decodes(clip):
 
 def test_first_frame_decodes_and_then_nothing(clip, monkeypatch):
     path = clip("a.mp4", 3)
-    monkeypatch.setattr(Decoder, "group", lambda *_: (_ for _ in ()))
+    monkeypatch.setattr(StreamDecoder, "group", lambda *_: (_ for _ in ()))
     assert "no frame can be decoded" in error_of(path)
     with pytest.raises(VideoError, match="no frame can be decoded"):
         decode(path, [1])

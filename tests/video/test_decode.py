@@ -20,7 +20,7 @@ from v2l_fast.video import (
     load_video,
     probe,
 )
-from v2l_fast.video.decoder import Decoder, _Lost
+from v2l_fast.video.decoder import StreamDecoder, _Lost
 
 
 def shown(frames: torch.Tensor) -> list[int]:
@@ -80,7 +80,7 @@ def test_sparse_reads_equal_the_whole(clip, name, codec, options):
 
 def test_a_misleading_seek_costs_only_time(clip, monkeypatch):
     path = clip("a.mp4", 150, options={"g": "30"})
-    scan = Decoder._scan
+    scan = StreamDecoder._scan
     calls = []
 
     def misleading_scan(self, key):
@@ -89,7 +89,7 @@ def test_a_misleading_seek_costs_only_time(clip, monkeypatch):
             raise _Lost
         return scan(self, key)
 
-    monkeypatch.setattr(Decoder, "_scan", misleading_scan)
+    monkeypatch.setattr(StreamDecoder, "_scan", misleading_scan)
     assert shown(decode(path, [2, 140])) == [2, 140]
     assert len(calls) == 4
 

@@ -86,7 +86,7 @@ class Corpus:
     failures: list[Failure]
 
 
-class Internalizer:
+class CorpusInternalizer:
     """The work of a shard: numbers of videos -> a line for each adapter or failure."""
 
     def __init__(
@@ -181,9 +181,9 @@ def internalize_corpus(
     )
     if engine == "ray":
         gpus = 0 if settings.device == "cpu" else None
-        run_on_ray(shards, Internalizer, (videos, store, settings), workers, gpus, progress)
+        run_on_ray(shards, CorpusInternalizer, (videos, store, settings), workers, gpus, progress)
     elif shards.missing():
-        with closing(Internalizer(videos, store, settings)) as work:
+        with closing(CorpusInternalizer(videos, store, settings)) as work:
             shards.run(work, progress)
     lines = list(shards.lines())
     failures = [Failure(**line["failure"]) for line in lines if "failure" in line]

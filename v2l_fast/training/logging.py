@@ -1,7 +1,7 @@
 """What a run measures and shows: means of losses, speed, the progress bar and `log.jsonl`.
 
 `Meter` keeps losses on the device until a log line needs them, `Speed` counts videos, frames and
-operations, and `Report` writes to the terminal, to the run's files and to the trackers.
+operations, and `RunReport` writes to the terminal, to the run's files and to the trackers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Bar(Progress):
         yield Text(self.note, no_wrap=True, overflow="ellipsis")
 
 
-class Report:
+class RunReport:
     """Writes a run's numbers to the terminal, its files and the trackers; owns the progress bar.
 
     Args:
@@ -89,7 +89,7 @@ class Report:
         )  # fmt: skip
         self.task = self.bar.add_task("training", total=steps, completed=start)
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> RunReport:
         self.bar.start()
         return self
 

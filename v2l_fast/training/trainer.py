@@ -42,7 +42,7 @@ from v2l_fast.training.config import FROM_DATA, TrainConfig, flatten
 from v2l_fast.training.distributed import Distributed, Stopped, StopSignals
 from v2l_fast.training.flops import StepCost, peak_flops
 from v2l_fast.training.loader import EpochOrder, Quarantine, StepBatch, step_batches
-from v2l_fast.training.logging import Meter, Report, Speed, environment, memory_gb
+from v2l_fast.training.logging import Meter, RunReport, Speed, environment, memory_gb
 from v2l_fast.training.optim import make_optimizer, rate_factor, set_rate
 from v2l_fast.training.sources import Sources, base_model, open_sources
 from v2l_fast.training.step import StepOptions, StepResult, TrainStep
@@ -237,7 +237,7 @@ class _Run:
             return self._summary()
         model = distributed.wrap(self.step)
         distributed.start_trackers(config, self.start, self.run_id)
-        report = Report(
+        report = RunReport(
             self.folder,
             config.optim.steps,
             self.start,
@@ -314,7 +314,7 @@ class _Run:
                 "last checkpoint is from before, lower optim.lr or look at the data of that step"
             )
 
-    def _log(self, step: int, report: Report) -> None:
+    def _log(self, step: int, report: RunReport) -> None:
         self._merge(step)
         self.last = self.meter.means()
         numbers: dict[str, float | None] = {
@@ -326,7 +326,7 @@ class _Run:
         }
         report.log(step, numbers)
 
-    def _validate(self, step: int, report: Report) -> None:
+    def _validate(self, step: int, report: RunReport) -> None:
         if self.validation is not None:
             with self.speed.paused():
                 self.val = self.validation.loss(self.step, self.distributed.gather)
@@ -334,7 +334,7 @@ class _Run:
                 if self.distributed.is_main:
                     self._keep_best(step)
 
-    def _answer(self, step: int, report: Report) -> None:
+    def _answer(self, step: int, report: RunReport) -> None:
         if self.validation is not None and self.distributed.is_main:
             with self.speed.paused():
                 report.samples(step, self.validation.answers(self.step, self.config.run.samples))

@@ -39,7 +39,7 @@ class _Lost(Exception):
     """The keyframe does not follow this position."""
 
 
-class Decoder:
+class StreamDecoder:
     """A file and its best video stream, decoded in the calling thread alone.
 
     damaged: whether a packet of the current group failed to decode.
@@ -55,15 +55,15 @@ class Decoder:
         self._stack = ExitStack()
         self.reopen()
 
-    def __enter__(self) -> Decoder:
+    def __enter__(self) -> StreamDecoder:
         return self
 
     def __exit__(self, *_) -> None:
         self._stack.close()
 
-    def fresh(self) -> Decoder:
+    def fresh(self) -> StreamDecoder:
         """Another decoder of the same file."""
-        return Decoder(self._path, self._limits, self._deadline, self._stop)
+        return StreamDecoder(self._path, self._limits, self._deadline, self._stop)
 
     def reopen(self) -> None:
         """Reset to the state of a new decoder."""
@@ -204,8 +204,8 @@ class Decoder:
 
 
 def in_parallel(
-    jobs: Sequence[Callable[[Decoder, Send], None]],
-    new_decoder: Callable[[threading.Event], Decoder],
+    jobs: Sequence[Callable[[StreamDecoder, Send], None]],
+    new_decoder: Callable[[threading.Event], StreamDecoder],
     count: int,
     deadline: Deadline,
 ) -> Generator[Image, None, None]:

@@ -43,7 +43,7 @@ from av.sidedata.sidedata import Type as SideDataType
 
 from v2l_fast.errors import VideoError
 from v2l_fast.video.container import check_file, open_stream
-from v2l_fast.video.decoder import Decoder, Send, in_parallel
+from v2l_fast.video.decoder import Send, StreamDecoder, in_parallel
 from v2l_fast.video.info import Orientation, VideoInfo
 from v2l_fast.video.limits import Deadline, Limits
 from v2l_fast.video.packets import Packets, Timeline, read_packets
@@ -149,7 +149,7 @@ class PyAVSource:
         self.check_count(len(indices))
         # Computed here, before the decoding threads need them.
         timeline, _ = self._timeline, self.orientation
-        jobs: list[Callable[[Decoder, Send], None]]
+        jobs: list[Callable[[StreamDecoder, Send], None]]
         if timeline is None:
             jobs = [partial(self._read_through, indices)]
         else:
@@ -245,15 +245,15 @@ class PyAVSource:
 
     # --- decoding ------------------------------------------------------------------------------
 
-    def _new_decoder(self, stop: threading.Event | None = None) -> Decoder:
-        return Decoder(self.path, self.limits, self.deadline, stop)
+    def _new_decoder(self, stop: threading.Event | None = None) -> StreamDecoder:
+        return StreamDecoder(self.path, self.limits, self.deadline, stop)
 
     def _num_decoders(self, num_jobs: int) -> int:
         frame = self._first_frame
         fit = _DECODER_BYTES // (_HELD_FRAMES * frame.width * frame.height * 3 // 2)
         return max(1, min(_DECODERS, _num_cores(), num_jobs, fit))
 
-    def _read_through(self, indices: np.ndarray, decoder: Decoder, send: Send) -> None:
+    def _read_through(self, indices: np.ndarray, decoder: StreamDecoder, send: Send) -> None:
         """Send frames `indices`, counted in the order of the decoder's output."""
         wanted = set(indices.tolist())
         previous = None
@@ -276,7 +276,7 @@ class PyAVSource:
         self._num_outputs = count
 
     def _read_groups(
-        self, timeline: Timeline, indices: np.ndarray, decoder: Decoder, send: Send
+        self, timeline: Timeline, indices: np.ndarray, decoder: StreamDecoder, send: Send
     ) -> None:
         """Send frames `indices`, each decoded from the keyframe of its group."""
         groups = timeline.group_of(indices)
@@ -289,7 +289,7 @@ class PyAVSource:
                     self._read_damaged_group(timeline, group, wanted, alone, send)
 
     def _read_group(
-        self, timeline: Timeline, group: int, wanted: list[int], decoder: Decoder, send: Send
+        self, timeline: Timeline, group: int, wanted: list[int], decoder: StreamDecoder, send: Send
     ) -> bool:
         """Send the group's `wanted` frames; False at the first sign of damage."""
         remaining = iter(wanted)
@@ -310,7 +310,7 @@ class PyAVSource:
         return False
 
     def _read_damaged_group(
-        self, timeline: Timeline, group: int, wanted: list[int], decoder: Decoder, send: Send
+        self, timeline: Timeline, group: int, wanted: list[int], decoder: StreamDecoder, send: Send
     ) -> None:
         """Send the group's `wanted` frames, or for each the last one before it that decodes."""
         remaining = list(wanted)
@@ -369,7 +369,7 @@ class PyAVSource:
         return last
 
     def _images(
-        self, decoder: Decoder, timeline: Timeline, group: int
+        self, decoder: StreamDecoder, timeline: Timeline, group: int
     ) -> Generator[tuple[int, np.ndarray], None, None]:
         """(index, upright image) of the group's frames that decode."""
         with closing(decoder.group(timeline, group)) as frames:
