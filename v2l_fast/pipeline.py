@@ -23,6 +23,7 @@ from torch import Tensor
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
 from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.hypernet.provenance import Provenance
 from v2l_fast.padding import length_buckets, pad_right
 from v2l_fast.transfer import send
 from v2l_fast.video import Clip, FrameSampling
@@ -384,7 +385,7 @@ class VideoInternalizer:
 
     def _provenance(
         self, clip: Clip, span: tuple[float, float], sampling: FrameSampling
-    ) -> dict[str, Any]:
+    ) -> Provenance:
         config = self._hypernet.config
         return {
             "source": {

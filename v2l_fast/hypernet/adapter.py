@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from v2l_fast.errors import AdapterError, WriteError
 from v2l_fast.files import open_regular
 from v2l_fast.hypernet.adapter_files import Factors, is_adapter_file, read_adapter, write_adapter
+from v2l_fast.hypernet.provenance import Provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class Adapter:
         scale: s of paper Eq. 7, used as it is, not divided by r.
         bias: the shared adapter applied with it, or None.
         detached_bias_id: id of the bias that belongs to it when it is not attached (a loaded file).
-        provenance: JSON-ready record of the source: content hash, frames, preprocessing, models.
+        provenance: what it was generated from; read-only, ready for JSON.
     """
 
     A: Factors
@@ -90,7 +91,7 @@ class Adapter:
     scale: float
     bias: BiasAdapter | None = None
     detached_bias_id: str | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         if not self.A or set(self.A) != set(self.B):
@@ -238,10 +239,10 @@ class Adapter:
             for chunk in (
                 x.provenance["chunks"]
                 if x.provenance.keys() == {"hypernetwork", "chunks"}
-                else [dict(x.provenance)]
+                else [cast(Provenance, dict(x.provenance))]
             )
         ]
-        record = {"hypernetwork": first._made_by, "chunks": chunks}
+        record = cast(Provenance, {"hypernetwork": first._made_by, "chunks": chunks})
         return Adapter(a, b, first.scale, bias, first.bias_id, record)
 
     def prune(self, keep: int, by: str = "norm", seed: int = 0) -> Adapter:
@@ -270,7 +271,8 @@ class Adapter:
             kept = order.topk(keep, dim=1).indices.sort(dim=1).values[..., None]
             a[module] = self.A[module].take_along_dim(kept, 1)
             b[module] = self.B[module].take_along_dim(kept, 1)
-        return replace(self, A=a, B=b, provenance={**self.provenance, "pruned": [keep, by, seed]})
+        record: Provenance = {**self.provenance, "pruned": [keep, by, seed]}
+        return replace(self, A=a, B=b, provenance=record)
 
     def without_layers(self, layers: Sequence[int], include_bias: bool = False) -> Adapter:
         """The update of some decoder layers removed (Appendix D).
@@ -293,8 +295,8 @@ class Adapter:
         bias = self.bias
         if include_bias and bias is not None:
             bias = BiasAdapter(cleared(bias.A), cleared(bias.B))
-        removed = {**self.provenance, "without_layers": sorted(layers)}
-        return replace(self, A=cleared(self.A), B=cleared(self.B), bias=bias, provenance=removed)
+        record: Provenance = {**self.provenance, "without_layers": sorted(layers)}
+        return replace(self, A=cleared(self.A), B=cleared(self.B), bias=bias, provenance=record)
 
     def norms(self) -> dict[str, dict[str, Tensor]]:
         """Size of the generated update.

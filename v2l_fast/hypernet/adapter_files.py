@@ -20,6 +20,7 @@ from torch import Tensor
 
 from v2l_fast.errors import AdapterError, excerpt
 from v2l_fast.files import open_regular, parse_json
+from v2l_fast.hypernet.provenance import Provenance
 from v2l_fast.tensor_files import TensorHeader, parse_header, read_tensors, save_tensors
 
 FORMAT = "v2l_adapter"
@@ -42,7 +43,7 @@ class AdapterRecord:
 
     scale: float
     bias_id: str | None
-    provenance: dict[str, Any]
+    provenance: Provenance
     rank: int
 
 
@@ -52,7 +53,7 @@ def write_adapter(
     B: Factors,
     scale: float,
     bias_id: str | None,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
 ) -> None:
     """Write an adapter file, atomically.
 

@@ -119,7 +119,7 @@ def load_peft(directory: str | os.PathLike) -> Adapter:
     """
     config, factors = _read(directory)
     sidecar = Path(directory) / SIDECAR_NAME
-    provenance = _read_json(sidecar).get("provenance", {}) if sidecar.exists() else {}
+    provenance: Any = _read_json(sidecar).get("provenance", {}) if sidecar.exists() else {}
     if problem := check_provenance(provenance):
         raise AdapterError(f"{sidecar}: {problem}; export the adapter again")
     by_layer: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}

@@ -380,7 +380,7 @@ def _mode(path: Path) -> int:
 
 def content_id(adapter: Adapter) -> str:
     """Hash of an adapter's factors, scale, bias and provenance, without the video's file name."""
-    provenance = dict(adapter.provenance)
+    provenance: dict[str, Any] = dict(adapter.provenance)
     if "source" in provenance:
         provenance["source"] = {k: v for k, v in provenance["source"].items() if k != "name"}
     record = {"scale": adapter.scale, "bias": adapter.bias_id, "provenance": provenance}
