@@ -9,7 +9,7 @@ from typing import Any
 
 from v2l_fast.errors import V2LError, excerpt
 
-# The last alternative was cut off: what stands in it is a draft.
+# The last alternative is reasoning that was cut off: what stands in it is a draft.
 _THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>|^\s*<think>.*", re.DOTALL)
 _TRAILING_COMMA = re.compile(r",(\s*[}\]])")
 # Far above any reply that is asked for; searching a megabyte for braces is quadratic.
@@ -29,12 +29,17 @@ def json_object(reply: str, field: str) -> dict[str, Any]:
     Raises:
         ReplyError: there is no such object.
     """
-    text = _THOUGHTS.sub("", reply[:_MAX_CHARACTERS])
+    text = without_thoughts(reply)
     for start in [match.start() for match in re.finditer(r"\{", text)][:64]:
         value = _object_at(text, start)
         if value is not None and field in value:
             return value
     raise ReplyError(f"no JSON object with {field!r} in the reply {excerpt(reply)}")
+
+
+def without_thoughts(reply: str) -> str:
+    """A reply without its reasoning, and no longer than 65,536 characters."""
+    return _THOUGHTS.sub("", reply[:_MAX_CHARACTERS])
 
 
 def _object_at(text: str, start: int) -> dict[str, Any] | None:

@@ -11,12 +11,12 @@ is the 1 to 5 of the paper's Section 4.3 (Appendix A also lists a 0, which corre
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from v2l_fast.replies import ReplyError, json_object, without_thoughts
 
 # Part of every cache key: increase it with any change of the wording below.
 VERSION = 1
@@ -148,42 +148,15 @@ def _scale(fields: Mapping[str, Any], name: str) -> int:
 
 # --- JSON in replies ------------------------------------------------------------------------------
 
-# The last alternative is reasoning that was cut off: a score in it is a draft.
-_THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>|^\s*<think>.*", re.DOTALL)
-_TRAILING_COMMA = re.compile(r",(\s*[}\]])")
 _FIELD = re.compile(r'"(score|score_a|score_b|preferred)"\s*:\s*("?[\w./-]+"?)\s*[,}\n]')
 
 
 def _json_object(reply: str, needed: str) -> dict[str, Any]:
-    """The first JSON object with the field `needed`, repaired where the intention is clear.
-
-    Reasoning, code fences and prose around it are skipped; trailing commas, single quotes and
-    Python constants are accepted. If the reply was cut off, complete scores are used.
-    """
-    text = _THOUGHTS.sub("", reply)
-    for start in (m.start() for m in re.finditer(r"\{", text)):
-        value = _object_at(text, start)
-        if value is not None and needed in value:
-            return value
-    fields = {name: value.strip('"') for name, value in _FIELD.findall(text)}
-    if needed in fields:
-        return fields
-    raise InvalidReply("malformed", f"no JSON object with {needed!r} in {reply[:80]!r}")
-
-
-def _object_at(text: str, start: int) -> dict[str, Any] | None:
+    """The first JSON object with the field `needed`; of a reply that was cut off, complete scores."""
     try:
-        value, _ = json.JSONDecoder().raw_decode(text, start)
-        return value if isinstance(value, dict) else None
-    except (ValueError, RecursionError):
-        pass
-    end = text.rfind("}") + 1
-    repaired = _TRAILING_COMMA.sub(r"\1", text[start:end])
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(repaired)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(value, dict):
-            return value
-    return None
+        return json_object(reply, needed)
+    except ReplyError:
+        fields = {name: value.strip('"') for name, value in _FIELD.findall(without_thoughts(reply))}
+        if needed in fields:
+            return fields
+    raise InvalidReply("malformed", f"no JSON object with {needed!r} in {reply[:80]!r}")
