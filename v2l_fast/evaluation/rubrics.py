@@ -152,7 +152,7 @@ _FIELD = re.compile(r'"(score|score_a|score_b|preferred)"\s*:\s*("?[\w./-]+"?)\s
 
 
 def _json_object(reply: str, needed: str) -> dict[str, Any]:
-    """The first JSON object with the field `needed`; of a reply that was cut off, complete scores."""
+    """The first JSON object with the field `needed`, or the complete scores of a cut-off reply."""
     try:
         return json_object(reply, needed)
     except ReplyError:
