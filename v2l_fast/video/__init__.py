@@ -5,6 +5,7 @@ Every failure to read a file raises a one-line `v2l_fast.errors.VideoError` that
 
 from v2l_fast._deprecated import warn_renamed
 from v2l_fast.video.clip import Clip
+from v2l_fast.video.fallback import fallbacks
 from v2l_fast.video.info import VideoInfo
 from v2l_fast.video.limits import Limits
 from v2l_fast.video.preprocess import (
@@ -15,7 +16,7 @@ from v2l_fast.video.preprocess import (
     resize_lanczos,
     resized_size,
 )
-from v2l_fast.video.reader import decode, fallbacks, load_spans, load_video, probe
+from v2l_fast.video.reader import decode, load_spans, load_video, probe
 from v2l_fast.video.sampling import FrameSampling, sample_indices
 
 __all__ = [

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib.util import find_spec
@@ -34,47 +32,6 @@ log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "pyav", "torchcodec", "dali"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-
-
-class Fallbacks:
-    """Files that the chosen library left to PyAV: right frames, but slower. Thread-safe.
-
-    Each file is logged and counted once, however often it is read. Each process counts its own:
-    data workers do not add to their parent's count.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seen: set[str] = set()
-        self._reasons: Counter[str] = Counter()
-
-    def add(self, path: str, reason: str, detail: str = "") -> None:
-        """Count `path` as read by PyAV. reason: one of a few; detail: specific to this file."""
-        with self._lock:
-            if path in self._seen:
-                return
-            self._seen.add(path)
-            self._reasons[reason] += 1
-        log.warning("%s: decoded by PyAV: %s%s", path, reason, f" ({detail})" if detail else "")
-
-    def count(self) -> int:
-        """Number of files."""
-        return len(self._seen)
-
-    def reasons(self) -> dict[str, int]:
-        """Number of files by reason."""
-        with self._lock:
-            return dict(self._reasons)
-
-    def clear(self) -> None:
-        """Forget all files."""
-        with self._lock:
-            self._seen.clear()
-            self._reasons.clear()
-
-
-# Those of this process.
-fallbacks = Fallbacks()
 
 
 def open_source(

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from v2l_fast.errors import VideoError
+from v2l_fast.video.fallback import fallbacks
 from v2l_fast.video.pyav import Decoded, PyAVSource
-from v2l_fast.video.reader import fallbacks
 
 if TYPE_CHECKING:
     from torchcodec.decoders import VideoDecoder
