@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from tests import tiny
@@ -25,6 +26,7 @@ def samples(backbone, frames: int) -> list[Sample]:
     return actual
 
 
+@pytest.mark.slow
 def test_recomputed_forward_and_backward():
     config = replace(tiny.CONFIG, num_blocks=1, chunk_position=True)
     network, backbone = tiny.hypernetwork(config), tiny.backbone()
