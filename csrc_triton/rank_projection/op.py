@@ -12,6 +12,7 @@ fast or faster; the backward is matrix products and nothing else, on both paths.
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 
 import torch
@@ -131,9 +132,21 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 
 
 def rank_projection(
-    latents: Tensor, weight: Tensor, scaler_a: Tensor, scaler_b: Tensor, *, d_in: int, d_out: int
+    latents: Tensor,
+    weight: Tensor,
+    scaler_a: Tensor,
+    scaler_b: Tensor,
+    bias_a: Tensor | None = None,
+    bias_b: Tensor | None = None,
+    *,
+    d_in: int,
+    d_out: int,
 ) -> tuple[Tensor, Tensor]:
     """LoRA factors of one layer.
+
+    Version 0.1 took all layers, with chunks and a bias adapter: latents [G, C, L, R, Z], weight
+    [L, Z, W], scalers [L, R], biases [L, R', d], to A [G, L, C R + R', d_in] and B. That form is
+    deprecated.
 
     Args:
         latents: [N, R, Z]; each row is divided by its L2 norm (a zero row stays zero).
@@ -149,5 +162,51 @@ def rank_projection(
     Raises:
         ValueError: an argument's shape, dtype or device does not fit.
     """
+    if latents.dim() == 5:
+        warnings.warn(
+            "rank_projection takes one layer: latents [N, R, Z]; the form with all layers goes "
+            "with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return _all_layers(latents, weight, scaler_a, scaler_b, bias_a, bias_b, d_in, d_out)
+    if bias_a is not None or bias_b is not None:
+        raise ValueError(
+            "rank_projection: bias_a and bias_b must be None, got a bias for one layer"
+        )
     args = latents, weight, scaler_a, scaler_b, d_in, d_out
     return run_plain(_plain, args, 0) if transformed() else _forward(*args)
+
+
+def _all_layers(
+    latents: Tensor,
+    weight: Tensor,
+    scaler_a: Tensor,
+    scaler_b: Tensor,
+    bias_a: Tensor | None,
+    bias_b: Tensor | None,
+    d_in: int,
+    d_out: int,
+) -> tuple[Tensor, Tensor]:
+    groups, chunks, layers, rank, _ = latents.shape
+    check = Arguments("rank_projection")
+    check.shape("weight", weight, layers, latents.shape[-1], "W")
+    check.shape("scaler_a", scaler_a, layers, rank)
+    check.shape("scaler_b", scaler_b, layers, rank)
+    check.require((bias_a is None) == (bias_b is None), "bias_b", "set with bias_a", "one of them")
+    factors = [
+        rank_projection(
+            latents[:, :, i].flatten(0, 1), weight[i], scaler_a[i], scaler_b[i],
+            d_in=d_in, d_out=d_out,
+        )
+        for i in range(layers)
+    ]  # fmt: skip
+    joined = []
+    for index, bias in enumerate((bias_a, bias_b)):
+        part = torch.stack([layer[index] for layer in factors], 1)
+        part = part.unflatten(0, (groups, chunks)).transpose(1, 2).flatten(2, 3)
+        if bias is not None:
+            shared = bias.to(part.dtype).expand(groups, *bias.shape)
+            part = torch.cat([part, shared], 2)
+        joined.append(part)
+    return joined[0], joined[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -185,3 +187,25 @@ def test_every_tensor_on_one_device(name):
     args = dict(zip(NAMES, inputs(), strict=True))
     with pytest.raises(ValueError, match=f"rank_projection: {name} must be on cpu, got meta"):
         _check(**{**args, name: args[name].to("meta")}, d_in=7, d_out=6)
+
+
+def test_the_deprecated_form_with_all_layers_is_each_layer_by_itself():
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    latents, weight = random(2, 3, 2, 4, 16), random(2, 16, 12)
+    scalers, biases = (random(2, 4), random(2, 4)), (random(2, 5, 8), random(2, 5, 4))
+    with pytest.warns(DeprecationWarning, match="takes one layer"):
+        a, b = rank_projection(latents, weight, *scalers, *biases, d_in=8, d_out=4)
+    assert a.shape == (2, 2, 17, 8) and b.shape == (2, 2, 17, 4)
+    for group, chunk, layer in itertools.product(range(2), range(3), range(2)):
+        expected = rank_projection(
+            latents[group, chunk, layer][None], weight[layer], scalers[0][layer],
+            scalers[1][layer], d_in=8, d_out=4,
+        )  # fmt: skip
+        own = slice(4 * chunk, 4 * chunk + 4)
+        torch.testing.assert_close(a[group, layer, own], expected[0][0])
+        torch.testing.assert_close(b[group, layer, own], expected[1][0])
+        assert torch.equal(a[group, layer, 12:], biases[0][layer])
