@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -143,13 +144,13 @@ def _is_package(path: str) -> bool:
     return any(name.startswith(f"{old}.") for name in MOVED)
 
 
-class MovedModuleFinder:
+class MovedModuleFinder(MetaPathFinder, Loader):
     """Finds modules by their old paths, for ``sys.meta_path``; also their loader."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return None if new_path(name) is None else ModuleSpec(name, self)  # type: ignore[arg-type]
+        return None if new_path(name) is None else ModuleSpec(name, self)
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
@@ -162,7 +163,7 @@ class MovedModuleFinder:
         if not hasattr(replacement, "__path__") and _is_package(old):
             # A package that has become one module: its old modules are imported through it.
             module.__path__ = []
-            module.__getattr__ = partial(getattr, replacement)  # type: ignore[method-assign]
+            vars(module)["__getattr__"] = partial(getattr, replacement)
         else:
             # The import system takes the module that stands here when this returns.
             sys.modules[old] = replacement
@@ -180,4 +181,4 @@ def warn_renamed(old: str, new: str, stacklevel: int) -> None:
 def install() -> None:
     """Let old paths be imported. Before other finders: an old package's path is the new one's."""
     if not any(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, MovedModuleFinder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, MovedModuleFinder())

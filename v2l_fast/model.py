@@ -656,13 +656,6 @@ def _as_video(video: object, fps: float | None = None) -> Video | VideoError:
         )
     if fps is None:
         raise VideoError("frames need fps: model.internalize(frames, fps=...)")
-    if isinstance(video, np.ndarray):
-        # Arrays are read with the channels first where only that fits, as tensors are.
-        last = video.ndim == 4 and video.shape[-1] == 3 and video.shape[1] != 3
-        video = np.ascontiguousarray(video.transpose(0, 3, 1, 2) if last else video)
-        if video.dtype != np.uint8:
-            raise VideoError(f"frames are {video.dtype} {list(video.shape)}; pass uint8")
-        video = torch.from_numpy(video)
     return Clip.from_frames(video, fps)
 
 

@@ -188,6 +188,7 @@ def _all_layers(
     d_in: int,
     d_out: int,
 ) -> tuple[Tensor, Tensor]:
+    """The deprecated form: latents [G, C, L, R, Z] to A [G, L, C R + R', d_in], and B likewise."""
     groups, chunks, layers, rank, _ = latents.shape
     check = Arguments("rank_projection")
     check.shape("weight", weight, layers, latents.shape[-1], "W")

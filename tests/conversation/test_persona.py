@@ -103,6 +103,18 @@ def test_forgetting_leaves_an_id_and_a_date(tmp_path):
         persona.forget(["f9"])
 
 
+def test_forgotten_words_are_no_evidence_of_other_facts():
+    words, other = "I live in Oslo and like tea.", "I like dogs."
+    persona, _, _ = Persona().update(
+        [(Statement("lives in Oslo"), 1.0), (Statement("likes tea"), 1.0)], 0, words
+    )
+    persona, _, _ = persona.update([(Statement("likes dogs"), 1.0)], 1, other)
+    persona = persona.forget(["f1"])
+    assert "Oslo" not in repr(persona)
+    assert [fact.text for fact in persona.active] == ["likes tea", "likes dogs"]
+    assert persona.active[1].utterance == other
+
+
 def test_a_saved_persona_is_private_and_comes_back(tmp_path):
     persona, _, _ = updated(Persona(), stated("genre", "drama"), Statement("likes dogs"))
     path = tmp_path / "me.json"

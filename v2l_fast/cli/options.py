@@ -74,7 +74,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
                 values[name] = parameter.default.default
         command(**values)
 
-    expanded.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    vars(expanded)["__signature__"] = inspect.Signature(
         [
             inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
             for n, default, kind in parameters

@@ -5,20 +5,13 @@ video and with any chat model alone. ``gap`` holds the formulas, ``persona`` wha
 the turn.
 """
 
-from v2l_fast.conversation.cper import (
-    CperSettings,
-    KnowledgeGap,
-    Models,
-    Reply,
-    State,
-    Turn,
-    cper_turn,
-)
+from v2l_fast.conversation.cper import cper_turn
 from v2l_fast.conversation.encoders import load_encoder
 from v2l_fast.conversation.lexicon import LexiconModel
 from v2l_fast.conversation.models import EndpointModel, TransformersModel, VideoModel
 from v2l_fast.conversation.persona import Fact, Persona
 from v2l_fast.conversation.schema import Schema, Slot
+from v2l_fast.conversation.state import CperSettings, KnowledgeGap, Models, Reply, State, Turn
 
 __all__ = [
     "CperSettings",

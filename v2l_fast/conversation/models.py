@@ -7,6 +7,7 @@ A model completes messages and knows nothing about personas or gaps.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ class EndpointModel:
         try:
             reply = self._client.chat.completions.create(model=self.model, **fields)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            refused = [name for name in optional if name in fields and name in str(error)]
+            words = set(re.findall(r"\w+", str(error)))
+            refused = [name for name in optional if name in fields and name in words]
             if not refused:
                 raise ModelError(
                     f"{self.url}: {self.model} refuses the request ({error})"

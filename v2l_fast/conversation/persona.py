@@ -200,12 +200,24 @@ class Persona:
     def forget(self, ids: Collection[str]) -> Persona:
         """Remove text, value and evidence of facts; their ids and dates remain.
 
+        Other facts of the same words lose these as their evidence, since they tell the same.
+
         Raises:
             ConfigError: an id is unknown.
         """
         if unknown := sorted(set(ids) - {fact.id for fact in self.facts}):
             raise ConfigError(f"unknown fact {unknown[0]!r}; v2l persona show lists the ids")
-        return Persona(tuple(_forgotten(f) if f.id in ids else f for f in self.facts))
+        words = {fact.utterance for fact in self.facts if fact.id in ids}
+        return Persona(
+            tuple(
+                _forgotten(fact)
+                if fact.id in ids
+                else replace(fact, utterance=None)
+                if fact.utterance in words
+                else fact
+                for fact in self.facts
+            )
+        )
 
     def select(self, *, slot: str | None = None, turn: int | None = None) -> tuple[str, ...]:
         """Ids of the facts that are not forgotten, of one slot or one turn where given."""

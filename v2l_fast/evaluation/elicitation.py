@@ -6,6 +6,7 @@ Worlds and conversations are `v2l_fast.conversation.simulate`'s; here are statis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from v2l_fast.conversation.gap import knowledge_gap
 from v2l_fast.conversation.lexicon import Guess
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.conversation.simulate import ARMS, Arm, Conversation, simulate
-from v2l_fast.evaluation.statistics import Interval, mean_interval, paired_difference
-from v2l_fast.evaluation.tables import markdown
+from v2l_fast.evaluation.statistics import mean_interval, paired_difference
+from v2l_fast.evaluation.tables import interval_text, markdown
 from v2l_fast.files import write_text
 
 TURNS = 7
@@ -36,7 +37,7 @@ def evaluate_preferences(schema: Schema, users: int, seed: int = 0) -> dict[str,
         users: number of people; each appears in every arm.
 
     Returns:
-        A JSON-ready record; intervals are [estimate, low, high] at 95% over people.
+        A JSON-ready record; intervals are 95% over people.
     """
     return {
         "world": "preferences",
@@ -71,9 +72,9 @@ def _variant(
         },
         "gap of slots by turn": {arm: _means(talks[arm], _slot_gap) for arm in ARMS},
         "gap of the paper by turn": {arm: _means(talks[arm], _paper_gap) for arm in ARMS},
-        "true gap at the end": {arm: _listed(mean_interval(last[arm])) for arm in ARMS},
-        "random minus targeted": _listed(paired_difference(last["random"], last["targeted"])),
-        "off minus targeted": _listed(paired_difference(last["off"], last["targeted"])),
+        "true gap at the end": {arm: asdict(mean_interval(last[arm])) for arm in ARMS},
+        "random minus targeted": asdict(paired_difference(last["random"], last["targeted"])),
+        "off minus targeted": asdict(paired_difference(last["off"], last["targeted"])),
         "questions": {
             arm: float(np.mean([len(talk.was_missing) for talk in talks[arm]])) for arm in ARMS
         },
@@ -109,10 +110,6 @@ def _spearman(talks: Sequence[Conversation], values: Any) -> float:
     measured = [value for talk in talks for value in values(talk)]
     true = [value for talk in talks for value in talk.true_gaps]
     return float(spearmanr(measured, true).statistic)
-
-
-def _listed(interval: Interval) -> list[float]:
-    return [interval.estimate, interval.low, interval.high]
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -152,13 +149,15 @@ def _viewers_section(record: Mapping[str, Any]) -> str:
     rows = [
         [
             title,
-            _cell(record["arms"][arm]["first question"]),
-            _cell(record["arms"][arm]["later questions"]),
+            interval_text(record["arms"][arm]["first question"]),
+            interval_text(record["arms"][arm]["later questions"]),
             f"{record['arms'][arm]['questions asked']:.2f}",
         ]
         for arm, title in names.items()
     ]
     difference = record["ask minus guess"]
+    first = interval_text(difference["first question"])
+    later = interval_text(difference["later questions"])
     return f"""## Viewers of a video
 
 `v2l cper simulate --world shapes`: {record["videos"]} videos of two objects with the shipped pair,
@@ -167,8 +166,8 @@ neither ("What color is the object?").
 
 {_table(["the system", "first question right", "three later ones right", "questions asked"], rows)}
 
-Asking minus guessing: {_cell(difference["first question"])} on the first question,
-{_cell(difference["later questions"])} on the later ones. The uncertainty of the sampled answers
+Asking minus guessing: {first} on the first question,
+{later} on the later ones. The uncertainty of the sampled answers
 tells videos of two objects from those of one with an AUROC of
 {record["auroc of the uncertainty"]:.3f} ({record["one-object videos"]} videos of one). It does so
 for the question about color alone: asked how the object moves, what shape or what size it has, the
@@ -184,8 +183,8 @@ def _preferences_section(record: Mapping[str, Any]) -> str:
             [
                 name,
                 str(variant["turns"]),
-                *(_cell(ends[arm]) for arm in ("off", "random", "targeted")),
-                _cell(variant["random minus targeted"]),
+                *(interval_text(ends[arm]) for arm in ("off", "random", "targeted")),
+                interval_text(variant["random minus targeted"]),
                 f"{variant['questions']['targeted']:.1f}",
                 f"{variant['asked about something missing']:.3f}",
             ]
@@ -228,11 +227,6 @@ questions or none:
 
 {_table(["people", "the paper's gap", "gap of slots"], validity)}
 """
-
-
-def _cell(interval: Sequence[float]) -> str:
-    estimate, low, high = interval
-    return f"{estimate:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -79,9 +80,9 @@ class SamplingParams:
         return replace(self, seed=(self.seed + index - MIN_SEED) % (1 << 64) + MIN_SEED)
 
 
-def _integer(name: str, value: object) -> int:
+def _integer(name: str, value: SupportsIndex) -> int:
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except TypeError:
         raise ConfigError(f"{name} must be an integer, got {_excerpt(value)}") from None
 

@@ -288,7 +288,7 @@ def _wrap_threads() -> None:
         if not _is_executors(self):
             _STARTED_BY[self] = weakref.ref(threading.current_thread())
             if inherited := _snapshot():
-                self.run = functools.partial(_run_within, inherited, self.run)  # type: ignore
+                vars(self)["run"] = functools.partial(_run_within, inherited, self.run)
         start(self)
 
     @functools.wraps(submit)

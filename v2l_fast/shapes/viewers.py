@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from v2l_fast.conversation.cper import CperSettings, Models, State, cper_turn
+from v2l_fast.conversation.cper import cper_turn
 from v2l_fast.conversation.encoders import NgramEncoder
 from v2l_fast.conversation.lexicon import LexiconModel
 from v2l_fast.conversation.models import VideoModel
 from v2l_fast.conversation.persona import Persona, Statement
 from v2l_fast.conversation.schema import Schema
+from v2l_fast.conversation.state import CperSettings, Models, State
 from v2l_fast.evaluation.statistics import mean_interval, paired_difference
 from v2l_fast.hypernet import Adapter
 from v2l_fast.model import Video2LoRA
@@ -118,15 +119,15 @@ def evaluate_viewers(model: Video2LoRA, scenes: Sequence[Scene], seed: int = 0) 
         "videos": len(two),
         "arms": {
             arm: {
-                "first question": _interval(first[arm]),
-                "later questions": _interval(later[arm]),
+                "first question": asdict(mean_interval(first[arm])),
+                "later questions": asdict(mean_interval(later[arm])),
                 "questions asked": float(np.mean([v.questions for v in viewings[arm]])),
             }
             for arm in ARMS
         },
         "ask minus guess": {
-            "first question": _difference(first["ask"], first["guess"]),
-            "later questions": _difference(later["ask"], later["guess"]),
+            "first question": asdict(paired_difference(first["ask"], first["guess"])),
+            "later questions": asdict(paired_difference(later["ask"], later["guess"])),
         },
         "auroc of the uncertainty": auroc([v.uncertainty for v in viewings["guess"]], single),
         "one-object videos": len(one),
@@ -141,13 +142,3 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 def _expected(item: SceneObject, attribute: str) -> str:
     return plain(getattr(item, attribute))
-
-
-def _interval(values: Sequence[float]) -> list[float]:
-    interval = mean_interval(values)
-    return [interval.estimate, interval.low, interval.high]
-
-
-def _difference(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    interval = paired_difference(first, second)
-    return [interval.estimate, interval.low, interval.high]

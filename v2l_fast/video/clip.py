@@ -43,11 +43,22 @@ class Clip:
     presentation_times: tuple[float, ...] = ()
 
     @classmethod
-    def from_frames(cls, frames: torch.Tensor, fps: float) -> Clip:
-        """A clip of all `frames` (uint8 [F, 3, H, W], F >= 1), shown at `fps` frames/s.
+    def from_frames(cls, frames: torch.Tensor | np.ndarray, fps: float) -> Clip:
+        """A clip of all `frames`, shown at `fps` frames/s.
 
-        Raises VideoError for another dtype or shape, or an fps that is not positive.
+        Args:
+            frames: uint8 [F, 3, H, W], F >= 1; an array may also be [F, H, W, 3].
+
+        Raises:
+            VideoError: another dtype or shape, or an fps that is not positive.
         """
+        if isinstance(frames, np.ndarray):
+            # Arrays are read with the channels first where only that fits, as tensors are.
+            last = frames.ndim == 4 and frames.shape[-1] == 3 and frames.shape[1] != 3
+            frames = np.ascontiguousarray(frames.transpose(0, 3, 1, 2) if last else frames)
+            if frames.dtype != np.uint8:
+                raise VideoError(f"frames are {frames.dtype} {list(frames.shape)}; pass uint8")
+            frames = torch.from_numpy(frames)
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
             raise VideoError(
                 f"frames must be uint8 [F, 3, H, W], got {frames.dtype} {list(frames.shape)}"

@@ -1,0 +1,120 @@
+"""Chat models: what reaches an endpoint that lacks some fields, and sampling in transformers."""
+
+import json
+
+import httpx
+import pytest
+import torch
+from openai import OpenAI
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from v2l_fast.conversation import EndpointModel, TransformersModel, models
+from v2l_fast.conversation.models import ModelError
+from v2l_fast.errors import ConfigError
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+class Server:
+    """An endpoint that refuses some fields with a 400 that names them."""
+
+    def __init__(self, refuses=(), error: str | None = None):
+        self.refuses, self.error, self.requests = refuses, error, []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        fields = json.loads(request.content)
+        self.requests.append(fields)
+        refused = [name for name in self.refuses if name in fields]
+        if refused or self.error:
+            message = self.error or f"{refused[0]}: is not supported"
+            return httpx.Response(400, json={"error": {"message": message}})
+        choices = [
+            {"index": i, "finish_reason": "stop",
+             "message": {"role": "assistant", "content": f"seed {fields['seed']}, choice {i}"}}
+            for i in range(fields.get("n", 1))
+        ]  # fmt: skip
+        usage = {"prompt_tokens": 7, "completion_tokens": 2 * len(choices), "total_tokens": 0}
+        body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+                "choices": choices, "usage": usage}  # fmt: skip
+        return httpx.Response(200, json=body)
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    def connect(server: Server) -> EndpointModel:
+        client = OpenAI(
+            base_url="http://server/v1", api_key="none", max_retries=0,
+            http_client=httpx.Client(transport=httpx.MockTransport(server)),
+        )  # fmt: skip
+        monkeypatch.setattr(models, "openai_client", lambda *_: client)
+        return EndpointModel("http://server/v1", "m")
+
+    return connect
+
+
+def test_a_server_with_n_gets_one_request(endpoint):
+    server = Server()
+    replies = endpoint(server).complete(MESSAGES, n=3, seed=5, temperature=0.6, json=True)
+    assert [reply.text for reply in replies] == [f"seed 5, choice {i}" for i in range(3)]
+    assert sum(reply.prompt_tokens for reply in replies) == 7
+    assert sum(reply.new_tokens for reply in replies) == 6
+    (fields,) = server.requests
+    assert fields["response_format"] == {"type": "json_object"} and fields["temperature"] == 0.6
+
+
+def test_a_server_without_n_gets_n_requests_with_their_own_seeds(endpoint):
+    server = Server(refuses=("n", "response_format"))
+    model = endpoint(server)
+    for _ in range(2):
+        replies = model.complete(MESSAGES, n=3, seed=5, json=True)
+        assert [reply.text for reply in replies] == [f"seed {5 + i}, choice 0" for i in range(3)]
+    # What was refused is not sent again.
+    assert [("n" in f or "response_format" in f) for f in server.requests[-3:]] == [False] * 3
+
+
+def test_another_refusal_is_an_error_and_blames_no_field(endpoint):
+    server = Server(error="the prompt is too long")
+    with pytest.raises(ModelError, match="http://server/v1: m refuses .*too long"):
+        endpoint(server).complete(MESSAGES, n=3, json=True)
+    assert len(server.requests) == 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random language model with a chat template."""
+    path = tmp_path_factory.mktemp("chat")
+    words = ["[UNK]", "hello", *(f"word{i}" for i in range(30))]
+    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]")
+    fast.save_pretrained(path / "plain")
+    fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    for name in ("", "plain"):
+        LlamaForCausalLM(config).save_pretrained(path / name)
+    fast.save_pretrained(path)
+    return path
+
+
+def test_transformers_samples_by_seed_and_repeats(folder):
+    model = TransformersModel(str(folder))
+    options = {"temperature": 1.0, "max_tokens": 5}
+    three = model.complete(MESSAGES, n=3, seed=2, **options)
+    assert len({reply.text for reply in three}) > 1
+    assert model.complete(MESSAGES, seed=3, **options) == [three[1]]
+    greedy = model.complete(MESSAGES, n=2, max_tokens=5)
+    assert greedy[0] == greedy[1] and greedy[0].new_tokens == 5
+
+
+def test_a_model_without_a_chat_template_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="no chat template"):
+        TransformersModel(str(folder / "plain"))
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        TransformersModel(str(tmp_path))
