@@ -15,11 +15,11 @@ import pytest
 from tests.serving.stand_in import StandInEngine
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.model import Video2LoRA
-from v2l_fast.serving import http_server, sandbox
+from v2l_fast.serving import http as connections
+from v2l_fast.serving import sandbox
 from v2l_fast.serving.api import create_app
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.gate import ApiKeys
-from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.gate import ApiKeys, ServerLimits
 from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.serving.server import Server
 from v2l_fast.shapes.render import write_clip
@@ -112,10 +112,10 @@ def running(
     else:
         engine = StandInEngine(model, store, **stand_in)
     server = Server(model, engine, store, reader, "shapes", limits, ApiKeys(keys), root)
-    bound = http_server.bind("127.0.0.1", 0)
+    bound = connections.bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     app = create_app(server, drain_seconds)
-    web = http_server.http_server(app, server.limits, drain_seconds)
+    web = connections.http_server(app, server.limits, drain_seconds)
     thread = threading.Thread(target=web.run, kwargs={"sockets": [bound]})
     thread.start()
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.conftest import running
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving.gate import ServerLimits
 
 QUESTION = "What happens in the video?"
 

@@ -33,18 +33,18 @@ def serve_forever(folder: Path, sending: Connection, drain_seconds: float, endle
     import torch
 
     from v2l_fast.cli import serve as cli
-    from v2l_fast.serving import http_server, sandbox
+    from v2l_fast.serving import http, sandbox
 
     if endless:
         sandbox._load = hostile_tasks.load_forever
-    bind = http_server.bind
+    bind = http.bind
 
     def bound(host: str, port: int) -> socket.socket:
         taken = bind(host, port)
         sending.send(taken.getsockname()[1])
         return taken
 
-    http_server.bind = bound
+    http.bind = bound
     torch.set_num_threads(1)
     cli.serve(store=folder, port=0, device="cpu", log_level="error", drain_seconds=drain_seconds)
 

@@ -198,7 +198,7 @@ def test_a_stale_index_does_not_matter(store):
 def index_alone(folder: Path) -> set[str]:
     """Ids in a store that is opened without reading adapter files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("v2l_fast.store.index.read_record", None)
+        patch.setattr("v2l_fast.store.folder.read_record", None)
         return {r.id for r in AdapterStore(folder).list()}
 
 

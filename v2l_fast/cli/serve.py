@@ -13,7 +13,7 @@ from v2l_fast.console import say
 from v2l_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from v2l_fast.serving.limits import ServerLimits
+    from v2l_fast.serving.gate import ServerLimits
 
 
 @options("Access")
@@ -61,7 +61,7 @@ class LimitOptions:
 
     def create(self, connections: int) -> ServerLimits:
         """The limits in the server's units."""
-        from v2l_fast.serving.limits import ServerLimits
+        from v2l_fast.serving.gate import ServerLimits
 
         return ServerLimits(
             upload_bytes=self.max_upload_mb * 1_000_000,
@@ -130,11 +130,10 @@ def serve(
     """
     from v2l_fast.interop.vllm import VllmFolder
     from v2l_fast.outputs import check_folder
-    from v2l_fast.serving import http_server
+    from v2l_fast.serving import http
     from v2l_fast.serving.api import create_app
     from v2l_fast.serving.engine import Engine
-    from v2l_fast.serving.gate import AllowedHosts, ApiKeys
-    from v2l_fast.serving.limits import ServerLimits
+    from v2l_fast.serving.gate import AllowedHosts, ApiKeys, ServerLimits
     from v2l_fast.serving.monitoring import configure_logging
     from v2l_fast.serving.sandbox import VideoReader
     from v2l_fast.serving.server import Server
@@ -147,14 +146,14 @@ def serve(
     if vllm_folder is not None:
         check_folder(vllm_folder)
     hosts = AllowedHosts(access.allowed_host or (), access.host)
-    bound = http_server.bind(access.host, access.port)
+    bound = http.bind(access.host, access.port)
     address, port = bound.getsockname()[:2]
     if not keys.required and not access.allow_unauthenticated and not _is_loopback(address):
         raise ConfigError(
             f"--host {access.host}: other machines could use this server without a key; set "
             "V2L_API_KEY, or give --allow-unauthenticated if all that reach it may use it"
         )
-    server_limits = limits.create(http_server.connection_limit(ServerLimits.connections))
+    server_limits = limits.create(http.connection_limit(ServerLimits.connections))
     VideoReader.preload()
     model = loading.load()
     peft_base = served_base or model.config.base_model_name_or_path or model.backbone.name_or_path
@@ -189,7 +188,7 @@ def serve(
     say(f"v2l_fast serves {server.name} at http://{host}:{port}/")
     configure_logging(log_level)
     app = create_app(server, drain_seconds)
-    http_server.http_server(app, server_limits, drain_seconds).run([bound])
+    http.http_server(app, server_limits, drain_seconds).run([bound])
 
 
 def _is_loopback(address: str) -> bool:

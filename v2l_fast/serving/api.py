@@ -45,7 +45,7 @@ from v2l_fast.serving.schemas import (
 from v2l_fast.serving.server import Server
 from v2l_fast.serving.videos import HashedFile, ReceivedVideo, allowed_path
 from v2l_fast.store.adapter_store import StoreError
-from v2l_fast.store.index import StoredAdapter
+from v2l_fast.store.folder import StoredAdapter
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 # The page loads nothing from elsewhere, and nothing injected into it may call elsewhere.

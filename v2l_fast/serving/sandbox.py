@@ -37,7 +37,6 @@ import torch
 
 from v2l_fast.errors import ConfigError, V2LError, VideoError
 from v2l_fast.serving.internalize import Cancellation, JobCancelled
-from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.monitoring import configure_logging
 from v2l_fast.video import (
     Clip,
@@ -52,6 +51,7 @@ from v2l_fast.video.reader import resolve_backend
 
 if TYPE_CHECKING:
     from v2l_fast.model import Video2LoRA
+    from v2l_fast.serving.gate import ServerLimits
 
 log = logging.getLogger(__name__)
 

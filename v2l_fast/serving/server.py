@@ -12,17 +12,16 @@ from v2l_fast.errors import AdapterError, V2LError
 from v2l_fast.generation import SamplingParams
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.gate import AllowedHosts, ApiKeys
+from v2l_fast.serving.gate import AllowedHosts, ApiKeys, ServerLimits
 from v2l_fast.serving.http import ApiError, error_body, to_api_error
 from v2l_fast.serving.jobs import Job, Jobs
-from v2l_fast.serving.limits import ServerLimits
 from v2l_fast.serving.monitoring import Metrics
 from v2l_fast.serving.request import QueueFull, StreamingRequest
 from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.serving.schemas import ChatRequest, VideoBody
 from v2l_fast.serving.videos import VideoFolder
 from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings
-from v2l_fast.store.index import StoredAdapter
+from v2l_fast.store.folder import StoredAdapter
 from v2l_fast.video import Clip
 
 DEFAULT_NEW_TOKENS = 256

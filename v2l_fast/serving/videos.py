@@ -22,7 +22,7 @@ from pathlib import Path
 from v2l_fast.errors import V2LError, VideoError
 from v2l_fast.files import file_sha256, read_text
 from v2l_fast.store.adapter_store import StoreError
-from v2l_fast.store.staging import Staging, sync_folder
+from v2l_fast.store.folder import Staging, sync_folder
 
 VIDEO_FILE = "video"
 NAME_FILE = "name"

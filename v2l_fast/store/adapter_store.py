@@ -1,7 +1,7 @@
 """Adapters on disk: content-addressed, immutable, durable, shared by any number of processes.
 
 Each adapter is one safetensors file, named by a hash of its content and visible only when it is
-complete and on the disk. ``index`` caches the files' headers; ``staging`` holds files under
+complete and on the disk. ``folder`` has the index of the files' headers and the files under
 construction.
 
 Layout of the folder::
@@ -35,8 +35,18 @@ from v2l_fast.errors import AdapterError, V2LError
 from v2l_fast.files import open_regular
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_files import read_record
-from v2l_fast.store.index import ID, SUFFIX, Index, Stamp, StoredAdapter, settled, stamp
-from v2l_fast.store.staging import Staging, exclusive, sync_folder
+from v2l_fast.store.folder import (
+    ID,
+    SUFFIX,
+    Index,
+    Staging,
+    Stamp,
+    StoredAdapter,
+    exclusive,
+    settled,
+    stamp,
+    sync_folder,
+)
 from v2l_fast.video import FrameSampling
 
 if TYPE_CHECKING:

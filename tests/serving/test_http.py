@@ -17,8 +17,8 @@ from tests.serving.checks import QUESTION, raw
 from tests.serving.conftest import running
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import ConfigError
-from v2l_fast.serving import http_server
-from v2l_fast.serving.limits import ServerLimits
+from v2l_fast.serving import http
+from v2l_fast.serving.gate import ServerLimits
 from v2l_fast.serving.monitoring import configure_logging
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -42,21 +42,19 @@ def test_connections_set_tcp_nodelay(serve, monkeypatch, host, protocol):
     if protocol == "not named":
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = (host, 0)
-        monkeypatch.setattr(
-            http_server, "bind", lambda *_: socket.create_server(address, family=family)
-        )
+        monkeypatch.setattr(http, "bind", lambda *_: socket.create_server(address, family=family))
     else:
-        bind = http_server.bind
-        monkeypatch.setattr(http_server, "bind", lambda *_: bind(host, 0))
+        bind = http.bind
+        monkeypatch.setattr(http, "bind", lambda *_: bind(host, 0))
     options = []
-    made = http_server._Connection.connection_made
+    made = http._Connection.connection_made
 
     def recorded(self, transport):
         made(self, transport)
         accepted = transport.get_extra_info("socket")
         options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
-    monkeypatch.setattr(http_server._Connection, "connection_made", recorded)
+    monkeypatch.setattr(http._Connection, "connection_made", recorded)
     live = serve(stand_in={})
     port = httpx.URL(live.url).port
     with closing(socket.create_connection((host, port), timeout=LIMIT)) as client:
@@ -134,7 +132,7 @@ def few_files(control: Connection, folder: Path, spare: int, limited: bool) -> N
     model = Video2LoRA.from_pretrained("shapes", device="cpu")
     most = len(os.listdir("/proc/self/fd")) + spare
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    connections = http_server.connection_limit(10_000) if limited else 10_000
+    connections = http.connection_limit(10_000) if limited else 10_000
     limits = ServerLimits(connections=connections, head_seconds=1.5)
     with running(model, folder / "store", limits, stand_in={"words": ["a"]}) as live:
         control.send((live.url, connections))
@@ -176,4 +174,4 @@ def test_more_connections_than_files(tmp_path, spare, limited):
 def test_too_few_files_for_connections(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
     with pytest.raises(ConfigError, match="may open 100 files.*ulimit -n"):
-        http_server.connection_limit(4096)
+        http.connection_limit(4096)
