@@ -1,9 +1,10 @@
 """Every op at the 500M and 2.2B shapes against a ladder of baselines, on the same data.
 
 The variants of a row: ``released`` (the op order of the released code, bench/released.py),
-``reference`` (the op's reference.py), ``plain`` (bench/plain.py), ``compiled`` (the same under
-torch.compile), ``merged`` (the adapter merged into W) and ``bare`` (the linear layer without an
-adapter) where they mean something, and ``ours``. Decoding is timed as CUDA graphs.
+``reference`` (the op's reference.py), ``plain`` (the best plain PyTorch we know, at the end of this
+file), ``compiled`` (the same under torch.compile), ``merged`` (the adapter merged into W) and
+``bare`` (the linear layer without an adapter) where they mean something, and ``ours``. Decoding is
+timed as CUDA graphs.
 
 Ours is first compared with float64 on the same device; a wrong result gets no speed-up. Two front
 ends measure these rows: bench/test_ops.py with pytest-benchmark, and bench/runs/gpu.py, which has
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import plain, released
+from bench import released
 from bench.harness import (
     backend,
     captured,
@@ -300,7 +301,7 @@ class _Maker:
             "perceiver_attention", name,
             {
                 "reference": _under_reference(perceiver_attention),
-                "plain": plain.perceiver_attention,
+                "plain": plain_perceiver_attention,
                 "ours": perceiver_attention,
             },
             [self.rand(n, p, z, scale=z**-0.5), context, inverse_rms(context)],
@@ -360,7 +361,7 @@ class _Maker:
             {
                 "released": partial(released.rank_projection, **sizes),
                 "reference": _under_reference(ours),
-                "plain": partial(plain.rank_projection, **sizes),
+                "plain": partial(plain_rank_projection, **sizes),
                 "ours": ours,
             },
             inputs,
@@ -385,7 +386,7 @@ class _Maker:
             "reference": _under_reference(
                 lambda x, w, a, b: lora_linear(x, w, None, a, b, index, scale)
             ),
-            "plain": lambda x, w, a, b: plain.lora_linear(x, w, a, b, index, scale),
+            "plain": lambda x, w, a, b: plain_lora_linear(x, w, a, b, index, scale),
             "bare": lambda x, w, a, b: F.linear(x, w),
             "ours": lambda x, w, a, b: lora_linear(x, w, None, a, b, index, scale),
         }
@@ -418,7 +419,7 @@ class _Maker:
                 "reference": _under_reference(
                     lambda x, g, u, d: gated_projection(x, None, g, u, d)
                 ),
-                "plain": plain.gated_projection,
+                "plain": plain_gated_projection,
                 "ours": lambda x, g, u, d: gated_projection(x, None, g, u, d),
             },
             [x, gate, up, down],
@@ -460,3 +461,40 @@ def _under_reference(function: Function) -> Function:
             return function(*inputs)
 
     return call
+
+
+# --- the best plain PyTorch ----------------------------------------------------------------------
+# In the inputs' dtype, with the fewest passes that torch allows: what a kernel has to beat. An op's
+# reference.py is its meaning, and computes in float32 or wider.
+
+
+def plain_perceiver_attention(
+    query: Tensor, context: Tensor, inv_rms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The absorbed form: two batched products around a softmax; all tokens visible."""
+    scores = torch.bmm(query, context.mT).float() * inv_rms[:, None]
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse[..., None]) * inv_rms[:, None]
+    return torch.bmm(weights.to(query.dtype), context), lse
+
+
+def plain_rank_projection(
+    latents: Tensor, head: Tensor, scaler_a: Tensor, scaler_b: Tensor, *, d_in: int, d_out: int
+) -> tuple[Tensor, Tensor]:
+    """As ``released.rank_projection``, in one product of two matrices."""
+    a, b = (F.normalize(latents, dim=-1) @ head).split([d_in, d_out], -1)
+    return a * scaler_a[:, None], b * scaler_b[:, None]
+
+
+def plain_lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, index: Tensor, scale: float
+) -> Tensor:
+    """Gathered adapters and ``baddbmm``; every example has an adapter."""
+    shrunk = torch.bmm(x, lora_a[index].mT) * scale
+    return torch.baddbmm(F.linear(x, weight), shrunk, lora_b[index])
+
+
+def plain_gated_projection(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """gate and up as one product."""
+    gated, raised = F.linear(x, torch.cat([gate, up])).chunk(2, -1)
+    return F.linear(F.silu(gated) * raised, down)

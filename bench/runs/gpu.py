@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +31,9 @@ from bench import ladder
 from bench.harness import ROOT, argument_parser, environment, first_line
 from bench.models import SHAPES
 from v2l_fast.files import write_json
+
+if TYPE_CHECKING:
+    import pytest
 
 EXAMPLES = """
   python -m bench.runs.gpu --out bench/results/gpu.json
@@ -166,6 +170,61 @@ def _version(package: str) -> str | None:
         return None
 
 
+# --- a pytest plugin ------------------------------------------------------------------------------
+# ``checks`` starts several pytest processes with this module as a plugin. Nearly all of the time of
+# the kernels' tests goes into compiling; a kernel that breaks the device ends only its own process,
+# and a run that is cut short keeps its results. A process writes one line of JSON for each test
+# (name, passed, seconds, and the reason of a failure), after a first line with their number.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--verdicts", type=Path, required=True, help="file for the lines of JSON")
+    parser.addoption("--done", type=Path, required=True, help="JSON list of tests to leave out")
+    parser.addoption("--share", type=int, nargs=2, default=(0, 1), help="index and number")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Verdicts(config), "verdicts-of-share")
+
+
+class Verdicts:
+    """The hooks of one run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.path = config.getoption("--verdicts")
+        self.share = config.getoption("--share")
+        self.done = set(json.loads(config.getoption("--done").read_text()))
+
+    def _write(self, line: dict[str, object]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Take turns between the files, so that every op has a first verdict early."""
+        position: Counter[Path] = Counter()
+        order: list[tuple[int, pytest.Item]] = []
+        for item in session.items:
+            order.append((position[item.path], item))
+            position[item.path] += 1
+        order.sort(key=lambda pair: pair[0])
+        index, count = self.share
+        remaining = [item for _, item in order[index::count] if item.nodeid not in self.done]
+        session.items[:] = remaining
+        self._write({"tests": len(remaining)})
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            lines = report.longreprtext.strip().splitlines()
+            errors = [line[1:].strip() for line in lines if line.startswith("E ")]
+            reason = (errors or lines or ["failed"])[0][:200]
+            line = {"name": report.nodeid, "passed": False, "reason": reason}
+        elif report.when == "call" or report.skipped:
+            line = {"name": report.nodeid, "passed": True, "skipped": report.skipped}
+        else:
+            return
+        self._write({**line, "seconds": round(report.duration, 3)})
+
+
 # --- sections --------------------------------------------------------------------------------
 
 
@@ -191,7 +250,7 @@ def checks(report: GpuReport, end: float, _: float) -> None:
             "pytest",
             *selected_tests(report.device),
             "-p",
-            "bench.runs.verdicts",
+            "bench.runs.gpu",
         ]
         command += ["--done", str(done)]
         files = [Path(folder, f"{index}.jsonl") for index in range(count)]

@@ -56,7 +56,7 @@ from bench.models import (
     random_ids,
     write_clip,
 )
-from bench.released_step import ReleasedStep, Stage, Step
+from bench.released import ReleasedStep, Stage, Step
 from v2l_fast.data.samples import Sample
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.network import HyperNetwork

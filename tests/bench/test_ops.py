@@ -14,9 +14,9 @@ from bench.report import report
 
 # One baseline gives a wrong result.
 BROKEN = """
-import bench.plain as plain
-right = plain.gated_projection
-plain.gated_projection = lambda *inputs: 1.1 * right(*inputs)
+from bench import ladder
+right = ladder.plain_gated_projection
+ladder.plain_gated_projection = lambda *inputs: 1.1 * right(*inputs)
 """
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.released_step import ReleasedStep
+from bench.released import ReleasedStep
 from bench.runs import train_step
 from v2l_fast.training.step import TrainStep
 
