@@ -15,13 +15,12 @@ from v2l_fast.data.manifest import load_manifest
 from v2l_fast.data.shards import Shards
 from v2l_fast.errors import LINE_LENGTH, CheckpointError, V2LError
 from v2l_fast.evaluation.benchmarks.build import BENCHMARKS
-from v2l_fast.evaluation.journal import Journal
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.interop import frames2lora
 from v2l_fast.interop.peft import load_peft
-from v2l_fast.outputs import ResumableFolder
+from v2l_fast.outputs import Journal, ResumableFolder
 from v2l_fast.serving.gate import ApiKeys
 from v2l_fast.tensor_files import load_tensors, read_header
 from v2l_fast.training.checkpoint import read_progress

@@ -14,8 +14,7 @@ from v2l_fast.conversation import (
     State,
     cper_turn,
 )
-from v2l_fast.conversation.encoders import NgramEncoder
-from v2l_fast.conversation.models import ModelReply
+from v2l_fast.conversation.models import ModelReply, NgramEncoder
 from v2l_fast.errors import ConfigError
 
 MOVIES, VIEWER = Schema.load("movies"), Schema.load("viewer")

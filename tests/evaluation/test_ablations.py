@@ -26,8 +26,7 @@ from v2l_fast.evaluation.ablations import (
     removal_effects,
     residual_shifts,
 )
-from v2l_fast.evaluation.examples import EvalExample
-from v2l_fast.evaluation.metrics import token_f1
+from v2l_fast.evaluation.examples import EvalExample, token_f1
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video2LoRA

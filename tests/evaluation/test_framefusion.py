@@ -9,13 +9,13 @@ import torch
 
 from tests import tiny
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.framefusion import (
+from v2l_fast.evaluation.prefix import (
     FrameFusion,
     Reduction,
+    continue_greedily,
     reduced_layers,
     reduced_prefix,
 )
-from v2l_fast.evaluation.prefix import continue_greedily
 from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.video import Clip
 from v2l_fast.vlm import Prompt

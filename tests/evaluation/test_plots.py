@@ -10,10 +10,9 @@ from v2l_fast.evaluation.ablations import (
     logit_attribution,
     rank_ablation,
 )
-from v2l_fast.evaluation.efficiency import compare_methods
+from v2l_fast.evaluation.efficiency import compare_methods, sweep
+from v2l_fast.evaluation.examples import token_f1
 from v2l_fast.evaluation.methods import MethodSettings
-from v2l_fast.evaluation.metrics import token_f1
-from v2l_fast.evaluation.sweep import sweep
 
 
 def drawn(path) -> bool:

@@ -1,5 +1,6 @@
 """Rows, averages, controls and the Markdown table, from scores that are easy to check."""
 
+import csv
 import json
 
 import pytest
@@ -13,9 +14,12 @@ from v2l_fast.evaluation.report import (
     compare,
     mark,
     markdown,
+    markdown_table,
     pooled,
     summarize,
+    table_columns,
     text_scores,
+    write_csv,
 )
 from v2l_fast.evaluation.statistics import required_videos
 
@@ -169,3 +173,38 @@ def test_plots_are_drawn_for_what_was_compared(result, tmp_path):
     files = plot_distributions(examples, scores, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exact_match.png", "token_f1.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+ROWS = [
+    {"k": 1, "score": {"estimate": 0.5, "low": 0.25, "high": 0.75}, "by": {"a": 0.123456}},
+    {"k": 2, "by": {"a": 123456.7, "b": None}, "names": ["x", "y"]},
+]
+
+
+def test_columns():
+    assert table_columns(ROWS) == {
+        "k": ["1", "2"],
+        "score": ["0.500 [0.250, 0.750]", "-"],
+        "by.a": ["0.1235", "123457"],
+        "by.b": ["-", "-"],
+        "names": ["-", "x, y"],
+    }
+
+
+def test_markdown():
+    lines = markdown_table(ROWS).splitlines()
+    assert lines[0] == "| k | score | by.a | by.b | names |"
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: |"
+    assert lines[3] == "| 2 | - | 123457 | - | x, y |"
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    write_csv(path, ROWS)
+    with open(path, newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["score.low"] == "0.25" and second["score.low"] == ""
+    assert second["names"] == "x y" and second["by.a"] == "123456.7"
+    assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]

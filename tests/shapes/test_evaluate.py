@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from v2l_fast.cli.shapes import app
 from v2l_fast.data.manifest import load_manifest
 from v2l_fast.evaluation.answers import BASELINE, CONDITIONS, NONE, SYSTEM
-from v2l_fast.evaluation.metrics import token_f1
+from v2l_fast.evaluation.examples import token_f1
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA

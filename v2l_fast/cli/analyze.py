@@ -86,7 +86,7 @@ class ResultOptions:
             headings: field -> heading, for a table of these fields only. Rows that failed are
                 listed below it.
         """
-        from v2l_fast.evaluation.tables import columns, write_csv
+        from v2l_fast.evaluation.report import table_columns, write_csv
         from v2l_fast.files import write_json
 
         path = self.folder(name) / name
@@ -97,7 +97,7 @@ class ResultOptions:
             show_json(record)
             return
         failures = [row for row in rows if headings is not None and "failed" in row]
-        texts = columns([row for row in rows if headings is None or "failed" not in row])
+        texts = table_columns([row for row in rows if headings is None or "failed" not in row])
         fields = {field: field for field in texts} if headings is None else headings
         # A column without a single value is noise.
         table = {
@@ -197,7 +197,7 @@ def rank(
     """
     results.check("rank", [source.manifest])
     from v2l_fast.evaluation.ablations import BUDGETS, rank_ablation
-    from v2l_fast.evaluation.metrics import token_f1
+    from v2l_fast.evaluation.examples import token_f1
     from v2l_fast.evaluation.plots import plot_rank
 
     record = _analyze_adapters(
@@ -276,7 +276,7 @@ def chunks(
     """
     results.check("chunks", [source.manifest])
     from v2l_fast.evaluation.ablations import COUNTS, compare_chunks
-    from v2l_fast.evaluation.metrics import token_f1
+    from v2l_fast.evaluation.examples import token_f1
     from v2l_fast.evaluation.plots import plot_chunks
 
     examples = source.examples()
@@ -325,10 +325,10 @@ def efficiency(
     """
     results.check("efficiency", [source.manifest])
     from v2l_fast.evaluation.efficiency import compare_budgets
-    from v2l_fast.evaluation.framefusion import FrameFusion
+    from v2l_fast.evaluation.examples import token_f1
     from v2l_fast.evaluation.methods import MethodSettings
-    from v2l_fast.evaluation.metrics import token_f1
     from v2l_fast.evaluation.plots import plot_amortized, plot_budgets
+    from v2l_fast.evaluation.prefix import FrameFusion
 
     def draw(record: Mapping[str, Any], path: Path) -> None:
         plot_amortized(record["budgets"][0], path)
@@ -379,10 +379,10 @@ def sweep(
     v2l sweep --manifest clips/manifest.jsonl --limit 8 -f 8 -f 16 -f 32 -r 48 -r 96
     v2l sweep --manifest vdc.jsonl --model hypernet-500m/ --out runs/sweep-500m
     """
-    from v2l_fast.evaluation.metrics import token_f1
+    from v2l_fast.evaluation.efficiency import COLUMNS, FRAMES, RESOLUTIONS
+    from v2l_fast.evaluation.efficiency import sweep as run
+    from v2l_fast.evaluation.examples import token_f1
     from v2l_fast.evaluation.plots import plot_sweep
-    from v2l_fast.evaluation.sweep import COLUMNS, FRAMES, RESOLUTIONS
-    from v2l_fast.evaluation.sweep import sweep as run
     from v2l_fast.video import FrameSampling
 
     cells = results.folder("sweep") / "cells"

@@ -6,10 +6,9 @@ the turn.
 """
 
 from v2l_fast.conversation.cper import cper_turn
-from v2l_fast.conversation.encoders import load_encoder
-from v2l_fast.conversation.lexicon import LexiconModel
-from v2l_fast.conversation.models import EndpointModel, TransformersModel, VideoModel
+from v2l_fast.conversation.models import EndpointModel, TransformersModel, VideoModel, load_encoder
 from v2l_fast.conversation.persona import Fact, Persona
+from v2l_fast.conversation.prompts import LexiconModel
 from v2l_fast.conversation.schema import Schema, Slot
 from v2l_fast.conversation.state import CperSettings, KnowledgeGap, Models, Reply, State, Turn
 

@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 
 from v2l_fast.conversation.cper import cper_turn
-from v2l_fast.conversation.encoders import NgramEncoder
 from v2l_fast.conversation.gap import Array
-from v2l_fast.conversation.lexicon import Guess, LexiconModel
+from v2l_fast.conversation.models import NgramEncoder
 from v2l_fast.conversation.persona import Persona
+from v2l_fast.conversation.prompts import Guess, LexiconModel
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.conversation.state import CperSettings, KnowledgeGap, Models, State
 from v2l_fast.errors import ConfigError

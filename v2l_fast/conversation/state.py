@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from v2l_fast.conversation.encoders import Encoder
 from v2l_fast.conversation.gap import Array
-from v2l_fast.conversation.models import ChatModel
+from v2l_fast.conversation.models import ChatModel, Encoder
 from v2l_fast.conversation.persona import Fact, Persona
 from v2l_fast.errors import ConfigError
 

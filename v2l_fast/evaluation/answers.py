@@ -20,10 +20,10 @@ import torch
 
 from v2l_fast.data.manifest import Example, VideoExamples
 from v2l_fast.errors import VideoError
-from v2l_fast.evaluation.journal import Journal
 from v2l_fast.generation import Answer
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
+from v2l_fast.outputs import Journal
 from v2l_fast.video import Clip
 from v2l_fast.work_units import Progress
 

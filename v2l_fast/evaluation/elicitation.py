@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from v2l_fast.conversation.gap import knowledge_gap
-from v2l_fast.conversation.lexicon import Guess
+from v2l_fast.conversation.prompts import Guess
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.conversation.simulate import ARMS, Arm, Conversation, simulate
+from v2l_fast.evaluation.report import interval_text, markdown_table
 from v2l_fast.evaluation.statistics import mean_interval, paired_difference
-from v2l_fast.evaluation.tables import interval_text, markdown
 from v2l_fast.files import write_text
 
 TURNS = 7
@@ -230,4 +230,4 @@ questions or none:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return markdown([dict(zip(heads, row, strict=True)) for row in rows])
+    return markdown_table([dict(zip(heads, row, strict=True)) for row in rows])

@@ -31,7 +31,6 @@ from v2l_fast.evaluation.answers import (
     answer_all,
     conditions_for,
 )
-from v2l_fast.evaluation.journal import Journal
 from v2l_fast.evaluation.judge import Judge, Preference
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import markdown, notes, summarize, text_scores
@@ -39,7 +38,7 @@ from v2l_fast.evaluation.rubrics import JudgeTask
 from v2l_fast.files import write_json, write_text
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
-from v2l_fast.outputs import ResumableFolder
+from v2l_fast.outputs import Journal, ResumableFolder
 from v2l_fast.work_units import Progress
 
 

@@ -1,4 +1,5 @@
-"""Examples of the ablations and efficiency comparisons: a video, a prompt and its references.
+"""Examples of the ablations and efficiency comparisons: a video, a prompt and its references; and
+the scores of one answer.
 
 Responsible for internalizing each video once, for scoring many (prompt, adapter) pairs with any
 metric, and for means with intervals over videos.
@@ -7,7 +8,8 @@ metric, and for means with intervals over videos.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+import string
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -218,3 +220,29 @@ def interval(
         sums[example.video_key] += value
         counts[example.video_key] += 1
     return asdict(ratio_interval(list(sums.values()), list(counts.values()), bounds=bounds))
+
+
+# --- scores of one answer -------------------------------------------------------------------------
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_tokens(text: str) -> list[str]:
+    """The normalized tokens of a text."""
+    words = text.lower().translate(_NO_PUNCTUATION).split()
+    return [word for word in words if word not in _ARTICLES]
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of token precision and recall, 0 to 1; 1 for two empty texts."""
+    tokens, expected = normalize_tokens(answer), normalize_tokens(reference)
+    if not tokens or not expected:
+        return float(tokens == expected)
+    shared = sum((Counter(tokens) & Counter(expected)).values())
+    return 2 * shared / (len(tokens) + len(expected))
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1.0 if the normalized tokens are equal, else 0.0."""
+    return float(normalize_tokens(answer) == normalize_tokens(reference))

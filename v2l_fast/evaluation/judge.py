@@ -23,8 +23,8 @@ from typing import Any
 
 from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.evaluation import rubrics
-from v2l_fast.evaluation.journal import Journal
 from v2l_fast.evaluation.rubrics import InvalidReply, JudgeTask, Messages
+from v2l_fast.outputs import Journal
 
 JudgeProgress = Callable[[int, int], None]
 Parser = Callable[[str], dict[str, Any]]

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from v2l_fast.evaluation.framefusion import (
+from v2l_fast.evaluation.prefix import (
     FrameFusion,
     Reduction,
+    continue_greedily,
+    prefill,
     reduced_layers,
     reduced_prefix,
 )
-from v2l_fast.evaluation.prefix import continue_greedily, prefill
 from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank

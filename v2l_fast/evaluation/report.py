@@ -1,4 +1,4 @@
-"""Results of an evaluation: comparisons by benchmark and subset, controls, Markdown tables.
+"""Results of an evaluation: comparisons by benchmark and subset, controls, tables.
 
 Responsible for turning scores into the rows of the paper's Tables 1 to 4 (system against baseline,
 paired difference, marks) with the controls added, as a JSON record and as Markdown. Intervals are
@@ -7,16 +7,19 @@ paired difference, marks) with the controls added, as a JSON record and as Markd
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from v2l_fast.data.manifest import Example
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.answers import BASELINE, NONE, SYSTEM
-from v2l_fast.evaluation.metrics import exact_match, token_f1
+from v2l_fast.evaluation.examples import exact_match, token_f1
 from v2l_fast.evaluation.statistics import (
     DIFFERENCES,
     Interval,
@@ -26,6 +29,7 @@ from v2l_fast.evaluation.statistics import (
     recovery,
     required_videos,
 )
+from v2l_fast.files import write_text
 
 # Section 4.3 of the paper; exact match is also a token metric and uses token-F1's margin.
 MARGINS = {"token_f1": 0.05, "exact_match": 0.05, "judge": 0.15}
@@ -387,3 +391,81 @@ def notes(record: Mapping[str, Any]) -> list[str]:
             "pairs."
         )
     return lines
+
+
+# --- tables of any record -------------------------------------------------------------------------
+
+Rows = Sequence[Mapping[str, Any]]
+
+_INTERVAL = {"estimate", "low", "high"}
+
+
+def table_columns(rows: Rows) -> dict[str, list[str]]:
+    """Column name -> one text per row; nested fields become ``outer.inner``, an interval is one
+    text.
+
+    Rows may differ in their fields; a missing field is "-".
+    """
+    flat = [{name: _cell_text(value) for name, value in _flatten(row, _INTERVAL)} for row in rows]
+    names = dict.fromkeys(name for row in flat for name in row)
+    return {name: [row.get(name, "-") for row in flat] for name in names}
+
+
+def markdown_table(rows: Rows) -> str:
+    """A Markdown table; every column but the first is aligned right."""
+    by_name = table_columns(rows)
+    lines = [list(by_name), ["---", *["---:"] * (len(by_name) - 1)]]
+    lines += [list(cells) for cells in zip(*by_name.values(), strict=True)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Write the rows with the union of their columns; nested fields become ``outer.inner``.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    flat = [dict(_flatten(row)) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)))
+    writer.writeheader()
+    for row in flat:
+        writer.writerow(
+            {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+
+
+def interval_text(interval: Mapping[str, float]) -> str:
+    """``estimate [low, high]`` with three decimals."""
+    return "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
+
+
+def number_text(value: float) -> str:
+    """Four significant digits; an integer from 10,000 on."""
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def _flatten(
+    row: Mapping[str, Any], atom: set[str] | None = None, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """The row's fields with nested mappings unfolded, except those whose keys are ``atom``."""
+    for key, value in row.items():
+        if isinstance(value, Mapping) and set(value) != atom:
+            yield from _flatten(value, atom, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _cell_text(value: Any) -> str:
+    match value:
+        case Mapping():
+            return interval_text(value)
+        case list():
+            return ", ".join(map(str, value)) or "-"
+        case float():
+            return number_text(value)
+        case None:
+            return "-"
+    return str(value)

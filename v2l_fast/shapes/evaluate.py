@@ -18,7 +18,7 @@ from typing import Any
 from v2l_fast.data.manifest import Example
 from v2l_fast.evaluation.answers import BASELINE, SYSTEM, AnswerSettings
 from v2l_fast.evaluation.evaluate import evaluate as evaluate_examples
-from v2l_fast.evaluation.metrics import exact_match
+from v2l_fast.evaluation.examples import exact_match
 from v2l_fast.evaluation.report import text_scores
 from v2l_fast.evaluation.statistics import Interval, mean_interval, ratio_interval
 from v2l_fast.generation import SamplingParams, answer_prompts

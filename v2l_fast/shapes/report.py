@@ -27,11 +27,10 @@ from v2l_fast.evaluation.ablations import (
     logit_attribution,
     rank_ablation,
 )
-from v2l_fast.evaluation.efficiency import compare_budgets
+from v2l_fast.evaluation.efficiency import compare_budgets, sweep
 from v2l_fast.evaluation.examples import EvalExample, Progress, internalize_each, silent
-from v2l_fast.evaluation.framefusion import FrameFusion
 from v2l_fast.evaluation.methods import MethodSettings
-from v2l_fast.evaluation.sweep import sweep
+from v2l_fast.evaluation.prefix import FrameFusion
 from v2l_fast.files import LARGE_BYTES, read_json
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA

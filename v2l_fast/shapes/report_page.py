@@ -18,9 +18,8 @@ from v2l_fast.evaluation.plots import (
     plot_rank,
     plot_sweep,
 )
+from v2l_fast.evaluation.report import interval_text, markdown_table, notes
 from v2l_fast.evaluation.report import markdown as metric_tables
-from v2l_fast.evaluation.report import notes
-from v2l_fast.evaluation.tables import interval_text, markdown
 from v2l_fast.files import write_text
 
 Record = Mapping[str, Any]
@@ -82,7 +81,7 @@ def probe_tables(record: Record) -> list[str]:
     """The record of :func:`v2l_fast.shapes.probes.probe` as text and tables, worst first."""
 
     def questions(rows: Sequence[Record], score: str) -> str:
-        return markdown(
+        return markdown_table(
             [
                 {
                     "questions about": row["kind"],
@@ -95,7 +94,7 @@ def probe_tables(record: Record) -> list[str]:
         )
 
     def durations(rows: Sequence[Record]) -> str:
-        return markdown(
+        return markdown_table(
             [
                 {
                     "seconds": row["seconds"],
@@ -159,11 +158,11 @@ def _table(record: Record, folder: Path) -> str:
         "table",
         "Direct, adapter and controls",
         record,
-        markdown(rows),
+        markdown_table(rows),
         _image("conditions", "correct attributes and exact captions by condition"),
         metric_tables(record["metrics"], notes(record)).strip(),
         f"Read as H.264 files, {record['encoded_files']['videos']} of the same scenes:",
-        markdown(files),
+        markdown_table(files),
     )
 
 
@@ -187,7 +186,7 @@ def _chunks(record: Record, folder: Path) -> str:
             | {kind: f"{share['estimate']:.3f}" for kind, share in scores.items()}
             for control, scores in network["controls"].items()
         ]
-        parts += [f"**{name}**", markdown(rows)]
+        parts += [f"**{name}**", markdown_table(rows)]
     return _section(
         "chunks",
         "Chunk composition",
@@ -235,7 +234,7 @@ def _efficiency(record: Record, folder: Path) -> str:
         parts += [
             f"**{budget['frames']} frames, {budget['longest_edge']} px, "
             f"{budget['visual_tokens']:.0f} visual tokens**",
-            markdown(rows),
+            markdown_table(rows),
         ]
     first = budgets[0]
     return _section(
@@ -294,7 +293,7 @@ def _sweep(record: Record, folder: Path) -> str:
         "adapter - direct. First tokens are timed from decoded frames: unlike in the efficiency "
         "comparison, direct inference does not pay for decoding here. Peak memory is that of the "
         "whole process.",
-        markdown(rows),
+        markdown_table(rows),
         *failed,
         _image("sweep", "score change, speed-up and token reduction"),
     )
@@ -316,9 +315,9 @@ def _rank(record: Record, folder: Path) -> str:
         "are the same directions in all layers, in one order for all examples. Selecting them "
         "separately in every layer and module is the stronger selection, so the two tables are not "
         "comparable.",
-        markdown(record["rows"]),
+        markdown_table(record["rows"]),
         "Controls, with the whole adapter of another video and with no adapter:",
-        markdown(_control_rows("condition", record["controls"])),
+        markdown_table(_control_rows("condition", record["controls"])),
         _image("rank", "score against directions kept"),
     )
 
@@ -342,7 +341,7 @@ def _layers(record: Record, folder: Path) -> str:
         "one layer's generated update minus S with all updates, so it is negative where the update "
         "helps; the bias adapter stays. The norm is the mean ‖ΔW‖ of the generated updates "
         "(Frobenius norm, scale included).",
-        markdown(rows),
+        markdown_table(rows),
         _image("layers", "effect of removal and update norm by layer"),
     )
 
@@ -358,7 +357,7 @@ def _logits(record: Record, folder: Path) -> str:
         "tokens; attention and mlp are the changes to the outputs of the layer's two blocks. The "
         "whole is the running sum of the parts. All captions share most of their words, so the "
         "direction is mostly that of any caption.",
-        markdown(record["rows"]),
+        markdown_table(record["rows"]),
         _image("logits", "attribution by layer"),
     )
 
@@ -380,7 +379,7 @@ def _norms(record: Record, folder: Path) -> str:
         record,
         "The direction with the largest or smallest norm product ‖A_r‖·‖B_r‖, averaged over "
         "layers:",
-        markdown(rows),
+        markdown_table(rows),
         "Right: ‖ΔW‖ of the generated update (scale included) divided by ‖W‖ of the frozen weight:",
         _image("norms", "norm products by layer and direction, relative layer norms"),
     )

@@ -15,10 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from v2l_fast.conversation.cper import cper_turn
-from v2l_fast.conversation.encoders import NgramEncoder
-from v2l_fast.conversation.lexicon import LexiconModel
-from v2l_fast.conversation.models import VideoModel
+from v2l_fast.conversation.models import NgramEncoder, VideoModel
 from v2l_fast.conversation.persona import Persona, Statement
+from v2l_fast.conversation.prompts import LexiconModel
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.conversation.state import CperSettings, Models, State
 from v2l_fast.evaluation.statistics import mean_interval, paired_difference
