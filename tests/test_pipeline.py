@@ -22,6 +22,7 @@ from v2l_fast.hypernet import perceiver
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
+from v2l_fast.pipeline import length_buckets, pad_right
 from v2l_fast.video import Clip, FrameSampling, preprocess
 from v2l_fast.work_units import run_to_completion
 
@@ -266,3 +267,20 @@ def test_large_frames_are_resized_in_groups(model, monkeypatch):
     names = [next(actual) for _ in range(3)]
     assert names == [("decode", 0, 1), ("decode", 2, 5), ("decode", 4, 5)]
     assert_near(run_to_completion(actual), expected)
+
+
+def test_length_buckets():
+    lengths = [10, 100, 9, 95, 10, 50]
+    assert length_buckets(lengths, 0.0, 10**6) == [[2], [0, 4], [5], [3], [1]]
+    assert length_buckets(lengths, 0.1, 10**6) == [[2, 0, 4], [5], [3, 1]]
+    assert length_buckets(lengths, 0.1, 20) == [[2, 0], [4], [5], [3], [1]]
+    assert length_buckets([], 0.1, 20) == []
+
+
+def test_padding_is_on_the_right_and_masked():
+    padded, mask = pad_right([torch.tensor([1, 2, 3]), torch.tensor([4])], 9)
+    assert padded.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert mask.tolist() == [[True] * 3, [True, False, False]]
+    rows = [torch.ones(2, 3), torch.zeros(2, 3)]
+    padded, mask = pad_right(rows)
+    assert torch.equal(padded, torch.stack(rows)) and mask is None

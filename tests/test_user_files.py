@@ -25,7 +25,7 @@ from v2l_fast.serving.gate import ApiKeys
 from v2l_fast.tensor_files import load_tensors, read_header
 from v2l_fast.training.checkpoint import read_progress
 from v2l_fast.training.config import load_config
-from v2l_fast.vlm.loading import load_backbone
+from v2l_fast.vlm import load_backbone
 
 
 def _read_record(path: Path):

@@ -16,9 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from v2l_fast.effect import Effect, measure_effect
 from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
-from v2l_fast.generation import Answer, SamplingParams, answer_prompts
+from v2l_fast.generation import (
+    Answer,
+    Effect,
+    SamplingParams,
+    answer_prompts,
+    measure_effect,
+)
 from v2l_fast.hypernet.adapter import Adapter, BiasAdapter
 from v2l_fast.hypernet.network import HyperNetwork, as_dtype
 from v2l_fast.loading import load_hypernet, shipped

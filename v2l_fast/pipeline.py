@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from v2l_fast.device import send
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
+from v2l_fast.hypernet.adapter_files import Provenance
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.hypernet.provenance import Provenance
-from v2l_fast.padding import length_buckets, pad_right
-from v2l_fast.transfer import send
 from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.video.clip import split_clip
 from v2l_fast.video.reader import Backend, load_spans
@@ -157,6 +157,40 @@ def visual_features(backbone: Backbone, contexts: Sequence[Context]) -> list[Ten
     return run_to_completion(iter_features(backbone, contexts))
 
 
+def length_buckets(lengths: Sequence[int], max_padding: float, max_tokens: int) -> list[list[int]]:
+    """Indices grouped by length, shortest first.
+
+    Padded to its longest member, a group is at most the share `max_padding` padding. A group of
+    more than one sequence holds at most `max_tokens` tokens, padding included.
+    """
+    groups: list[list[int]] = []
+    filled = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[index]
+        area = length * (len(groups[-1]) + 1) if groups else 0
+        if groups and area <= max_tokens and filled + length >= (1 - max_padding) * area:
+            groups[-1].append(index)
+            filled += length
+        else:
+            groups.append([index])
+            filled = length
+    return groups
+
+
+def pad_right(rows: Sequence[Tensor], value: float = 0) -> tuple[Tensor, Tensor | None]:
+    """Rows [T_i, ...] as one tensor [n, T, ...], padded with `value`, and their mask.
+
+    The mask is bool [n, T] on the rows' device, True where a token is, or None if all rows have
+    length T.
+    """
+    lengths = [len(row) for row in rows]
+    padded = pad_sequence(list(rows), batch_first=True, padding_value=value)
+    if min(lengths) == max(lengths):
+        return padded, None
+    ends = torch.tensor(lengths, device=padded.device)[:, None]
+    return padded, torch.arange(max(lengths), device=padded.device) < ends
+
+
 def context_batches(
     backbone: Backbone,
     contexts: Sequence[Context],
@@ -164,8 +198,7 @@ def context_batches(
     max_padding: float = MAX_PADDING,
     max_tokens: int = BATCH_TOKENS,
 ) -> Iterator[ContextBatch]:
-    """Contexts embedded in batches of similar length (see
-    :func:`~v2l_fast.padding.length_buckets`).
+    """Contexts embedded in batches of similar length, as :func:`length_buckets` groups them.
 
     Args:
         features: of each context, as from :func:`iter_features`.

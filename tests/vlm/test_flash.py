@@ -15,7 +15,7 @@ import torch
 
 from tests import tiny
 from tests.golden import relative
-from v2l_fast.vlm import flash
+from v2l_fast.vlm.decoder import flash_usable
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx, softmax_scale):
@@ -96,14 +96,14 @@ def test_when_it_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setenv("V2L_BACKEND", "auto")
     capability, installed = (8, 0), {"flash-attn-4": "4.0.0"}
-    assert not flash.usable(cache())
+    assert not flash_usable(cache())
     installed = {"flash-attn": "2.8.3"}
-    assert flash.usable(cache())
-    assert not flash.usable(cache(torch.float32))
-    assert not flash.usable(cache(size=60))
-    assert not flash.usable(cache(device="cpu"))
+    assert flash_usable(cache())
+    assert not flash_usable(cache(torch.float32))
+    assert not flash_usable(cache(size=60))
+    assert not flash_usable(cache(device="cpu"))
     capability = (7, 5)
-    assert not flash.usable(cache())
+    assert not flash_usable(cache())
     capability = (9, 0)
     monkeypatch.setenv("V2L_BACKEND", "reference")
-    assert not flash.usable(cache())
+    assert not flash_usable(cache())

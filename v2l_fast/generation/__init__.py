@@ -8,9 +8,11 @@ on :class:`ModelRunner`.
 from v2l_fast.generation.answers import (
     MAX_BATCH,
     Answer,
+    Effect,
     GenerationOutput,
     answer_prompts,
     generate,
+    measure_effect,
 )
 from v2l_fast.generation.runner import ModelRunner, Request
 from v2l_fast.generation.sampling import SamplingParams
@@ -18,10 +20,12 @@ from v2l_fast.generation.sampling import SamplingParams
 __all__ = [
     "MAX_BATCH",
     "Answer",
+    "Effect",
     "GenerationOutput",
     "ModelRunner",
     "Request",
     "SamplingParams",
     "answer_prompts",
     "generate",
+    "measure_effect",
 ]

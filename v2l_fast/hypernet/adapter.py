@@ -24,8 +24,13 @@ from torch import Tensor
 
 from v2l_fast.errors import AdapterError, WriteError
 from v2l_fast.files import open_regular
-from v2l_fast.hypernet.adapter_files import Factors, is_adapter_file, read_adapter, write_adapter
-from v2l_fast.hypernet.provenance import Provenance
+from v2l_fast.hypernet.adapter_files import (
+    Factors,
+    Provenance,
+    is_adapter_file,
+    read_adapter,
+    write_adapter,
+)
 
 
 @dataclass(frozen=True, eq=False)

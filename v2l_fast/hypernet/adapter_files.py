@@ -13,14 +13,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
 
 from v2l_fast.errors import AdapterError, excerpt
 from v2l_fast.files import open_regular, parse_json
-from v2l_fast.hypernet.provenance import Provenance
 from v2l_fast.tensor_files import TensorHeader, parse_header, read_tensors, save_tensors
 
 FORMAT = "v2l_adapter"
@@ -35,6 +34,66 @@ _MAX_FRAMES, _MAX_EDGE = 2**20, 2**16
 _REMEDY = "make one with v2l internalize"
 
 Factors = Mapping[str, Tensor]
+
+
+class VideoSource(TypedDict, total=False):
+    """The frames of one chunk.
+
+    Attributes:
+        name: file name without its folder; None for frames in memory.
+        sha256: of the file's bytes, or of the frames in memory.
+        frame_indices, timestamps: of the sampled frames; seconds.
+        fps, duration, num_frames: of the whole video; duration in seconds.
+        place: start and end of the chunk as fractions of the video.
+    """
+
+    name: str | None
+    sha256: str
+    frame_indices: list[int]
+    timestamps: list[float]
+    fps: float
+    duration: float
+    num_frames: int
+    place: list[float]
+
+
+class PreprocessingRecord(TypedDict, total=False):
+    """How the frames became a context.
+
+    Attributes:
+        version: of the preprocessing of this model family.
+        longest_edge: pixels.
+        exact_frames: whether sampling took exactly the maximum number of frames.
+        instruction: text that follows the video.
+        span: start and end in seconds, where a manifest selects a part of the file.
+    """
+
+    version: str
+    longest_edge: int
+    exact_frames: bool
+    instruction: str
+    span: list[float]
+
+
+class Provenance(TypedDict, total=False):
+    """The record of one adapter.
+
+    Attributes:
+        source, preprocessing: of an adapter of one chunk.
+        hypernetwork: fingerprint of the network that generated it.
+        base_model: name of the frozen VLM.
+        chunks: records of the chunks of a composed adapter, in the order of time.
+        pruned: arguments (keep, by, seed) of :meth:`~v2l_fast.hypernet.adapter.Adapter.prune`.
+        without_layers: layers whose update was removed.
+    """
+
+    source: VideoSource
+    preprocessing: PreprocessingRecord
+    hypernetwork: str
+    base_model: str
+    chunks: list[Provenance]
+    pruned: list[int | str]
+    without_layers: list[int]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from csrc_triton import rank_projection
-from v2l_fast.compiling import compiled
+from v2l_fast.device import compiled
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch, BiasAdapter
 from v2l_fast.hypernet.config import WEIGHTS_NAME, HypernetConfig

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from v2l_fast.data.samples import Sample
-from v2l_fast.padding import length_buckets
-from v2l_fast.transfer import send
+from v2l_fast.device import send
+from v2l_fast.pipeline import length_buckets
 
 # Question ids and answer ids.
 QAPair = tuple[list[int], list[int]]

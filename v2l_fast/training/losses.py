@@ -14,7 +14,7 @@ from torch import Tensor
 
 from v2l_fast.data.samples import Sample
 from v2l_fast.errors import ConfigError
-from v2l_fast.padding import length_buckets
+from v2l_fast.pipeline import length_buckets
 from v2l_fast.training.batches import pack_pairs
 from v2l_fast.vlm import Backbone
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from v2l_fast.data.samples import Sample
+from v2l_fast.device import send
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch, compose_chunks
 from v2l_fast.hypernet.adapter_bank import LayerAdapters
@@ -29,7 +30,6 @@ from v2l_fast.pipeline import context_batches, iter_factors, visual_features
 from v2l_fast.training.batches import ResponseRows, response_rows
 from v2l_fast.training.config import STRICT, Count, NonNegative, Positive
 from v2l_fast.training.losses import example_means, teacher_states, token_kl
-from v2l_fast.transfer import send
 from v2l_fast.vlm import Backbone
 from v2l_fast.work_units import run_to_completion
 

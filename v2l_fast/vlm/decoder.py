@@ -12,6 +12,7 @@ mask, and a row's next token overwrites the padding after it.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -25,10 +26,10 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from v2l_fast.compiling import compiled
+from csrc_triton import dispatch
+from v2l_fast.device import compiled
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
-from v2l_fast.vlm import flash
 from v2l_fast.work_units import causal_token_chunks
 
 
@@ -173,7 +174,7 @@ class Decoder:
         shape = (self.num_layers, *self._cache_shape(batch, capacity))
         # Zeros, not empty: attention reads masked slots with weight 0, and 0 * NaN is NaN.
         keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        return StaticKVCache(keys, values, flash=flash.usable(keys))
+        return StaticKVCache(keys, values, flash=flash_usable(keys))
 
     def attention_metadata(self, positions: Tensor, mask: Tensor | None) -> AttentionMetadata:
         """For tokens at any ``positions`` [E, T] under any ``mask``."""
@@ -233,7 +234,7 @@ class Decoder:
             cache.append(metadata, key, value)
         if cache is not None and cache.flash and metadata.lengths is not None:
             rows = None if cache.rows is None else cache.rows.to(torch.int32)
-            mixed = flash.flash_decode(
+            mixed = flash_decode(
                 query, cache.keys, cache.values, metadata.lengths, rows, attention.scaling
             )
         else:
@@ -364,3 +365,75 @@ def _linear(
     if adapters is None or name not in adapters.A:
         return module(x)
     return adapters.apply(name, index, module, x)
+
+
+# --- FlashAttention 2 --------------------------------------------------------------------------
+#
+# For one-token steps over the static cache, where the package is installed. Passes without a mask
+# (causal, right-padded) already run in a kernel of the same class inside PyTorch. The rows of a
+# step differ in length: SDPA needs a mask, reads every row up to the longest one, and gathers the
+# rows of the cache first. FlashAttention takes the cache, its rows and their lengths.
+# ``V2L_BACKEND=reference`` keeps to SDPA.
+
+
+def flash_usable(cache: Tensor) -> bool:
+    """Whether steps over this cache [..., capacity, head_dim] go to FlashAttention 2.
+
+    It takes float16 and bfloat16 on Ampere and later GPUs, heads of up to 256 in steps of 8.
+    """
+    return (
+        cache.device.type == "cuda"
+        and cache.dtype in (torch.float16, torch.bfloat16)
+        and cache.shape[-1] <= 256
+        and cache.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(cache.device) >= (8, 0)
+        and dispatch.requested_backend() != "reference"
+        and _installed()
+    )
+
+
+def _installed() -> bool:
+    # The distribution tells; flash-attn-4 has the same import name and cannot do this on sm_80.
+    try:
+        return importlib.metadata.version("flash-attn").startswith("2.")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@torch.library.custom_op("v2l_fast::flash_decode", mutates_args=())
+def flash_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attention of one query token a row over what its cache row holds.
+
+    Args:
+        query: [E, heads, 1, head_dim], rotated.
+        keys, values: [rows, kv heads, capacity, head_dim], the step's own already written.
+        lengths: [E] int32, tokens of each row to attend to, from 1.
+        rows: [E] int32, each query's row of the cache; None: the first E.
+        scale: of the products.
+
+    Returns:
+        [E, heads, 1, head_dim].
+    """
+    from flash_attn import flash_attn_with_kvcache
+
+    mixed = flash_attn_with_kvcache(
+        query.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        cache_seqlens=lengths,
+        cache_batch_idx=rows,
+        softmax_scale=scale,
+    )
+    return mixed.transpose(1, 2).contiguous()
+
+
+@flash_decode.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)

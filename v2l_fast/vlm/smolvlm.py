@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolVLMForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from v2l_fast.compiling import compiled
+from v2l_fast.device import compiled, send
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.transfer import send
 from v2l_fast.video import Clip
 from v2l_fast.video.preprocess import PREPROCESSING_VERSION, normalize
 from v2l_fast.vlm.base import Prompt, VideoChunk, iter_views

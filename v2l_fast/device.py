@@ -1,7 +1,7 @@
-"""torch.compile with the package's settings: full graphs, one for all lengths.
+"""Work for the model's device: copies that do not wait for it, and compiled functions.
 
-Callers compile functions that take their object as an argument, so that a deep copy of the object
-runs on its own weights.
+Compiled functions are full graphs, one for all lengths. Callers compile functions that take their
+object as an argument, so that a deep copy of the object runs on its own weights.
 """
 
 from __future__ import annotations
@@ -11,15 +11,25 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Maximum graphs per function. Lengths share a graph, but prefill and decoding, one example and
 # several, adapters or none, equal and ragged ranks, and each kind of gradient recording have their
 # own: a process that does all of it exceeds Dynamo's recompile limit of 8 and raises.
 GRAPHS = 64
-
-
 # The compiler's settings are per thread and per asynchronous task.
 _settled: ContextVar[bool] = ContextVar("settled", default=False)
+
+
+def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``tensor`` on ``device``, cast there to ``dtype`` if given.
+
+    CPU memory is pinned first: a copy to a GPU from pageable memory would wait for everything
+    enqueued before it.
+    """
+    if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True).to(dtype or tensor.dtype)
 
 
 def compiled(function: Callable, backend: str = "inductor") -> Callable:
