@@ -34,7 +34,7 @@ from bench.harness import (
     relative_error,
 )
 from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
-from csrc_triton.peaks import peak_of
+from csrc_triton.device import peak_of
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.hypernet.perceiver import PerceiverAttention, inverse_rms

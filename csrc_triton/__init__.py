@@ -1,9 +1,9 @@
 """The ops of v2l_fast, usable alone: torch in, torch out, differentiable and compilable.
 
-Each op is a folder: ``op.py`` has its signature, roofline and registration, ``reference.py`` its
-definition in plain PyTorch, ``kernels.py`` its Triton kernels, ``self_check.py`` what those must
-compute exactly, and ``configs.json`` their tile sizes. ``gated_projection`` has no kernel and is
-one file. Importing this package needs torch only and no GPU.
+Each op is a folder: ``op.py`` has its signature, roofline, registration and what its kernels must
+compute exactly, ``reference.py`` its definition in plain PyTorch, ``kernels.py`` its Triton
+kernels, and ``configs.json`` their tile sizes. ``gated_projection`` has no kernel and is one file.
+Importing this package needs torch only and no GPU.
 """
 
 from csrc_triton.gated_projection import gated_projection

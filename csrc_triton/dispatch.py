@@ -8,8 +8,12 @@
   reference.
 
 Before an op's kernels are first launched on a GPU in half precision they must pass the op's
-self-check (``self_check.py``): if they fail, ``auto`` uses the reference and warns, and ``triton``
-raises.
+self-checks: if they fail, ``auto`` uses the reference and warns, and ``triton`` raises. The results
+of a self-check are small integers, which every dtype holds exactly, so they do not depend on the
+order of a sum, and every bit must be right: a compiler that miscompiles a pipelined product is
+detected (ptxas before 13.3, triton#9433). The checks use the sizes of the 500M shape with few rows,
+so that they launch the tiles of real calls. Tolerances, odd shapes and strides are what
+``tests/csrc_triton`` covers.
 
 This module knows no op: each op registers itself as an :class:`Op`. Nothing here imports triton; an
 op's kernels are imported when they are first chosen.
@@ -28,11 +32,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from csrc_triton import device, self_check
+from csrc_triton import device
 
 VARIABLE = "V2L_BACKEND"
 BACKENDS = ("auto", "reference", "triton")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# bfloat16 holds every integer up to this one.
+LARGEST_INTEGER = 256
+
+# Runs an implementation of the op (its module ``kernels`` or ``reference``) on the check's inputs
+# in a dtype, and returns outputs and gradients.
+Run = Callable[[ModuleType, torch.dtype], list[Tensor]]
+# Builds the inputs: (device, small) -> Run. ``small`` selects sizes for Triton's interpreter.
+SelfCheck = Callable[[torch.device, bool], Run]
 
 
 def requested_backend() -> str:
@@ -72,7 +84,7 @@ class Op:
     name: str
     reference: ModuleType
     load_kernels: Callable[[], ModuleType]
-    self_checks: Mapping[str, self_check.SelfCheck]
+    self_checks: Mapping[str, SelfCheck]
 
     def implementation(self, *tensors: Tensor | None, **shape: float | str) -> ModuleType:
         """The module to call for these inputs.
@@ -122,10 +134,15 @@ class Op:
     def wrong_elements(
         self, check: str, dtype: torch.dtype, device: torch.device, small: bool = False
     ) -> int:
-        """Run one of the self-checks and count the wrong elements."""
-        return self_check.wrong_elements(
-            self.self_checks[check], self.load_kernels(), self.reference, dtype, device, small
-        )
+        """Number of wrong elements in the kernels' outputs and gradients of a self-check.
+
+        Waits for the device.
+        """
+        with torch.no_grad():
+            run = self.self_checks[check](device, small)
+            outputs, expected = run(self.load_kernels(), dtype), run(self.reference, torch.float32)
+            wrong = [(o.float() != e).sum() for o, e in zip(outputs, expected, strict=True)]
+            return int(torch.stack(wrong).sum())
 
 
 @functools.cache
@@ -166,3 +183,74 @@ def _obstacle(tensors: Sequence[Tensor]) -> str | None:
         if interpreted and tensor.dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly; use float16 or float32"
     return None
+
+
+# --- inputs of self-checks -------------------------------------------------------------------
+
+
+def generator() -> torch.Generator:
+    """A generator with the seed of all self-checks."""
+    return torch.Generator().manual_seed(1)
+
+
+def random_signs(generator: torch.Generator, density: float, *shape: int) -> Tensor:
+    """A tensor of -1, 0 and 1, of which a share of ``density`` is nonzero."""
+    uniform = torch.rand(*shape, generator=generator)
+    return (uniform < density / 2).float() - (uniform > 1 - density / 2).float()
+
+
+def sparse_ones(like: Tensor) -> Tensor:
+    """A cotangent that is 1 in every 61st element and 0 elsewhere."""
+    positions = torch.arange(like.numel(), device=like.device)
+    return (positions % 61 == 0).view(like.shape).to(like.dtype)
+
+
+# --- checks of arguments ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Checks of the arguments of one op; every method skips tensors that are None.
+
+    An error names the argument, what it must be and what it is.
+
+    Attributes:
+        op: the op's name, which starts every error.
+    """
+
+    op: str
+
+    def require(self, holds: bool, name: str, expected: str, got: object) -> None:
+        """Raise ValueError unless ``holds``."""
+        if not holds:
+            raise ValueError(f"{self.op}: {name} must be {expected}, got {got}")
+
+    # The methods below run at every call of the op: they format nothing unless a check fails.
+
+    def shape(self, name: str, tensor: Tensor | None, *sizes: int | str) -> None:
+        """Require a shape; a string names an axis of any size."""
+        if tensor is None:
+            return
+        if len(sizes) != tensor.dim() or any(
+            not isinstance(size, str) and size != actual
+            for size, actual in zip(sizes, tensor.shape, strict=True)
+        ):
+            self.require(False, name, f"[{', '.join(map(str, sizes))}]", list(tensor.shape))
+
+    def floating(self, **tensors: Tensor | None) -> None:
+        """Require floating-point dtypes."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.require(tensor.is_floating_point(), name, "floating point", tensor.dtype)
+
+    def dtype(self, *dtypes: torch.dtype, **tensors: Tensor | None) -> None:
+        """Require one of the dtypes."""
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.dtype not in dtypes:
+                self.require(False, name, " or ".join(map(str, dtypes)), tensor.dtype)
+
+    def device(self, device: torch.device, **tensors: Tensor | None) -> None:
+        """Require a device."""
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.device != device:
+                self.require(False, name, f"on {device}", tensor.device)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from csrc_triton import dispatch
-from csrc_triton.arguments import Arguments
+from csrc_triton.dispatch import Arguments
 from csrc_triton.transforms import (
     differentiable_backward,
     refuse_forward_mode,

@@ -1,7 +1,7 @@
 """Rooflines of A100, H100 and H200 with every op of the 500M and 2.2B models on them.
 
 FLOPs and bytes of an op come from bench/ladder.py, whose rows are built here without data; the
-roofs come from csrc_triton/peaks.py. An open mark lies on the roof: the best an op can reach. With
+roofs come from csrc_triton/device.py. An open mark lies on the roof: the best an op can reach. With
 a record of ``bench.runs.gpu``, filled marks show what its card reached, for rows that passed their
 check. The printed table numbers the ops as the plot does and has the floor of each.
 """
@@ -19,7 +19,7 @@ import torch
 
 from bench import ladder
 from bench.harness import argument_parser
-from csrc_triton.peaks import PEAKS
+from csrc_triton.device import PEAKS
 from v2l_fast.console import say, show_table
 from v2l_fast.errors import V2LError
 from v2l_fast.files import read_json, replacing

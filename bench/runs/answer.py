@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.harness import RESULTS, argument_parser, environment, median_latency, write_record
 from bench.models import FRAMES, SHAPES, RandomPair, Shape, random_context
-from csrc_triton.peaks import peak_of
+from csrc_triton.device import peak_of
 from v2l_fast.evaluation.prefix import continue_greedily, prefill
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapter import Adapter

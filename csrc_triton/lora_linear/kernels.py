@@ -1,4 +1,4 @@
-"""Triton kernels of lora_linear for training and prefill, forward and backward.
+"""Triton kernels of lora_linear: training and prefill, forward and backward, and decoding.
 
 Roofline, 500M shape (d_in 2,560, d_out 960), bf16, rank r, H200 (790 TFLOP/s, 4.3 TB/s measured)
 and A100 (312, 2.0), per token:
@@ -19,6 +19,10 @@ Reductions have a fixed order and no atomics. The A operand of every pipelined t
 memory, never from registers that were computed on: ptxas before 13.3 miscompiles pipelined wgmma
 with such an operand (triton#9433).
 
+Decoding, one token an example, is bound by memory: W is 4.9 MB, an adapter of rank r 7 r KB, 64
+adapters of rank 32 are 14.4 MB; floor 1.2 and 2.5 us for W, 3.4 and 7.2 us for those adapters. A
+split-K GEMV over A comes first, then a skinny GEMM over W whose epilogue adds u B.
+
 x and the gradients are viewed as rows, copied only where their strides do not allow a view; W and
 the adapters are read with their own strides.
 """
@@ -35,17 +39,26 @@ from torch.nn import functional as F
 
 from csrc_triton import device
 from csrc_triton.aot import SECTIONS, AotCase
-from csrc_triton.lora_linear import decode
-from csrc_triton.lora_linear.tiles import (
-    OP,
-    Config,
-    block_of_ranks,
-    precision,
-    tile_of,
-    used_rank,
-)
+
+OP = "lora_linear"
+# The largest tile of examples that decodes; with more, W would be read more than once.
+MAX_DECODED = 64
+
+# Tile sizes by the name of the kernel.
+Config = Mapping[str, Mapping[str, int]]
 
 # --- kernels ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _used_rank(adapter, ranks, rank, adapters):
+    """Number of rank slots in use; 0 for no adapter. An index out of range reads nothing."""
+    exists = (adapter >= 0) & (adapter < adapters)
+    if ranks is None:
+        used = rank
+    else:
+        used = tl.minimum(tl.load(ranks + adapter, mask=exists, other=0).to(tl.int32), rank)
+    return tl.where(exists, used, 0)
 
 
 @triton.jit
@@ -67,7 +80,7 @@ def _shrink(
     """out[t, r] = scale * sum_k x[t, k] factor[adapter of t, r, k]; zero in unused slots."""
     example, first, end = _rows_of_tile(tl.program_id(0), tokens, BLOCK_T)
     adapter = tl.load(index + example).to(tl.int64)
-    used = used_rank(adapter, ranks, rank, adapters)
+    used = _used_rank(adapter, ranks, rank, adapters)
     rows = first + tl.arange(0, BLOCK_T)
     slots = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_rows = x + rows[:, None] * stride_xt
@@ -106,7 +119,7 @@ def _expand(
     """y[t, n] += sum_r u[t, r] factor[adapter of t, r, n]; leaves rows without adapter alone."""
     example, first, end = _rows_of_tile(tl.program_id(0), tokens, BLOCK_T)
     adapter = tl.load(index + example).to(tl.int64)
-    used = used_rank(adapter, ranks, rank, adapters)
+    used = _used_rank(adapter, ranks, rank, adapters)
     if used <= 0:
         return
     rows = first + tl.arange(0, BLOCK_T)
@@ -149,7 +162,7 @@ def _reduce(
     split = tl.program_id(2)
     slots = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    used = used_rank(adapter, ranks, rank, adapters)
+    used = _used_rank(adapter, ranks, rank, adapters)
     total = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
     blocks_before = 0
     for position in range(tl.load(bounds + adapter), tl.load(bounds + adapter + 1)):
@@ -181,7 +194,117 @@ def _reduce(
     )
 
 
+@triton.jit(do_not_specialize=["examples", "adapters", "span"])
+def _decode_shrink(
+    x, factor, partial, index, ranks,
+    examples, adapters, span, width, rank,
+    stride_xt, stride_xd, stride_fn, stride_fr, stride_fd,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial[split, e, r] = sum_k x[e, k] factor[adapter of e, r, k] over a split's span of k."""
+    example = tl.program_id(0)
+    split = tl.program_id(2)
+    adapter = tl.load(index + example).to(tl.int64)
+    used = _used_rank(adapter, ranks, rank, adapters)
+    slots = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    f_rows = factor + adapter * stride_fn + slots[:, None] * stride_fr
+    x_row = x + example.to(tl.int64) * stride_xt
+    products = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    first = split * span
+    last = tl.where(tl.program_id(1) * BLOCK_R < used, tl.minimum(first + span, width), first)
+    for start in range(first, last, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(x_row + k * stride_xd, mask=k < last, other=0.0)
+        f_tile = tl.load(
+            f_rows + k[None, :] * stride_fd,
+            mask=(slots < used)[:, None] & (k < last)[None, :],
+            other=0.0,
+        )
+        products += f_tile.to(x_tile.dtype).to(tl.float32) * x_tile.to(tl.float32)[None, :]
+    shrunk = tl.where(slots < used, tl.sum(products, axis=1), 0.0)
+    row = split.to(tl.int64) * examples + example
+    tl.store(partial + row * rank + slots, shrunk, mask=slots < rank)
+
+
+@triton.jit(do_not_specialize=["examples", "adapters", "splits"])
+def _decode_linear(
+    x, weight, bias, factor, partial, out, index, ranks, scale,
+    examples, adapters, splits, d_in, d_out, rank,
+    stride_xt, stride_xd, stride_wo, stride_wi, stride_fn, stride_fr, stride_fd,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[e, n] = x[e] W[n] (+ bias[n]) + scale * sum_r (sum_split partial[e, r]) factor[., r, n].
+
+    The epilogue handles all examples of a tile at once and masks ragged ranks: a loop over examples
+    would wait for memory once per example.
+    """
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_rows = x + e.to(tl.int64)[:, None] * stride_xt
+    w_rows = weight + columns.to(tl.int64)[None, :] * stride_wo
+    total = tl.zeros((BLOCK_E, BLOCK_N), dtype=tl.float32)
+    for start in range(0, d_in, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(
+            x_rows + k[None, :] * stride_xd,
+            mask=(e < examples)[:, None] & (k < d_in)[None, :],
+            other=0.0,
+        )
+        w_tile = tl.load(
+            w_rows + k[:, None] * stride_wi,
+            mask=(columns < d_out)[None, :] & (k < d_in)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+    adapter = tl.load(index + e, mask=e < examples, other=-1).to(tl.int64)
+    used = _used_rank(adapter, ranks, rank, adapters)
+    f_rows = factor + adapter[:, None, None] * stride_fn + columns[None, None, :] * stride_fd
+    delta = tl.zeros((BLOCK_E, BLOCK_N), dtype=tl.float32)
+    for start in range(0, tl.max(used, axis=0), BLOCK_R):
+        slots = start + tl.arange(0, BLOCK_R)
+        live = slots[None, :] < used[:, None]
+        u = tl.zeros((BLOCK_E, BLOCK_R), dtype=tl.float32)
+        for split in range(0, splits):
+            row = (split * examples + e).to(tl.int64) * rank
+            u += tl.load(partial + row[:, None] + slots[None, :], mask=live, other=0.0)
+        f_tile = tl.load(
+            f_rows + slots[None, :, None] * stride_fr,
+            mask=live[:, :, None] & (columns < d_out)[None, None, :],
+            other=0.0,
+        )
+        f_tile = f_tile.to(x.dtype.element_ty).to(tl.float32)
+        delta += tl.sum(u[:, :, None] * f_tile, axis=1)
+    total += scale * delta
+    if bias is not None:
+        total += tl.load(bias + columns, mask=columns < d_out, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + e.to(tl.int64)[:, None] * d_out + columns[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(e < examples)[:, None] & (columns < d_out)[None, :],
+    )
+
+
 # --- launches --------------------------------------------------------------------------------
+
+
+def tile_of(kernel: str, x: Tensor, config: Config | None, **shape: int) -> dict[str, int]:
+    """The tile of a kernel: from ``config`` if that names the kernel, else the tuned one."""
+    if config is not None and kernel in config:
+        return dict(config[kernel])
+    inputs = "single" if x.dtype == torch.float32 else "half"
+    gpu = device.capability(x.device)
+    return device.lookup(OP, gpu, kernel=kernel, inputs=inputs, **shape)
+
+
+def block_of_ranks(largest: int, rank: int) -> int:
+    """BLOCK_R cut to the rank, but at least the 16 that ``tl.dot`` needs."""
+    return min(largest, max(16, triton.next_power_of_2(rank)))
+
+
+def precision(x: Tensor) -> str:
+    """Precision of ``tl.dot``; it matters to float32 only."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def shrink(
@@ -271,6 +394,43 @@ def reduce(
     return parts[0] if splits == 1 else parts.sum(0).to(factor.dtype)
 
 
+def decode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    config: Config | None,
+) -> Tensor:
+    """y [E, d_out] for one token an example, x [E, d_in]; u is not kept."""
+    (examples, d_in), (adapters, rank, _), d_out = x.shape, lora_a.shape, weight.shape[0]
+    tile = tile_of("decode_shrink", x, config, examples=examples, rank=rank)
+    tile["BLOCK_R"] = block_of_ranks(tile["BLOCK_R"], rank)
+    programs = tile.pop("programs")
+    grid = (examples, triton.cdiv(rank, tile["BLOCK_R"]))
+    blocks = triton.cdiv(d_in, tile["BLOCK_K"])
+    per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, grid[0] * grid[1])))
+    splits = triton.cdiv(blocks, per_split)
+    partial = torch.empty(splits, examples, rank, dtype=torch.float32, device=x.device)
+    _decode_shrink[(*grid, splits)](
+        x, lora_a, partial, adapter_index, ranks,
+        examples, adapters, per_split * tile["BLOCK_K"], d_in, rank,
+        *x.stride(), *lora_a.stride(), **tile,
+    )  # fmt: skip
+    tile = tile_of("decode_linear", x, config, examples=examples, d_out=d_out)
+    out = torch.empty(examples, d_out, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(d_out, tile["BLOCK_N"]), triton.cdiv(examples, tile["BLOCK_E"]))
+    _decode_linear[grid](
+        x, weight, bias, lora_b, partial, out, adapter_index, ranks, scale,
+        examples, adapters, splits, d_in, d_out, rank,
+        *x.stride(), *weight.stride(), *lora_b.stride(), PRECISION=precision(x), **tile,
+    )  # fmt: skip
+    return out
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -298,13 +458,13 @@ def lora_linear(
     if rows.numel() == 0 or lora_a.numel() == 0:
         u = rows.new_zeros(rows.shape[0] if keep else 0, lora_a.shape[1])
         return F.linear(x, weight, bias), u
-    decodes = index.numel() == rows.shape[0] <= decode.MAX_EXAMPLES
+    decodes = index.numel() == rows.shape[0] <= MAX_DECODED
     with torch.cuda.device_of(x):
         u = rows.new_empty(0, lora_a.shape[1])
         if keep or not decodes:
             u = shrink(rows, lora_a, index, scale, ranks, config)
         if decodes:
-            y = decode.decode(rows, weight, bias, lora_a, lora_b, index, scale, ranks, config)
+            y = decode(rows, weight, bias, lora_a, lora_b, index, scale, ranks, config)
         else:
             # A new tensor, so the adapters' share may be added to it in place.
             y = F.linear(rows, weight, bias)
@@ -347,8 +507,8 @@ KERNELS = {
     "shrink": _shrink,
     "expand": _expand,
     "reduce": _reduce,
-    "decode_shrink": decode.decode_shrink,
-    "decode_linear": decode.decode_linear,
+    "decode_shrink": _decode_shrink,
+    "decode_linear": _decode_linear,
 }
 
 

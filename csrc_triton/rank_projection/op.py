@@ -18,10 +18,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from csrc_triton.arguments import Arguments
-from csrc_triton.dispatch import Op
+from csrc_triton.dispatch import (
+    Arguments,
+    Op,
+    Run,
+    SelfCheck,
+    generator,
+    random_signs,
+)
 from csrc_triton.rank_projection import reference
-from csrc_triton.rank_projection.self_check import SELF_CHECKS
 from csrc_triton.transforms import (
     differentiable_backward,
     refuse_forward_mode,
@@ -36,6 +41,25 @@ def _load_kernels() -> ModuleType:
 
     return kernels
 
+
+def _projection(device: torch.device, small: bool) -> Run:
+    """Latents of norm 4 and scalers of 4: the factors are sums of signs."""
+    random = generator()
+    depth, d_in, d_out = (64, 40, 24) if small else (512, 2560, 960)
+    order = torch.rand(1 if small else 8, 16, depth, generator=random).argsort(-1)
+    latents = (order < 16).float() * (1 - 2 * (order % 2)).float()
+    scaler = torch.full((16,), 4.0)
+    weight = random_signs(random, 1.0, depth, d_in + d_out)
+    inputs = [t.to(device) for t in (latents, weight, scaler, scaler)]
+
+    def run(implementation: ModuleType, dtype: torch.dtype) -> list[Tensor]:
+        args = [t.to(dtype) for t in inputs]
+        return list(implementation.rank_projection(*args, d_in, d_out))
+
+    return run
+
+
+SELF_CHECKS: dict[str, SelfCheck] = {"projection": _projection}
 
 OP = Op("rank_projection", reference, _load_kernels, SELF_CHECKS)
 

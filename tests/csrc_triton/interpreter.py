@@ -16,12 +16,11 @@ import pytest
 import triton.language as tl
 from triton.runtime import JITFunction, interpreter
 
-from csrc_triton.lora_linear import decode, tiles
 from csrc_triton.lora_linear import kernels as lora_linear
 from csrc_triton.perceiver_attention import kernels as perceiver_attention
 from csrc_triton.rank_projection import kernels as rank_projection
 
-MODULES = (tl, tl.standard, tiles, decode, lora_linear, perceiver_attention, rank_projection)
+MODULES = (tl, tl.standard, lora_linear, perceiver_attention, rank_projection)
 _INTERPRETED: dict[int, interpreter.InterpretedFunction] = {}
 
 

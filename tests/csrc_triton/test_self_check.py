@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from csrc_triton import self_check
+from csrc_triton import dispatch
 from csrc_triton.lora_linear.op import OP as LORA_LINEAR
 from csrc_triton.perceiver_attention.op import OP as PERCEIVER_ATTENTION
 from csrc_triton.rank_projection import reference
@@ -27,7 +27,7 @@ def test_results_are_integers_that_bfloat16_holds(op, check):
     rounded, exact = (run(op.reference, dtype) for dtype in (torch.bfloat16, torch.float32))
     assert all(t.dtype == torch.bfloat16 for t in rounded)
     for t in exact:
-        assert torch.equal(t, t.round()) and t.abs().max() <= self_check.LARGEST_INTEGER
+        assert torch.equal(t, t.round()) and t.abs().max() <= dispatch.LARGEST_INTEGER
     assert any(t.any() for t in exact)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import ladder
-from csrc_triton.peaks import PEAKS
+from csrc_triton.device import PEAKS
 from profiling import roofline
 from v2l_fast.errors import V2LError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from csrc_triton.peaks import peak_of
+from csrc_triton.device import peak_of
 from v2l_fast.data.samples import Sample
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.vlm import Backbone
