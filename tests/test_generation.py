@@ -159,6 +159,9 @@ def test_frequencies_follow_the_distribution(backbone):
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_k": -1},
+        {"n": 0},
+        {"logprobs": -1},
+        {"logprobs": 1.5},
     ],
 )
 def test_parameters_out_of_range(wrong):
@@ -274,3 +277,115 @@ def test_an_error_names_the_example(backbone, adapters):
     bad = replace(adapters[1], B={M: torch.full_like(adapters[1].B[M], 1e38)})
     with pytest.raises(AdapterError, match="example 1: the logits are NaN or infinite"):
         run(backbone, PROMPTS[:2], [adapters[0], bad], max_new_tokens=3)
+
+
+# --- several answers, log probabilities, constraints ----------------------------------------------
+
+
+def test_n_answers_come_from_one_prefill(backbone, adapters, monkeypatch):
+    chosen = slots([adapters[0], None, adapters[1], None])
+    embedded = [backbone.decoder.embed(torch.tensor(p)) for p in PROMPTS]
+    computed, prefill = [], ModelRunner.run_prefill
+
+    def counted(self, embeddings, *rest):
+        computed.append(len(embeddings))
+        return prefill(self, embeddings, *rest)
+
+    monkeypatch.setattr(ModelRunner, "run_prefill", counted)
+    params = SamplingParams(**SAMPLED, n=3)
+    together = generate(backbone.decoder, embedded, (), params, chosen).tokens
+    assert computed == [4] and len(together) == 12
+    alone = [
+        run(backbone, [p], [a], **{**SAMPLED, "seed": 5 + 3 * i + j})[0]
+        for i, (p, a) in enumerate(zip(PROMPTS, [adapters[0], None, adapters[1], None], strict=True))
+        for j in range(3)
+    ]  # fmt: skip
+    assert together == alone and len({tuple(t) for t in together[:3]}) > 1
+
+
+@torch.inference_mode()
+def test_a_shared_prompt_is_computed_per_adapter(backbone, adapters):
+    """Equal prompts under different adapters, or none, share nothing."""
+    bank = slots([adapters[0], adapters[1]])
+    prompt = backbone.decoder.embed(torch.tensor(PROMPTS[2]))
+    runner = ModelRunner(backbone.decoder, 6, 40, ())
+    requests = [Request(SamplingParams(9), slot) for slot in (0, 1, -1, 1, 0, -1)]
+    runner.prefill(requests, [prompt] * 6, bank)
+    finish(runner, bank)
+    expected = [run(backbone, [PROMPTS[2]], [a], max_new_tokens=9)[0] for a in (*adapters[:2], None)]
+    assert [one.tokens for one in requests] == [expected[i] for i in (0, 1, 2, 1, 0, 2)]
+
+
+def test_logprobs_are_those_of_the_logits(backbone, adapters):
+    adapter = adapters[0]
+    embedded = [backbone.decoder.embed(torch.tensor(PROMPTS[0]))]
+    bank = slots([adapter])
+    params = SamplingParams(**SAMPLED, top_k=3, logprobs=4)
+    output = generate(backbone.decoder, embedded, (), params, bank)
+    ids = torch.tensor([[*PROMPTS[0], *output.tokens[0]]])
+    with torch.inference_mode():
+        hidden = backbone.decoder.forward(backbone.decoder.embed(ids), adapters=bank)
+        expected = backbone.decoder.logits(hidden)[0, len(PROMPTS[0]) - 1 :].log_softmax(-1)
+    assert [one.token for one in output.logprobs[0]] == output.tokens[0]
+    for row, one in zip(expected, output.logprobs[0], strict=False):
+        values, order = row.topk(4)
+        assert [token for token, _ in one.top] == order.tolist()
+        assert [value for _, value in one.top] == pytest.approx(values.tolist(), abs=1e-5)
+        assert one.logprob == pytest.approx(row[one.token].item(), abs=1e-5)
+
+
+@torch.inference_mode()
+def test_logprobs_are_computed_for_those_who_ask(backbone):
+    runner = ModelRunner(backbone.decoder, 3, 40, ())
+    requests = [Request(SamplingParams(4, logprobs=count)) for count in (None, 0, 1000)]
+    runner.prefill(requests, [backbone.decoder.embed(torch.tensor(PROMPTS[0]))] * 3)
+    finish(runner)
+    nobody, chosen_only, everything = (request.logprobs for request in requests)
+    assert nobody == [] and [one.top for one in chosen_only] == [()] * 4
+    assert len(everything[0].top) == backbone.decoder.lm_head.weight.shape[0]
+    assert requests[0].tokens == requests[1].tokens == requests[2].tokens
+
+
+class Only:
+    """Allows token i of an answer to be one of ``allowed[i]``; fails where that is None."""
+
+    def __init__(self, *allowed) -> None:
+        self.allowed, self.accepted = allowed, []
+
+    def bitmask(self):
+        ids = self.allowed[len(self.accepted)]
+        if ids is None:
+            raise RuntimeError("no mask")
+        mask = torch.zeros(3, dtype=torch.int32)
+        for token in ids:
+            # Bit 31 is the sign.
+            mask[token // 32] |= torch.tensor(1 << token % 32).to(torch.int32)
+        return mask
+
+    def accept(self, token) -> None:
+        self.accepted.append(token)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 2.0, "top_p": 0.9, "top_k": 50}])
+def test_a_constraint_limits_its_request_alone(sampling, backbone):
+    runner, expected = running(backbone, **sampling)
+    finish(runner)
+    runner = ModelRunner(backbone.decoder, 5, 40, (7,))
+    only = Only([31], [63, 64], [7, 5], [7])
+    prompts = [backbone.decoder.embed(torch.tensor([2, 20 + i, 30])) for i in range(5)]
+    requests = [Request(SamplingParams(max_new_tokens=9, **sampling)) for _ in range(5)]
+    requests[1].constraint = only
+    requests[3].constraint = Only([5], None)
+    requests[4].constraint = Only([5], [])
+    runner.prefill(requests, prompts)
+    finish(runner)
+    for i in (0, 2):
+        whole = expected[i].tokens
+        assert requests[i].tokens == (whole[: whole.index(7)] if 7 in whole else whole)
+    assert requests[1].finish_reason == "stop" and requests[1].tokens == only.accepted
+    assert [
+        token in ids for token, ids in zip(requests[1].tokens, only.allowed, strict=False)
+    ] == [True] * len(requests[1].tokens)
+    assert "no mask" in str(requests[3].error) and requests[3].tokens == [5]
+    assert "allows no further token" in str(requests[4].error) and requests[4].tokens == [5]

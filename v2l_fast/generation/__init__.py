@@ -15,7 +15,7 @@ from v2l_fast.generation.answers import (
     measure_effect,
 )
 from v2l_fast.generation.runner import ModelRunner, Request
-from v2l_fast.generation.sampling import SamplingParams
+from v2l_fast.generation.sampling import SamplingParams, TokenConstraint, TokenLogprobs
 
 __all__ = [
     "MAX_BATCH",
@@ -25,6 +25,8 @@ __all__ = [
     "ModelRunner",
     "Request",
     "SamplingParams",
+    "TokenConstraint",
+    "TokenLogprobs",
     "answer_prompts",
     "generate",
     "measure_effect",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from v2l_fast.errors import V2LError
 from v2l_fast.generation.runner import ModelRunner, Request
-from v2l_fast.generation.sampling import SamplingParams
+from v2l_fast.generation.sampling import SamplingParams, TokenLogprobs
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm import Backbone, Prompt
@@ -23,10 +23,17 @@ MAX_BATCH = 32
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """Generated token ids per prompt, without the stop token, and the time to first token (s)."""
+    """Generated answers, ``n`` for each prompt, one prompt after the other.
+
+    Attributes:
+        tokens: token ids of each answer, without the stop token.
+        time_to_first_token: seconds, of the whole batch.
+        logprobs: of the tokens of each answer; empty lists if the parameters do not ask for them.
+    """
 
     tokens: list[list[int]]
     time_to_first_token: float
+    logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Answer:
         new_tokens: generated tokens, without the stop token.
         time_to_first_token: seconds from the call to the first token of its batch, including the
             prompt (for the direct baseline: resizing and vision tower).
+        logprobs: of the new tokens, if the sampling parameters ask for them.
     """
 
     text: str
@@ -47,6 +55,7 @@ class Answer:
     visual_tokens: int
     new_tokens: int
     time_to_first_token: float
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @torch.inference_mode()
@@ -62,7 +71,7 @@ def generate(
     Args:
         prompts: E tensors [T_e, D], embedded; lengths may differ.
         stop_ids: token ids that end an answer.
-        sampling: parameters for every prompt; prompt i uses ``seed + i``.
+        sampling: parameters for every prompt; answer i, of E · ``n``, uses ``seed + i``.
         adapters: a bank whose ``index`` has E entries, or None for the plain model.
 
     Returns:
@@ -74,19 +83,23 @@ def generate(
     """
     start = time.perf_counter()
     slots = [-1] * len(prompts) if adapters is None else adapters.index.tolist()
+    slots = [slot for slot in slots for _ in range(sampling.n)]
+    repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
     requests = [Request(sampling.for_example(i), slot) for i, slot in enumerate(slots)]
     longest = max(len(prompt) for prompt in prompts)
     runner = ModelRunner(decoder, len(requests), longest + sampling.max_new_tokens, stop_ids)
-    runner.prefill(requests, prompts, adapters)
+    runner.prefill(requests, repeated, adapters)
     first = time.perf_counter() - start
     while runner.retire_finished():
         runner.decode(adapters)
     for i, request in enumerate(requests):
         if isinstance(request.error, V2LError):
-            raise type(request.error)(f"example {i}: {request.error}")
+            raise type(request.error)(f"example {i // sampling.n}: {request.error}")
         if request.error is not None:
             raise request.error
-    return GenerationOutput([request.tokens for request in requests], first)
+    return GenerationOutput(
+        [request.tokens for request in requests], first, [request.logprobs for request in requests]
+    )
 
 
 def answer_prompts(
@@ -100,15 +113,20 @@ def answer_prompts(
     Args:
         prompts: build one prompt each; called, and timed, when its batch is computed.
         adapters: one per prompt, with its bias; None for the plain model.
-        sampling: parameters for every prompt; prompt i uses ``seed + i``.
+        sampling: parameters for every prompt; answer i uses ``seed + i``.
+
+    Yields:
+        ``n`` answers for each prompt, in order.
 
     Raises:
         V2LError: the logits of a prompt are NaN or infinite.
     """
     decoder = backbone.decoder
-    for first in range(0, len(prompts), MAX_BATCH):
+    # A prompt with more answers than a batch has rows is a batch of its own.
+    count = max(1, MAX_BATCH // sampling.n)
+    for first in range(0, len(prompts), count):
         start = time.perf_counter()
-        part = slice(first, first + MAX_BATCH)
+        part = slice(first, first + count)
         built = [build() for build in prompts[part]]
         bank = AdapterBank.pack(adapters[part], decoder.device, decoder.dtype)
         prompt_seconds = time.perf_counter() - start
@@ -116,16 +134,19 @@ def answer_prompts(
             decoder,
             [prompt.embeddings for prompt in built],
             backbone.stop_ids,
-            sampling.for_example(first),
+            replace(sampling.for_example(first * sampling.n), n=sampling.n),
             bank,
         )
-        for prompt, tokens in zip(built, output.tokens, strict=True):
+        answers = zip(output.tokens, output.logprobs, strict=True)
+        for index, (tokens, logprobs) in enumerate(answers):
+            prompt = built[index // sampling.n]
             yield Answer(
                 backbone.decode(tokens),
                 len(prompt),
                 prompt.visual_tokens,
                 len(tokens),
                 prompt_seconds + output.time_to_first_token,
+                tuple(logprobs),
             )
 
 

@@ -21,7 +21,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from v2l_fast.errors import AdapterError, V2LError
-from v2l_fast.generation.sampling import SamplingParams, SamplingTensors, on_device, sample
+from v2l_fast.generation.sampling import (
+    SamplingParams,
+    SamplingTensors,
+    TokenConstraint,
+    TokenLogprobs,
+    constrained,
+    on_device,
+    sample,
+    token_logprobs,
+)
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm.decoder import Decoder, StaticKVCache
 
@@ -35,7 +44,9 @@ class Request:
     Attributes:
         sampling: how tokens are chosen, and how many at most.
         slot: index of its adapter in the bank, -1 for the plain model.
+        constraint: limits each token; None allows all.
         tokens: token ids so far, without the stop token.
+        logprobs: of ``tokens``, if the sampling parameters ask for them.
         finish_reason: "stop", "length", "error" or the caller's own; None while it runs.
         error: the exception behind "error".
         cached: its tokens in the KV cache.
@@ -43,7 +54,9 @@ class Request:
 
     sampling: SamplingParams
     slot: int = -1
+    constraint: TokenConstraint | None = None
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     error: Exception | None = None
     cached: int = 0
@@ -100,6 +113,8 @@ class ModelRunner:
     ) -> None:
         """Compute the prompts of new requests together and choose their first tokens.
 
+        Requests with the same prompt (the same object) and slot share one computation.
+
         Args:
             requests: at most :attr:`free`.
             prompts: embedded, [T, D] each; lengths may differ.
@@ -117,10 +132,20 @@ class ModelRunner:
         self.requests.extend(requests)
 
         def run(part: slice) -> Tensor:
-            own = slice(part.start - first, part.stop - first)
-            embeddings = pad_sequence(list(prompts[own]), batch_first=True)
-            rows = torch.arange(part.start, part.stop, device=self.decoder.device)
-            return self.run_prefill(embeddings, rows, lengths[own] - 1, adapters)
+            own = range(part.start - first, part.stop - first)
+            # Each request's source: the first one of its prompt and slot.
+            known: dict[tuple[int, int], int] = {}
+            sources = [known.setdefault((id(prompts[i]), requests[i].slot), i) for i in own]
+            computed = list(known.values())
+            embeddings = pad_sequence([prompts[i] for i in computed], batch_first=True)
+            index = on_device(computed, torch.long, self.decoder.device)
+            logits = self.run_prefill(embeddings, first + index, lengths[index] - 1, adapters)
+            if len(computed) < len(sources):
+                pairs = [(first + i, first + s) for i, s in zip(own, sources, strict=True)]
+                self._copy_rows([pair for pair in pairs if pair[0] != pair[1]], len(embeddings[0]))
+                order = [computed.index(source) for source in sources]
+                logits = logits[on_device(order, torch.long, self.decoder.device)]
+            return logits
 
         self._advance(part, run, 0)
 
@@ -202,9 +227,11 @@ class ModelRunner:
             cached: tokens per row that the pass adds to the KV cache.
         """
         try:
-            chosen = self._choose(part, run(part), cached)
-            # The only wait for the device; errors of the pass are raised here.
+            logits = run(part)
+            chosen = self._choose(part, logits, cached)
+            # The wait for the device; errors of the pass are raised here.
             tokens = chosen.tolist()
+            logprobs = self._logprobs(part, logits, chosen)
         except Exception as error:
             if part.stop - part.start == 1:
                 self.requests[part.start].fail(error)
@@ -225,11 +252,20 @@ class ModelRunner:
                 request.finish_reason = "stop"
             else:
                 request.tokens.append(token)
+                if request in logprobs:
+                    request.logprobs.append(logprobs[request])
                 if len(request.tokens) == request.sampling.max_new_tokens:
                     request.finish_reason = "length"
+                elif request.constraint is not None:
+                    try:
+                        request.constraint.accept(token)
+                    except Exception as error:
+                        request.fail(error)
 
     def _choose(self, part: slice, logits: Tensor, cached: int) -> Tensor:
         """Logits [E, V] to token ids [E] on their device; -1 where logits are NaN or infinite."""
+        constraints = [request.constraint for request in self.requests[part]]
+        logits = constrained(logits, [None if c is None else c.bitmask() for c in constraints])
         chosen = logits.argmax(-1, keepdim=True)
         # argmax treats NaN as the largest value.
         finite = logits.gather(1, chosen)[:, 0].isfinite()
@@ -250,6 +286,25 @@ class ModelRunner:
             )
         return torch.where(finite, chosen, -1)
 
+    def _logprobs(
+        self, part: slice, logits: Tensor, chosen: Tensor
+    ) -> dict[Request, TokenLogprobs]:
+        """Of the requests that ask for them."""
+        requests = self.requests[part]
+        asking = [row for row, one in enumerate(requests) if one.sampling.logprobs is not None]
+        if not asking:
+            return {}
+        index = on_device(asking, torch.long, logits.device)
+        counts = [requests[row].sampling.logprobs or 0 for row in asking]
+        values = token_logprobs(logits[index], chosen[index].clamp_min(0), counts)
+        return {requests[row]: one for row, one in zip(asking, values, strict=True)}
+
+    def _copy_rows(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
+        """Copy the first ``length`` keys and values for each pair (target, source)."""
+        targets, sources = zip(*pairs, strict=True)
+        for side in (self.cache.keys, self.cache.values):
+            side[:, list(targets), :, :length] = side[:, list(sources), :, :length]
+
     def _move(self, source: int, target: int, length: int) -> None:
         for side in (self.cache.keys, self.cache.values):
             side[:, target, :, :length] = side[:, source, :, :length]
@@ -258,6 +313,8 @@ class ModelRunner:
 
 
 def _not_finite(request: Request) -> V2LError:
+    if request.constraint is not None and not request.constraint.bitmask().any():
+        return V2LError("the constraint of the answer allows no further token")
     if request.slot >= 0:
         return AdapterError(
             "the logits are NaN or infinite with this adapter: its factors are too large for this "

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from v2l_fast.errors import ConfigError
 
@@ -43,8 +44,11 @@ class SamplingParams:
         temperature: 0 is greedy; any finite positive number is valid.
         top_p: smallest set of tokens whose probability reaches it, at least one.
         top_k: the k most likely tokens; 0 for no limit, as any number above the vocabulary's size.
-        seed: signed 64-bit integer. The same seed gives the same answer in any batch; prompt i of
+        seed: signed 64-bit integer. The same seed gives the same answer in any batch; answer i of
             a call uses ``seed + i``, modulo 2^64.
+        n: answers to each prompt, which is computed once for all of them.
+        logprobs: report the log probability of each token and of this many most likely ones, from
+            the logits before temperature, truncation and constraints; None reports nothing.
 
     Raises:
         ConfigError: a value is out of its range or of the wrong type.
@@ -55,10 +59,14 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    n: int = 1
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "seed"):
-            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        for name in ("max_new_tokens", "top_k", "seed", "n", "logprobs"):
+            value = getattr(self, name)
+            if name != "logprobs" or value is not None:
+                object.__setattr__(self, name, _integer(name, value))
         for name in ("temperature", "top_p"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         if self.max_new_tokens < 1:
@@ -74,10 +82,15 @@ class SamplingParams:
             raise ConfigError(f"top_k must be 0 (no limit) or more, got {self.top_k}")
         if not MIN_SEED <= self.seed <= MAX_SEED:
             raise ConfigError(f"seed must be from -2^63 to 2^63 - 1, got {_excerpt(self.seed)}")
+        if self.n < 1:
+            raise ConfigError(f"n must be at least 1, got {self.n}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ConfigError(f"logprobs must be None, 0 or more, got {self.logprobs}")
 
     def for_example(self, index: int) -> SamplingParams:
-        """The parameters of example ``index`` of a batch: ``seed + index``, modulo 2^64."""
-        return replace(self, seed=(self.seed + index - MIN_SEED) % (1 << 64) + MIN_SEED)
+        """The parameters of answer ``index`` of a batch: one answer, of ``seed + index``, modulo
+        2^64."""
+        return replace(self, seed=(self.seed + index - MIN_SEED) % (1 << 64) + MIN_SEED, n=1)
 
 
 def _integer(name: str, value: SupportsIndex) -> int:
@@ -152,6 +165,77 @@ class SamplingTensors:
         other = SamplingTensors.of(sampling, vocabulary, self.seed.device)
         for name in ("temperature", "top_p", "top_k", "seed"):
             getattr(self, name)[part] = getattr(other, name)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's natural-log probability, from the logits before sampling.
+
+    Attributes:
+        token: id of the chosen token.
+        logprob: of that token.
+        top: (id, log probability) of the most likely tokens, the most likely first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenConstraint(Protocol):
+    """Limits the next token of one answer, for example to what a grammar allows.
+
+    The runner calls it in its own thread and computes a pass between :meth:`accept` and
+    :meth:`bitmask`; an implementation computes the mask in another thread meanwhile. What it raises
+    ends its request alone.
+    """
+
+    def bitmask(self) -> Tensor:
+        """The tokens allowed next: int32 [ceil(V / 32)] on the CPU, token t is bit t % 32 of
+        element t // 32. Waits until it is known; the same until the next :meth:`accept`."""
+
+    def accept(self, token: int) -> None:
+        """The answer continues with a token, which is not a stop token."""
+
+
+def constrained(logits: Tensor, bitmasks: Sequence[Tensor | None]) -> Tensor:
+    """Logits [E, V] with -inf for the tokens that a row's bitmask excludes.
+
+    Args:
+        bitmasks: one per row, as :meth:`TokenConstraint.bitmask` returns it; None allows all.
+    """
+    rows = [row for row, mask in enumerate(bitmasks) if mask is not None]
+    if not rows:
+        return logits
+    words = torch.stack([mask for mask in bitmasks if mask is not None])
+    bits = torch.arange(32, device=logits.device, dtype=torch.int32)
+    allowed = (words.to(logits.device)[:, :, None] >> bits & 1).flatten(1).bool()
+    missing = logits.shape[1] - allowed.shape[1]
+    # Tokens that the mask does not know, such as padding of the vocabulary, are excluded.
+    allowed = F.pad(allowed, (0, missing)) if missing > 0 else allowed[:, : logits.shape[1]]
+    index = on_device(rows, torch.long, logits.device)
+    logits = logits.clone()
+    logits[index] = logits[index].masked_fill(~allowed, -math.inf)
+    return logits
+
+
+def token_logprobs(
+    logits: Tensor, chosen: Tensor, counts: Sequence[int]
+) -> Iterator[TokenLogprobs]:
+    """:class:`TokenLogprobs` of each row.
+
+    Args:
+        logits: [E, V] float32.
+        chosen: [E] int64 token ids.
+        counts: most likely tokens to report for each row.
+    """
+    logprobs = torch.log_softmax(logits, -1)
+    top, ids = logprobs.topk(min(max(counts), logits.shape[1]), -1)
+    values = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    rows = zip(chosen.tolist(), values, ids.tolist(), top.tolist(), counts, strict=True)
+    for token, value, likely, likely_values, count in rows:
+        pairs = zip(likely[:count], likely_values[:count], strict=True)
+        yield TokenLogprobs(token, value, tuple(pairs))
 
 
 def on_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
