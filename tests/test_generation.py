@@ -283,7 +283,8 @@ def test_an_error_names_the_example(backbone, adapters):
 
 
 def test_n_answers_come_from_one_prefill(backbone, adapters, monkeypatch):
-    chosen = slots([adapters[0], None, adapters[1], None])
+    own = [adapters[0], None, adapters[1], None]
+    chosen = slots(own)
     embedded = [backbone.decoder.embed(torch.tensor(p)) for p in PROMPTS]
     computed, prefill = [], ModelRunner.run_prefill
 
@@ -297,9 +298,9 @@ def test_n_answers_come_from_one_prefill(backbone, adapters, monkeypatch):
     assert computed == [4] and len(together) == 12
     alone = [
         run(backbone, [p], [a], **{**SAMPLED, "seed": 5 + 3 * i + j})[0]
-        for i, (p, a) in enumerate(zip(PROMPTS, [adapters[0], None, adapters[1], None], strict=True))
+        for i, (p, a) in enumerate(zip(PROMPTS, own, strict=True))
         for j in range(3)
-    ]  # fmt: skip
+    ]
     assert together == alone and len({tuple(t) for t in together[:3]}) > 1
 
 
@@ -312,7 +313,9 @@ def test_a_shared_prompt_is_computed_per_adapter(backbone, adapters):
     requests = [Request(SamplingParams(9), slot) for slot in (0, 1, -1, 1, 0, -1)]
     runner.prefill(requests, [prompt] * 6, bank)
     finish(runner, bank)
-    expected = [run(backbone, [PROMPTS[2]], [a], max_new_tokens=9)[0] for a in (*adapters[:2], None)]
+    expected = [
+        run(backbone, [PROMPTS[2]], [a], max_new_tokens=9)[0] for a in (*adapters[:2], None)
+    ]
     assert [one.tokens for one in requests] == [expected[i] for i in (0, 1, 2, 1, 0, 2)]
 
 
@@ -384,8 +387,8 @@ def test_a_constraint_limits_its_request_alone(sampling, backbone):
         whole = expected[i].tokens
         assert requests[i].tokens == (whole[: whole.index(7)] if 7 in whole else whole)
     assert requests[1].finish_reason == "stop" and requests[1].tokens == only.accepted
-    assert [
-        token in ids for token, ids in zip(requests[1].tokens, only.allowed, strict=False)
-    ] == [True] * len(requests[1].tokens)
+    assert [token in ids for token, ids in zip(requests[1].tokens, only.allowed, strict=False)] == [
+        True
+    ] * len(requests[1].tokens)
     assert "no mask" in str(requests[3].error) and requests[3].tokens == [5]
     assert "allows no further token" in str(requests[4].error) and requests[4].tokens == [5]

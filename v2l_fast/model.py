@@ -468,9 +468,17 @@ class Video2LoRA:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
+        n: int = 1,
+        logprobs: int | None = None,
     ) -> list[Answer]:
-        """:meth:`ask` with token counts and times."""
-        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
+        """:meth:`ask` with token counts and times.
+
+        Args:
+            n: answers to each question, one question after the other; answer i of the list uses
+                ``seed + i``.
+            logprobs: report log probabilities, as :class:`~v2l_fast.generation.SamplingParams`.
+        """
+        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, n, logprobs)
         return self._answer(questions, adapters, params)
 
     def _answer(
@@ -517,10 +525,13 @@ class Video2LoRA:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
+        n: int = 1,
+        logprobs: int | None = None,
     ) -> list[Answer]:
         """:meth:`ask_direct` on decoded frames, with token counts and times.
 
-        Every question encodes its video again, as a model without adapters does.
+        ``n`` and ``logprobs`` as in :meth:`answer`. Every question encodes its video again, as a
+        model without adapters does.
 
         Args:
             clips: one for all questions, or one per question.
@@ -528,7 +539,7 @@ class Video2LoRA:
         Raises:
             VideoError: the counts differ.
         """
-        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
+        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, n, logprobs)
         return self._answer_direct(questions, clips, longest_edge, params)
 
     def _answer_direct(

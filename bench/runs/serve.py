@@ -209,7 +209,7 @@ def checked_requests(
     def alone(request: _Question) -> str:
         parts = [model.attach(store.get(id)) for id in request.adapters]
         adapter = Adapter.compose(parts) if parts else None
-        return model.ask(request.text, adapter, **asdict(request.sampling))
+        return model.answer(request.text, adapter, **asdict(request.sampling))[0].text
 
     try:
         requests = _requests(scenes, ids, seed)

@@ -15,8 +15,9 @@ from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
 from tests.video.clips import encode
 from v2l_fast import Video2LoRA
 from v2l_fast.errors import AdapterError, ConfigError, V2LError
-from v2l_fast.generation import SamplingParams
+from v2l_fast.generation import ModelRunner, SamplingParams
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.serving import scheduler as scheduling
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.request import (
     EngineClosed,
@@ -43,9 +44,9 @@ def alone(model: Video2LoRA, store: MemoryStore, one: StreamingRequest) -> str:
     """The answer of ``Video2LoRA`` to this request only."""
     sampling = {name: getattr(one.sampling, name) for name in SamplingParams.__dataclass_fields__}
     if one.clip is not None:
-        return model.ask_direct(one.text, one.clip, **sampling)
+        return model.answer_direct(one.text, one.clip, **sampling)[0].text
     parts = [store.adapters[id] for id in one.adapters]
-    return model.ask(one.text, Adapter.compose(parts) if parts else None, **sampling)
+    return model.answer(one.text, Adapter.compose(parts) if parts else None, **sampling)[0].text
 
 
 def mixture(clips, count: int, seed: int) -> list[StreamingRequest]:
@@ -164,6 +165,40 @@ def test_cancelling_a_waiting_request(model, store):
         assert not first.done
         first.cancel()
         assert engine.submit(request(QUESTIONS[1])).result(WAIT)[1] == "length"
+
+
+@pytest.mark.parametrize("ids", [(), ("a0",), ("a0", "a1")])
+@pytest.mark.parametrize("in_context", [False, True])
+def test_several_answers_to_one_prompt(ids, in_context, model, store, clips, monkeypatch):
+    if in_context and ids:
+        pytest.skip("a request takes adapters or a video")
+    monkeypatch.setattr(scheduling, "PREFILL_TOKENS", 1)
+    computed, prefill = [], ModelRunner.run_prefill
+
+    def counted(self, embeddings, *rest):
+        computed.append(len(embeddings))
+        return prefill(self, embeddings, *rest)
+
+    monkeypatch.setattr(ModelRunner, "run_prefill", counted)
+    sampling = SamplingParams(9, temperature=1.3, seed=7, n=4, logprobs=2)
+    whole = StreamingRequest(QUESTIONS[0], ids, clips[0] if in_context else None, sampling)
+    with Engine(
+        model, store, max_batch=4, max_context=160, adapter_slots=1, warm_up=False
+    ) as engine:
+        with pytest.raises(ConfigError, match="submit_all"):
+            engine.submit(whole)
+        requests = engine.submit_all(whole)
+        texts = [one.result(WAIT)[0] for one in requests]
+        assert computed == [1] and len(set(texts)) > 1
+        for index, one in enumerate(requests):
+            assert one.sampling.seed == 7 + index
+            assert texts[index] == alone(model, store, one)
+            reported = [entry for chunk in one for entry in chunk.logprobs]
+            assert [entry.token for entry in reported] == one.tokens
+            assert all(len(entry.top) == 2 for entry in reported)
+        with pytest.raises(QueueFull):
+            engine.submit_all(whole.copy(SamplingParams(9, n=300)))
+        assert engine.stats().requests["error"] == engine.stats().waiting == 0
 
 
 def test_limits(engine, clips):

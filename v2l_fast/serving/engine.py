@@ -143,7 +143,7 @@ class Engine:
         return self._ready.is_set()
 
     def submit(self, request: StreamingRequest) -> StreamingRequest:
-        """Queue a request, and return it.
+        """Queue a request for one answer, and return it.
 
         Raises:
             QueueFull: too many requests are waiting.
@@ -152,32 +152,57 @@ class Engine:
             PromptTooLong: the question and the limit of new tokens exceed the context. With a video
                 in context this is known later, and reading the answer raises it.
             EngineClosed: the engine has been closed.
-            ConfigError: the request has been submitted before.
+            ConfigError: the request has been submitted before, or asks for several answers.
         """
         if request.submitted is not None:
             raise ConfigError("the request has been submitted before; submit request.copy()")
+        if request.sampling.n > 1:
+            raise ConfigError(f"n must be 1, got {request.sampling.n}; use submit_all")
+        self._submit([request])
+        return request
+
+    def submit_all(self, request: StreamingRequest) -> list[StreamingRequest]:
+        """Queue one request for each of the ``n`` answers that ``request`` asks for.
+
+        The prompt is prepared once and, as far as rows are free at the same time, computed once.
+        Request i uses ``seed + i``. All are queued, or none.
+
+        Raises:
+            As :meth:`submit`.
+        """
+        sampling = request.sampling
+        requests = [request.copy(sampling.for_example(i)) for i in range(sampling.n)]
+        self._submit(requests)
+        return requests
+
+    def _submit(self, requests: list[StreamingRequest]) -> None:
+        request, *others = requests
         if self._merged is not None and (request.adapters != (self._merged,) or request.clip):
             raise OtherAdapter(
                 f"this engine answers from adapter {self._merged} only, merged into the weights; "
                 "start one without merged= for other adapters, none, or a video in context"
             )
         start = time.perf_counter()
-        self._check_queue()
+        self._check_queue(len(requests))
+        for one in requests:
+            if one.new_constraint is not None:
+                one.constraint = one.new_constraint()
         if request.clip is not None:
             with self._changed:
-                self._add(request, start)
-                self._preparing += 1
-            self._question_workers.submit(self._prepare, request)
-            return request
+                self._add(requests, start)
+                self._preparing += len(requests)
+            self._question_workers.submit(self._prepare, requests)
+            return
         if request.adapters and self._merged is None:
             request.host_adapter = self._host_adapters.get(request.adapters)
         request.prompt = self._model.backbone.prompt_builder.question(request.text)
-        self._check_length(request, len(request.prompt))
+        self._check_length(requests, len(request.prompt))
+        for one in others:
+            one.prompt, one.host_adapter = request.prompt, request.host_adapter
         with self._changed:
-            self._add(request, start)
-            self._waiting.append(request)
+            self._add(requests, start)
+            self._waiting.extend(requests)
             self._changed.notify_all()
-        return request
 
     def internalize(
         self,
@@ -269,27 +294,29 @@ class Engine:
         if self._closing:
             raise EngineClosed("the server is shutting down; try again later")
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, count: int) -> None:
         self._check_open()
         waiting = len(self._waiting) + self._preparing
-        if waiting >= self._queue_limit:
+        if waiting + count > self._queue_limit:
             raise QueueFull(f"{waiting} questions are waiting; try again later")
 
-    def _check_length(self, request: StreamingRequest, prompt_tokens: int) -> None:
-        new_tokens = request.sampling.max_new_tokens
+    def _check_length(self, requests: list[StreamingRequest], prompt_tokens: int) -> None:
+        new_tokens = requests[0].sampling.max_new_tokens
         if prompt_tokens + new_tokens > self._max_context:
             raise PromptTooLong(
                 f"a prompt of {prompt_tokens} tokens and up to {new_tokens} new tokens exceed the "
                 f"context of {self._max_context}; shorten the question or lower the limit of new "
                 "tokens"
             )
-        request.prompt_tokens = prompt_tokens
+        for request in requests:
+            request.prompt_tokens = prompt_tokens
 
-    def _add(self, request: StreamingRequest, submitted: float) -> None:
-        """Count a request in; call with the lock held."""
-        self._check_queue()
-        request.submitted = submitted
-        self._unfinished.add(request)
+    def _add(self, requests: list[StreamingRequest], submitted: float) -> None:
+        """Count requests in; call with the lock held."""
+        self._check_queue(len(requests))
+        for request in requests:
+            request.submitted = submitted
+        self._unfinished.update(requests)
 
     def _end_request(self, request: StreamingRequest, reason: str) -> bool:
         """Count a request out; False if it has ended already."""
@@ -311,24 +338,26 @@ class Engine:
 
     # --- in the workers ---------------------------------------------------------------------------
 
-    def _prepare(self, request: StreamingRequest) -> None:
+    def _prepare(self, requests: list[StreamingRequest]) -> None:
         """Compute the prompt of a question with its video in context."""
         try:
             units = self._model.iter_question_prompt(
-                request.clip,
-                request.text,
-                check=lambda tokens: self._check_length(request, tokens),
+                requests[0].clip,
+                requests[0].text,
+                check=lambda tokens: self._check_length(requests, tokens),
             )
             prompt = self._interleaver.run(units)
         except Exception as error:
-            self._fail(request, user_facing_error(error))
+            for request in requests:
+                self._fail(request, user_facing_error(error))
             with self._changed:
-                self._preparing -= 1
+                self._preparing -= len(requests)
             return
-        request.prompt, request.visual_tokens = prompt.embeddings, prompt.visual_tokens
+        for request in requests:
+            request.prompt, request.visual_tokens = prompt.embeddings, prompt.visual_tokens
         with self._changed:
-            self._preparing -= 1
-            self._waiting.append(request)
+            self._preparing -= len(requests)
+            self._waiting.extend(requests)
             self._changed.notify_all()
 
     # --- in the engine's thread -------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from v2l_fast.errors import AdapterError, ConfigError, V2LError
 from v2l_fast.generation.runner import Request
-from v2l_fast.generation.sampling import SamplingParams
+from v2l_fast.generation.sampling import SamplingParams, TokenConstraint, TokenLogprobs
 from v2l_fast.video import Clip
 
 if TYPE_CHECKING:
@@ -60,10 +60,17 @@ def user_facing_error(error: Exception) -> V2LError:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer; the last one has a reason: "stop", "length" or "cancelled"."""
+    """A piece of an answer.
+
+    Attributes:
+        text: what follows the piece before; text that may begin a stop string is held back.
+        finish_reason: of the last one: "stop", "length" or "cancelled".
+        logprobs: of the tokens since the piece before, if the request asks for them.
+    """
 
     text: str
     finish_reason: str | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,7 @@ class StreamingRequest(Request):
         clip: answer with this video in context instead (the direct baseline).
         sampling: how tokens are chosen, and how many at most.
         stop: strings that end the answer; they are not part of it.
+        new_constraint: makes the constraint of an answer; it is called once for each answer.
 
     Attributes:
         submitted: when the engine received it (``time.perf_counter``); None before that.
@@ -165,8 +173,10 @@ class StreamingRequest(Request):
         clip: Clip | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        new_constraint: Callable[[], TokenConstraint] | None = None,
     ) -> None:
         super().__init__(sampling or SamplingParams())
+        self.new_constraint = new_constraint
         self.text, self.adapters, self.clip = text, tuple(adapters), clip
         self.stop = tuple(stop)
         if clip is not None and self.adapters:
@@ -185,10 +195,14 @@ class StreamingRequest(Request):
         self._notifier = Notifier()
         self._chunks: list[Chunk] = []
         self._failure: V2LError | None = None
+        self._reported = 0
 
-    def copy(self) -> StreamingRequest:
-        """The same question, not submitted."""
-        return StreamingRequest(self.text, self.adapters, self.clip, self.sampling, self.stop)
+    def copy(self, sampling: SamplingParams | None = None) -> StreamingRequest:
+        """The same question, not submitted, with its sampling parameters or others."""
+        return StreamingRequest(
+            self.text, self.adapters, self.clip, sampling or self.sampling, self.stop,
+            self.new_constraint,
+        )  # fmt: skip
 
     @property
     def source(self) -> str:
@@ -257,13 +271,13 @@ class StreamingRequest(Request):
     def deliver(self, text: str) -> None:
         """Append a piece."""
         with self._notifier.condition:
-            self._chunks.append(Chunk(text, None))
+            self._chunks.append(Chunk(text, None, self._new_logprobs()))
             self._notifier.notify()
 
     def complete(self, text: str, reason: str, usage: Usage) -> None:
         """Append the last piece."""
         with self._notifier.condition:
-            self._chunks.append(Chunk(text, reason))
+            self._chunks.append(Chunk(text, reason, self._new_logprobs()))
             self.usage = usage
             self._notifier.notify()
 
@@ -272,6 +286,10 @@ class StreamingRequest(Request):
         with self._notifier.condition:
             self._failure = error
             self._notifier.notify()
+
+    def _new_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        first, self._reported = self._reported, len(self.logprobs)
+        return tuple(self.logprobs[first:])
 
 
 class TextStream:

@@ -163,24 +163,32 @@ class Scheduler:
 
     def _prefill(self) -> None:
         # A prompt with a video is many times longer: padding others to it would cost more.
-        short, groups, embedded = [], [], {}
+        short, embedded = [], {}
+        # Prompts that several requests share stay one object, which the runner computes once.
+        prompts: dict[int, tuple[object, Tensor]] = {}
+        videos: dict[int, list[StreamingRequest]] = {}
         for request in self._scheduled:
             try:
                 if request.host_adapter is not None:
                     self.adapters.fill(request.slot, request.host_adapter)
-                embedded[request] = self._embed(request.prompt)
+                key = id(request.prompt)
+                if key not in prompts:
+                    # The id is not used again while the prompt is kept.
+                    prompts[key] = request.prompt, self._embed(request.prompt)
+                embedded[request] = prompts[key][1]
             except Exception as error:
                 request.fail(error)
                 self._end(request, "error")
                 continue
             request.prompt = request.host_adapter = None
             if request.visual_tokens:
-                groups.append([request])
+                videos.setdefault(key, []).append(request)
             else:
                 short.append(request)
-        for group in [short, *groups] if short else groups:
-            prompts = [embedded.pop(request) for request in group]
-            self.runner.prefill(group, prompts, self._bank(group))
+        prompts.clear()
+        for group in [short, *videos.values()] if short else list(videos.values()):
+            own = [embedded.pop(request) for request in group]
+            self.runner.prefill(group, own, self._bank(group))
             now = time.perf_counter()
             for request in group:
                 request.first_token = now
@@ -254,18 +262,22 @@ class _StepBudget:
         self.overdue = False
         self._rows = rows
         self._count = self._longest = self._parts = 0
+        self._prompt: object = None
 
     def has_room(self, request: StreamingRequest) -> bool:
         """Whether there is room for it; False for all that follow a prompt that is too long."""
-        longest = max(self._longest, request.prompt_tokens)
-        if self._count and (self._count + 1) * longest > PREFILL_TOKENS:
-            self._rows = 0
+        if request.prompt is not self._prompt:
+            longest = max(self._longest, request.prompt_tokens)
+            if self._count and (self._count + 1) * longest > PREFILL_TOKENS:
+                self._rows = 0
         return self._rows > 0
 
     def spend(self, request: StreamingRequest) -> None:
         """The request is scheduled."""
         self._rows -= 1
-        self._count += 1
+        # A prompt is computed once for the requests that share it.
+        self._count += request.prompt is not self._prompt
+        self._prompt = request.prompt
         self._longest = max(self._longest, request.prompt_tokens)
 
     def may_copy(self, parts: int) -> bool:
