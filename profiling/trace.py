@@ -33,7 +33,7 @@ from bench.harness import argument_parser, environment
 from bench.models import QUESTION_TOKENS, random_ids
 from bench.runs.train_step import CASES, Case, batch, models
 from v2l_fast.console import say, show_table, waiting
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.files import replacing, write_json
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapter import AdapterBatch

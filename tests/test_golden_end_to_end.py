@@ -13,7 +13,7 @@ from tests.golden import FOLDER, load, network, relative
 from v2l_fast.generation import SamplingParams, generate
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank, LayerAdapters
-from v2l_fast.training.losses import example_means, token_kl
+from v2l_fast.training.step import example_means, token_kl
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 M = "down_proj"

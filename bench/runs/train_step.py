@@ -57,7 +57,7 @@ from bench.models import (
     write_clip,
 )
 from bench.released import ReleasedStep, Stage, Step
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import Context, visual_features

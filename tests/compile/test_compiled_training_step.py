@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from tests.compile.graphs import assert_same
 from tests.training import plain
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training.step import TrainStep
 

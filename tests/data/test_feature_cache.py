@@ -19,8 +19,7 @@ from v2l_fast.data.feature_cache import (
     vision_fingerprint,
 )
 from v2l_fast.data.manifest import group_by_video, load_manifest
-from v2l_fast.data.readers import ClipReader
-from v2l_fast.data.samples import Failure
+from v2l_fast.data.readers import ClipReader, Failure
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training.config import DataConfig

@@ -13,7 +13,7 @@ from tests.serving.checks import QUESTION, refused
 from tests.waiting import LIMIT
 from v2l_fast.serving import chat, monitoring
 from v2l_fast.serving.api import PAGE
-from v2l_fast.video.fallback import Fallbacks
+from v2l_fast.video.info import Fallbacks
 
 PROTECTED = (
     ("GET", "/v1/models"),

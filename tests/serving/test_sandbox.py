@@ -23,7 +23,7 @@ from v2l_fast.serving.gate import ServerLimits
 from v2l_fast.serving.request import EngineClosed
 from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.video import Clip, FrameSampling, Limits, load_spans, probe
-from v2l_fast.video.fallback import Fallbacks
+from v2l_fast.video.info import Fallbacks
 
 HARMS = {
     "abort": "crashed the decoder (SIGABRT)",

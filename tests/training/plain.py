@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bench import released
 from tests import tiny
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.hypernet.config import INSTRUCTION, HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import Context

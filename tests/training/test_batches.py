@@ -7,7 +7,7 @@ import torch
 
 from tests import tiny
 from tests.training import plain
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.pipeline import Context
 from v2l_fast.shapes.train import answer_logits
 from v2l_fast.shapes.vlm import cache_visual_tokens

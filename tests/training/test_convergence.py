@@ -32,7 +32,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork

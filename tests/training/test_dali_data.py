@@ -15,7 +15,7 @@ from v2l_fast.training.config import DataConfig
 from v2l_fast.training.loader import EpochOrder, Quarantine, step_batches
 from v2l_fast.training.sources import ManifestSource, manifest_sources
 from v2l_fast.video.dali import shared_decoder
-from v2l_fast.video.fallback import fallbacks
+from v2l_fast.video.info import fallbacks
 
 VP9 = {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime", "g": "20"}}
 

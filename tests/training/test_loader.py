@@ -5,7 +5,7 @@ import pytest
 from tests import tiny
 from tests.tiny import json_lines
 from tests.training.tiny_run import TinySource
-from v2l_fast.data.samples import Failure
+from v2l_fast.data.readers import Failure
 from v2l_fast.training.config import DataConfig
 from v2l_fast.training.loader import EpochOrder, Quarantine, step_batches
 

@@ -20,7 +20,7 @@ from v2l_fast.hypernet import adapter_bank, perceiver
 from v2l_fast.hypernet import network as hypernet
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.pipeline import visual_features
-from v2l_fast.training.flops import StepCost, peak_flops
+from v2l_fast.training.logging import StepCost, peak_flops
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.training.trainer import train
 

@@ -22,8 +22,7 @@ from v2l_fast.data.manifest import (
     group_by_video,
     load_manifest,
 )
-from v2l_fast.data.readers import ClipReader, read_ahead
-from v2l_fast.data.samples import Failure, Sample
+from v2l_fast.data.readers import ClipReader, Failure, Sample, read_ahead
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training.config import DataConfig, LossConfig, TrainConfig

@@ -1,8 +1,9 @@
-"""TrainStep against a plain training step in float64, and what it must not do."""
+"""TrainStep against a plain training step in float64, and what it must not do; the optimizer."""
 
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -15,12 +16,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from tests.golden import relative
 from tests.training import plain
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.pipeline import Context, visual_features
 from v2l_fast.training import step as step_module
-from v2l_fast.training.step import StepOptions, TrainStep, pair_weights
+from v2l_fast.training.config import OptimConfig
+from v2l_fast.training.step import (
+    StepOptions,
+    TrainStep,
+    cosine,
+    example_means,
+    make_optimizer,
+    pair_weights,
+    rate_factor,
+    set_rate,
+    token_kl,
+    trapezoid,
+)
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 # Relative errors against the plain step: transformers' norms are float32 in any dtype.
@@ -433,3 +446,76 @@ def test_weights_of_pairs(samples):
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         StepOptions(**options)
+
+
+# Means per example and the KL divergence, against loops in float64.
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 9, 5, generator=generator)
+
+
+def probabilities(row: torch.Tensor, temperature: float) -> list[float]:
+    weights = [math.exp(x / temperature) for x in row.tolist()]
+    return [w / sum(weights) for w in weights]
+
+
+def test_means_are_per_example():
+    values = torch.arange(9.0)
+    owner = torch.tensor([0, 0, 0, 0, 2, 2, 2, 3, 3])
+    assert example_means(values, owner, 5).tolist() == [1.5, 0.0, 5.0, 7.5, 0.0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kl_scales_with_the_squared_temperature(logits, temperature):
+    actual = token_kl(*logits, temperature)
+    for token, (student, teacher) in enumerate(logits.unbind(1)):
+        p, q = probabilities(teacher, temperature), probabilities(student, temperature)
+        expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        assert actual[token].item() == pytest.approx(temperature**2 * expected, rel=1e-5)
+
+
+def test_kl_to_itself_is_zero(logits):
+    assert token_kl(logits[0], logits[0]).abs().max() < 1e-6
+
+
+# Learning-rate schedules and the optimizer's groups.
+
+
+def test_trapezoid_rises_stays_and_falls():
+    values = [trapezoid(step, 100, 10, 0.4) for step in range(101)]
+    assert values[0] == 0.1 and values[9] == 1.0
+    assert all(v == 1.0 for v in values[9:61])
+    assert values[80] == 0.5 and values[100] == 0.0
+    assert values[60:] == sorted(values[60:], reverse=True)
+
+
+def test_cosine_rises_and_falls():
+    values = [cosine(step, 110, 10) for step in range(110)]
+    assert values[0] == 0.1 and values[9] == values[10] == 1.0
+    assert values[60] == pytest.approx(0.5)
+    assert values[109] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+    assert values[10:] == sorted(values[10:], reverse=True)
+    assert cosine(0, 10, 0) == 1.0 and cosine(10, 10, 0, floor=0.1) == pytest.approx(0.1)
+
+
+def test_warmup_is_a_share_of_the_steps_or_a_number():
+    assert rate_factor(OptimConfig(steps=1000, warmup_ratio=0.03), 14) == 0.5
+    assert rate_factor(OptimConfig(steps=1000, warmup_steps=100), 49) == 0.5
+    assert rate_factor(OptimConfig(steps=100, schedule="trapezoid", decay_ratio=0.5), 75) == 0.5
+
+
+def test_scalers_have_their_own_rate_and_decay():
+    network = tiny.hypernetwork()
+    config = OptimConfig(
+        lr=2e-3, scaler_lr_factor=5.0, scaler_weight_decay=0.0, weight_decay=0.01, warmup_steps=4
+    )
+    optimizer = make_optimizer(network, config)
+    assert set_rate(optimizer, config, 1) == 1e-3
+    others, scalers = optimizer.param_groups
+    assert (others["lr"], others["weight_decay"]) == (1e-3, 0.01)
+    assert (scalers["lr"], scalers["weight_decay"]) == (5e-3, 0.0)
+    assert len(scalers["params"]) == 2
+    assert len(others["params"]) + 2 == len(list(network.parameters()))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tests import tiny
-from v2l_fast.data.samples import Failure, Sample
+from v2l_fast.data.readers import Failure, Sample
 from v2l_fast.pipeline import Context
 from v2l_fast.training.config import TrainConfig, load_config
 from v2l_fast.training.trainer import train

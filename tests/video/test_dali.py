@@ -23,7 +23,7 @@ from v2l_fast.video.dali import (
     shared_decoder,
     supported,
 )
-from v2l_fast.video.fallback import fallbacks
+from v2l_fast.video.info import fallbacks
 
 CPU = torch.device("cpu")
 FAST_VP9 = {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime", "g": "20"}}

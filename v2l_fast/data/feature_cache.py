@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, uint8
 
 from v2l_fast.data.manifest import VideoExamples
-from v2l_fast.data.readers import ClipReader, read_ahead
-from v2l_fast.data.samples import Failure
+from v2l_fast.data.readers import ClipReader, Failure, read_ahead
 from v2l_fast.data.shards import Progress
 from v2l_fast.errors import V2LError, VideoError
 from v2l_fast.files import file_sha256, parse_json

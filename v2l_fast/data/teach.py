@@ -24,8 +24,7 @@ from v2l_fast.data.manifest import (
     load_manifest,
     write_manifest,
 )
-from v2l_fast.data.readers import ClipReader, read_ahead
-from v2l_fast.data.samples import Failure
+from v2l_fast.data.readers import ClipReader, Failure, read_ahead
 from v2l_fast.data.shards import Line, Progress, Shards, run_on_ray
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.files import write_jsonl

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from v2l_fast.console import note
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.pipeline import Context
 from v2l_fast.shapes.language import QAPair, ask, ask_several
@@ -67,7 +67,7 @@ def clip_chunks(backbone: SmolVLM, count: int, instruction: str) -> tuple[ClipCh
 
 @dataclass(frozen=True)
 class ShapesSource:
-    """Scenes with their visual tokens (see :class:`~v2l_fast.data.samples.Source`).
+    """Scenes with their visual tokens (see :class:`~v2l_fast.data.readers.Source`).
 
     Attributes:
         scenes: the videos.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.device import send
 from v2l_fast.pipeline import length_buckets
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from v2l_fast.data.readers import read_ahead
-from v2l_fast.data.samples import Failure, Sample, Source
+from v2l_fast.data.readers import Failure, Sample, Source, read_ahead
 from v2l_fast.files import append_jsonl, read_jsonl
 from v2l_fast.training.config import DataConfig
 

@@ -26,8 +26,7 @@ from v2l_fast.data.manifest import (
     trained_on,
     video_share,
 )
-from v2l_fast.data.readers import ClipReader
-from v2l_fast.data.samples import Failure, Sample, Source
+from v2l_fast.data.readers import ClipReader, Failure, Sample, Source
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.loading import shipped
 from v2l_fast.pipeline import Context, chunk_spans
@@ -67,7 +66,7 @@ TAGGED = 0.5
 
 @dataclass(frozen=True)
 class ManifestSource:
-    """A :class:`~v2l_fast.data.samples.Source` of a manifest's videos; holds no weights.
+    """A :class:`~v2l_fast.data.readers.Source` of a manifest's videos; holds no weights.
 
     Attributes:
         videos: the videos with their examples.

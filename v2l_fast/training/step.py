@@ -1,4 +1,4 @@
-"""One training step's forward pass: samples to adapters, adapters to the loss of their answers.
+"""One training step: samples to adapters, adapters to the loss of their answers, and the optimizer.
 
 Gradients flow from the answer tokens through the frozen decoder and the adapters to the
 hypernetwork, which alone trains. Products run in the frozen model's dtype: with float32 parameters
@@ -9,6 +9,7 @@ Nothing between the samples and the gradients waits for the device.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,16 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from v2l_fast.data.samples import Sample
+from v2l_fast.data.readers import Sample
 from v2l_fast.device import send
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch, compose_chunks
 from v2l_fast.hypernet.adapter_bank import LayerAdapters
 from v2l_fast.hypernet.network import HyperNetwork
-from v2l_fast.pipeline import context_batches, iter_factors, visual_features
-from v2l_fast.training.batches import ResponseRows, response_rows
-from v2l_fast.training.config import STRICT, Count, NonNegative, Positive
-from v2l_fast.training.losses import example_means, teacher_states, token_kl
+from v2l_fast.pipeline import context_batches, iter_factors, length_buckets, visual_features
+from v2l_fast.training.batches import ResponseRows, pack_pairs, response_rows
+from v2l_fast.training.config import STRICT, Count, NonNegative, OptimConfig, Positive
 from v2l_fast.vlm import Backbone
 from v2l_fast.work_units import run_to_completion
 
@@ -244,3 +244,123 @@ def _by_task_type(losses: Tensor, task_types: Sequence[str]) -> dict[str, Tensor
     pairs = torch.stack([losses, torch.ones_like(losses)], -1).float()
     sums = pairs.new_zeros(len(names), 2).index_add(0, owner, pairs)
     return dict(zip(names, sums, strict=True))
+
+
+def example_means(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Mean of `values` [N] over the tokens of each of `count` examples: [count].
+
+    owner: int64 [N], the example of each token. An example without tokens gives 0.
+    """
+    zeros = torch.zeros(count, dtype=values.dtype, device=values.device)
+    tokens = zeros.index_add(0, owner, torch.ones_like(values))
+    return zeros.index_add(0, owner, values) / tokens.clamp_min(1)
+
+
+def token_kl(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² KL(teacher || student) of the distributions at temperature T: [N, V] twice -> [N]."""
+    student = F.log_softmax(logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+    return temperature**2 * divergence
+
+
+@torch.no_grad()
+def teacher_states(
+    backbone: Backbone,
+    samples: Sequence[Sample],
+    features: Sequence[Tensor],
+    max_padding: float,
+    max_tokens: int,
+) -> Tensor:
+    """Normed hidden states [N, D] before every answer token, with the video in context.
+
+    Args:
+        features: visual features of the samples, each of which has one chunk.
+        max_padding, max_tokens: bounds of the rows computed together.
+
+    Raises:
+        ConfigError: a sample has several chunks, or no `teacher_prefix`.
+    """
+    prefixes = []
+    for sample in samples:
+        if len(sample.chunks) > 1 or sample.teacher_prefix is None:
+            raise ConfigError(
+                f"{sample.video}: no teacher for its KL divergence, which needs a video in one "
+                f"chunk (it has {len(sample.chunks)}) with a teacher_prefix; set kl_weight to 0"
+            )
+        prefixes.append(sample.teacher_prefix)
+    decoder = backbone.decoder
+    lengths = [
+        len(prefix) + sum(len(question) + len(answer) for question, answer in sample.qa_pairs)
+        for prefix, sample in zip(prefixes, samples, strict=True)
+    ]
+    states: dict[int, Tensor] = {}
+    for members in length_buckets(lengths, max_padding, max_tokens):
+        pairs = [samples[i].qa_pairs for i in members]
+        packed = pack_pairs([prefixes[i] for i in members], pairs, backbone.tokenizer.pad_token_id)
+        embeddings = backbone.embed(packed.ids, [features[i] for i in members])
+        packed = packed.to(decoder.device)
+        hidden = decoder.forward(
+            embeddings, decoder.attention_metadata(packed.positions, packed.mask)
+        )
+        sizes = [sum(len(answer) for _, answer in row) for row in pairs]
+        states |= zip(members, hidden[packed.rows, packed.columns].split(sizes), strict=True)
+    return torch.cat([states[i] for i in range(len(samples))])
+
+
+def trapezoid(step: int, steps: int, warmup: int, decay_ratio: float, floor: float = 0.0) -> float:
+    """Factor of the learning rate at 0-based `step`: linear warm-up, flat, linear to `floor`.
+
+    The decay takes the last `decay_ratio` of the `steps`.
+    """
+    decay = max(1, round(steps * decay_ratio))
+    left = max(0.0, (steps - step) / decay)
+    return min(1.0, (step + 1) / max(1, warmup), floor + (1 - floor) * left)
+
+
+def cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
+    """Factor at 0-based `step`: linear warm-up, then half a cosine to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def rate_factor(config: OptimConfig, step: int) -> float:
+    """The configured schedule's factor at 0-based `step`."""
+    warmup = config.warmup_steps or round(config.warmup_ratio * config.steps)
+    if config.schedule == "cosine":
+        return cosine(step, config.steps, warmup, config.final_lr_ratio)
+    return trapezoid(step, config.steps, warmup, config.decay_ratio, config.final_lr_ratio)
+
+
+def make_optimizer(hypernet: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with two parameter groups: the scalers (scaler_A.*, scaler_B.*), and the rest.
+
+    Each group's "factor" multiplies the scheduled learning rate. Fused on a GPU.
+    """
+    named = {name: p for name, p in hypernet.named_parameters() if p.requires_grad}
+    scalers = [p for name, p in named.items() if name.startswith("scaler_")]
+    others = [p for name, p in named.items() if not name.startswith("scaler_")]
+    return torch.optim.AdamW(
+        [
+            {"params": others, "factor": 1.0, "weight_decay": config.weight_decay},
+            {
+                "params": scalers,
+                "factor": config.scaler_lr_factor,
+                "weight_decay": config.scaler_weight_decay,
+            },
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=others[0].is_cuda,
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> float:
+    """Set every group's learning rate for 0-based `step`; returns it without the factor."""
+    rate = config.lr * rate_factor(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    return rate

@@ -40,12 +40,25 @@ from v2l_fast.training.checkpoint import (
 )
 from v2l_fast.training.config import FROM_DATA, TrainConfig, flatten
 from v2l_fast.training.distributed import Distributed, Stopped, StopSignals
-from v2l_fast.training.flops import StepCost, peak_flops
 from v2l_fast.training.loader import EpochOrder, Quarantine, StepBatch, step_batches
-from v2l_fast.training.logging import Meter, RunReport, Speed, environment, memory_gb
-from v2l_fast.training.optim import make_optimizer, rate_factor, set_rate
+from v2l_fast.training.logging import (
+    Meter,
+    RunReport,
+    Speed,
+    StepCost,
+    environment,
+    memory_gb,
+    peak_flops,
+)
 from v2l_fast.training.sources import Sources, base_model, open_sources
-from v2l_fast.training.step import StepOptions, StepResult, TrainStep
+from v2l_fast.training.step import (
+    StepOptions,
+    StepResult,
+    TrainStep,
+    make_optimizer,
+    rate_factor,
+    set_rate,
+)
 from v2l_fast.training.validation import Validation
 from v2l_fast.vlm import Backbone, load_backbone
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from v2l_fast.data.samples import Failure, Sample, Source
+from v2l_fast.data.readers import Failure, Sample, Source
 from v2l_fast.generation import SamplingParams, answer_prompts
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training.config import TrainConfig

@@ -5,9 +5,7 @@ Every failure to read a file raises a one-line `v2l_fast.errors.VideoError` that
 
 from v2l_fast._deprecated import warn_renamed
 from v2l_fast.video.clip import Clip
-from v2l_fast.video.fallback import fallbacks
-from v2l_fast.video.info import VideoInfo
-from v2l_fast.video.limits import Limits
+from v2l_fast.video.info import Limits, VideoInfo, fallbacks
 from v2l_fast.video.preprocess import (
     PREPROCESSING_VERSION,
     FrameViews,

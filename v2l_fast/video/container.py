@@ -13,7 +13,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from v2l_fast.errors import VideoError
-from v2l_fast.video.limits import Deadline, Limits
+from v2l_fast.video.info import Deadline, Limits
 
 # Files only, and no format that makes FFmpeg open other files or addresses (playlists, concat
 # scripts): neither the name nor the content of an uploaded file can be trusted.

@@ -25,9 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from v2l_fast.errors import VideoError
-from v2l_fast.video.fallback import fallbacks
-from v2l_fast.video.info import Orientation
-from v2l_fast.video.limits import Limits
+from v2l_fast.video.info import Limits, Orientation, fallbacks
 from v2l_fast.video.pyav import Decoded, PyAVSource
 
 # The codecs that each operator decodes; a given GPU may lack one of them.

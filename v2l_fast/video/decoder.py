@@ -18,7 +18,7 @@ import av
 import numpy as np
 
 from v2l_fast.video.container import check_size, open_stream
-from v2l_fast.video.limits import Deadline, Limits
+from v2l_fast.video.info import Deadline, Limits
 from v2l_fast.video.packets import Timeline
 
 log = logging.getLogger(__name__)

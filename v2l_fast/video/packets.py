@@ -20,7 +20,7 @@ from av.format import Flags
 from av.video.stream import VideoStream
 
 from v2l_fast.errors import VideoError
-from v2l_fast.video.limits import Deadline
+from v2l_fast.video.info import Deadline
 
 log = logging.getLogger(__name__)
 

@@ -44,8 +44,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from v2l_fast.errors import VideoError
 from v2l_fast.video.container import check_file, open_stream
 from v2l_fast.video.decoder import Send, StreamDecoder, in_parallel
-from v2l_fast.video.info import Orientation, VideoInfo
-from v2l_fast.video.limits import Deadline, Limits
+from v2l_fast.video.info import Deadline, Limits, Orientation, VideoInfo
 from v2l_fast.video.packets import Packets, Timeline, read_packets
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,7 @@ import torch
 from v2l_fast.errors import VideoError
 from v2l_fast.files import file_sha256
 from v2l_fast.video.clip import Clip
-from v2l_fast.video.info import VideoInfo
-from v2l_fast.video.limits import Limits
+from v2l_fast.video.info import Limits, VideoInfo
 from v2l_fast.video.preprocess import resize_lanczos, resized_size
 from v2l_fast.video.sampling import MAX_EDGE, FrameSampling
 

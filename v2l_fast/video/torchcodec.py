@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from v2l_fast.errors import VideoError
-from v2l_fast.video.fallback import fallbacks
+from v2l_fast.video.info import fallbacks
 from v2l_fast.video.pyav import Decoded, PyAVSource
 
 if TYPE_CHECKING:
