@@ -245,6 +245,22 @@ def test_with_peft(first):
             pass
 
 
+def test_layers_replaced_within_a_block():
+    model, handle = adapted()
+    with pytest.raises(AdapterError, match="replaced since"), handle.use(BATCH):
+        model.model.layers[1].mlp.down_proj = torch.nn.Linear(
+            model.config.intermediate_size, model.config.hidden_size, bias=False
+        )
+        logits(model)
+
+
+def test_nothing_to_adapt():
+    with pytest.raises(AdapterError, match="adapters is empty"):
+        adapted()[1].use([])
+    with pytest.raises(AdapterError, match=r"must be an nn.Module, got NoneType"):
+        adapted_linear(None, SUFFIX)
+
+
 @pytest.mark.parametrize("change", [
     lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.train(), lambda m: m.eval(),
 ])  # fmt: skip

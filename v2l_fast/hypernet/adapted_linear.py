@@ -97,6 +97,10 @@ class AdaptedModel:
         """
         self._check()
         adapters = [adapters] if isinstance(adapters, str) else list(adapters)
+        if not adapters:
+            raise AdapterError(
+                "adapters is empty: pass one Adapter or None for each row of the batch"
+            )
         for adapter in adapters:
             if adapter is not None:
                 self._check_adapter(adapter)
@@ -173,9 +177,12 @@ class _Use(contextlib.ContextDecorator):
         self._handle._check().enter(self, self._slots, sys._getframe(1))
         return self._handle.model
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
         if self._handle._scope is not None:
             self._handle._scope.leave(self)
+            if error is None:
+                # A layer that the block replaced ran without adapters.
+                self._handle._check()
 
 
 _COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -196,6 +203,8 @@ def adapted_linear(model: nn.Module, suffix: str) -> AdaptedModel:
         AdapterError: no layer matches, or several stacks of layers do, the numbering has gaps, or
             layers are no linear ones or share one module.
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"model must be an nn.Module, got {type(model).__name__}")
     pattern = re.compile(rf"(?:^|\.)(\d+)\.{re.escape(suffix)}$")
     stacks: dict[str, dict[int, nn.Module]] = {}
     others = set()
