@@ -14,7 +14,7 @@ from tests import tiny
 from tests.golden import relative
 from tests.video.clips import encode
 from v2l_fast import Video2LoRA
-from v2l_fast.errors import AdapterError, VideoError
+from v2l_fast.errors import AdapterError, ConfigError, PromptTooLong, VideoError
 from v2l_fast.generation import answers
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.video import Clip
@@ -335,3 +335,42 @@ def test_the_base_is_read_from_the_hypernetworks_config(pair, tmp_path):
     tiny.hypernetwork(config).save_pretrained(tmp_path / "alone")
     model = Video2LoRA.from_pretrained(tmp_path / "alone")
     assert model.backbone.name_or_path == str(pair / "base")
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "what happens?"},
+    {"role": "assistant", "content": "the square moves"},
+    {"role": "user", "content": "which color is it?"},
+]
+
+
+def test_a_conversation_is_one_prompt(model, adapters, clips):
+    alone = model.ask(TALK[-1]["content"], adapters[0], max_new_tokens=12)
+    assert model.ask(TALK[-1:], adapters[0], max_new_tokens=12) == alone
+    answer = model.ask(TALK, adapters[0], max_new_tokens=12)
+    assert isinstance(answer, str)
+    together = model.ask([TALK, TALK[-1]["content"], TALK[1:]], adapters[0], max_new_tokens=12)
+    assert together == [answer, alone, model.ask(TALK[1:], adapters[0], max_new_tokens=12)]
+    assert model.ask(TALK, [*adapters[:2], None], max_new_tokens=12)[0] == answer
+    (counted,) = model.answer(TALK, adapters[0], max_new_tokens=12)
+    assert counted.prompt_tokens == len(model.backbone.prompt_builder.question(TALK))
+    (direct,) = model.answer_direct(TALK, clips[0], max_new_tokens=4)
+    assert direct.visual_tokens == model.visual_tokens(clips[0])
+    assert direct.prompt_tokens > counted.prompt_tokens + direct.visual_tokens
+
+
+def test_a_conversation_beyond_the_context_is_refused(model, adapters, clips, monkeypatch):
+    length = len(model.backbone.prompt_builder.question(TALK))
+    monkeypatch.setattr(Video2LoRA, "context_length", length + 5)
+    assert isinstance(model.ask(TALK, adapters[0], max_new_tokens=5), str)
+    for refused in (
+        lambda: model.ask(TALK, adapters[0], max_new_tokens=6),
+        lambda: model.answer_direct(TALK, clips[0], max_new_tokens=5),
+    ):
+        with pytest.raises(PromptTooLong, match=f"context of {length + 5}; start a new conv"):
+            refused()
+    with pytest.raises(ConfigError, match="got role 'assistant'"):
+        model.ask(TALK[:-1], adapters[0])

@@ -110,6 +110,10 @@ class AdapterError(V2LError, ValueError):
     """An adapter is broken or does not belong to this model."""
 
 
+class PromptTooLong(ConfigError):
+    """A prompt and the limit of new tokens together exceed the context."""
+
+
 class WriteError(V2LError, OSError):
     """A file or folder cannot be written, or would replace another that must stay.
 

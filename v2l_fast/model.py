@@ -7,16 +7,22 @@ concurrent calls with different adapters, or none, do not affect each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import TypeVar, overload
+from typing import TypeVar, cast, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from v2l_fast.errors import AdapterError, CheckpointError, ConfigError, VideoError
+from v2l_fast.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    PromptTooLong,
+    VideoError,
+)
 from v2l_fast.generation import (
     Answer,
     Effect,
@@ -30,7 +36,7 @@ from v2l_fast.loading import load_hypernet, shipped
 from v2l_fast.pipeline import BATCH_TOKENS, ChunkReader, Video, VideoInternalizer
 from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.video.reader import Backend
-from v2l_fast.vlm import Backbone, Prompt, load_backbone
+from v2l_fast.vlm import Backbone, Prompt, Question, load_backbone
 from v2l_fast.vlm.base import count_visual_tokens, video_prompt_ids
 from v2l_fast.work_units import Progress, WorkUnit, run_to_completion
 
@@ -39,6 +45,8 @@ BATCH_SIZE = 8
 
 VideoOrFrames = Video | Tensor | np.ndarray
 AdapterOrPath = Adapter | str | os.PathLike[str]
+# One question or conversation, or several; see :data:`~v2l_fast.vlm.Question`.
+Questions = Question | Sequence[Question]
 Result = TypeVar("Result")
 
 
@@ -316,7 +324,7 @@ class Video2LoRA:
     def iter_question_prompt(
         self,
         clip: Clip,
-        question: str,
+        question: Question,
         longest_edge: int | None = None,
         check: Callable[[int], None] = lambda tokens: None,
     ) -> Generator[WorkUnit, None, Prompt]:
@@ -346,7 +354,7 @@ class Video2LoRA:
     @overload
     def ask(  # type: ignore[overload-overlap]
         self,
-        questions: str,
+        questions: Question,
         adapters: AdapterOrPath | None = None,
         *,
         max_new_tokens: int = 128,
@@ -359,7 +367,7 @@ class Video2LoRA:
     @overload
     def ask(
         self,
-        questions: Sequence[str],
+        questions: Sequence[Question],
         adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None = None,
         *,
         max_new_tokens: int = 128,
@@ -371,7 +379,7 @@ class Video2LoRA:
 
     def ask(
         self,
-        questions: str | Sequence[str],
+        questions: Questions,
         adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None = None,
         *,
         max_new_tokens: int = 128,
@@ -383,7 +391,11 @@ class Video2LoRA:
         """Answer from adapters alone, with zero visual tokens in context.
 
         Args:
-            questions: one or several.
+            questions: one or several. Each is a string or a conversation: a list of messages, such
+                as ``{"role": "user", "content": "What happens?"}``, with the roles "system", "user"
+                and "assistant", the last message the user's. A string is the same as its user
+                message alone. Hypernetworks are trained on single questions: answers later in a
+                conversation are less reliable.
             adapters: an adapter or its file for all questions, or one (or None) per question; None
                 for the plain model.
             max_new_tokens: limit of generated tokens, the stop token included.
@@ -393,11 +405,13 @@ class Video2LoRA:
             seed: of sampling; question i uses ``seed + i``, whatever the batch.
 
         Returns:
-            A string for a single question given as a string and a single adapter, else a list.
+            A string for a single question or conversation and a single adapter, else a list.
 
         Raises:
             AdapterError: an adapter does not belong to this model, or the counts differ.
-            ConfigError: a sampling parameter is out of range.
+            ConfigError: a sampling parameter is out of range, or a message is malformed.
+            PromptTooLong: a conversation and the limit of new tokens exceed
+                :attr:`context_length`.
         """
         params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
         return _texts(questions, self._answer(questions, adapters, params))
@@ -405,7 +419,7 @@ class Video2LoRA:
     @overload
     def ask_direct(  # type: ignore[overload-overlap]
         self,
-        questions: str,
+        questions: Question,
         video: Video,
         *,
         max_frames: int | None = None,
@@ -421,7 +435,7 @@ class Video2LoRA:
     @overload
     def ask_direct(
         self,
-        questions: Sequence[str],
+        questions: Sequence[Question],
         video: Video,
         *,
         max_frames: int | None = None,
@@ -436,7 +450,7 @@ class Video2LoRA:
 
     def ask_direct(
         self,
-        questions: str | Sequence[str],
+        questions: Questions,
         video: Video,
         *,
         max_frames: int | None = None,
@@ -460,7 +474,7 @@ class Video2LoRA:
 
     def answer(
         self,
-        questions: str | Sequence[str],
+        questions: Questions,
         adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None = None,
         *,
         max_new_tokens: int = 128,
@@ -483,11 +497,11 @@ class Video2LoRA:
 
     def _answer(
         self,
-        questions: str | Sequence[str],
+        questions: Questions,
         adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None,
         params: SamplingParams,
     ) -> list[Answer]:
-        texts = [questions] if isinstance(questions, str) else list(questions)
+        texts = _questions(questions)
         chosen: list[AdapterOrPath | None]
         if adapters is None or isinstance(adapters, Adapter | str | os.PathLike):
             chosen = [adapters] * len(texts)
@@ -502,6 +516,8 @@ class Video2LoRA:
                 f"{len(texts)} questions and {len(chosen)} adapters: give one adapter for "
                 "all, or one for each question"
             )
+        for question in texts:
+            self._check_length(question, params)
         # One attached copy each, so that an adapter given twice still takes one slot.
         attached = {id(a): None if a is None else self._attached(a) for a in chosen}
         with self._without_autocast():
@@ -516,7 +532,7 @@ class Video2LoRA:
 
     def answer_direct(
         self,
-        questions: str | Sequence[str],
+        questions: Questions,
         clips: Clip | Sequence[Clip],
         longest_edge: int | None = None,
         *,
@@ -544,23 +560,57 @@ class Video2LoRA:
 
     def _answer_direct(
         self,
-        questions: str | Sequence[str],
+        questions: Questions,
         clips: Clip | Sequence[Clip],
         longest_edge: int | None,
         params: SamplingParams,
     ) -> list[Answer]:
-        texts = [questions] if isinstance(questions, str) else list(questions)
+        texts = _questions(questions)
         clips = [clips] * len(texts) if isinstance(clips, Clip) else list(clips)
         if len(clips) != len(texts):
             raise VideoError(f"{len(texts)} questions and {len(clips)} clips: give one each")
         edge = self._sampling(longest_edge=longest_edge).longest_edge
 
-        def prompt(clip: Clip, text: str) -> Prompt:
-            return self.backbone.video_prompt(self.backbone.encode(clip, edge), text)
+        def prompt(clip: Clip, question: Question) -> Prompt:
+            return self.backbone.video_prompt(self.backbone.encode(clip, edge), question)
+
+        for clip, question in zip(clips, texts, strict=True):
+            self._check_length(question, params, clip, edge)
 
         with self._without_autocast():
             prompts = [partial(prompt, *pair) for pair in zip(clips, texts, strict=True)]
             return list(answer_prompts(self.backbone, prompts, [None] * len(texts), params))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together that the base model was trained on."""
+        return int(self.backbone.decoder.config.max_position_embeddings)
+
+    def _check_length(
+        self,
+        question: Question,
+        params: SamplingParams,
+        clip: Clip | None = None,
+        longest_edge: int = 0,
+    ) -> None:
+        """Raise PromptTooLong for a conversation that exceeds the context.
+
+        A single question, and the frames of a video with it, may be longer.
+        """
+        if isinstance(question, str):
+            return
+        builder = self.backbone.prompt_builder
+        ids = (
+            builder.question(question)
+            if clip is None
+            else video_prompt_ids(builder, clip, question, longest_edge, answer_follows=True)
+        )
+        if len(ids) + params.max_new_tokens > self.context_length:
+            raise PromptTooLong(
+                f"a conversation of {len(ids)} tokens and up to {params.max_new_tokens} new tokens "
+                f"exceed the model's context of {self.context_length}; start a new conversation "
+                "(/reset in a chat), drop the oldest messages or lower the limit of new tokens"
+            )
 
     # --- adapters -------------------------------------------------------------------------------
 
@@ -675,7 +725,16 @@ def _as_video(video: object, fps: float | None = None) -> Video | VideoError:
     return Clip.from_frames(video, fps)
 
 
-def _texts(questions: str | Sequence[str], answers: list[Answer]) -> str | list[str]:
-    if isinstance(questions, str) and len(answers) == 1:
+def _is_single(questions: Questions) -> bool:
+    """Whether it is one question or one conversation."""
+    return isinstance(questions, str) or (len(questions) > 0 and isinstance(questions[0], Mapping))
+
+
+def _questions(questions: Questions) -> list[Question]:
+    return cast(list[Question], [questions] if _is_single(questions) else list(questions))
+
+
+def _texts(questions: Questions, answers: list[Answer]) -> str | list[str]:
+    if _is_single(questions) and len(answers) == 1:
         return answers[0].text
     return [answer.text for answer in answers]

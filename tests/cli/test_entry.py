@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tests.cli.commands import fail, run
 from v2l_fast.cli import entry
-from v2l_fast.errors import ConfigError
+from v2l_fast.errors import ConfigError, PromptTooLong
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.peft import validate_peft
 from v2l_fast.loading import ASSETS
@@ -74,8 +74,32 @@ def test_ask_every_question_about_every_adapter(folder):
 def test_chat(folder):
     file = folder / "adapters" / "0.safetensors"
     questions = "What color is the background?", "How many objects are there?"
-    output = run("chat", file, stdin="\n".join((*questions, "", "")))
-    assert output.splitlines() == [run("ask", file, question).strip() for question in questions]
+    alone = [run("ask", file, question).strip() for question in questions]
+    output = run("chat", file, "--no-history", stdin="\n".join((*questions, "", "")))
+    assert output.splitlines() == alone
+    # The second question of a conversation is asked after the first; /reset forgets.
+    said = (questions[0], questions[1], "/history", "/reset", "/history", questions[1])
+    first, second, told, reset, nothing, fresh = run(
+        "chat", file, stdin="\n".join(said)
+    ).splitlines()
+    messages = [
+        {"role": "user", "content": questions[0]},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": questions[1]},
+    ]
+    model = Video2LoRA.from_pretrained("shapes", device="cpu")
+    assert [first, fresh] == alone and second == model.ask(messages, file)
+    history = [*messages, {"role": "assistant", "content": second}]
+    assert told == "\\n".join(f"{m['role']}: {m['content']}" for m in history)
+    assert (reset, nothing) == ("a new conversation", "nothing yet")
+
+
+def test_a_chat_beyond_the_context_says_so(folder, monkeypatch):
+    file = folder / "adapters" / "0.safetensors"
+    monkeypatch.setattr(Video2LoRA, "context_length", 160)
+    result = CliRunner().invoke(entry.app, ["chat", str(file)], input="What color is it?\n" * 9)
+    assert isinstance(result.exception, PromptTooLong)
+    assert "context of 160" in str(result.exception) and "/reset" in str(result.exception)
 
 
 def test_compose_and_effect(folder, tmp_path):

@@ -67,11 +67,11 @@ class StandInEngine:
             if words is None:
                 sampling = dataclasses.asdict(request.sampling)
                 if request.clip is not None:
-                    (answer,) = self.model.answer_direct(request.text, request.clip, **sampling)
+                    (answer,) = self.model.answer_direct(request.question, request.clip, **sampling)
                 else:
                     adapters = [self.store.get(i) for i in request.adapters]
                     adapter = Adapter.compose(adapters) if adapters else None
-                    (answer,) = self.model.answer(request.text, adapter, **sampling)
+                    (answer,) = self.model.answer(request.question, adapter, **sampling)
                 words = [word + " " for word in answer.text.split()]
                 words[-1:] = [words[-1].rstrip()] if words else []
                 prompt, visual = answer.prompt_tokens, answer.visual_tokens

@@ -152,6 +152,56 @@ def test_text_parts_and_system_messages(client, live):
     assert answer.choices[0].message.content == expected
 
 
+@pytest.mark.parametrize("mode", ["adapter", "context", "plain"])
+def test_a_conversation(client, live, shapes, videos, mode):
+    """Of 30 turns, each answer that of the model to the whole conversation."""
+    server, ids = live
+    model = server.server.name if mode == "plain" else ids[0]
+    messages = [{"role": "system", "content": "Answer about the video."}]
+    for turn in range(30):
+        text = ("What color is the background?", "How many objects are there?")[turn % 2]
+        messages.append({"role": "user", "content": text})
+        options = {"extra_body": {"video_mode": "context"}} if mode == "context" else {}
+        answer = client.chat.completions.create(
+            model=model, messages=messages, max_tokens=4, stream=False, **options
+        )
+        if turn in (0, 1, 2, 29):
+            sampling = {"max_new_tokens": 4}
+            if mode == "context":
+                clip = shapes.load_clip(videos[0])
+                (expected,) = shapes.answer_direct(messages, clip, **sampling)
+            else:
+                adapter = shapes.attach(server.server.store.get(ids[0]))
+                own = None if mode == "plain" else adapter
+                (expected,) = shapes.answer(messages, own, **sampling)
+            assert answer.choices[0].message.content == expected.text
+            assert answer.usage.prompt_tokens == expected.prompt_tokens
+        content = answer.choices[0].message.content
+        messages.append({"role": "assistant", "content": content})
+
+
+def test_a_conversation_beyond_the_context(client, live):
+    limit = live[0].engine.max_context
+    turn = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "red " * 40}]
+    messages = [*turn * (limit // 40), {"role": "user", "content": QUESTION}]
+    with pytest.raises(openai.BadRequestError, match=f"context of {limit}; drop") as refused:
+        client.chat.completions.create(model=live[1][0], messages=messages)
+    assert refused.value.code == "context_length_exceeded" and refused.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([{"role": "assistant", "content": "a"}], "last message must be the user's"),
+        ([{"role": "tool", "content": "a"}, {"role": "user", "content": "b"}], "role tool"),
+    ],
+)
+def test_messages_that_cannot_be_answered(client, live, messages, reason):
+    with pytest.raises(openai.BadRequestError, match=reason) as refused:
+        client.chat.completions.create(model=live[1][0], messages=messages)
+    assert refused.value.code == "unsupported_conversation"
+
+
 def test_models(client, live):
     server, ids = live
     listed = client.models.list().data
@@ -187,24 +237,6 @@ def test_an_error_names_the_parameter(client, live, options, param):
         ask(client, live[1][0], **options)
     assert refused.value.param.startswith(param)
     assert refused.value.type == "invalid_request_error"
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-         {"role": "user", "content": "c"}],
-        [{"role": "assistant", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "user", "content": "c"}],
-        [{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}]}],
-        [],
-    ],
-)  # fmt: skip
-def test_conversations_are_refused_not_cut(client, live, messages):
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model=live[1][0], messages=messages)
-    assert refused.value.param.startswith("messages")
 
 
 def test_an_unknown_model(client):

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
 from tests.video.clips import encode
 from v2l_fast import Video2LoRA
-from v2l_fast.errors import AdapterError, ConfigError, V2LError
+from v2l_fast.errors import AdapterError, ConfigError, PromptTooLong, V2LError
 from v2l_fast.generation import ModelRunner, SamplingParams
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.serving import scheduler as scheduling
@@ -22,7 +22,6 @@ from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.request import (
     EngineClosed,
     OtherAdapter,
-    PromptTooLong,
     QueueFull,
     StreamingRequest,
 )
@@ -44,9 +43,9 @@ def alone(model: Video2LoRA, store: MemoryStore, one: StreamingRequest) -> str:
     """The answer of ``Video2LoRA`` to this request only."""
     sampling = {name: getattr(one.sampling, name) for name in SamplingParams.__dataclass_fields__}
     if one.clip is not None:
-        return model.answer_direct(one.text, one.clip, **sampling)[0].text
+        return model.answer_direct(one.question, one.clip, **sampling)[0].text
     parts = [store.adapters[id] for id in one.adapters]
-    return model.answer(one.text, Adapter.compose(parts) if parts else None, **sampling)[0].text
+    return model.answer(one.question, Adapter.compose(parts) if parts else None, **sampling)[0].text
 
 
 def mixture(clips, count: int, seed: int) -> list[StreamingRequest]:
@@ -58,7 +57,7 @@ def mixture(clips, count: int, seed: int) -> list[StreamingRequest]:
         ids = rng.choice([(), ("a0",), ("a1",), ("a2",), ("a0", "a1"), ("a2", "a1", "a0")])
         one = request(rng.choice(QUESTIONS), *ids, max_new_tokens=rng.randint(1, 14), **sampled)
         if index % 7 == 5:
-            one = StreamingRequest(one.text, (), rng.choice(clips), one.sampling)
+            one = StreamingRequest(one.question, (), rng.choice(clips), one.sampling)
         requests.append(one)
     return requests
 

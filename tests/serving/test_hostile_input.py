@@ -274,7 +274,7 @@ def test_text_parts_are_joined_with_line_breaks(serve):
     live = serve(stand_in={"words": ["a"]})
     texts = []
     submit = live.engine.submit
-    live.engine.submit = lambda request: (texts.append(request.text), submit(request))[1]
+    live.engine.submit = lambda request: (texts.append(request.question), submit(request))[1]
     parts = [{"type": "text", "text": part} for part in ("What color is", "the ring?")]
     assert live.http.post("/v1/chat/completions", json={**QUESTION, **user_says(parts)}).is_success
     assert texts == ["What color is\nthe ring?"]

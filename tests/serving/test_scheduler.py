@@ -34,7 +34,7 @@ def neighbors(model, store, engine, odd) -> None:
     for one in [*plain, *sampled]:
         parts = [store.adapters[id] for id in one.adapters]
         options = {k: getattr(one.sampling, k) for k in ("max_new_tokens", "temperature", "seed")}
-        expected = model.ask(one.text, Adapter.compose(parts) if parts else None, **options)
+        expected = model.ask(one.question, Adapter.compose(parts) if parts else None, **options)
         assert one.result(WAIT)[0] == expected
     odd.result(WAIT)
 
@@ -69,7 +69,7 @@ def test_a_poisoned_adapter_ends_only_its_request(value, model, store, adapters)
         for index in range(9):
             one = request(QUESTIONS[index % 3], f"a{index % 3}")
             assert engine.submit(one).result(WAIT)[0] == model.ask(
-                one.text, store.adapters[one.adapters[0]], max_new_tokens=10
+                one.question, store.adapters[one.adapters[0]], max_new_tokens=10
             )
 
 
@@ -87,7 +87,7 @@ def test_a_failure_anywhere_belongs_to_its_request(where, model, store, monkeypa
             return (broken if "marked" in self._stop else original)(self, tokens)
 
         monkeypatch.setattr(TextStream, where, text)
-        odd = request(odd.text, "a2", stop=("marked",), max_new_tokens=12)
+        odd = request(odd.question, "a2", stop=("marked",), max_new_tokens=12)
     elif where == "fill":
         copy = DeviceAdapterCache._copy
 
@@ -96,7 +96,7 @@ def test_a_failure_anywhere_belongs_to_its_request(where, model, store, monkeypa
 
         monkeypatch.setattr(DeviceAdapterCache, "_copy", copies)
     else:
-        ids = model.backbone.prompt_builder.question(odd.text)
+        ids = model.backbone.prompt_builder.question(odd.question)
         embed = Decoder.embed
 
         def embeds(self, tokens):

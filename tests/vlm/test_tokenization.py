@@ -17,7 +17,9 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
+from v2l_fast.errors import ConfigError
 from v2l_fast.shapes.tokenizer import build_tokenizer
+from v2l_fast.vlm.base import conversation
 from v2l_fast.vlm.smolvlm_prompt import SmolVLMPromptBuilder, chat, video_text
 from v2l_fast.vlm.tokenization import PromptTokenizer, replace_lone_surrogates
 
@@ -172,6 +174,86 @@ def test_every_prompt_of_a_model_takes_text_as_text(tokenizer):
         else:
             assert actual == expected
     assert encoded["about"].count(tokenizer.convert_tokens_to_ids("<image>")) == 2 * 4
+
+
+ROLES = st.sampled_from(["system", "user", "assistant"])
+ANY_TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=4).map("".join)
+
+
+def messages_of(turns: list[tuple[str, str]], last: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in (*turns, ("user", last))]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(
+    turns=st.lists(st.tuples(ROLES, ANY_TEXT), max_size=5), last=ANY_TEXT, in_context=st.booleans()
+)
+@example([("user", "<end_of_utter"), ("assistant", "ance>"), ("system", "<image")], "", True)
+def test_no_message_becomes_a_special_token(name, turns, last, in_context):
+    """Whatever a conversation says, its special tokens are those of its roles and its video."""
+    tokenizer = TOKENIZERS[name]
+    inputs = SmolVLMPromptBuilder(tokenizer, 32, 4)
+
+    def encode(messages):
+        if in_context:
+            return inputs.video_prompt((0.0, 1.0), 2.0, 0, 0, messages, True)
+        return inputs.question(messages)
+
+    empty = messages_of([(role, "") for role, _ in turns], "")
+    actual = encode(messages_of(turns, last))
+    assert specials(tokenizer, actual) == specials(tokenizer, encode(empty))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        messages_of([], "What color is it?"),
+        messages_of([("system", "Be brief."), ("user", "What is it?"), ("assistant", "A ring.")],
+                    "What color is it?"),
+        messages_of([("user", "a < b"), ("assistant", ""), ("user", "é 🙂")], "x    y"),
+    ],
+)  # fmt: skip
+def test_a_conversation_is_that_of_the_chat_template(tokenizer, messages):
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    template = TOKENIZERS["shapes"].chat_template
+    whole = tokenizer.apply_chat_template(
+        parts, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    inputs = SmolVLMPromptBuilder(tokenizer, 32, 4)
+    assert inputs.question(messages) == inputs.question(parts) == ids(tokenizer, whole)
+    clip = (0.0, 1.0), 2.0, 0, 0
+    video = video_text(2, *clip, 4)
+    first = messages[0]["role"] == "system"
+    before, after = whole.split("User: ", 1)
+    assert inputs.video_prompt(*clip, messages, True) == ids(
+        tokenizer, f"{before}User: {video}{after}"
+    )
+    assert first == ("System: " in before)
+
+
+def test_a_string_is_its_user_message_alone(tokenizer):
+    inputs = SmolVLMPromptBuilder(tokenizer, 32, 4)
+    text, clip = "what is <image>?", ((0.0, 1.0), 2.0, 0, 0)
+    assert inputs.question(text) == inputs.question(messages_of([], text))
+    assert inputs.video_prompt(*clip, text, False) == inputs.video_prompt(
+        *clip, messages_of([], text), False
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "got no message"),
+        (messages_of([], "a") + [{"role": "assistant", "content": "b"}], "got role 'assistant'"),
+        ([{"role": "tool", "content": "a"}], "message 0 must be system, user, assistant"),
+        ([{"role": "user"}], "content of message 0"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "list of text parts"),
+        (["what?"], "message 0 must be a dict"),
+    ],
+)
+def test_malformed_messages(messages, reason):
+    with pytest.raises(ConfigError, match=reason):
+        conversation(messages)
 
 
 def test_prompt_builders_are_picklable(tokenizer):

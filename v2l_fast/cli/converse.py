@@ -82,31 +82,30 @@ def chat(
     file: Path | None = Argument(
         None, metavar="[ADAPTER]", help="Adapter file; optional with --elicit and --reasoner."
     ),
+    history: bool = Option(
+        True, "--history/--no-history", help="Whether a question is asked after the earlier ones."
+    ),
 ) -> None:
     """Ask one question after the other; an empty line or Ctrl-D ends.
 
     \b
     v2l chat clip.safetensors
-    v2l chat clip.safetensors < questions.txt > answers.txt
+    v2l chat clip.safetensors --no-history < questions.txt > answers.txt
     v2l chat clip.safetensors --elicit --schema shapes --show-gap
     v2l chat --elicit --reasoner http://localhost:8000/v1 --reasoner-model NAME --persona me.json
 
-    Every question is answered from the adapter alone, without the earlier ones. With --elicit, what
-    was said before counts: the reply may be a question to you, and what you say about yourself is
-    used later. /persona lists it, /forget ID removes a fact, /reset starts a new conversation.
-    Outside a terminal every answer is one line.
+    The model sees the adapter and the conversation so far, up to the base model's context. /history
+    shows it and /reset starts a new one. Adapters are trained on single questions: where a later
+    answer is wrong, ask after /reset, or with --no-history. With --elicit, the reply may be a
+    question to you, and what you say about yourself is used later; /persona lists it and
+    /forget ID removes a fact. Outside a terminal every answer is one line.
     """
     if elicitation.elicit:
         reply = _elicit(elicitation, generation, loading, file)
     elif file is None:
         raise typer.BadParameter("name an adapter file")
     else:
-        model = loading.load()
-        adapter = model.load_adapter(file)
-
-        def reply(question: str) -> str:
-            (answer,) = model.answer(question, adapter, **asdict(generation))
-            return answer.text
+        reply = _remember(generation, loading, file, history)
 
     for question in _questions():
         try:
@@ -118,6 +117,29 @@ def chat(
             note(str(error), "error:")
         else:
             show_answer(answer)
+
+
+def _remember(
+    generation: GenerationOptions, loading: ModelOptions, file: Path, history: bool
+) -> Callable[[str], str]:
+    """A function from a question to the answer, which keeps the conversation if ``history``."""
+    model = loading.load()
+    adapter = model.load_adapter(file)
+    messages: list[dict[str, str]] = []
+
+    def reply(question: str) -> str:
+        if question == "/reset":
+            messages.clear()
+            return "a new conversation"
+        if question == "/history":
+            return "\n".join(f"{m['role']}: {m['content']}" for m in messages) or "nothing yet"
+        asked = {"role": "user", "content": question}
+        (answer,) = model.answer([*messages, asked], adapter, **asdict(generation))
+        if history:
+            messages.extend((asked, {"role": "assistant", "content": answer.text}))
+        return answer.text
+
+    return reply
 
 
 def _elicit(

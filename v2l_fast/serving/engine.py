@@ -21,14 +21,13 @@ from dataclasses import dataclass
 
 import torch
 
-from v2l_fast.errors import ConfigError, V2LError
+from v2l_fast.errors import ConfigError, PromptTooLong, V2LError
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.device_cache import HostAdapterCache, Store
 from v2l_fast.serving.internalize import InternalizeJob, Internalizer, LoadClip, TaskInterleaver
 from v2l_fast.serving.request import (
     EngineClosed,
     OtherAdapter,
-    PromptTooLong,
     QueueFull,
     StreamingRequest,
     user_facing_error,
@@ -138,6 +137,11 @@ class Engine:
     # --- for callers ------------------------------------------------------------------------------
 
     @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._max_context
+
+    @property
     def ready(self) -> bool:
         """Whether warm-up is over, so that a request is answered without compiling first."""
         return self._ready.is_set()
@@ -195,7 +199,7 @@ class Engine:
             return
         if request.adapters and self._merged is None:
             request.host_adapter = self._host_adapters.get(request.adapters)
-        request.prompt = self._model.backbone.prompt_builder.question(request.text)
+        request.prompt = self._model.backbone.prompt_builder.question(request.question)
         self._check_length(requests, len(request.prompt))
         for one in others:
             one.prompt, one.host_adapter = request.prompt, request.host_adapter
@@ -305,8 +309,8 @@ class Engine:
         if prompt_tokens + new_tokens > self._max_context:
             raise PromptTooLong(
                 f"a prompt of {prompt_tokens} tokens and up to {new_tokens} new tokens exceed the "
-                f"context of {self._max_context}; shorten the question or lower the limit of new "
-                "tokens"
+                f"context of {self._max_context}; drop the oldest messages, shorten the question "
+                "or lower the limit of new tokens"
             )
         for request in requests:
             request.prompt_tokens = prompt_tokens
@@ -343,7 +347,7 @@ class Engine:
         try:
             units = self._model.iter_question_prompt(
                 requests[0].clip,
-                requests[0].text,
+                requests[0].question,
                 check=lambda tokens: self._check_length(requests, tokens),
             )
             prompt = self._interleaver.run(units)

@@ -29,9 +29,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from v2l_fast.errors import AdapterError, ConfigError, V2LError, VideoError
+from v2l_fast.errors import AdapterError, ConfigError, PromptTooLong, V2LError, VideoError
 from v2l_fast.serving.monitoring import RateLimitedEvent
-from v2l_fast.serving.request import EngineClosed, OtherAdapter, PromptTooLong, QueueFull
+from v2l_fast.serving.request import EngineClosed, OtherAdapter, QueueFull
 from v2l_fast.serving.schemas import ErrorBody, ErrorResponse
 from v2l_fast.store.adapter_store import StoreError
 

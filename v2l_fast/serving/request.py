@@ -21,6 +21,7 @@ from v2l_fast.errors import AdapterError, ConfigError, V2LError
 from v2l_fast.generation.runner import Request
 from v2l_fast.generation.sampling import SamplingParams, TokenConstraint, TokenLogprobs
 from v2l_fast.video import Clip
+from v2l_fast.vlm import Question
 
 if TYPE_CHECKING:
     from v2l_fast.serving.device_cache import HostAdapter
@@ -36,10 +37,6 @@ _WINDOW = 64
 
 class QueueFull(V2LError):
     """The limit on waiting requests or jobs is reached; try again later."""
-
-
-class PromptTooLong(ConfigError):
-    """The prompt and the limit of new tokens together exceed the engine's context."""
 
 
 class OtherAdapter(AdapterError):
@@ -143,7 +140,7 @@ class StreamingRequest(Request):
     beginning and raises the error that ended the request, if there is one.
 
     Args:
-        text: the question.
+        question: a question, or a conversation as :data:`~v2l_fast.vlm.Question`.
         adapters: ids of the adapters to answer from; several are composed in this order, none is
             the plain model.
         clip: answer with this video in context instead (the direct baseline).
@@ -168,7 +165,7 @@ class StreamingRequest(Request):
 
     def __init__(
         self,
-        text: str,
+        question: Question,
         adapters: Sequence[str] = (),
         clip: Clip | None = None,
         sampling: SamplingParams | None = None,
@@ -177,7 +174,7 @@ class StreamingRequest(Request):
     ) -> None:
         super().__init__(sampling or SamplingParams())
         self.new_constraint = new_constraint
-        self.text, self.adapters, self.clip = text, tuple(adapters), clip
+        self.question, self.adapters, self.clip = question, tuple(adapters), clip
         self.stop = tuple(stop)
         if clip is not None and self.adapters:
             raise ConfigError("a request takes adapters or a video in context, not both")
@@ -200,7 +197,7 @@ class StreamingRequest(Request):
     def copy(self, sampling: SamplingParams | None = None) -> StreamingRequest:
         """The same question, not submitted, with its sampling parameters or others."""
         return StreamingRequest(
-            self.text, self.adapters, self.clip, sampling or self.sampling, self.stop,
+            self.question, self.adapters, self.clip, sampling or self.sampling, self.stop,
             self.new_constraint,
         )  # fmt: skip
 

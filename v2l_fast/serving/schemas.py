@@ -62,7 +62,7 @@ def _content(value: Any) -> Any:
 
 
 class Message(BaseModel):
-    """A message. A request has one user message, optionally after system messages."""
+    """A message; the last one of a request is the user's question."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[str | list[TextPart] | None, BeforeValidator(_content)] = None
@@ -122,7 +122,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str = Field(min_length=1, max_length=512)
-    messages: list[Message] = Field(min_length=1, max_length=64)
+    messages: list[Message] = Field(min_length=1, max_length=1024)
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None

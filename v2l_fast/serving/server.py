@@ -23,6 +23,7 @@ from v2l_fast.serving.videos import VideoFolder
 from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings
 from v2l_fast.store.folder import StoredAdapter
 from v2l_fast.video import Clip
+from v2l_fast.vlm import Message, Question
 
 DEFAULT_NEW_TOKENS = 256
 # Decoded videos kept in memory for further questions with the video in context.
@@ -194,7 +195,7 @@ class Server:
             VideoError: the video cannot be decoded.
             QueueFull: too many videos are being decoded for questions.
         """
-        text = question_text(chat)
+        question = conversation(chat)
         ids, stop = list(chat.video_ids or ()), tuple(chat.stop or ())
         if chat.model != self.name:
             if ids:
@@ -211,8 +212,8 @@ class Server:
                     400, "video_mode context needs exactly one video", "invalid_value", "video_ids"
                 )
             clip = self._clip(adapters[0])
-            return StreamingRequest(text, clip=clip, sampling=sampling, stop=stop)
-        return StreamingRequest(text, adapters, sampling=sampling, stop=stop)
+            return StreamingRequest(question, clip=clip, sampling=sampling, stop=stop)
+        return StreamingRequest(question, adapters, sampling=sampling, stop=stop)
 
     def _sampling(self, chat: ChatRequest) -> SamplingParams:
         limit = self.limits.new_tokens
@@ -274,23 +275,34 @@ def try_acquire(permits: threading.Semaphore) -> Iterator[None]:
         permits.release()
 
 
-def question_text(chat: ChatRequest) -> str:
-    """The question, after the system messages if there are any.
+def conversation(chat: ChatRequest) -> Question:
+    """The question, or the conversation that ends with it; empty system messages are left out.
 
     Raises:
-        ApiError: a conversation. The model is trained on single questions, and dropping the
-            earlier turns would answer a different question.
+        ApiError: a message that cannot be answered or has no text.
     """
-    *before, last = chat.messages
-    if last.role != "user" or any(m.role not in ("system", "developer") for m in before):
-        raise ApiError(
-            400,
-            "send one user message, optionally after system messages: every question is answered "
-            "from the video alone, without earlier turns",
-            "unsupported_conversation",
-            "messages",
-        )
-    text = "\n\n".join(m.text for m in chat.messages if m.text)
+    messages: list[Message] = []
+    for number, message in enumerate(chat.messages):
+        role = "system" if message.role == "developer" else message.role
+        if role not in ("system", "user", "assistant"):
+            raise _unsupported(
+                f"message {number} has the role {role}: tools are not supported; send system, user "
+                "and assistant messages, or one user message"
+            )
+        if role == "assistant" and message.content is None:
+            raise _unsupported(
+                f"assistant message {number} has no content: tool calls are not supported; send "
+                "its text, or one user message without earlier turns"
+            )
+        if message.text or role != "system":
+            messages.append({"role": role, "content": message.text})
+    last = chat.messages[-1]
+    if last.role != "user":
+        raise _unsupported("the last message must be the user's question; end with a user message")
     if not last.text.strip():
         raise ApiError(400, "the question is empty", "invalid_value", "messages")
-    return text
+    return last.text if len(messages) == 1 else messages
+
+
+def _unsupported(message: str) -> ApiError:
+    return ApiError(400, message, "unsupported_conversation", "messages")

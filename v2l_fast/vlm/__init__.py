@@ -15,10 +15,27 @@ from v2l_fast.errors import CheckpointError
 from v2l_fast.files import open_regular, read_json
 from v2l_fast.hub import brief_hub, hub_reason
 from v2l_fast.tensor_files import read_header
-from v2l_fast.vlm.base import Backbone, Prompt, PromptBuilder, VideoChunk, iter_views
+from v2l_fast.vlm.base import (
+    Backbone,
+    Message,
+    Prompt,
+    PromptBuilder,
+    Question,
+    VideoChunk,
+    iter_views,
+)
 from v2l_fast.vlm.smolvlm import SmolVLM
 
-__all__ = ["Backbone", "Prompt", "PromptBuilder", "VideoChunk", "iter_views", "load_backbone"]
+__all__ = [
+    "Backbone",
+    "Message",
+    "Prompt",
+    "PromptBuilder",
+    "Question",
+    "VideoChunk",
+    "iter_views",
+    "load_backbone",
+]
 
 FAMILIES = {"smolvlm": SmolVLM}
 

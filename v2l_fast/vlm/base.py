@@ -2,17 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from v2l_fast.errors import ConfigError, excerpt
 from v2l_fast.video import Clip
 from v2l_fast.video.preprocess import frame_tiles, frame_views_in_groups
 from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.work_units import WorkUnit
+
+# A message as transformers' chat templates take it: {"role": "user", "content": "What happens?"}.
+Message = Mapping[str, Any]
+# A single question, or a conversation whose last message is the user's.
+Question = str | Sequence[Message]
+ROLES = ("system", "user", "assistant")
+
+
+def conversation(question: Question) -> list[tuple[str, str]]:
+    """Roles and texts of a question's messages.
+
+    A message's content is a string, or a list of text parts, which are joined.
+
+    Raises:
+        ConfigError: a message is malformed, or the last one is not the user's.
+    """
+    if isinstance(question, str):
+        return [("user", question)]
+    turns: list[tuple[str, str]] = []
+    for number, message in enumerate(question):
+        if not isinstance(message, Mapping):
+            raise ConfigError(f"message {number} must be a dict, got {excerpt(message)}")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ConfigError(
+                f"the role of message {number} must be {', '.join(ROLES)}, got {excerpt(role)}"
+            )
+        if isinstance(content, list | tuple):
+            parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+            texts = [part for part in parts if isinstance(part, str)]
+            content = "".join(texts) if len(texts) == len(content) else content
+        if not isinstance(content, str):
+            raise ConfigError(
+                f"the content of message {number} must be a string or a list of text parts, "
+                f"got {excerpt(content)}"
+            )
+        turns.append((role, content))
+    if not turns or turns[-1][0] != "user":
+        raise ConfigError(
+            "the last message must be the user's question, "
+            f"got {'no message' if not turns else f'role {turns[-1][0]!r}'}"
+        )
+    return turns
 
 
 @dataclass(frozen=True)
@@ -74,8 +118,8 @@ class PromptBuilder(Protocol):
     def tokens_per_view(self) -> int:
         """Image tokens, and visual features, of one view."""
 
-    def question(self, text: str) -> list[int]:
-        """A user's turn without a video; the model's answer follows."""
+    def question(self, question: Question) -> list[int]:
+        """A question or conversation without a video; the model's answer follows."""
 
     def answer(self, text: str, finished: bool = True) -> list[int]:
         """The model's turn; ends with the stop token if ``finished``."""
@@ -86,10 +130,13 @@ class PromptBuilder(Protocol):
         duration: float,
         rows: int,
         cols: int,
-        text: str,
+        question: Question,
         answer_follows: bool,
     ) -> list[int]:
-        """A user's turn of video and text, with one image token per feature of each view."""
+        """A user's turn of video and text, with one image token per feature of each view.
+
+        In a conversation, the video stands in the user's first turn.
+        """
 
     def text_prefix(self) -> list[int]:
         """The ids that every :meth:`question` starts with."""
@@ -117,13 +164,17 @@ def iter_views(
 
 
 def video_prompt_ids(
-    prompt_builder: PromptBuilder, clip: Clip, text: str, longest_edge: int, answer_follows: bool
+    prompt_builder: PromptBuilder,
+    clip: Clip,
+    question: Question,
+    longest_edge: int,
+    answer_follows: bool,
 ) -> list[int]:
     """Token ids of a prompt about a clip, before its frames are resized or encoded."""
     height, width = clip.frames.shape[-2:]
     rows, cols = frame_tiles(height, width, longest_edge, prompt_builder.tile_size)
     return prompt_builder.video_prompt(
-        clip.timestamps, clip.duration, rows, cols, text, answer_follows
+        clip.timestamps, clip.duration, rows, cols, question, answer_follows
     )
 
 
@@ -178,10 +229,12 @@ class Backbone(Protocol):
     def prompt(self, ids: Sequence[int], chunk: VideoChunk | None = None) -> Prompt:
         """Token ids, with the features of an encoded video in place of its image tokens."""
 
-    def question(self, text: str) -> Prompt:
-        """A question without a video; the model's answer follows."""
+    def question(self, question: Question) -> Prompt:
+        """A question or conversation without a video; the model's answer follows."""
 
-    def video_prompt(self, chunk: VideoChunk, text: str, answer_follows: bool = True) -> Prompt:
+    def video_prompt(
+        self, chunk: VideoChunk, question: Question, answer_follows: bool = True
+    ) -> Prompt:
         """Encoded video and text: the direct baseline's question or, if no answer follows, the pass
         whose hidden states become an adapter."""
 

@@ -22,7 +22,7 @@ from v2l_fast.device import compiled, send
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.video import Clip
 from v2l_fast.video.preprocess import PREPROCESSING_VERSION, normalize
-from v2l_fast.vlm.base import Prompt, VideoChunk, iter_views
+from v2l_fast.vlm.base import Prompt, Question, VideoChunk, iter_views
 from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.vlm.smolvlm_prompt import FAKE_TOKEN, IMAGE_TOKEN, SmolVLMPromptBuilder
 from v2l_fast.work_units import WorkUnit, run_to_completion
@@ -125,14 +125,16 @@ class SmolVLM:
 
     # --- prompts --------------------------------------------------------------------------------
 
-    def question(self, text: str) -> Prompt:
-        """A question without a video; the model's answer follows."""
-        return self.prompt(self.prompt_builder.question(text))
+    def question(self, question: Question) -> Prompt:
+        """A question or conversation without a video; the model's answer follows."""
+        return self.prompt(self.prompt_builder.question(question))
 
-    def video_prompt(self, chunk: VideoChunk, text: str, answer_follows: bool = True) -> Prompt:
+    def video_prompt(
+        self, chunk: VideoChunk, question: Question, answer_follows: bool = True
+    ) -> Prompt:
         """Encoded video and text: the direct baseline's question or, if no answer follows, the pass
         whose hidden states become an adapter."""
-        ids = self.prompt_builder.video_prompt(*chunk.layout, text, answer_follows)
+        ids = self.prompt_builder.video_prompt(*chunk.layout, question, answer_follows)
         return self.prompt(ids, chunk)
 
     def video_prefix(self, chunk: VideoChunk) -> Prompt:

@@ -17,14 +17,16 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from v2l_fast.errors import ConfigError
+from v2l_fast.vlm.base import Question, conversation
 from v2l_fast.vlm.tokenization import PromptTokenizer
 
 FAKE_TOKEN = "<fake_token_around_image>"
 GLOBAL_TOKEN = "<global-img>"
 IMAGE_TOKEN = "<image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
-# Start of a user's turn.
-TURN_START = "<|im_start|>User: "
+CHAT_START = "<|im_start|>"
+# Start of a prompt with the user's turn.
+TURN_START = f"{CHAT_START}User: "
 # Between a video's last special token and the user's text.
 AFTER_VIDEO = "\n\n"
 
@@ -113,6 +115,22 @@ def chat(text: str, add_generation_prompt: bool) -> str:
     return TURN_START + text + turn_end(add_generation_prompt)
 
 
+def chat_pieces(question: Question, video: str, answer_follows: bool) -> list[str]:
+    """Template and untrusted text in turn, as :meth:`PromptTokenizer.encode` takes them.
+
+    Args:
+        video: text of the video, in the user's first turn; may be empty.
+    """
+    template, pieces = CHAT_START, []
+    for role, text in conversation(question):
+        template += f"{role.capitalize()}: "
+        if role == "user":
+            template, video = template + video, ""
+        pieces += [template, text]
+        template = turn_end(False)
+    return [*pieces, turn_end(answer_follows)]
+
+
 @dataclass(frozen=True)
 class SmolVLMPromptBuilder:
     """Prompts as ids (see :class:`~v2l_fast.vlm.base.PromptBuilder`)."""
@@ -129,9 +147,9 @@ class SmolVLMPromptBuilder:
         """Token ids of trusted text, in which spelled-out special tokens are special tokens."""
         return self._prompt_tokenizer.encode(template)
 
-    def question(self, text: str) -> list[int]:
-        """A question without a video; the model's answer follows."""
-        return self._prompt_tokenizer.encode(TURN_START, text, turn_end(True))
+    def question(self, question: Question) -> list[int]:
+        """A question or conversation without a video; the model's answer follows."""
+        return self._prompt_tokenizer.encode(*chat_pieces(question, "", True))
 
     def answer(self, text: str, finished: bool = True) -> list[int]:
         """The model's turn; ends with the stop token if ``finished``."""
@@ -143,12 +161,15 @@ class SmolVLMPromptBuilder:
         duration: float,
         rows: int,
         cols: int,
-        text: str,
+        question: Question,
         answer_follows: bool,
     ) -> list[int]:
-        """A user's turn of video and text, with one image token per feature of each view."""
+        """A user's turn of video and text, with one image token per feature of each view.
+
+        In a conversation, the video stands in the user's first turn.
+        """
         video = video_text(len(timestamps), timestamps, duration, rows, cols, self.tokens_per_view)
-        return self._prompt_tokenizer.encode(TURN_START + video, text, turn_end(answer_follows))
+        return self._prompt_tokenizer.encode(*chat_pieces(question, video, answer_follows))
 
     def question_suffix(self, text: str) -> list[int]:
         """The part of a video prompt after the video's last special token, with an answer to

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise, zip_longest
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,29 +29,39 @@ class PromptTokenizer:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def encode(self, before: str, text: str = "", after: str = "") -> list[int]:
-        """Token ids of ``before + text + after``.
+    def encode(self, *pieces: str) -> list[int]:
+        """Token ids of the joined pieces, which alternate between template and untrusted text.
 
-        The ids are those of the whole string, except that special tokens spelled out in ``text``,
-        entirely or in part, are encoded as ordinary characters. Lone surrogates, which no tokenizer
-        can read, become U+FFFD.
+        The ids are those of the whole string, except that special tokens spelled out in untrusted
+        text, entirely or in part, are encoded as ordinary characters. Lone surrogates, which no
+        tokenizer can read, become U+FFFD.
 
         Args:
-            before, after: template; special tokens spelled out in it are special tokens.
-            text: untrusted.
+            pieces: number 0, 2, 4, ... are template, where special tokens spelled out are special
+                tokens; number 1, 3, 5, ... are untrusted.
         """
-        text = replace_lone_surrogates(text)
-        whole = before + text + after
-        cuts = self._cuts(whole, len(before), len(before) + len(text))
+        pieces = tuple(
+            p if i % 2 == 0 else replace_lone_surrogates(p) for i, p in enumerate(pieces)
+        )
+        ends = list(accumulate(map(len, pieces)))
+        whole = "".join(pieces)
+        cuts = sorted(
+            {
+                cut
+                for index in range(1, len(pieces), 2)
+                for cut in self._cuts(whole, ends[index - 1], ends[index])
+            }
+        )
         ids = [i for a, b in pairwise([0, *cuts, len(whole)]) for i in self._ids(whole[a:b])]
         if not self._matches_normalized_text:
             return ids
         # Such a token may match text that only becomes its spelling through the normalizer.
-        template = self._ids(before), self._ids(after)
+        template = [self._ids(piece) for piece in pieces[::2]]
         if self._count(ids) == sum(map(self._count, template)):
             return ids
-        single = [i for character in text for i in self._ids(character)]
-        return [*template[0], *(i for i in single if i not in self._control_ids), *template[1]]
+        texts = [[i for character in piece for i in self._ids(character)] for piece in pieces[1::2]]
+        plain = ([i for i in text if i not in self._control_ids] for text in texts)
+        return [i for part in zip_longest(template, plain, fillvalue=()) for p in part for i in p]
 
     def _cuts(self, whole: str, start: int, end: int) -> list[int]:
         """Positions to cut at so that no control token overlaps ``whole[start:end]``.
