@@ -2,8 +2,9 @@
 
 Roofline, per token and layer: 6·D·4D + 2·4D·Z FLOPs is 18.7 MFLOP at the 500M shape (D = 960,
 Z = 512) against 2·(D + Z) = 2.9 KB in bf16: compute bound. Floor 60 ns on an A100 (312 TFLOP/s),
-24 ns at 788 TFLOP/s. What must not happen is keeping gate, up and their product for the backward
-pass (15 KB a token and layer): both passes run in chunks of tokens and the backward recomputes.
+24 ns at 788 TFLOP/s. Keeping gate, up and their product for the backward pass takes 23 KB a token
+and layer, so both passes run in chunks of tokens and the backward recomputes; a caller with memory
+to spare keeps gate and up (15 KB), which saves two of the six products of a frozen context.
 
 No Triton kernel. The products are plain GEMMs and belong to cuBLAS; fusing the elementwise part
 into a GEMM of ours saves what it moves, 22.5 KB a token (5.4 ns of 29 at the 500M shape and
@@ -48,22 +49,33 @@ def reference(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down:
 
 
 def reference_backward(
-    grad: Tensor, x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x (zero at masked rows), gate, up and down; activations are recomputed."""
+    grad: Tensor,
+    x: Tensor,
+    visible: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    needs_x: bool = True,
+    products: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients for x (zero at masked rows, None if not needed), gate, up and down.
+
+    products: gate(x) and up(x) [T, H] of the forward pass; they are recomputed if omitted. Frozen
+    features need no gradient, which saves two of the eight products.
+    """
     if visible is not None:
         x = torch.where(visible[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
     x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    gated, raised = x @ gate.T, x @ up.T
-    sigmoid = torch.sigmoid(gated)
-    silu = gated * sigmoid
+    gated, raised = products or (x @ gate.T, x @ up.T)
+    silu = F.silu(gated)
     d_hidden = grad @ down
-    d_raised = d_hidden * silu
-    d_gated = d_hidden * raised * (sigmoid + silu * (1 - sigmoid))
-    d_x = d_gated @ gate + d_raised @ up
-    if visible is not None:
-        d_x = d_x * visible.reshape(-1, 1)
-    return d_x, d_gated.T @ x, d_raised.T @ x, grad.T @ (silu * raised)
+    d_gated = torch.ops.aten.silu_backward(d_hidden * raised, gated)
+    hidden, d_raised = silu * raised, d_hidden.mul_(silu)
+    d_x = None
+    if needs_x:
+        d_x = d_gated @ gate + d_raised @ up
+        d_x = d_x if visible is None else d_x * visible.reshape(-1, 1)
+    return d_x, d_gated.T @ x, d_raised.T @ x, grad.T @ hidden
 
 
 def _hidden(gated: Tensor, raised: Tensor) -> Tensor:
@@ -98,6 +110,12 @@ def _one_kind_of_tensor() -> Iterator[None]:
         yield
 
 
+def fused_hidden(gated: Tensor, raised: Tensor) -> Tensor:
+    """silu(gated) * raised in one compiled pass."""
+    with _one_kind_of_tensor():
+        return _compiled(_hidden)(gated, raised)
+
+
 def fused(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """:func:`reference` of rows [T, D] with one elementwise pass.
 
@@ -116,15 +134,14 @@ def fused_backward(
     up: Tensor,
     down: Tensor,
     needs_x: bool,
+    products: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """:func:`reference_backward` of rows [T, D] with one elementwise pass.
-
-    Frozen features need no gradient, which saves two of the eight products.
-    """
+    """:func:`reference_backward` of rows [T, D] with one elementwise pass."""
     with _one_kind_of_tensor():
         if visible is not None:
             x = torch.where(visible[:, None], x, 0.0)
-        hidden, d_gated, d_raised = _compiled(_hidden_backward)(grad @ down, x @ gate.T, x @ up.T)
+        gated, raised = products or (x @ gate.T, x @ up.T)
+        hidden, d_gated, d_raised = _compiled(_hidden_backward)(grad @ down, gated, raised)
         # A row of zeros gets a gradient of zeros here, as long as ``grad`` is finite.
         d_x = torch.addmm(d_gated @ gate, d_raised, up) if needs_x else None
         return d_x, d_gated.T @ x, d_raised.T @ x, grad.T @ hidden
@@ -159,21 +176,37 @@ def _chunks(rows: Tensor) -> list[slice]:
 
 
 @torch.library.custom_op("v2l::gated_projection", mutates_args=())
-def _forward(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def _forward(
+    x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The projection, and gate(x) and up(x) [T, H], which are empty unless they are kept."""
     refuse_forward_mode("gated_projection", x, gate, up, down)
     _check(x, visible, gate, up, down)
     rows = x.reshape(-1, x.shape[-1])
     seen = None if visible is None else visible.reshape(-1)
-    out = torch.empty(rows.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
-    project = fused if _fuses(x) else reference
+    out = rows.new_empty(rows.shape[0], down.shape[0])
+    products = [rows.new_empty(rows.shape[0] if keep else 0, len(gate)) for _ in range(2)]
+    fuses = _fuses(x)
     for part in _chunks(rows):
-        out[part] = project(rows[part], None if seen is None else seen[part], gate, up, down)
-    return out.view(*x.shape[:-1], down.shape[0])
+        mask = None if seen is None else seen[part]
+        if keep:
+            # Masked rows are read as zeros, because the backward pass uses these products.
+            own = rows[part] if mask is None else torch.where(mask[:, None], rows[part], 0.0)
+            gated, raised = (kept[part] for kept in products)
+            torch.mm(own, gate.T, out=gated)
+            torch.mm(own, up.T, out=raised)
+            hidden = fused_hidden(gated, raised) if fuses else F.silu(gated).mul_(raised)
+            torch.mm(hidden, down.T, out=out[part])
+        else:
+            out[part] = (fused if fuses else reference)(rows[part], mask, gate, up, down)
+    return out.view(*x.shape[:-1], down.shape[0]), *products
 
 
 @_forward.register_fake
-def _(x, visible, gate, up, down):
-    return x.new_empty(*x.shape[:-1], down.shape[0])
+def _(x, visible, gate, up, down, keep=False):
+    rows = x.numel() // max(1, x.shape[-1]) if keep else 0
+    products = (x.new_empty(rows, gate.shape[0]) for _ in range(2))
+    return x.new_empty(*x.shape[:-1], down.shape[0]), *products
 
 
 @torch.library.custom_op("v2l::gated_projection_backward", mutates_args=())
@@ -185,20 +218,23 @@ def _backward(
     up: Tensor,
     down: Tensor,
     needs_x: bool = True,
+    gated: Tensor | None = None,
+    raised: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x (empty when not needed), gate, up and down."""
+    """Gradients for x (empty when not needed), gate, up and down.
+
+    gated, raised: gate(x) and up(x) if the forward pass kept them.
+    """
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     seen = None if visible is None else visible.reshape(-1)
     d_x = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
     wide = torch.promote_types(x.dtype, torch.float32)
     d_weights = [torch.zeros(w.shape, dtype=wide, device=w.device) for w in (gate, up, down)]
-    fuses = _fuses(x)
+    backward = fused_backward if _fuses(x) else reference_backward
     for part in _chunks(rows):
-        inputs = (grads[part], rows[part], None if seen is None else seen[part], gate, up, down)
-        if fuses:
-            d_rows, *d_parts = fused_backward(*inputs, needs_x)
-        else:
-            d_rows, *d_parts = reference_backward(*inputs)
+        mask = None if seen is None else seen[part]
+        kept = None if gated is None or raised is None else (gated[part], raised[part])
+        d_rows, *d_parts = backward(grads[part], rows[part], mask, gate, up, down, needs_x, kept)
         if needs_x and d_rows is not None:
             d_x.view(rows.shape)[part] = d_rows
         for total, d_part in zip(d_weights, d_parts, strict=True):
@@ -208,7 +244,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, x, visible, gate, up, down, needs_x=True):
+def _(grad, x, visible, gate, up, down, needs_x=True, gated=None, raised=None):
     return (
         x.new_empty(x.shape if needs_x else (0,)),
         gate.new_empty(gate.shape),
@@ -230,24 +266,34 @@ def _plain(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Te
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, keep = inputs
+    ctx.save_for_backward(*tensors, *(output[1:] if keep else (None, None)))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad):
-    x, visible, gate, up, down = ctx.saved_tensors
+def _autograd(ctx, grad, *_):
+    *inputs, gated, raised = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None, None, None
     if torch.is_grad_enabled():
         # create_graph=True: these gradients will be differentiated again.
-        return tuple(differentiable_backward(reference, ctx.saved_tensors, (grad,)))
+        return *differentiable_backward(reference, inputs, (grad,)), None
     needs_x = ctx.needs_input_grad[0]
-    d_x, *d_weights = _backward(grad.contiguous(), x, visible, gate, up, down, needs_x)
-    return d_x if needs_x else None, None, *d_weights
+    d_x, *d_weights = _backward(grad.contiguous(), *inputs, needs_x, gated, raised)
+    return d_x if needs_x else None, None, *d_weights, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
 
 def gated_projection(
-    x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor
+    x: Tensor,
+    visible: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    keep: bool = False,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)), no biases; masked rows are read as zeros.
 
@@ -259,10 +305,12 @@ def gated_projection(
         visible: [...] bool, or None when every row is visible. What the other rows hold, even NaN,
             affects neither the result nor a gradient.
         gate, up: [H, D]; down: [Z, H]; all of x's dtype.
+        keep: save gate(x) and up(x), 2·H numbers a row, for the backward pass, which otherwise
+            computes these two products again. The gradients have the same bits.
 
     Returns:
         [..., Z] of x's dtype. Differentiable in x and the weights any number of times, in reverse
-        and forward mode; only the inputs are saved. Higher derivatives, forward mode and the
+        and forward mode; only the inputs are saved unless ``keep``. Higher derivatives, forward mode and the
         transforms of ``torch.func`` run in plain PyTorch operations. Under autocast, the arguments
         are cast as by ``F.linear``.
 
@@ -270,4 +318,6 @@ def gated_projection(
         ValueError: an argument has the wrong shape, dtype or device.
     """
     args = x, visible, gate, up, down
-    return run_plain(_plain, args, _CAST) if transformed() else _forward(*args)
+    if transformed():
+        return run_plain(_plain, args, _CAST)
+    return _forward(*args, keep and torch.is_grad_enabled())[0]

@@ -89,9 +89,26 @@ def test_opcheck(hides, device):
     tensors = random(2, 7, 4), *weights(4, 6, 3)
     x, *w = [t.float().to(device).requires_grad_() for t in tensors]
     visible = torch.arange(14, device=device).view(2, 7) % 3 > 0 if hides else None
-    torch.library.opcheck(torch.ops.v2l.gated_projection.default, (x, visible, *w))
+    for keep in (False, True):
+        torch.library.opcheck(torch.ops.v2l.gated_projection.default, (x, visible, *w, keep))
     grad = random(2, 7, 3).to(x)
     checks.opcheck_backward(torch.ops.v2l.gated_projection_backward.default, (grad, x, visible, *w))
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_kept_products_give_the_same_bits(hides, device):
+    tensors = [t.float().to(device) for t in (random(2, 700, 16), *weights(16, 32, 8))]
+    visible = torch.arange(1400, device=device).view(2, 700) % 3 > 0 if hides else None
+    if visible is not None:
+        tensors[0] = torch.where(visible[..., None], tensors[0], torch.nan)
+    results = [
+        checks.values_and_gradients(
+            lambda x, *w, keep=keep: gated_projection(x, visible, *w, keep=keep), tensors
+        )
+        for keep in (False, True)
+    ]
+    for recomputed, kept in zip(*results, strict=True):
+        assert torch.equal(recomputed, kept)
 
 
 def test_compiles():
