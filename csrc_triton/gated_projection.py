@@ -310,9 +310,9 @@ def gated_projection(
 
     Returns:
         [..., Z] of x's dtype. Differentiable in x and the weights any number of times, in reverse
-        and forward mode; only the inputs are saved unless ``keep``. Higher derivatives, forward mode and the
-        transforms of ``torch.func`` run in plain PyTorch operations. Under autocast, the arguments
-        are cast as by ``F.linear``.
+        and forward mode; only the inputs are saved unless ``keep``. Higher derivatives, forward
+        mode and the transforms of ``torch.func`` run in plain PyTorch operations. Under autocast,
+        the arguments are cast as by ``F.linear``.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device.
