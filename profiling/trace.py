@@ -15,6 +15,7 @@ time; bench/ measures speed.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import sys
 import time
@@ -38,11 +39,12 @@ from v2l_fast.files import replacing, write_json
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.adapter_bank import AdapterBank
-from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.hypernet.network import HyperNetwork, LayerFactors
 from v2l_fast.pipeline import Context
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.vlm.smolvlm import SmolVLM
+from v2l_fast.work_units import layers_per_group, tokens_per_unit
 
 MODELS = {name.lower(): case for name, case in CASES.items()}
 # The first token and three more: steps are alike, and each adds thousands of events.
@@ -59,7 +61,7 @@ Job = Callable[[], object]
 
 
 def internalize(network: HyperNetwork, backbone: SmolVLM, video: Context) -> AdapterBatch:
-    """Views to an adapter, with ranges around the vision tower and both parts of each layer.
+    """Views to an adapter, with ranges around the vision tower and both parts of each group.
 
     ``network`` has the backbone's dtype.
     """
@@ -67,12 +69,14 @@ def internalize(network: HyperNetwork, backbone: SmolVLM, video: Context) -> Ada
         features = backbone.encode_views(video.pixels)
     ids = video.ids.to(features.device)
     states = backbone.decoder.layer_inputs(backbone.embed(ids, [features])[None])
-    per_layer = []
-    for index in range(backbone.decoder.num_layers):
-        with record_function("decoder layer"):
-            hidden = next(states)
-        with record_function("hypernetwork layer"):
-            per_layer.append(network.layer(index, hidden))
+    budget, layers = tokens_per_unit(ids.device), backbone.decoder.num_layers
+    size = layers_per_group(len(ids), layers, budget)
+    per_layer: list[LayerFactors] = []
+    for first in range(0, layers, size):
+        with record_function("decoder layers"):
+            hiddens = list(itertools.islice(states, size))
+        with record_function("hypernetwork layers"):
+            per_layer += network.group(first, hiddens)
     return network.assemble(per_layer)
 
 

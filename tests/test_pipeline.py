@@ -59,14 +59,14 @@ def assert_near(actual: Adapter, expected: Adapter) -> None:
 def watched() -> Iterator[list[tuple[int, int, bool]]]:
     """Record each batch of layer 0 of a hypernetwork: contexts, length, whether it is masked."""
     seen = []
-    layer = HyperNetwork.layer
+    group = HyperNetwork.group
 
-    def call(self, index, hidden, mask=None, place=None, head=None):
-        if index == 0:
-            seen.append((*hidden.shape[:2], mask is not None))
-        return layer(self, index, hidden, mask, place, head)
+    def call(self, first, hiddens, mask=None, chunk_span=None, heads=None):
+        if first == 0:
+            seen.append((*hiddens[0].shape[:2], mask is not None))
+        return group(self, first, hiddens, mask, chunk_span, heads)
 
-    with patch.object(HyperNetwork, "layer", call):
+    with patch.object(HyperNetwork, "group", call):
         yield seen
 
 
@@ -246,6 +246,32 @@ def test_units_do_not_grow_with_the_context(model, monkeypatch):
         assert after[0] - before[0] <= 1
         assert after[1] - before[1] <= 3
     assert len(seen) > 10
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"), [(0, 32), (1, 32), (64, 32), (65, 31), (832, 2), (2048, 1), (9000, 1)]
+)
+def test_layers_per_group(tokens, size):
+    assert steps.layers_per_group(tokens, 32, 2048) == size
+
+
+@pytest.mark.parametrize("unit", [130, 250, 10**6])
+def test_groups_of_layers_change_only_rounding(unit, chunk_aware, mixed, monkeypatch):
+    """A group never has more tokens than a work unit."""
+    clip = mixed[3]
+    expected = alone(chunk_aware, clip)
+    sizes = []
+    group = HyperNetwork.group
+
+    def watched_group(self, first, hiddens, *arguments):
+        sizes.append(len(hiddens))
+        assert len(hiddens) == 1 or sum(h[..., 0].numel() for h in hiddens) <= unit
+        return group(self, first, hiddens, *arguments)
+
+    monkeypatch.setattr(HyperNetwork, "group", watched_group)
+    monkeypatch.setitem(steps.TOKENS_PER_UNIT, "cpu", unit)
+    assert_near(alone(chunk_aware, clip), expected)
+    assert sizes == {130: [1, 1, 1], 250: [2, 1], 10**6: [3]}[unit]
 
 
 @pytest.mark.parametrize(("length", "unit"), [(1, 4), (4, 4), (5, 4), (1000, 30), (37, 1)])

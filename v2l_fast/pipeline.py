@@ -4,9 +4,9 @@ A :class:`Context` is the forward pass whose hidden states become an adapter: th
 with the chunk's pixels or visual features. Inference, training, analysis and benchmarks take the
 same steps: :func:`iter_context` prepares a clip, :func:`iter_features` runs the vision tower over
 several contexts, :func:`context_batches` embeds and pads those of similar length, and
-:func:`iter_factors` generates the factors of a batch, layer by layer. Long steps are generators of
-work units (see :mod:`v2l_fast.work_units`). Nothing here waits for the device except the check of
-:class:`VideoInternalizer` for finite factors.
+:func:`iter_factors` generates the factors of a batch, by groups of layers. Long steps are
+generators of work units (see :mod:`v2l_fast.work_units`). Nothing here waits for the device except
+the check of :class:`VideoInternalizer` for finite factors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from v2l_fast.device import send
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
 from v2l_fast.hypernet.adapter_files import Provenance
-from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.hypernet.network import HyperNetwork, LayerFactors
 from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.video.clip import split_clip
 from v2l_fast.video.reader import Backend, load_spans
@@ -33,6 +33,7 @@ from v2l_fast.vlm import Backbone, PromptBuilder, VideoChunk, iter_views
 from v2l_fast.work_units import (
     WorkUnit,
     label_units,
+    layers_per_group,
     run_to_completion,
     token_chunks,
     tokens_per_unit,
@@ -229,14 +230,15 @@ def iter_factors(
 ) -> Generator[WorkUnit, None, AdapterBatch]:
     """The factors of a batch of contexts, one "generate adapter" unit per layer.
 
-    Each layer's factors are generated as soon as the decoder has produced that layer's input; the
-    last decoder layer and the LM head are never computed.
+    The decoder computes the inputs of as many layers as a work unit has tokens for, then the
+    hypernetwork generates the factors of these layers together. The last decoder layer and the LM
+    head are never computed.
 
     Args:
         unit: tokens of a chunk, without gradients only; longer contexts take several units per
-            layer. None computes whole contexts.
+            layer, and each layer is a group of its own. None computes whole contexts.
         heads: :meth:`~v2l_fast.hypernet.network.Head.slices`, for gradients.
-        run: calls ``hypernet.layer`` with its arguments, for activation checkpointing.
+        run: calls a function with its arguments, for activation checkpointing.
 
     Returns:
         One adapter per context, in the batch's order.
@@ -245,24 +247,27 @@ def iter_factors(
     count, length = batch.embeddings.shape[:2]
     whole = unit is None or length <= unit
     metadata = decoder.prefill_metadata(count, length) if whole else None
+    total = hypernet.config.num_layers
+    size = layers_per_group(count * length, total, unit or tokens_per_unit(decoder.device))
     unit = length if unit is None else unit
     chunks = list(token_chunks(length, unit))
-    hidden, per_layer = batch.embeddings, []
-    total = hypernet.config.num_layers
+    hidden = batch.embeddings
+    per_layer: list[LayerFactors] = []
+    inputs: list[Tensor] = []
     for index in range(total):
         label = "generate adapter", index, total
         yield label
-        inputs = index, hidden, batch.mask, batch.chunk_spans
         if whole:
-            head = () if heads is None else (heads[index],)
-            factors = (
-                hypernet.layer(*inputs, *head)
-                if run is None
-                else run(hypernet.layer, *inputs, *head)
-            )
+            inputs.append(hidden)
+            if len(inputs) == size or index + 1 == total:
+                first = index + 1 - len(inputs)
+                own = () if heads is None else heads[first : index + 1]
+                arguments = hypernet, first, len(inputs), batch.mask, batch.chunk_spans
+                per_layer += (run or _call)(_group, *arguments, *inputs, *own)
+                inputs = []
         else:
-            factors = yield from label_units(hypernet.iter_layer(*inputs, chunks), label)
-        per_layer.append(factors)
+            units = hypernet.iter_layer(index, hidden, batch.mask, batch.chunk_spans, chunks)
+            per_layer.append((yield from label_units(units, label)))
         if index + 1 < total:
             if metadata is not None:
                 hidden = decoder.layer(index, hidden, metadata)
@@ -270,6 +275,25 @@ def iter_factors(
                 hidden = yield from label_units(decoder.iter_layer(index, hidden, unit), label)
     yield "generate adapter", total, total
     return hypernet.assemble(per_layer)
+
+
+def _call(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _group(
+    hypernet: HyperNetwork,
+    first: int,
+    count: int,
+    mask: Tensor | None,
+    chunk_spans: Tensor,
+    *tensors: Tensor,
+) -> list[LayerFactors]:
+    """The factors of ``count`` layers from their inputs, and their heads if given.
+
+    Checkpointing saves tensors that are arguments of their own, and does not see those in lists.
+    """
+    return hypernet.group(first, tensors[:count], mask, chunk_spans, tensors[count:] or None)
 
 
 @torch.no_grad()

@@ -30,6 +30,17 @@ def tokens_per_unit(device: torch.device) -> int:
     return TOKENS_PER_UNIT.get(device.type, TOKENS_PER_UNIT["cpu"])
 
 
+def layers_per_group(tokens: int, layers: int, budget: int) -> int:
+    """Number of layers that the hypernetwork computes together.
+
+    Args:
+        tokens: context tokens of one layer, of all contexts of the batch.
+        layers: number of layers.
+        budget: tokens of a group that has more than one layer; what one work unit processes.
+    """
+    return max(1, min(layers, budget // max(1, tokens)))
+
+
 def token_chunks(length: int, unit: int) -> Iterator[slice]:
     """``length`` tokens in chunks of at most ``unit``."""
     return (slice(i, min(i + unit, length)) for i in range(0, length, unit))

@@ -258,7 +258,7 @@ class OurStep:
         self.step = step
 
     def __call__(self, samples: list[Sample], total: int, stage: Stage) -> Tensor:
-        step, layer = self.step, self.step.hypernet.layer
+        step, group = self.step, self.step.hypernet.group
         contexts = [chunk for one in samples for chunk in one.chunks]
         features = visual_features(step.backbone, contexts)
         stage("vision")
@@ -266,15 +266,15 @@ class OurStep:
         forward = True
 
         def watched(*arguments: Any) -> Any:
-            # Recomputed in the backward pass, a layer is part of that.
+            # Recomputed in the backward pass, a group is part of that.
             if forward:
                 stage("text encode")
-            factors = layer(*arguments)
+            factors = group(*arguments)
             if forward:
                 stage("hypernetwork forward")
             return factors
 
-        with mock.patch.object(step.hypernet, "layer", watched):
+        with mock.patch.object(step.hypernet, "group", watched):
             adapters = step.adapters(samples, features)
         forward = False
         stage("hypernetwork forward")

@@ -136,12 +136,20 @@ def test_masked_positions_reach_nothing(garbage):
 
 @pytest.mark.parametrize(("name", "padding"), CASES)
 @torch.no_grad()
-def test_layers_one_by_one_give_the_same_bits(name, padding):
+def test_groups_of_layers_change_only_rounding(name, padding):
+    """Vectorized functions round the last elements of a tensor differently, so bits may change."""
     _, features, mask = case(name, padding)
-    net = network(name)
+    net, inputs = network(name), features.unbind(1)
     whole = net(features, mask)
-    streamed = net.assemble([net.layer(i, features[:, i], mask) for i in range(features.shape[1])])
-    assert torch.equal(streamed.A[M], whole.A[M]) and torch.equal(streamed.B[M], whole.B[M])
+    for size in range(1, len(inputs)):
+        groups = [
+            factors
+            for first in range(0, len(inputs), size)
+            for factors in net.group(first, inputs[first : first + size], mask)
+        ]
+        batch = net.assemble(groups)
+        assert relative(batch.A[M], whole.A[M]) <= 1e-6
+        assert relative(batch.B[M], whole.B[M]) <= 1e-6
 
 
 @torch.no_grad()

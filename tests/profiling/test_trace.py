@@ -20,7 +20,7 @@ TINY = ["--model", "tiny", "--frames", "1"]
     [
         (
             "internalize",
-            {"vision": 1, "decoder layer": 2, "hypernetwork layer": 2},
+            {"vision": 1, "decoder layers": 1, "hypernetwork layers": 1},
             "v2l::perceiver_attention",
         ),
         ("ask", {"first token": 1, "further token": trace.NEW_TOKENS - 1}, "v2l::lora_linear"),

@@ -1,8 +1,9 @@
 """The hypernetwork: hidden states entering each decoder layer to a LoRA adapter for that layer.
 
-Weights are shared between layers but for the head, so a layer can be generated as soon as its
-input exists: :meth:`HyperNetwork.layer` is the streaming call, and the whole-batch call is a loop
-over it. State-dict names are those of the released checkpoints. The file knows nothing about VLMs.
+Layers share all weights but the head. A layer's adapter can be generated as soon as its input
+exists, and consecutive layers can be generated together, which reads the shared weights once:
+:meth:`HyperNetwork.group` takes any number of them, and the whole-batch call is a loop over groups.
+State-dict names are those of the released checkpoints. The file knows nothing about VLMs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from v2l_fast.hypernet.adapter import AdapterBatch, BiasAdapter
 from v2l_fast.hypernet.config import WEIGHTS_NAME, HypernetConfig
 from v2l_fast.hypernet.perceiver import Perceiver, attention_dtype
 from v2l_fast.tensor_files import TensorInfo, load_tensors, save_tensors
+from v2l_fast.work_units import layers_per_group, tokens_per_unit
+
+# Of one decoder layer: A {module: [B, R, d_in]} and B {module: [B, R, d_out]}.
+LayerFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 SMALL_PARAMETER = 65536
 
@@ -165,7 +170,7 @@ class HyperNetwork(nn.Module):
         self.head = Head(config)
         std = 0.5 / (config.latent_size + config.head_width * rank) ** 0.5
         nn.init.normal_(self.head.weight, std=std)
-        self._run_layer = HyperNetwork._layer
+        self._run_latents = HyperNetwork._latents
         # Hashes of values cast to another dtype -> those of the values that were cast.
         self._aliases: dict[str, str] = {}
 
@@ -174,11 +179,12 @@ class HyperNetwork(nn.Module):
         return cast(Perceiver, self.aggregator["perceiver"])
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Run :meth:`layer` through one compiled graph, for every layer and length.
+        """Compute the latents of :meth:`group` in one compiled graph, for every length and size.
 
+        The head, one op per layer, stays outside: it would be compiled again for every group size.
         The first call (with and without gradients) then takes seconds.
         """
-        self._run_layer = compiled(HyperNetwork._layer, backend)
+        self._run_latents = compiled(HyperNetwork._latents, backend)
 
     def forward(
         self, features: Tensor, mask: Tensor | None = None, chunk_span: Tensor | None = None
@@ -193,7 +199,7 @@ class HyperNetwork(nn.Module):
 
         Returns:
             :class:`AdapterBatch` with A [B, L, R, d_in] and B [B, L, R, d_out] per module, of the
-            features' dtype. Each layer's activations are recomputed in the backward pass.
+            features' dtype. Each group's activations are recomputed in the backward pass.
 
         Raises:
             ValueError: shapes that do not fit the config.
@@ -203,15 +209,20 @@ class HyperNetwork(nn.Module):
             raise ValueError(
                 f"features must be [B, {expected[0]}, S, {expected[1]}], not {list(features.shape)}"
             )
-        recompute = torch.is_grad_enabled()
-        per_layer = []
-        for index, head in enumerate(self.head.slices()):
-            inputs = index, features[:, index], mask, chunk_span, head
+        batch, layers, length, _ = features.shape
+        size = layers_per_group(batch * length, layers, tokens_per_unit(features.device))
+        recompute, heads = torch.is_grad_enabled(), self.head.slices()
+        per_layer: list[LayerFactors] = []
+        for first in range(0, layers, size):
+            part = slice(first, first + size)
+            inputs = first, features[:, part].unbind(1), mask, chunk_span, heads[part]
             if recompute:
-                factors = checkpoint(self.layer, *inputs, use_reentrant=False)
+                # No random numbers are drawn, and reading a generator's state waits for a GPU.
+                per_layer += checkpoint(
+                    self.group, *inputs, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                factors = self.layer(*inputs)
-            per_layer.append(factors)
+                per_layer += self.group(*inputs)
         return self.assemble(per_layer)
 
     def layer(
@@ -221,8 +232,8 @@ class HyperNetwork(nn.Module):
         mask: Tensor | None = None,
         chunk_span: Tensor | None = None,
         head: Tensor | None = None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Adapters of one decoder layer, as soon as its input exists.
+    ) -> LayerFactors:
+        """Adapters of one decoder layer: :meth:`group` with one member.
 
         Args:
             index: the decoder layer, 0 to L - 1.
@@ -236,10 +247,48 @@ class HyperNetwork(nn.Module):
         Returns:
             A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of hidden's dtype.
         """
-        chunk_span = self._checked(hidden, mask, chunk_span)
+        heads = None if head is None else [head]
+        return self.group(index, [hidden], mask, chunk_span, heads)[0]
+
+    def group(
+        self,
+        first: int,
+        hiddens: Sequence[Tensor],
+        mask: Tensor | None = None,
+        chunk_span: Tensor | None = None,
+        heads: Sequence[Tensor] | None = None,
+    ) -> list[LayerFactors]:
+        """Adapters of consecutive decoder layers in one pass.
+
+        Grouping changes results only by floating-point rounding. The activations are those of all
+        layers; :func:`~v2l_fast.work_units.layers_per_group` chooses a size that bounds them.
+
+        Args:
+            first: the first of the decoder layers.
+            hiddens: [B, S, D] input of each layer.
+            mask, chunk_span: as in :meth:`layer`, the same for all layers.
+            heads: slice of each layer from :meth:`Head.slices`, or None.
+
+        Returns:
+            A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of each layer.
+
+        Raises:
+            ValueError: ``mask`` or ``chunk_span`` does not fit the inputs.
+        """
+        chunk_span = self._checked(hiddens[0], mask, chunk_span)
+        visible = None if mask is None else mask == 1
+        hidden, count = hiddens[0], len(hiddens)
+        if count > 1:
+            hidden = torch.cat(list(hiddens))
+            visible = None if visible is None else visible.repeat(count, 1)
+            chunk_span = None if chunk_span is None else chunk_span.repeat(count, 1)
         # The dtypes of each step are chosen here; autocast would mix in its own.
         with torch.autocast(hidden.device.type, enabled=False):
-            return self._run_layer(self, index, hidden, mask, chunk_span, head)
+            latents = self._run_latents(self, hidden, visible, chunk_span)
+            return [
+                self._factors(first + i, rows, hidden.dtype, heads[i] if heads else None)
+                for i, rows in enumerate(latents.unflatten(0, (count, -1)).unbind(0))
+            ]
 
     def _checked(
         self, hidden: Tensor, mask: Tensor | None, chunk_span: Tensor | None
@@ -263,7 +312,7 @@ class HyperNetwork(nn.Module):
         mask: Tensor | None,
         chunk_span: Tensor | None,
         chunks: Sequence[slice],
-    ) -> Generator[None, None, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    ) -> Generator[None, None, LayerFactors]:
         """:meth:`layer` over a context in chunks of tokens; yields between them.
 
         The result is the same, to rounding; to the bit where there is one chunk.
@@ -275,23 +324,14 @@ class HyperNetwork(nn.Module):
         latents = yield from self._perceiver.iter_forward(hidden, visible, chunk_span, chunks)
         return self._factors(index, self.layers(latents), hidden.dtype, None)
 
-    def _layer(
-        self,
-        index: int,
-        hidden: Tensor,
-        mask: Tensor | None,
-        chunk_span: Tensor | None,
-        head: Tensor | None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """:meth:`layer`, as it is compiled."""
-        visible = None if mask is None else mask == 1
-        latents = self.layers(self._perceiver(hidden, visible, chunk_span))
-        return self._factors(index, latents, hidden.dtype, head)
+    def _latents(self, hidden: Tensor, visible: Tensor | None, chunk_span: Tensor | None) -> Tensor:
+        """Rank latents [N, M * R, Z] of slices [N, S, D], each of any layer; compiled."""
+        return self.layers(self._perceiver(hidden, visible, chunk_span))
 
     def _factors(
         self, index: int, latents: Tensor, dtype: torch.dtype, head: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The layer's A and B from the rank latents [B, M * R, Z]."""
+    ) -> LayerFactors:
+        """A layer's A and B from its rank latents [B, M * R, Z]."""
         rank, compute = self.config.rank, attention_dtype(dtype)
         factors_a, factors_b = {}, {}
         weights = (self.head.of(index) if head is None else head).unbind(0)
@@ -309,10 +349,8 @@ class HyperNetwork(nn.Module):
             factors_b[module] = b.to(dtype)
         return factors_a, factors_b
 
-    def assemble(
-        self, per_layer: list[tuple[dict[str, Tensor], dict[str, Tensor]]]
-    ) -> AdapterBatch:
-        """Stack the results of :meth:`layer` for layers 0 to L - 1 into one batch."""
+    def assemble(self, per_layer: Sequence[LayerFactors]) -> AdapterBatch:
+        """Stack the results of :meth:`group` for layers 0 to L - 1 into one batch."""
         a, b = (
             {
                 # In memory layer by layer: each layer's factors are copied as a whole.
