@@ -26,6 +26,7 @@ from csrc_triton.dispatch import (
     SelfCheck,
     generator,
     random_signs,
+    requested_backend,
     sparse_ones,
 )
 from csrc_triton.lora_linear import reference
@@ -235,6 +236,65 @@ def _autograd(ctx, grad, _):
 _forward.register_autograd(_autograd, setup_context=_setup)
 
 
+def _directly(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+) -> Tensor | None:
+    """y in eager inference on a CPU; None where the op is needed, which also reports errors.
+
+    For one token, dispatching the op and its masks cost ten times the adapter's products. Values of
+    the index are read at every call: they are in host memory, and a cache of them could be stale.
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return None
+    tensors = [t for t in (x, weight, bias, lora_a, lora_b) if t is not None]
+    if (
+        any(type(t) not in _PLAIN or not t.is_cpu for t in (*tensors, adapter_index))
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
+        or requested_backend() == "triton"
+    ):
+        return None
+    adapters, rank = lora_a.shape[0], lora_a.shape[1] if lora_a.dim() == 3 else 0
+    d_out = weight.shape[0]
+    fits = (
+        x.dim() == 3
+        and x.is_floating_point()
+        and rank > 0
+        and weight.shape == (d_out, x.shape[2])
+        and lora_a.shape == (adapters, rank, x.shape[2])
+        and lora_b.shape == (adapters, rank, d_out)
+        and (bias is None or bias.shape == (d_out,))
+        and all(t.dtype == x.dtype for t in tensors)
+        and adapter_index.shape == (x.shape[0],)
+        and adapter_index.dtype in (torch.int32, torch.int64)
+        and math.isfinite(scale)
+    )
+    if not fits or not x.shape[0]:
+        return None
+    index: list[int] = adapter_index.tolist()
+    if min(index) < -1 or max(index) >= adapters:
+        return None
+    if ranks is not None and (
+        type(ranks) is not Tensor
+        or not ranks.is_cpu
+        or ranks.dtype not in (torch.int32, torch.int64)
+        or ranks.tolist() != [rank] * adapters
+    ):
+        return None
+    return reference.lora_linear_unmasked(x, weight, bias, lora_a, lora_b, index, scale)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -275,5 +335,9 @@ def lora_linear(
         args = x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks
         return run_plain(_plain, args, _CAST)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_a, lora_b))
+    if not keep:
+        y = _directly(x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks)
+        if y is not None:
+            return y
     y, _ = _forward(x, weight, bias, lora_a, lora_b, adapter_index, float(scale), ranks, keep)
     return y

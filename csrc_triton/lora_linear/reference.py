@@ -65,6 +65,38 @@ def lora_linear(
     return y, u.reshape(-1, rank) if keep else u.new_empty(0, rank)
 
 
+def lora_linear_unmasked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    index: list[int],
+    scale: float,
+) -> Tensor:
+    """y of :func:`lora_linear` where adapters use all their slots, and the index is known.
+
+    Differs by rounding: the scale multiplies the second product, in the sum with the first term.
+    All tensors are of x's dtype; r is at least 1.
+    """
+    y = torch.nn.functional.linear(x, weight, bias)
+    rows = [example for example, adapter in enumerate(index) if adapter >= 0]
+    if not rows:
+        return y
+    if lora_a.shape[0] == 1 and len(rows) == len(index):
+        u = x.reshape(-1, x.shape[2]) @ lora_a[0].T
+        return torch.addmm(y.reshape(-1, y.shape[2]), u, lora_b[0], alpha=scale).view(y.shape)
+    used = [index[row] for row in rows]
+    if used != list(range(lora_a.shape[0])):
+        chosen = torch.tensor(used)
+        lora_a, lora_b = lora_a[chosen], lora_b[chosen]
+    if len(rows) == len(index):
+        return torch.baddbmm(y, x @ lora_a.mT, lora_b, alpha=scale)
+    adapted = torch.tensor(rows)
+    y[adapted] = torch.baddbmm(y[adapted], x[adapted] @ lora_a.mT, lora_b, alpha=scale)
+    return y
+
+
 def lora_linear_backward(
     grad: Tensor,
     x: Tensor,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import released
 from csrc_triton import device as configs
 from csrc_triton import lora_linear
 from csrc_triton.lora_linear import kernels
+from csrc_triton.lora_linear import op as op_module
 from csrc_triton.lora_linear.op import _check
 from tests.csrc_triton import checks
 from tests.csrc_triton.checks import random
@@ -371,3 +374,84 @@ def test_every_tensor_on_one_device(name):
     args = arguments()
     with pytest.raises(ValueError, match=f"lora_linear: {name} must be on cpu, got meta"):
         _check(**{**args, name: args[name].to("meta")})
+
+
+# --- eager inference on a CPU ---------------------------------------------------------------------
+
+
+class SeesOps(TorchDispatchMode):
+    """Counts calls of the op itself."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.v2l.lora_linear.default
+        return func(*args, **(kwargs or {}))
+
+
+def on_cpu(dtype=torch.float32, n=2) -> list[torch.Tensor]:
+    weight, bias = frozen()
+    x, a, b = inputs(n=n)
+    return [t.to(dtype) for t in (x, weight, bias, a, b)]
+
+
+@pytest.mark.parametrize("bad_slots", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("n", "index"),
+    [(1, [0, 0, 0]), (1, [0, -1, 0]), (2, [1, 0, 1]), (2, [-1, 1, -1]), (3, [0, 1, 2]),
+     (3, [2, 0, 1]), (3, [-1, -1, -1])],
+)  # fmt: skip
+def test_eager_inference_gives_the_ops_result(n, index, half, bad_slots, monkeypatch):
+    """The op is not called, and adapters that no example has reach nothing."""
+    monkeypatch.setenv("V2L_BACKEND", "auto")
+    x, weight, bias, a, b = on_cpu(torch.bfloat16 if half else torch.float32, n)
+    if bad_slots:
+        for slot in set(range(n)) - set(index):
+            a[slot], b[slot] = float("nan"), float("inf")
+    args = x, weight, bias, a, b, torch.tensor(index), SCALE
+    expected, _ = torch.ops.v2l.lora_linear(*args, None, False)
+    monkeypatch.setattr(op_module, "_forward", None)
+    for ranks in (None, torch.full((n,), a.shape[1])):
+        actual = lora_linear(*args, ranks=ranks)
+        assert actual.dtype == x.dtype
+        assert relative(actual, expected) <= (2**-7 if half else 1e-6)
+        assert torch.equal(actual[torch.tensor(index) < 0], expected[torch.tensor(index) < 0])
+
+
+def test_eager_inference_reads_the_index_at_every_call(monkeypatch):
+    monkeypatch.setenv("V2L_BACKEND", "auto")
+    x, weight, bias, a, b = on_cpu()
+    index = torch.tensor([0, 0, 0])
+    before = lora_linear(x, weight, bias, a, b, index, SCALE)
+    index[1] = 1
+    after = lora_linear(x, weight, bias, a, b, index, SCALE)
+    assert torch.equal(after[::2], before[::2]) and not torch.isclose(after[1], before[1]).any()
+    index[1] = -1
+    torch.testing.assert_close(
+        lora_linear(x, weight, bias, a, b, index, SCALE)[1], F.linear(x[1], weight, bias)
+    )
+    index[1] = 2
+    with pytest.raises(ValueError, match="adapter_index"):
+        lora_linear(x, weight, bias, a, b, index, SCALE)
+
+
+def test_the_op_runs_where_something_must_see_it(monkeypatch):
+    monkeypatch.setenv("V2L_BACKEND", "auto")
+    x, weight, bias, a, b = on_cpu()
+    args = weight, bias, a, b, torch.tensor([0, 1, -1]), SCALE
+    with SeesOps() as seen:
+        expected = lora_linear(x, *args)
+    assert seen.count == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lora_linear(x, *args).dtype == torch.bfloat16
+    leaf = x.clone().requires_grad_()
+    assert lora_linear(leaf, *args).requires_grad
+    graph = make_fx(lambda x: lora_linear(x, *args))(x)
+    assert any(node.target is torch.ops.v2l.lora_linear.default for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(x), expected)
+    ragged = torch.tensor([1, 4])
+    torch.testing.assert_close(
+        lora_linear(x, *args, ranks=ragged),
+        torch.ops.v2l.lora_linear(x, *args, ragged, False)[0],
+    )
