@@ -30,6 +30,23 @@ RESULTS = ROOT / "bench" / "results"
 # layer's weights between two tokens, so a warm cache would flatter memory-bound calls.
 FLUSH_BYTES = 256 * 2**20
 WARM_UP = 2
+# The project's goals by part of the GPU's name, then by shape: at most these seconds and bytes, at
+# least these shares. Those of an A100 are the H200's, times the ratio of the cards' peaks: 3.2 in
+# FLOP/s for internalizing, 2.4 in bytes/s for the first token.
+_HOPPER = {"weight_floor_share": 0.5, "internalize_12_seconds": 0.1}
+_AMPERE = {"weight_floor_share": 0.5, "internalize_12_seconds": 0.32}
+_ON_HOPPER = {
+    "500M": {"time_to_first_token": 3e-3, "internalize_1024_bytes": 24e9, **_HOPPER},
+    "2.2B": {"time_to_first_token": 5e-3, **_HOPPER},
+}
+TARGETS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "H200": _ON_HOPPER,
+    "H100": _ON_HOPPER,
+    "A100": {
+        "500M": {"time_to_first_token": 7.2e-3, "internalize_1024_bytes": 24e9, **_AMPERE},
+        "2.2B": {"time_to_first_token": 12e-3, **_AMPERE},
+    },
+}
 
 Call = Callable[[], object]
 

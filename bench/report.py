@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import RESULTS
+from bench.harness import RESULTS, TARGETS
+from csrc_triton.device import PEAKS
 from v2l_fast.files import write_text
 
 Record = Mapping[str, Any]
@@ -34,6 +35,7 @@ def main() -> None:
 def report(records: Iterable[Record]) -> str:
     """The page; of a benchmark that is not known here, the rows as they are."""
     parts = ["# Results", "Written by `python -m bench.report` from `bench/results/`."]
+    parts += ["## Peaks and targets", _targets()]
     for record in records:
         name = record.get("benchmark", "unnamed")
         title, body, command = SECTIONS.get(name, (name, _unknown, None))
@@ -42,6 +44,30 @@ def report(records: Iterable[Record]) -> str:
 
 
 # --- sections --------------------------------------------------------------------------------
+
+
+def _targets() -> str:
+    """The peaks of the GPUs that have targets, and the targets by shape."""
+    rows = []
+    for card, shapes in TARGETS.items():
+        peak = PEAKS[card]
+        for shape, limits in shapes.items():
+            memory = limits.get("internalize_1024_bytes")
+            rows.append([
+                card, f"{peak.flops / 1e12:.0f}", f"{peak.bandwidth / 1e12:.2f}", shape,
+                _ms(limits["time_to_first_token"]), f"{limits['weight_floor_share']:.0%}",
+                _ms(limits["internalize_12_seconds"]),
+                "" if memory is None else f"{memory / 1e9:.0f}",
+            ])  # fmt: skip
+    note = (
+        "Datasheet peaks, dense bfloat16. Targets are limits of times and memory, and a least "
+        "share of the tokens per second that reading the weights allows. A record below says what "
+        "was measured.\n\n"
+    )
+    return note + _table(
+        ["GPU", "TFLOP/s", "TB/s", "shape", "first token ms", "share of weight floor",
+         "12 frames internalized ms", "1,024 frames GB"], rows,
+    )  # fmt: skip
 
 
 def _hypernet_streaming(record: Record) -> str:

@@ -126,10 +126,12 @@ class Op:
         """Why the kernels fail their self-check; None when they pass or none applies."""
         if tensor.device.type != "cuda" or tensor.dtype == torch.float32:
             return None
-        # What a graph captures was launched, and checked, during warm-up.
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        return _self_check_failure(self, tensor.dtype, tensor.device)
+        key = self, tensor.dtype, tensor.device
+        if key not in _verdicts:
+            if torch.cuda.is_current_stream_capturing():
+                return f"the {self.name} kernels were not checked before this graph capture"
+            _verdicts[key] = _self_check_failure(*key)
+        return _verdicts[key]
 
     def wrong_elements(
         self, check: str, dtype: torch.dtype, device: torch.device, small: bool = False
@@ -145,10 +147,18 @@ class Op:
             return int(torch.stack(wrong).sum())
 
 
-@functools.cache
+# Results of the self-checks by op, dtype and GPU; None for passed.
+_verdicts: dict[tuple[Op, torch.dtype, torch.device], str | None] = {}
+
+
 def _self_check_failure(op: Op, dtype: torch.dtype, gpu: torch.device) -> str | None:
-    """Runs an op's self-checks, once for a dtype and GPU; None when all pass."""
-    counts = {name: op.wrong_elements(name, dtype, gpu) for name in op.self_checks}
+    """Run an op's self-checks; None when all pass."""
+    try:
+        counts = {name: op.wrong_elements(name, dtype, gpu) for name in op.self_checks}
+    except Exception as error:
+        # No C compiler, no memory, a kernel that does not compile for this GPU.
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        return f"the self-check of the {op.name} kernels in {dtype} failed ({reason})"
     failed = ", ".join(f"{count} wrong in {name}" for name, count in counts.items() if count)
     if not failed:
         return None

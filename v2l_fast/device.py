@@ -58,4 +58,6 @@ def _settle() -> None:
     # Otherwise sizes that happen to be equal in the first call (as many examples as layers) share a
     # symbol, and the next call compiles again.
     shapes.use_duck_shape = False
+    # The graphs are single layers: splitting them where DDP reduces gradients gains nothing.
+    settings.optimize_ddp = False
     _settled.set(True)

@@ -38,6 +38,10 @@ PARTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 
 
+# From this version on, ptxas assembles pipelined wgmma products rightly (triton#9433).
+PTXAS = (13, 3)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One part of the installation.
@@ -64,7 +68,7 @@ def examine() -> list[Finding]:
     """Examine this machine without changing anything."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"Python {platform.python_version()}, {os.cpu_count()} cores, {memory:.0f} GB"
-    findings = [Finding("machine", True, machine, "runs everything"), _gpu()]
+    findings = [Finding("machine", True, machine, "runs everything"), _gpu(), *_ptxas()]
     for names, extra, purpose in PARTS:
         versions = {name: version for name in names if (version := _version(name))}
         if versions:
@@ -88,6 +92,27 @@ def _gpu() -> Finding:
     if torch.version.cuda is None:
         return Finding("GPU", False, "this torch is a CPU build", purpose)
     return Finding("GPU", False, "torch finds no GPU; check the driver with nvidia-smi", purpose)
+
+
+def _ptxas() -> list[Finding]:
+    """The assembler of the Triton kernels; an old one is a finding on Hopper GPUs."""
+    try:
+        from triton import knobs
+
+        tool = knobs.nvidia.ptxas
+        version, path = tool.version, tool.path
+    except Exception:
+        # Without triton, or without an assembler, which the kernels' own errors report.
+        return []
+    detail = f"{version}, {path}"
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    sound = not hopper or tuple(map(int, version.split(".")[:2])) >= PTXAS
+    if not sound:
+        detail += (
+            "; before 13.3 it may miscompile pipelined products on this GPU (triton#9433): install "
+            "CUDA 13.3 or later and set TRITON_PTXAS_PATH to its bin/ptxas"
+        )
+    return [Finding("ptxas", sound, detail, "assembles the Triton kernels")]
 
 
 def _version(distribution: str) -> str | None:

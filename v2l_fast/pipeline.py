@@ -305,13 +305,19 @@ def iter_adapters(
     Batching changes results only by floating-point rounding.
     """
     features = yield from iter_features(backbone, contexts)
-    adapters: list[Adapter | None] = [None] * len(contexts)
+    members: list[int] = []
+    adapters: list[Adapter] = []
+    finite: list[Tensor] = []
     unit = tokens_per_unit(backbone.decoder.device)
     for batch in context_batches(backbone, contexts, features, MAX_PADDING, max_tokens):
         factors = yield from iter_factors(backbone, hypernet, batch, unit)
-        for member, adapter in zip(batch.members, _finite(factors), strict=True):
-            adapters[member] = adapter
-    return adapters
+        members += batch.members
+        adapters += factors
+        finite.append(_finite(factors))
+    # One wait for the device, after everything is enqueued.
+    flags = torch.cat(finite).tolist() if finite else []
+    by_context = dict(zip(members, zip(adapters, flags, strict=True), strict=True))
+    return [a if fine else None for a, fine in (by_context[i] for i in range(len(contexts)))]
 
 
 @dataclass(frozen=True)
@@ -488,12 +494,10 @@ def _chunks_across(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor
         yield chunk
 
 
-def _finite(batch: AdapterBatch) -> list[Adapter | None]:
-    """The batch's adapters, None for one with a factor that is NaN or infinite."""
+def _finite(batch: AdapterBatch) -> Tensor:
+    """Whether all factors of each adapter are finite, bool [n]."""
     sums = [
         factor.flatten(1).sum(1, dtype=torch.float32)
         for factor in (*batch.A.values(), *batch.B.values())
     ]
-    # One wait for the device, after everything is enqueued.
-    finite = torch.stack(sums).isfinite().all(0).tolist()
-    return [adapter if fine else None for adapter, fine in zip(batch, finite, strict=True)]
+    return torch.stack(sums).isfinite().all(0)

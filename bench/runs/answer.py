@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import RESULTS, argument_parser, environment, median_latency, write_record
+from bench.harness import (
+    RESULTS,
+    TARGETS,
+    argument_parser,
+    environment,
+    median_latency,
+    write_record,
+)
 from bench.models import FRAMES, SHAPES, RandomPair, Shape, random_context
 from csrc_triton.device import peak_of
 from v2l_fast.evaluation.prefix import continue_greedily, prefill
@@ -43,15 +50,6 @@ AGREE = (
     ("direct", "direct, vision features cached", "direct, keys and values cached"),
 )
 QUESTION_TOKENS = 32
-# The project's goals by part of the GPU's name, then by shape: at most these seconds and bytes, at
-# least these shares.
-_BOTH = {"weight_floor_share": 0.5, "internalize_12_seconds": 0.1}
-TARGETS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
-    "H200": {
-        "500M": {"time_to_first_token": 3e-3, "internalize_1024_bytes": 24e9, **_BOTH},
-        "2.2B": {"time_to_first_token": 5e-3, **_BOTH},
-    }
-}
 
 Way = Callable[[int], list[int]]
 

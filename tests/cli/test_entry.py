@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from tests.cli.commands import fail, run
+from v2l_fast import doctor
 from v2l_fast.cli import entry
 from v2l_fast.errors import ConfigError, PromptTooLong
 from v2l_fast.hypernet.adapter import Adapter
@@ -136,8 +139,25 @@ def test_demo_keeps_its_files(tmp_path):
 
 def test_doctor():
     parts = {finding["part"]: finding for finding in json.loads(run("doctor", "--json"))}
-    assert parts["torch"]["present"] and torch.__version__ in parts["torch"]["detail"]
+    # torch's own version names its build, which the distribution's may not.
+    version = torch.__version__.partition("+")[0]
+    assert parts["torch"]["present"] and version in parts["torch"]["detail"]
     assert "torch" in run("doctor")
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "sound"),
+    [("12.8", (9, 0), False), ("13.3", (9, 0), True), ("12.8", (8, 0), True)],
+)
+def test_doctor_reports_an_old_assembler_on_hopper(monkeypatch, version, capability, sound):
+    tool = SimpleNamespace(version=version, path="/usr/bin/ptxas")
+    knobs = SimpleNamespace(nvidia=SimpleNamespace(ptxas=tool))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(knobs=knobs))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    (finding,) = doctor._ptxas()
+    assert finding.present == sound and version in finding.detail
+    assert ("TRITON_PTXAS_PATH" in finding.detail) == (not sound)
 
 
 def test_version():

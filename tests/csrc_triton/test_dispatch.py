@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from types import ModuleType
 
@@ -101,9 +102,33 @@ def test_kernels_that_fail_their_self_check(monkeypatch, op, wrong):
     monkeypatch.setenv("V2L_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="^V2L_BACKEND=triton: the product kernels .* fail"):
         op.implementation(OnGpu(), rows=32)
-    # While a graph is captured nothing may wait for the device.
+
+
+@pytest.mark.filterwarnings("ignore:.*product kernels:RuntimeWarning")
+def test_a_capture_keeps_the_verdict_and_runs_no_check(monkeypatch, op, wrong, checked):
+    unchecked = dataclasses.replace(op)
+    assert op.implementation(OnGpu(), rows=32) is KERNELS
+    wrong["decode"] = 3
+    failed = dataclasses.replace(op)
+    assert failed.implementation(OnGpu(), rows=32) is REFERENCE
+    ran = len(checked)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert op.implementation(OnGpu(), rows=32) is KERNELS
+    assert failed.implementation(OnGpu(), rows=32) is REFERENCE
+    assert unchecked.implementation(OnGpu(), rows=32) is REFERENCE
+    assert len(checked) == ran
+
+
+def test_a_self_check_that_cannot_run(monkeypatch, op):
+    def raises(*_):
+        raise RuntimeError("Failed to find C compiler\nmore")
+
+    monkeypatch.setattr(Op, "wrong_elements", raises)
+    with pytest.warns(RuntimeWarning, match=r"failed \(Failed to find C compiler\); using plain"):
+        assert op.implementation(OnGpu(), rows=32) is REFERENCE
+    monkeypatch.setenv("V2L_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="^V2L_BACKEND=triton: .* set V2L_BACKEND=reference"):
+        op.implementation(OnGpu(), rows=32)
 
 
 def test_reference_is_the_reference_everywhere(monkeypatch, op):

@@ -14,12 +14,6 @@ import jinja2
 import numpy as np
 import pytest
 import torch
-from transformers.models.smolvlm import processing_smolvlm as reference
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-from transformers.models.smolvlm.video_processing_smolvlm import (
-    SmolVLMVideoProcessor,
-    get_resize_output_image_size,
-)
 from transformers.video_utils import VideoMetadata
 
 from v2l_fast.video import frame_views, normalize, resized_size, sample_indices
@@ -31,6 +25,16 @@ from v2l_fast.vlm.smolvlm_prompt import (
     frame_text,
     video_text,
 )
+
+# Older releases of transformers import torchvision here.
+FOLDER = "transformers.models.smolvlm"
+reference, images, videos = (
+    pytest.importorskip(f"{FOLDER}.{name}", exc_type=ImportError)
+    for name in ("processing_smolvlm", "image_processing_pil_smolvlm", "video_processing_smolvlm")
+)
+SmolVLMImageProcessorPil = images.SmolVLMImageProcessorPil
+SmolVLMVideoProcessor = videos.SmolVLMVideoProcessor
+get_resize_output_image_size = videos.get_resize_output_image_size
 
 
 def processor_stand_in(tokens_per_view: int) -> types.SimpleNamespace:

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.golden import relative
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.video.preprocess import frame_views, normalize
-from v2l_fast.vlm import load_backbone, smolvlm_prompt
+from v2l_fast.vlm import load_backbone, smolvlm, smolvlm_prompt
 
 
 def views(clip) -> torch.Tensor:
@@ -177,3 +177,9 @@ def test_an_unknown_name(tmp_path):
     for name in (tmp_path / "missing", "nobody/nothing"):
         with pytest.raises(CheckpointError, match="cannot read the base model's config"):
             load_backbone(name)
+
+
+@pytest.mark.parametrize("side", [4, 6, 27, 32])
+def test_patches_of_a_full_view_are_numbered_in_order(side):
+    """At the sides of all models here; 27 is the 2.2B shape's, which bfloat16 gets wrong."""
+    assert smolvlm._patch_positions(side).tolist() == list(range(side**2))

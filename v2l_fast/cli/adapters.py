@@ -40,6 +40,9 @@ from v2l_fast.errors import ConfigError, VideoError, WriteError
 if TYPE_CHECKING:
     from v2l_fast.hypernet.adapter import Adapter
 
+# Videos or questions that do not make up for the minutes that compiling takes on a GPU.
+FEW = 32
+
 
 @options("Many videos")
 class CorpusOptions:
@@ -114,7 +117,7 @@ def internalize(
         raise ConfigError("two videos have the same name: internalize them into different folders")
     for target in targets:
         check_output(target, videos, force)
-    model = loading.load()
+    model = loading.load(compile=None if len(videos) > FEW else False)
     rows: list[dict[str, Any]] = []
     for video, target in zip(videos, targets, strict=True):
         try:
@@ -171,7 +174,7 @@ def ask(
         raise typer.BadParameter(f"name at least one adapter file{hint}")
     if not questions:
         raise typer.BadParameter("ask at least one question")
-    model = loading.load()
+    model = loading.load(compile=None if len(items) > FEW else False)
     names = [*files, *(["(no adapter)"] if plain else [])]
     adapters = [*(model.load_adapter(file) for file in files), *([None] if plain else [])]
     answers = model.answer(

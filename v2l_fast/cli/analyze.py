@@ -125,7 +125,7 @@ def effect(
     v2l analyze effect clip.safetensors "What happens in the video?"
     """
     check_text(question)
-    model = loading.load()
+    model = loading.load(compile=False)
     result = model.effect(model.load_adapter(file), question)
     if as_json:
         show_json(asdict(result))
@@ -162,7 +162,7 @@ def norms(
     from v2l_fast.evaluation.ablations import adapter_norms
     from v2l_fast.evaluation.plots import plot_norms
 
-    model = loading.load()
+    model = loading.load(compile=False)
     record = adapter_norms(model, [model.load_adapter(path) for path in files])
     rows = [
         {"module": module, "layer": layer, "norm": norm, "relative_norm": relative}

@@ -66,7 +66,7 @@ def export(
     for folder in (peft, llama, vllm_adapter):
         if folder is not None:
             check_new_folder(folder, inputs, force)
-    model = loading.load()
+    model = loading.load(compile=False)
     if llama is not None:
         export_text_decoder(model.backbone.model, llama, model.backbone.tokenizer)
         say(f"{llama}: the text decoder as LlamaForCausalLM")

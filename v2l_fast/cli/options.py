@@ -142,8 +142,12 @@ class ModelOptions:
         callback=one_of("float32", "bfloat16", "float16"),
     )
 
-    def load(self) -> Video2LoRA:
+    def load(self, compile: bool | None = None) -> Video2LoRA:
         """Load the model, and report it if it takes long.
+
+        Args:
+            compile: as for ``Video2LoRA.from_pretrained``; False for a few passes, which would not
+                make up for minutes of compiling.
 
         Raises:
             ConfigError: the device does not exist.
@@ -158,7 +162,7 @@ class ModelOptions:
             check_device(self.device)
             dtype = None if self.dtype is None else getattr(torch, self.dtype)
             return Video2LoRA.from_pretrained(
-                self.model, base=self.base, device=self.device, dtype=dtype
+                self.model, base=self.base, device=self.device, dtype=dtype, compile=compile
             )
 
 

@@ -249,7 +249,7 @@ def layer_removal(
 def mean_layer_norms(adapters: Sequence[Adapter]) -> dict[str, list[float]]:
     """Module -> [L] Frobenius norm of the generated update, mean over adapters."""
     norms = [adapter.norms()["layer"] for adapter in adapters]
-    return {m: torch.stack([n[m] for n in norms]).mean(0).tolist() for m in norms[0]}
+    return {m: torch.stack([n[m].cpu() for n in norms]).mean(0).tolist() for m in norms[0]}
 
 
 def adapter_norms(model: Video2LoRA, adapters: Sequence[Adapter]) -> dict[str, Any]:

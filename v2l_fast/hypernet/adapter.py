@@ -213,6 +213,8 @@ class Adapter:
     def compose(adapters: Sequence[Adapter]) -> Adapter:
         """Adapters of consecutive chunks as one: concatenated in rank, the bias once (Section 5.6).
 
+        On the GPU that one of them is on, else on the CPU.
+
         Raises:
             AdapterError: no adapters, or adapters of different models.
         """
@@ -232,8 +234,10 @@ class Adapter:
                         f"adapter {index} has another {what} than adapter 0 ({theirs} against "
                         f"{mine}): only adapters of one hypernetwork compose"
                     )
+        devices = [next(iter(x.A.values())).device for x in adapters]
+        device = next((d for d in devices if d.type != "cpu"), devices[0])
         a, b = (
-            {m: torch.cat([getattr(x, name)[m] for x in adapters], 1) for m in first.A}
+            {m: torch.cat([getattr(x, name)[m].to(device) for x in adapters], 1) for m in first.A}
             for name in ("A", "B")
         )
         bias = next((x.bias for x in adapters if x.bias is not None), None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from csrc_triton import lora_linear
+from v2l_fast.device import send
 from v2l_fast.errors import AdapterError
 from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
 
@@ -69,6 +70,7 @@ class AdapterBank:
                 distinct.append(adapter)
         if not distinct:
             return None
+        device = torch.device(device)
         first = distinct[0]
         if any(set(a.A) != set(first.A) or a.scale != first.scale for a in distinct):
             raise AdapterError("adapters of different models or scales cannot share a batch")
@@ -81,13 +83,13 @@ class AdapterBank:
                 shape = like.shape[0], len(merged), max(ranks), like.shape[2]
                 wide = torch.zeros(shape, device=device, dtype=dtype)
                 for slot, rank in enumerate(ranks):
-                    wide[:, slot, :rank] = merged[slot][side][module]
+                    wide[:, slot, :rank] = send(merged[slot][side][module], device)
                 factors[module] = wide
             return factors
 
-        index = torch.tensor([slots.get(id(adapter), -1) for adapter in adapters], device=device)
-        ragged = torch.tensor(ranks, device=device) if len(set(ranks)) > 1 else None
-        return cls(packed(0), packed(1), index, first.scale, ragged)
+        index = torch.tensor([slots.get(id(adapter), -1) for adapter in adapters])
+        ragged = send(torch.tensor(ranks), device) if len(set(ranks)) > 1 else None
+        return cls(packed(0), packed(1), send(index, device), first.scale, ragged)
 
     def apply(self, module: str, layer: int, linear: nn.Linear, x: Tensor) -> Tensor:
         """``linear`` with each example's adapter: [E, T, d_in] -> [E, T, d_out].

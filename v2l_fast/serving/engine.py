@@ -33,7 +33,8 @@ from v2l_fast.serving.request import (
     user_facing_error,
 )
 from v2l_fast.serving.scheduler import Scheduler
-from v2l_fast.video import FrameSampling
+from v2l_fast.video import Clip, FrameSampling
+from v2l_fast.work_units import run_to_completion
 
 # Adapters kept in host memory for each slot on the device.
 HOST_ADAPTERS_PER_SLOT = 16
@@ -367,8 +368,13 @@ class Engine:
     # --- in the engine's thread -------------------------------------------------------------------
 
     def _run(self, warm_up: bool) -> None:
+        device = self._model.backbone.decoder.device
+        if device.type == "cuda":
+            # Graphs and streams belong to the thread's current device.
+            torch.cuda.set_device(device)
         if warm_up:
             self._guard(self._scheduler.warm_up)
+            self._guard(self._warm_up_videos)
         self._ready.set()
         while True:
             with self._changed:
@@ -384,6 +390,14 @@ class Engine:
                     return
             self._guard(self._step)
             self._interleaver.run_unit()
+
+    def _warm_up_videos(self) -> None:
+        """Compile what turns a video into an adapter, before a request for it stops the answers."""
+        if not self._model.backbone.decoder.is_compiled:
+            return
+        edge = self._model.config.longest_edge
+        clip = Clip.from_frames(torch.zeros(2, 3, edge * 3 // 4, edge, dtype=torch.uint8), fps=1.0)
+        run_to_completion(self._model.iter_internalize(clip))
 
     @torch.inference_mode()
     def _guard(self, work: Callable[[], None]) -> None:

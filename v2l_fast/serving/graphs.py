@@ -4,10 +4,13 @@ Launching a decode step from Python takes longer than computing it. A step is ca
 number of rows (a power of two), reach of the attention (a power of two) and adapter bank; a prefill
 for a single short prompt, the common case of a first token. Everything that changes is in tensors
 that keep their addresses. :class:`ModelRunner` alone defines what a pass computes.
+
+A pass whose capture fails runs without a graph.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +21,14 @@ from v2l_fast.generation.runner import ModelRunner
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm.decoder import Decoder
 
+log = logging.getLogger(__name__)
+
 MIN_REACH = 256
 MIN_PROMPT, MAX_PROMPT = 16, 128
 
 
-@dataclass(frozen=True)
+# Compared by identity: a comparison of tensors is no bool.
+@dataclass(frozen=True, eq=False)
 class _CapturedPass:
     """A graph, its inputs and its output; holds the bank so that its id is not reused."""
 
@@ -37,7 +43,8 @@ class CudaGraphRunner(ModelRunner):
 
     def __init__(self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]) -> None:
         super().__init__(decoder, size, context, stop_ids)
-        self._graphs: dict[tuple, _CapturedPass] = {}
+        # None: the capture of the pass has failed.
+        self._graphs: dict[tuple, _CapturedPass | None] = {}
         self._pool: tuple[int, int] | None = None
 
     def captured_sizes(self) -> list[tuple[int, int]]:
@@ -51,6 +58,15 @@ class CudaGraphRunner(ModelRunner):
             length *= 2
         return sizes
 
+    def capture_long(self, adapters: AdapterBank | None) -> None:
+        """Capture the decode steps that reach further than MIN_REACH; no request may run."""
+        self._positions.zero_()
+        reach = 2 * MIN_REACH
+        while reach < 2 * self.cache.capacity:
+            for count in {min(_next_power_of_two(n), self.size) for n in range(1, self.size + 1)}:
+                self.run_decode(count, min(reach, self.cache.capacity), adapters)
+            reach *= 2
+
     def run_decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
         rows = min(_next_power_of_two(count), self.size)
         reach = min(max(_next_power_of_two(limit), MIN_REACH), self.cache.capacity)
@@ -58,10 +74,14 @@ class CudaGraphRunner(ModelRunner):
         self._positions[count:rows] = 0
         self._slots[count:rows] = -1
         key = ("decode", rows, reach, id(adapters))
-        if key not in self._graphs:
-            run = super().run_decode
-            self._graphs[key] = self._capture(lambda: run(rows, reach, adapters), (), adapters)
-        captured = self._graphs[key]
+        run = super().run_decode
+
+        def capture() -> _CapturedPass:
+            return self._capture(lambda: run(rows, reach, adapters), (), adapters)
+
+        captured = self._captured(key, capture)
+        if captured is None:
+            return run(count, limit, adapters)
         captured.graph.replay()
         return captured.output[:count]
 
@@ -74,10 +94,14 @@ class CudaGraphRunner(ModelRunner):
         if count > 1 or length > min(MAX_PROMPT, self.cache.capacity):
             return run(embeddings, rows, last, adapters)
         key = ("prefill", length, id(adapters))
-        if key not in self._graphs:
+
+        def capture() -> _CapturedPass:
             inputs = (embeddings.new_zeros(1, length, width), rows.clone(), last.clone())
-            self._graphs[key] = self._capture(lambda: run(*inputs, adapters), inputs, adapters)
-        captured = self._graphs[key]
+            return self._capture(lambda: run(*inputs, adapters), inputs, adapters)
+
+        captured = self._captured(key, capture)
+        if captured is None:
+            return run(embeddings, rows, last, adapters)
         held, held_rows, held_last = captured.inputs
         # The prompt never attends to the padding behind it.
         held[:, :longest] = embeddings
@@ -86,15 +110,35 @@ class CudaGraphRunner(ModelRunner):
         captured.graph.replay()
         return captured.output
 
+    def _captured(self, key: tuple, capture: Callable[[], _CapturedPass]) -> _CapturedPass | None:
+        """The pass of ``key``, which ends with its bank's id, captured now if it is new; None if it
+        cannot be captured."""
+        if key not in self._graphs:
+            self._drop_outdated(key[-1])
+            try:
+                self._graphs[key] = capture()
+            except torch.OutOfMemoryError:
+                # Without a graph now; there may be memory for one at the next step.
+                torch.cuda.empty_cache()
+                return None
+            except Exception as error:
+                log.warning("the pass %s runs without a CUDA graph", key[:-1], exc_info=error)
+                self._graphs[key] = None
+        return self._graphs[key]
+
+    def _drop_outdated(self, bank: int) -> None:
+        """Drop the graphs of the bank before ``bank``, which is never used again."""
+        if bank != id(None):
+            for key in [key for key in self._graphs if key[-1] not in (id(None), bank)]:
+                del self._graphs[key]
+        if not any(self._graphs.values()):
+            # The allocator frees a pool without graphs, and refuses captures into it afterwards.
+            self._pool = None
+
     def _capture(
         self, run: Callable[[], Tensor], inputs: tuple[Tensor, ...], adapters: AdapterBank | None
     ) -> _CapturedPass:
         """Capture a pass; the runs before and during the capture write the same values."""
-        if adapters is not None:
-            # A bank that was replaced is never used again.
-            outdated = [k for k, c in self._graphs.items() if c.adapters not in (None, adapters)]
-            for key in outdated:
-                del self._graphs[key]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

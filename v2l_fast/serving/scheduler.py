@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
+from v2l_fast.generation.sampling import on_device
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video2LoRA
@@ -98,6 +99,9 @@ class Scheduler:
                     self.runner.decode(bank)
                 finally:
                     self.runner.requests.clear()
+        if isinstance(self.runner, CudaGraphRunner):
+            for bank in (None,) if self._merged else (None, self.adapters.bank):
+                self.runner.capture_long(bank)
 
     def schedule(self, waiting: deque[StreamingRequest]) -> None:
         """Move the requests that can join the batch now out of the queue; see the module.
@@ -204,7 +208,7 @@ class Scheduler:
         if isinstance(prompt, Tensor):
             return prompt
         decoder = self.runner.decoder
-        return decoder.embed(torch.tensor(prompt, device=decoder.device))
+        return decoder.embed(on_device(prompt, torch.long, decoder.device))
 
     # --- out to the readers -----------------------------------------------------------------------
 

@@ -306,7 +306,10 @@ class DaliDecoder:
 
     def _run(self, requests: Sequence[DecodeRequest]) -> list[torch.Tensor]:
         self.num_batches += 1
+        # Without a stream, DALI may write to a buffer again while work of PyTorch's still reads it.
+        on_gpu = self.device.type == "cuda"
         (out,) = self._pipeline.run(
+            torch.cuda.current_stream(self.device) if on_gpu else None,
             encoded=[request.encoded for request in requests],
             indices=[request.indices for request in requests],
         )

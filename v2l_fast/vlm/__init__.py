@@ -72,6 +72,10 @@ def _load(
             f"{name_or_path}: cannot read the base model's config ({reason}); "
             "give a folder with config.json or a model id you have access to"
         ) from None
+    if torch.device(device).type == "cuda":
+        # PyTorch prefers cuDNN's attention on Hopper, which builds a plan for every new length, and
+        # every prompt has one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     family = FAMILIES.get(str(config.model_type))
     if family is None:
         raise CheckpointError(

@@ -64,6 +64,7 @@ class SmolVLM:
         self.views_per_unit = min(VIEWS_PER_CHUNK, affordable)
         self.image_token_id = model.config.image_token_id
         self.stop_ids = _stop_ids(model, tokenizer)
+        self._patch_positions = _patch_positions(side).to(self.decoder.device)
         self._encode_pixels = SmolVLM.encode_pixels
 
     def compile(self, backend: str = "inductor") -> None:
@@ -199,8 +200,13 @@ class SmolVLM:
         side = tower.embeddings.image_size
         if (pixels.shape[1], pixels.shape[2], pixels.shape[3]) != (3, side, side):
             raise ValueError(f"views must be [V, 3, {side}, {side}], not {list(pixels.shape)}")
-        hidden = tower(pixel_values=pixels).last_hidden_state
-        return self.model.model.connector(hidden)
+        # The tower's own forward waits for the device to find out that all patches are visible, and
+        # some versions of it compute the positions in bfloat16, which is too coarse.
+        embeddings = tower.embeddings
+        hidden = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        hidden = hidden + embeddings.position_embedding(self._patch_positions)
+        hidden = tower.encoder(inputs_embeds=hidden).last_hidden_state
+        return self.model.model.connector(tower.post_layernorm(hidden))
 
     @torch.no_grad()
     def embed(self, ids: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
@@ -228,6 +234,15 @@ class SmolVLM:
             0, send(torch.from_numpy(index), device), rows.to(device, embeddings.dtype)
         )
         return embeddings
+
+
+def _patch_positions(side: int) -> Tensor:
+    """Position of each patch of a full square view [side²], as transformers 4.51.3 computes it."""
+    boundaries = torch.arange(1 / side, 1.0, 1 / side)
+    # Its step is a float32 number, which matters for some sides.
+    fractions = torch.arange(0, 1 - 1e-6, float(np.float32(1 / side)))
+    row = torch.bucketize(fractions, boundaries, right=True)
+    return (row[:, None] * side + row).flatten()
 
 
 def _stop_ids(
