@@ -195,6 +195,23 @@ def _obstacle(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+# --- products of the references --------------------------------------------------------------
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a reference multiplies: x's on the tensor cores of a GPU, else at least
+    float32."""
+    on_tensor_cores = x.device.type == "cuda" and x.dtype.itemsize == 2
+    return x.dtype if on_tensor_cores else torch.promote_types(x.dtype, torch.float32)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """[N, I, J] and [N, J, K] to [N, I, K], accumulated and returned in float32 or wider."""
+    if a.dtype.itemsize == 2:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b)
+
+
 # --- inputs of self-checks -------------------------------------------------------------------
 
 

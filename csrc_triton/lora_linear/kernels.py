@@ -20,8 +20,11 @@ memory, never from registers that were computed on: ptxas before 13.3 miscompile
 with such an operand (triton#9433).
 
 Decoding, one token an example, is bound by memory: W is 4.9 MB, an adapter of rank r 7 r KB, 64
-adapters of rank 32 are 14.4 MB; floor 1.2 and 2.5 us for W, 3.4 and 7.2 us for those adapters. A
-split-K GEMV over A comes first, then a skinny GEMM over W whose epilogue adds u B.
+adapters of rank 32 are 14.4 MB; floor 1.2 and 2.5 us for W, 3.4 and 7.2 us for those adapters. The
+product with W is cuBLAS's, so a decoded token has the bits of a prefilled one up to the adapter's
+share; a split-K GEMV over A and a kernel that sums its splits and adds u B to y follow. A skinny
+GEMM of ours with that sum in its epilogue is one chain of 160 dependent products a program:
+predicted 13 us at 16 examples and 27 us at 64 on an H100, against 8 us for the three launches.
 
 x and the gradients are viewed as rows, copied only where their strides do not allow a view; W and
 the adapters are read with their own strides.
@@ -41,8 +44,6 @@ from csrc_triton import device
 from csrc_triton.aot import SECTIONS, AotCase
 
 OP = "lora_linear"
-# The largest tile of examples that decodes; with more, W would be read more than once.
-MAX_DECODED = 64
 
 # Tile sizes by the name of the kernel.
 Config = Mapping[str, Mapping[str, int]]
@@ -129,9 +130,10 @@ def _expand(
     delta = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for start in range(0, used, BLOCK_R):
         slots = start + tl.arange(0, BLOCK_R)
+        # u is 0 in unused slots; a mask by the rank, which is a multiple of 16, keeps wide loads.
         u_tile = tl.load(
             u_rows + slots[None, :],
-            mask=(rows < end)[:, None] & (slots < used)[None, :],
+            mask=(rows < end)[:, None] & (slots < rank)[None, :],
             other=0.0,
         )
         f_tile = tl.load(
@@ -175,7 +177,7 @@ def _reduce(
             rows = begin + block * BLOCK_T + tl.arange(0, BLOCK_T)
             u_tile = tl.load(
                 u + rows[None, :] * rank + slots[:, None],
-                mask=(rows < end)[None, :] & (slots < used)[:, None],
+                mask=(rows < end)[None, :] & (slots < rank)[:, None],
                 other=0.0,
             )
             x_tile = tl.load(
@@ -194,14 +196,14 @@ def _reduce(
     )
 
 
-@triton.jit(do_not_specialize=["examples", "adapters", "span"])
+@triton.jit(do_not_specialize=["examples", "adapters", "blocks"])
 def _decode_shrink(
     x, factor, partial, index, ranks,
-    examples, adapters, span, width, rank,
+    examples, adapters, blocks, width, rank,
     stride_xt, stride_xd, stride_fn, stride_fr, stride_fd,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, e, r] = sum_k x[e, k] factor[adapter of e, r, k] over a split's span of k."""
+    """partial[split, e, r] = sum of x[e, k] factor[adapter of e, r, k] over a split's blocks."""
     example = tl.program_id(0)
     split = tl.program_id(2)
     adapter = tl.load(index + example).to(tl.int64)
@@ -210,14 +212,15 @@ def _decode_shrink(
     f_rows = factor + adapter * stride_fn + slots[:, None] * stride_fr
     x_row = x + example.to(tl.int64) * stride_xt
     products = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    first = split * span
-    last = tl.where(tl.program_id(1) * BLOCK_R < used, tl.minimum(first + span, width), first)
-    for start in range(first, last, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(x_row + k * stride_xd, mask=k < last, other=0.0)
+    first = split * blocks * BLOCK_K
+    span = tl.where(tl.program_id(1) * BLOCK_R < used, blocks * BLOCK_K, 0)
+    for done in range(0, span, BLOCK_K):
+        # The mask compares with the width alone, a multiple of 16, which keeps wide loads.
+        k = first + done + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(x_row + k * stride_xd, mask=k < width, other=0.0)
         f_tile = tl.load(
             f_rows + k[None, :] * stride_fd,
-            mask=(slots < used)[:, None] & (k < last)[None, :],
+            mask=(slots < used)[:, None] & (k < width)[None, :],
             other=0.0,
         )
         products += f_tile.to(x_tile.dtype).to(tl.float32) * x_tile.to(tl.float32)[None, :]
@@ -227,62 +230,44 @@ def _decode_shrink(
 
 
 @triton.jit(do_not_specialize=["examples", "adapters", "splits"])
-def _decode_linear(
-    x, weight, bias, factor, partial, out, index, ranks, scale,
-    examples, adapters, splits, d_in, d_out, rank,
-    stride_xt, stride_xd, stride_wo, stride_wi, stride_fn, stride_fr, stride_fd,
-    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _decode_expand(
+    y, factor, partial, index, ranks, scale,
+    examples, adapters, splits, d_out, rank,
+    stride_fn, stride_fr, stride_fd,
+    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[e, n] = x[e] W[n] (+ bias[n]) + scale * sum_r (sum_split partial[e, r]) factor[., r, n].
+    """y[e, n] += scale * sum_r (sum_split partial[split, e, r]) factor[adapter of e, r, n].
 
-    The epilogue handles all examples of a tile at once and masks ragged ranks: a loop over examples
-    would wait for memory once per example.
+    SPLITS is ``splits`` or the next power of two: the splits are one load, and no load waits for
+    another. Rows without adapter stay as they are.
     """
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = x + e.to(tl.int64)[:, None] * stride_xt
-    w_rows = weight + columns.to(tl.int64)[None, :] * stride_wo
-    total = tl.zeros((BLOCK_E, BLOCK_N), dtype=tl.float32)
-    for start in range(0, d_in, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(
-            x_rows + k[None, :] * stride_xd,
-            mask=(e < examples)[:, None] & (k < d_in)[None, :],
-            other=0.0,
-        )
-        w_tile = tl.load(
-            w_rows + k[:, None] * stride_wi,
-            mask=(columns < d_out)[None, :] & (k < d_in)[:, None],
-            other=0.0,
-        )
-        total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
-    adapter = tl.load(index + e, mask=e < examples, other=-1).to(tl.int64)
+    example = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    adapter = tl.load(index + example).to(tl.int64)
     used = _used_rank(adapter, ranks, rank, adapters)
-    f_rows = factor + adapter[:, None, None] * stride_fn + columns[None, None, :] * stride_fd
-    delta = tl.zeros((BLOCK_E, BLOCK_N), dtype=tl.float32)
-    for start in range(0, tl.max(used, axis=0), BLOCK_R):
+    if used <= 0:
+        return
+    out = y + example.to(tl.int64) * d_out + columns
+    base = tl.load(out, mask=columns < d_out, other=0.0).to(tl.float32)
+    f_columns = factor + adapter * stride_fn + columns[None, :] * stride_fd
+    split = tl.arange(0, SPLITS)
+    p_rows = partial + (split * examples + example).to(tl.int64)[:, None] * rank
+    delta = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(0, used, BLOCK_R):
         slots = start + tl.arange(0, BLOCK_R)
-        live = slots[None, :] < used[:, None]
-        u = tl.zeros((BLOCK_E, BLOCK_R), dtype=tl.float32)
-        for split in range(0, splits):
-            row = (split * examples + e).to(tl.int64) * rank
-            u += tl.load(partial + row[:, None] + slots[None, :], mask=live, other=0.0)
-        f_tile = tl.load(
-            f_rows + slots[None, :, None] * stride_fr,
-            mask=live[:, :, None] & (columns < d_out)[None, None, :],
+        parts = tl.load(
+            p_rows + slots[None, :],
+            mask=(split < splits)[:, None] & (slots < rank)[None, :],
             other=0.0,
         )
-        f_tile = f_tile.to(x.dtype.element_ty).to(tl.float32)
-        delta += tl.sum(u[:, :, None] * f_tile, axis=1)
-    total += scale * delta
-    if bias is not None:
-        total += tl.load(bias + columns, mask=columns < d_out, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + e.to(tl.int64)[:, None] * d_out + columns[None, :],
-        total.to(out.dtype.element_ty),
-        mask=(e < examples)[:, None] & (columns < d_out)[None, :],
-    )
+        f_tile = tl.load(
+            f_columns + slots[:, None] * stride_fr,
+            mask=(slots < used)[:, None] & (columns < d_out)[None, :],
+            other=0.0,
+        )
+        u = tl.sum(parts, axis=0)
+        delta += tl.sum(u[:, None] * f_tile.to(y.dtype.element_ty).to(tl.float32), axis=0)
+    tl.store(out, (base + scale * delta).to(y.dtype.element_ty), mask=columns < d_out)
 
 
 # --- launches --------------------------------------------------------------------------------
@@ -394,41 +379,52 @@ def reduce(
     return parts[0] if splits == 1 else parts.sum(0).to(factor.dtype)
 
 
-def decode(
+def decode_shrink(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    factor: Tensor,
     adapter_index: Tensor,
-    scale: float,
     ranks: Tensor | None,
-    config: Config | None,
+    config: Config | None = None,
 ) -> Tensor:
-    """y [E, d_out] for one token an example, x [E, d_in]; u is not kept."""
-    (examples, d_in), (adapters, rank, _), d_out = x.shape, lora_a.shape, weight.shape[0]
+    """Parts [splits, E, r] in float32 whose sum is x factor_iᵀ, for x [E, d], factor [n, r, d].
+
+    Slots an adapter does not use, and rows of examples without an adapter, are zero.
+    """
+    (examples, width), (adapters, rank, _) = x.shape, factor.shape
     tile = tile_of("decode_shrink", x, config, examples=examples, rank=rank)
     tile["BLOCK_R"] = block_of_ranks(tile["BLOCK_R"], rank)
     programs = tile.pop("programs")
     grid = (examples, triton.cdiv(rank, tile["BLOCK_R"]))
-    blocks = triton.cdiv(d_in, tile["BLOCK_K"])
+    blocks = triton.cdiv(width, tile["BLOCK_K"])
     per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, grid[0] * grid[1])))
     splits = triton.cdiv(blocks, per_split)
     partial = torch.empty(splits, examples, rank, dtype=torch.float32, device=x.device)
     _decode_shrink[(*grid, splits)](
-        x, lora_a, partial, adapter_index, ranks,
-        examples, adapters, per_split * tile["BLOCK_K"], d_in, rank,
-        *x.stride(), *lora_a.stride(), **tile,
+        x, factor, partial, adapter_index, ranks,
+        examples, adapters, per_split, width, rank,
+        *x.stride(), *factor.stride(), **tile,
     )  # fmt: skip
-    tile = tile_of("decode_linear", x, config, examples=examples, d_out=d_out)
-    out = torch.empty(examples, d_out, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(d_out, tile["BLOCK_N"]), triton.cdiv(examples, tile["BLOCK_E"]))
-    _decode_linear[grid](
-        x, weight, bias, lora_b, partial, out, adapter_index, ranks, scale,
-        examples, adapters, splits, d_in, d_out, rank,
-        *x.stride(), *weight.stride(), *lora_b.stride(), PRECISION=precision(x), **tile,
+    return partial
+
+
+def decode_expand_(
+    y: Tensor,
+    partial: Tensor,
+    factor: Tensor,
+    adapter_index: Tensor,
+    scale: float,
+    ranks: Tensor | None,
+    config: Config | None = None,
+) -> None:
+    """y [E, d] += scale · (sum of ``partial``) factor_i in place; y and partial contiguous."""
+    (adapters, rank, width), (splits, examples, _) = factor.shape, partial.shape
+    tile = tile_of("decode_expand", y, config, examples=examples, rank=rank)
+    tile["BLOCK_R"] = block_of_ranks(tile["BLOCK_R"], rank)
+    _decode_expand[(examples, triton.cdiv(width, tile["BLOCK_N"]))](
+        y, factor, partial, adapter_index, ranks, scale,
+        examples, adapters, splits, width, rank,
+        *factor.stride(), SPLITS=triton.next_power_of_2(splits), **tile,
     )  # fmt: skip
-    return out
 
 
 def lora_linear(
@@ -445,29 +441,26 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.lora_linear``.
 
-    Up to 64 examples of one token each take the decode kernels, whose GEMM is not cuBLAS: their
-    bits differ from a prefill's.
+    Examples of one token each whose u is not kept take the decode kernels.
 
     Args:
-        config: tile sizes by kernel (shrink, expand, decode_shrink, decode_linear) instead of those
+        config: tile sizes by kernel (shrink, expand, decode_shrink, decode_expand) instead of those
             of configs.json.
     """
     rows, index = x.reshape(-1, x.shape[-1]), adapter_index.contiguous()
     ranks = None if ranks is None else ranks.contiguous()
-    bias = None if bias is None else bias.contiguous()
     if rows.numel() == 0 or lora_a.numel() == 0:
         u = rows.new_zeros(rows.shape[0] if keep else 0, lora_a.shape[1])
         return F.linear(x, weight, bias), u
-    decodes = index.numel() == rows.shape[0] <= MAX_DECODED
     with torch.cuda.device_of(x):
-        u = rows.new_empty(0, lora_a.shape[1])
-        if keep or not decodes:
-            u = shrink(rows, lora_a, index, scale, ranks, config)
-        if decodes:
-            y = decode(rows, weight, bias, lora_a, lora_b, index, scale, ranks, config)
+        # A new tensor, so the adapters' share may be added to it in place.
+        y = F.linear(rows, weight, bias)
+        if index.numel() == rows.shape[0] and not keep:
+            partial = decode_shrink(rows, lora_a, index, ranks, config)
+            decode_expand_(y, partial, lora_b, index, scale, ranks, config)
+            u = rows.new_empty(0, lora_a.shape[1])
         else:
-            # A new tensor, so the adapters' share may be added to it in place.
-            y = F.linear(rows, weight, bias)
+            u = shrink(rows, lora_a, index, scale, ranks, config)
             expand_(y, u, lora_b, index, ranks, config)
     return y.view(*x.shape[:-1], weight.shape[0]), u if keep else u.new_empty(0, u.shape[1])
 
@@ -508,14 +501,14 @@ KERNELS = {
     "expand": _expand,
     "reduce": _reduce,
     "decode_shrink": _decode_shrink,
-    "decode_linear": _decode_linear,
+    "decode_expand": _decode_expand,
 }
 
 
 def aot_cases() -> list[AotCase]:
     """Every kernel with every configuration, at the widths of the 500M shape.
 
-    Half precision has ragged ranks and a bias, float32 neither.
+    Half precision has ragged ranks, float32 does not.
     """
     return [
         _aot_case(architecture, entry["where"], entry["config"])
@@ -533,13 +526,12 @@ def _aot_case(
     tile["BLOCK_R"] = block_of_ranks(tile["BLOCK_R"], rank)
     constants = {
         **tile,
-        **dict.fromkeys(("stride_xd", "stride_fd", "stride_wi"), 1),
-        **dict.fromkeys(() if half else ("ranks", "bias"), None),
+        **dict.fromkeys(("stride_xd", "stride_fd"), 1),
+        **dict.fromkeys(() if half else ("ranks",), None),
+        "SPLITS": 16,
         "PRECISION": "tf32" if half else "ieee",
     }
-    values = dict.fromkeys(
-        ("x", "factor", "out", "u", "y", "weight", "bias"), "*bf16" if half else "*fp32"
-    )
+    values = dict.fromkeys(("x", "factor", "out", "u", "y"), "*bf16" if half else "*fp32")
     values |= dict.fromkeys(("index", "ranks", "order"), "*i64")
     values |= {"bounds": "*i32", "partial": "*fp32", "scale": "fp32"}
     if kernel == "reduce":
@@ -547,7 +539,7 @@ def _aot_case(
     signature = {
         name: values.get(name, "i32") for name in function.arg_names if name not in constants
     }
-    lengths = {"tokens", "examples", "adapters", "splits", "span"}
+    lengths = {"tokens", "examples", "adapters", "splits", "blocks"}
     integers = {name for name, kind in signature.items() if kind == "i32"}
     flops, moved = _work(kernel, size, rank, where, tile)
     blocks = " ".join(f"{name[-1]}{value}" for name, value in tile.items())
@@ -560,7 +552,7 @@ def _aot_case(
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         architecture=architecture,
-        expects_mma=half and kernel != "decode_shrink",
+        expects_mma=half and not kernel.startswith("decode"),
         flops=flops,
         bytes=moved,
     )
@@ -571,7 +563,7 @@ def _work(
 ) -> tuple[int, int]:
     """FLOPs and bytes of one program at d_in 2,560; a reduction covers one example."""
     d_in = 2560
-    t, r, n, e = (tile.get(f"BLOCK_{axis}", 0) for axis in "TRNE")
+    t, r, n = (tile.get(f"BLOCK_{axis}", 0) for axis in "TRN")
     if kernel == "shrink":
         return 2 * t * r * d_in, size * (t * d_in + r * d_in + t * r)
     if kernel == "expand":
@@ -581,4 +573,4 @@ def _work(
         return 2 * tokens * r * n, size * tokens * (r + n) + 4 * r * n
     if kernel == "decode_shrink":
         return 2 * r * d_in, size * (r + 1) * d_in + 4 * r
-    return 2 * e * n * (d_in + rank), size * (n * d_in + e * (d_in + rank * n + n)) + 4 * e * rank
+    return 2 * n * rank, size * n * (rank + 2) + 4 * 16 * rank

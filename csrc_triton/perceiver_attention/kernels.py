@@ -39,6 +39,8 @@ epilogue: neither the context nor its gradient is read again for it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +48,7 @@ from torch import Tensor
 
 from csrc_triton import device
 from csrc_triton.aot import AotCase
+from csrc_triton.perceiver_attention.reference import visible_bounds
 
 OP = "perceiver_attention"
 MAX_WIDTH = 512
@@ -59,109 +62,141 @@ TRANSPOSED = tl.constexpr(2)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below every finite score, and finite: differences of two of them are never NaN.
 LOWEST = tl.constexpr(-3.0e38)
-SCAN = tl.constexpr(1024)
+# Tiles that a multiprocessor computes one after another, from which a fixed reference pays.
+FIXED_STEPS = 32
+# A weight relative to the reference of its row may grow to this before the row is computed again.
+LIMIT = tl.constexpr(2.0**60)
 
 
 @triton.jit
-def _visible_range(norms, S):
-    """First visible token and one past the last; equal when there is none."""
-    offsets = tl.arange(0, SCAN)
-    lows = tl.full([SCAN], 2147483647, tl.int32)
-    highs = tl.zeros([SCAN], tl.int32)
-    for start in range(0, S, SCAN):
-        tokens = start + offsets
-        visible = tl.load(norms + tokens, mask=tokens < S, other=0.0) != 0
-        lows = tl.where(visible, tl.minimum(lows, tokens), lows)
-        highs = tl.where(visible, tokens + 1, highs)
-    high = tl.max(highs, 0)
-    return tl.minimum(tl.min(lows, 0), high), high
+def _tile(norms, context, start, end, S, stride_xs, s, z, Z: tl.constexpr, BLOCK_Z: tl.constexpr):
+    """Norms [BLOCK_S] and context [BLOCK_S, BLOCK_Z] of the tokens from ``start`` on."""
+    norm = tl.load(norms + start + s, mask=start + s < end, other=0.0).to(tl.float32)
+    x_rows = context + start.to(tl.int64) * stride_xs
+    # Rows past the end repeat the last one: a mask on the contiguous axis alone keeps wide loads.
+    x_ptrs = x_rows + tl.minimum(s, S - 1 - start)[:, None] * stride_xs + z[None, :]
+    if Z == BLOCK_Z:
+        x = tl.load(x_ptrs)
+    else:
+        x = tl.load(x_ptrs, mask=(z < Z)[None, :], other=0.0)
+    return norm, x
 
 
 @triton.jit
-def _softmax_step(scores, norm, peak, total, AXIS: tl.constexpr):
-    """Folds a tile of scores into the running softmax; AXIS is the axis over tokens.
-
-    Returns the weights p · inv_rms relative to the new peak, the new peak, the new total, and the
-    factor by which older sums decay.
-    """
-    along = tl.expand_dims(norm, 1 - AXIS)
-    scores = tl.where(along != 0, scores * (along * LOG2E), float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, AXIS))
-    decay = tl.exp2(peak - new_peak)
-    probs = tl.exp2(scores - tl.expand_dims(new_peak, AXIS))
-    return probs * along, new_peak, total * decay + tl.sum(probs, AXIS), decay
+def _scores(q, x, norm, VAR: tl.constexpr):
+    """Scores in base 2, -inf where masked: [BLOCK_P, BLOCK_S] if PLAIN, else transposed."""
+    if VAR == TRANSPOSED:
+        scores = tl.dot(x, tl.trans(q), input_precision="ieee")
+    else:
+        scores = tl.dot(q, tl.trans(x), input_precision="ieee")
+        if VAR == TRANSPOSED_SOFTMAX:
+            scores = tl.trans(scores)
+    along = tl.expand_dims(norm, 0 if VAR == PLAIN else 1)
+    return tl.where(along != 0, scores * (along * LOG2E), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["stride_rn", "P", "S", "n_splits"])
+@triton.jit
+def _weights(scores, norm, peak, sums, VAR: tl.constexpr, ONLINE: tl.constexpr):
+    """Weights p · inv_rms of a tile of scores, the peak and sums that include it, and the factor by
+    which older products decay."""
+    AXIS: tl.constexpr = 1 if VAR == PLAIN else 0
+    decay = peak
+    if ONLINE:
+        new_peak = tl.maximum(peak, tl.max(scores, AXIS))
+        decay = tl.exp2(peak - new_peak)
+        sums *= tl.expand_dims(decay, AXIS)
+        peak = new_peak
+    probs = tl.exp2(scores - tl.expand_dims(peak, AXIS))
+    return probs * tl.expand_dims(norm, 1 - AXIS), peak, sums + probs, decay
+
+
+@triton.jit(do_not_specialize=["stride_rn", "S", "n_splits"])
 def attend(
-    query_ptr, context_ptr, inv_rms_ptr, out_ptr, lse_ptr,
+    query_ptr, context_ptr, inv_rms_ptr, bounds_ptr, out_ptr, lse_ptr, retry_ptr,
     stride_qn, stride_qp, stride_xn, stride_xs, stride_rn,
     P, S, n_splits,
     Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_Z: tl.constexpr,
-    VAR: tl.constexpr,
+    VAR: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows over one split of a slice's visible tokens.
 
     out [N, n_splits, P, Z] and lse [N, n_splits, P] get the split's own softmax average and natural
     log-sum-exp. Each split takes an equal share of the range from the first to the last visible
     token, in whole tiles.
+
+    With ``ONLINE`` the reference of a row's softmax is its largest score so far, else its largest
+    of the first tile; a program in which that is too small sets its element of retry [programs].
+    ``ONLINE`` computes those programs alone, or all of them if retry is None.
     """
     dtype: tl.constexpr = context_ptr.dtype.element_ty
     tiles = tl.cdiv(P, BLOCK_P)
     pid = tl.program_id(0)
+    if ONLINE:
+        if retry_ptr is not None:
+            if tl.load(retry_ptr + pid) == 0:
+                return
     split = (pid // tiles) % n_splits
     n = (pid // (tiles * n_splits)).to(tl.int64)
     rows = (pid % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     z = tl.arange(0, BLOCK_Z)
 
-    norms = inv_rms_ptr + n * stride_rn
-    low, high = _visible_range(norms, S)
+    low = tl.load(bounds_ptr + 2 * n)
+    high = tl.load(bounds_ptr + 2 * n + 1)
     share = tl.cdiv(tl.cdiv(high - low, BLOCK_S), n_splits) * BLOCK_S
     begin = low + split * share
     end = tl.minimum(begin + share, high)
 
-    # Rows past the end repeat the last one: a mask on the contiguous axis alone keeps wide loads.
     q_ptrs = query_ptr + n * stride_qn + tl.minimum(rows, P - 1)[:, None] * stride_qp + z[None, :]
     if Z == BLOCK_Z:
         q = tl.load(q_ptrs)
     else:
         q = tl.load(q_ptrs, mask=(z < Z)[None, :], other=0.0)
-    peak = tl.full([BLOCK_P], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_P], tl.float32)
+    s = tl.arange(0, BLOCK_S)
+    norms = inv_rms_ptr + n * stride_rn
+    context = context_ptr + n * stride_xn
+    # Sums stay spread over the tile until the end: a reduction across warps in every step is slow.
+    AXIS: tl.constexpr = 1 if VAR == PLAIN else 0
+    if VAR == PLAIN:
+        sums = tl.zeros([BLOCK_P, BLOCK_S], tl.float32)
+    else:
+        sums = tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
     if VAR == TRANSPOSED:
         acc = tl.zeros([BLOCK_Z, BLOCK_P], tl.float32)
     else:
         acc = tl.zeros([BLOCK_P, BLOCK_Z], tl.float32)
-
-    s = tl.arange(0, BLOCK_S)
-    context = context_ptr + n * stride_xn
+    peak = tl.full([BLOCK_P], LOWEST, tl.float32)
+    if not ONLINE:
+        norm, x = _tile(
+            norms, context, tl.minimum(begin, S - 1), end, S, stride_xs, s, z, Z, BLOCK_Z
+        )
+        peak = tl.maximum(peak, tl.max(_scores(q, x, norm, VAR), AXIS))
     for done in range(0, end - begin, BLOCK_S):
         start = begin + done
-        norm = tl.load(norms + start + s, mask=start + s < end, other=0.0).to(tl.float32)
-        x_rows = context + start.to(tl.int64) * stride_xs
-        x_ptrs = x_rows + tl.minimum(s, S - 1 - start)[:, None] * stride_xs + z[None, :]
-        if Z == BLOCK_Z:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(z < Z)[None, :], other=0.0)
-        if VAR == PLAIN:
-            scores = tl.dot(q, tl.trans(x), input_precision="ieee")
-            w, peak, total, decay = _softmax_step(scores, norm, peak, total, 1)
-            acc = tl.dot(w.to(dtype), x, acc * decay[:, None], input_precision="ieee")
-        elif VAR == TRANSPOSED_SOFTMAX:
-            scores = tl.trans(tl.dot(q, tl.trans(x), input_precision="ieee"))
-            w, peak, total, decay = _softmax_step(scores, norm, peak, total, 0)
-            w = tl.trans(w.to(dtype))
-            acc = tl.dot(w, x, acc * decay[:, None], input_precision="ieee")
-        else:
+        norm, x = _tile(norms, context, start, end, S, stride_xs, s, z, Z, BLOCK_Z)
+        if VAR == TRANSPOSED:
             w = tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
             decay = tl.zeros([BLOCK_P], tl.float32)
+            # Always true; it hides the second product from the rules that choose layouts.
             if start < S:
-                scores = tl.dot(x, tl.trans(q), input_precision="ieee")
-                w, peak, total, decay = _softmax_step(scores, norm, peak, total, 0)
+                scores = _scores(q, x, norm, VAR)
+                w, peak, sums, decay = _weights(scores, norm, peak, sums, VAR, ONLINE)
+            if ONLINE:
+                acc *= decay[None, :]
+            acc = tl.dot(tl.trans(x), w.to(dtype), acc, input_precision="ieee")
+        else:
+            scores = _scores(q, x, norm, VAR)
+            w, peak, sums, decay = _weights(scores, norm, peak, sums, VAR, ONLINE)
             w = w.to(dtype)
-            acc = tl.dot(tl.trans(x), w, acc * decay[None, :], input_precision="ieee")
+            if VAR == TRANSPOSED_SOFTMAX:
+                w = tl.trans(w)
+            if ONLINE:
+                acc *= decay[:, None]
+            acc = tl.dot(w, x, acc, input_precision="ieee")
 
+    total = tl.sum(sums, AXIS)
+    if not ONLINE:
+        # NaN is not above the limit: a context that is not finite stays visible in the output.
+        tl.store(retry_ptr + pid, (tl.max(total, 0) >= LIMIT).to(tl.int32))
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) / LOG2E)
@@ -177,12 +212,13 @@ def attend(
     )
 
 
-@triton.jit(do_not_specialize=["P", "n_splits"])
+@triton.jit(do_not_specialize=["n_splits"])
 def combine(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, P, n_splits,
-    Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Z: tl.constexpr,
+    Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Z: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of a tile of rows by log-sum-exp, first split to last."""
+    """Merges the splits of a tile of rows by log-sum-exp; SPLITS is n_splits or the next power of
+    two, and no load waits for another."""
     tiles = tl.cdiv(P, BLOCK_P)
     n = (tl.program_id(0) // tiles).to(tl.int64)
     rows = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -191,22 +227,22 @@ def combine(
     inside = real[:, None] & (z < Z)[None, :]
     first = n * n_splits * P + rows
 
-    peak = tl.full([BLOCK_P], float("-inf"), tl.float32)
-    for split in range(0, n_splits):
-        part = tl.load(part_lse_ptr + first + split * P, mask=real, other=float("-inf"))
-        peak = tl.maximum(peak, part)
+    split = tl.arange(0, SPLITS)
+    present = real[:, None] & (split < n_splits)[None, :]
+    lse_ptrs = part_lse_ptr + first[:, None] + split[None, :] * P
+    part_lse = tl.load(lse_ptrs, mask=present, other=float("-inf"))
+    peak = tl.max(part_lse, 1)
     # A row that sees nothing has peak -inf: subtract 0 there, so that exp gives 0 and not NaN.
     base = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.zeros([BLOCK_P], tl.float32)
-    acc = tl.zeros([BLOCK_P, BLOCK_Z], tl.float32)
-    for split in range(0, n_splits):
-        at = first + split * P
-        weight = tl.exp(tl.load(part_lse_ptr + at, mask=real, other=float("-inf")) - base)
-        part = tl.load(part_ptr + at[:, None] * Z + z[None, :], mask=inside, other=0.0)
-        total += weight
-        acc += weight[:, None] * part
+    total = tl.sum(tl.exp(part_lse - base[:, None]), 1)
     empty = total == 0
     total = tl.where(empty, 1.0, total)
+    acc = tl.zeros([BLOCK_P, BLOCK_Z], tl.float32)
+    for i in tl.range(0, n_splits, num_stages=3):
+        at = first + i * P
+        weight = tl.exp(tl.load(part_lse_ptr + at, mask=real, other=float("-inf")) - base)
+        part = tl.load(part_ptr + at[:, None] * Z + z[None, :], mask=inside, other=0.0)
+        acc += weight[:, None] * part
     out_rows = n * P + rows
     tl.store(lse_ptr + out_rows, tl.where(empty, float("-inf"), base + tl.log(total)), mask=real)
     acc = acc * (1.0 / total)[:, None]
@@ -230,12 +266,12 @@ def row_dots(
     tl.store(delta_ptr + row, tl.sum(d_out * out, 1) - d_lse, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["stride_rn", "P", "S"])
+@triton.jit(do_not_specialize=["stride_rn", "S"])
 def score_gradients(
     query_ptr, grad_out_ptr, context_ptr, inv_rms_ptr, lse_ptr, delta_ptr, weights_ptr, d_norm_ptr,
     stride_qn, stride_qp, stride_dn, stride_dp, stride_xn, stride_xs, stride_rn,
-    P, S,
-    Z: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    S, P: tl.constexpr, Z: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A [tokens, rows] tile of weights = [dS · inv_rms | P · inv_rms], [N, S, 2P].
 
@@ -254,7 +290,7 @@ def score_gradients(
 
     norms = inv_rms_ptr + n * stride_rn
     norm = tl.load(norms + start + s, mask=start + s < S, other=0.0).to(tl.float32)
-    near_rows = tl.minimum(rows, P - 1)[:, None]
+    near_rows = (rows if P % BLOCK_P == 0 else tl.minimum(rows, P - 1))[:, None]
     q_ptrs = query_ptr + n * stride_qn + near_rows * stride_qp + k[None, :]
     d_ptrs = grad_out_ptr + n * stride_dn + near_rows * stride_dp + k[None, :]
     x_rows = context_ptr + n * stride_xn + start.to(tl.int64) * stride_xs
@@ -303,19 +339,30 @@ def padded_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def split_count(programs: int, processors: int, token_tiles: int) -> int:
-    """Number of parts to split each slice's tokens into: 1 where ``programs`` fill the GPU.
+@functools.lru_cache(maxsize=1024)
+def split_plan(programs: int, processors: int, token_tiles: int) -> tuple[int, bool]:
+    """Number of parts to split each slice's tokens into, and whether to fix the softmax reference.
 
-    Otherwise the number with the shortest time, in waves of one program per multiprocessor, plus 1%
-    of an unsplit wave for each split's partial result; a split has at least four tiles.
+    A slice is not split where ``programs`` fill the GPU. Otherwise the number of splits is the one
+    of the shortest time, in token tiles: a program takes 1.5 tiles besides its own, and combining
+    takes 1 and 0.1 a split (prediction of ``profiling.model`` for sm_90).
+
+    A fixed reference takes about a fifth off a tile and needs a second launch, which costs as much
+    as one or two tiles.
     """
-    if programs >= processors:
-        return 1
-    limit = max(1, min(processors, token_tiles // 4))
-    return min(
-        range(1, limit + 1),
-        key=lambda splits: -(-programs * splits // processors) / splits + 0.01 * splits,
-    )
+    if token_tiles == 0:
+        return 1, False
+
+    def steps(splits: int) -> int:
+        return -(-programs * splits // processors) * -(-token_tiles // splits)
+
+    def cost(splits: int) -> float:
+        waves = -(-programs * splits // processors)
+        return waves * 1.5 + steps(splits) + (1 + 0.1 * splits if splits > 1 else 0)
+
+    limit = 1 if programs >= processors else min(processors, token_tiles)
+    splits = min(range(1, limit + 1), key=cost)
+    return splits, steps(splits) >= FIXED_STEPS
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -346,14 +393,16 @@ def perceiver_attention(
     query: Tensor,
     context: Tensor,
     inv_rms: Tensor,
+    bounds: Tensor | None = None,
     *,
     config: dict[str, int] | None = None,
-    n_splits: int | None = None,
+    plan: tuple[int, bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.perceiver_attention``.
 
     Outer strides of query and context are used as they are, even 0; tensors whose last axis is
-    strided are copied first. ``config`` and ``n_splits`` override the tuned choice.
+    strided are copied first. ``config`` and ``plan``, as :func:`split_plan` returns it, override
+    the tuned choice.
 
     Raises:
         ValueError: the latent width is above 512.
@@ -364,32 +413,36 @@ def perceiver_attention(
     if out.numel() == 0:
         return out, lse
     query, context, inv_rms = (_rows_contiguous(t) for t in (query, context, inv_rms))
+    bounds = (visible_bounds(inv_rms) if bounds is None else bounds).contiguous()
     config = _config("attend", query) if config is None else config
     programs = n * triton.cdiv(p, config["BLOCK_P"])
-    if n_splits is None:
+    if plan is None:
         on_gpu = query.device.type == "cuda"
         gpu = torch.cuda.get_device_properties(query.device) if on_gpu else None
-        n_splits = split_count(
-            programs,
-            1 if gpu is None else gpu.multi_processor_count,
-            triton.cdiv(s, config["BLOCK_S"]),
-        )
+        processors = 1 if gpu is None else gpu.multi_processor_count
+        plan = split_plan(programs, processors, triton.cdiv(s, config["BLOCK_S"]))
+    n_splits, fixed = plan
     part, part_lse = out, lse
     if n_splits > 1:
         part = query.new_empty(n, n_splits, p, z, dtype=torch.float32)
         part_lse = query.new_empty(n, n_splits, p, dtype=torch.float32)
-    block_z = padded_width(z)
+    programs, block_z = programs * n_splits, padded_width(z)
+    # float16 holds no weight above 65,504, which a fixed reference would soon exceed.
+    fixed = fixed and query.dtype != torch.float16
+    retry = query.new_empty(programs, dtype=torch.int32) if fixed else None
     with torch.cuda.device_of(query):
-        attend[(programs * n_splits,)](
-            query, context, inv_rms, part, part_lse,
-            query.stride(0), query.stride(1), context.stride(0), context.stride(1),
-            inv_rms.stride(0), p, s, n_splits, Z=z, BLOCK_Z=block_z, **config,
-        )  # fmt: skip
+        for online in (False, True) if fixed else (True,):
+            attend[(programs,)](
+                query, context, inv_rms, bounds, part, part_lse, retry,
+                query.stride(0), query.stride(1), context.stride(0), context.stride(1),
+                inv_rms.stride(0), p, s, n_splits, Z=z, BLOCK_Z=block_z, ONLINE=online, **config,
+            )  # fmt: skip
         if n_splits > 1:
             merge = _config("combine", query)
             combine[(n * triton.cdiv(p, merge["BLOCK_P"]),)](
-                part, part_lse, out, lse, p, n_splits, Z=z, BLOCK_Z=block_z, **merge
-            )
+                part, part_lse, out, lse, p, n_splits,
+                Z=z, BLOCK_Z=block_z, SPLITS=triton.next_power_of_2(n_splits), **merge,
+            )  # fmt: skip
     return out, lse
 
 
@@ -435,7 +488,7 @@ def perceiver_attention_backward(
         score_gradients[(n * row_tiles * triton.cdiv(s, config["BLOCK_S"]),)](
             query, grad_out, context, norm, lse, delta, weights, d_norm,
             query.stride(0), query.stride(1), grad_out.stride(0), grad_out.stride(1),
-            context.stride(0), context.stride(1), norm.stride(0), p, s, Z=z, **config,
+            context.stride(0), context.stride(1), norm.stride(0), s, P=p, Z=z, **config,
         )  # fmt: skip
     d_query = torch.bmm(weights[..., :p].mT, context)
     d_context = torch.bmm(weights, torch.cat([query, grad_out], dim=1))
@@ -448,22 +501,26 @@ def perceiver_attention_backward(
 def aot_cases() -> list[AotCase]:
     """Every configuration at P = 128, S = 832, for every architecture that it serves.
 
-    sm_90 also uses the defaults that no entry of its own replaces. Writing float32 partial results
-    of half-precision inputs is a case of its own.
+    sm_90 also uses the defaults that no entry of its own replaces. ``attend`` is compiled as large
+    batches launch it, with a fixed reference and the launch that repeats programs, and as small
+    ones do, which write float32 partial results.
     """
     table = device.table(OP)
     served = [
-        *(("sm_80", entry, "") for entry in table["sm_80"]),
-        *(("sm_90", entry, "") for entry in table["sm_90"]),
-        *(("sm_86", entry, "") for entry in table["default"]),
-        *(("sm_90", e, " default") for e in table["default"] if e["where"].get("inputs") != "half"),
+        *(("sm_80", entry) for entry in table["sm_80"]),
+        *(("sm_90", entry) for entry in table["sm_90"]),
+        *(("sm_86", entry) for entry in table["default"]),
+        *(("sm_90", e) for e in table["default"] if e["where"].get("inputs") != "half"),
     ]
-    splits = [
-        (architecture, entry, " split")
-        for architecture, entry, _ in served
-        if entry["where"]["kernel"] == "attend" and entry["where"]["inputs"] == "half"
+    return [
+        _aot_case(architecture, entry, note)
+        for architecture, entry in served
+        for note in (ATTEND_FORMS if entry["where"]["kernel"] == "attend" else ("",))
     ]
-    return [_aot_case(*case) for case in (*served, *splits)]
+
+
+# Of attend: fixed reference, its repetition, and partial results with either reference.
+ATTEND_FORMS = ("fixed", "retry", "split", "fixed split")
 
 
 def _aot_case(architecture: str, entry: dict, note: str) -> AotCase:
@@ -487,19 +544,29 @@ def _aot_case(architecture: str, entry: dict, note: str) -> AotCase:
     constants = {"Z": z, **config}
     if "BLOCK_Z" in function.arg_names:
         constants["BLOCK_Z"] = z
+    if kernel == "attend":
+        constants["ONLINE"] = "fixed" not in note
+        if note == "split":
+            constants["retry_ptr"] = None
+    if kernel == "combine":
+        constants["SPLITS"] = 16
+    if kernel == "score_gradients":
+        constants["P"] = p
     tensor = "*fp32" if single else "*bf16"
     types = dict.fromkeys(("query_ptr", "grad_out_ptr", "context_ptr", "weights_ptr"), tensor)
-    types["out_ptr"] = "*fp32" if note == " split" else tensor
+    types["out_ptr"] = "*fp32" if "split" in note else tensor
+    types |= dict.fromkeys(("bounds_ptr", "retry_ptr"), "*i32")
     names = [name for name in function.arg_names if name not in constants]
     blocks = " ".join(f"{name.split('_')[-1]}{value}" for name, value in config.items())
     return AotCase(
-        name=f"{OP}.{kernel} {tensor[1:]} z{z} {blocks} {architecture}{note}",
+        name=f"{OP}.{kernel} {tensor[1:]} z{z} {blocks} {architecture} {note}".rstrip(),
         function=function,
         signature={
             name: types.get(name, "*fp32") if name.endswith("_ptr") else "i32" for name in names
         },
         constexprs=constants,
-        divisible=frozenset(n for n in names if n.startswith("stride_") and n != "stride_rn"),
+        divisible=frozenset(n for n in names if n.startswith("stride_") or n == "P")
+        - {"stride_rn"},
         num_warps=num_warps,
         num_stages=num_stages,
         architecture=architecture,

@@ -18,6 +18,7 @@ Z = 512, which it refuses; below some hundred tokens launches decide.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -48,17 +49,34 @@ def _load_kernels() -> ModuleType:
     return kernels
 
 
-def _attention(device: torch.device, small: bool) -> Run:
-    """Each query equals a token of the context, whose score exceeds all others by so much that its
-    probability is exactly 1 and theirs 0; the tokens come from all tiles."""
+def _attention(
+    plan: tuple[int, bool] | None, copies: bool, device: torch.device, small: bool
+) -> Run:
+    """Each query equals tokens of the context, whose scores exceed all others by so much that their
+    probabilities are equal and all others are 0.
+
+    Args:
+        plan: of the kernels, see ``kernels.split_plan``; None for the one they choose.
+        copies: whether a query equals one token of every 32, so that the first tile has its largest
+            score. Else it equals one token, and the tokens of the queries come from all tiles.
+    """
     slices, rows, tokens, width = (1, 16, 64, 256) if small else (4, 128, 1024, 512)
     context = random_signs(generator(), 1.0, slices, tokens, width).to(device)
-    query = context[:, torch.arange(rows) * (tokens // rows) + 1]
+    at = torch.arange(rows, device=device)
+    if copies:
+        context = context[:, torch.arange(tokens, device=device) % 32]
+        query = context[:, at % 32]
+    else:
+        query = context[:, at * (tokens // rows) + 1]
     norm = torch.ones(slices, tokens, device=device)
 
     def run(implementation: ModuleType, dtype: torch.dtype) -> list[Tensor]:
         inputs = query.to(dtype), context.to(dtype), norm
-        out, lse = implementation.perceiver_attention(*inputs)
+        options = {} if implementation is reference or plan is None else {"plan": plan}
+        out, lse = implementation.perceiver_attention(*inputs, **options)
+        if copies:
+            # Probabilities are equal up to a rounding in float32, which this undoes.
+            return [out.to(torch.bfloat16).to(dtype)]
         cotangents = sparse_ones(out), torch.zeros_like(lse)
         grads = implementation.perceiver_attention_backward(*cotangents, *inputs, out, lse)
         # The gradient of the norm multiplies by a rounded probability, in float32.
@@ -67,40 +85,50 @@ def _attention(device: torch.device, small: bool) -> Run:
     return run
 
 
-SELF_CHECKS: dict[str, SelfCheck] = {"attention": _attention}
-
+# Four slices are split on a GPU; training has enough slices not to, and fixes the reference, which
+# the last check forces the kernels to replace.
+SELF_CHECKS: dict[str, SelfCheck] = {
+    "split": partial(_attention, None, False),
+    "unsplit": partial(_attention, (1, True), True),
+    "fallback": partial(_attention, (1, True), False),
+}
 OP = Op("perceiver_attention", reference, _load_kernels, SELF_CHECKS)
 
 
-def _implementation(query: Tensor, context: Tensor, *others: Tensor) -> ModuleType:
+def _implementation(query: Tensor, context: Tensor, *others: Tensor | None) -> ModuleType:
     slices, rows, width = query.shape
     shape = {"slices": slices, "rows": rows, "tokens": context.shape[1], "width": width}
     return OP.implementation(query, context, *others, **shape)
 
 
-def _check(query: Tensor, context: Tensor, inv_rms: Tensor) -> None:
+def _check(query: Tensor, context: Tensor, inv_rms: Tensor, bounds: Tensor | None) -> None:
     check = Arguments("perceiver_attention")
     check.shape("query", query, "N", "P", "Z")
     slices, _, width = query.shape
     check.shape("context", context, slices, "S", width)
     check.shape("inv_rms", inv_rms, *context.shape[:2])
+    check.shape("bounds", bounds, slices, 2)
     check.floating(query=query, inv_rms=inv_rms)
     check.dtype(query.dtype, context=context)
-    check.device(query.device, context=context, inv_rms=inv_rms)
+    if bounds is not None:
+        check.dtype(torch.int32, bounds=bounds)
+    check.device(query.device, context=context, inv_rms=inv_rms, bounds=bounds)
 
 
 @torch.library.custom_op("v2l::perceiver_attention", mutates_args=())
-def _forward(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(
+    query: Tensor, context: Tensor, inv_rms: Tensor, bounds: Tensor | None
+) -> tuple[Tensor, Tensor]:
     refuse_forward_mode("perceiver_attention", query, context, inv_rms)
-    _check(query, context, inv_rms)
-    implementation = _implementation(query, context, inv_rms)
-    return implementation.perceiver_attention(query, context, inv_rms)
+    _check(query, context, inv_rms, bounds)
+    implementation = _implementation(query, context, inv_rms, bounds)
+    return implementation.perceiver_attention(query, context, inv_rms, bounds)
 
 
 @_forward.register_fake
-def _(query, context, inv_rms):
+def _(query, context, inv_rms, bounds):
     # A call with one argument on the meta device ends up here.
-    _check(query, context, inv_rms)
+    _check(query, context, inv_rms, bounds)
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=wide)
 
@@ -136,33 +164,37 @@ register_autocast("perceiver_attention", _CAST)
 register_autocast("perceiver_attention_backward", 0)
 
 
-def _plain(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
+def _plain(
+    query: Tensor, context: Tensor, inv_rms: Tensor, bounds: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch operations, whose derivatives PyTorch knows."""
-    _check(query, context, inv_rms)
+    _check(query, context, inv_rms, bounds)
     return reference.differentiable_perceiver_attention(query, context, inv_rms)
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs[:3], *output)
 
 
 def _autograd(ctx, grad_out, grad_lse):
     if torch.is_grad_enabled():
         # create_graph=True: these gradients will be differentiated again.
-        return tuple(
-            differentiable_backward(
-                reference.differentiable_perceiver_attention,
-                ctx.saved_tensors[:3],
-                (grad_out, grad_lse),
-            )
+        grads = differentiable_backward(
+            reference.differentiable_perceiver_attention,
+            ctx.saved_tensors[:3],
+            (grad_out, grad_lse),
         )
-    return _backward(grad_out.contiguous(), grad_lse.contiguous(), *ctx.saved_tensors)
+    else:
+        grads = _backward(grad_out.contiguous(), grad_lse.contiguous(), *ctx.saved_tensors)
+    return *grads, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
 
-def perceiver_attention(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
+def perceiver_attention(
+    query: Tensor, context: Tensor, inv_rms: Tensor, bounds: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """out_i = sum_s p_is ĉ_s with p = softmax(q_i · ĉ_s) over visible s and ĉ_s = inv_rms_s · c_s.
 
     Args:
@@ -171,6 +203,8 @@ def perceiver_attention(query: Tensor, context: Tensor, inv_rms: Tensor) -> tupl
         context: [N, S, Z] raw (not normalized) context of query's dtype; finite everywhere.
         inv_rms: [N, S] float32 or wider, 1 / rms of each visible token and 0 for a masked one: norm
             and mask in one tensor, which serves every block.
+        bounds: ``visible_bounds(inv_rms)``, [N, 2] int32, the range of tokens that the kernels
+            read; computed by every call without one. It changes no result.
 
     Returns:
         out [N, P, Z] of query's dtype and lse [N, P], the natural log-sum-exp of the scores in
@@ -185,5 +219,5 @@ def perceiver_attention(query: Tensor, context: Tensor, inv_rms: Tensor) -> tupl
         RuntimeError: ``V2L_BACKEND=triton`` and the kernels cannot serve the call.
     """
     if transformed():
-        return run_plain(_plain, (query, context, inv_rms), _CAST)
-    return _forward(query, context, inv_rms)
+        return run_plain(_plain, (query, context, inv_rms, bounds), _CAST)
+    return _forward(query, context, inv_rms, bounds)

@@ -2,7 +2,8 @@
 
 Forward and backward are both written out, because a backward kernel needs a definition to be
 tested against as much as a forward one. Nothing here is fused, chunked or tuned. Half-precision
-inputs are accumulated in float32, and a float64 call is a float64 oracle.
+inputs are accumulated in float32; on a GPU its tensor cores multiply them, and weights are rounded
+to their dtype, as in the kernels. A float64 call is a float64 oracle.
 
 Shapes: N layer slices, S context tokens, P query rows (heads x latents), Z latent width.
 """
@@ -12,17 +13,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from csrc_triton import dispatch
 
-def perceiver_attention(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
-    """Absorbed cross-attention over an RMS-normalized context; see ``perceiver_attention.py``."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    norm = inv_rms.to(wide)
-    scores = torch.einsum("npz,nsz->nps", query.to(wide), context.to(wide)) * norm[:, None]
-    scores = scores.masked_fill((norm == 0)[:, None], -torch.inf)
+
+def visible_bounds(inv_rms: Tensor) -> Tensor:
+    """First visible token of each slice and one past the last, equal if there is none.
+
+    Args:
+        inv_rms: [N, S], 0 for a masked token.
+
+    Returns:
+        [N, 2] int32.
+    """
+    slices, tokens = inv_rms.shape
+    if tokens == 0:
+        return inv_rms.new_zeros(slices, 2, dtype=torch.int32)
+    visible, token = inv_rms != 0, torch.arange(tokens, dtype=torch.int32, device=inv_rms.device)
+    high = torch.where(visible, token + 1, 0).amax(-1)
+    low = torch.where(visible, token, tokens).amin(-1)
+    return torch.stack([torch.minimum(low, high), high], -1).to(torch.int32)
+
+
+def perceiver_attention(
+    query: Tensor, context: Tensor, inv_rms: Tensor, bounds: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Absorbed cross-attention over an RMS-normalized context; ``bounds`` is not needed here."""
+    compute = dispatch.product_dtype(query)
+    q, x = query.to(compute), context.to(compute)
+    scores = dispatch.wide_product(q, x.mT)
+    norm = inv_rms.to(scores.dtype)
+    scores = (scores * norm[:, None]).masked_fill((norm == 0)[:, None], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     # A row that sees nothing has lse = -inf: subtract 0 there, so that exp gives 0 and not NaN.
     probs = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    out = torch.einsum("nps,nsz->npz", probs * norm[:, None], context.to(wide))
+    out = dispatch.wide_product((probs * norm[:, None]).to(compute), x)
     return out.to(query.dtype), lse
 
 
@@ -53,17 +77,18 @@ def perceiver_attention_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`perceiver_attention` for query, context and inv_rms."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    q, x, norm, d_out = (t.to(wide) for t in (query, context, inv_rms, grad_out))
-    dots = torch.einsum("npz,nsz->nps", q, x)
+    compute = dispatch.product_dtype(query)
+    q, x, d_out = (t.to(compute) for t in (query, context, grad_out))
+    dots = dispatch.wide_product(q, x.mT)
+    norm = inv_rms.to(dots.dtype)
     scores = (dots * norm[:, None]).masked_fill((norm == 0)[:, None], -torch.inf)
     probs = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    d_dots = torch.einsum("npz,nsz->nps", d_out, x)
-    delta = (d_out * out.to(wide)).sum(-1) - grad_lse
+    d_dots = dispatch.wide_product(d_out, x.mT)
+    delta = (d_out.to(dots.dtype) * out).sum(-1) - grad_lse
     d_scores = probs * (d_dots * norm[:, None] - delta[..., None])
-    d_normed = torch.einsum("nps,npz->nsz", d_scores, q)
-    d_normed = d_normed + torch.einsum("nps,npz->nsz", probs, d_out)
-    d_query = torch.einsum("nps,nsz->npz", d_scores * norm[:, None], x)
+    d_query = dispatch.wide_product((d_scores * norm[:, None]).to(compute), x)
+    d_normed = dispatch.wide_product(d_scores.to(compute).mT, q)
+    d_normed += dispatch.wide_product(probs.to(compute).mT, d_out)
     d_norm = (d_normed * x).sum(-1).masked_fill(norm == 0, 0.0)
     d_context = d_normed * norm[..., None]
     return d_query.to(query.dtype), d_context.to(context.dtype), d_norm.to(inv_rms.dtype)

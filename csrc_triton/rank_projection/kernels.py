@@ -11,10 +11,7 @@ Tiling: columns of A and of B have tiles of their own, so none straddles the bou
 writes one output. The row norm commutes with the GEMM and is applied to the accumulator, from the
 sum of squares of the tiles it multiplies anyway. Every tensor is read by its own strides.
 
-The backward pass is plain torch, because what is left after the rearrangement below is GEMMs:
-with E_s = G_s W_sᵀ for the gradients G_s of side s, one GEMM of width Z each,
-d scaler_s[r] = Σ unit · E_s, d unit = Σ_s scaler_s E_s and d W_s = (unit · scaler_s)ᵀ G_s. The
-forward product is not recomputed and all pointwise work is on [M, Z].
+The backward pass is that of ``reference.py``: matrix products, which are cuBLAS's.
 """
 
 from __future__ import annotations
@@ -28,8 +25,10 @@ from torch import Tensor
 
 from csrc_triton import device
 from csrc_triton.aot import SECTIONS, AotCase
+from csrc_triton.rank_projection.reference import rank_projection_backward
 
 OP = "rank_projection"
+__all__ = ["aot_cases", "rank_projection", "rank_projection_backward"]
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -114,40 +113,6 @@ def rank_projection(
             PRECISION="ieee" if latents.dtype == torch.float32 else "tf32", **config,
         )  # fmt: skip
     return out_a, out_b
-
-
-def rank_projection_backward(
-    grad_a: Tensor,
-    grad_b: Tensor,
-    latents: Tensor,
-    weight: Tensor,
-    scaler_a: Tensor,
-    scaler_b: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``reference.rank_projection_backward``, without the forward product.
-
-    Products run in the wider dtype of latents and weight; the pointwise part in float32.
-    """
-    compute = torch.promote_types(latents.dtype, weight.dtype)
-    rows = latents.float()
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    inverse = torch.where(norm > 0, 1.0 / norm, torch.zeros_like(norm))
-    unit = rows * inverse
-    d_unit = torch.zeros_like(unit)
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    d_scalers, start = [], 0
-    for grad, scaler in ((grad_a, scaler_a), (grad_b, scaler_b)):
-        columns = slice(start, start := start + grad.shape[-1])
-        compute_grad = grad.to(compute)
-        pulled = (compute_grad @ weight[:, columns].to(compute).mT).float()
-        scaled = scaler.float()[:, None]
-        d_unit += scaled * pulled
-        d_scalers.append((unit * pulled).sum((0, 2)).to(scaler.dtype))
-        scaled_rows = (unit * scaled).to(compute).flatten(0, 1)
-        d_weight[:, columns] = scaled_rows.mT @ compute_grad.flatten(0, 1)
-    d_weight[:, start:] = 0
-    d_rows = inverse * (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True))
-    return d_rows.to(latents.dtype), d_weight, *d_scalers
 
 
 def aot_cases() -> list[AotCase]:

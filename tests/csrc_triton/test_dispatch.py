@@ -8,9 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrc_triton import device, dispatch
 from csrc_triton.dispatch import Op
+from csrc_triton.perceiver_attention import reference as attention_reference
+from csrc_triton.rank_projection import reference as projection_reference
+from tests.csrc_triton.checks import random
 
 CPU = torch.zeros(2)
 REFERENCE, KERNELS = ModuleType("reference"), ModuleType("kernels")
@@ -178,3 +182,65 @@ def test_unknown_backend(monkeypatch, op):
     monkeypatch.setenv("V2L_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="V2L_BACKEND must be one of auto, ref.*got 'cuda'"):
         op.implementation(CPU)
+
+
+# --- half precision on a GPU that uses no kernels --------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """Records the dtypes of every product's operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
+            self.dtypes |= {t.dtype for t in args if isinstance(t, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """A CPU that multiplies half precision as a GPU does."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def bmm(a, b, out_dtype):
+        return torch.matmul(a.to(out_dtype), b.to(out_dtype))
+
+    library.impl("bmm.dtype", bmm, "CPU")
+    monkeypatch.setattr(dispatch, "product_dtype", lambda x: x.dtype)
+    yield
+    library._destroy()
+
+
+def rounded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return random(*shape, seed=seed, dtype=torch.bfloat16)
+
+
+def attention(reference, dtype):
+    query, context = rounded(2, 5, 16) / 4, rounded(2, 9, 16, seed=1)
+    inputs = query.to(dtype), context.to(dtype), random(2, 9, seed=2).abs().float()
+    out, lse = reference.perceiver_attention(*inputs)
+    grads = rounded(2, 5, 16, seed=3).to(dtype), torch.zeros_like(lse)
+    return [out, *reference.perceiver_attention_backward(*grads, *inputs, out, lse)]
+
+
+def projection(reference, dtype):
+    tensors = rounded(2, 3, 16), rounded(16, 9, seed=1), *rounded(2, 3, seed=2)
+    inputs = [t.to(dtype) for t in tensors]
+    a, b = reference.rank_projection(*inputs, 5, 4)
+    return [a, b, *reference.rank_projection_backward(a.sign(), b.sign(), *inputs)]
+
+
+@pytest.mark.parametrize(
+    ("run", "reference"),
+    [(attention, attention_reference), (projection, projection_reference)],
+)
+def test_references_multiply_half_precision_on_tensor_cores(run, reference, tensor_cores):
+    exact = run(reference, torch.float64)
+    with Products() as products:
+        results = run(reference, torch.bfloat16)
+    assert products.dtypes == {torch.bfloat16}
+    for r, e in zip(results, exact, strict=True):
+        assert (r.double() - e).abs().max() <= 0.03 * e.abs().max()

@@ -10,6 +10,7 @@ import torch
 from csrc_triton import device as configs
 from csrc_triton import perceiver_attention
 from csrc_triton.perceiver_attention import kernels
+from csrc_triton.perceiver_attention.reference import visible_bounds
 from tests.csrc_triton import checks
 from tests.csrc_triton.checks import random
 
@@ -60,7 +61,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch):
     """Makes small shapes take several tiles of each kernel; called with the attention's variant."""
     tuned = configs.lookup
 
-    def use(variant: int, splits: int = 1, tokens: int = 16) -> None:
+    def use(variant: int, splits: int = 1, tokens: int = 16, fixed: bool = True) -> None:
         tiles = {
             "attend": {"BLOCK_P": 16, "BLOCK_S": tokens, "VAR": variant, **WARPS},
             "score_gradients": {"BLOCK_P": 16, "BLOCK_S": tokens, "BLOCK_K": 16, **WARPS},
@@ -70,7 +71,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch):
             return tiles.get(kernel) or tuned(op, capability, kernel=kernel, **shape)
 
         monkeypatch.setattr(configs, "lookup", lookup)
-        monkeypatch.setattr(kernels, "split_count", lambda *counts: splits)
+        monkeypatch.setattr(kernels, "split_plan", lambda *counts: (splits, fixed))
 
     return use
 
@@ -99,10 +100,46 @@ def test_many_tiles_of_a_ragged_batch(splits, variant, kernel_device, dtype, sma
     assert_equals_oracle(inputs(4, 5, 49, 16, lengths=[0, 1, 49, 32]), dtype, kernel_device)
 
 
-def test_more_tokens_than_are_scanned_at_once(kernel_device, small_tiles):
-    small_tiles(VARIANTS[-1], splits=2, tokens=128)
-    tensors = inputs(3, 5, 1100, 16, lengths=[1100, 0, 700])
-    assert_equals_oracle(tensors, torch.float32, kernel_device)
+@EVERY_VARIANT
+def test_visible_tokens_behind_many_masked_ones(variant, kernel_device, small_tiles):
+    small_tiles(variant, splits=2, tokens=128)
+    query, context, inv_rms = inputs(3, 5, 1025, 16, lengths=[1025, 0, 700])
+    inv_rms[0, :1024] = 0
+    assert_equals_oracle([query, context, inv_rms], torch.float32, kernel_device)
+
+
+@EVERY_VARIANT
+def test_the_widest_latents(variant, kernel_device, small_tiles):
+    small_tiles(variant)
+    assert_equals_oracle(inputs(1, 3, 20, 512), torch.float32, kernel_device)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("fixed", [False, True])
+def test_scores_that_grow_beyond_a_fixed_reference(variant, fixed, kernel_device, small_tiles):
+    """Row 0 exceeds the reference of the first tile by 2^115, row 1 by 2^3, row 2 never."""
+    small_tiles(variant, fixed=fixed)
+    query, context, inv_rms = (t.float().to(kernel_device) for t in inputs(1, 3, 40, 16))
+    ones = torch.ones_like(inv_rms)
+    context[0, :, 0] = torch.arange(40) * 2.0
+    query[..., 0] = torch.tensor([1.0, 0.03, -1.0])
+    assert_equals_oracle([query, context, ones], torch.float32, kernel_device)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [([0, 0, 1, 0, 1, 0], [2, 5]), ([0] * 6, [0, 0]), ([1] * 6, [0, 6]), ([], [0, 0])],
+)
+def test_visible_bounds(visible, expected):
+    bounds = visible_bounds(torch.tensor([visible], dtype=torch.float32))
+    assert bounds.dtype == torch.int32 and bounds.tolist() == [expected]
+
+
+def test_bounds_change_no_result(device):
+    args = [t.float().to(device) for t in inputs(3, 5, 33, 8, lengths=[0, 33, 17])]
+    expected = perceiver_attention(*args)
+    for r, e in zip(perceiver_attention(*args, visible_bounds(args[2])), expected, strict=True):
+        assert torch.equal(r, e)
 
 
 def shipped(kernel: str) -> list[dict[str, int]]:
@@ -127,7 +164,7 @@ def test_shipped_tiles(kernel, config, kernel_device, monkeypatch):
         return dict(config) if key["kernel"] == kernel else tuned(op, capability, **key)
 
     monkeypatch.setattr(configs, "lookup", lookup)
-    monkeypatch.setattr(kernels, "split_count", lambda *counts: 2)
+    monkeypatch.setattr(kernels, "split_plan", lambda *counts: (2, False))
     tensors = inputs(2, config["BLOCK_P"] + 2, config["BLOCK_S"] + 6, 40, [config["BLOCK_S"], 9])
     assert_equals_oracle(tensors, torch.float16, kernel_device)
 
@@ -258,7 +295,8 @@ def test_splits_agree(splits, kernel_device, small_tiles):
 @pytest.mark.parametrize("precision", [torch.float32, torch.float16])
 def test_opcheck(device, precision):
     args = tuple(t.to(device, precision).requires_grad_() for t in inputs(2, 3, 7, 4))
-    torch.library.opcheck(torch.ops.v2l.perceiver_attention.default, args)
+    bounds = visible_bounds(args[2].detach())
+    torch.library.opcheck(torch.ops.v2l.perceiver_attention.default, (*args, bounds))
     out, lse = perceiver_attention(*args)
     checks.opcheck_backward(
         torch.ops.v2l.perceiver_attention_backward.default,
@@ -285,17 +323,20 @@ def test_gradcheck():
 @pytest.mark.parametrize(
     ("programs", "processors", "token_tiles", "expected"),
     [
-        (3072, 132, 13, 1),  # the slices alone fill the GPU
-        (132, 132, 1024, 1),
-        (64, 132, 1024, 2),  # 128 programs, one wave
-        (64, 108, 2048, 5),  # 320 programs, 2.96 waves
-        (64, 132, 4, 1),  # too few tokens to share
-        (2, 132, 13, 3),
-        (1, 1, 100, 1),
+        (3072, 132, 13, (1, True)),  # the slices alone fill the GPU
+        (132, 132, 13, (1, False)),  # they do, but a program takes too few tiles
+        (132, 132, 1024, (1, True)),
+        (2, 132, 13, (13, False)),
+        (2, 132, 64, (22, False)),
+        (2, 132, 1024, (64, False)),
+        (8, 132, 1024, (16, True)),
+        (64, 108, 2048, (5, True)),  # 320 programs, 2.96 waves
+        (1, 1, 100, (1, True)),
+        (2, 132, 0, (1, False)),
     ],
 )
-def test_split_count(programs, processors, token_tiles, expected):
-    assert kernels.split_count(programs, processors, token_tiles) == expected
+def test_split_plan(programs, processors, token_tiles, expected):
+    assert kernels.split_plan(programs, processors, token_tiles) == expected
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -321,6 +362,8 @@ def test_what_the_kernels_cannot_serve(kernel_device):
         ("inv_rms", torch.zeros(2, 4), r"inv_rms must be \[2, 5\], got \[2, 4\]"),
         ("inv_rms", torch.zeros(2, 5, dtype=torch.bool), "inv_rms must be floating point"),
         ("inv_rms", torch.zeros(2, 5, device="meta"), "inv_rms must be on cpu, got meta"),
+        ("bounds", torch.zeros(2, 3, dtype=torch.int32), r"bounds must be \[2, 2\], got \[2, 3\]"),
+        ("bounds", torch.zeros(2, 2), "bounds must be torch.int32, got torch.float32"),
     ],
 )
 def test_error_names_the_argument(name, wrong, message):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from csrc_triton import dispatch, gated_projection, perceiver_attention
+from csrc_triton.perceiver_attention.reference import visible_bounds
 
 RMS_EPS = 1e-6
 
@@ -101,6 +102,7 @@ class PerceiverAttention(nn.Module):
         norm_weight: Tensor | None = None,
         context: Tensor | None = None,
         inv_rms: Tensor | None = None,
+        bounds: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -110,6 +112,7 @@ class PerceiverAttention(nn.Module):
             norm_weight: [Z] weight of this layer's context norm.
             context: [N', S, Z] raw context, or None for self-attention among the latents.
             inv_rms: [N', S] 1 / rms, 0 where masked.
+            bounds: [N', 2] ``visible_bounds(inv_rms)``.
 
         Returns:
             [max(N, N'), Q, Z] of latents' dtype.
@@ -118,7 +121,7 @@ class PerceiverAttention(nn.Module):
         if context is None or inv_rms is None or norm_weight is None:
             return self._values(torch.softmax(scores, dim=-1) @ latents, latents, compute)
         folded = self._folded(absorbed, norm_weight, compute, len(context))
-        seen = perceiver_attention(folded, context, inv_rms)
+        seen = perceiver_attention(folded, context, inv_rms, bounds)
         return self._values(self._joined(latents, scores, seen, norm_weight), latents, compute)
 
     def iter_forward(
@@ -128,6 +131,7 @@ class PerceiverAttention(nn.Module):
         norm_weight: Tensor,
         context: Tensor,
         inv_rms: Tensor,
+        bounds: Tensor,
         chunks: Chunks,
     ) -> Generator[None, None, Tensor]:
         """:meth:`forward` over a context in chunks of tokens; yields before each."""
@@ -136,9 +140,9 @@ class PerceiverAttention(nn.Module):
         seen: tuple[Tensor, Tensor] | None = None
         for chunk in chunks:
             yield
-            out, lse = perceiver_attention(
-                folded, context[:, chunk].contiguous(), inv_rms[:, chunk].contiguous()
-            )
+            tokens = context[:, chunk].contiguous()
+            inside = (bounds - chunk.start).clamp(0, tokens.shape[1])
+            out, lse = perceiver_attention(folded, tokens, inv_rms[:, chunk].contiguous(), inside)
             part = out.to(lse.dtype), lse
             seen = part if seen is None else _merge_attention(seen, part)
         assert seen is not None, "a context has at least one chunk"
@@ -219,15 +223,21 @@ class PerceiverLayer(nn.Module):
         self.mlp = SwiGLU(size, 4 * size, size)
 
     def forward(
-        self, latents: Tensor, context: Tensor, inv_rms: Tensor, mlp_dtype: torch.dtype
+        self,
+        latents: Tensor,
+        context: Tensor,
+        inv_rms: Tensor,
+        bounds: Tensor,
+        mlp_dtype: torch.dtype,
     ) -> Tensor:
-        """[N or 1, Q, Z] latents, [N, S, Z] context, [N, S] inverse rms -> [N, Q, Z]."""
+        """[N or 1, Q, Z] latents, [N, S, Z] context, [N, S] inverse rms and their bounds [N, 2]
+        -> [N, Q, Z]."""
         normed = self.input_latents_layernorm(latents)
         if self.input_context_layernorm is None:
             attended = self.self_attn(normed, context.dtype)
         else:
             norm_weight = self.input_context_layernorm.weight
-            attended = self.self_attn(normed, context.dtype, norm_weight, context, inv_rms)
+            attended = self.self_attn(normed, context.dtype, norm_weight, context, inv_rms, bounds)
         return self._residual(latents, attended, mlp_dtype)
 
     def iter_forward(
@@ -235,16 +245,17 @@ class PerceiverLayer(nn.Module):
         latents: Tensor,
         context: Tensor,
         inv_rms: Tensor,
+        bounds: Tensor,
         mlp_dtype: torch.dtype,
         chunks: Chunks,
     ) -> Generator[None, None, Tensor]:
         """:meth:`forward` over a context in chunks of tokens; yields before each."""
         if self.input_context_layernorm is None:
-            return self(latents, context, inv_rms, mlp_dtype)
+            return self(latents, context, inv_rms, bounds, mlp_dtype)
         normed = self.input_latents_layernorm(latents)
         norm_weight = self.input_context_layernorm.weight
         attended = yield from self.self_attn.iter_forward(
-            normed, context.dtype, norm_weight, context, inv_rms, chunks
+            normed, context.dtype, norm_weight, context, inv_rms, bounds, chunks
         )
         return self._residual(latents, attended, mlp_dtype)
 
@@ -298,10 +309,10 @@ class Resampler(nn.Module):
         """
         inv_rms = inverse_rms(context, visible)
         # Once for all layers.
-        context = context.to(attention_dtype(dtype))
+        context, bounds = context.to(attention_dtype(dtype)), visible_bounds(inv_rms)
         latents = self._start(dtype, shift)
         for layer in self.layers:
-            latents = layer(latents, context, inv_rms, dtype)
+            latents = layer(latents, context, inv_rms, bounds, dtype)
         return self.layernorm(latents)
 
     def iter_forward(
@@ -316,9 +327,11 @@ class Resampler(nn.Module):
 
         context: [N, S, Z] of the attention's dtype. inv_rms: [N, S], 0 where masked.
         """
-        latents = self._start(dtype, shift)
+        latents, bounds = self._start(dtype, shift), visible_bounds(inv_rms)
         for layer in cast(Iterable[PerceiverLayer], self.layers):
-            latents = yield from layer.iter_forward(latents, context, inv_rms, dtype, chunks)
+            latents = yield from layer.iter_forward(
+                latents, context, inv_rms, bounds, dtype, chunks
+            )
         return self.layernorm(latents)
 
     def _start(self, dtype: torch.dtype, shift: Tensor | None) -> Tensor:
