@@ -37,6 +37,8 @@ class AotCase:
         expects_mma: whether tensor cores must appear: HMMA, on sm_90 HMMA or HGMMA.
         flops: of one program's useful work, for the table.
         bytes: that one program must move from and to DRAM, for the table.
+        expects_overlap: whether copies to shared memory must overlap products. Not where buffers
+            for it do not fit.
     """
 
     name: str
@@ -50,3 +52,9 @@ class AotCase:
     expects_mma: bool
     flops: float
     bytes: float
+    expects_overlap: bool = True
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in half precision."""
+        return any(kind in ("*bf16", "*fp16") for kind in self.signature.values())

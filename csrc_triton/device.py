@@ -13,8 +13,8 @@ num_warps and num_stages.
 ``faster.json`` lists, by architecture and op, where the fused path replaces the reference:
 ``{"sm_90": {"perceiver_attention": [{"slices": [32, 4096]}]}}`` gives the inclusive range of each
 number (null for an open end) or the string it must equal. The rules that ship follow from the
-roofline at the head of each op's file; ``bench/runs/tune.py`` rewrites these files from what it
-measures on a GPU.
+roofline at the head of each op's file, the tiles from predictions of ``profiling.model``;
+``bench/runs/tune.py`` rewrites these files from what it measures on a GPU.
 
 ``PEAKS`` is the one table behind model FLOPs utilization and rooflines: dense bfloat16 FLOP/s and
 device memory bytes/s. Datasheet values are the vendors'. Measured values are what a card reached on

@@ -2,9 +2,11 @@
 
 Compiles the kernels of csrc_triton in all their configurations and checks each against its budget:
 it fits into shared memory, accesses no local memory inside a loop, spills at most ``SPILL_LIMIT``
-bytes elsewhere, uses the tensor cores where it should, and has no warpgroup product in a loop with
-its left operand in registers, which ptxas before 13.3 may miscompile. Exit status 1 if a budget is
-broken. Nothing here says how fast a kernel is or whether its numbers are right.
+bytes elsewhere, uses the tensor cores where it should, accesses global memory in at most
+``NARROW_LIMIT`` instructions of 2 bytes a thread, copies to shared memory while it multiplies, and
+has no warpgroup product in a loop with its left operand in registers, which ptxas before 13.3 may
+miscompile. Exit status 1 if a budget is broken. Nothing here says whether a kernel's numbers are
+right. The clocks of a loop iteration are a prediction of ``profiling.model``, not a measurement.
 """
 
 from __future__ import annotations
@@ -30,13 +32,15 @@ from triton.compiler import ASTSource
 import csrc_triton
 from bench.harness import argument_parser
 from csrc_triton.aot import AotCase
-from profiling import sass
+from profiling import model, sass
 from v2l_fast.console import say, show_table
 
 EXAMPLES = """
   python -m profiling.aot_report
   python -m profiling.aot_report --op perceiver_attention --architecture sm_90 --json"""
 SPILL_LIMIT = 64
+# A mask per row needs a few narrow accesses; a kernel whose tiles take them has dozens.
+NARROW_LIMIT = 4
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,11 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """A compiled case, in bytes and counts; ``blocks`` fit on a multiprocessor at once."""
+    """A compiled case, in bytes and counts; ``blocks`` fit on a multiprocessor at once.
+
+    ``predicted_clocks`` of a multiprocessor for one iteration of a block's main loop, 0 where
+    ``profiling.model`` does not know the machine or there is no loop.
+    """
 
     registers: int
     spill_stores: int
@@ -71,6 +79,7 @@ class Resources:
     blocks: int
     warnings: tuple[str, ...]
     sass: sass.Sass
+    predicted_clocks: float
 
 
 def blocks_per_multiprocessor(
@@ -162,18 +171,20 @@ def measure(case: AotCase) -> Resources:
     log = output.getvalue()
     registers = _number(r"Used (\d+) registers", log)
     shared = compiled.metadata.shared
+    blocks = blocks_per_multiprocessor(case.architecture, case.num_warps, registers, shared)
     return Resources(
         registers=registers,
         spill_stores=_number(r"(\d+) bytes spill stores", log),
         spill_loads=_number(r"(\d+) bytes spill loads", log),
         shared=shared,
-        blocks=blocks_per_multiprocessor(case.architecture, case.num_warps, registers, shared),
+        blocks=blocks,
         warnings=tuple(
             line.strip()
             for line in log.splitlines()
             if "warning" in line.lower() or re.search(r"\(C7\d{3}\)", line)
         ),
         sass=sass.analyze(listing),
+        predicted_clocks=model.loop_clocks(case.architecture, listing, case.num_warps, blocks),
     )
 
 
@@ -188,6 +199,10 @@ def violations(case: AotCase, resources: Resources) -> list[str]:
     spilled = max(resources.spill_stores, resources.spill_loads)
     if spilled > SPILL_LIMIT:
         broken.append(f"{spilled} B spilled, limit {SPILL_LIMIT}")
+    if case.half and resources.sass.narrow > NARROW_LIMIT:
+        broken.append(f"{resources.sass.narrow} narrow accesses, limit {NARROW_LIMIT}")
+    if case.expects_overlap and resources.sass.exposed_copies:
+        broken.append("a loop waits for the copies that it has just issued")
     if resources.sass.loop_register_a:
         broken.append(f"{resources.sass.loop_register_a} products with A in registers in a loop")
     if case.expects_mma and not resources.sass.mma:
@@ -203,14 +218,16 @@ def _versions() -> dict[str, str]:
 def _print_table(measured: Sequence[tuple[AotCase, Resources]]) -> None:
     versions = " ".join(f"{tool} {version}" for tool, version in _versions().items())
     columns = ("case", "warps", "stages", "registers", "spill B", "shared B", "blocks/SM",
-               "loop instr.", "loop local", "loop mma", "mma", "kFLOP", "KB", "FLOP/B")  # fmt: skip
+               "loop instr.", "loop local", "loop mma", "mma", "narrow", "predicted loop clk",
+               "kFLOP", "KB", "FLOP/B")  # fmt: skip
     rows = []
     for case, resources in measured:
         numbers = (
             case.num_warps, case.num_stages, resources.registers,
             max(resources.spill_stores, resources.spill_loads), f"{resources.shared:,}",
             resources.blocks, resources.sass.loop_instructions, resources.sass.loop_local,
-            resources.sass.loop_mma, resources.sass.mma, f"{case.flops / 1e3:,.0f}",
+            resources.sass.loop_mma, resources.sass.mma, resources.sass.narrow,
+            f"{resources.predicted_clocks:,.0f}", f"{case.flops / 1e3:,.0f}",
             f"{case.bytes / 1e3:,.1f}", f"{case.flops / case.bytes:.1f}" if case.bytes else "-",
         )  # fmt: skip
         rows.append([case.name, *(f"{number:>7}" for number in numbers)])

@@ -93,4 +93,5 @@ def rank_projection_backward(
         d_weight[:, columns] = _product(scaled_rows.mT, narrow.flatten(0, 1))
     d_weight[:, start:] = 0
     d_rows = inverse * (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True))
-    return d_rows.to(latents.dtype), d_weight, *d_scalers
+    d_scaler_a, d_scaler_b = d_scalers
+    return d_rows.to(latents.dtype), d_weight, d_scaler_a, d_scaler_b

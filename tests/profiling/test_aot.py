@@ -161,5 +161,38 @@ main:
 
 def test_code_moved_behind_the_end_counts_in_its_loop():
     assert sass.analyze(LISTING) == sass.Sass(
-        instructions=11, loop_instructions=5, loop_local=1, mma=2, loop_mma=1, loop_register_a=1
+        instructions=11,
+        loop_instructions=5,
+        loop_local=1,
+        mma=2,
+        loop_mma=1,
+        loop_register_a=1,
+        narrow=0,
+        exposed_copies=False,
     )
+
+
+COPIES = """
+.L_x_0:
+        /*0000*/                   DEPBAR.LE SB0, {pending} ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R2], desc[UR4][R6.64] ;
+        /*0030*/                   LDGDEPBAR ;
+        /*0040*/               @P1 BRA `(.L_x_0) ;
+        /*0050*/                   STG.E.U16 desc[UR4][R6.64], R4 ;
+        /*0060*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(("pending", "exposed"), [("0x0", True), ("0x1", False)])
+def test_copies_that_are_waited_for_at_once_are_seen(pending, exposed):
+    counts = sass.analyze(COPIES.format(pending=pending))
+    assert counts.exposed_copies is exposed and counts.narrow == 1
+
+
+def test_narrow_accesses_and_exposed_copies_break_a_budget():
+    case = product("sm_90")
+    clean = aot_report.measure(case)
+    slow = replace(clean.sass, narrow=9, exposed_copies=True)
+    broken = "\n".join(aot_report.violations(case, replace(clean, sass=slow)))
+    assert "9 narrow accesses, limit 4" in broken and "copies that it has just issued" in broken
