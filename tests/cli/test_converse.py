@@ -56,6 +56,21 @@ def test_a_trace_has_a_line_for_every_turn(adapter, tmp_path):
     assert [turn["action"] in ("ask", "answer") for turn in turns] == [True, True]
 
 
+def test_forgotten_words_are_in_no_file(adapter, tmp_path):
+    trace, persona = tmp_path / "trace.jsonl", tmp_path / "me.json"
+    options = ("--elicit", "--schema", "shapes", "--persona", persona, "--trace", trace)
+    said = "The second one.\nWhat color is the second object?\n/why\n/stop\n/forget f1\n"
+    lines = run("chat", adapter, *options, stdin=said).splitlines()
+    assert "fitted to: focus: second" in lines[2] and lines[3:] == [
+        "no more questions",
+        "forgotten",
+    ]
+    assert [json.loads(line)["forgotten"] for line in trace.read_text().splitlines()] == [True] * 2
+    for path in tmp_path.iterdir():
+        assert "second" not in path.read_text().replace("seconds", ""), path
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
 def test_chat_without_a_reasoner_needs_an_adapter():
     assert run("chat", code=2) == run("chat", "--elicit", code=2) == ""
 

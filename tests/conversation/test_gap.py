@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from v2l_fast.conversation.gap import (
     alignment,
     attention,
+    best_split,
     cluster_entropy,
     knowledge_gap,
     normalized_gap,
+    semantic_uncertainty,
     slot_gap,
     spectral_count,
+    spectral_uncertainty,
+    split_reward,
     uncertainty,
 )
 
@@ -147,6 +151,23 @@ def test_a_confident_guess_still_misses_the_floor():
 def test_cluster_entropy_of_known_labels():
     assert cluster_entropy([0, 1, 2, 1]) == close(1.0397207708, abs=1e-10)
     assert cluster_entropy([0, 1, 2, 1]) / math.log(4) == close(0.75, abs=1e-12)
+
+
+@pytest.mark.parametrize(("share", "reward"), [(0.5, 1.0), (0.4, 0.6473), (0.25, 0.3606), (0, 0)])
+def test_reward_of_a_split_is_that_of_uncertainty_of_thoughts(share, reward):
+    assert split_reward(share) == close(reward, abs=5e-5)
+
+
+def test_the_best_split_is_the_most_even():
+    assert best_split(["a", "a", "a", "b", "b", None]) == "a"
+    assert best_split(["a", "a", "a", "a", "b"]) == "a" and best_split(["a", "a"]) is None
+
+
+@pytest.mark.parametrize("measure", [semantic_uncertainty, spectral_uncertainty])
+def test_other_uncertainties_are_zero_for_equal_and_one_for_orthogonal_readings(measure):
+    assert measure([(2, 0), (1, 0), (3, 0)]) == close(0, abs=1e-9)
+    assert measure(list(np.eye(4))) == close(1, abs=1e-9)
+    assert measure([(1, 0), None]) == measure([(1, 0)]) == 1.0
 
 
 def test_spectral_count_of_equal_and_orthogonal_samples():

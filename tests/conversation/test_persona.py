@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from v2l_fast.conversation.persona import MAX_FACTS, Persona, Statement
+from v2l_fast.conversation.persona import MAX_FACTS, Persona, Statement, forget_in_trace
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.errors import ConfigError
 
@@ -152,3 +152,28 @@ def test_a_file_that_is_no_persona_is_refused_by_name(tmp_path, change):
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="me.json"):
         Persona.load(path)
+
+
+def test_a_trace_loses_the_lines_that_tell_forgotten_words(tmp_path):
+    persona, _, _ = updated(Persona(), Statement("lives in Oslo"))
+    trace = tmp_path / "trace.jsonl"
+    entries = [
+        {"turn": 0, "text": "In Oslo, then.", "facts": []},
+        {"turn": 1, "facts": [{"utterance": "Evidence!"}]},
+        {"turn": 2, "text": "Osloer", "gap": {"lives": 1}},
+        {"turn": 3, "text": "So you say: LIVES in  Oslo."},
+    ]
+    trace.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert forget_in_trace(trace, persona.traces(["f1"])) == 2
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert [line.get("forgotten", False) for line in lines] == [False, True, False, True]
+    assert stat.S_IMODE(trace.stat().st_mode) == 0o600
+    assert forget_in_trace(tmp_path / "none.jsonl", persona.traces(["f1"])) == 0
+
+
+def test_a_persona_without_expiry_is_read_and_written_as_before():
+    values = updated(Persona(), Statement("likes tea"))[0].to_dict()
+    assert "expires" not in values["facts"][0]
+    persona, _, _ = Persona().update([(Statement("likes tea"), 1.0)], 0, created=100.0, lifetime=5)
+    assert persona.expired(104.0) == () and persona.expired(105.0) == ("f1",)
+    assert Persona.from_dict(persona.to_dict()) == persona

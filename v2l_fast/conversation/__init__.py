@@ -6,11 +6,18 @@ the turn.
 """
 
 from v2l_fast.conversation.cper import cper_turn
-from v2l_fast.conversation.models import EndpointModel, TransformersModel, VideoModel, load_encoder
+from v2l_fast.conversation.models import (
+    EndpointModel,
+    TransformersModel,
+    VideoModel,
+    load_chat_model,
+    load_encoder,
+)
 from v2l_fast.conversation.persona import Fact, Persona
+from v2l_fast.conversation.policy import CperSettings
 from v2l_fast.conversation.prompts import LexiconModel
 from v2l_fast.conversation.schema import Schema, Slot
-from v2l_fast.conversation.state import CperSettings, KnowledgeGap, Models, Reply, State, Turn
+from v2l_fast.conversation.state import KnowledgeGap, Models, Reply, State, Turn, VideoAnswer
 
 __all__ = [
     "CperSettings",
@@ -26,7 +33,9 @@ __all__ = [
     "State",
     "TransformersModel",
     "Turn",
+    "VideoAnswer",
     "VideoModel",
     "cper_turn",
+    "load_chat_model",
     "load_encoder",
 ]

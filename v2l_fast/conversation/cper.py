@@ -18,18 +18,21 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from v2l_fast.conversation.gap import (
+    UNCERTAINTIES,
     Array,
     alignment,
+    best_split,
     knowledge_gap,
     normalized_gap,
     slot_gap,
-    uncertainty,
 )
 from v2l_fast.conversation.models import ChatModel, Message, ModelReply
 from v2l_fast.conversation.persona import Fact, Persona, Statement
+from v2l_fast.conversation.policy import CperSettings, decide, decide_over_video
 from v2l_fast.conversation.prompts import (
     Feedback,
     Reading,
+    content_words,
     describe_facts,
     describe_slots,
     read_feedback,
@@ -38,27 +41,27 @@ from v2l_fast.conversation.prompts import (
     read_reply,
     read_selection,
     request,
+    states_answer,
 )
 from v2l_fast.conversation.schema import Schema, Slot
 from v2l_fast.conversation.state import (
-    CperSettings,
     KnowledgeGap,
     Models,
     Reply,
     State,
     Turn,
+    VideoAnswer,
 )
 from v2l_fast.errors import ConfigError
 from v2l_fast.replies import ReplyError
 
 Result = TypeVar("Result")
 
-# A slot that was asked for this often is not asked for again.
-MAX_ASKS_PER_SLOT = 2
-FOCUS = "focus"
-
-
+# Earlier turns that a conversation with a window keeps.
+MAX_TURNS = 64
+_DAY = 86_400.0
 _DEFAULTS = CperSettings()
+_NO_GAP = KnowledgeGap(0.0, "none", 0.0, 0.0, 0.0, 0.0, {})
 
 
 def cper_turn(
@@ -67,6 +70,9 @@ def cper_turn(
     models: Models,
     settings: CperSettings = _DEFAULTS,
     schema: Schema | None = None,
+    *,
+    on_utterance: Callable[[str], str | None] | None = None,
+    printed_gap: float | None = None,
 ) -> tuple[State, Reply]:
     """One turn.
 
@@ -77,6 +83,10 @@ def cper_turn(
         state: the conversation so far; it is not changed.
         utterance: what the person says.
         schema: what to know about the person.
+        on_utterance: called first with the utterance. A text that it returns is the reply: nothing
+            is read or sent, and the person is not asked any more. The place for a reaction to
+            distress, which this software does not recognize.
+        printed_gap: the number printed to the model in place of the gap; an ablation.
 
     Raises:
         ConfigError: the utterance is empty.
@@ -85,30 +95,27 @@ def cper_turn(
     if not utterance.strip():
         raise ConfigError("the utterance is empty")
     start = time.perf_counter()
+    if expired := state.persona.expired():
+        state = state.forget(expired)
     turn = _Turn(state, utterance.strip(), models, settings, schema)
+    if on_utterance is not None and (text := on_utterance(turn.utterance)) is not None:
+        stopped = replace(turn.next_state(state.persona, text, "answer", None, None), stopped=True)
+        return stopped, Reply(text, "answer", None, _NO_GAP)
     readings = turn.read_person()
     persona, facts, conflict = turn.update_persona(readings)
     vector, gap = turn.measure(readings, persona, conflict)
-    draft, video_answers = turn.draft(readings, persona)
-    if video_answers:
-        gap = replace(gap, video=uncertainty(list(models.encoder.encode(video_answers))))
-    action, target = turn.decide(gap, persona, facts)
-    feedback = turn.judge(draft, gap, persona, action, target)
+    draft, video, samples = turn.draft(readings, persona)
+    action, target = turn.decide(gap, persona, facts, video)
+    if video is not None:
+        gap = replace(gap, video=video.uncertainty)
+        video, draft = turn.resolve(video, action, draft)
+    feedback = turn.judge(draft, gap, persona, action, target, printed_gap)
     if action is None:
         action, target = feedback.action or "answer", feedback.target
     selected = turn.select(persona, feedback)
-    text = turn.write(draft, video_answers, feedback, persona, selected, action, target)
-    asked = dict(state.asked)
-    if action != "answer":
-        asked[target or ""] = asked.get(target or "", 0) + 1
-    next_state = State(
-        persona,
-        (*state.turns, Turn(turn.utterance, text, action, target)),
-        (*state.vectors, vector),
-        asked,
-    )
-    return next_state, Reply(
-        text, action, target, gap, facts, tuple(selected), feedback.text,
+    text = turn.write(draft, video, samples, feedback, persona, selected, action, target, readings)
+    return turn.next_state(persona, text, action, target, vector), Reply(
+        text, action, target, gap, facts, tuple(selected), feedback.text, video,
         turn.calls, turn.prompt_tokens, turn.new_tokens, tuple(turn.unreadable),
         time.perf_counter() - start,
     )  # fmt: skip
@@ -127,7 +134,7 @@ class _Turn:
     ) -> None:
         self.state, self.utterance = state, utterance
         self.models, self.settings, self.schema = models, settings, schema
-        self.number = len(state.turns)
+        self.number = state.number
         self.calls = self.prompt_tokens = self.new_tokens = 0
         self.unreadable: list[str] = []
 
@@ -135,11 +142,34 @@ class _Turn:
 
     @property
     def history(self) -> list[dict[str, str]]:
-        turns = [turn for turn in self.state.turns if turn.user]
-        window = self.settings.window
-        if window is not None:
-            turns = turns[max(len(turns) - window, 0) :]
-        return [{"person": turn.user, "assistant": turn.reply} for turn in turns]
+        """The last exchanges that fit into the window and the limit of characters."""
+        settings, room = self.settings, self.settings.history_characters
+        shown: list[dict[str, str]] = []
+        for turn in reversed([turn for turn in self.state.turns if turn.user]):
+            if settings.window is not None and len(shown) >= settings.window:
+                break
+            if room is not None:
+                room -= len(turn.user) + len(turn.reply)
+                if room < 0:
+                    break
+            shown.append({"person": turn.user, "assistant": turn.reply})
+        return shown[::-1]
+
+    def next_state(
+        self, persona: Persona, text: str, action: str, target: str | None, vector: Array | None
+    ) -> State:
+        state, asked = self.state, dict(self.state.asked)
+        if action != "answer":
+            asked[target or ""] = asked.get(target or "", 0) + 1
+        turns = (*state.turns, Turn(self.utterance, text, action, target))
+        vectors = (*state.vectors, vector)
+        if self.settings.window is not None:
+            kept = max(MAX_TURNS, self.settings.window)
+            turns, vectors = turns[-kept:], vectors[-kept:]
+        return replace(
+            state, persona=persona, turns=turns, vectors=vectors, asked=asked,
+            number=state.number + 1,
+        )  # fmt: skip
 
     def complete(
         self, model: ChatModel, messages: Sequence[Message], n: int = 1, **options: Any
@@ -222,7 +252,11 @@ class _Turn:
                 agreed = support[key] >= min(self.settings.min_support, n) and not guess
                 if first or (agreed and not statement.stated and not literal):
                     kept.setdefault(key, (statement, share))
-        return self.state.persona.update(kept.values(), self.number, self.utterance, self.schema)
+        days = self.settings.fact_days
+        return self.state.persona.update(
+            kept.values(), self.number, self.utterance, self.schema,
+            lifetime=None if days is None else days * _DAY,
+        )  # fmt: skip
 
     def measure(
         self, readings: Sequence[Reading | None], persona: Persona, conflict: float
@@ -239,7 +273,7 @@ class _Turn:
         vectors = [next(encoded) if text else None for text in [*texts, current]]
         vector = vectors.pop()
         readable = [v for v, r in zip(vectors, readings, strict=True) if r is not None]
-        u = uncertainty(readable)
+        u = UNCERTAINTIES[settings.uncertainty](readable)
         earlier = [v for v in self.state.vectors if v is not None]
         w = alignment(vector, earlier, settings.attention_temperature) if earlier else 0.0
         kind = settings.gap or ("slots" if self.schema else "cper")
@@ -276,14 +310,16 @@ class _Turn:
 
     # --- the answer -------------------------------------------------------------------------------
 
-    def draft(self, readings: Sequence[Reading | None], persona: Persona) -> tuple[str, list[str]]:
-        """The first reply, and the answers about the video that it rests on."""
+    def draft(
+        self, readings: Sequence[Reading | None], persona: Persona
+    ) -> tuple[str, VideoAnswer | None, list[str]]:
+        """The first reply; over a video also its answer, and those sampled beside it."""
         if self.models.answerer is None:
-            return next((r.reply for r in readings if r is not None and r.reply), ""), []
+            return next((r.reply for r in readings if r is not None and r.reply), ""), None, []
         data = {
             "utterance": self.utterance,
             "history": self.history,
-            "facts": describe_facts(persona.active),
+            "facts": describe_facts([f for f in persona.active if not self._sensitive(f)]),
         }
         question = self.ask_reasoner("standalone", data, read_question, self.utterance)
         messages = [{"role": "user", "content": question}]
@@ -291,57 +327,54 @@ class _Turn:
         sampled = self.complete(
             self.models.answerer, messages, self.settings.video_samples, temperature=0.7
         )
-        return greedy.text, [reply.text for reply in sampled]
+        texts = [reply.text for reply in sampled]
+        measure = UNCERTAINTIES[self.settings.uncertainty]
+        u = measure(list(self.models.encoder.encode(texts)))
+        return greedy.text, VideoAnswer(question, greedy.text, u), texts
+
+    def _sensitive(self, fact: Fact) -> bool:
+        """Whether the fact reaches no other model than the reasoner, which has read it."""
+        slot = None if self.schema is None else self.schema.slots.get(fact.slot or "")
+        return slot is not None and slot.sensitive
+
+    def resolve(
+        self, video: VideoAnswer, action: str | None, draft: str
+    ) -> tuple[VideoAnswer, str]:
+        """What is done about an answer that is not certain: look at the video again, or say so."""
+        unsure = action != "ask" and video.uncertainty >= self.settings.video_threshold
+        look = getattr(self.models.answerer, "look_again", None)
+        if not unsure or look is None:
+            return replace(video, unsure=unsure), draft
+        reply = look(video.question, self.settings.max_tokens)
+        if reply is None:
+            return replace(video, unsure=True), draft
+        self.calls += 1
+        self.prompt_tokens += reply.prompt_tokens
+        self.new_tokens += reply.new_tokens
+        return replace(video, text=reply.text, looked_again=True), reply.text
 
     # --- ask or answer ----------------------------------------------------------------------------
 
     def decide(
-        self, gap: KnowledgeGap, persona: Persona, facts: Sequence[Fact]
+        self,
+        gap: KnowledgeGap,
+        persona: Persona,
+        facts: Sequence[Fact],
+        video: VideoAnswer | None,
     ) -> tuple[str | None, str | None]:
         """Action and target; (None, None) where the model decides."""
-        settings = self.settings
-        policy = settings.policy or ("slots" if self.schema else "threshold")
-        last = self.state.turns[-1] if self.state.turns else None
-        if not self._may_ask(last, facts):
+        state, settings, schema = self.state, self.settings, self.schema
+        if state.stopped:
             return "answer", None
-        if policy == "model":
-            return None, None
-        if policy == "threshold" or self.schema is None:
-            margin = settings.hysteresis
-            if gap.value > settings.threshold + margin:
-                return "ask", None
-            if gap.value < settings.threshold - margin or last is None:
-                return "answer", None
-            return last.action, None
-        target = self._target(gap, persona)
-        return ("answer", None) if target is None else ("ask", target)
-
-    def _may_ask(self, last: Turn | None, facts: Sequence[Fact]) -> bool:
-        limit = self.settings.max_questions
-        if limit is not None and sum(self.state.asked.values()) >= limit:
-            return False
-        # A question that was not answered is not followed by another one at once.
-        ignored = last is not None and last.action == "ask" and not facts
-        return self.settings.policy == "model" or not ignored
-
-    def _target(self, gap: KnowledgeGap, persona: Persona) -> str | None:
-        """The slot that asking for would tell most, None where none is worth a question."""
-        assert self.schema is not None
-        if gap.video is not None:
-            # Over a video only the referent is worth a question, and only where answers differ.
-            unclear = gap.video >= self.settings.video_threshold
-            focus = FOCUS in self.schema.slots and persona.value(FOCUS) is None
-            asked = self.state.asked.get(FOCUS, 0)
-            return FOCUS if unclear and focus and asked < MAX_ASKS_PER_SLOT else None
-
-        def worth(slot: Slot) -> float:
-            asked = self.state.asked.get(slot.name, 0)
-            if asked >= MAX_ASKS_PER_SLOT:
-                return 0.0
-            return slot.weight * gap.missing[slot.name] * self.settings.repeat**asked
-
-        best = max(self.schema.slots.values(), key=worth)
-        return best.name if worth(best) >= self.settings.ask_cost else None
+        last = state.turns[-1].action if state.turns else None
+        ignored = last == "ask" and not facts
+        if video is not None and settings.policy != "model":
+            return decide_over_video(
+                settings, schema, persona, state.asked, video.uncertainty, ignored
+            )
+        return decide(
+            settings, schema, state.asked, gap.value, gap.missing, last, ignored, self.number
+        )
 
     def judge(
         self,
@@ -350,10 +383,14 @@ class _Turn:
         persona: Persona,
         action: str | None,
         target: str | None,
+        printed_gap: float | None,
     ) -> Feedback:
         """The model's judgment of the draft."""
+        if not self.settings.feedback and action is not None:
+            return Feedback(suggestion=draft)
+        value = gap.value if printed_gap is None else printed_gap
         measured = {
-            "value": round(gap.value, 2),
+            "value": round(value, 2),
             "uncertainty": round(gap.uncertainty, 2),
             "alignment": round(gap.alignment, 2),
             "missing": {slot: round(share, 2) for slot, share in gap.missing.items()},
@@ -377,6 +414,8 @@ class _Turn:
         vectors = self.models.encoder.encode([self.utterance, *(fact.text for fact in facts)])
         nearest = (vectors[1:] @ vectors[0]).argsort(kind="stable")[::-1][:24]
         offered = [facts[i] for i in nearest]
+        if not self.settings.selection:
+            return [fact.id for fact in offered[: self.settings.max_selected]]
         data = {
             "utterance": self.utterance,
             "feedback": feedback.text,
@@ -393,16 +432,18 @@ class _Turn:
     def write(
         self,
         draft: str,
-        video_answers: Sequence[str],
+        video: VideoAnswer | None,
+        samples: Sequence[str],
         feedback: Feedback,
         persona: Persona,
         selected: Sequence[str],
         action: str,
         target: str | None,
+        readings: Sequence[Reading | None],
     ) -> str:
         """The final reply."""
         slot = None if self.schema is None else self.schema.slots.get(target or "")
-        data = {
+        data: dict[str, Any] = {
             "utterance": self.utterance,
             "history": self.history,
             "facts": describe_facts([f for f in persona.active if f.id in set(selected)]),
@@ -411,21 +452,46 @@ class _Turn:
             "action": action,
             "target": target,
         }
+        question = ""
         if slot is not None:
-            data["question"] = slot.question
-        if video_answers:
-            data["video_answers"] = [draft, *video_answers]
+            question = data["question"] = self._question(slot, readings)
+        if video is not None:
+            data |= {"video_answers": [draft, *samples], "unsure": video.unsure}
 
         def read(text: str) -> str:
             reply = read_reply(text)
-            if action == "ask" and len(re.findall(r"\?", reply)) != 1:
+            if action == "ask" and reply.count("?") != 1:
                 raise ReplyError("the text must hold exactly one question")
+            if action == "ask" and slot is not None and not self._is_about(reply, slot):
+                raise ReplyError(f"the question must be about {slot.name}")
+            if action != "ask" and video is not None and not states_answer(reply, draft):
+                raise ReplyError("the text must state the first of video_answers")
             return reply
 
         fallback = feedback.suggestion or draft or "Could you tell me more?"
-        if action != "answer" and slot is not None:
-            fallback = slot.question
+        if video is not None:
+            fallback = f"I am not sure about the video: {draft}" if video.unsure else draft
+        if action == "both":
+            fallback = f"{fallback} {question}".strip()
+        elif action == "ask" and question:
+            fallback = question
         return self.ask_reasoner("refine", data, read, fallback)
+
+    def _question(self, slot: Slot, readings: Sequence[Reading | None]) -> str:
+        """The schema's question, or whether it is the value that splits the readings best."""
+        value = None
+        if self.settings.question == "yes_no":
+            values = [self._values(reading).get(slot.name) for reading in readings if reading]
+            value = best_split(values)
+        return slot.question if value is None else f"Is this right: {slot.description}, {value}?"
+
+    def _is_about(self, reply: str, slot: Slot) -> bool:
+        """Whether a question asks for a slot, by its words or by its meaning."""
+        known = [slot.name.replace("_", " "), slot.question, slot.description, *slot.values]
+        if content_words(reply) & content_words(" ".join(known)):
+            return True
+        first, second = self.models.encoder.encode([reply, slot.question])
+        return float(first @ second) >= 0.3
 
 
 def _key(statement: Statement) -> tuple[str, str]:

@@ -11,7 +11,7 @@ persona that never changes agrees with itself. :func:`slot_gap` counts what the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,45 @@ def uncertainty(candidates: Sequence[ArrayLike | None]) -> float:
     rows = _unit_rows(np.asarray(candidates, np.float64))
     total = rows.sum(0)
     return float(1.0 - (total @ total - (rows * rows).sum()) / (n * (n - 1)))
+
+
+def semantic_uncertainty(candidates: Sequence[ArrayLike | None], similarity: float = 0.9) -> float:
+    """Entropy of the meanings of n sampled readings over ``ln n``: 0 (one meaning) to 1 (n).
+
+    Readings have one meaning where their cosine is at least ``similarity``; there is no entailment
+    model. The conventions are those of :func:`uncertainty`.
+    """
+    n = len(candidates)
+    if n < 2 or any(candidate is None for candidate in candidates):
+        return 1.0
+    rows = _unit_rows(np.asarray(candidates, np.float64))
+    first: list[int] = []
+    labels = []
+    for index, row in enumerate(rows):
+        equal = [label for label, other in enumerate(first) if row @ rows[other] >= similarity]
+        if not equal:
+            first.append(index)
+        labels.append(equal[0] if equal else len(first) - 1)
+    return cluster_entropy(labels) / math.log(n)
+
+
+def spectral_uncertainty(candidates: Sequence[ArrayLike | None]) -> float:
+    """:func:`spectral_count` of the cosines of n sampled readings, scaled to 0 (equal) to 1
+    (orthogonal). The conventions are those of :func:`uncertainty`."""
+    n = len(candidates)
+    if n < 2 or any(candidate is None for candidate in candidates):
+        return 1.0
+    rows = _unit_rows(np.asarray(candidates, np.float64))
+    similarity = np.clip(rows @ rows.T, 0.0, 1.0)
+    np.fill_diagonal(similarity, 1.0)
+    return (spectral_count(similarity) - 1.0) / (n - 1)
+
+
+UNCERTAINTIES: Mapping[str, Callable[[Sequence[ArrayLike | None]], float]] = {
+    "cosine": uncertainty,
+    "semantic": semantic_uncertainty,
+    "spectral": spectral_uncertainty,
+}
 
 
 def alignment(persona: ArrayLike | None, history: ArrayLike, temperature: float = 1.0) -> float:
@@ -163,6 +202,23 @@ def cluster_entropy(labels: Sequence[int]) -> float:
     (Kuhn et al., 2023)."""
     counts = np.unique(np.asarray(labels), return_counts=True)[1] / len(labels)
     return float(-(counts * np.log(counts)).sum())
+
+
+def split_reward(share: float, penalty: float = 0.4) -> float:
+    """How much a yes-or-no question tells that ``share`` of the candidates answer with yes: its
+    entropy in bits, less for uneven splits (Uncertainty of Thoughts, Hu et al., 2024)."""
+    if not 0.0 < share < 1.0:
+        return 0.0
+    entropy = -share * math.log2(share) - (1.0 - share) * math.log2(1.0 - share)
+    return entropy / (1.0 + abs(2.0 * share - 1.0) / penalty)
+
+
+def best_split(values: Sequence[str | None]) -> str | None:
+    """The value that asking "is it this one?" tells most about, by :func:`split_reward` of its
+    share of the readings; None where no value splits them."""
+    shares = {v: values.count(v) / len(values) for v in values if v is not None}
+    best = max(sorted(shares), key=lambda v: split_reward(shares[v]), default=None)
+    return best if best is not None and split_reward(shares[best]) > 0 else None
 
 
 def spectral_count(similarity: ArrayLike) -> float:

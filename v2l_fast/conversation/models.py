@@ -19,7 +19,7 @@ from v2l_fast.errors import ConfigError, V2LError
 
 if TYPE_CHECKING:
     from v2l_fast.hypernet import Adapter
-    from v2l_fast.model import Video2LoRA
+    from v2l_fast.model import Video, Video2LoRA
 import hashlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -232,10 +232,17 @@ class VideoModel:
     Args:
         model: the VLM with its hypernetwork.
         adapter: of the video.
+        video: the video itself, to be put in context where answers from the adapter are not
+            certain; None where it is not at hand.
     """
 
-    def __init__(self, model: Video2LoRA, adapter: Adapter | str | os.PathLike) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Video2LoRA,
+        adapter: Adapter | str | os.PathLike,
+        video: Video | None = None,
+    ) -> None:
+        self._model, self._video = model, video
         self._adapter = (
             model.load_adapter(adapter) if isinstance(adapter, str | os.PathLike) else adapter
         )
@@ -257,6 +264,27 @@ class VideoModel:
             top_p=top_p, seed=seed,
         )  # fmt: skip
         return [ModelReply(a.text, a.prompt_tokens, a.new_tokens) for a in answers]
+
+    def look_again(self, question: str, max_tokens: int) -> ModelReply | None:
+        """The answer with the video in context; None without the video. It costs visual tokens."""
+        if self._video is None:
+            return None
+        (answer,) = self._model.answer_direct(question, self._video, max_new_tokens=max_tokens)
+        return ModelReply(answer.text, answer.prompt_tokens, answer.new_tokens)
+
+
+def load_chat_model(source: str, name: str | None = None, key: str | None = None) -> ChatModel:
+    """A chat model: the URL of an OpenAI-compatible API with the name that the model is served
+    under, or the folder or hub id of a transformers model.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or a URL has no name.
+    """
+    if not source.startswith(("http://", "https://")):
+        return TransformersModel(source)
+    if name is None:
+        raise ConfigError(f"{source}: name the model that it serves")
+    return EndpointModel(source, name, key)
 
 
 # --- encoders -------------------------------------------------------------------------------------
@@ -396,11 +424,17 @@ def minilm() -> TransformerEncoder:
 
 
 def load_encoder(name: str) -> Encoder:
-    """``"minilm"``, ``"ngrams"``, or a transformers folder or hub id.
+    """``"minilm"``, ``"ngrams"``, a transformers folder or hub id, or ``URL#MODEL`` for the
+    embeddings of an OpenAI-compatible API.
 
     Raises:
         ConfigError: the encoder cannot be loaded.
     """
+    if name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        if not model:
+            raise ConfigError(f"{name}: add #MODEL, the name of the encoder that it serves")
+        return EndpointEncoder(url, model)
     if name == "minilm":
         return minilm()
     return NgramEncoder() if name == "ngrams" else TransformerEncoder(name)

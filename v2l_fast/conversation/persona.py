@@ -12,13 +12,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.errors import ConfigError, escape_controls, excerpt
-from v2l_fast.files import read_json, replacing
+from v2l_fast.files import read_json, read_jsonl, replacing
 
 FORMAT = "v2l-persona-1"
 MAX_FACT_CHARACTERS = 160
@@ -27,13 +28,24 @@ MAX_FACTS = 64
 Source = Literal["stated", "inferred", "imported"]
 Status = Literal["active", "superseded", "quarantined", "forgotten"]
 
-# A "fact" that addresses the model: it would come back in every later prompt.
+# A "fact" that addresses the model: it would come back in every later prompt. No list is complete;
+# what it misses still reaches models as a quoted string only.
 _INSTRUCTION = re.compile(
-    r"\b(ignore|disregard|forget|override|bypass)\b.{0,40}\b(instruction|previous|above|prompt|rule|"
-    r"system|everything)|\b(system|assistant|developer)\s*(prompt|message|:)|"
-    r"\b(you must|you are now|you should now|from now on|act as|pretend|respond with|reply with|"
-    r"output|always (say|answer|reply|recommend)|never (say|answer|mention|ask))\b|"
-    r"<\||\|>|```|[{}]",
+    r"\b(ignore|disregard|forget|override|bypass|ignoriere|vergiss|oublie|ignora|olvida)\b"
+    r".{0,40}\b(instruct\w*|previous|prior|above|earlier|prompt|rules?|system|everything|guidelines|"
+    r"anweisung\w*|instrucciones|regeln)|"
+    r"\b(system|assistant|developer|user|tool|human|ai)\s*(prompt|message|instruction|override|:)|"
+    r"\b(new|updated|real|hidden|secret)\s+(rules?|instructions?|task|policy|objective)|"
+    r"#+\s*(instruction|system|task)|\bBEGIN\b.*\b(PROMPT|INSTRUCTION|SYSTEM)|"
+    r"\b(you|the assistant|the model|the ai) (must|shall|should|has to|have to|need to|are now|"
+    r"should now|will now|may not|is not allowed)\b|"
+    r"\b(must|should|do|may|shall) (not|never) (ask|answer|mention|reply|tell|use)|"
+    r"\b(from now on|act as|pretend|roleplay|jailbreak|respond (only )?with|reply (only )?with|"
+    r"(output|print|execute|repeat|reveal) (the|your|all|after|everything|only)|"
+    r"(always|only|never) (say|answer|reply|respond|recommend|mention|ask|output)|"
+    r"(set|change|delete|add|replace|mark|fill) (the |your |all )?(action|gap|slots?|facts?|"
+    r"persona|target|value|memory|genre))\b|"
+    r"\b(action|stated|target|gap|slot)\s*[=:]|<\||\|>|</?\w+>|\[/?[A-Z]+\]|```|[{}]",
     re.IGNORECASE,
 )
 
@@ -70,6 +82,7 @@ class Fact:
             instruction, or "forgotten".
         superseded_by: id of the newer fact.
         created: seconds since the epoch.
+        expires: seconds since the epoch from which on the fact is to be forgotten; None for never.
     """
 
     id: str
@@ -83,6 +96,19 @@ class Fact:
     status: Status = "active"
     superseded_by: str | None = None
     created: float = 0.0
+    expires: float | None = None
+
+
+@dataclass(frozen=True)
+class ForgottenWords:
+    """What facts said, to be removed wherever else it stands."""
+
+    words: frozenset[str]
+
+    def found_in(self, texts: Iterable[str]) -> bool:
+        """Whether one of the texts says the same as a whole word or phrase."""
+        lines = [" ".join(_words(text)) for text in texts]
+        return any(f" {word} " in f" {line} " for line in lines for word in self.words)
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,7 @@ class Persona:
         utterance: str | None = None,
         schema: Schema | None = None,
         created: float | None = None,
+        lifetime: float | None = None,
     ) -> tuple[Persona, tuple[Fact, ...], float]:
         """Add what one turn says.
 
@@ -129,6 +156,7 @@ class Persona:
             utterance: kept as evidence.
             schema: slots and values are checked against it; without one they are dropped.
             created: seconds since the epoch; now when None.
+            lifetime: seconds after which new facts expire; None for never.
 
         Returns:
             The new persona, its new facts, and the share of the statements that contradict an
@@ -154,7 +182,8 @@ class Persona:
                 conflicts += 1
                 if fact.source == "inferred" and facts[index].source != "inferred":
                     continue
-            fact = replace(fact, id=_next_id(facts))
+            expires = None if lifetime is None else fact.created + lifetime
+            fact = replace(fact, id=_next_id(facts), expires=expires)
             if outcome == "conflict":
                 facts[index] = replace(facts[index], status="superseded", superseded_by=fact.id)
             facts.append(fact)
@@ -183,7 +212,7 @@ class Persona:
         value = None if slot is None else slot.accept(statement.value)
         if slot is not None and slot.sensitive and not statement.stated:
             return None
-        hostile = _INSTRUCTION.search(text) or (value and _INSTRUCTION.search(value))
+        hostile = _is_instruction(text) or (value is not None and _is_instruction(value))
         return Fact(
             id="",
             text=text,
@@ -219,6 +248,29 @@ class Persona:
             )
         )
 
+    def traces(self, ids: Collection[str]) -> ForgottenWords:
+        """What these facts say: their texts, values and evidence."""
+        texts = [
+            text
+            for fact in self.facts
+            if fact.id in ids
+            for text in (fact.text, fact.value or "", fact.utterance or "")
+        ]
+        return ForgottenWords(frozenset(" ".join(_words(text)) for text in texts) - {""})
+
+    def expired(self, now: float | None = None) -> tuple[str, ...]:
+        """Ids of the facts whose time is over.
+
+        Args:
+            now: seconds since the epoch; the present when None.
+        """
+        now = time.time() if now is None else now
+        return tuple(
+            fact.id
+            for fact in self.facts
+            if fact.expires is not None and fact.expires <= now and fact.status != "forgotten"
+        )
+
     def select(self, *, slot: str | None = None, turn: int | None = None) -> tuple[str, ...]:
         """Ids of the facts that are not forgotten, of one slot or one turn where given."""
         return tuple(
@@ -233,7 +285,11 @@ class Persona:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that is kept, evidence included, ready for JSON."""
-        return {"format": FORMAT, "facts": [dataclasses.asdict(fact) for fact in self.facts]}
+        entries = [dataclasses.asdict(fact) for fact in self.facts]
+        for entry in entries:
+            if entry["expires"] is None:
+                del entry["expires"]
+        return {"format": FORMAT, "facts": entries}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a JSON file that only its owner can read; an old one is replaced whole.
@@ -276,10 +332,51 @@ class Persona:
         return cls(tuple(facts))
 
 
+def forget_in_trace(path: str | os.PathLike, words: ForgottenWords) -> int:
+    """Empty the lines of a trace (JSON lines) in which forgotten words stand.
+
+    Returns:
+        The number of lines that were emptied.
+
+    Raises:
+        ConfigError: a line is not JSON.
+        WriteError: the file cannot be written.
+    """
+    if not os.path.exists(path):
+        return 0
+    lines, emptied = [], 0
+    for _, entry in read_jsonl(path, error=ConfigError):
+        if words.found_in(_strings(entry)):
+            entry, emptied = {"turn": entry.get("turn"), "forgotten": True}, emptied + 1
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    if emptied:
+        with replacing(path) as part:
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.writelines(lines)
+    return emptied
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (text for item in value.items() for part in item for text in _strings(part))
+    elif isinstance(value, list):
+        yield from (text for item in value for text in _strings(item))
+
+
 def clean(text: str) -> str:
     """Untrusted text as one line of at most 160 characters without control characters."""
     line = escape_controls(" ".join(text.split()))
     return line if len(line) <= MAX_FACT_CHARACTERS else f"{line[: MAX_FACT_CHARACTERS - 1]}…"
+
+
+def _is_instruction(text: str) -> bool:
+    # Full-width letters and invisible characters spell the same words.
+    plain = unicodedata.normalize("NFKC", text)
+    plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
+    return _INSTRUCTION.search(plain) is not None
 
 
 def _next_id(facts: Sequence[Fact]) -> str:
@@ -334,11 +431,13 @@ def _forgotten(fact: Fact) -> Fact:
 _TYPES: dict[str, Any] = {
     "id": str, "text": str, "slot": str | None, "value": str | None, "source": str, "turn": int,
     "utterance": str | None, "confidence": int | float, "status": str,
-    "superseded_by": str | None, "created": int | float,
+    "superseded_by": str | None, "created": int | float, "expires": int | float | None,
 }  # fmt: skip
 
 
 def _read_fact(entry: object) -> Fact:
+    if isinstance(entry, dict):
+        entry = {"expires": None, **entry}
     if not isinstance(entry, dict) or set(entry) != set(_TYPES):
         raise ConfigError(f"a fact must have the fields {', '.join(_TYPES)}, got {excerpt(entry)}")
     for name, kind in _TYPES.items():
@@ -350,6 +449,6 @@ def _read_fact(entry: object) -> Fact:
         raise ConfigError(f"fact {excerpt(entry['id'])}: status is {excerpt(entry['status'])}")
     fact = Fact(**entry | {"text": clean(entry["text"])})
     texts = [fact.text, fact.value or "", fact.slot or ""]
-    if fact.status == "active" and any(_INSTRUCTION.search(text) for text in texts):
+    if fact.status == "active" and any(_is_instruction(text) for text in texts):
         fact = replace(fact, status="quarantined", slot=None, value=None)
     return fact

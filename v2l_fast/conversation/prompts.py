@@ -65,7 +65,8 @@ _INSTRUCTIONS = {
         "for `both`, answer and add one short question about `target`. Use `facts` to fit the "
         "reply to "
         "the person, and do not recite them. If `video_answers` is there, it holds the only facts "
-        "about the video that you may state.\n"
+        "about the video that you may state, the first of them first of all; if `unsure` is true, "
+        "say that you are not sure about the video. If `question` is there, ask in its sense.\n"
         'Form: {"action": "answer", "text": "..."}'
     ),
 }
@@ -202,6 +203,24 @@ def read_reply(text: str) -> str:
     return reply
 
 
+_STOP_WORDS = frozenset(
+    "a an and are as at be by can could do does for from had has have how i in is it its like me "
+    "my of on or so that the there this to was we what when where which who will with would you "
+    "your".split()
+)
+
+
+def content_words(text: str) -> set[str]:
+    """The words of a text that carry its meaning, lower case."""
+    return set(re.findall(r"\w+", text.casefold())) - _STOP_WORDS
+
+
+def states_answer(reply: str, answer: str) -> bool:
+    """Whether a reply holds at least half of an answer's content words."""
+    words = content_words(answer)
+    return len(words & content_words(reply)) >= len(words) / 2
+
+
 def _text(value: object) -> str:
     return value.strip() if isinstance(value, str) else ""
 
@@ -221,10 +240,11 @@ class LexiconModel:
     Args:
         guess: how readings fill the slots that the person has not stated: "uniform" over the
             values, "peaked" on the first value nine times of ten, or "none".
+        ask_above: where the model decides, it asks above this gap.
     """
 
-    def __init__(self, guess: Guess = "none") -> None:
-        self.guess = guess
+    def __init__(self, guess: Guess = "none", ask_above: float = 1.0) -> None:
+        self.guess, self.ask_above = guess, ask_above
 
     def complete(
         self,
@@ -272,7 +292,7 @@ class LexiconModel:
 
     def _feedback(self, data: Mapping[str, Any], rng: random.Random) -> str:
         # Obeys the number that the policy "model" prints.
-        action = data["action"] or ("ask" if data["gap"]["value"] > 1.0 else "answer")
+        action = data["action"] or ("ask" if data["gap"]["value"] > self.ask_above else "answer")
         missing = data["gap"]["missing"]
         target = data["target"] or max(missing, key=missing.get, default=None)
         return json.dumps(
@@ -284,8 +304,13 @@ class LexiconModel:
 
     def _refine(self, data: Mapping[str, Any], rng: random.Random) -> str:
         text = data["draft"] or "I see."
+        question = data.get("question", "Could you tell me more?")
+        if data.get("unsure"):
+            text = f"I am not sure about the video: {text}"
+        if data["action"] == "both":
+            text = f"{text} {question}"
         if data["action"] == "ask":
-            text = data.get("question", "Could you tell me more?")
+            text = question
         return json.dumps({"action": data["action"], "text": text})
 
 

@@ -18,9 +18,10 @@ from v2l_fast.conversation.cper import cper_turn
 from v2l_fast.conversation.gap import Array
 from v2l_fast.conversation.models import NgramEncoder
 from v2l_fast.conversation.persona import Persona
+from v2l_fast.conversation.policy import CperSettings
 from v2l_fast.conversation.prompts import Guess, LexiconModel
 from v2l_fast.conversation.schema import Schema
-from v2l_fast.conversation.state import CperSettings, KnowledgeGap, Models, State
+from v2l_fast.conversation.state import KnowledgeGap, Models, State
 from v2l_fast.errors import ConfigError
 
 Arm = Literal["targeted", "random", "off"]

@@ -1,4 +1,4 @@
-"""What a CPER conversation is made of: its settings and models, its state, and what a turn gives.
+"""What a CPER conversation is made of: its models, its state, and what a turn gives.
 
 Data only. :mod:`v2l_fast.conversation.cper` takes a state to the next one.
 """
@@ -7,82 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
 
 from v2l_fast.conversation.gap import Array
 from v2l_fast.conversation.models import ChatModel, Encoder
 from v2l_fast.conversation.persona import Fact, Persona
-from v2l_fast.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class CperSettings:
-    """How a turn reads, measures and decides.
-
-    Attributes:
-        candidates: n, sampled readings of a turn.
-        readings: "persona": of the person, by the history; "utterance": of the last words alone, as
-            in the paper.
-        temperature, top_p, max_tokens: of the readings.
-        alpha, beta, gamma: weights of uncertainty, alignment and conflict in the gap.
-        gap: "cper" (the paper's) or "slots" (coverage of a schema); by schema when None.
-        attention_temperature: of the softmax over earlier turns.
-        policy: "slots" asks for the slot that is missed most, "threshold" asks above a gap, "model"
-            prints the gap and lets the model decide, as in the paper; by schema when None.
-        threshold, hysteresis: "threshold" asks above their sum, answers below their difference, and
-            repeats the last action between. A threshold belongs to its encoder; 1.0 is MiniLM's.
-        ask_cost: "slots" asks where weight times missing is at least this.
-        repeat: factor on a slot for every time it was asked for.
-        max_questions: limit in a conversation; None for no limit.
-        window: turns of history shown to the model; None for all.
-        max_selected: facts offered to a reply where the model does not choose.
-        min_support: readings out of n that must agree on an inferred fact.
-        video_samples: answers sampled from the video's adapter.
-        video_threshold: uncertainty of these from which on a question names nothing unique.
-        seed: of every sampled reply.
-    """
-
-    candidates: int = 5
-    readings: Literal["persona", "utterance"] = "persona"
-    temperature: float = 0.6
-    top_p: float = 0.9
-    max_tokens: int = 400
-    alpha: float = 0.5
-    beta: float = 0.5
-    gamma: float = 0.5
-    gap: Literal["cper", "slots"] | None = None
-    attention_temperature: float = 1.0
-    policy: Literal["slots", "threshold", "model"] | None = None
-    threshold: float = 1.0
-    hysteresis: float = 0.05
-    ask_cost: float = 0.25
-    repeat: float = 0.3
-    max_questions: int | None = 3
-    window: int | None = 8
-    max_selected: int = 8
-    min_support: int = 3
-    video_samples: int = 5
-    video_threshold: float = 0.25
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("candidates", 1), ("max_tokens", 1), ("max_selected", 0),
-                            ("video_samples", 1)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.attention_temperature <= 0:
-            raise ConfigError(
-                f"attention_temperature must be positive, got {self.attention_temperature}"
-            )
-
-    @classmethod
-    def faithful(cls, **changes: Any) -> CperSettings:
-        """The paper's loop: n + 3 requests a turn, no limits, the model decides."""
-        preset = {
-            "readings": "utterance", "gamma": 0.0, "gap": "cper", "policy": "model",
-            "max_questions": None, "window": None, "min_support": 1,
-        }  # fmt: skip
-        return cls(**{**preset, **changes})
 
 
 @dataclass(frozen=True)
@@ -113,11 +41,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class KnowledgeGap:
-    """What is not known.
+    """What is not known about the person, and beside it, never mixed in, about a video.
 
     Attributes:
         value: the gap that decides; about 0.5 to 1.5.
-        kind: "cper" or "slots".
+        kind: "cper" or "slots"; "none" where nothing was measured.
         uncertainty, alignment, conflict: its parts, about the person.
         normalized: the value where 0 is "nothing is missing".
         missing: slot -> how much asking for it would tell.
@@ -140,32 +68,63 @@ class State:
 
     Attributes:
         persona: what is known about the person.
-        turns: all exchanges.
-        vectors: for each turn the vector [d] of its facts; None for a turn without any.
+        turns: the last exchanges; all of them where no window limits them.
+        vectors: for each of ``turns`` the vector [d] of its facts; None for a turn without any.
         asked: slot or target -> how often it was asked for.
+        number: turns so far.
+        stopped: the person is not asked any more.
     """
 
     persona: Persona = Persona()
     turns: tuple[Turn, ...] = ()
     vectors: tuple[Array | None, ...] = ()
     asked: Mapping[str, int] = field(default_factory=dict)
+    number: int = 0
+    stopped: bool = False
 
     def forget(self, ids: Sequence[str]) -> State:
-        """Remove facts, and the words and vectors of the turns that they come from.
+        """Remove facts, and every turn in which their words stand.
+
+        The vectors go as a whole, since each was made of all that was known at its time.
 
         Raises:
             ConfigError: an id is unknown.
         """
-        turns = {fact.turn for fact in self.persona.facts if fact.id in set(ids)}
+        first = self.number - len(self.turns)
+        sources = {fact.turn - first for fact in self.persona.facts if fact.id in set(ids)}
+        traces = self.persona.traces(ids)
+        turns = tuple(
+            Turn("", "", turn.action, None)
+            if i in sources or traces.found_in((turn.user, turn.reply, turn.target or ""))
+            else turn
+            for i, turn in enumerate(self.turns)
+        )
         return replace(
             self,
             persona=self.persona.forget(ids),
-            turns=tuple(
-                Turn("", "", turn.action, None) if i in turns else turn
-                for i, turn in enumerate(self.turns)
-            ),
-            vectors=tuple(None if i in turns else v for i, v in enumerate(self.vectors)),
+            turns=turns,
+            vectors=(None,) * len(turns),
+            asked={name: n for name, n in self.asked.items() if not traces.found_in((name,))},
         )
+
+
+@dataclass(frozen=True)
+class VideoAnswer:
+    """What the video's model answered.
+
+    Attributes:
+        question: the question, made self-contained.
+        text: the answer.
+        uncertainty: of the sampled answers.
+        unsure: the answer is not certain, and the reply says so.
+        looked_again: the answer comes from the video in context instead of from its adapter.
+    """
+
+    question: str
+    text: str
+    uncertainty: float
+    unsure: bool = False
+    looked_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +139,7 @@ class Reply:
         facts: new facts about the person.
         selected: ids of the facts that the reply was fitted to.
         feedback: the model's judgment of its draft.
+        video: what the video's model answered; None without one.
         calls, prompt_tokens, new_tokens: cost.
         unreadable: requests whose replies could not be read.
         seconds: duration of the turn.
@@ -189,11 +149,12 @@ class Reply:
     action: str
     target: str | None
     gap: KnowledgeGap
-    facts: tuple[Fact, ...]
-    selected: tuple[str, ...]
-    feedback: str
-    calls: int
-    prompt_tokens: int
-    new_tokens: int
-    unreadable: tuple[str, ...]
-    seconds: float
+    facts: tuple[Fact, ...] = ()
+    selected: tuple[str, ...] = ()
+    feedback: str = ""
+    video: VideoAnswer | None = None
+    calls: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    unreadable: tuple[str, ...] = ()
+    seconds: float = 0.0

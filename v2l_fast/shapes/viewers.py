@@ -17,9 +17,10 @@ import numpy as np
 from v2l_fast.conversation.cper import cper_turn
 from v2l_fast.conversation.models import NgramEncoder, VideoModel
 from v2l_fast.conversation.persona import Persona, Statement
+from v2l_fast.conversation.policy import CperSettings
 from v2l_fast.conversation.prompts import LexiconModel
 from v2l_fast.conversation.schema import Schema
-from v2l_fast.conversation.state import CperSettings, Models, State
+from v2l_fast.conversation.state import Models, State
 from v2l_fast.evaluation.statistics import mean_interval, paired_difference
 from v2l_fast.hypernet import Adapter
 from v2l_fast.model import Video2LoRA
@@ -83,7 +84,9 @@ def view(model: Video2LoRA, adapter: Adapter, scene: Scene, focus: int, arm: Arm
             questions += 1
             answer = f"The {FOCUS[focus]} one."
             state, reply = cper_turn(state, answer, models, settings, schema)
-        correct.append(plain(reply.text) == _expected(scene.objects[focus], attribute))
+        # A reply says when it is not sure; the answer within it is what counts here.
+        assert reply.video is not None
+        correct.append(plain(reply.video.text) == _expected(scene.objects[focus], attribute))
     return Viewing(tuple(correct), questions, uncertainty)
 
 
