@@ -7,6 +7,7 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.statistics import (
     DIFFERENCES,
     Interval,
+    auroc,
     holm,
     mean_interval,
     mean_of_ratios,
@@ -249,3 +250,8 @@ def test_misuse_is_named():
         mean_of_ratios([])
     with pytest.raises(ConfigError, match="margin must be positive"):
         Interval(0, 0, 0).non_inferior(0)
+
+
+def test_auroc_counts_ties_half():
+    assert auroc([1.0, 2.0], [0.0, 1.0]) == 0.875
+    assert auroc([1.0], [1.0]) == 0.5

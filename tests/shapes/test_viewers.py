@@ -3,7 +3,7 @@
 import pytest
 
 from v2l_fast.model import Video2LoRA
-from v2l_fast.shapes.viewers import ambiguous_scenes, auroc, evaluate_viewers, view
+from v2l_fast.shapes.viewers import ambiguous_scenes, evaluate_viewers, view
 from v2l_fast.shapes.world import sample_scenes
 
 
@@ -38,8 +38,3 @@ def test_one_answered_question_serves_the_later_ones(shipped):
     ]
     assert all(viewing.questions <= 1 for viewing in viewings)
     assert all(viewing.correct[-1] for viewing in viewings if viewing.questions)
-
-
-def test_auroc_counts_ties_half():
-    assert auroc([1.0, 2.0], [0.0, 1.0]) == 0.875
-    assert auroc([1.0], [1.0]) == 0.5

@@ -27,7 +27,16 @@ from v2l_fast.cli.options import (
     output_file,
     with_options,
 )
-from v2l_fast.console import log, note, printable, progress_bar, say, show_json, show_table
+from v2l_fast.console import (
+    log,
+    note,
+    printable,
+    progress_bar,
+    say,
+    show,
+    show_json,
+    show_table,
+)
 from v2l_fast.errors import ConfigError, V2LError
 
 if TYPE_CHECKING:
@@ -40,7 +49,7 @@ persona_app = typer.Typer(
     context_settings=CONTEXT,
 )
 cper_app = typer.Typer(
-    help="Measure conversations that ask, on simulated people.",
+    help="Measure conversations that ask: on simulated people, and on recorded dialogs.",
     no_args_is_help=True,
     context_settings=CONTEXT,
 )
@@ -282,9 +291,9 @@ def _show(persona: Persona) -> None:
     show_table(("id", "status", "source", "slot", "text"), rows)
 
 
-@persona_app.command()
+@persona_app.command("show")
 @with_options
-def show(path: Path = PERSONA, as_json: bool = JSON) -> None:
+def show_persona(path: Path = PERSONA, as_json: bool = JSON) -> None:
     """List the facts of a persona file.
 
     \b
@@ -395,6 +404,145 @@ def simulate(
             record = evaluate_viewers(model, sample_scenes("test", users, seed), seed)
     write_json(out_path, record)
     say(f"{out_path}: {record.get('users', record.get('videos'))} conversations in every arm")
+
+
+@cper_app.command()
+@with_options
+def evaluate(
+    path: Path = Argument(
+        ..., metavar="DIALOGS", help="CCPE-M or ESConv, or turns of user_input and response."
+    ),
+    reasoner: str = Option(
+        ..., metavar="URL|PATH", help="Model that writes the replies: an endpoint or a folder."
+    ),
+    reasoner_model: str | None = Option(None, help="Name that the endpoint serves it under."),
+    judge: str | None = Option(None, metavar="URL|PATH", help="Model that compares them."),
+    judge_model: str | None = Option(None, help="Name that the endpoint serves the judge under."),
+    systems: str = Option(
+        "cper,slots,plain,selfrefine",
+        help="Separated by commas: cper, slots, plain, selfrefine, always, never, random, shuffled "
+        'or oracle, each with settings as in "cper candidates=3 feedback=false".',
+    ),
+    baseline: str = Option("plain", help="The system that the others are compared with."),
+    encoder: str = Option("minilm", help="minilm, ngrams, a transformers folder, or URL#MODEL."),
+    schema: str | None = Option(None, help="movies, support, viewer, or a TOML file."),
+    history: str = Option(
+        "own",
+        help="Replies that a system sees as its earlier ones: its own, or the recorded ones.",
+        callback=one_of("own", "recorded"),
+    ),
+    person: str = Option(
+        "recorded",
+        help="recorded: the turns in their order; nearest: a question is answered with the unused "
+        "turn that is nearest to it.",
+        callback=one_of("recorded", "nearest"),
+    ),
+    limit: int | None = Option(None, min=1, help="Use only the first dialogs."),
+    long: int = Option(12, min=1, help="Pairs from which on a dialog is long."),
+    judged_turns: int = Option(3, min=1, help="Turns of each dialog that are judged."),
+    workers: int = Option(1, min=1, help="Dialogs and judgments at the same time."),
+    seed: int = SEED,
+    folder: Path = Option(..., "--out", "-o", help="Folder of the results."),
+    as_json: bool = JSON,
+) -> None:
+    """Compare systems on recorded dialogs, with a judge that reads each pair in both orders.
+
+    Repeat the same command to continue after an interruption: no dialog that was replayed and no
+    pair that was judged is done again.
+
+    \b
+    v2l cper evaluate data.json --reasoner http://localhost:8000/v1 --reasoner-model NAME
+        --judge http://localhost:8001/v1 --judge-model NAME --out runs/ccpe
+    v2l cper evaluate ESConv.json --schema support --systems cper,plain --reasoner folder/ -o runs/e
+    """
+    from v2l_fast.conversation import Models, Schema, load_chat_model, load_encoder
+    from v2l_fast.data.dialogs import ESCONV_LICENSE, read_dialogs
+    from v2l_fast.evaluation.preference import (
+        DialogSystem,
+        Replay,
+        compare_on_dialogs,
+        comparison_tables,
+    )
+    from v2l_fast.outputs import check_folder
+
+    check_folder(folder)
+    dialogs = read_dialogs(path)[:limit]
+    if any(dialog.form == "esconv" for dialog in dialogs):
+        note(ESCONV_LICENSE)
+    for source, name in ((reasoner, reasoner_model), (judge, judge_model)):
+        if name is not None:
+            note(f"the dialogs go to {source}")
+    models = Models(load_chat_model(reasoner, reasoner_model), load_encoder(encoder))
+    replay = Replay(
+        models,
+        None if schema is None else Schema.load(schema),
+        "own" if history == "own" else "recorded",
+        "recorded" if person == "recorded" else "nearest",
+    )
+    with progress_bar("comparing") as progress:
+        record = compare_on_dialogs(
+            dialogs,
+            [DialogSystem.parse(text.strip(), seed) for text in systems.split(",")],
+            replay,
+            None if judge is None else load_chat_model(judge, judge_model),
+            folder,
+            names=(reasoner_model or reasoner, judge_model or judge or ""),
+            baseline=baseline,
+            judged_turns=judged_turns,
+            long=long,
+            workers=workers,
+            seed=seed,
+            progress=progress,
+        )
+    if as_json:
+        show_json(record)
+    else:
+        show(comparison_tables(record))
+
+
+@cper_app.command()
+@with_options
+def calibrate(
+    encoder: str = Option("minilm", help="minilm, ngrams, a transformers folder, or URL#MODEL."),
+    schema: str = Option("movies", help="movies, shapes, or a TOML file with values."),
+    ask_rate: float | None = Option(None, help="Ask in this share of the turns."),
+    question_cost: float | None = Option(
+        None, help="The highest utility minus this for every question."
+    ),
+    error_rate: float | None = Option(
+        None, help="Ask needlessly with at most this probability (conformal)."
+    ),
+    candidates: int = Option(5, min=1, help="Sampled readings of a turn."),
+    users: int = Option(100, min=2, help="Simulated people."),
+    seed: int = SEED,
+    out_path: Path = Option(..., "--out", "-o", parser=output_file, help="File to write (JSON)."),
+    force: bool = FORCE,
+) -> None:
+    """Find the gap above which to ask, on simulated people; it belongs to its encoder.
+
+    \b
+    v2l cper calibrate --ask-rate 0.3 --out threshold.json
+    v2l chat clip.safetensors --elicit --encoder minilm --threshold threshold.json
+    """
+    from v2l_fast.conversation import CperSettings, Schema, load_encoder
+    from v2l_fast.evaluation import elicitation
+    from v2l_fast.files import write_json
+    from v2l_fast.outputs import check_output
+
+    check_output(out_path, [], force)
+    with progress_bar("simulating"):
+        record = elicitation.calibrate(
+            Schema.load(schema),
+            load_encoder(encoder),
+            CperSettings(candidates=candidates),
+            ask_rate=ask_rate,
+            question_cost=question_cost,
+            error_rate=error_rate,
+            users=users,
+            seed=seed,
+        )
+    write_json(out_path, record)
+    say(f"{out_path}: ask above {record['threshold']:.3f}")
 
 
 @cper_app.command()

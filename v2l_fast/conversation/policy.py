@@ -151,7 +151,13 @@ class CperSettings:
                     f"{path}: made with {name}={excerpt(record.get(name))}, now it is {value}; "
                     "run v2l cper calibrate again"
                 )
-        return replace(self, threshold=float(threshold), policy="threshold")
+        gap = record.get("gap")
+        if gap not in ("cper", "slots"):
+            raise ConfigError(f"{path}: gap is {excerpt(gap)}, expected cper or slots")
+        # The value between the two actions repeats the last one; a calibrated one is exact.
+        return replace(
+            self, threshold=float(threshold), hysteresis=0.0, policy="threshold", gap=gap
+        )
 
     def calibrated_by(self) -> dict[str, Any]:
         """The settings that a threshold depends on."""

@@ -8,7 +8,7 @@ value is not the hidden one; it is never shown to the system. Everything is draw
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,16 +16,21 @@ import numpy as np
 
 from v2l_fast.conversation.cper import cper_turn
 from v2l_fast.conversation.gap import Array
-from v2l_fast.conversation.models import NgramEncoder
+from v2l_fast.conversation.models import Encoder, NgramEncoder
 from v2l_fast.conversation.persona import Persona
-from v2l_fast.conversation.policy import CperSettings
+from v2l_fast.conversation.policy import CperSettings, Policy
 from v2l_fast.conversation.prompts import Guess, LexiconModel
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.conversation.state import KnowledgeGap, Models, State
 from v2l_fast.errors import ConfigError
 
-Arm = Literal["targeted", "random", "off"]
-ARMS: tuple[Arm, ...] = ("targeted", "random", "off")
+Arm = Literal["targeted", "random", "off", "always", "model"]
+# Controls of the first one. "model" obeys the gap that is printed to it.
+ARMS: tuple[Arm, ...] = ("targeted", "random", "off", "always")
+# Items to recommend one of at the end.
+ITEMS = 200
+# The model that obeys the number asks while any slot of an average schema is missing.
+_ASK_ABOVE = 0.55
 _NOTHING = "I have no more to say about that."
 
 
@@ -93,12 +98,43 @@ class Conversation:
         gaps: as the system measured them.
         targets: slot asked for, None where the system answered.
         was_missing: for each question, whether the person had not stated that slot.
+        utility: share of the person's wishes, by weight, that the item has that is recommended at
+            the end.
+        regret: how much better the best item is.
+        true_facts: share of the active facts that are true of the person.
     """
 
     true_gaps: tuple[float, ...]
     gaps: tuple[KnowledgeGap, ...]
     targets: tuple[str | None, ...]
     was_missing: tuple[bool, ...]
+    utility: float
+    regret: float
+    true_facts: float
+
+
+def items(schema: Schema, seed: int = 0, count: int = ITEMS) -> list[dict[str, str]]:
+    """Things to recommend: slot -> value, drawn from a seed."""
+    rng = random.Random(f"items/{seed}")
+    return [
+        {name: rng.choice(slot.values) for name, slot in schema.slots.items()} for _ in range(count)
+    ]
+
+
+def recommend(
+    schema: Schema, persona: Persona, hidden: Mapping[str, str], offered: list[dict[str, str]]
+) -> tuple[float, float]:
+    """Utility and regret of the item that fits the persona best."""
+    total = sum(slot.weight for slot in schema.slots.values())
+
+    def worth(item: Mapping[str, str], wishes: Mapping[str, str | None]) -> float:
+        slots = schema.slots.items()
+        return sum(slot.weight for name, slot in slots if item[name] == wishes[name]) / total
+
+    known = {name: persona.value(name) for name in schema.slots}
+    chosen = max(offered, key=lambda item: worth(item, known))
+    utility = worth(chosen, hidden)
+    return utility, max(worth(item, hidden) for item in offered) - utility
 
 
 def converse(
@@ -107,24 +143,34 @@ def converse(
     turns: int = 7,
     settings: CperSettings | None = None,
     guess: Guess = "uniform",
+    encoder: Encoder | None = None,
+    printed: Sequence[float] | None = None,
 ) -> Conversation:
     """One conversation.
 
     Args:
         settings: without a limit on questions when None, so that the budget is the turns.
         arm: "targeted" asks as the system decides; "random" asks as often, for a random slot;
-            "off" asks nothing and learns only what is volunteered.
+            "off" asks nothing and learns only what is volunteered; "always" asks in every turn;
+            "model" lets the model decide by the number that is printed to it.
+        encoder: n-grams when None.
+        printed: numbers to print in place of the gaps, one for each turn.
     """
-    models = Models(LexiconModel(guess), NgramEncoder())
+    models = Models(LexiconModel(guess, _ASK_ABOVE), encoder or NgramEncoder())
     settings = replace(settings or CperSettings(max_questions=None), seed=user.seed)
     if arm == "off":
         settings = replace(settings, max_questions=0)
+    elif arm in ("always", "model"):
+        settings = replace(settings, policy=arm)
     rng = random.Random(user.seed + 1)
     state, target = State(), None
     true_gaps, gaps, targets, was_missing = [], [], [], []
     for turn in range(turns):
         utterance = user.speak(turn, target)
-        state, reply = cper_turn(state, utterance, models, settings, user.schema)
+        state, reply = cper_turn(
+            state, utterance, models, settings, user.schema,
+            printed_gap=None if printed is None else printed[turn],
+        )  # fmt: skip
         target = reply.target if reply.action == "ask" else None
         if arm == "random" and target is not None:
             target = rng.choice(list(user.schema.slots))
@@ -133,7 +179,15 @@ def converse(
         targets.append(target)
         if target is not None:
             was_missing.append(target not in state.persona.stated_slots)
-    return Conversation(tuple(true_gaps), tuple(gaps), tuple(targets), tuple(was_missing))
+    active = [fact for fact in state.persona.active if fact.slot is not None]
+    true = [user.hidden[fact.slot or ""] == fact.value for fact in active]
+    utility, regret = recommend(
+        user.schema, state.persona, user.hidden, items(user.schema, user.seed)
+    )
+    return Conversation(
+        tuple(true_gaps), tuple(gaps), tuple(targets), tuple(was_missing), utility, regret,
+        sum(true) / len(true) if true else 1.0,
+    )  # fmt: skip
 
 
 def simulate(
@@ -146,19 +200,53 @@ def simulate(
     seed: int = 0,
     evasive: float = 0.0,
     change: int | None = None,
+    encoder: Encoder | None = None,
+    volunteers: int | None = 1,
 ) -> Iterator[tuple[Arm, Conversation]]:
     """Conversations with the same users in every arm.
 
     Args:
-        settings: see :func:`converse`.
+        settings, encoder: see :func:`converse`.
+        volunteers: slots that a person states at the start; None for another number each.
 
     Yields:
         (arm, conversation), user by user.
     """
     for number in range(users):
         for arm in arms:
-            user = SimulatedUser(schema, seed + number, evasive=evasive, change=change)
-            yield arm, converse(user, arm, turns, settings, guess)
+            user = _user(schema, seed + number, volunteers, evasive, change)
+            yield arm, converse(user, arm, turns, settings, guess, encoder)
+
+
+def simulate_shuffled(
+    schema: Schema, users: int, turns: int = 7, seed: int = 0, policy: Policy = "model"
+) -> Iterator[tuple[Conversation, Conversation]]:
+    """Pairs of conversations with the same person, the second with the numbers of other turns and
+    people printed in place of the gaps: does the gap drive anything?
+
+    Args:
+        policy: "model" obeys the number; with another one it is only shown.
+    """
+    settings = CperSettings(max_questions=None, policy=policy)
+    arm: Arm = "model" if policy == "model" else "targeted"
+    own = [converse(_user(schema, seed + i, None), arm, turns, settings) for i in range(users)]
+    pool = [gap.value for talk in own for gap in talk.gaps]
+    random.Random(f"shuffled/{seed}").shuffle(pool)
+    for i, talk in enumerate(own):
+        printed = pool[i * turns : (i + 1) * turns]
+        user = _user(schema, seed + i, None)
+        yield talk, converse(user, arm, turns, settings, printed=printed)
+
+
+def _user(
+    schema: Schema,
+    seed: int,
+    volunteers: int | None,
+    evasive: float = 0.0,
+    change: int | None = None,
+) -> SimulatedUser:
+    count = seed % (len(schema.slots) + 1) if volunteers is None else volunteers
+    return SimulatedUser(schema, seed, count, evasive, change)
 
 
 def true_gap_table(conversations: list[tuple[Arm, Conversation]]) -> dict[Arm, Array]:

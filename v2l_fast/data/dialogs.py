@@ -50,6 +50,8 @@ class Dialog:
         pairs: (person, assistant); the last reply may be empty.
         preferences: annotated preferences of the person, where the dataset has them.
         metadata: further fields of the dataset, as strings.
+        strategies: for each pair the annotated strategies of the assistant's reply.
+        form: "ccpe", "esconv" or "authors".
     """
 
     id: str
@@ -57,6 +59,8 @@ class Dialog:
     pairs: tuple[tuple[str, str], ...]
     preferences: tuple[AnnotatedPreference, ...] = ()
     metadata: Mapping[str, str] | None = None
+    strategies: tuple[tuple[str, ...], ...] = ()
+    form: str = ""
 
     @property
     def is_long(self) -> bool:
@@ -97,13 +101,20 @@ def _dialog(entry: Any, number: str) -> Dialog:
     if "turns" in entry:
         turns = [(turn["user_input"], turn["response"]) for turn in entry["turns"]]
         pairs = tuple((_text(user), _text(reply)) for user, reply in turns)
-        return Dialog(str(entry.get("conversation_id", number)), "", pairs, (), _metadata(entry))
+        id_ = str(entry.get("conversation_id", number))
+        return Dialog(id_, "", pairs, (), _metadata(entry), form="authors")
     utterances = [
         (turn["speaker"], turn["content"] if "content" in turn else turn["text"])
         for turn in entry["dialog"]
     ]
-    opening, pairs, _ = _pairs(utterances)
-    return Dialog(number, opening, pairs, (), _metadata(entry))
+    opening, pairs, owners = _pairs(utterances)
+    strategies: list[list[str]] = [[] for _ in pairs]
+    for turn, owner in zip(entry["dialog"], owners, strict=True):
+        strategy = turn.get("strategy") or (turn.get("annotation") or {}).get("strategy")
+        if strategy and owner >= 0:
+            strategies[owner].append(str(strategy))
+    by_pair = tuple(tuple(own) for own in strategies)
+    return Dialog(number, opening, pairs, (), _metadata(entry), by_pair, "esconv")
 
 
 def _ccpe(entry: Mapping[str, Any]) -> Dialog:
@@ -116,7 +127,7 @@ def _ccpe(entry: Mapping[str, Any]) -> Dialog:
         for annotation in segment.get("annotations", ())
         if annotation["annotationType"] == "ENTITY_PREFERENCE" and turn["speaker"].lower() in _USER
     ]
-    return Dialog(str(entry["conversationId"]), opening, pairs, tuple(preferences))
+    return Dialog(str(entry["conversationId"]), opening, pairs, tuple(preferences), form="ccpe")
 
 
 def _pairs(

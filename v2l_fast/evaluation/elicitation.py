@@ -5,19 +5,29 @@ Worlds and conversations are `v2l_fast.conversation.simulate`'s; here are statis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from v2l_fast.conversation.gap import knowledge_gap
+from v2l_fast.conversation.models import Encoder
+from v2l_fast.conversation.policy import CperSettings, Policy
 from v2l_fast.conversation.prompts import Guess
 from v2l_fast.conversation.schema import Schema
-from v2l_fast.conversation.simulate import ARMS, Arm, Conversation, simulate
+from v2l_fast.conversation.simulate import (
+    ARMS,
+    Arm,
+    Conversation,
+    simulate,
+    simulate_shuffled,
+)
+from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.report import interval_text, markdown_table
-from v2l_fast.evaluation.statistics import mean_interval, paired_difference
+from v2l_fast.evaluation.statistics import auroc, mean_interval, paired_difference
 from v2l_fast.files import write_text
 
 TURNS = 7
@@ -47,6 +57,7 @@ def evaluate_preferences(schema: Schema, users: int, seed: int = 0) -> dict[str,
         "variants": {
             name: _variant(schema, users, seed, **options) for name, options in VARIANTS.items()
         },
+        "printed gap": _shuffled(schema, users, seed),
     }
 
 
@@ -81,11 +92,166 @@ def _variant(
         "asked about something missing": _share(
             [missing for talk in talks["targeted"] for missing in talk.was_missing]
         ),
+        "utility": {
+            arm: asdict(mean_interval([talk.utility for talk in talks[arm]])) for arm in ARMS
+        },
+        "regret": {arm: float(np.mean([talk.regret for talk in talks[arm]])) for arm in ARMS},
+        "turns to a true gap of 0.1": {arm: _turns_to(talks[arm], 0.1) for arm in ARMS},
+        "asking when nothing is missing": {arm: _over_asking(talks[arm]) for arm in ARMS},
+        "facts that are true": {
+            arm: float(np.mean([talk.true_facts for talk in talks[arm]])) for arm in ARMS
+        },
+        "auroc for something missing": {
+            "gap of slots": _auroc(talks["targeted"], _slot_gap),
+            "gap of the paper": _auroc(talks["targeted"], _paper_gap),
+        },
         "rank correlation with the true gap": {
             "gap of slots": _spearman(talks["targeted"] + talks["off"], _slot_gap),
             "gap of the paper": _spearman(talks["targeted"] + talks["off"], _paper_gap),
         },
     }
+
+
+def _shuffled(schema: Schema, users: int, seed: int) -> dict[str, Any]:
+    """Utility with the gap printed to a model that obeys it, and with another turn's number."""
+    record: dict[str, Any] = {}
+    policies: tuple[Policy, ...] = ("model", "slots")
+    for policy in policies:
+        pairs = list(simulate_shuffled(schema, users, TURNS, seed, policy))
+        own, shuffled = ([talk.utility for talk in talks] for talks in zip(*pairs, strict=True))
+        record[policy] = {
+            "utility": asdict(mean_interval(own)),
+            "with shuffled numbers": asdict(mean_interval(shuffled)),
+            "difference": asdict(paired_difference(own, shuffled)),
+        }
+    return record
+
+
+def _turns_to(talks: Sequence[Conversation], gap: float) -> float | None:
+    """Mean number of turns until the true gap is at most ``gap``, of those that get there."""
+    reached = [
+        next((turn + 1 for turn, value in enumerate(talk.true_gaps) if value <= gap), None)
+        for talk in talks
+    ]
+    turns = [turn for turn in reached if turn is not None]
+    return float(np.mean(turns)) if turns else None
+
+
+def _over_asking(talks: Sequence[Conversation]) -> float | None:
+    """Share of the turns without a true gap that ask nevertheless."""
+    return _share(
+        [
+            target is not None
+            for talk in talks
+            for gap, target in zip(talk.true_gaps, talk.targets, strict=True)
+            if gap == 0.0
+        ]
+    )
+
+
+def _auroc(talks: Sequence[Conversation], values: Any) -> float | None:
+    """How well a measured gap tells turns with a true gap from those without."""
+    pairs = [pair for talk in talks for pair in zip(values(talk), talk.true_gaps, strict=True)]
+    area = auroc([v for v, gap in pairs if gap > 0], [v for v, gap in pairs if gap == 0])
+    return None if np.isnan(area) else area
+
+
+# --- thresholds -----------------------------------------------------------------------------------
+
+
+def calibrate(
+    schema: Schema,
+    encoder: Encoder,
+    settings: CperSettings,
+    *,
+    ask_rate: float | None = None,
+    question_cost: float | None = None,
+    error_rate: float | None = None,
+    users: int = 100,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A threshold on the gap, from simulated people.
+
+    Exactly one rule is named.
+
+    Args:
+        settings: its ``gap`` is measured; "cper" when None.
+        ask_rate: share of the turns in which to ask: the quantile of the gap above which it lies.
+        question_cost: the threshold with the highest utility minus this for every question.
+        error_rate: conformal: a turn that needs no question exceeds the threshold with at most this
+            probability.
+
+    Returns:
+        A JSON-ready record with "threshold" and what it belongs to; see
+        :meth:`CperSettings.with_threshold`.
+
+    Raises:
+        ConfigError: not one rule, one out of its range, or too few people for ``error_rate``.
+    """
+    rules = {"ask_rate": ask_rate, "question_cost": question_cost, "error_rate": error_rate}
+    named = {name: value for name, value in rules.items() if value is not None}
+    if len(named) != 1:
+        raise ConfigError(f"name exactly one of {', '.join(rules)}, got {len(named)}")
+    ((rule, value),) = named.items()
+    if not 0 < value < 1:
+        raise ConfigError(f"{rule} must be between 0 and 1, got {value}")
+    settings = replace(settings, gap=settings.gap or "cper", max_questions=None)
+    talks = [
+        talk
+        for _, talk in simulate(
+            schema, users, ("targeted",), TURNS, settings, seed=seed, encoder=encoder,
+            volunteers=None,
+        )
+    ]  # fmt: skip
+    gaps = [gap.value for talk in talks for gap in talk.gaps]
+    if ask_rate is not None:
+        threshold = float(np.quantile(gaps, 1 - ask_rate))
+    elif error_rate is not None:
+        threshold = _conformal(talks, error_rate)
+    else:
+        candidates = np.quantile(gaps, np.linspace(0.05, 0.95, 10))
+        assert question_cost is not None
+        threshold = max(
+            (float(c) for c in candidates),
+            key=lambda c: _net_utility(schema, encoder, settings, c, question_cost, users, seed),
+        )
+    return {
+        "threshold": threshold, "rule": rule, rule: value, "gap": settings.gap,
+        "encoder": encoder.fingerprint, **settings.calibrated_by(),
+        "schema": schema.name, "users": users, "turns": len(gaps), "seed": seed,
+    }  # fmt: skip
+
+
+def _conformal(talks: Sequence[Conversation], error_rate: float) -> float:
+    settled = sorted(
+        gap.value
+        for talk in talks
+        for gap, true in zip(talk.gaps, talk.true_gaps, strict=True)
+        if true == 0.0
+    )
+    rank = math.ceil((len(settled) + 1) * (1 - error_rate))
+    if rank > len(settled):
+        raise ConfigError(
+            f"error_rate={error_rate} needs more turns in which nothing is missing than "
+            f"{len(settled)}; simulate more people"
+        )
+    return settled[rank - 1]
+
+
+def _net_utility(
+    schema: Schema,
+    encoder: Encoder,
+    settings: CperSettings,
+    threshold: float,
+    cost: float,
+    users: int,
+    seed: int,
+) -> float:
+    settings = replace(settings, policy="threshold", threshold=threshold)
+    talks = simulate(
+        schema, users, ("targeted",), TURNS, settings, seed=seed, encoder=encoder, volunteers=None
+    )
+    return float(np.mean([talk.utility - cost * len(talk.was_missing) for _, talk in talks]))
 
 
 def _slot_gap(talk: Conversation) -> list[float]:
@@ -205,6 +371,26 @@ def _preferences_section(record: Mapping[str, Any]) -> str:
             ("gap of slots, targeted questions", "gap of slots by turn", "targeted"),
         )
     ]
+    worth = [
+        [
+            name,
+            *(interval_text(variant["utility"][arm]) for arm in ("off", "random", "targeted")),
+            *(f"{variant['questions'][arm]:.1f}" for arm in ("targeted", "always")),
+            *(
+                f"{variant['asking when nothing is missing'][arm] or 0:.2f}"
+                for arm in ("targeted", "always")
+            ),
+        ]
+        for name, variant in record["variants"].items()
+    ]
+    printed = [
+        [title, *(interval_text(record["printed gap"][policy][kind])
+                  for kind in ("utility", "with shuffled numbers", "difference"))]
+        for title, policy in (
+            ("a model that obeys the number", "model"),
+            ("the policy of slots", "slots"),
+        )
+    ]  # fmt: skip
     heads = ["people", "turns", "nothing asked", "random slots", "targeted",
              "random minus targeted", "questions", "about something missing"]  # fmt: skip
     turns = [str(turn + 1) for turn in range(first["turns"])]
@@ -215,6 +401,31 @@ in every arm. The true gap is the weight of the preferences that the system does
 end.
 
 {_table(heads, rows)}
+
+What the answers are worth: at the end one of 200 movies is recommended. The utility is the weighted
+share of the person's wishes that it has. Needless is the share of the turns without a true gap in
+which a question is asked.
+
+{
+        _table(
+            [
+                "people",
+                "nothing asked",
+                "random slots",
+                "targeted",
+                "questions: targeted",
+                "questions: always",
+                "needless: targeted",
+                "needless: always",
+            ],
+            worth,
+        )
+    }
+
+Does the number drive anything? Each conversation again, with another turn's gap printed in place of
+its own:
+
+{_table(["decides", "utility", "with shuffled numbers", "difference"], printed)}
 
 **The paper's gap is no measure of what is missing.** It falls when nothing is asked and nothing is
 learned, since a person who adds nothing agrees with what is known. The gap of slots counts what was

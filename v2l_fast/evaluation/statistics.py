@@ -164,6 +164,14 @@ def recovery(system: float, baseline: float, chance: float = 0.0) -> float:
     return (system - chance) / above if above > 0 else float("nan")
 
 
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Probability that a positive scores above a negative, ties counted half; NaN without both."""
+    high, low = np.asarray(positive)[:, None], np.asarray(negative)[None]
+    if not high.size or not low.size:
+        return float("nan")
+    return float(np.mean((high > low) + 0.5 * (np.abs(high - low) < 1e-9)))
+
+
 def holm(intervals: Sequence[Interval], margin: float, two_sided: bool) -> list[bool]:
     """Which of several claims hold together, by Holm's step-down procedure at 2.5% per side.
 

@@ -16,6 +16,7 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from v2l_fast.errors import V2LError
+from v2l_fast.serving import elicit
 from v2l_fast.serving.gate import api_key_scheme
 from v2l_fast.serving.http import ApiError, JsonRoute, error_body, error_responses, to_api_error
 from v2l_fast.serving.monitoring import log_event
@@ -77,6 +78,8 @@ def _model(server: Server, adapter_id: str, created: float) -> ModelBody:
 async def chat(body: ChatRequest, request: Request) -> Any:
     """Answer a question from adapters, from the video in context, or from the plain model."""
     server: Server = request.app.state.server
+    if body.elicit is not None:
+        return await elicit.answer(server, body)
     completion = Completion(server, body)
     try:
         async with _cancel_on_disconnect(request):

@@ -136,6 +136,9 @@ class ChatRequest(BaseModel):
     ] = []
     video_ids: Annotated[list[VideoId], Field(max_length=MAX_COMPOSED)] | None = None
     video_mode: Literal["adapter", "context"] | None = None
+    # Questions to the person: see `elicit.ElicitFields` and `Persona.to_dict`.
+    elicit: dict[str, Any] | None = None
+    persona: dict[str, Any] | None = None
     # Unsupported parameters, accepted with the values that change nothing.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None

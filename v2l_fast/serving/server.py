@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from v2l_fast.errors import AdapterError, V2LError
 from v2l_fast.generation import SamplingParams
@@ -24,6 +25,9 @@ from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings
 from v2l_fast.store.folder import StoredAdapter
 from v2l_fast.video import Clip
 from v2l_fast.vlm import Message, Question
+
+if TYPE_CHECKING:
+    from v2l_fast.serving.elicit import Elicitor
 
 DEFAULT_NEW_TOKENS = 256
 # Decoded videos kept in memory for further questions with the video in context.
@@ -73,6 +77,8 @@ class Server:
             engine, store, reader, self.videos, self.settings, self.limits, self.metrics
         )
         self.jobs.remove_orphans()
+        # Answers chat requests that ask about the person; None without a reasoner.
+        self.elicitor: Elicitor | None = None
         self._clips: OrderedDict[str, Clip] = OrderedDict()
         self._decoding = threading.Semaphore(_DECODING)
         self._contexts = threading.Semaphore(_CONTEXTS)

@@ -21,7 +21,7 @@ from v2l_fast.conversation.policy import CperSettings
 from v2l_fast.conversation.prompts import LexiconModel
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.conversation.state import Models, State
-from v2l_fast.evaluation.statistics import mean_interval, paired_difference
+from v2l_fast.evaluation.statistics import auroc, mean_interval, paired_difference
 from v2l_fast.hypernet import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.evaluate import rendered_clips
@@ -134,12 +134,6 @@ def evaluate_viewers(model: Video2LoRA, scenes: Sequence[Scene], seed: int = 0) 
         "auroc of the uncertainty": auroc([v.uncertainty for v in viewings["guess"]], single),
         "one-object videos": len(one),
     }
-
-
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive scores above a negative, ties counted half."""
-    high, low = np.asarray(positive)[:, None], np.asarray(negative)[None]
-    return float(np.mean((high > low) + 0.5 * (np.abs(high - low) < 1e-9)))
 
 
 def _expected(item: SceneObject, attribute: str) -> str:
