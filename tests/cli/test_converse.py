@@ -102,3 +102,14 @@ def test_simulate_and_report(tmp_path):
     page = tmp_path / "page"
     run("cper", "report", "--out", page, "--preferences", record)
     assert "4 people" in (page / "README.md").read_text()
+
+
+def test_calibrate_and_use_the_threshold(adapter, tmp_path):
+    path = tmp_path / "threshold.json"
+    options = ("--encoder", "ngrams", "--users", 4, "--out", path)
+    run("cper", "calibrate", *options, code=1)
+    assert "ask above" in run("cper", "calibrate", "--ask-rate", 0.3, *options)
+    chat = ("chat", adapter, "--elicit", "--schema", "shapes", "--threshold", path)
+    assert run(*chat, stdin="Hello.\n").count("\n") == 1
+    path.write_text(path.read_text().replace("ngrams-512", "minilm"))
+    run(*chat, stdin="Hello.\n", code=1)

@@ -70,6 +70,7 @@ def test_ccpe_drops_the_opening_joins_utterances_and_keeps_preferences(tmp_path)
 def test_esconv_keeps_scores_as_strings(tmp_path):
     (dialog,) = read(tmp_path, ESCONV)
     assert dialog.pairs == (("I am worried.", "Why?"),)
+    assert dialog.strategies == (("Question",),) and dialog.form == "esconv"
     assert dialog.metadata == {"emotion_type": "anxiety", "survey_score.seeker.empathy": "5"}
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from v2l_fast.evaluation import rubrics
 from v2l_fast.evaluation.rubrics import (
     CORRECTION,
     VERSION,
@@ -101,3 +102,14 @@ def test_cached_judgments_belong_to_the_wording():
         wording += single_messages(task, "x") + pair_messages(task, "x", "y")
     digest = hashlib.sha256(json.dumps(wording).encode()).hexdigest()
     assert (VERSION, digest[:16]) == (1, "ce8aa061e74e570d")
+
+
+def test_a_verdict_about_two_conversations_needs_every_criterion():
+    scores = dict.fromkeys(rubrics.CRITERIA, "4/5")
+    reply = json.dumps({"a": scores, "b": scores, "preferred": "Tie"})
+    verdict = rubrics.conversation_verdict(f"<think>A</think>```json\n{reply}\n```")
+    assert verdict["preferred"] == "tie" and set(verdict["a"].values()) == {4}
+    for broken in ({"a": scores, "preferred": "A"}, {"a": scores, "b": {}, "preferred": "B"},
+                   {"a": scores, "b": scores, "preferred": "C"}):  # fmt: skip
+        with pytest.raises(rubrics.InvalidReply):
+            rubrics.conversation_verdict(json.dumps(broken))
