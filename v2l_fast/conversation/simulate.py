@@ -96,7 +96,7 @@ class Conversation:
     Attributes:
         true_gaps: after the turn.
         gaps: as the system measured them.
-        targets: slot asked for, None where the system answered.
+        targets: slot asked for, "" for none in particular, None where the system answered.
         was_missing: for each question, whether the person had not stated that slot.
         utility: share of the person's wishes, by weight, that the item has that is recommended at
             the end.
@@ -171,14 +171,16 @@ def converse(
             state, utterance, models, settings, user.schema,
             printed_gap=None if printed is None else printed[turn],
         )  # fmt: skip
-        target = reply.target if reply.action == "ask" else None
+        # A question may be about nothing in particular.
+        target = None if reply.action == "answer" else reply.target or ""
         if arm == "random" and target is not None:
             target = rng.choice(list(user.schema.slots))
         true_gaps.append(user.true_gap(state.persona))
         gaps.append(reply.gap)
         targets.append(target)
         if target is not None:
-            was_missing.append(target not in state.persona.stated_slots)
+            missing = target in user.hidden and target not in state.persona.stated_slots
+            was_missing.append(missing)
     active = [fact for fact in state.persona.active if fact.slot is not None]
     true = [user.hidden[fact.slot or ""] == fact.value for fact in active]
     utility, regret = recommend(

@@ -232,7 +232,7 @@ def compare_on_dialogs(
         raise ConfigError("there is no dialog to compare systems on")
     by_name = {system.name: system for system in systems}
     if judge is not None and baseline not in by_name:
-        raise ConfigError(f"the baseline {baseline!r} is none of the systems")
+        raise ConfigError(f"baseline must be one of the systems, got {baseline!r}")
     if any(s.kind == "shuffled" for s in systems) and "cper" not in by_name:
         raise ConfigError("the system shuffled needs the system cper, whose gaps it prints")
     contents = json.dumps([asdict(dialog) for dialog in dialogs])
