@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench aot gpu bench-gpu tune train-shapes evaluate-shapes report page-test wheel clean
+.PHONY: demo test test-slow lint bench aot gpu bench-gpu tune train-shapes evaluate-shapes simulate report page-test wheel clean
 
 demo: $(VENV)/.core
 	@$(BIN)/v2l demo
@@ -62,6 +62,12 @@ train-shapes: $(VENV)/.dev
 
 evaluate-shapes: $(VENV)/.dev
 	$(BIN)/v2l shapes evaluate --force
+
+# Half an hour: the records of conversations that ask, then their page.
+simulate: $(VENV)/.dev
+	$(BIN)/v2l cper simulate --world preferences --users 300 --force --out runs/cper-preferences.json
+	$(BIN)/v2l cper simulate --world shapes --users 512 --force --out runs/cper-shapes.json
+	$(BIN)/v2l cper report --force
 
 report: $(VENV)/.dev
 	$(BIN)/v2l shapes report --force

@@ -23,7 +23,8 @@ VIEWERS = {
         for arm in ("guess", "ask", "persona", "other video")
     },
     "ask minus guess": {"first question": interval(0.1), "later questions": interval(0.2)},
-    "auroc of the uncertainty": 0.9,
+    "persona minus guess": {"first question": interval(0.3), "later questions": interval(0.4)},
+    "auroc of the uncertainty": {"color": 0.9, "motion": 0.5},
     "one-object videos": 2,
 }  # fmt: skip
 

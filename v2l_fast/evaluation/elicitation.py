@@ -288,7 +288,7 @@ to the measurement. No language model takes part: a reasoner without weights rea
 schema. So the page shows whether gap, policy and memory work, and nothing about a language model's
 skill.
 
-`v2l cper report` writes the page from `runs/cper-*.json`; `v2l cper simulate` makes the records.
+`make report` writes the page from `runs/cper-*.json`; `make simulate` makes the records anew.
 Brackets are 95% intervals over people or videos.
 """
 
@@ -321,7 +321,8 @@ def _viewers_section(record: Mapping[str, Any]) -> str:
         ]
         for arm, title in names.items()
     ]
-    difference = record["ask minus guess"]
+    difference, known = record["ask minus guess"], record["persona minus guess"]
+    areas = record["auroc of the uncertainty"]
     first = interval_text(difference["first question"])
     later = interval_text(difference["later questions"])
     return f"""## Viewers of a video
@@ -333,11 +334,17 @@ neither ("What color is the object?").
 {_table(["the system", "first question right", "three later ones right", "questions asked"], rows)}
 
 Asking minus guessing: {first} on the first question,
-{later} on the later ones. The uncertainty of the sampled answers
-tells videos of two objects from those of one with an AUROC of
-{record["auroc of the uncertainty"]:.3f} ({record["one-object videos"]} videos of one). It does so
-for the question about color alone: asked how the object moves, what shape or what size it has, the
-adapter names one of the two with confidence, and the ambiguity stays unnoticed.
+{later} on the later ones. With the persona of an earlier
+conversation, minus guessing: {interval_text(known["first question"])} and
+{interval_text(known["later questions"])}, without a question.
+
+Does the uncertainty of the sampled answers show that a question names no object? AUROC for videos
+of two objects against {record["one-object videos"]} videos of one:
+
+{_table(list(areas), [[f"{area:.3f}" for area in areas.values()]])}
+
+Where it is near 0.5 the adapter names one of the two with confidence, and the ambiguity stays
+unnoticed.
 """
 
 

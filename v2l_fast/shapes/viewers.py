@@ -47,12 +47,14 @@ class Viewing:
     Attributes:
         correct: for each question, whether its final answer is right for the object that is meant.
         questions: how many questions the system asked.
-        uncertainty: of the sampled answers to the first question.
+        uncertainty: of the sampled answers to each question as it was put.
+        unsure: how many replies say that they are not sure about the video.
     """
 
     correct: tuple[bool, ...]
     questions: int
-    uncertainty: float
+    uncertainty: tuple[float, ...]
+    unsure: int
 
 
 def ambiguous_scenes(scenes: Sequence[Scene]) -> list[Scene]:
@@ -75,19 +77,19 @@ def view(model: Video2LoRA, adapter: Adapter, scene: Scene, focus: int, arm: Arm
     if arm == "persona":
         known = Statement(f"means the {FOCUS[focus]} object", "focus", FOCUS[focus])
         state = State(persona=Persona().update([(known, 1.0)], 0, None, schema, 0.0)[0])
-    correct, questions, uncertainty = [], 0, 0.0
-    for number, (attribute, question) in enumerate(QUESTIONS):
+    correct, uncertainty, questions, unsure = [], [], 0, 0
+    for attribute, question in QUESTIONS:
         state, reply = cper_turn(state, question, models, settings, schema)
-        if number == 0:
-            uncertainty = reply.gap.video or 0.0
+        uncertainty.append(reply.gap.video or 0.0)
         if reply.action == "ask":
             questions += 1
             answer = f"The {FOCUS[focus]} one."
             state, reply = cper_turn(state, answer, models, settings, schema)
         # A reply says when it is not sure; the answer within it is what counts here.
         assert reply.video is not None
+        unsure += reply.video.unsure
         correct.append(plain(reply.video.text) == _expected(scene.objects[focus], attribute))
-    return Viewing(tuple(correct), questions, uncertainty)
+    return Viewing(tuple(correct), questions, tuple(uncertainty), unsure)
 
 
 def evaluate_viewers(model: Video2LoRA, scenes: Sequence[Scene], seed: int = 0) -> dict[str, Any]:
@@ -95,8 +97,8 @@ def evaluate_viewers(model: Video2LoRA, scenes: Sequence[Scene], seed: int = 0) 
 
     Returns:
         A JSON-ready record: exact match with 95% intervals by arm, of the first question and of the
-        later ones, questions asked, the differences to guessing, and the AUROC of the uncertainty
-        for scenes of two objects against scenes of one.
+        later ones, questions asked, the differences to guessing, and for each question the AUROC of
+        its uncertainty for scenes of two objects against scenes of one.
     """
     rng = random.Random(f"viewers/{seed}")
     two = ambiguous_scenes(scenes)
@@ -112,7 +114,7 @@ def evaluate_viewers(model: Video2LoRA, scenes: Sequence[Scene], seed: int = 0) 
             for adapter, scene, which in zip(own, two, focus, strict=True)
         ]
     single = [
-        view(model, adapter, scene, 0, "guess").uncertainty
+        view(model, adapter, scene, 0, "guess")
         for adapter, scene in zip(model.internalize(rendered_clips(one)), one, strict=True)
     ]
     first = {arm: [float(v.correct[0]) for v in viewings[arm]] for arm in ARMS}
@@ -124,14 +126,26 @@ def evaluate_viewers(model: Video2LoRA, scenes: Sequence[Scene], seed: int = 0) 
                 "first question": asdict(mean_interval(first[arm])),
                 "later questions": asdict(mean_interval(later[arm])),
                 "questions asked": float(np.mean([v.questions for v in viewings[arm]])),
+                "replies that are not sure": float(
+                    np.mean([v.unsure / len(QUESTIONS) for v in viewings[arm]])
+                ),
             }
             for arm in ARMS
         },
-        "ask minus guess": {
-            "first question": asdict(paired_difference(first["ask"], first["guess"])),
-            "later questions": asdict(paired_difference(later["ask"], later["guess"])),
+        **{
+            f"{arm} minus guess": {
+                "first question": asdict(paired_difference(first[arm], first["guess"])),
+                "later questions": asdict(paired_difference(later[arm], later["guess"])),
+            }
+            for arm in ("ask", "persona")
         },
-        "auroc of the uncertainty": auroc([v.uncertainty for v in viewings["guess"]], single),
+        "auroc of the uncertainty": {
+            attribute: auroc(
+                [viewing.uncertainty[index] for viewing in viewings["guess"]],
+                [viewing.uncertainty[index] for viewing in single],
+            )
+            for index, (attribute, _) in enumerate(QUESTIONS)
+        },
         "one-object videos": len(one),
     }
 
