@@ -321,8 +321,7 @@ def _viewers_section(record: Mapping[str, Any]) -> str:
         ]
         for arm, title in names.items()
     ]
-    difference, known = record["ask minus guess"], record["persona minus guess"]
-    areas = record["auroc of the uncertainty"]
+    difference = record["ask minus guess"]
     first = interval_text(difference["first question"])
     later = interval_text(difference["later questions"])
     return f"""## Viewers of a video
@@ -334,12 +333,27 @@ neither ("What color is the object?").
 {_table(["the system", "first question right", "three later ones right", "questions asked"], rows)}
 
 Asking minus guessing: {first} on the first question,
-{later} on the later ones. With the persona of an earlier
-conversation, minus guessing: {interval_text(known["first question"])} and
-{interval_text(known["later questions"])}, without a question.
+{later} on the later ones.
 
-Does the uncertainty of the sampled answers show that a question names no object? AUROC for videos
-of two objects against {record["one-object videos"]} videos of one:
+{_referent_section(record)}"""
+
+
+def _referent_section(record: Mapping[str, Any]) -> str:
+    """Whether the uncertainty shows the ambiguity; a record of an earlier version has one number,
+    of the first question."""
+    areas = record["auroc of the uncertainty"]
+    if not isinstance(areas, Mapping):
+        areas = {"color": areas}
+    known = ""
+    if "persona minus guess" in record:
+        difference = record["persona minus guess"]
+        known = f"""With the persona of an earlier conversation, minus guessing:
+{interval_text(difference["first question"])} and {interval_text(difference["later questions"])},
+without a question.
+
+"""
+    return f"""{known}Does the uncertainty of the sampled answers show that a question names no
+object? AUROC for videos of two objects against {record["one-object videos"]} videos of one:
 
 {_table(list(areas), [[f"{area:.3f}" for area in areas.values()]])}
 
@@ -378,6 +392,35 @@ def _preferences_section(record: Mapping[str, Any]) -> str:
             ("gap of slots, targeted questions", "gap of slots by turn", "targeted"),
         )
     ]
+    heads = ["people", "turns", "nothing asked", "random slots", "targeted",
+             "random minus targeted", "questions", "about something missing"]  # fmt: skip
+    turns = [str(turn + 1) for turn in range(first["turns"])]
+    return f"""## People with hidden preferences
+
+`v2l cper simulate --world preferences`: {record["users"]} people, schema `{record["schema"]}`, each
+in every arm. The true gap is the weight of the preferences that the system does not know at the
+end.
+
+{_table(heads, rows)}
+
+{_worth_section(record)}
+**The paper's gap is no measure of what is missing.** It falls when nothing is asked and nothing is
+learned, since a person who adds nothing agrees with what is known. The gap of slots counts what was
+stated, and stays.
+
+{_table(["by turn, cooperative people", *turns], by_turn)}
+
+Rank correlation of a gap with the true gap, over all turns of people who are asked targeted
+questions or none:
+
+{_table(["people", "the paper's gap", "gap of slots"], validity)}
+"""
+
+
+def _worth_section(record: Mapping[str, Any]) -> str:
+    """What the answers are worth; empty for a record of an earlier version."""
+    if "printed gap" not in record:
+        return ""
     worth = [
         [
             name,
@@ -398,20 +441,9 @@ def _preferences_section(record: Mapping[str, Any]) -> str:
             ("the policy of slots", "slots"),
         )
     ]  # fmt: skip
-    heads = ["people", "turns", "nothing asked", "random slots", "targeted",
-             "random minus targeted", "questions", "about something missing"]  # fmt: skip
-    turns = [str(turn + 1) for turn in range(first["turns"])]
-    return f"""## People with hidden preferences
-
-`v2l cper simulate --world preferences`: {record["users"]} people, schema `{record["schema"]}`, each
-in every arm. The true gap is the weight of the preferences that the system does not know at the
-end.
-
-{_table(heads, rows)}
-
-What the answers are worth: at the end one of 200 movies is recommended. The utility is the weighted
-share of the person's wishes that it has. Needless is the share of the turns without a true gap in
-which a question is asked.
+    return f"""What the answers are worth: at the end one of 200 movies is recommended. The utility
+is the weighted share of the person's wishes that it has. Needless is the share of the turns without
+a true gap in which a question is asked.
 
 {
         _table(
@@ -433,17 +465,6 @@ Does the number drive anything? Each conversation again, with another turn's gap
 its own:
 
 {_table(["decides", "utility", "with shuffled numbers", "difference"], printed)}
-
-**The paper's gap is no measure of what is missing.** It falls when nothing is asked and nothing is
-learned, since a person who adds nothing agrees with what is known. The gap of slots counts what was
-stated, and stays.
-
-{_table(["by turn, cooperative people", *turns], by_turn)}
-
-Rank correlation of a gap with the true gap, over all turns of people who are asked targeted
-questions or none:
-
-{_table(["people", "the paper's gap", "gap of slots"], validity)}
 """
 
 
