@@ -38,7 +38,8 @@ def test_chat_asks_which_object_is_meant_and_keeps_the_persona(adapter, tmp_path
     assert stat.S_IMODE((tmp_path / "me.json").stat().st_mode) == 0o600
     # A later conversation knows the person.
     (color,) = run("chat", adapter, *options, stdin="What color is the object?\n").splitlines()
-    assert color == answers[0]
+    # Where the sampled answers differ, the reply says that it is not sure.
+    assert color.removeprefix("I am not sure about the video: ") == answers[0]
 
 
 def test_commands_within_a_conversation(adapter, tmp_path):

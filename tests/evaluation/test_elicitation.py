@@ -1,6 +1,7 @@
 """The record and the page of simulated people."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ VIEWERS = {
 
 
 def test_the_record_goes_into_the_page(tmp_path):
-    record = json.loads(json.dumps(evaluate_preferences(Schema.load("movies"), users=6)))
+    record = json.loads(json.dumps(evaluate_preferences(Schema.load("movies"), users=12)))
     variant = record["variants"]["cooperative"]
     assert variant["true gap at the end"]["targeted"]["estimate"] == 0.0
     assert variant["asked about something missing"] == 1.0
@@ -45,13 +46,28 @@ def test_the_record_goes_into_the_page(tmp_path):
     # Only a model that obeys the number is driven by it.
     assert printed["slots"]["difference"]["estimate"] == 0.0
     page = write_page(tmp_path, record, VIEWERS).read_text()
-    assert "6 people" in page and "0.200 [0.100, 0.300] on the later ones" in page
+    assert "12 people" in page and "0.200 [0.100, 0.300] on the later ones" in page
 
 
 def test_shuffled_numbers_mislead_a_model_that_obeys_them():
     pairs = list(simulate_shuffled(Schema.load("movies"), users=40))
     difference = [own.utility - shuffled.utility for own, shuffled in pairs]
     assert sum(difference) > 0
+
+
+def test_the_record_of_three_hundred_people_shows_what_asking_does():
+    """Targeted questions close the true gap in 7 turns, nothing asked leaves it, and a random slot
+    with the same budget stays above."""
+    path = Path(__file__).parents[2] / "runs" / "cper-preferences.json"
+    record = json.loads(path.read_text())
+    variant = record["variants"]["cooperative"]
+    assert record["users"] >= 300 and variant["turns"] == 7
+    assert variant["true gap at the end"]["targeted"]["estimate"] <= 0.05
+    off = variant["true gap by turn"]["off"]
+    assert max(off) == min(off) > 0.5
+    assert variant["random minus targeted"]["low"] > 0 < variant["off minus targeted"]["low"]
+    off_end, random_end = (variant["true gap at the end"][arm] for arm in ("off", "random"))
+    assert off_end["low"] > random_end["high"]
 
 
 @pytest.mark.parametrize("rule", [{"ask_rate": 0.3}, {"question_cost": 0.05}, {"error_rate": 0.1}])
@@ -83,3 +99,11 @@ def test_an_ask_rate_is_the_share_of_turns_above_the_threshold():
 def test_one_rule_within_its_range_is_needed(rules):
     with pytest.raises(ConfigError):
         calibrate(Schema.load("movies"), NgramEncoder(), CperSettings(), users=2, **rules)
+
+
+def test_the_record_of_viewers_shows_what_asking_and_knowing_do():
+    """Asking beats guessing, and the persona carried over needs no question."""
+    record = json.loads((Path(__file__).parents[2] / "runs" / "cper-shapes.json").read_text())
+    for arm in ("ask minus guess", "persona minus guess"):
+        assert all(interval["low"] > 0 for interval in record[arm].values())
+    assert record["arms"]["persona"]["questions asked"] == 0
