@@ -153,7 +153,7 @@ class RandomPair:
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         self.device, self.edge = device, shape.longest_edge
         self.backbone = random_backbone(shape, device, dtype)
-        self.network = random_hypernet(shape).to(device, dtype).eval()
+        self.network = random_hypernet(shape).for_inference(device, dtype).eval()
         generator = torch.Generator().manual_seed(0)
         size = (FRAMES, 3, self.edge * 3 // 4, self.edge)
         self.frames = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)

@@ -73,16 +73,16 @@ def _targets() -> str:
 def _hypernet_streaming(record: Record) -> str:
     rows = []
     for row in record["rows"]:
-        old, new, right = row["released"], row["streamed"], row["correct"]
-        rows.append([
-            row["tokens"], f"{old['seconds']:.2f}", f"{new['seconds']:.2f}",
-            _ratio(row.get("seconds_ratio"), right),
-            _gib(old["peak_bytes"]), _gib(new["peak_bytes"]),
-            _ratio(row.get("peak_bytes_ratio"), right), f"{row['relative_error']:.1e}",
-        ])  # fmt: skip
+        for variant, own in row["variants"].items():
+            rows.append([
+                row["tokens"], row["layers"], variant, f"{own['seconds']:.2f}",
+                _ratio(own.get("seconds_ratio"), row["correct"]), _gib(own["peak_bytes"]),
+                _ratio(own.get("peak_bytes_ratio"), row["correct"]),
+                f"{own['product_share']:.0%}", f"{own['relative_error']:.1e}",
+            ])  # fmt: skip
     return _table(
-        ["tokens", "released s", "ours s", "time ratio", "released GiB", "ours GiB",
-         "peak memory ratio", "error"], rows,
+        ["tokens", "layers", "order", "CPU s", "time ratio", "peak GiB", "memory ratio",
+         "products alone", "error"], rows,
     )  # fmt: skip
 
 

@@ -102,7 +102,8 @@ class Video2LoRA:
             base: the VLM; read from the hypernetwork's config when omitted.
             device: "cuda" when there is one, else "cpu".
             dtype: "bfloat16", "float16", "float32" or a torch.dtype; bfloat16 on a GPU and float32
-                on a CPU when "auto" or omitted.
+                on a CPU when "auto" or omitted. bfloat16 is faster on a CPU that has AVX512-BF16 or
+                AMX; the hypernetwork then keeps all but its modality projection in float32.
             compile: see :meth:`compile`; on a GPU only when omitted.
 
         Raises:
@@ -115,7 +116,7 @@ class Video2LoRA:
         if base is None:
             raise CheckpointError(f"{name_or_path}: names no base model; pass base=...")
         backbone = load_backbone(shipped(base, "base") or base, device, dtype)
-        model = cls(backbone, hypernet.to(device=device, dtype=dtype))
+        model = cls(backbone, hypernet.for_inference(device, dtype))
         if device.type == "cuda" if compile is None else compile:
             model.compile()
         return model

@@ -254,33 +254,39 @@ def _directly(
     For one token, dispatching the op and its masks cost ten times the adapter's products. Values of
     the index are read at every call: they are in host memory, and a cache of them could be stale.
     """
-    if torch.compiler.is_compiling() or not x.is_cpu:
-        return None
-    tensors = [t for t in (x, weight, bias, lora_a, lora_b) if t is not None]
     if (
-        any(type(t) not in _PLAIN or not t.is_cpu for t in (*tensors, adapter_index))
+        torch.compiler.is_compiling()
+        or not x.is_cpu
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()
         or requested_backend() == "triton"
     ):
         return None
-    adapters, rank = lora_a.shape[0], lora_a.shape[1] if lora_a.dim() == 3 else 0
-    d_out = weight.shape[0]
+    dtype = x.dtype
+    for tensor in (
+        (x, weight, lora_a, lora_b) if bias is None else (x, weight, lora_a, lora_b, bias)
+    ):
+        if tensor.dtype != dtype or type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return None
+    if type(adapter_index) is not Tensor or not adapter_index.is_cpu or x.dim() != 3:
+        return None
+    examples, _, d_in = x.shape
+    d_out, adapters = weight.shape[0], lora_a.shape[0]
+    rank = lora_a.shape[1] if lora_a.dim() == 3 else 0
     fits = (
-        x.dim() == 3
-        and x.is_floating_point()
-        and rank > 0
-        and weight.shape == (d_out, x.shape[2])
-        and lora_a.shape == (adapters, rank, x.shape[2])
+        rank > 0
+        and examples > 0
+        and weight.shape == (d_out, d_in)
+        and lora_a.shape == (adapters, rank, d_in)
         and lora_b.shape == (adapters, rank, d_out)
         and (bias is None or bias.shape == (d_out,))
-        and all(t.dtype == x.dtype for t in tensors)
-        and adapter_index.shape == (x.shape[0],)
-        and adapter_index.dtype in (torch.int32, torch.int64)
+        and adapter_index.shape == (examples,)
+        and adapter_index.dtype in (torch.int64, torch.int32)
+        and dtype.is_floating_point
         and math.isfinite(scale)
     )
-    if not fits or not x.shape[0]:
+    if not fits:
         return None
     index: list[int] = adapter_index.tolist()
     if min(index) < -1 or max(index) >= adapters:

@@ -80,20 +80,21 @@ def lora_linear_unmasked(
     All tensors are of x's dtype; r is at least 1.
     """
     y = torch.nn.functional.linear(x, weight, bias)
+    if index == list(range(lora_a.shape[0])):
+        return torch.baddbmm(y, torch.bmm(x, lora_a.mT), lora_b, alpha=scale)
     rows = [example for example, adapter in enumerate(index) if adapter >= 0]
     if not rows:
         return y
-    if lora_a.shape[0] == 1 and len(rows) == len(index):
+    everyone = len(rows) == len(index)
+    if everyone and lora_a.shape[0] == 1:
         u = x.reshape(-1, x.shape[2]) @ lora_a[0].T
         return torch.addmm(y.reshape(-1, y.shape[2]), u, lora_b[0], alpha=scale).view(y.shape)
-    used = [index[row] for row in rows]
-    if used != list(range(lora_a.shape[0])):
-        chosen = torch.tensor(used)
-        lora_a, lora_b = lora_a[chosen], lora_b[chosen]
-    if len(rows) == len(index):
-        return torch.baddbmm(y, x @ lora_a.mT, lora_b, alpha=scale)
+    used = torch.tensor([index[row] for row in rows])
+    lora_a, lora_b = lora_a[used], lora_b[used]
+    if everyone:
+        return torch.baddbmm(y, torch.bmm(x, lora_a.mT), lora_b, alpha=scale)
     adapted = torch.tensor(rows)
-    y[adapted] = torch.baddbmm(y[adapted], x[adapted] @ lora_a.mT, lora_b, alpha=scale)
+    y[adapted] = torch.baddbmm(y[adapted], torch.bmm(x[adapted], lora_a.mT), lora_b, alpha=scale)
     return y
 
 

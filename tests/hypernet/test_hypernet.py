@@ -21,6 +21,7 @@ from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork, as_dtype
+from v2l_fast.work_units import label_units, run_to_completion
 
 BASE = replace(tiny.CONFIG, hidden_size=12, target_modules={"down_proj": (10, 12)}, scale=None)
 SEVERAL = {"up_proj": (12, 10), "down_proj": (10, 12), "q_proj": (12, 12)}
@@ -337,6 +338,27 @@ def test_autocast_changes_nothing():
     for module, factor in expected.A.items():
         assert torch.equal(actual.A[module], factor)
         assert torch.equal(actual.B[module], expected.B[module])
+
+
+@torch.no_grad()
+def test_half_precision_on_a_cpu_is_the_projections():
+    """The rest is float32."""
+    network, inputs = tiny.hypernetwork(BASE), features().bfloat16()
+    whole = copy.deepcopy(network).double()(inputs.double())
+    name, bias = network.fingerprint, network.bias_adapter().id
+    half = network.for_inference("cpu", torch.bfloat16)
+    projection = half.aggregator["perceiver"].modality_projection
+    kinds = {n: p.dtype for n, p in half.named_parameters()}
+    assert {p.dtype for p in projection.parameters()} == {torch.bfloat16}
+    assert sum(kind == torch.bfloat16 for kind in kinds.values()) == 3
+    assert half.fingerprint == name and half.bias_adapter().id == bias
+    batch = half(inputs)
+    pieces = half.iter_layer(1, inputs[:, 1], None, None, [slice(0, 4), slice(4, 7)])
+    a, _ = run_to_completion(label_units(pieces, ("generate adapter", 0, 0)))
+    assert relative(a["down_proj"], batch.A["down_proj"][:, 1]) <= 0.01
+    for factor, exact in ((batch.A, whole.A), (batch.B, whole.B)):
+        assert factor["down_proj"].dtype == torch.bfloat16
+        assert relative(factor["down_proj"], exact["down_proj"]) <= 0.01
 
 
 @pytest.mark.parametrize("wrong", ["int8", "float9", "no dtype", torch.int32, 3, "float8_e4m3fn"])

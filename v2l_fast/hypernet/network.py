@@ -25,7 +25,7 @@ from v2l_fast.device import compiled
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch, BiasAdapter
 from v2l_fast.hypernet.config import WEIGHTS_NAME, HypernetConfig
-from v2l_fast.hypernet.perceiver import Perceiver, attention_dtype
+from v2l_fast.hypernet.perceiver import Perceiver, attention_dtype, latents_features_dtype
 from v2l_fast.tensor_files import TensorInfo, load_tensors, save_tensors
 from v2l_fast.work_units import layers_per_group, tokens_per_unit
 
@@ -332,7 +332,8 @@ class HyperNetwork(nn.Module):
         self, index: int, latents: Tensor, dtype: torch.dtype, head: Tensor | None
     ) -> LayerFactors:
         """A layer's A and B from its rank latents [B, M * R, Z]."""
-        rank, compute = self.config.rank, attention_dtype(dtype)
+        rank = self.config.rank
+        compute = attention_dtype(latents_features_dtype(dtype, latents.device))
         factors_a, factors_b = {}, {}
         weights = (self.head.of(index) if head is None else head).unbind(0)
         for number, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):
@@ -397,6 +398,21 @@ class HyperNetwork(nn.Module):
         if bias_id is not None and converted is not None:
             aliases[converted.value_hash] = bias_id
         self._aliases = {**self._aliases, **{k: v for k, v in aliases.items() if k != v}}
+        return self
+
+    def for_inference(self, device: torch.device | str, dtype: torch.dtype) -> HyperNetwork:
+        """This network on a device, with weights in the dtypes that features of ``dtype`` need.
+
+        All are of ``dtype``, except on a CPU in half precision: there only the modality projection,
+        which has nine tenths of the FLOPs, computes in ``dtype``. CPUs with AVX512-BF16 or AMX are
+        twice as fast in bfloat16, and the adapter is within 5e-3 of the float64 one.
+        """
+        if torch.device(device).type != "cpu" or dtype.itemsize >= 4:
+            return self.to(device=device, dtype=dtype)
+        self.to(device=device, dtype=torch.float32)
+        fingerprint = self.fingerprint
+        self._perceiver.modality_projection.to(dtype)
+        self._aliases = {**self._aliases, self._value_hash(): fingerprint}
         return self
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
