@@ -37,6 +37,7 @@ class AotCase:
         expects_mma: whether tensor cores must appear: HMMA, on sm_90 HMMA or HGMMA.
         flops: of one program's useful work, for the table.
         bytes: that one program must move from and to DRAM, for the table.
+        iterations: of the main loop in one program.
         expects_overlap: whether copies to shared memory must overlap products. Not where buffers
             for it do not fit.
     """
@@ -52,6 +53,7 @@ class AotCase:
     expects_mma: bool
     flops: float
     bytes: float
+    iterations: int = 1
     expects_overlap: bool = True
 
     @property

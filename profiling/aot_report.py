@@ -6,7 +6,8 @@ bytes elsewhere, uses the tensor cores where it should, accesses global memory i
 ``NARROW_LIMIT`` instructions of 2 bytes a thread, copies to shared memory while it multiplies, and
 has no warpgroup product in a loop with its left operand in registers, which ptxas before 13.3 may
 miscompile. Exit status 1 if a budget is broken. Nothing here says whether a kernel's numbers are
-right. The clocks of a loop iteration are a prediction of ``profiling.model``, not a measurement.
+right. The clocks of a loop iteration and the share of the tensor cores' peak that the loop reaches
+are predictions of ``profiling.model``, not measurements.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ LIMITS = {
 class Resources:
     """A compiled case, in bytes and counts; ``blocks`` fit on a multiprocessor at once.
 
-    ``predicted_clocks`` of a multiprocessor for one iteration of a block's main loop, 0 where
-    ``profiling.model`` does not know the machine or there is no loop.
+    ``predicted_clocks`` of a multiprocessor for one iteration of a block's main loop, 0 where none
+    were asked for, ``profiling.model`` does not know the machine or there is no loop.
     """
 
     registers: int
@@ -145,8 +146,8 @@ def _number(pattern: str, log: str) -> int:
     return int(match[1])
 
 
-def measure(case: AotCase) -> Resources:
-    """Compile a case from scratch; nothing is kept on disk.
+def measure(case: AotCase, predict: bool = False) -> Resources:
+    """Compile a case from scratch; nothing is kept on disk. A prediction takes some seconds.
 
     Raises:
         ValueError: the case does not name every argument of its function exactly once.
@@ -184,7 +185,11 @@ def measure(case: AotCase) -> Resources:
             if "warning" in line.lower() or re.search(r"\(C7\d{3}\)", line)
         ),
         sass=sass.analyze(listing),
-        predicted_clocks=model.loop_clocks(case.architecture, listing, case.num_warps, blocks),
+        predicted_clocks=(
+            model.loop_clocks(case.architecture, listing, case.num_warps, blocks)
+            if predict
+            else 0.0
+        ),
     )
 
 
@@ -215,11 +220,27 @@ def _versions() -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version}
 
 
+def predicted_share(case: AotCase, resources: Resources) -> float | None:
+    """Share of the tensor cores' peak that the main loop reaches by prediction.
+
+    None where there is no prediction or the case does not use tensor cores.
+    """
+    machine = model.MACHINES.get(case.architecture)
+    if machine is None or not resources.predicted_clocks or not case.expects_mma:
+        return None
+    return case.flops / (case.iterations * resources.predicted_clocks * machine.flops)
+
+
+def _share(case: AotCase, resources: Resources) -> str:
+    share = predicted_share(case, resources)
+    return "-" if share is None else f"{share:.0%}"
+
+
 def _print_table(measured: Sequence[tuple[AotCase, Resources]]) -> None:
     versions = " ".join(f"{tool} {version}" for tool, version in _versions().items())
     columns = ("case", "warps", "stages", "registers", "spill B", "shared B", "blocks/SM",
                "loop instr.", "loop local", "loop mma", "mma", "narrow", "predicted loop clk",
-               "kFLOP", "KB", "FLOP/B")  # fmt: skip
+               "predicted share", "kFLOP", "KB", "FLOP/B")  # fmt: skip
     rows = []
     for case, resources in measured:
         numbers = (
@@ -227,8 +248,9 @@ def _print_table(measured: Sequence[tuple[AotCase, Resources]]) -> None:
             max(resources.spill_stores, resources.spill_loads), f"{resources.shared:,}",
             resources.blocks, resources.sass.loop_instructions, resources.sass.loop_local,
             resources.sass.loop_mma, resources.sass.mma, resources.sass.narrow,
-            f"{resources.predicted_clocks:,.0f}", f"{case.flops / 1e3:,.0f}",
-            f"{case.bytes / 1e3:,.1f}", f"{case.flops / case.bytes:.1f}" if case.bytes else "-",
+            f"{resources.predicted_clocks:,.0f}", _share(case, resources),
+            f"{case.flops / 1e3:,.0f}", f"{case.bytes / 1e3:,.1f}",
+            f"{case.flops / case.bytes:.1f}" if case.bytes else "-",
         )  # fmt: skip
         rows.append([case.name, *(f"{number:>7}" for number in numbers)])
     show_table(columns, rows, title=f"Compiled without a GPU by {versions}")
@@ -243,6 +265,7 @@ def _record(case: AotCase, resources: Resources) -> dict[str, object]:
         "flops": case.flops,
         "bytes": case.bytes,
         **asdict(resources),
+        "predicted_share_of_peak": predicted_share(case, resources),
         "violations": violations(case, resources),
     }
 
@@ -254,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     measured = [
-        (case, measure(case))
+        (case, measure(case, predict=True))
         for op in options.op or operations()
         for case in cases(op)
         if options.architecture in (None, case.architecture)

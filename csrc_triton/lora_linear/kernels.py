@@ -555,6 +555,7 @@ def _aot_case(
         expects_mma=half and not kernel.startswith("decode"),
         flops=flops,
         bytes=moved,
+        iterations=triton.cdiv(*_main_loop(kernel, rank, where, tile)),
     )
 
 
@@ -574,3 +575,12 @@ def _work(
     if kernel == "decode_shrink":
         return 2 * r * d_in, size * (r + 1) * d_in + 4 * r
     return 2 * n * rank, size * n * (rank + 2) + 4 * 16 * rank
+
+
+def _main_loop(
+    kernel: str, rank: int, where: Mapping[str, int | str], tile: Mapping[str, int]
+) -> tuple[int, int]:
+    """Length of the axis that a kernel's loop runs over, and of one step."""
+    if kernel == "reduce":
+        return int(where["tokens"]), tile["BLOCK_T"]
+    return (2560, tile["BLOCK_K"]) if kernel.endswith("shrink") else (rank, tile["BLOCK_R"])

@@ -574,6 +574,7 @@ def _aot_case(architecture: str, entry: dict, note: str) -> AotCase:
         expects_mma=not single and kernel in ("attend", "score_gradients"),
         flops=flops,
         bytes=size * elements + 4 * values,
+        iterations=triton.cdiv(s, block_s) if kernel == "attend" else z // config.get("BLOCK_K", z),
         # With two stages Triton issues copies behind the products; three need 279 KB there.
         expects_overlap=(architecture, kernel, z) != ("sm_90", "attend", MAX_WIDTH),
     )

@@ -155,4 +155,5 @@ def _aot_case(
         expects_mma=half,
         flops=2 * m * n * depth,
         bytes=size * (m * depth + depth * n + m * n),
+        iterations=depth // tile["BLOCK_K"],
     )

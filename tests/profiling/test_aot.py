@@ -57,6 +57,7 @@ def product(architecture: str, dtype: str = "bf16", rows: int = 128, **changes) 
         expects_mma=True,
         flops=2 * rows * 128 * 1024,
         bytes=2 * (rows + 128) * 1024,
+        iterations=1024 // 64,
     )
     return replace(case, **changes)
 
@@ -116,6 +117,7 @@ def test_report(monkeypatch, capsys):
     assert aot_report.main(["--architecture", "sm_80", "--json"]) == 0
     (record,) = json.loads(capsys.readouterr().out)["cases"]
     assert record["name"] == clean.name and record["sass"]["loop_mma"] > 0
+    assert 0.4 < record["predicted_share_of_peak"] < 1
     assert aot_report.main([]) == 1
     printed = capsys.readouterr().out
     assert clean.name in printed and "limit 232,448" in printed
