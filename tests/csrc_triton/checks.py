@@ -6,6 +6,7 @@ PyTorch operations that share no code with the op.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -126,3 +127,15 @@ def assert_compiles(
             results = values_and_gradients(compiled, tensors)
             for f, e in zip(results, values_and_gradients(op, tensors), strict=True):
                 torch.testing.assert_close(f, e)
+
+
+@functools.cache
+def register_wide_product() -> torch.library.Library:
+    """Let a CPU multiply half precision into float32, as only GPUs do; for the whole process."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return torch.matmul(a.to(out_dtype), b.to(out_dtype))
+
+    library.impl("bmm.dtype", bmm, "CPU")
+    return library

@@ -14,7 +14,7 @@ from csrc_triton import device, dispatch
 from csrc_triton.dispatch import Op
 from csrc_triton.perceiver_attention import reference as attention_reference
 from csrc_triton.rank_projection import reference as projection_reference
-from tests.csrc_triton.checks import random
+from tests.csrc_triton.checks import random, register_wide_product
 
 CPU = torch.zeros(2)
 REFERENCE, KERNELS = ModuleType("reference"), ModuleType("kernels")
@@ -203,15 +203,8 @@ class Products(TorchDispatchMode):
 @pytest.fixture
 def tensor_cores(monkeypatch):
     """A CPU that multiplies half precision as a GPU does."""
-    library = torch.library.Library("aten", "IMPL")
-
-    def bmm(a, b, out_dtype):
-        return torch.matmul(a.to(out_dtype), b.to(out_dtype))
-
-    library.impl("bmm.dtype", bmm, "CPU")
+    register_wide_product()
     monkeypatch.setattr(dispatch, "product_dtype", lambda x: x.dtype)
-    yield
-    library._destroy()
 
 
 def rounded(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.csrc_triton.checks import register_wide_product
 from tests.device import pretend
 from tests.device.pretend import CUDA, PretendDevice
 from v2l_fast.hypernet.network import HyperNetwork
@@ -20,6 +21,7 @@ MakeModel = Callable[[torch.dtype], Video2LoRA]
 @pytest.fixture
 def device() -> Iterator[PretendDevice]:
     """The device; a test that leaves a problem behind fails."""
+    register_wide_product()
     with pretend.cuda() as device:
         yield device
     assert device.problems == []
