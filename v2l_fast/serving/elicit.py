@@ -2,7 +2,8 @@
 
 A request with ``elicit`` carries the conversation: its messages, the persona, and the counts that
 the last response returned. The response carries them back. The server stores none of it: no store,
-log, metric or cache holds a word of it when the response is sent.
+file, log or metric holds a word of it when the response is sent. The question to the video's model
+is the engine's, as any other one.
 """
 
 from __future__ import annotations
