@@ -26,6 +26,7 @@ from v2l_fast.errors import (
 from v2l_fast.generation import (
     Answer,
     Effect,
+    PrefixCache,
     SamplingParams,
     answer_prompts,
     measure_effect,
@@ -485,6 +486,7 @@ class Video2LoRA:
         seed: int = 0,
         n: int = 1,
         logprobs: int | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> list[Answer]:
         """:meth:`ask` with token counts and times.
 
@@ -492,15 +494,18 @@ class Video2LoRA:
             n: answers to each question, one question after the other; answer i of the list uses
                 ``seed + i``.
             logprobs: report log probabilities, as :class:`~v2l_fast.generation.SamplingParams`.
+            prefix_cache: keys and values of earlier calls, to reuse and to extend: a conversation's
+                next turn computes its new messages only. Reuse changes answers by rounding alone.
         """
         params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, n, logprobs)
-        return self._answer(questions, adapters, params)
+        return self._answer(questions, adapters, params, prefix_cache)
 
     def _answer(
         self,
         questions: Questions,
         adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None,
         params: SamplingParams,
+        prefix_cache: PrefixCache | None = None,
     ) -> list[Answer]:
         texts = _questions(questions)
         chosen: list[AdapterOrPath | None]
@@ -528,6 +533,7 @@ class Video2LoRA:
                     [partial(self.backbone.question, text) for text in texts],
                     [attached[id(a)] for a in chosen],
                     params,
+                    prefix_cache,
                 )
             )
 

@@ -14,7 +14,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from bench.harness import (
 from bench.models import FRAMES, SHAPES, RandomPair, Shape, random_context
 from csrc_triton.device import peak_of
 from v2l_fast.evaluation.prefix import continue_greedily, prefill
-from v2l_fast.generation import ModelRunner, Request, SamplingParams
+from v2l_fast.generation import CacheKey, ModelRunner, PrefixCache, Request, SamplingParams
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.interop.peft import save_peft
@@ -48,8 +48,15 @@ EXAMPLES = """
 AGREE = (
     ("adapter", "adapter, merged", "adapter, PEFT"),
     ("direct", "direct, vision features cached", "direct, keys and values cached"),
+    ("adapter, second turn anew", "adapter, second turn reused"),
+    ("adapter, late turn anew", "adapter, late turn reused"),
+    ("direct, second turn anew", "direct, second turn reused"),
 )
 QUESTION_TOKENS = 32
+# Of the answer before a second turn, and of the conversation before a late one.
+ANSWER_TOKENS, LATE_TOKENS = 64, 1024
+# Keys and values of all conversations measured.
+CACHE_BYTES = 1 << 31
 
 Way = Callable[[int], list[int]]
 
@@ -268,7 +275,9 @@ def _ways(question: VideoQuestion, new_tokens: int, folder: Path) -> dict[str, W
     """Name -> function of the number of tokens that returns their ids."""
     decoder = question.backbone.decoder
     video = question.encode()
-    longest = len(question.prompt(video)) + new_tokens
+    prompt_tokens = len(question.prompt(video))
+    following = ANSWER_TOKENS + len(question.question) + new_tokens
+    longest = max(prompt_tokens, LATE_TOKENS) + following
     bank = AdapterBank.pack([question.adapter], decoder.device, decoder.dtype)
     kind = CudaGraphRunner if decoder.device.type == "cuda" else ModelRunner
     plain, merged = (kind(d, 1, longest, ()) for d in (decoder, decoder.merged(question.adapter)))
@@ -297,6 +306,61 @@ def _ways(question: VideoQuestion, new_tokens: int, folder: Path) -> dict[str, W
     ways["direct, keys and values cached"] = lambda count: continue_greedily(
         decoder, prefix, question.suffix, (), count
     ).tokens[0]
+    return ways | _turns(question, kind, bank, longest)
+
+
+def _turns(
+    question: VideoQuestion, kind: Any, bank: AdapterBank | None, longest: int
+) -> dict[str, Way]:
+    """Later turns of a conversation, its history computed anew or its keys and values reused.
+
+    The history is arbitrary tokens. With the video in context, its first turn is the prompt with
+    the video; anew, the frames are encoded again.
+    """
+    decoder = question.backbone.decoder
+    ids = question.question.tolist()
+    ways: dict[str, Way] = {}
+
+    def add(name: str, video: Callable[[], Tensor] | None, before: int) -> None:
+        """A question after the video's prompt, if there is one, and ``before`` other tokens."""
+        text = (ids * (before // len(ids) + 1))[:before] + ids
+        # Stand-ins for the ids of the prompt with the video, of which only the number matters.
+        shown = [] if video is None else [-1] * len(video())
+        key = CacheKey(shown + text, name)
+        adapters, slot = (bank, 0) if video is None else (None, -1)
+
+        def answer(runner: ModelRunner, count: int) -> list[int]:
+            cache = runner.prefix_cache
+            prefix = None if cache is None else cache.acquire(runner.scoped(key))
+            known = 0 if prefix is None else prefix.length
+            request = Request(SamplingParams(count), slot, prefix=prefix)
+            rest = torch.tensor(text[max(0, known - len(shown)) :], device=decoder.device)
+            prompt = decoder.embed(rest)
+            if video is not None and known < len(shown):
+                prompt = torch.cat([video(), prompt])
+            runner.prefill([request], [prompt], adapters)
+            if cache is not None and prefix is not None:
+                cache.release(prefix)
+            while runner.retire_finished():
+                runner.decode(adapters)
+            return request.tokens
+
+        plain, filled = (
+            kind(decoder, 1, longest, (), prefix_cache=c) for c in (None, PrefixCache(CACHE_BYTES))
+        )
+        # The turn before: all but the question, which is not known.
+        before_question = replace(key, tokens=key.tokens[: -len(ids)])
+        first = Request(SamplingParams(1), slot, cache_key=before_question)
+        history = decoder.embed(torch.tensor(text[: -len(ids)], device=decoder.device))
+        embedded = history if video is None else torch.cat([video(), history])
+        filled.prefill([first], [embedded], adapters)
+        filled.retire_finished()
+        ways[f"{name} anew"] = lambda count: answer(plain, count)
+        ways[f"{name} reused"] = lambda count: answer(filled, count)
+
+    add("adapter, second turn", None, len(ids) + ANSWER_TOKENS)
+    add("adapter, late turn", None, LATE_TOKENS)
+    add("direct, second turn", lambda: question.prompt(question.encode()), ANSWER_TOKENS)
     return ways
 
 

@@ -200,6 +200,76 @@ def test_several_answers_to_one_prompt(ids, in_context, model, store, clips, mon
         assert engine.stats().requests["error"] == engine.stats().waiting == 0
 
 
+def converse(model, store, engine, ids=(), clip=None, turns=3) -> list[int]:
+    """A conversation whose answers must be those alone; how many tokens each turn reused."""
+    messages, reused = [], []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": QUESTIONS[2 if turn == 0 else turn % 2]})
+        one = StreamingRequest(list(messages), ids, clip, SamplingParams(6))
+        text, _, usage = engine.submit(one).result(WAIT)
+        assert text == alone(model, store, one)
+        assert usage.prompt_tokens > usage.reused_tokens
+        messages.append({"role": "assistant", "content": text})
+        reused.append(usage.reused_tokens)
+    return reused
+
+
+@pytest.mark.parametrize("ids", [(), ("a0",), ("a0", "a1")])
+def test_a_conversation_reuses_its_prefix(ids, engine, model, store):
+    first, *later = converse(model, store, engine, ids)
+    assert first == 0 and later[0] >= 16 and later[1] > later[0]
+    assert engine.stats().reused_tokens == sum(later)
+
+
+def test_the_next_question_about_a_video_encodes_no_frame(engine, model, store, clips, monkeypatch):
+    encoded, encode = [], type(model.backbone).encode_views
+
+    def counted(self, views):
+        encoded.append(threading.current_thread().name)
+        return encode(self, views)
+
+    monkeypatch.setattr(type(model.backbone), "encode_views", counted)
+    converse(model, store, engine, clip=clips[0])
+    again = StreamingRequest("how many?", clip=tiny.clip(3, 0), sampling=SamplingParams(6, n=2))
+    other = StreamingRequest("how many?", clip=tiny.clip(3, 7), sampling=SamplingParams(6))
+    texts = [one.result(WAIT)[0] for one in engine.submit_all(again)]
+    assert encoded.count("v2l-engine") == 1
+    assert engine.submit(other).result(WAIT)[0] == alone(model, store, other)
+    assert encoded.count("v2l-engine") == 2
+    monkeypatch.undo()
+    assert texts == [
+        a.text for a in model.answer_direct("how many?", clips[0], max_new_tokens=6, n=2)
+    ]
+    assert not any(s.leases for s in engine._prefix_cache._order)
+
+
+def test_prefixes_belong_to_content_not_to_names(engine, model, store):
+    store.adapters["again"] = store.adapters["a0"]
+    assert converse(model, store, engine, ("a0",), turns=1) == [0]
+    assert converse(model, store, engine, ("a1",), turns=1) == [0]
+    assert converse(model, store, engine, ("a0", "a1"), turns=1) == [0]
+    assert converse(model, store, engine, ("again",), turns=1)[0] > 0
+
+
+@pytest.mark.parametrize("limit", [0, 20_000])
+def test_a_small_prefix_cache(limit, model, store, clips):
+    """Many conversations at once beyond the limit; some requests are cancelled."""
+    with Engine(
+        model, store, max_batch=4, max_context=160, adapter_slots=3, prefix_cache_bytes=limit
+    ) as engine:
+        requests = mixture(clips, 24, 5) * 2
+        requests = [one.copy() for one in requests]
+        for one in requests:
+            engine.submit(one)
+        for one in requests[::5]:
+            one.cancel()
+        for index, one in enumerate(requests):
+            text, reason, _ = one.result(WAIT)
+            assert index % 5 == 0 or text == alone(model, store, one)
+        cache = engine._prefix_cache
+        assert cache.bytes <= limit and not any(s.leases for s in cache._order)
+
+
 def test_limits(engine, clips):
     with pytest.raises(PromptTooLong, match="160"):
         engine.submit(request(QUESTIONS[0], max_new_tokens=155))

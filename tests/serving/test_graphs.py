@@ -43,7 +43,7 @@ def test_answers_are_the_same(captures, model, adapters):
             requests.append(request(question, *ids, max_new_tokens=9))
             adapter = store.adapters[ids[0]] if ids else None
             expected.append(model.ask(question, adapter, max_new_tokens=9))
-    with Engine(model, store, max_batch=6, max_context=100) as engine:
+    with Engine(model, store, max_batch=6, max_context=100, prefix_cache_bytes=0) as engine:
         assert isinstance(engine._scheduler.runner, CudaGraphRunner)
         for one, answer in zip(copies(requests), expected, strict=True):
             assert engine.submit(one).result(WAIT)[0] == answer

@@ -9,6 +9,7 @@ import torch
 
 from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
 from v2l_fast.errors import AdapterError, V2LError
+from v2l_fast.generation import PrefixCache
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.serving import scheduler as scheduling
 from v2l_fast.serving.device_cache import DeviceAdapterCache, HostAdapterCache
@@ -126,7 +127,7 @@ class Steps:
         self.ended: list[StreamingRequest] = []
         self.waiting: deque[StreamingRequest] = deque()
         self._model, self._host = model, HostAdapterCache(model, store, 99)
-        self.scheduler = Scheduler(model, 8, 160, 2, None, self._end)
+        self.scheduler = Scheduler(model, 8, 160, 2, None, PrefixCache(0), self._end)
 
     def _end(self, one: StreamingRequest, reason: str) -> bool:
         self.ended.append(one)

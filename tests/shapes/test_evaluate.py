@@ -21,6 +21,7 @@ from v2l_fast.shapes.evaluate import (
     evaluate,
     evaluate_direct,
     evaluate_files,
+    evaluate_turns,
     exact_share,
     examples_for,
     rendered_clips,
@@ -100,6 +101,9 @@ def test_every_condition_is_measured(fresh):
 
 
 def test_files_are_compared_with_rendering(fresh):
+    turns = evaluate_turns(fresh, sample_scenes("test", 2, 0))
+    assert turns.pop("videos") == 2 and len(turns) == 6
+    assert all(0 <= share["estimate"] <= 1 for share in turns.values())
     files = evaluate_files(fresh, sample_scenes("test", 2, 0))
     assert {f"{BASELINE}, file", f"{SYSTEM}, rendered"} <= set(files)
 

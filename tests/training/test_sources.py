@@ -188,6 +188,36 @@ def test_a_target_cut_short_has_no_stop_token(backbone, video):
     assert source(backbone, [cut]).load(0, 0).qa_pairs[0][1] == whole[:-1]
 
 
+def test_a_share_of_the_questions_are_second_turns(backbone, video):
+    """They follow another question of the video; without the option nothing is drawn."""
+    examples = [example(i, video) for i in range(3)]
+    by_prompt = {e.prompt: e for e in examples}
+    inputs, whole = backbone.prompt_builder, {}
+    for last in examples:
+        whole[tuple(inputs.question(last.prompt))] = (last, False)
+        for before in by_prompt.values():
+            messages = [
+                {"role": "user", "content": before.prompt},
+                {"role": "assistant", "content": before.target_text.strip()},
+                {"role": "user", "content": last.prompt},
+            ]
+            if before is not last:
+                whole[tuple(inputs.question(messages))] = (last, True)
+    kinds = []
+    for share in (0.0, 0.5, 1.0):
+        reads = source(backbone, examples, second_turn_share=share, prompts_per_video=3)
+        for step in range(20):
+            sample = reads.load(0, step)
+            for question, answer in sample.qa_pairs:
+                last, second = whole[tuple([*sample.prompt_prefix, *question])]
+                assert answer == inputs.answer(last.target_text.strip())
+                kinds.append((share, second))
+    counts = [kinds.count((share, True)) / 60 for share in (0.0, 0.5, 1.0)]
+    assert counts[0] == 0 and 0.3 < counts[1] < 0.7 and counts[2] == 1
+    alone = source(backbone, examples[:1], second_turn_share=1.0).load(0, 0)
+    assert len(alone.prompt_prefix + alone.qa_pairs[0][0]) == len(inputs.question("what is 0 ?"))
+
+
 # --- which turns ----------------------------------------------------------------------------------
 
 

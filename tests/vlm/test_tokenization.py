@@ -21,7 +21,7 @@ from v2l_fast.errors import ConfigError
 from v2l_fast.shapes.tokenizer import build_tokenizer
 from v2l_fast.vlm.base import conversation
 from v2l_fast.vlm.smolvlm_prompt import SmolVLMPromptBuilder, chat, video_text
-from v2l_fast.vlm.tokenization import PromptTokenizer, replace_lone_surrogates
+from v2l_fast.vlm.tokenization import PromptTokenizer, encode_messages, replace_lone_surrogates
 
 BEFORE, AFTER = "<|im_start|>User: ", "<end_of_utterance>\nAssistant:"
 
@@ -254,6 +254,39 @@ def test_a_string_is_its_user_message_alone(tokenizer):
 def test_malformed_messages(messages, reason):
     with pytest.raises(ConfigError, match=reason):
         conversation(messages)
+
+
+TEMPLATES = {
+    "plain": "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}",
+    "strips": "{% for m in messages %}<|im_start|>{{ m.content | trim }}<end_of_utterance>"
+    "{% endfor %}Assistant:",
+}
+CHATTING = {name: byte_pair() for name in TEMPLATES}
+for name, one in CHATTING.items():
+    one.chat_template = TEMPLATES[name]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@given(turns=st.lists(st.tuples(ROLES, ANY_TEXT), max_size=4), last=ANY_TEXT)
+def test_no_message_to_another_model_becomes_a_special_token(template, turns, last):
+    """Messages in a tokenizer's own chat template, as the reasoner of CPER gets them."""
+    tokenizer = CHATTING[template]
+    actual = encode_messages(tokenizer, messages_of(turns, last))
+    empty = encode_messages(tokenizer, messages_of([(role, "") for role, _ in turns], ""))
+    assert specials(tokenizer, actual) == specials(tokenizer, empty)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_ordinary_messages_keep_their_ids(template):
+    tokenizer = CHATTING[template]
+    messages = messages_of([("user", " a {x: 1} "), ("assistant", "é 🙂")], "What color is it?")
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert encode_messages(tokenizer, messages) == expected
+    tokenizer = byte_pair()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    with pytest.raises(ConfigError, match="changes what messages say"):
+        encode_messages(tokenizer, messages)
 
 
 def test_prompt_builders_are_picklable(tokenizer):

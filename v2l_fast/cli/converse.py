@@ -54,6 +54,9 @@ cper_app = typer.Typer(
     context_settings=CONTEXT,
 )
 
+# Keys and values of a conversation: 8,192 tokens of SmolVLM2-500M are a third of this.
+CHAT_CACHE_BYTES = 1 << 30
+
 PERSONA = Argument(..., metavar="PERSONA", help="Persona file (JSON).")
 
 
@@ -142,8 +145,11 @@ def _remember(
     generation: GenerationOptions, loading: ModelOptions, file: Path, history: bool
 ) -> Callable[[str], str]:
     """A function from a question to the answer, which keeps the conversation if ``history``."""
+    from v2l_fast.generation import PrefixCache
+
     model = loading.load()
     adapter = model.load_adapter(file)
+    prefix_cache = PrefixCache(CHAT_CACHE_BYTES)
     messages: list[dict[str, str]] = []
 
     def reply(question: str) -> str:
@@ -153,7 +159,9 @@ def _remember(
         if question == "/history":
             return "\n".join(f"{m['role']}: {m['content']}" for m in messages) or "nothing yet"
         asked = {"role": "user", "content": question}
-        (answer,) = model.answer([*messages, asked], adapter, **asdict(generation))
+        (answer,) = model.answer(
+            [*messages, asked], adapter, prefix_cache=prefix_cache, **asdict(generation)
+        )
         if history:
             messages.extend((asked, {"role": "assistant", "content": answer.text}))
         return answer.text

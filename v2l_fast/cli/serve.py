@@ -87,6 +87,12 @@ class EngineOptions:
     adapter_slots: int = Option(
         16, min=1, help="Adapters kept on the device; others are loaded when needed."
     )
+    prefix_cache_mb: int = Option(
+        512,
+        "--prefix-cache-mb",
+        min=0,
+        help="Keys and values of earlier turns kept on the device, for conversations.",
+    )
     max_queue: int = Option(256, min=1, help="Questions waiting; more get 503.")
     merged: str | None = Option(
         None, help="Id of an adapter to merge into the weights and serve alone."
@@ -202,6 +208,7 @@ def serve(
             adapters,
             max_batch=engine.max_batch,
             max_context=engine.max_context,
+            prefix_cache_bytes=engine.prefix_cache_mb * 1_000_000,
             adapter_slots=engine.adapter_slots,
             queue_limit=engine.max_queue,
             merged=engine.merged,

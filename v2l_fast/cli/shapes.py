@@ -93,6 +93,9 @@ def evaluate(
     folder: Path | None = PAIR,
     videos: int = Option(512, min=1, help="Unseen videos of the test split."),
     encoded: int = Option(64, min=0, help="Number of them that are also read as H.264 files."),
+    turns: int = Option(
+        64, min=0, help="Number of them that are also asked two questions in one conversation."
+    ),
     probes: bool = Option(
         True, help="Also test other durations, binding, untrained questions and absent objects."
     ),
@@ -110,7 +113,7 @@ def evaluate(
     from v2l_fast.model import Video2LoRA
     from v2l_fast.outputs import check_output
     from v2l_fast.shapes.evaluate import evaluate as run
-    from v2l_fast.shapes.evaluate import evaluate_files
+    from v2l_fast.shapes.evaluate import evaluate_files, evaluate_turns
     from v2l_fast.shapes.probes import probe
     from v2l_fast.shapes.report_page import probe_tables
     from v2l_fast.shapes.world import sample_scenes
@@ -124,6 +127,9 @@ def evaluate(
         if encoded:
             progress("H.264 files", 0, 1)
             result["encoded_files"] = evaluate_files(model, scenes[:encoded])
+        if turns:
+            progress("conversations", 0, 1)
+            result["turns"] = evaluate_turns(model, scenes[:turns], running.seed)
         if probes:
             result["probes"] = probe(model, scenes, running.seed, progress)
     write_json(record, result)
@@ -138,6 +144,8 @@ def evaluate(
     show(result["table"])
     if encoded:
         show_json(result["encoded_files"])
+    if turns:
+        show_json(result["turns"])
     if probes:
         for part in probe_tables(result["probes"]):
             show(part)

@@ -210,19 +210,20 @@ class TransformersModel:
     ) -> list[ModelReply]:
         import torch
 
-        inputs = self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self._model.device)
-        length = inputs["input_ids"].shape[1]
+        from v2l_fast.vlm.tokenization import encode_messages
+
+        ids = torch.tensor([encode_messages(self._tokenizer, messages)], device=self._model.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        length = ids.shape[1]
         drawn = temperature > 0
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if drawn else {}
         replies = []
         for i in range(n if drawn else 1):
             with torch.random.fork_rng(), torch.inference_mode():
                 torch.manual_seed(seed + i)
-                ids = self._model.generate(**inputs, max_new_tokens=max_tokens, **options)
-            text = self._tokenizer.decode(ids[0, length:], skip_special_tokens=True)
-            replies.append(ModelReply(text, length, ids.shape[1] - length))
+                whole = self._model.generate(**inputs, max_new_tokens=max_tokens, **options)
+            text = self._tokenizer.decode(whole[0, length:], skip_special_tokens=True)
+            replies.append(ModelReply(text, length, whole.shape[1] - length))
         return replies if drawn else replies * n
 
 
@@ -366,7 +367,7 @@ class TransformerEncoder:
             return np.zeros((0, self._model.config.hidden_size))
         inputs = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_tokens,
-            return_tensors="pt",
+            return_tensors="pt", split_special_tokens=True,
         )  # fmt: skip
         with torch.inference_mode():
             hidden = self._model(**inputs).last_hidden_state.double()

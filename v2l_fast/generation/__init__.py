@@ -14,15 +14,18 @@ from v2l_fast.generation.answers import (
     generate,
     measure_effect,
 )
+from v2l_fast.generation.prefix_cache import CacheKey, PrefixCache
 from v2l_fast.generation.runner import ModelRunner, Request
 from v2l_fast.generation.sampling import SamplingParams, TokenConstraint, TokenLogprobs
 
 __all__ = [
     "MAX_BATCH",
     "Answer",
+    "CacheKey",
     "Effect",
     "GenerationOutput",
     "ModelRunner",
+    "PrefixCache",
     "Request",
     "SamplingParams",
     "TokenConstraint",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from v2l_fast.errors import V2LError
+from v2l_fast.generation.prefix_cache import CacheKey, PrefixCache
 from v2l_fast.generation.runner import ModelRunner, Request
 from v2l_fast.generation.sampling import SamplingParams, TokenLogprobs
 from v2l_fast.hypernet.adapter import Adapter
@@ -65,6 +66,8 @@ def generate(
     stop_ids: Sequence[int],
     sampling: SamplingParams,
     adapters: AdapterBank | None = None,
+    prefix_cache: PrefixCache | None = None,
+    keys: Sequence[CacheKey] = (),
 ) -> GenerationOutput:
     """Answer E prompts in one batch.
 
@@ -73,6 +76,8 @@ def generate(
         stop_ids: token ids that end an answer.
         sampling: parameters for every prompt; answer i, of E · ``n``, uses ``seed + i``.
         adapters: a bank whose ``index`` has E entries, or None for the plain model.
+        prefix_cache: keys and values of earlier prompts and answers, to reuse and to extend.
+        keys: of the prompts, E if there is a ``prefix_cache``.
 
     Returns:
         :class:`GenerationOutput`. ``time_to_first_token`` is that of the whole batch, from embedded
@@ -86,8 +91,14 @@ def generate(
     slots = [slot for slot in slots for _ in range(sampling.n)]
     repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
     requests = [Request(sampling.for_example(i), slot) for i, slot in enumerate(slots)]
+    if prefix_cache is not None:
+        for i, request in enumerate(requests):
+            request.cache_key = keys[i // sampling.n]
     longest = max(len(prompt) for prompt in prompts)
-    runner = ModelRunner(decoder, len(requests), longest + sampling.max_new_tokens, stop_ids)
+    runner = ModelRunner(
+        decoder, len(requests), longest + sampling.max_new_tokens, stop_ids,
+        prefix_cache=prefix_cache,
+    )  # fmt: skip
     runner.prefill(requests, repeated, adapters)
     first = time.perf_counter() - start
     while runner.retire_finished():
@@ -107,6 +118,7 @@ def answer_prompts(
     prompts: Sequence[Callable[[], Prompt]],
     adapters: Sequence[Adapter | None],
     sampling: SamplingParams,
+    prefix_cache: PrefixCache | None = None,
 ) -> Iterator[Answer]:
     """Answer any number of prompts in batches of at most :data:`MAX_BATCH`.
 
@@ -114,6 +126,8 @@ def answer_prompts(
         prompts: build one prompt each; called, and timed, when its batch is computed.
         adapters: one per prompt, with its bias; None for the plain model.
         sampling: parameters for every prompt; answer i uses ``seed + i``.
+        prefix_cache: keys and values of earlier prompts and answers, to reuse and to extend; for
+            prompts without a video.
 
     Yields:
         ``n`` answers for each prompt, in order.
@@ -129,6 +143,11 @@ def answer_prompts(
         part = slice(first, first + count)
         built = [build() for build in prompts[part]]
         bank = AdapterBank.pack(adapters[part], decoder.device, decoder.dtype)
+        keys = [
+            CacheKey(prompt.ids, None if adapter is None else adapter.content_hash)
+            for prompt, adapter in zip(built, adapters[part], strict=True)
+            if prefix_cache is not None
+        ]
         prompt_seconds = time.perf_counter() - start
         output = generate(
             decoder,
@@ -136,6 +155,8 @@ def answer_prompts(
             backbone.stop_ids,
             replace(sampling.for_example(first * sampling.n), n=sampling.n),
             bank,
+            prefix_cache,
+            keys,
         )
         answers = zip(output.tokens, output.logprobs, strict=True)
         for index, (tokens, logprobs) in enumerate(answers):

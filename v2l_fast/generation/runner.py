@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from v2l_fast.errors import AdapterError, V2LError
+from v2l_fast.generation.prefix_cache import CacheKey, Prefix, PrefixCache
 from v2l_fast.generation.sampling import (
     SamplingParams,
     SamplingTensors,
@@ -45,6 +46,9 @@ class Request:
         sampling: how tokens are chosen, and how many at most.
         slot: index of its adapter in the bank, -1 for the plain model.
         constraint: limits each token; None allows all.
+        cache_key: of its prompt, to reuse and keep keys and values; None does neither.
+        prefix: computed tokens before those of its prompt's embeddings, leased by the caller.
+        reused: prompt tokens whose keys and values were not computed again.
         tokens: token ids so far, without the stop token.
         logprobs: of ``tokens``, if the sampling parameters ask for them.
         finish_reason: "stop", "length", "error" or the caller's own; None while it runs.
@@ -55,6 +59,9 @@ class Request:
     sampling: SamplingParams
     slot: int = -1
     constraint: TokenConstraint | None = None
+    cache_key: CacheKey | None = None
+    prefix: Prefix | None = None
+    reused: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
@@ -75,6 +82,8 @@ class ModelRunner:
         context: tokens of one row; the caller checks that prompt and answer fit.
         stop_ids: token ids that end an answer.
         cache: of that size; allocated by default.
+        prefix_cache: keys and values of earlier prompts and answers, read and extended for the
+            requests that have a ``cache_key``.
 
     Attributes:
         requests: the running requests, in the order of the cache's rows.
@@ -87,11 +96,13 @@ class ModelRunner:
         context: int,
         stop_ids: Sequence[int],
         cache: StaticKVCache | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         self.decoder = decoder
         self.size = size
         self.stop_ids = frozenset(stop_ids)
         self.cache = cache or decoder.new_cache(size, context)
+        self.prefix_cache = prefix_cache
         self.requests: list[Request] = []
         # Of every row: the last token, its position, the adapter's slot, the prompt's length and
         # the sampling parameters.
@@ -117,37 +128,83 @@ class ModelRunner:
 
         Args:
             requests: at most :attr:`free`.
-            prompts: embedded, [T, D] each; lengths may differ.
+            prompts: embedded, [T, D] each; lengths may differ. Of a request with a ``prefix``, the
+                tokens after it.
             adapters: the bank that the requests' slots refer to; its ``index`` is ignored.
         """
         first = len(self.requests)
         part = slice(first, first + len(requests))
-        for request, prompt in zip(requests, prompts, strict=True):
-            request.cached = len(prompt)
-        columns = [[request.cached for request in requests], [request.slot for request in requests]]
-        lengths, slots = on_device(columns, torch.long, self.decoder.device)
+        # Each request's source: the first one of its prompt and slot.
+        known: dict[tuple[int, int], int] = {}
+        keys = [(id(p), r.slot) for p, r in zip(prompts, requests, strict=True)]
+        sources = [known.setdefault(key, i) for i, key in enumerate(keys)]
+        acquired = {i: self._acquire(requests[i]) for i in known.values()}
+        prefixes = {i: requests[i].prefix or acquired[i] for i in known.values()}
+        lengths_before = {i: 0 if p is None else p.length for i, p in prefixes.items()}
+        starts = [lengths_before[source] for source in sources]
+        rest = list(prompts)
+        for i, request in enumerate(requests):
+            if acquired[sources[i]] is not None:
+                rest[i] = prompts[i][starts[i] :]
+            request.reused, request.cached = starts[i], starts[i] + len(rest[i])
+        columns = [
+            [request.cached for request in requests],
+            [request.slot for request in requests],
+            starts,
+        ]
+        lengths, slots, offsets = on_device(columns, torch.long, self.decoder.device)
         self._positions[part], self._prompts[part], self._slots[part] = lengths, lengths, slots
         if any(request.sampling.temperature > 0 for request in requests):
             self._sampling.write(part, [r.sampling for r in requests], self._vocabulary)
         self.requests.extend(requests)
 
+        def compute(chosen: list[int]) -> Tensor:
+            """Logits of requests that all have, or all lack, a computed prefix."""
+            embeddings = pad_sequence([rest[i] for i in chosen], batch_first=True)
+            index = on_device(chosen, torch.long, self.decoder.device)
+            last = lengths[index] - offsets[index] - 1
+            if not starts[chosen[0]]:
+                return self.run_prefill(embeddings, first + index, last, adapters)
+            for i in chosen:
+                prefix = prefixes[sources[i]]
+                if prefix is not None:
+                    prefix.copy_to(self.cache, first + i)
+            limit = max(starts[i] for i in chosen) + embeddings.shape[1]
+            return self.run_continuation(
+                embeddings, first + index, offsets[index], last, limit, adapters
+            )
+
         def run(part: slice) -> Tensor:
             own = range(part.start - first, part.stop - first)
-            # Each request's source: the first one of its prompt and slot.
-            known: dict[tuple[int, int], int] = {}
-            sources = [known.setdefault((id(prompts[i]), requests[i].slot), i) for i in own]
-            computed = list(known.values())
-            embeddings = pad_sequence([prompts[i] for i in computed], batch_first=True)
-            index = on_device(computed, torch.long, self.decoder.device)
-            logits = self.run_prefill(embeddings, first + index, lengths[index] - 1, adapters)
-            if len(computed) < len(sources):
-                pairs = [(first + i, first + s) for i, s in zip(own, sources, strict=True)]
-                self._copy_rows([pair for pair in pairs if pair[0] != pair[1]], len(embeddings[0]))
-                order = [computed.index(source) for source in sources]
-                logits = logits[on_device(order, torch.long, self.decoder.device)]
+            leader: dict[int, int] = {}
+            for i in own:
+                leader.setdefault(sources[i], i)
+            chosen = list(leader.values())
+            groups = [[i for i in chosen if bool(starts[i]) is kind] for kind in (False, True)]
+            logits = torch.cat([compute(group) for group in groups if group])
+            order = [i for group in groups for i in group]
+            if order != list(own):
+                pairs = [(first + i, first + leader[sources[i]]) for i in own]
+                self._copy_rows([pair for pair in pairs if pair[0] != pair[1]])
+                index = [order.index(leader[sources[i]]) for i in own]
+                logits = logits[on_device(index, torch.long, self.decoder.device)]
             return logits
 
-        self._advance(part, run, 0)
+        try:
+            self._advance(part, run, 0)
+        finally:
+            for prefix in acquired.values():
+                if prefix is not None and self.prefix_cache is not None:
+                    self.prefix_cache.release(prefix)
+
+    def _acquire(self, request: Request) -> Prefix | None:
+        if self.prefix_cache is None or request.cache_key is None or request.prefix is not None:
+            return None
+        return self.prefix_cache.acquire(self.scoped(request.cache_key))
+
+    def scoped(self, key: CacheKey) -> CacheKey:
+        """A key of the prefix cache, which may serve several models."""
+        return CacheKey(key.tokens, (self.decoder, key.scope))
 
     def decode(self, adapters: AdapterBank | None = None) -> None:
         """One more token for every request; ``adapters`` as in :meth:`prefill`."""
@@ -170,11 +227,25 @@ class ModelRunner:
                     # Attention reads masked slots with weight 0, and 0 * NaN is NaN.
                     self.cache.keys[:, row].zero_()
                     self.cache.values[:, row].zero_()
+                else:
+                    self._keep(request, row)
                 last = self.requests.pop()
                 if row < len(self.requests):
                     self.requests[row] = last
                     self._move(len(self.requests), row, last.cached)
         return len(self.requests)
+
+    def _keep(self, request: Request, row: int) -> None:
+        """Extend the prefix cache by the prompt and answer of a request."""
+        if self.prefix_cache is None or request.cache_key is None:
+            return
+        count = request.cached
+        tokens = [*request.cache_key.tokens, *request.tokens][:count]
+        self.prefix_cache.insert(
+            self.scoped(replace(request.cache_key, tokens=tokens)),
+            self.cache.keys[:, row, :, :count],
+            self.cache.values[:, row, :, :count],
+        )
 
     def clear(self) -> None:
         """Drop all requests, whatever state an error has left them in."""
@@ -193,6 +264,33 @@ class ModelRunner:
         bank = self._indexed(adapters, rows)
         hidden = self.decoder.forward(embeddings, metadata, replace(self.cache, rows=rows), bank)
         return self.decoder.logits(hidden[torch.arange(count, device=hidden.device), last])
+
+    def run_continuation(
+        self,
+        embeddings: Tensor,
+        rows: Tensor,
+        starts: Tensor,
+        last: Tensor,
+        limit: int,
+        adapters: AdapterBank | None,
+    ) -> Tensor:
+        """Tokens [E, T, D] behind the first ``starts`` [E] ones of ``rows`` [E] of the cache ->
+        logits [E, V] of tokens ``last`` [E].
+
+        Args:
+            limit: no token of the pass is at a position from here on, except for padding.
+        """
+        count, longest = embeddings.shape[:2]
+        device = self.decoder.device
+        positions = starts[:, None] + torch.arange(longest, device=device)
+        # Padding may reach past the row. Its last slot is free: the last token is never cached.
+        positions = positions.clamp_max(self.cache.capacity - 1)
+        slots = torch.arange(min(limit, self.cache.capacity), device=device)
+        mask = (slots <= positions[:, :, None])[:, None]
+        metadata = self.decoder.attention_metadata(positions, mask)
+        bank = self._indexed(adapters, rows)
+        hidden = self.decoder.forward(embeddings, metadata, replace(self.cache, rows=rows), bank)
+        return self.decoder.logits(hidden[torch.arange(count, device=device), last])
 
     def run_decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
         """Last tokens of the first ``count`` rows, at positions below ``limit`` -> logits
@@ -299,11 +397,12 @@ class ModelRunner:
         values = token_logprobs(logits[index], chosen[index].clamp_min(0), counts)
         return {requests[row]: one for row, one in zip(asking, values, strict=True)}
 
-    def _copy_rows(self, pairs: Sequence[tuple[int, int]], length: int) -> None:
-        """Copy the first ``length`` keys and values for each pair (target, source)."""
-        targets, sources = zip(*pairs, strict=True)
-        for side in (self.cache.keys, self.cache.values):
-            side[:, list(targets), :, :length] = side[:, list(sources), :, :length]
+    def _copy_rows(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy keys and values for each pair (target, source)."""
+        for target, source in pairs:
+            length = self.requests[source].cached
+            for side in (self.cache.keys, self.cache.values):
+                side[:, target, :, :length] = side[:, source, :, :length]
 
     def _move(self, source: int, target: int, length: int) -> None:
         for side in (self.cache.keys, self.cache.values):

@@ -134,6 +134,17 @@ class Adapter:
     def __hash__(self) -> int:
         return hash((tuple(_signature(self).items()), self.rank, self.scale))
 
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of what the update depends on: factors and their dtype, scale and bias."""
+        digest = hashlib.sha256(f"{self.scale!r} {self.bias_id}".encode())
+        for module in sorted(self.A):
+            for factor in (self.A[module], self.B[module]):
+                digest.update(f"{module} {factor.dtype} {list(factor.shape)}".encode())
+                values = factor.detach().to("cpu").contiguous()
+                digest.update(values.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def __repr__(self) -> str:
         source = self.provenance.get("source")
         name = source.get("name") if isinstance(source, Mapping) else None

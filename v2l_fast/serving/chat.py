@@ -287,7 +287,9 @@ def _usage(usage: Usage) -> UsageBody:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(visual_tokens=usage.visual_tokens),
+        prompt_tokens_details=PromptTokensDetails(
+            visual_tokens=usage.visual_tokens, cached_tokens=usage.reused_tokens
+        ),
         time_to_first_token=usage.time_to_first_token,
     )
 

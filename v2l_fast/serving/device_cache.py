@@ -40,11 +40,13 @@ class HostFactors:
         A: module -> [L, r, d_in] in the decoder's dtype.
         B: module -> [L, r, d_out] in the decoder's dtype.
         rank: r.
+        content: hash of the adapter that they come from.
     """
 
     A: Factors
     B: Factors
     rank: int
+    content: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class HostAdapter:
     def rank(self) -> int:
         """Rank without the shared bias."""
         return sum(part.rank for part in self.parts)
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Hashes of the adapters that the parts come from, in order."""
+        return tuple(part.content for part in self.parts)
 
 
 class HostAdapterCache:
@@ -133,7 +140,8 @@ class HostAdapterCache:
     def _prepare(self, adapter: Adapter) -> HostAdapter:
         shared = _is_same(adapter.bias, self._bias)
         a, b = (adapter.A, adapter.B) if shared else adapter.merged()
-        factors = HostFactors(self._convert(a), self._convert(b), common_rank(a))
+        sides = self._convert(a), self._convert(b)
+        factors = HostFactors(*sides, common_rank(a), adapter.content_hash)
         return HostAdapter((factors,), shared and self._bias is not None)
 
     def _convert(self, side: Factors) -> Factors:

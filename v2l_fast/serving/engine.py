@@ -11,6 +11,7 @@ resize videos, and the model runs in the engine's thread only.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -20,8 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from v2l_fast.errors import ConfigError, PromptTooLong, V2LError
+from v2l_fast.generation import CacheKey, PrefixCache
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.device_cache import HostAdapterCache, Store
 from v2l_fast.serving.internalize import InternalizeJob, Internalizer, LoadClip, TaskInterleaver
@@ -34,10 +37,13 @@ from v2l_fast.serving.request import (
 )
 from v2l_fast.serving.scheduler import Scheduler
 from v2l_fast.video import Clip, FrameSampling
+from v2l_fast.vlm.base import video_prompt_ids
 from v2l_fast.work_units import run_to_completion
 
 # Adapters kept in host memory for each slot on the device.
 HOST_ADAPTERS_PER_SLOT = 16
+# Keys and values of about 13,000 tokens of SmolVLM2-500M in bfloat16.
+PREFIX_CACHE_BYTES = 1 << 29
 # Prompts with a video in context that are prepared at the same time.
 WORKERS = 2
 
@@ -52,7 +58,7 @@ class EngineStats:
         jobs: internalization jobs that have not ended.
         requests: ended requests by reason: stop, length, cancelled, error.
         jobs_done, jobs_failed: ended jobs.
-        prompt_tokens, completion_tokens, visual_tokens: of all ended requests.
+        prompt_tokens, completion_tokens, visual_tokens, reused_tokens: of all ended requests.
         steps: decode steps.
         adapter_hits, adapter_misses: requests whose adapter was, or was not, in a device slot.
         adapter_loads: adapters read from the store because host memory did not have them either.
@@ -67,6 +73,7 @@ class EngineStats:
     prompt_tokens: int
     completion_tokens: int
     visual_tokens: int
+    reused_tokens: int
     steps: int
     adapter_hits: int
     adapter_misses: int
@@ -86,6 +93,8 @@ class Engine:
         merged: id of an adapter whose update is added to the weights. Its answers cost what the
             plain model's do, and the engine answers from this adapter only.
         warm_up: compile and capture what short questions need before the first one is answered.
+        prefix_cache_bytes: of keys and values of earlier prompts and answers, which requests that
+            begin the same way reuse; 0 for none.
         load_clip: reads the videos of jobs, as :data:`~v2l_fast.serving.internalize.LoadClip`;
             :meth:`Video2LoRA.load_clip` if omitted.
 
@@ -104,6 +113,7 @@ class Engine:
         queue_limit: int = 256,
         merged: str | None = None,
         warm_up: bool = True,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         load_clip: LoadClip | None = None,
     ) -> None:
         self._model = model
@@ -111,9 +121,11 @@ class Engine:
         self._host_adapters = HostAdapterCache(model, store, HOST_ADAPTERS_PER_SLOT * adapter_slots)
         self._merged = merged
         update = None if merged is None else model.attach(store.get(merged))
+        self._prefix_cache = PrefixCache(prefix_cache_bytes)
         self._scheduler = Scheduler(
-            model, max_batch, max_context, adapter_slots, update, self._end_request
-        )
+            model, max_batch, max_context, adapter_slots, update, self._prefix_cache,
+            self._end_request,
+        )  # fmt: skip
 
         # Guards what follows; notified when any of it changes.
         self._changed = threading.Condition()
@@ -202,8 +214,11 @@ class Engine:
             request.host_adapter = self._host_adapters.get(request.adapters)
         request.prompt = self._model.backbone.prompt_builder.question(request.question)
         self._check_length(requests, len(request.prompt))
+        content = None if request.host_adapter is None else request.host_adapter.content
+        request.cache_key = CacheKey(request.prompt, content)
         for one in others:
             one.prompt, one.host_adapter = request.prompt, request.host_adapter
+            one.cache_key = request.cache_key
         with self._changed:
             self._add(requests, start)
             self._waiting.extend(requests)
@@ -255,6 +270,7 @@ class Engine:
                 prompt_tokens=scheduler.tokens["prompt"],
                 completion_tokens=scheduler.tokens["completion"],
                 visual_tokens=scheduler.tokens["visual"],
+                reused_tokens=scheduler.tokens["reused"],
                 steps=scheduler.steps,
                 adapter_hits=scheduler.adapters.hits,
                 adapter_misses=scheduler.adapters.misses,
@@ -344,26 +360,50 @@ class Engine:
     # --- in the workers ---------------------------------------------------------------------------
 
     def _prepare(self, requests: list[StreamingRequest]) -> None:
-        """Compute the prompt of a question with its video in context."""
+        """Compute the prompt of a question with its video in context.
+
+        Where keys and values of the whole video are known, only the text is left to compute.
+        """
+        first = requests[0]
         try:
-            units = self._model.iter_question_prompt(
-                requests[0].clip,
-                requests[0].question,
-                check=lambda tokens: self._check_length(requests, tokens),
-            )
-            prompt = self._interleaver.run(units)
+            key = self._context_key(first)
+            self._check_length(requests, len(key.tokens))
+            prefix = self._prefix_cache.acquire(self._scheduler.runner.scoped(key))
+            image_token = self._model.backbone.image_token_id
+            if prefix is not None and image_token in key.tokens[prefix.length :]:
+                self._prefix_cache.release(prefix)
+                prefix = None
+            prompt: Tensor | list[int]
+            if prefix is None:
+                units = self._model.iter_question_prompt(first.clip, first.question)
+                prompt = self._interleaver.run(units).embeddings
+            else:
+                prompt = list(key.tokens[prefix.length :])
         except Exception as error:
             for request in requests:
                 self._fail(request, user_facing_error(error))
             with self._changed:
                 self._preparing -= len(requests)
             return
-        for request in requests:
-            request.prompt, request.visual_tokens = prompt.embeddings, prompt.visual_tokens
+        for index, request in enumerate(requests):
+            request.prompt, request.cache_key = prompt, key
+            request.visual_tokens = key.tokens.count(image_token)
+            if prefix is not None:
+                request.prefix = self._prefix_cache.retain(prefix) if index else prefix
         with self._changed:
             self._preparing -= len(requests)
             self._waiting.extend(requests)
             self._changed.notify_all()
+
+    def _context_key(self, request: StreamingRequest) -> CacheKey:
+        """Token ids of a prompt with its video, and the hash of the frames."""
+        clip, edge = request.clip, self._model.config.sampling.longest_edge
+        builder = self._model.backbone.prompt_builder
+        ids = video_prompt_ids(builder, clip, request.question, edge, answer_follows=True)
+        frames = clip.frames.cpu().contiguous()
+        pixels = hashlib.sha256(f"{list(frames.shape)}".encode())
+        pixels.update(frames.numpy().data)
+        return CacheKey(ids, pixels.hexdigest())
 
     # --- in the engine's thread -------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 Launching a decode step from Python takes longer than computing it. A step is captured once for each
 number of rows (a power of two), reach of the attention (a power of two) and adapter bank; a prefill
-for a single short prompt, the common case of a first token. Everything that changes is in tensors
+for a single short prompt, or the end of one that was computed in part, the common
+cases of a first token. Everything that changes is in tensors
 that keep their addresses. :class:`ModelRunner` alone defines what a pass computes.
 
 A pass whose capture fails runs without a graph.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from v2l_fast.generation.prefix_cache import PrefixCache
 from v2l_fast.generation.runner import ModelRunner
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.vlm.decoder import Decoder
@@ -41,8 +43,15 @@ class _CapturedPass:
 class CudaGraphRunner(ModelRunner):
     """See the module; arguments as those of :class:`ModelRunner`."""
 
-    def __init__(self, decoder: Decoder, size: int, context: int, stop_ids: Sequence[int]) -> None:
-        super().__init__(decoder, size, context, stop_ids)
+    def __init__(
+        self,
+        decoder: Decoder,
+        size: int,
+        context: int,
+        stop_ids: Sequence[int],
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        super().__init__(decoder, size, context, stop_ids, prefix_cache=prefix_cache)
         # None: the capture of the pass has failed.
         self._graphs: dict[tuple, _CapturedPass | None] = {}
         self._pool: tuple[int, int] | None = None
@@ -66,6 +75,13 @@ class CudaGraphRunner(ModelRunner):
             for count in {min(_next_power_of_two(n), self.size) for n in range(1, self.size + 1)}:
                 self.run_decode(count, min(reach, self.cache.capacity), adapters)
             reach *= 2
+
+    def captured_continuations(self) -> list[int]:
+        """Tokens of single continuations that together capture every length up to MIN_REACH."""
+        lengths = [MIN_PROMPT]
+        while 2 * lengths[-1] <= MAX_PROMPT:
+            lengths.append(2 * lengths[-1])
+        return [length for length in lengths if length <= self.cache.capacity]
 
     def run_decode(self, count: int, limit: int, adapters: AdapterBank | None) -> Tensor:
         rows = min(_next_power_of_two(count), self.size)
@@ -134,6 +150,37 @@ class CudaGraphRunner(ModelRunner):
         if not any(self._graphs.values()):
             # The allocator frees a pool without graphs, and refuses captures into it afterwards.
             self._pool = None
+
+    def run_continuation(
+        self,
+        embeddings: Tensor,
+        rows: Tensor,
+        starts: Tensor,
+        last: Tensor,
+        limit: int,
+        adapters: AdapterBank | None,
+    ) -> Tensor:
+        run = super().run_continuation
+        count, longest, width = embeddings.shape
+        length = max(_next_power_of_two(longest), MIN_PROMPT)
+        reach = min(max(_next_power_of_two(limit), MIN_REACH), self.cache.capacity)
+        if count > 1 or length > min(MAX_PROMPT, self.cache.capacity):
+            return run(embeddings, rows, starts, last, limit, adapters)
+        key = ("continuation", length, reach, id(adapters))
+
+        def capture() -> _CapturedPass:
+            tensors = (embeddings.new_zeros(1, length, width), rows, starts, last)
+            inputs = tuple(tensor.clone() for tensor in tensors)
+            return self._capture(lambda: run(*inputs, reach, adapters), inputs, adapters)
+
+        captured = self._captured(key, capture)
+        if captured is None:
+            return run(embeddings, rows, starts, last, limit, adapters)
+        captured.inputs[0][:, :longest] = embeddings
+        for held, value in zip(captured.inputs[1:], (rows, starts, last), strict=True):
+            held.copy_(value)
+        captured.graph.replay()
+        return captured.output
 
     def _capture(
         self, run: Callable[[], Tensor], inputs: tuple[Tensor, ...], adapters: AdapterBank | None

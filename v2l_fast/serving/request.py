@@ -72,12 +72,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts, and seconds from submission to the first token (0 if there is none)."""
+    """Token counts, and seconds from submission to the first token (0 if there is none).
+
+    Attributes:
+        visual_tokens, reused_tokens: of the prompt's tokens, those that stand for pixels and those
+            whose keys and values were known.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     visual_tokens: int
     time_to_first_token: float
+    reused_tokens: int = 0
 
 
 class Notifier:

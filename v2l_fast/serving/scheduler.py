@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from v2l_fast.generation import ModelRunner, Request, SamplingParams
+from v2l_fast.generation import ModelRunner, PrefixCache, Request, SamplingParams
 from v2l_fast.generation.sampling import on_device
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
@@ -45,11 +45,12 @@ class Scheduler:
         max_context: tokens of prompt and answer together.
         adapter_slots: adapters on the device; others are copied there when they are needed.
         merged: an adapter whose update is added to the weights instead.
+        prefix_cache: keys and values of earlier prompts and answers.
         on_end: called once for each request that ends, with the reason, before its reader is
             notified; returns False if the request has ended already.
 
     Attributes:
-        tokens: of ended requests: prompt, completion, visual.
+        tokens: of ended requests: prompt, completion, visual, reused.
         steps: decode steps so far.
         adapters: the adapters on the device.
         runner: the running batch.
@@ -62,9 +63,10 @@ class Scheduler:
         max_context: int,
         adapter_slots: int,
         merged: Adapter | None,
+        prefix_cache: PrefixCache,
         on_end: Callable[[StreamingRequest, str], bool],
     ) -> None:
-        self.tokens = dict.fromkeys(("prompt", "completion", "visual"), 0)
+        self.tokens = dict.fromkeys(("prompt", "completion", "visual", "reused"), 0)
         self.steps = 0
         self.adapters = DeviceAdapterCache(model, adapter_slots)
         decoder = model.backbone.decoder
@@ -72,7 +74,10 @@ class Scheduler:
             decoder = decoder.merged(merged)
         runner_class = CudaGraphRunner if decoder.device.type == "cuda" else ModelRunner
         with torch.inference_mode():
-            self.runner = runner_class(decoder, max_batch, max_context, model.backbone.stop_ids)
+            self.runner = runner_class(
+                decoder, max_batch, max_context, model.backbone.stop_ids, prefix_cache=prefix_cache
+            )
+        self.prefix_cache = prefix_cache
         self._decode_text = partial(model.backbone.decode, strip=False)
         self._merged = merged is not None
         self._on_end = on_end
@@ -90,18 +95,33 @@ class Scheduler:
         sizes = [(1, 2), (min(2, self.runner.size), 2)]
         if isinstance(self.runner, CudaGraphRunner):
             sizes = self.runner.captured_sizes()
+        banks = (None,) if self._merged else (None, self.adapters.bank)
+        for bank in banks if self.prefix_cache.max_bytes else ():
+            self._warm_up_continuations(bank)
         for count, length in sizes:
             prompt = self._embed([0] * length)
-            for bank in (None,) if self._merged else (None, self.adapters.bank):
+            for bank in banks:
                 requests = [Request(SamplingParams(max_new_tokens=3)) for _ in range(count)]
                 try:
-                    self.runner.prefill(requests, [prompt] * count, bank)
+                    # Objects of their own: equal ones would be computed once.
+                    self.runner.prefill(requests, [prompt.clone() for _ in requests], bank)
                     self.runner.decode(bank)
                 finally:
                     self.runner.requests.clear()
         if isinstance(self.runner, CudaGraphRunner):
-            for bank in (None,) if self._merged else (None, self.adapters.bank):
+            for bank in banks:
                 self.runner.capture_long(bank)
+
+    def _warm_up_continuations(self, bank: AdapterBank | None) -> None:
+        sizes = [(1, 2), (min(2, self.runner.size), 2)]
+        if isinstance(self.runner, CudaGraphRunner):
+            sizes += [(1, length) for length in self.runner.captured_continuations()]
+        device = self.runner.decoder.device
+        for count, length in sizes:
+            embeddings = self._embed([0] * length).expand(count, -1, -1)
+            zeros = torch.zeros(count, dtype=torch.long, device=device)
+            rows = torch.arange(count, device=device)
+            self.runner.run_continuation(embeddings, rows, zeros, zeros, length, bank)
 
     def schedule(self, waiting: deque[StreamingRequest]) -> None:
         """Move the requests that can join the batch now out of the queue; see the module.
@@ -185,7 +205,7 @@ class Scheduler:
                 self._end(request, "error")
                 continue
             request.prompt = request.host_adapter = None
-            if request.visual_tokens:
+            if request.visual_tokens and request.prefix is None:
                 videos.setdefault(key, []).append(request)
             else:
                 short.append(request)
@@ -196,6 +216,7 @@ class Scheduler:
             now = time.perf_counter()
             for request in group:
                 request.first_token = now
+                self._release_prefix(request)
         self._scheduled.clear()
         self._deliver()
 
@@ -230,7 +251,13 @@ class Scheduler:
                 request.deliver(text)
         self.runner.retire_finished()
 
+    def _release_prefix(self, request: StreamingRequest) -> None:
+        if request.prefix is not None:
+            self.prefix_cache.release(request.prefix)
+            request.prefix = None
+
     def _release(self, request: StreamingRequest) -> None:
+        self._release_prefix(request)
         if request.slot >= 0:
             self.adapters.release(request.slot)
             request.slot = -1
@@ -247,10 +274,13 @@ class Scheduler:
                 request.abort(user_facing_error(request.error))
             return
         first = request.first_token - request.submitted if request.first_token else 0.0
-        usage = Usage(request.prompt_tokens, len(request.tokens), request.visual_tokens, first)
+        usage = Usage(
+            request.prompt_tokens, len(request.tokens), request.visual_tokens, first, request.reused
+        )
         self.tokens["prompt"] += usage.prompt_tokens
         self.tokens["completion"] += usage.completion_tokens
         self.tokens["visual"] += usage.visual_tokens
+        self.tokens["reused"] += usage.reused_tokens
         if self._on_end(request, reason):
             request.complete(text, reason, usage)
 

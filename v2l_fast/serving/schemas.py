@@ -159,9 +159,14 @@ class ChatRequest(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    """``visual_tokens``: tokens of the prompt that stand for pixels; 0 with an adapter."""
+    """Of the prompt's tokens.
+
+    ``visual_tokens`` stand for pixels; 0 with an adapter. ``cached_tokens`` were computed by an
+    earlier request.
+    """
 
     visual_tokens: int
+    cached_tokens: int = 0
 
 
 class UsageBody(BaseModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,14 @@ from v2l_fast.evaluation.evaluate import evaluate as evaluate_examples
 from v2l_fast.evaluation.examples import exact_match
 from v2l_fast.evaluation.report import text_scores
 from v2l_fast.evaluation.statistics import Interval, mean_interval, ratio_interval
-from v2l_fast.generation import SamplingParams, answer_prompts
+from v2l_fast.generation import Answer, SamplingParams, answer_prompts
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.language import CAPTION_PROMPTS, ask_several, attribute_hits, caption, plain
 from v2l_fast.shapes.render import CLIP_SECONDS, FRAME_TIMES, render, write_clip
 from v2l_fast.shapes.vlm import IMAGE_SIZE
 from v2l_fast.shapes.world import Scene
 from v2l_fast.video import Clip, load_video
-from v2l_fast.vlm import Prompt
+from v2l_fast.vlm import Prompt, Question
 from v2l_fast.vlm.smolvlm import SmolVLM
 from v2l_fast.work_units import Progress
 
@@ -134,6 +134,50 @@ def evaluate_files(model: Video2LoRA, scenes: Sequence[Scene]) -> dict[str, Any]
         for name, by_scene in answers.items():
             share = attribute_share([answer.text for answer in by_scene], scenes)
             result[f"{name}, {source}"] = asdict(share)
+    return result
+
+
+def evaluate_turns(model: Video2LoRA, scenes: Sequence[Scene], seed: int = 0) -> dict[str, Any]:
+    """How well the second question of a conversation is answered.
+
+    Two questions of different kinds per video. The second is asked alone, after the first with its
+    right answer, and after the first with the model's own answer.
+
+    Returns:
+        "videos", and for each condition the share of exact second answers with its 95% interval.
+    """
+    rng = random.Random(f"turns/{seed}")
+    pairs = [ask_several(scene, 2, rng) for scene in scenes]
+    firsts, seconds = ([pair[i] for pair in pairs] for i in (0, 1))
+    clips = rendered_clips(scenes)
+    adapters = model.internalize(clips)
+    result: dict[str, Any] = {"videos": len(scenes)}
+
+    def score(name: str, answers: Sequence[Answer]) -> None:
+        hits = [exact_match(a.text, q.answer) for a, q in zip(answers, seconds, strict=True)]
+        result[name] = asdict(mean_interval(hits))
+
+    def after(answers: Sequence[str]) -> list[Question]:
+        return [
+            [
+                {"role": "user", "content": first.question},
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": second.question},
+            ]
+            for first, answer, second in zip(firsts, answers, seconds, strict=True)
+        ]
+
+    ask: Mapping[str, Callable[[Sequence[Question]], list[Answer]]] = {
+        BASELINE: lambda questions: model.answer_direct(
+            questions, clips, max_new_tokens=MAX_NEW_TOKENS
+        ),
+        SYSTEM: lambda questions: model.answer(questions, adapters, max_new_tokens=MAX_NEW_TOKENS),
+    }
+    for name, answers in ask.items():
+        own = [answer.text for answer in answers([first.question for first in firsts])]
+        score(f"{name}, alone", answers([second.question for second in seconds]))
+        score(f"{name}, after a right answer", answers(after([q.answer for q in firsts])))
+        score(f"{name}, after its own answer", answers(after(own)))
     return result
 
 

@@ -113,6 +113,8 @@ class DataConfig:
         chunks: numbers of chunks a video is cut into; each step draws one of them for each video.
         feature_cache: folder of stored connector outputs; "" for none.
         answer_length_tags: half of the questions state how long their answer is.
+        second_turn_share: share of the questions that follow another question of the same video and
+            its answer, as the second turn of a conversation (source "manifest").
         decoder: "pyav", "torchcodec" or "dali"; "auto" is DALI for what it can decode on a GPU,
             and PyAV for the rest.
         workers: processes that read videos ahead of the step, threads where a GPU decodes; 0 reads
@@ -136,6 +138,7 @@ class DataConfig:
     chunks: Annotated[Many[Count], Field(min_length=1)] = (1,)
     feature_cache: str = ""
     answer_length_tags: bool = False
+    second_turn_share: Share = 0.0
     decoder: Backend = "auto"
     workers: CountOrZero = 4
     prefetch: Count = 2

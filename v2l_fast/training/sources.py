@@ -33,7 +33,7 @@ from v2l_fast.pipeline import Context, chunk_spans
 from v2l_fast.training.config import DataConfig, TrainConfig
 from v2l_fast.video.reader import resolve_backend
 from v2l_fast.vlm import Backbone, VideoChunk
-from v2l_fast.vlm.base import PromptBuilder
+from v2l_fast.vlm.base import PromptBuilder, Question
 
 # Class -> largest number of answer tokens, without the stop token.
 LENGTHS = {"short": 16, "medium": 64, "long": None}
@@ -72,8 +72,8 @@ class ManifestSource:
         videos: the videos with their examples.
         prompt_builder: the backbone's.
         reader: reads frames in the run's sampling.
-        instruction, prompts_per_video, caption_share, answer_length_tags, chunks: see
-            :class:`~v2l_fast.training.config.DataConfig`.
+        instruction, prompts_per_video, caption_share, answer_length_tags,
+            second_turn_share, chunks: see :class:`~v2l_fast.training.config.DataConfig`.
         seed: of all random choices, with the step and the video's index.
         cache: stored connector outputs, used instead of the file where there are any.
         teacher: give samples of one chunk the prefix of a teacher that sees the video. (Its text
@@ -88,6 +88,7 @@ class ManifestSource:
     prompts_per_video: int = 4
     caption_share: float = 0.5
     answer_length_tags: bool = False
+    second_turn_share: float = 0.0
     chunks: tuple[int, ...] = (1,)
     seed: int = 0
     cache: FeatureCache | None = None
@@ -141,13 +142,23 @@ class ManifestSource:
     ) -> tuple[list[int], tuple[tuple[list[int], list[int]], ...]]:
         """The ids that all questions start with, and the rest of each with its answer."""
         questions, answers = [], []
-        for example in examples:
+        for number, example in enumerate(examples):
             finished = not example.metadata.get("truncated", False)
             answer = self.prompt_builder.answer(example.target_text.strip(), finished)
             prompt = example.prompt
             if self.answer_length_tags and rng.random() < TAGGED:
                 prompt = with_length(prompt, length_class(len(answer) - finished))
-            questions.append(self.prompt_builder.question(prompt))
+            question: Question = prompt
+            others = [*examples[:number], *examples[number + 1 :]]
+            # Nothing is drawn without the option: its runs keep their choices.
+            if others and self.second_turn_share and rng.random() < self.second_turn_share:
+                before = rng.choice(others)
+                question = [
+                    {"role": "user", "content": before.prompt},
+                    {"role": "assistant", "content": before.target_text.strip()},
+                    {"role": "user", "content": prompt},
+                ]
+            questions.append(self.prompt_builder.question(question))
             answers.append(answer)
         # Whole prompts are tokenized, then cut, because a tokenizer may merge across the cut. Each
         # question keeps a token of its own, which predicts the first token of its answer.
@@ -226,6 +237,7 @@ def manifest_sources(
             prompts_per_video=data.prompts_per_video,
             caption_share=data.caption_share,
             answer_length_tags=data.answer_length_tags,
+            second_turn_share=data.second_turn_share,
             chunks=data.chunks,
             seed=seed,
             cache=cache,

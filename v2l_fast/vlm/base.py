@@ -67,11 +67,13 @@ class Prompt:
         embeddings: [T, D].
         visual: bool [T], True where a token stands for pixels; None without a video.
         visual_tokens: number of tokens that stand for pixels.
+        ids: the token ids that were embedded.
     """
 
     embeddings: Tensor
     visual_tokens: int = 0
     visual: Tensor | None = None
+    ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
@@ -194,6 +196,7 @@ class Backbone(Protocol):
         decoder: its text decoder, run layer by layer.
         name_or_path: where the model came from.
         stop_ids: token ids that end an answer.
+        image_token_id: id of the token that stands for pixels.
         views_per_unit: views that one work unit encodes.
     """
 
@@ -202,6 +205,7 @@ class Backbone(Protocol):
     decoder: Decoder
     name_or_path: str
     stop_ids: tuple[int, ...]
+    image_token_id: int
     views_per_unit: int
 
     @property

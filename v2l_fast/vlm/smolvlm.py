@@ -154,10 +154,11 @@ class SmolVLM:
         """Token ids, with the features of an encoded video in place of its image tokens."""
         tensor = torch.tensor(ids, dtype=torch.long)
         if chunk is None:
-            return Prompt(self.embed(tensor))
+            return Prompt(self.embed(tensor), ids=tuple(ids))
         visual = tensor == self.image_token_id
         embeddings = self.embed(tensor, [chunk.visual])
-        return Prompt(embeddings, int(visual.sum()), send(visual, self.decoder.device))
+        shown = send(visual, self.decoder.device)
+        return Prompt(embeddings, int(visual.sum()), shown, tuple(ids))
 
     def decode(self, ids: list[int], strip: bool = True) -> str:
         """Ids of an answer -> text without special tokens and, with ``strip``, outer spaces."""

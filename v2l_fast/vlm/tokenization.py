@@ -8,15 +8,22 @@ characters. ``smolvlm_prompt`` holds the templates.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise, zip_longest
 
 from transformers import PreTrainedTokenizerBase
 
+from v2l_fast.errors import ConfigError
+
 # Tokens added without the special flag that nevertheless control the model (``<think>``,
 # ``[INST]``). Others without the flag, such as runs of spaces, belong to ordinary text.
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+
+
+# Stands for a message's content while a chat template is rendered.
+_PLACEHOLDER = "UntrustedContentOfMessage"
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,38 @@ class PromptTokenizer:
         """Matches the longest control token at every position, overlapping ones too."""
         longest_first = sorted(self._control_tokens, key=len, reverse=True)
         return re.compile(f"(?=({'|'.join(map(re.escape, longest_first))}))")
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Token ids of messages in the tokenizer's own chat template; the model's reply follows.
+
+    The template is rendered around placeholders, so no content becomes a special token. Content is
+    stripped where the template strips it.
+
+    Raises:
+        ConfigError: the template changes contents in another way.
+    """
+
+    def render(padding: str) -> list[str]:
+        """Template and numbers of messages in turn."""
+        marked = [
+            {**message, "content": f"{padding}{_PLACEHOLDER}{number}.{padding}"}
+            for number, message in enumerate(messages)
+        ]
+        text = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+        return re.split(rf"{padding}{_PLACEHOLDER}(\d+)\.{padding}", str(text))
+
+    pieces, strips = render(" "), False
+    if len(pieces) == 1:
+        pieces, strips = render(""), True
+    if len(pieces) == 1 or any(_PLACEHOLDER in piece for piece in pieces):
+        raise ConfigError("the tokenizer's chat template changes what messages say; use another")
+    for index in range(1, len(pieces), 2):
+        content = messages[int(pieces[index])]["content"]
+        pieces[index] = content.strip() if strips else content
+    return PromptTokenizer(tokenizer).encode(*pieces)
 
 
 def replace_lone_surrogates(text: str) -> str:
