@@ -59,6 +59,10 @@ tune: $(VENV)/.dev
 
 train-shapes: $(VENV)/.dev
 	$(BIN)/v2l train --config shapes
+	$(BIN)/v2l shapes widen-vlm runs/shapes/base --folder runs/shapes-any
+	$(BIN)/v2l train --config shapes-any model.base=runs/shapes-any/base model.init=runs/shapes/hypernet \
+		run.folder=runs/shapes-any-hypernet
+	$(BIN)/v2l train --config shapes-captions model.base=runs/shapes-any/base
 
 evaluate-shapes: $(VENV)/.dev
 	$(BIN)/v2l shapes evaluate --force

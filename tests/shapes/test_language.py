@@ -6,9 +6,13 @@ import pytest
 
 from v2l_fast.shapes.language import (
     CAPTION_PROMPTS,
+    NONE,
     PLACE_KINDS,
     QUESTION_KINDS,
     ask,
+    ask_absent,
+    ask_bound,
+    ask_reworded,
     ask_several,
     attribute_hits,
     attributes,
@@ -17,6 +21,7 @@ from v2l_fast.shapes.language import (
     plain,
     question_kinds,
 )
+from v2l_fast.shapes.tokenizer import ADDED_WORDS, build_tokenizer
 from v2l_fast.shapes.world import Scene, SceneObject, sample_scenes
 
 
@@ -100,3 +105,27 @@ def test_several_questions_differ_in_kind():
 
 def test_plain_ignores_case_and_punctuation():
     assert plain(" Top  left. ") == plain("top left")
+
+
+def test_questions_by_name_and_about_absent_objects_have_right_answers(tokenizer):
+    rng = random.Random(0)
+    words = build_tokenizer(ADDED_WORDS)
+    for scene in sample_scenes("train", 200, 1):
+        for _ in range(3):
+            absent = ask_absent(scene, rng, held_out=True)
+            assert absent.answer == NONE
+            for item in scene.objects:
+                named = plain(absent.question).split()
+                assert item.shape not in named and item.color not in named
+            bound = ask_bound(scene, rng, held_out=True)
+            if bound is not None:
+                (item,) = [
+                    item
+                    for item in scene.objects
+                    if {item.shape, item.color} & set(plain(bound.question).split())
+                ]
+                assert bound.answer in item.attributes
+            for pair in (absent, ask_reworded(scene, rng), bound or absent):
+                ids = words(f"{pair.question} {pair.answer}")["input_ids"]
+                assert words.unk_token_id not in ids
+    assert len(words) == len(tokenizer) + len(ADDED_WORDS)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from v2l_fast.model import Video2LoRA
-from v2l_fast.shapes import probes
+from v2l_fast.shapes import probes, report_page
 from v2l_fast.shapes.language import caption, parse_caption
-from v2l_fast.shapes.world import SHAPES, sample_scenes
+from v2l_fast.shapes.world import SHAPES, Recording, sample_scenes
 
 SCENES = sample_scenes("test", 60, 3)
 
@@ -87,22 +87,36 @@ def test_restamping_changes_times_alone(clips):
     assert slow.timestamps == tuple(2 * t for t in clips[0].timestamps)
 
 
+def test_questions_about_random_recordings_have_every_kind():
+    kinds = {p.kind: p for p in probes.kind_probes(SCENES, 0)}
+    assert kinds["absent"].answer == "none"
+    assert {"binding", "an only object by name", "order", "motion"} <= kinds.keys()
+    assert sum("not trained" in kind for kind in kinds) == 4
+
+
+def test_a_recording_is_sampled_as_its_file_would_be():
+    recording = Recording(5.0, 10.0, 3, exact=True)
+    (clip,) = probes.recorded_clips(SCENES[:1], [recording])
+    assert clip.timestamps == (0.0, 2.4, 4.9)
+    assert (clip.num_frames, clip.duration, clip.frames.shape[0]) == (50, 5.0, 3)
+
+
 @pytest.mark.slow
 def test_every_probe_of_the_shipped_pair(monkeypatch):
-    """Rows come worst first; 8 s is what works, another duration is not."""
+    """Rows come worst first, and the goals are read off them."""
     monkeypatch.setattr(probes, "SECONDS", (8, 16))
-    monkeypatch.setattr(probes, "RESTAMPED", (8, 16))
+    monkeypatch.setattr(probes, "RESTAMPED", (8,))
+    monkeypatch.setattr(probes, "RETRIEVED", 4)
     pair = Video2LoRA.from_pretrained("shapes", device="cpu")
-    result = probes.probe(pair, SCENES[:24])
-    for rows in (result["durations"], result["restamped"]):
-        assert [row["seconds"] for row in rows] == ["16", "8"]
-        slow, trained = (row["captions"]["adapter"]["estimate"] for row in rows)
-        assert trained > 0.9 > slow
-    for name in ("binding", "binding_captions", "untrained", "absent"):
+    result = probes.probe(pair, SCENES[:24], captions_only=pair)
+    for name in ("kinds", "binding", "binding_captions", "untrained", "absent"):
         scores = [row["score"]["adapter"]["estimate"] for row in result[name]]
         assert scores == sorted(scores) and all(row["questions"] for row in result[name])
-    # An honest interval: no answer denies, which does not show that none ever would.
+    # An interval of 24 videos is wide even if all answers score the same.
     denied = result["absent"][0]["score"]["adapter"]
-    assert denied["estimate"] == 0 < denied["high"]
-    read = result["binding_captions"][0]["score"]["adapter"]["estimate"]
-    assert read > result["binding"][-1]["score"]["adapter"]["estimate"]
+    assert denied["high"] - denied["low"] > 0
+    assert result["retrieval"]["adapter"]["first"]["estimate"] >= 0.5
+    gaps = [
+        float(row["worst value"]) - float(row["at least"]) for row in report_page.goal_rows(result)
+    ]
+    assert gaps == sorted(gaps)

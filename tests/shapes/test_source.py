@@ -1,21 +1,28 @@
 """The shapes world as a data source: what it gives is what users' calls compute."""
 
 import pickle
+import random
+from functools import partial
 
 import pytest
 import torch
 
 from v2l_fast.errors import ConfigError
+from v2l_fast.generation import SamplingParams, answer_prompts
 from v2l_fast.hypernet.config import INSTRUCTION
 from v2l_fast.pipeline import context_batches, visual_features
 from v2l_fast.shapes import source as module
 from v2l_fast.shapes.evaluate import rendered_clips
+from v2l_fast.shapes.language import CAPTION_PROMPTS
+from v2l_fast.shapes.probes import recorded_clips
 from v2l_fast.shapes.render import SAMPLED_INDICES
-from v2l_fast.shapes.source import clip_chunks, prepare_base, shapes_sources
+from v2l_fast.shapes.source import clip_chunks, prepare_base, recorded_sources, shapes_sources
+from v2l_fast.shapes.widen import recorded_videos
 from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.config import load_config
 from v2l_fast.training.step import TrainStep
 from v2l_fast.training.trainer import make_hypernet, step_options, train
+from v2l_fast.vlm import VideoChunk
 
 
 @pytest.fixture
@@ -50,6 +57,41 @@ def test_contexts_are_those_of_internalizing(config, base):
             base.encode(clip, 48), INSTRUCTION, answer_follows=False
         ).embeddings
         assert torch.allclose(result, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_recorded_contexts_are_those_of_internalizing(config, base):
+    _, unseen = recorded_sources(config("data.source=shapes-any"), base)
+    scenes, recordings = recorded_videos("val", 4, 0)
+    assert len({len(recording.indices) for recording in recordings}) > 1
+    for index, clip in enumerate(recorded_clips(scenes, recordings)):
+        chunk = unseen.load(index, 0).chunks[0]
+        (group,) = context_batches(base, [chunk], visual_features(base, [chunk]), 0.0, 65536)
+        expected = base.video_prompt(
+            base.encode(clip, 48), INSTRUCTION, answer_follows=False
+        ).embeddings
+        assert torch.allclose(group.embeddings[0], expected, rtol=1e-2, atol=1e-2)
+
+
+def test_recorded_samples_have_questions_by_name_and_about_absent_objects(config, base):
+    training, _ = recorded_sources(config("data.source=shapes-any"), base)
+    kinds = [pair.kind for i in range(8) for pair in training.qa_pairs(i, random.Random(i))]
+    assert kinds.count("caption") == kinds.count("absent") == 8
+    assert kinds.count("binding") >= 4
+    assert training.load(3, 5).qa_pairs == training.load(3, 5).qa_pairs
+
+
+def test_targets_can_be_the_models_own_captions(config, base, tmp_path, monkeypatch):
+    training, _ = recorded_sources(config("data.source=shapes-captions"), base)
+    (pair,) = training.qa_pairs(2, random.Random(0))
+    number = CAPTION_PROMPTS.index(pair.question)
+    recording = recorded_videos("train", 8, 0)[1][2]
+    chunk = VideoChunk(training.features[2], recording.timestamps, recording.duration, 0, 0)
+    builder = partial(base.video_prompt, chunk, pair.question)
+    (answer,) = answer_prompts(base, [builder], [None], SamplingParams(max_new_tokens=40))
+    assert pair.answer == training.captions[2][number] == answer.text
+    monkeypatch.setattr(module, "answer_prompts", None)
+    again, _ = recorded_sources(config("data.source=shapes-captions"), base)
+    assert again.captions == training.captions
 
 
 def test_parts_are_sampled_as_files_of_their_own(base):

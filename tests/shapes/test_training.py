@@ -1,11 +1,14 @@
 """Short runs of every stage: losses fall, and a stopped run continues exactly."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from v2l_fast.errors import CheckpointError
 from v2l_fast.shapes.pretrain_vision import VisionStage, pretrain_vision, random_frames
 from v2l_fast.shapes.render import augment
+from v2l_fast.shapes.tokenizer import ADDED_WORDS
 from v2l_fast.shapes.train import (
     LanguageSettings,
     cache_visual_tokens,
@@ -13,6 +16,7 @@ from v2l_fast.shapes.train import (
     train_language,
 )
 from v2l_fast.shapes.vlm import Prompts, load_base, new_base, save_base
+from v2l_fast.shapes.widen import WideningSettings, widen_base
 from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.checkpoint import read_progress
 
@@ -130,3 +134,34 @@ def test_saved_base_is_the_same_model(tmp_path, prompts):
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "preprocessor_config.json"} <= names
     assert not [name for name in names if name.startswith(".")]
+
+
+def test_the_second_stage_resumes_exactly_and_adds_its_words(tmp_path):
+    model, tokenizer = new_base(0)
+    save_base(model, tokenizer, tmp_path / "start")
+    settings = WideningSettings(videos=32, steps=4, decay=2, batch=4, checkpoint_every=2)
+    losses = []
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(step, running):
+        losses.append(running["loss"])
+        if step == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        widen_base(
+            tmp_path / "start", tmp_path / "run", tmp_path / "r.json", 0, settings, report=stop
+        )
+    widen_base(tmp_path / "start", tmp_path / "run", tmp_path / "r.json", 0, settings)
+    whole = widen_base(tmp_path / "start", tmp_path / "whole", tmp_path / "w.json", 0, settings)
+    resumed, once = (load_base(tmp_path / name / "base") for name in ("run", "whole"))
+    for one, other in zip(resumed.model.parameters(), once.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert len(resumed.tokenizer) == len(tokenizer) + len(ADDED_WORDS)
+    assert whole["training"]["loss"] < losses[0]
+    with pytest.raises(CheckpointError, match="lr"):
+        widen_base(
+            tmp_path / "start", tmp_path / "run", tmp_path / "r.json", 0, replace(settings, lr=1.0)
+        )

@@ -10,7 +10,13 @@ from v2l_fast.video import FrameSampling
 
 
 def test_presets_are_complete_and_valid():
-    assert preset_names() == ["shapes", "smolvlm2-2.2b", "smolvlm2-500m"]
+    assert preset_names() == [
+        "shapes",
+        "shapes-any",
+        "shapes-captions",
+        "smolvlm2-2.2b",
+        "smolvlm2-500m",
+    ]
     for name in preset_names():
         config = load_config(name)
         assert config.data.instruction == INSTRUCTION
@@ -84,7 +90,10 @@ def test_a_file_builds_on_a_preset(tmp_path):
         ("data.chunks=[1, 0]", "data.chunks on the command line must be at least 1, got 0"),
         ("data.val_share=0.9", "data.val_share on the command line must be at most 0.5, got 0.9"),
         ('run.trackers=["mlflow"]', "must be 'tensorboard' or 'wandb', got 'mlflow'"),
-        ("data.source=shape", "must be 'manifest' or 'shapes', got 'shape'"),
+        (
+            "data.source=shape",
+            "must be 'manifest', 'shapes', 'shapes-any' or 'shapes-captions', got 'shape'",
+        ),
         ("optim.schedule=linear", "must be 'cosine' or 'trapezoid', got 'linear'"),
         (
             "loss.kind_weights.qa=heavy",

@@ -88,6 +88,32 @@ def train_vlm(
 
 @app.command()
 @with_options
+def widen_vlm(
+    running: RunOptions,
+    start: Path = Argument(..., help="Folder of the tiny VLM of train-vlm."),
+    folder: Path = Option(Path("runs/shapes-any"), help="Folder of the run's files."),
+    record: Path = Option(
+        Path("runs/shapes-widening.json"), help="File of the run's record (JSON)."
+    ),
+) -> None:
+    """Train the tiny VLM further: clips of 2 to 64 s, objects by name, absent objects (about 20
+    minutes on one core).
+
+    Repeat the same command to continue after an interruption.
+
+    \b
+    v2l shapes widen-vlm runs/shapes/base --folder runs/shapes-any
+    """
+    from v2l_fast.outputs import check_folder, check_output
+    from v2l_fast.shapes.widen import widen_base
+
+    check_folder(folder)
+    check_output(record, force=running.force)
+    widen_base(start, folder, record, seed=running.seed, threads=running.threads)
+
+
+@app.command()
+@with_options
 def evaluate(
     running: RunOptions,
     folder: Path | None = PAIR,
@@ -98,6 +124,10 @@ def evaluate(
     ),
     probes: bool = Option(
         True, help="Also test other durations, binding, untrained questions and absent objects."
+    ),
+    captions_only: str | None = Option(
+        None,
+        help="Hypernetwork for the same base that was trained on captions only, tested beside.",
     ),
     record: Path = Option(Path("runs/shapes-eval.json"), help="File of the results (JSON)."),
 ) -> None:
@@ -131,7 +161,10 @@ def evaluate(
             progress("conversations", 0, 1)
             result["turns"] = evaluate_turns(model, scenes[:turns], running.seed)
         if probes:
-            result["probes"] = probe(model, scenes, running.seed, progress)
+            second = captions_only and Video2LoRA.from_pretrained(
+                captions_only, folder and folder / "base", device="cpu"
+            )
+            result["probes"] = probe(model, scenes, running.seed, progress, second or None)
     write_json(record, result)
     rows = []
     for name in result["conditions"]:

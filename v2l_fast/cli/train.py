@@ -16,7 +16,11 @@ def train(
         None, metavar="[SECTION.KEY=VALUE]...", help="Settings that override the config's."
     ),
     config: str = Option(
-        "", "--config", "-c", help="A TOML file, or a preset: shapes, smolvlm2-500m, smolvlm2-2.2b."
+        "",
+        "--config",
+        "-c",
+        help="A TOML file, or a preset: shapes, shapes-any, shapes-captions, "
+        "smolvlm2-500m, smolvlm2-2.2b.",
     ),
     resume: bool | None = Option(
         None,
@@ -66,7 +70,7 @@ def train(
     if show:
         show_json(asdict(settings))
         return
-    if settings.data.source == "shapes":
+    if settings.data.source != "manifest":
         from v2l_fast.shapes.source import train_shapes as run
     else:
         from v2l_fast.training.trainer import train as run

@@ -151,6 +151,83 @@ def ask_several(scene: Scene, count: int, rng: random.Random) -> list[QAPair]:
     return pairs
 
 
+# --- questions of the second stages ---------------------------------------------------------------
+
+NONE = "none"
+# Questions by attribute; {x} is the object. No hypernetwork is trained on the last ones.
+_ATTRIBUTE = ("What {k} is the {x}?", "Which {k} is the {x}?", "What is the {k} of the {x}?")
+_MOTION = ("How does the {x} move?", "Where does the {x} move?", "What is the motion of the {x}?")
+_SLOTS = ("size", "color", "shape", "motion")
+
+
+def _about(
+    kind: str, asked: str, name: str, answer: str, held_out: bool, rng: random.Random
+) -> QAPair:
+    wordings = _MOTION if asked == "motion" else _ATTRIBUTE
+    text = rng.choice(wordings if held_out else wordings[:-1])
+    return QAPair(kind, text.format(k=asked, x=name), answer)
+
+
+def ask_bound(scene: Scene, rng: random.Random, held_out: bool = False) -> QAPair | None:
+    """A question about the object of one shape or one color, or None if all objects share both.
+
+    Args:
+        held_out: also draw the wording that only the base model is trained on.
+    """
+    options = [
+        (name, item)
+        for name in ("shape", "color")
+        if _only_with(scene, name)
+        for item in scene.objects
+    ]
+    if not options:
+        return None
+    states, item = rng.choice(options)
+    name = item.shape if states == "shape" else f"{item.color} object"
+    asked = rng.choice([slot for slot in _SLOTS if slot != states])
+    return _about("binding", asked, name, getattr(item, asked), held_out, rng)
+
+
+def ask_absent(scene: Scene, rng: random.Random, held_out: bool = False) -> QAPair:
+    """A question about an object that the scene does not have; the answer is "none"."""
+    states = rng.choice(("shape", "color", "order")[: 3 if len(scene.objects) == 1 else 2])
+    if states == "shape":
+        there = {item.shape for item in scene.objects}
+        name = rng.choice([shape for shape in SHAPES if shape not in there])
+    elif states == "color":
+        there = {item.color for item in scene.objects}
+        name = f"{rng.choice([color for color in COLORS if color not in there])} object"
+    else:
+        name = "second object"
+    asked = rng.choice([slot for slot in _SLOTS if slot != states])
+    return _about("absent", asked, name, NONE, held_out, rng)
+
+
+def ask_last(scene: Scene, rng: random.Random) -> QAPair | None:
+    """Which of two shapes comes second; None without two objects of different shapes."""
+    if len(scene.objects) == 1 or not _only_with(scene, "shape"):
+        return None
+    one, other = rng.sample([item.shape for item in scene.objects], 2)
+    question = f"Which comes second, the {one} or the {other}?"
+    return QAPair("last", question, scene.objects[1].shape)
+
+
+def ask_ordinal(scene: Scene, rng: random.Random) -> QAPair:
+    """An attribute of the first, second or only object, in any wording."""
+    index = rng.randrange(len(scene.objects))
+    item, asked = scene.objects[index], rng.choice(_SLOTS)
+    return _about(asked, asked, _refer(scene, index), getattr(item, asked), True, rng)
+
+
+def ask_reworded(scene: Scene, rng: random.Random) -> QAPair:
+    """As :func:`ask_ordinal`, in the wording that no hypernetwork is trained on."""
+    index = rng.randrange(len(scene.objects))
+    item, asked = scene.objects[index], rng.choice(_SLOTS)
+    wording = (_MOTION if asked == "motion" else _ATTRIBUTE)[-1]
+    question = wording.format(k=asked, x=_refer(scene, index))
+    return QAPair(asked, question, getattr(item, asked))
+
+
 # --- scoring --------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
 """Weaknesses that the averages of the shapes world hide, each probed separately.
 
-Responsible for clips of other durations than 8 seconds, questions that refer to one of two objects
-by its shape, questions of kinds and wordings that no hypernetwork was trained on, and questions
-about absent objects. The averages are `evaluate`'s.
+Responsible for clips of other durations than 8 seconds, kinds of questions about clips of random
+duration, questions that refer to one of two objects by its shape, questions of kinds and wordings
+that no hypernetwork was trained on, questions about absent objects, and for how well an adapter
+identifies its video. The averages are `evaluate`'s.
 """
 
 from __future__ import annotations
@@ -12,32 +13,53 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from v2l_fast.evaluation.answers import BASELINE, NONE, OTHER, SYSTEM
-from v2l_fast.evaluation.statistics import ratio_interval
+import numpy as np
+
+from v2l_fast.evaluation.ablations import log_probabilities
+from v2l_fast.evaluation.answers import BASELINE, BLANK, NONE, OTHER, SYSTEM, blank
+from v2l_fast.evaluation.statistics import mean_interval, ratio_interval, recovery
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.evaluate import MAX_NEW_TOKENS, rendered_clips
 from v2l_fast.shapes.language import (
     CAPTION_PROMPTS,
+    QAPair,
     ask,
+    ask_absent,
+    ask_bound,
+    ask_last,
+    ask_reworded,
     attribute_hits,
+    caption,
     parse_caption,
     plain,
     question_kinds,
 )
-from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, render
+from v2l_fast.shapes.render import CLIP_FPS, render
 from v2l_fast.shapes.vlm import IMAGE_SIZE
-from v2l_fast.shapes.world import COLORS, MOTIONS, SHAPES, SIZES, Scene
-from v2l_fast.video import Clip, sample_indices
+from v2l_fast.shapes.world import (
+    COLORS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    Recording,
+    Scene,
+    sample_recordings,
+)
+from v2l_fast.video import Clip
 from v2l_fast.work_units import Progress
 
-# Durations of the probed clips; every training clip lasts 8 s.
+# Durations (s) of the probed clips.
 SECONDS = (2, 4, 6, 8, 10, 12, 16, 32, 64)
 # Durations stamped on the eight frames of an 8 s clip; None draws one of RANDOM_SECONDS per clip.
 RESTAMPED: tuple[int | None, ...] = (4, 8, 9, 10, 12, 16, 40, None)
 RANDOM_SECONDS = (1, 104)
 # Kinds of questions at other durations; binding has its own table.
 DURATION_KINDS = ("background", "count", "color", "shape", "size", "motion", "order")
+# The network that was trained on the frozen model's captions alone.
+CAPTIONS_ONLY = "adapter, trained on captions only"
+# Captions whose adapter is looked for among those of all videos.
+RETRIEVED = 128
 DENIALS = frozenset("no not none nothing zero neither isn absent missing".split())
 _BATCH = 128
 
@@ -60,36 +82,60 @@ def probe(
     scenes: Sequence[Scene],
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
+    captions_only: Video2LoRA | None = None,
 ) -> dict[str, Any]:
     """Run every probe on the same scenes with greedy answers.
 
+    Args:
+        captions_only: a second network for the same base, evaluated beside the first.
+
     Returns:
-        "videos"; "durations" and "restamped" (see :func:`duration_row`); "binding",
-        "binding_captions", "untrained" and "absent" (see :func:`question_rows`). Rows are sorted by
-        the adapter's score, the worst first.
+        "videos"; "durations" and "restamped" (see :func:`duration_row`); "kinds", "binding",
+        "binding_captions", "untrained" and "absent" (see :func:`question_rows`), of which "kinds"
+        is about clips of random duration and frame rate; "retrieval" (see :func:`retrieval`). Rows
+        are sorted by the adapter's score, the worst first.
     """
     record: dict[str, Any] = {"videos": len(scenes)}
-    stages = len(SECONDS) + len(RESTAMPED) + 1
+    stages = len(SECONDS) + len(RESTAMPED) + 3
     record["durations"] = []
     for done, seconds in enumerate(SECONDS):
         progress(f"clips of {seconds} s", done, stages)
         record["durations"].append(
             {"seconds": str(seconds)}
-            | duration_row(model, scenes, sampled_clips(scenes, seconds), seed)
+            | duration_row(model, scenes, sampled_clips(scenes, seconds), seed, captions_only)
         )
     record["restamped"] = []
     rng = random.Random(f"restamped/{seed}")
     clips = rendered_clips(scenes)
-    for done, seconds in enumerate(RESTAMPED, start=len(SECONDS)):
-        name = "{} to {}, random".format(*RANDOM_SECONDS) if seconds is None else str(seconds)
+    for done, stamped_seconds in enumerate(RESTAMPED, start=len(SECONDS)):
+        name = (
+            "{} to {}, random".format(*RANDOM_SECONDS)
+            if stamped_seconds is None
+            else str(stamped_seconds)
+        )
         progress(f"time stamps of {name} s", done, stages)
-        durations = [rng.uniform(*RANDOM_SECONDS) if seconds is None else seconds for _ in clips]
+        durations = [
+            rng.uniform(*RANDOM_SECONDS) if stamped_seconds is None else stamped_seconds
+            for _ in clips
+        ]
         stamped = [restamped(clip, d) for clip, d in zip(clips, durations, strict=True)]
         record["restamped"].append({"seconds": name} | duration_row(model, scenes, stamped, None))
     for rows in (record["durations"], record["restamped"]):
         rows.sort(key=lambda row: row["captions"][SYSTEM]["estimate"])
+    progress("questions about clips of random duration", stages - 3, stages)
+    recordings = sample_recordings("test", len(scenes), seed)
+    anywhere = ConditionAnswers(
+        model, recorded_clips(scenes, recordings), captions_only=captions_only
+    )
+    record["kinds"] = question_rows(anywhere, kind_probes(scenes, seed))
+    progress("retrieval", stages - 2, stages)
+    record["retrieval"] = {
+        name: retrieval(network, scenes, anywhere.adapters[name])
+        for name, network in ((SYSTEM, model), (CAPTIONS_ONLY, captions_only))
+        if network is not None
+    }
     progress("questions", stages - 1, stages)
-    answering = ConditionAnswers(model, clips)
+    answering = ConditionAnswers(model, clips, captions_only=captions_only)
     record["binding"] = question_rows(answering, binding_probes(scenes))
     record["binding_captions"] = _binding_captions(answering, scenes)
     record["untrained"] = question_rows(answering, untrained_probes(scenes, seed))
@@ -98,26 +144,53 @@ def probe(
     return record
 
 
+def retrieval(
+    model: Video2LoRA, scenes: Sequence[Scene], adapters: Sequence[Adapter | None]
+) -> dict[str, Any]:
+    """Whether the caption of a scene is most likely under the adapter of its own video.
+
+    Returns:
+        "adapters", "captions" (the first :data:`RETRIEVED`) and "first": interval of the share of
+        captions for which no other video's adapter is more likely. A video with the same caption
+        counts as its own.
+    """
+    texts = [caption(scene) for scene in scenes]
+    hits = []
+    for number, text in enumerate(texts[:RETRIEVED]):
+        scores = log_probabilities(model, CAPTION_PROMPTS[0], [text], adapters)[:, 0]
+        best = int(scores.argmax())
+        hits.append(float(best == number or texts[best] == text))
+    return {
+        "adapters": len(adapters),
+        "captions": len(hits),
+        "first": asdict(mean_interval(hits)),
+    }
+
+
 # --- clips ----------------------------------------------------------------------------------------
 
 
 def sampled_clips(scenes: Sequence[Scene], seconds: int) -> list[Clip]:
     """The scenes at another pace, sampled as from files of ``seconds`` s with 4 frames/s."""
-    count = seconds * CLIP_FPS
-    indices = sample_indices(count, CLIP_FPS, seconds, len(FRAME_TIMES))
-    frames = render(scenes, IMAGE_SIZE, [index / count for index in indices])
-    stamps = tuple(float(index) / CLIP_FPS for index in indices)
-    return [
-        replace(
-            Clip.from_frames(video, CLIP_FPS),
-            indices=indices,
-            timestamps=stamps,
-            presentation_times=stamps,
-            duration=float(seconds),
-            num_frames=count,
+    return recorded_clips(scenes, [Recording(float(seconds), CLIP_FPS)] * len(scenes))
+
+
+def recorded_clips(scenes: Sequence[Scene], recordings: Sequence[Recording]) -> list[Clip]:
+    """Each scene as sampled from the file that its recording describes, without a codec."""
+    clips = []
+    for scene, recording in zip(scenes, recordings, strict=True):
+        (frames,) = render([scene], IMAGE_SIZE, recording.times)
+        clips.append(
+            replace(
+                Clip.from_frames(frames, recording.fps),
+                indices=np.array(recording.indices),
+                timestamps=recording.timestamps,
+                presentation_times=recording.timestamps,
+                duration=recording.duration,
+                num_frames=recording.num_frames,
+            )
         )
-        for video in frames
-    ]
+    return clips
 
 
 def restamped(clip: Clip, seconds: float) -> Clip:
@@ -133,25 +206,33 @@ def restamped(clip: Clip, seconds: float) -> Clip:
 
 
 class ConditionAnswers:
-    """Greedy answers about clips with the clip in context, with its adapter, with another clip's
-    adapter, and with neither.
+    """Greedy answers about clips with the clip in context, with its adapter, with that of a second
+    network, with the adapter of another clip or of a black one, and with none.
 
     Args:
-        conditions: the conditions to run.
+        captions_only: the second network, for the same base.
     """
 
     def __init__(
         self,
         model: Video2LoRA,
         clips: Sequence[Clip],
-        conditions: Sequence[str] = (BASELINE, SYSTEM, OTHER, NONE),
+        captions_only: Video2LoRA | None = None,
     ) -> None:
-        self.model, self.clips, self.conditions = model, clips, conditions
-        self.adapters = model.internalize(list(clips))
+        self.model, self.clips = model, clips
+        own = model.internalize(list(clips))
+        self.adapters: dict[str, Sequence[Adapter | None]] = {SYSTEM: own}
+        self._models = {SYSTEM: model}
+        if captions_only is not None:
+            self.adapters[CAPTIONS_ONLY] = captions_only.internalize(list(clips))
+            self._models[CAPTIONS_ONLY] = captions_only
+        self.adapters[OTHER] = [*own[1:], own[0]]
+        self.adapters[BLANK] = model.internalize([blank(clip) for clip in clips])
+        self.adapters[NONE] = [None] * len(clips)
 
     def __call__(self, questions: Sequence[ClipQuestion]) -> dict[str, list[str]]:
         """Condition -> one answer per (clip number, question)."""
-        texts: dict[str, list[str]] = {name: [] for name in self.conditions}
+        texts: dict[str, list[str]] = {name: [] for name in (BASELINE, *self.adapters)}
         for start in range(0, len(questions), _BATCH):
             part = questions[start : start + _BATCH]
             prompts = [text for _, text in part]
@@ -160,22 +241,22 @@ class ConditionAnswers:
                     clips = [self.clips[clip] for clip, _ in part]
                     batch = self.model.answer_direct(prompts, clips, max_new_tokens=MAX_NEW_TOKENS)
                 else:
-                    adapters = [self._adapter(name, clip) for clip, _ in part]
-                    batch = self.model.answer(prompts, adapters, max_new_tokens=MAX_NEW_TOKENS)
+                    adapters = [self.adapters[name][clip] for clip, _ in part]
+                    model = self._models.get(name, self.model)
+                    batch = model.answer(prompts, adapters, max_new_tokens=MAX_NEW_TOKENS)
                 answers += [answer.text for answer in batch]
         return texts
-
-    def _adapter(self, condition: str, clip: int) -> Adapter | None:
-        if condition == NONE:
-            return None
-        return self.adapters[(clip + (condition == OTHER)) % len(self.adapters)]
 
 
 # --- durations ------------------------------------------------------------------------------------
 
 
 def duration_row(
-    model: Video2LoRA, scenes: Sequence[Scene], clips: Sequence[Clip], seed: int | None
+    model: Video2LoRA,
+    scenes: Sequence[Scene],
+    clips: Sequence[Clip],
+    seed: int | None,
+    captions_only: Video2LoRA | None = None,
 ) -> dict[str, Any]:
     """Scores of clips that show the scenes.
 
@@ -186,7 +267,7 @@ def duration_row(
         "frames" (per clip); "captions" (share of correct attributes) and, with a seed, "questions"
         (exact match): condition -> interval over videos, with "difference", adapter - direct.
     """
-    answering = ConditionAnswers(model, clips, (BASELINE, SYSTEM, OTHER))
+    answering = ConditionAnswers(model, clips, captions_only)
     texts = answering([(i, CAPTION_PROMPTS[0]) for i in range(len(clips))])
     hits: dict[str, list[tuple[float, float]]] = {
         name: [attribute_hits(text, scene) for text, scene in zip(answers, scenes, strict=True)]
@@ -212,6 +293,27 @@ def _duration_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
 
 
 # --- questions ------------------------------------------------------------------------------------
+
+
+def kind_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
+    """Every kind that applies to a scene, twice about objects that are named by shape or color and
+    about absent ones; the kinds marked "not trained" are those of the base model alone."""
+    for index, scene in enumerate(scenes):
+        rng = random.Random(f"kinds/{seed}/{index}")
+        pairs: list[tuple[str, QAPair | None]] = [
+            (kind, ask(scene, kind, rng)) for kind in question_kinds(scene) if kind != "binding"
+        ]
+        about = "binding" if len(scene.objects) == 2 else "an only object by name"
+        pairs += [(about, ask_bound(scene, rng)) for _ in range(2)]
+        pairs += [("absent", ask_absent(scene, rng)) for _ in range(2)]
+        pairs.append(("another wording (not trained)", ask_reworded(scene, rng)))
+        pairs += [
+            (f"where it {kind}s (not trained)", ask(scene, kind, rng)) for kind in ("start", "end")
+        ]
+        pairs.append(("which comes second (not trained)", ask_last(scene, rng)))
+        for kind, pair in pairs:
+            if pair is not None:
+                yield Probe(kind, index, pair.question, pair.answer)
 
 
 def binding_probes(scenes: Sequence[Scene]) -> Iterator[Probe]:
@@ -268,7 +370,8 @@ def question_rows(answering: ConditionAnswers, probes: Iterable[Probe]) -> list[
     Returns:
         "kind", "questions", "videos", "example" and "score": condition -> interval over videos of
         the share of correct answers (for an absent object: of denials), with "difference", adapter
-        - direct. For absent objects also "attribute": condition -> share of answers that name a
+        - direct, and "kept": condition -> share of the direct score above that of no adapter. For
+        absent objects also "attribute": condition -> share of answers that name a
         color, size or motion.
     """
     probes = list(probes)
@@ -288,6 +391,12 @@ def question_rows(answering: ConditionAnswers, probes: Iterable[Probe]) -> list[
             "videos": len({p.clip for p in members}),
             "example": members[0].question,
             "score": _intervals(scored),
+        }
+        estimates = {name: row["score"][name]["estimate"] for name in by_condition}
+        row["kept"] = {
+            name: recovery(estimates[name], estimates[BASELINE], estimates[NONE])
+            for name in (SYSTEM, CAPTIONS_ONLY)
+            if name in estimates
         }
         if not members[0].answer:
             row["attribute"] = {
@@ -312,7 +421,13 @@ def _binding_captions(answering: ConditionAnswers, scenes: Sequence[Scene]) -> l
         }
         videos = len({p.clip for p in members})
         rows.append(
-            {"kind": kind, "questions": len(members), "videos": videos, "score": _intervals(scored)}
+            {
+                "kind": kind,
+                "questions": len(members),
+                "videos": videos,
+                "score": _intervals(scored),
+                "kept": {},
+            }
         )
     return sorted(rows, key=lambda row: row["score"][SYSTEM]["estimate"])
 

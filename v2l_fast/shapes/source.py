@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,42 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from v2l_fast.console import note
+from v2l_fast.console import note, progress_bar
 from v2l_fast.data.readers import Sample
 from v2l_fast.errors import CheckpointError, ConfigError
+from v2l_fast.files import LARGE_BYTES, read_json, write_json
+from v2l_fast.generation import SamplingParams, answer_prompts
 from v2l_fast.pipeline import Context
-from v2l_fast.shapes.language import QAPair, ask, ask_several
+from v2l_fast.shapes.language import (
+    CAPTION_PROMPTS,
+    QAPair,
+    ask,
+    ask_absent,
+    ask_bound,
+    ask_several,
+)
 from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, NUM_FRAMES
-from v2l_fast.shapes.vlm import IMAGE_SIZE, Prompts, cache_visual_tokens
-from v2l_fast.shapes.world import Scene, sample_scenes
+from v2l_fast.shapes.vlm import (
+    IMAGE_SIZE,
+    Prompts,
+    cache_visual_tokens,
+    recorded_visual_tokens,
+)
+from v2l_fast.shapes.widen import recorded_videos
+from v2l_fast.shapes.world import Recording, Scene, sample_scenes
 from v2l_fast.tensor_files import load_tensors, save_tensors
 from v2l_fast.training.config import TrainConfig
 from v2l_fast.training.sources import base_model
 from v2l_fast.training.trainer import train
 from v2l_fast.video import sample_indices
+from v2l_fast.vlm import Prompt, VideoChunk
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 DEFAULT_VIDEOS = 16384
 MAX_FRAMES = len(FRAME_TIMES)
+# Prompts whose answers by the frozen model are targets, and how they are computed.
+_TAUGHT_PROMPTS = CAPTION_PROMPTS[:2]
+_CAPTION_TOKENS, _CAPTION_BATCH = 40, 256
 
 
 @dataclass(frozen=True)
@@ -118,6 +138,131 @@ class ShapesSource:
         return [ask(scene, "caption", rng), *ask_several(scene, self.questions, rng)]
 
 
+@dataclass(frozen=True)
+class RecordedSource:
+    """Recordings of any duration with their visual tokens.
+
+    Attributes:
+        scenes, recordings: the videos.
+        features: bf16 [F, T, D] per video, connector outputs.
+        prompts: token ids of the base model's prompts.
+        captions: the frozen model's captions, by video; None trains on correct captions and
+            answers.
+        seed: with the step and the video's index, determines every choice.
+    """
+
+    scenes: Sequence[Scene]
+    recordings: Sequence[Recording]
+    features: Sequence[Tensor]
+    prompts: Prompts
+    captions: Sequence[Sequence[str]] | None = None
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def load(self, index: int, step: int) -> Sample:
+        """The captions of scene `index`, or a caption and questions, which depend on the step."""
+        rng = random.Random(f"{self.seed}/{step}/{index}")
+        pairs, prompts = self.qa_pairs(index, rng), self.prompts
+        ids = torch.tensor(prompts.recorded_context(self.recordings[index]))
+        return Sample(
+            video=f"scene {index}",
+            chunks=(Context(ids=ids, features=self.features[index]),),
+            prompt_prefix=prompts.text_prefix,
+            qa_pairs=tuple((prompts.question(p.question), prompts.answer(p.answer)) for p in pairs),
+            task_types=tuple("caption" if p.kind == "caption" else "question" for p in pairs),
+            frames=len(self.features[index]),
+        )
+
+    def qa_pairs(self, index: int, rng: random.Random) -> list[QAPair]:
+        """One of the model's captions, or a caption and questions: about an object named by shape
+        or color, about an absent object, and of any other kind."""
+        scene = self.scenes[index]
+        if self.captions is not None:
+            number = rng.randrange(len(_TAUGHT_PROMPTS))
+            return [QAPair("caption", _TAUGHT_PROMPTS[number], self.captions[index][number])]
+        bound = ask_bound(scene, rng)
+        pairs = [ask(scene, "caption", rng), *ask_several(scene, 1 + (bound is None), rng)]
+        return [*pairs, *([] if bound is None else [bound]), ask_absent(scene, rng)]
+
+
+def recorded_sources(
+    config: TrainConfig, backbone: SmolVLM
+) -> tuple[RecordedSource, RecordedSource | None]:
+    """As :func:`shapes_sources`, of recordings of 2 to 64 s; with `data.source` "shapes-captions",
+    the targets are the captions that the frozen model writes with the video in context.
+
+    Raises:
+        ConfigError: a value of `data` is not possible in this world.
+    """
+    data, seed = config.data, config.run.seed
+    if data.longest_edge != IMAGE_SIZE:
+        raise ConfigError(
+            f"data.longest_edge must be {IMAGE_SIZE} in the shapes world, got {data.longest_edge}"
+        )
+    if tuple(data.chunks) != (1,):
+        raise ConfigError(f"data.chunks must be [1] for {data.source}, got {list(data.chunks)}")
+    folder = Path(data.feature_cache or Path(config.run.folder) / "features")
+
+    def source(split: str, count: int) -> RecordedSource:
+        scenes, recordings = recorded_videos(split, count, seed)
+        with progress_bar(f"videos of the {split} split") as bar:
+            features = recorded_visual_tokens(
+                backbone.model, scenes, recordings, seed if split == "train" else None,
+                lambda done: bar("visual tokens, video", done, count),
+            )  # fmt: skip
+            captions = None
+            if data.source == "shapes-captions":
+                captions = stored_captions(
+                    backbone, recordings, features, folder,
+                    lambda done: bar("the model's captions, video", done, count),
+                )  # fmt: skip
+        return RecordedSource(
+            scenes, recordings, features, Prompts(backbone.tokenizer), captions, seed
+        )
+
+    training = source("train", data.videos or DEFAULT_VIDEOS)
+    return training, source("val", data.val_videos) if data.val_videos else None
+
+
+def stored_captions(
+    backbone: SmolVLM,
+    recordings: Sequence[Recording],
+    features: Sequence[Tensor],
+    folder: Path,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[list[str]]:
+    """The frozen model's greedy answers to two caption prompts about each video, with the video in
+    context; written once to a file in `folder`, named by a fingerprint of model and videos."""
+    fingerprint = hashlib.sha256(repr(recordings).encode())
+    for value in (*features, *backbone.model.state_dict().values()):
+        fingerprint.update(value.float().cpu().numpy().tobytes())
+    path = folder / f"captions-{fingerprint.hexdigest()[:16]}.json"
+    if path.is_file():
+        stored: list[list[str]] = read_json(path, LARGE_BYTES, CheckpointError, kind=list)
+        return stored
+    params = SamplingParams(max_new_tokens=_CAPTION_TOKENS)
+    captions: list[list[str]] = [[] for _ in recordings]
+
+    def prompt(index: int, text: str) -> Prompt:
+        recording = recordings[index]
+        chunk = VideoChunk(features[index], recording.timestamps, recording.duration, 0, 0)
+        return backbone.video_prompt(chunk, text)
+
+    for start in range(0, len(recordings), _CAPTION_BATCH):
+        report(start)
+        members = range(start, min(start + _CAPTION_BATCH, len(recordings)))
+        for text in _TAUGHT_PROMPTS:
+            builders = [partial(prompt, index, text) for index in members]
+            answers = answer_prompts(backbone, builders, [None] * len(builders), params)
+            for index, answer in zip(members, answers, strict=True):
+                captions[index].append(answer.text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, captions)
+    return captions
+
+
 def shapes_sources(
     config: TrainConfig, backbone: SmolVLM
 ) -> tuple[ShapesSource, ShapesSource | None]:
@@ -173,15 +318,14 @@ def train_shapes(
 ) -> dict[str, Any]:
     """:func:`~v2l_fast.training.trainer.train` on this world; without `model.base`, the base model
     is trained first."""
-    return train(
-        config, resume, console=console, find_base=prepare_base, find_sources=shapes_sources
-    )
+    sources = shapes_sources if config.data.source == "shapes" else recorded_sources
+    return train(config, resume, console=console, find_base=prepare_base, find_sources=sources)
 
 
 def prepare_base(config: TrainConfig) -> str | Path:
     """The frozen model: `model.base`, or else the run's own tiny VLM, trained first if it is
     missing."""
-    if config.model.base:
+    if config.model.base or config.data.source != "shapes":
         return base_model(config)
     # Slow to import, and not needed if the model exists.
     from v2l_fast.shapes.train import train_vlm

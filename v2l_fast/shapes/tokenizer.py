@@ -65,8 +65,12 @@ def special_tokens() -> list[str]:
     return [*named, IMAGE_TOKEN, *tiles]
 
 
-def vocabulary() -> list[str]:
-    """Every token, in id order."""
+# Words that the second stage of the base model adds, after all others.
+ADDED_WORDS = ("none", "motion")
+
+
+def vocabulary(added: tuple[str, ...] = ()) -> list[str]:
+    """Every token, in id order; `added` words come last."""
     clocks = [f"\nframe from {s // 60:02d}:{s % 60:02d}:" for s in range(MAX_SECONDS)]
     durations = [f"0:{s // 60:02d}:{s % 60:02d}" for s in range(MAX_SECONDS)]
     numbers = [spell_number(n) for n in range(1, MAX_FRAMES + 1)]
@@ -80,14 +84,17 @@ def vocabulary() -> list[str]:
         *names,
         *_WORDS,
         *_PUNCTUATION,
+        *added,
     ]
     return list(dict.fromkeys(tokens))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, ready for `save_pretrained`."""
+def build_tokenizer(added: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer, ready for `save_pretrained`; `added`: see :func:`vocabulary`."""
     core = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(vocabulary())}, unk_token=UNK_TOKEN)
+        models.WordLevel(
+            {token: i for i, token in enumerate(vocabulary(added))}, unk_token=UNK_TOKEN
+        )
     )
     core.normalizer = normalizers.Lowercase()
     pieces = [

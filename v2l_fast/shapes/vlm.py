@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -25,7 +26,7 @@ from v2l_fast.files import write_json
 from v2l_fast.hypernet.config import INSTRUCTION
 from v2l_fast.shapes.render import CLIP_SECONDS, FRAME_TIMES, TIMESTAMPS, augment, render
 from v2l_fast.shapes.tokenizer import build_tokenizer
-from v2l_fast.shapes.world import Scene
+from v2l_fast.shapes.world import Recording, Scene
 from v2l_fast.vlm.smolvlm import SmolVLM
 from v2l_fast.vlm.smolvlm_prompt import chat, video_text
 
@@ -105,6 +106,38 @@ def cache_visual_tokens(
             frames = augment(frames.flatten(0, 1).float(), generator).view(frames.shape)
         parts.append(video_tokens(model, frames))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def recorded_visual_tokens(
+    model: SmolVLMForConditionalGeneration,
+    scenes: Sequence[Scene],
+    recordings: Sequence[Recording],
+    seed: int | None,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[Tensor]:
+    """Visual tokens [F, T, D] in bfloat16 of each scene's recording; augmented unless `seed` is
+    None, every fifth video being drawn at another size and resized."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    tokens: list[Tensor] = []
+    for start in range(0, len(scenes), 64):
+        report(start)
+        frames = []
+        for index in range(start, min(start + 64, len(scenes))):
+            size = IMAGE_SIZE
+            if generator is not None and index % 5 == 0:
+                size = (32, 64, 96, 144)[index // 5 % 4]
+            video = render([scenes[index]], size, recordings[index].times)[0].float()
+            if size != IMAGE_SIZE:
+                shape = (IMAGE_SIZE, IMAGE_SIZE)
+                video = F.interpolate(video, shape, mode="bicubic", antialias=True).clamp_(0, 255)
+            frames.append(video)
+        together = torch.cat(frames)
+        if generator is not None:
+            together = augment(together, generator)
+        cached = visual_tokens(model, pixel_values(together)).to(torch.bfloat16)
+        tokens += cached.split([len(video) for video in frames])
+    return tokens
 
 
 def freeze(module: nn.Module) -> None:
@@ -214,6 +247,16 @@ class Prompts:
     @cached_property
     def video_prefix(self) -> list[int]:
         return self.ids(chat(shapes_video_text(), False).removesuffix("<end_of_utterance>\n"))
+
+    def recorded_prefix(self, recording: Recording) -> list[int]:
+        """As :attr:`video_prefix`, of any recording."""
+        stamps = recording.timestamps
+        text = video_text(len(stamps), stamps, recording.duration, 0, 0, TOKENS_PER_FRAME)
+        return self.ids(chat(text, False).removesuffix("<end_of_utterance>\n"))
+
+    def recorded_context(self, recording: Recording) -> list[int]:
+        """As :attr:`context`, of any recording."""
+        return self.recorded_prefix(recording) + self.ids(f"{INSTRUCTION}<end_of_utterance>\n")
 
     @cached_property
     def text_prefix(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Scenes: what happens in a shapes video, and which split it belongs to.
+"""Scenes: what happens in a shapes video, how it is recorded, and which split it belongs to.
 
 Responsible for the attributes, their deterministic sampling and the train/val/test split. Drawing
 is `render`'s, wording is `language`'s.
@@ -9,8 +9,12 @@ Coordinates are fractions of the frame (x to the right, y down); times are fract
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass
+from functools import cached_property
+
+from v2l_fast.video import sample_indices
 
 BACKGROUNDS = {
     "black": (12, 12, 14),
@@ -132,3 +136,69 @@ def sample_scenes(split: str, count: int, seed: int) -> list[Scene]:
         if scene.split == split:
             scenes.append(scene)
     return scenes
+
+
+# --- recordings -----------------------------------------------------------------------------------
+
+# Durations (s) and numbers of frames of the second stages of training.
+SECONDS = (2.0, 64.0)
+FRAMES = (2, 12)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How a scene becomes a video file, and which of its frames a model sees.
+
+    Attributes:
+        seconds, fps: of the file.
+        max_frames, exact: of :func:`v2l_fast.video.sample_indices`.
+    """
+
+    seconds: float = 8.0
+    fps: float = 4.0
+    max_frames: int = 8
+    exact: bool = False
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the file."""
+        return max(2, round(self.seconds * self.fps))
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the file's frames."""
+        return self.num_frames / self.fps
+
+    @cached_property
+    def indices(self) -> tuple[int, ...]:
+        """The sampled frames."""
+        sampled = sample_indices(
+            self.num_frames, self.fps, self.duration, self.max_frames, exact_frames=self.exact
+        )
+        return tuple(int(i) for i in sampled)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The sampled frames' times, as fractions of the video."""
+        return tuple(i / self.num_frames for i in self.indices)
+
+    @property
+    def timestamps(self) -> tuple[float, ...]:
+        """The sampled frames' times in seconds."""
+        return tuple(i / self.fps for i in self.indices)
+
+
+def sample_recordings(split: str, count: int, seed: int) -> list[Recording]:
+    """`count` recordings: a duration, uniform in its logarithm, a frame rate, and frames: for two
+    thirds one per second and at most eight, for the others a random number."""
+    rng = random.Random(f"recordings/{split}/{seed}")
+    low, high = SECONDS
+    recordings = []
+    for _ in range(count):
+        seconds = math.exp(rng.uniform(math.log(low), math.log(high)))
+        fps = rng.choice((4.0, 5.0, 8.0, 10.0))
+        if rng.random() < 2 / 3:
+            recordings.append(Recording(seconds, fps))
+        else:
+            recordings.append(Recording(seconds, fps, rng.randint(*FRAMES), exact=True))
+    return recordings

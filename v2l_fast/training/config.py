@@ -99,7 +99,9 @@ class DataConfig:
     """Videos and how they are read.
 
     Attributes:
-        source: "manifest" (JSONL files) or "shapes" (the rendered toy world).
+        source: "manifest" (JSONL files), or rendered videos of the toy world: "shapes" (8 s),
+            "shapes-any" (2 to 64 s) or "shapes-captions" (2 to 64 s; the targets are captions that
+            the frozen model writes).
         manifests, val_manifests: JSONL files; without the second, `val_share` of the videos of
             the first are kept from training.
         videos: limit on the number of training videos (0: no limit).
@@ -122,7 +124,7 @@ class DataConfig:
         prefetch: batches each worker reads ahead.
     """
 
-    source: Literal["manifest", "shapes"] = "manifest"
+    source: Literal["manifest", "shapes", "shapes-any", "shapes-captions"] = "manifest"
     manifests: Many[str] = ()
     val_manifests: Many[str] = ()
     val_share: Annotated[float, Field(ge=0, le=0.5)] = 0.01

@@ -1,0 +1,218 @@
+"""The second stage of the tiny VLM: any duration, which object is meant, and absent objects.
+
+The first stage (`train`) sees clips of 8 s and eight frames. This one continues with recordings of
+2 to 64 s and 2 to 12 frames, most questions name an object by its shape or color, and for absent
+objects the answer is "none". The vision tower stays as it is.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SmolVLMForConditionalGeneration
+
+from v2l_fast.console import note, progress_bar
+from v2l_fast.files import write_json
+from v2l_fast.shapes.language import (
+    QAPair,
+    ask,
+    ask_absent,
+    ask_bound,
+    ask_last,
+    ask_ordinal,
+    ask_several,
+)
+from v2l_fast.shapes.tokenizer import ADDED_WORDS, build_tokenizer
+from v2l_fast.shapes.train import answer_logits
+from v2l_fast.shapes.vlm import Prompts, freeze, load_base, recorded_visual_tokens, save_base
+from v2l_fast.shapes.world import Recording, Scene, sample_recordings, sample_scenes
+from v2l_fast.training.batches import pack_pairs
+from v2l_fast.training.checkpoint import (
+    load_checkpoint,
+    named_parameters,
+    read_progress,
+    refuse_other_settings,
+    save_checkpoint,
+)
+
+
+@dataclass(frozen=True)
+class WideningSettings:
+    """Constant learning rate after a warm-up, then a linear decay over the last `decay` steps."""
+
+    videos: int = 12288
+    steps: int = 2400
+    decay: int = 1000
+    batch: int = 20
+    no_video_share: float = 0.1
+    lr: float = 1.5e-3
+    final_lr: float = 3e-5
+    warmup: int = 100
+    weight_decay: float = 0.05
+    caption_weight: float = 0.35
+    checkpoint_every: int = 200
+
+
+def recorded_videos(split: str, count: int, seed: int) -> tuple[list[Scene], list[Recording]]:
+    """`count` scenes of a split and how each is recorded; the training scenes are those of the
+    first stage."""
+    return sample_scenes(split, count, seed), sample_recordings(split, count, seed)
+
+
+def widened_qa_pairs(scene: Scene, rng: random.Random) -> list[QAPair]:
+    """A caption, both questions about places, and questions of which most name an object."""
+    pairs = [ask(scene, kind, rng) for kind in ("caption", "start", "end")]
+    pairs += ask_several(scene, 1, rng)
+    pairs.append(ask_ordinal(scene, rng))
+    pairs += [pair for _ in range(4) if (pair := ask_bound(scene, rng, True)) is not None]
+    pairs += [ask_absent(scene, rng, True) for _ in range(2)]
+    if rng.random() < 0.5 and (pair := ask_last(scene, rng)) is not None:
+        pairs.append(pair)
+    return pairs
+
+
+def add_words(model: SmolVLMForConditionalGeneration, words: tuple[str, ...], seed: int) -> None:
+    """Append embeddings of new words: the mean of all and some noise."""
+    old = model.get_input_embeddings().weight.detach().clone()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(words), old.shape[1], generator=generator) * old.std()
+    model.resize_token_embeddings(len(old) + len(words), mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.cat([old, old.mean(0) + noise]))
+
+
+def widen_base(
+    start: Path,
+    folder: Path,
+    record: Path,
+    seed: int = 0,
+    settings: WideningSettings | None = None,
+    threads: int = 1,
+    report: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Train the base in `start` further; write it to folder/base and the run's record to `record`.
+
+    Raises:
+        CheckpointError: a checkpoint in the folder is broken, or of other settings.
+    """
+    settings = settings or WideningSettings()
+    torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    model = load_base(start).model
+    model.requires_grad_(True)
+    tokenizer = build_tokenizer(ADDED_WORDS)
+    add_words(model, ADDED_WORDS, seed)
+    scenes, recordings = recorded_videos("train", settings.videos, seed)
+    with progress_bar("base model, second stage") as bar:
+        visual = recorded_visual_tokens(
+            model, scenes, recordings, seed,
+            report=lambda done: bar("visual tokens, video", done, len(scenes)),
+        )  # fmt: skip
+
+        def show(step: int, running: dict[str, float]) -> None:
+            names = ("loss", "caption", "binding", "absent")
+            texts = (f"{name} {running[name]:.3f}" for name in names if name in running)
+            bar(" ".join(["step,", *texts]), step, settings.steps)
+            if report is not None:
+                report(step, running)
+
+        checkpoint = folder / "widening.safetensors"
+        running = _train(
+            model, Prompts(tokenizer), scenes, recordings, visual, seed, settings, checkpoint, show
+        )
+    save_base(model, tokenizer, folder / "base")
+    result = {
+        "what": "second stage of the tiny SmolVLM of the shapes world",
+        "seed": seed,
+        "settings": asdict(settings),
+        "seconds": round(time.perf_counter() - began, 1),
+        "threads": threads,
+        "training": {name: round(value, 4) for name, value in sorted(running.items())},
+    }
+    write_json(record, result)
+    note(f"the base model is in {folder / 'base'}, the record of its training in {record}")
+    return result
+
+
+def _train(
+    model: SmolVLMForConditionalGeneration,
+    prompts: Prompts,
+    scenes: list[Scene],
+    recordings: list[Recording],
+    visual: list[Tensor],
+    seed: int,
+    settings: WideningSettings,
+    checkpoint: Path,
+    report: Callable[[int, dict[str, float]], None],
+) -> dict[str, float]:
+    """Train the decoder in place, resuming from `checkpoint` if it exists; return running means of
+    the loss and of the share of correct answers by kind."""
+    freeze(model.model.vision_model)
+    freeze(model.model.connector)
+    parameters = named_parameters(model)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    identity = {"seed": seed, **asdict(settings)}
+    first = 0
+    running: dict[str, float] = {}
+    if checkpoint.exists():
+        refuse_other_settings(checkpoint, read_progress(checkpoint)["settings"], identity)
+        progress = load_checkpoint(checkpoint, parameters, optimizer)
+        first, running = progress["step"], progress["running"]
+    model.train()
+    pad = prompts.tokenizer.pad_token_id
+    for step in range(first, settings.steps):
+        rng = random.Random(f"widening/{seed}/{step}")
+        picks = rng.sample(range(len(scenes)), settings.batch)
+        seen = [rng.random() >= settings.no_video_share for _ in picks]
+        pairs = [widened_qa_pairs(scenes[i], rng) for i in picks]
+        prefixes = [
+            prompts.recorded_prefix(recordings[i]) if see else prompts.text_prefix
+            for i, see in zip(picks, seen, strict=True)
+        ]
+        rows = [
+            [(prompts.question(p.question), prompts.answer(p.answer)) for p in row] for row in pairs
+        ]
+        packed = pack_pairs(prefixes, rows, pad)
+        rate = settings.lr * min(1.0, (step + 1) / settings.warmup)
+        remaining = min(1.0, (settings.steps - step) / settings.decay)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.final_lr + (rate - settings.final_lr) * remaining
+        shown = [visual[i].flatten(0, 1) for i, see in zip(picks, seen, strict=True) if see]
+        logits = answer_logits(model, packed, torch.cat(shown).float())
+        losses = F.cross_entropy(logits, packed.targets, reduction="none")
+        kinds = [pair.kind for row in pairs for pair in row]
+        in_caption = torch.tensor([kind == "caption" for kind in kinds])[packed.pair_index]
+        share = settings.caption_weight
+        loss = share * losses[in_caption].mean() + (1 - share) * losses[~in_caption].mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        wrong = torch.zeros(len(kinds)).index_add_(
+            0, packed.pair_index, (logits.detach().argmax(-1) != packed.targets).float()
+        )
+        with_video = [see for see, row in zip(seen, pairs, strict=True) for _ in row]
+        rates: dict[str, list[bool]] = {}
+        for kind, see, errors in zip(kinds, with_video, wrong.tolist(), strict=True):
+            if see:
+                rates.setdefault(kind, []).append(errors == 0)
+        values = {kind: sum(oks) / len(oks) for kind, oks in rates.items()} | {"loss": loss.item()}
+        for name, value in values.items():
+            running[name] = 0.97 * running.get(name, value) + 0.03 * value
+        report(step + 1, running)
+        if (step + 1) % settings.checkpoint_every == 0:
+            progress = {"step": step + 1, "running": running, "settings": identity}
+            save_checkpoint(checkpoint, parameters, optimizer, progress)
+    model.eval()
+    return running
