@@ -8,8 +8,9 @@ import pytest
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.evaluate import encoded_clips
 from v2l_fast.shapes.language import ask, attribute_hits, plain
+from v2l_fast.shapes.probes import sampled_clips
 from v2l_fast.shapes.vlm import ASSETS, BASE_FOLDER, HYPERNET_FOLDER
-from v2l_fast.shapes.world import sample_scenes
+from v2l_fast.shapes.world import SHAPES, sample_scenes
 
 VIDEOS = 24
 
@@ -37,6 +38,16 @@ def adapters(model, clips):
 def attribute_share(texts, scenes):
     hits = [attribute_hits(text, scene) for text, scene in zip(texts, scenes, strict=True)]
     return sum(h for h, _ in hits) / sum(n for _, n in hits)
+
+
+def test_the_pair_for_any_duration_reads_slow_clips(scenes):
+    pair = Video2LoRA.from_pretrained("shapes-any", device="cpu")
+    slow = sampled_clips(scenes, 16)
+    answers = pair.answer(["Describe the video."] * VIDEOS, pair.internalize(slow))
+    assert attribute_share([answer.text for answer in answers], scenes) >= 0.9
+    shapes = {item.shape for item in scenes[0].objects}
+    absent = next(shape for shape in SHAPES if shape not in shapes)
+    assert pair.answer_direct(f"What color is the {absent}?", slow[0])[0].text == "none"
 
 
 def test_files_are_small_and_complete():
