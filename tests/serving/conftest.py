@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from v2l_fast.serving import sandbox
 from v2l_fast.serving.api import create_app
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.gate import ApiKeys, ServerLimits
+from v2l_fast.serving.media import MediaSources
+from v2l_fast.serving.replicas import Replica
 from v2l_fast.serving.sandbox import VideoReader
 from v2l_fast.serving.server import Server
 from v2l_fast.shapes.render import write_clip
@@ -99,6 +101,8 @@ def running(
     stand_in: dict[str, object] | None = None,
     merged: str | None = None,
     drain_seconds: float = LIMIT,
+    media: MediaSources | None = None,
+    replicas: Sequence[Replica] = (),
 ) -> Iterator[Running]:
     """A server in a thread; ``stand_in`` is options of a StandInEngine that replaces the engine."""
     store = AdapterStore(folder)
@@ -111,7 +115,18 @@ def running(
         )
     else:
         engine = StandInEngine(model, store, **stand_in)
-    server = Server(model, engine, store, reader, "shapes", limits, ApiKeys(keys), root)
+    server = Server(
+        model,
+        engine,
+        store,
+        reader,
+        "shapes",
+        limits,
+        ApiKeys(keys),
+        root,
+        media=media,
+        replicas=replicas,
+    )
     bound = connections.bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     app = create_app(server, drain_seconds)

@@ -60,6 +60,9 @@ class StandInEngine:
         self._threads.submit(self._answer, request)
         return request
 
+    def submit_all(self, request: StreamingRequest) -> list[StreamingRequest]:
+        return [self.submit(request)]
+
     def _answer(self, request: StreamingRequest) -> None:
         start = time.perf_counter()
         try:
@@ -125,6 +128,7 @@ class StandInEngine:
 
     def stats(self) -> EngineStats:
         fields = {f.name: 0 for f in dataclasses.fields(EngineStats)} | {"requests": {}}
+        fields |= {"resident_adapters": (), "waiting_adapters": ()}
         return EngineStats(**fields | {"running": len(self.running)})
 
     def close(self, drain: bool = True, timeout: float = 30.0) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.serving.conftest import running
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.serving.gate import ServerLimits
+from v2l_fast.serving.replicas import completion_logprobs
 
 QUESTION = "What happens in the video?"
 
@@ -62,6 +63,67 @@ def test_streaming_gives_the_same_answer(client, live):
     assert last.usage.prompt_tokens_details.visual_tokens == 0
     without = list(ask(client, adapter_id, stream=True))
     assert all(chunk.choices and chunk.usage is None for chunk in without)
+
+
+def test_usage_is_null_in_all_chunks_but_the_last(client, live):
+    *chunks, last = ask(client, live[1][0], stream=True, stream_options={"include_usage": True})
+    assert all(c.usage is None and "usage" in c.model_fields_set for c in chunks)
+    assert last.choices == [] and last.usage.completion_tokens > 0
+    chunks = list(ask(client, live[1][0], stream=True))
+    assert not any("usage" in c.model_fields_set for c in chunks)
+
+
+def streamed(chunks) -> dict[int, tuple[str, list, str | None]]:
+    """Text, log probabilities and finish reason of each answer of a stream."""
+    answers: dict[int, tuple[str, list, str | None]] = {}
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        text, tokens, reason = answers.get(choice.index, ("", [], None))
+        tokens = tokens + (choice.logprobs.content if choice.logprobs else [])
+        text += choice.delta.content or ""
+        answers[choice.index] = text, tokens, choice.finish_reason or reason
+    return answers
+
+
+def test_several_answers(client, live, shapes):
+    """Each is the answer to a question of its own seed, and the prompt is counted once."""
+    model, options = live[1][0], {"temperature": 1.5, "seed": 7, "max_tokens": 12}
+    alone = [ask(client, model, **options | {"seed": 7 + i}) for i in range(3)]
+    whole = ask(client, model, n=3, **options)
+    texts = [answer.choices[0].message.content for answer in alone]
+    assert [choice.message.content for choice in whole.choices] == texts
+    assert [choice.index for choice in whole.choices] == [0, 1, 2] and len(set(texts)) > 1
+    assert whole.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    assert whole.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    chunks = ask(client, model, n=3, stream=True, **options)
+    answers = streamed(chunks)
+    assert [answers[i][0] for i in range(3)] == texts
+    assert [answers[i][2] for i in range(3)] == [one.choices[0].finish_reason for one in alone]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.2])
+def test_logprobs(client, live, shapes, temperature):
+    """From the logits before sampling: independent of the temperature and of ``n``."""
+    options = {"logprobs": True, "top_logprobs": 3, "temperature": temperature, "max_tokens": 8}
+    whole = ask(client, live[1][0], **options)
+    tokens = whole.choices[0].logprobs.content
+    assert len(tokens) == whole.usage.completion_tokens
+    adapter = shapes.attach(live[0].server.store.get(live[1][0]))
+    builder, backbone = shapes.backbone.prompt_builder, shapes.backbone
+    ids = [backbone.tokenizer.convert_tokens_to_ids(one.token) for one in tokens]
+    expected = completion_logprobs(shapes, adapter, builder.question(QUESTION), ids)
+    assert [one.logprob for one in tokens] == pytest.approx(expected, abs=1e-4)
+    for one in tokens:
+        likely = [other.logprob for other in one.top_logprobs]
+        assert len(likely) == 3 and likely == sorted(likely, reverse=True)
+        assert bytes(one.bytes).decode() == one.token
+        if temperature == 0:
+            assert one.top_logprobs[0].token == one.token
+    ((text, chunks, _),) = streamed(ask(client, live[1][0], stream=True, **options)).values()
+    assert text == whole.choices[0].message.content and chunks == tokens
+    plain = ask(client, live[1][0], max_tokens=8)
+    assert plain.choices[0].logprobs is None
+    without = ask(client, live[1][0], logprobs=True, max_tokens=2)
+    assert [one.top_logprobs for one in without.choices[0].logprobs.content] == [[], []]
 
 
 def test_video_ids_compose(client, live, shapes):
@@ -220,12 +282,17 @@ def test_models(client, live):
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 65}, "max_tokens"),
-        ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        # The shipped model's vocabulary has no braces.
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"frequency_penalty": 1}, "frequency_penalty"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"extra_body": {"video_mode": "telepathy"}}, "video_mode"),
         ({"extra_body": {"video_ids": ["x"]}}, "model"),

@@ -42,7 +42,7 @@ app = typer.Typer(
 )
 for panel, commands in {
     "Adapters": (adapters.internalize, adapters.ask, converse.chat, adapters.compose),
-    "Export and serving": (export.convert, export.export, serve.serve),
+    "Export and serving": (export.convert, export.export, export.push, serve.serve),
     "Training": (train.train, data.teach, data.cache),
     "Evaluation": (evaluate.evaluate, evaluate.manifest, analyze.sweep),
     "Installation": (install.demo, install.doctor),

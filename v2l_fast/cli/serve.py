@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,16 @@ class AccessOptions:
     allowed_root: Path | None = Option(
         None, help="Folder of videos that callers may name by path. By default, none."
     )
+    media_host: list[str] | None = Option(
+        None,
+        help="Host that http(s) URLs in messages may name, * for every public one; repeatable. By "
+        "default, messages may hold data: URLs only.",
+    )
+    media_network: list[str] | None = Option(
+        None,
+        help="Network that such URLs may reach although it is private, such as 10.0.0.0/8; "
+        "repeatable.",
+    )
 
 
 @options("Limits")
@@ -48,6 +59,9 @@ class LimitOptions:
 
     max_jobs: int = Option(64, min=1, help="Videos waiting; more get 503.")
     max_upload_mb: int = Option(1024, min=1, help="Size of a video, in MB.")
+    max_media_mb: int = Option(
+        64, min=1, help="Size of the videos and images in one request's messages, in MB."
+    )
     max_duration: float = Option(7200.0, min=0.1, help="Duration of a video, in seconds.")
     max_pixels: int = Option(7680 * 4320, min=1, help="Pixels of a frame.")
     max_frames: int = Option(1024, min=1, help="Frames of a video.")
@@ -66,6 +80,7 @@ class LimitOptions:
 
         return ServerLimits(
             upload_bytes=self.max_upload_mb * 1_000_000,
+            media_bytes=self.max_media_mb * 1_000_000,
             duration=self.max_duration,
             pixels=self.max_pixels,
             frames=self.max_frames,
@@ -151,6 +166,11 @@ def serve(
     vllm_folder: Path | None = Option(
         None, help="Also write every adapter here as PEFT, for vLLM replicas."
     ),
+    replica: list[str] | None = Option(
+        None,
+        help="URL of a vLLM or SGLang server that answers from the adapters; repeatable. "
+        "Deleting an adapter removes it there, too. V2L_REPLICA_KEY is the key.",
+    ),
     drain_seconds: float = Option(
         30.0, min=0, help="Time to finish answers and jobs when stopped."
     ),
@@ -173,7 +193,9 @@ def serve(
     from v2l_fast.serving.api import create_app
     from v2l_fast.serving.engine import Engine
     from v2l_fast.serving.gate import AllowedHosts, ApiKeys, ServerLimits
+    from v2l_fast.serving.media import MediaSources
     from v2l_fast.serving.monitoring import configure_logging
+    from v2l_fast.serving.replicas import Replica
     from v2l_fast.serving.sandbox import VideoReader
     from v2l_fast.serving.server import Server
     from v2l_fast.store.adapter_store import AdapterStore, PublishingStore
@@ -185,6 +207,8 @@ def serve(
     if vllm_folder is not None:
         check_folder(vllm_folder)
     hosts = AllowedHosts(access.allowed_host or (), access.host)
+    replicas = [Replica(url, os.environ.get("V2L_REPLICA_KEY")) for url in replica or ()]
+    media = MediaSources(access.media_host or (), access.media_network or ())
     bound = http.bind(access.host, access.port)
     address, port = bound.getsockname()[:2]
     if not keys.required and not access.allow_unauthenticated and not _is_loopback(address):
@@ -223,6 +247,8 @@ def serve(
         None if root is None else root.resolve(),
         peft_base,
         hosts,
+        media,
+        replicas,
     )
     asking.install(server)
     host = f"[{access.host}]" if ":" in access.host else access.host

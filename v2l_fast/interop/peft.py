@@ -59,8 +59,33 @@ def save_peft(
             text-only export.
 
     Raises:
+        AdapterError: as :func:`peft_tensors`, or the directory cannot be written.
+    """
+    tensors, config = peft_tensors(adapter, base_model_name_or_path, dtype, layers)
+    sidecar = {
+        "rank": config["r"],
+        "generated_rank": adapter.rank,
+        "scale_in_B": adapter.scale,
+        "bias_id": adapter.bias_id,
+        "provenance": dict(adapter.provenance),
+    }
+    with replacing_folder(directory, AdapterError) as part:
+        save_tensors(tensors, part / WEIGHTS_NAME)
+        for name, record in ((CONFIG_NAME, config), (SIDECAR_NAME, sidecar)):
+            write_json(part / name, record)
+
+
+def peft_tensors(
+    adapter: Adapter,
+    base_model_name_or_path: str,
+    dtype: torch.dtype = torch.float32,
+    layers: str = VLM_LAYERS,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the configuration that :func:`save_peft` writes.
+
+    Raises:
         AdapterError: the bias is not attached, the ranks differ between modules, a module is not
-            one of a Llama layer, a value overflows ``dtype``, or the directory cannot be written.
+            one of a Llama layer, or a value overflows ``dtype``.
     """
     factors_a, factors_b = adapter.merged()
     ranks = {factor.shape[1] for factor in factors_a.values()}
@@ -98,17 +123,7 @@ def save_peft(
         "use_dora": False,
         "modules_to_save": None,
     }
-    sidecar = {
-        "rank": rank,
-        "generated_rank": adapter.rank,
-        "scale_in_B": adapter.scale,
-        "bias_id": adapter.bias_id,
-        "provenance": dict(adapter.provenance),
-    }
-    with replacing_folder(directory, AdapterError) as part:
-        save_tensors(tensors, part / WEIGHTS_NAME)
-        for name, record in ((CONFIG_NAME, config), (SIDECAR_NAME, sidecar)):
-            write_json(part / name, record)
+    return tensors, config
 
 
 def load_peft(directory: str | os.PathLike) -> Adapter:

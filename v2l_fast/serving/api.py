@@ -29,7 +29,8 @@ from v2l_fast.serving.http import (
     install_error_handlers,
     parse_json_body,
 )
-from v2l_fast.serving.jobs import Admission, Job
+from v2l_fast.serving.jobs import Admission, Job, ReceiveSlots
+from v2l_fast.serving.media import MediaInbox
 from v2l_fast.serving.monitoring import RequestLog, log_event
 from v2l_fast.serving.request import EngineClosed
 from v2l_fast.serving.schemas import (
@@ -43,7 +44,7 @@ from v2l_fast.serving.schemas import (
     VideoList,
 )
 from v2l_fast.serving.server import Server
-from v2l_fast.serving.videos import HashedFile, ReceivedVideo, allowed_path
+from v2l_fast.serving.videos import WRITE_BYTES, HashedFile, ReceivedVideo, allowed_path
 from v2l_fast.store.adapter_store import StoreError
 from v2l_fast.store.folder import StoredAdapter
 
@@ -56,9 +57,9 @@ PAGE_POLICY = (
 )
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _POLL_SECONDS = 0.1
+# Chat requests of the largest size that are read at the same time.
+_LARGE_BODIES = 4
 _MAX_FIELD_BYTES = 1024
-# Writing happens in a thread; a switch for each network packet would cost more than the copy.
-_WRITE_BYTES = 1 << 20
 
 server_router = APIRouter(tags=["Server"])
 video_router = APIRouter(
@@ -109,6 +110,12 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
     app.state.drain = drain
     app.state.started = int(time.time())
     app.state.admission = Admission(server.jobs, server.limits)
+    app.state.media = MediaInbox(server, app.state.admission, server.media_sources)
+    # Bodies that hold videos lie in memory, several times over while they are read.
+    app.state.large_bodies = ReceiveSlots(
+        server.limits.uploads, _LARGE_BODIES * server.limits.chat_bytes,
+        server.limits.uploads_waiting,
+    )  # fmt: skip
     install_error_handlers(app)
     for router in (server_router, chat.router, video_router):
         app.include_router(router, responses=error_responses(403, 421))
@@ -348,7 +355,7 @@ async def _blocks(request: Request) -> AsyncGenerator[bytes, None]:
     pending = bytearray()
     async for piece in request.stream():
         pending += piece
-        if len(pending) >= _WRITE_BYTES:
+        if len(pending) >= WRITE_BYTES:
             yield bytes(pending)
             pending.clear()
     if pending:
@@ -390,7 +397,7 @@ def delete(video_id: str, request: Request) -> Deleted:
     one cancels the job. A cancelled job has the status `cancelled` and is not listed.
     """
     server: Server = request.app.state.server
-    return Deleted(id=server.delete(video_id))
+    return server.delete(video_id)
 
 
 @video_router.get(

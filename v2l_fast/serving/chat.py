@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -16,20 +16,25 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from v2l_fast.errors import V2LError
+from v2l_fast.generation.sampling import TokenLogprobs
 from v2l_fast.serving import elicit
 from v2l_fast.serving.gate import api_key_scheme
 from v2l_fast.serving.http import ApiError, JsonRoute, error_body, error_responses, to_api_error
+from v2l_fast.serving.media import MediaInbox
 from v2l_fast.serving.monitoring import log_event
-from v2l_fast.serving.request import Chunk, StreamingRequest, Usage
+from v2l_fast.serving.request import Chunk, StreamingRequest
 from v2l_fast.serving.schemas import (
     ChatCompletion,
     ChatRequest,
     Choice,
+    ChoiceLogprobs,
     CompletionMessage,
     ErrorResponse,
     ModelBody,
     ModelList,
     PromptTokensDetails,
+    TokenLogprob,
+    TopLogprob,
     UsageBody,
 )
 from v2l_fast.serving.server import Server
@@ -78,16 +83,20 @@ def _model(server: Server, adapter_id: str, created: float) -> ModelBody:
 async def chat(body: ChatRequest, request: Request) -> Any:
     """Answer a question from adapters, from the video in context, or from the plain model."""
     server: Server = request.app.state.server
+    media: MediaInbox = request.app.state.media
     if body.elicit is not None:
-        return await elicit.answer(server, body)
-    completion = Completion(server, body)
+        wanted = body.response_format
+        if (body.n or 1) > 1 or body.logprobs or (wanted is not None and wanted.type != "text"):
+            message = "elicit gives one answer as text: leave out n, logprobs and response_format"
+            raise ApiError(400, message, "invalid_value", "elicit")
+        return await elicit.answer(server, await media.internalize(body))
+    completion = Completion(server, body, media)
     try:
         async with _cancel_on_disconnect(request):
             await completion.begin()
         if body.stream:
-            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             return StreamingResponse(
-                completion.events(usage),
+                completion.events(),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 background=BackgroundTask(completion.close),
@@ -106,17 +115,21 @@ class _Disconnected(Exception):
 class Completion:
     """One chat completion: its pieces, its times, and what is counted when it ends."""
 
-    def __init__(self, server: Server, body: ChatRequest) -> None:
+    def __init__(self, server: Server, body: ChatRequest, media: MediaInbox) -> None:
         self._server = server
         self._body = body
+        self._media = media
+        self._usage_in_chunks = body.stream_options is not None and bool(
+            body.stream_options.include_usage
+        )
         self._arrived = time.perf_counter()
         self._deadline = self._arrived + server.limits.answer_seconds
         self._first: float | None = None
         self._latest = self._arrived
         self._source = "plain"
-        self._request: StreamingRequest | None = None
-        self._chunks: AsyncIterator[Chunk] | None = None
-        self._opening: Chunk | None = None
+        self._requests: list[StreamingRequest] = []
+        self._chunks: AsyncIterator[tuple[int, Chunk]] | None = None
+        self._opening: tuple[int, Chunk] | None = None
         self._ended = False
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -124,10 +137,12 @@ class Completion:
     async def begin(self) -> None:
         """Submit the question and wait for the first piece, so that an error has its status."""
         try:
-            # In a thread: it tokenizes, reads an adapter that is not in memory, decodes a video.
             async with self._in_time():
+                self._body = await self._media.internalize(self._body)
+                # In a thread: it tokenizes, reads an adapter that is not in memory, decodes a
+                # video.
                 await run_in_threadpool(self._submit)
-            self._chunks = self._request.chunks()
+            self._chunks = _merge([request.chunks() for request in self._requests])
             self._opening = await self._next()
             self._first = self._latest = time.perf_counter()
         except BaseException as error:
@@ -138,44 +153,61 @@ class Completion:
         request = self._server.question(self._body)
         self._source = request.source
         # Set here and not from a result: the result is lost if the client leaves as it is returned.
-        self._request = self._server.engine.submit(request)
+        self._requests = self._server.engine.submit_all(request)
         if self._ended:
             # The client left or time ran out meanwhile.
-            self._request.cancel()
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for request in self._requests:
+            request.cancel()
 
     def close(self) -> None:
         """Nobody reads the rest, if there is one."""
         self._end(_Disconnected())
 
     async def whole(self) -> ChatCompletion:
-        """The complete answer."""
+        """The complete answers."""
+        answers: list[list[Chunk]] = [[] for _ in self._requests]
         try:
-            pieces = [chunk async for chunk in self._pieces()]
-            usage = _usage(self._request.usage)
+            async for index, piece in self._pieces():
+                answers[index].append(piece)
+            usage = self._usage()
         except BaseException as error:
             self._end(error)
             raise
-        self._end(None, pieces[-1].finish_reason, usage)
-        message = CompletionMessage(content="".join(piece.text for piece in pieces))
+        self._end(None, answers[0][-1].finish_reason or "", usage)
         return ChatCompletion(
             id=self.id,
             created=self.created,
             model=self._body.model,
-            choices=[Choice(message=message, finish_reason=pieces[-1].finish_reason)],
+            choices=[self._choice(index, pieces) for index, pieces in enumerate(answers)],
             usage=usage,
         )
 
-    async def events(self, include_usage: bool) -> AsyncIterator[str]:
+    def _choice(self, index: int, pieces: list[Chunk]) -> Choice:
+        logprobs = [one for piece in pieces for one in piece.logprobs]
+        return Choice(
+            index=index,
+            message=CompletionMessage(content="".join(piece.text for piece in pieces)),
+            finish_reason=pieces[-1].finish_reason,
+            logprobs=self._logprobs(logprobs),
+        )
+
+    async def events(self) -> AsyncIterator[str]:
         """The answer as server-sent events; an error in the middle is the last one."""
         try:
-            yield self._event({"role": "assistant", "content": ""})
-            async for piece in self._pieces():
-                if piece.text:
-                    yield self._event({"content": piece.text})
-            yield self._event({}, piece.finish_reason)
-            usage = _usage(self._request.usage)
-            self._end(None, piece.finish_reason, usage)
-            if include_usage:
+            for index in range(len(self._requests)):
+                yield self._event(index, {"role": "assistant", "content": ""})
+            async for index, piece in self._pieces():
+                if piece.text or piece.logprobs:
+                    logprobs = self._logprobs(piece.logprobs)
+                    yield self._event(index, {"content": piece.text}, logprobs=logprobs)
+                if piece.finish_reason is not None:
+                    yield self._event(index, {}, piece.finish_reason)
+            usage = self._usage()
+            self._end(None, piece.finish_reason or "", usage)
+            if self._usage_in_chunks:
                 yield _data(self._frame([]) | {"usage": usage.model_dump()})
             yield "data: [DONE]\n\n"
         except (V2LError, ApiError, TimeoutError) as error:
@@ -185,40 +217,95 @@ class Completion:
             self._end(error)
             raise
 
-    async def _pieces(self) -> AsyncIterator[Chunk]:
-        piece = self._opening
-        while piece is not None:
-            yield piece
-            if piece.finish_reason is not None:
+    async def _pieces(self) -> AsyncIterator[tuple[int, Chunk]]:
+        """The pieces of all answers as they come, each with the index of its answer."""
+        assert self._opening is not None
+        index, piece = self._opening
+        latest = {index: self._latest}
+        unfinished = len(self._requests)
+        while True:
+            yield index, piece
+            unfinished -= piece.finish_reason is not None
+            if not unfinished:
                 return
-            piece = await self._next()
+            index, piece = await self._next()
             if piece.text:
-                before, self._latest = self._latest, time.perf_counter()
-                self._server.metrics.observe_next_token(self._source, self._latest - before)
+                now = time.perf_counter()
+                if index in latest:
+                    self._server.metrics.observe_next_token(self._source, now - latest[index])
+                latest[index] = now
 
-    async def _next(self) -> Chunk:
+    async def _next(self) -> tuple[int, Chunk]:
         """The next piece; TimeoutError after the answer's time limit."""
+        assert self._chunks is not None
         async with self._in_time():
-            piece = await anext(self._chunks, None)
-        if piece is None or piece.finish_reason == "cancelled":
+            entry = await anext(self._chunks, None)
+        if entry is None or entry[1].finish_reason == "cancelled":
             raise ApiError(503, "the answer was cancelled", "cancelled")
-        return piece
+        return entry
 
     def _in_time(self) -> asyncio.Timeout:
         return asyncio.timeout(self._deadline - time.perf_counter())
 
-    def _event(self, delta: dict[str, str], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _event(
+        self,
+        index: int,
+        delta: dict[str, str],
+        reason: str | None = None,
+        logprobs: ChoiceLogprobs | None = None,
+    ) -> str:
+        content = None if logprobs is None else logprobs.model_dump()
+        choice = {"index": index, "delta": delta, "logprobs": content, "finish_reason": reason}
         return _data(self._frame([choice]))
 
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> ChoiceLogprobs | None:
+        """Log probabilities with the tokens' text; None if the request does not ask for them."""
+        if not self._body.logprobs:
+            return None
+        decode = self._server.model.backbone.decode
+
+        def described(token: int, logprob: float) -> dict[str, Any]:
+            text = decode([token], strip=False)
+            return {
+                "token": text,
+                "logprob": logprob,
+                "bytes": None if "\ufffd" in text else list(text.encode()),
+            }
+
+        content = [
+            TokenLogprob(
+                **described(one.token, one.logprob),
+                top_logprobs=[TopLogprob(**described(*pair)) for pair in one.top],
+            )
+            for one in tokens
+        ]
+        return ChoiceLogprobs(content=content)
+
+    def _usage(self) -> UsageBody:
+        """The token counts of all answers; the prompt is counted once."""
+        usages = [request.usage for request in self._requests if request.usage is not None]
+        completion = sum(usage.completion_tokens for usage in usages)
+        prompt = usages[0].prompt_tokens
+        return UsageBody(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(
+                visual_tokens=usages[0].visual_tokens, cached_tokens=usages[0].reused_tokens
+            ),
+            time_to_first_token=min(usage.time_to_first_token for usage in usages),
+        )
+
     def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
+        frame = {
             "id": self.id,
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self._body.model,
             "choices": choices,
         }
+        # When usage is asked for, every chunk has the field; it is null in all but the last.
+        return frame | {"usage": None} if self._usage_in_chunks else frame
 
     def _end(
         self, error: BaseException | None, reason: str = "", usage: UsageBody | None = None
@@ -228,8 +315,8 @@ class Completion:
             return
         # Set before the request is read: the thread in _submit writes first, then reads.
         self._ended = True
-        if error is not None and self._request is not None:
-            self._request.cancel()
+        if error is not None:
+            self._cancel()
         if isinstance(error, V2LError | ApiError | TimeoutError):
             reason = to_api_error(error).code or "error"
         elif error is not None:
@@ -282,16 +369,39 @@ async def _cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
         raise _Disconnected
 
 
-def _usage(usage: Usage) -> UsageBody:
-    return UsageBody(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(
-            visual_tokens=usage.visual_tokens, cached_tokens=usage.reused_tokens
-        ),
-        time_to_first_token=usage.time_to_first_token,
-    )
+async def _merge(
+    iterators: Sequence[AsyncIterator[Chunk]],
+) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """The items of all iterators as they come, each with the index of its iterator."""
+    if len(iterators) == 1:
+        async for item in iterators[0]:
+            yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, Chunk | Exception | None]] = asyncio.Queue()
+
+    async def read(index: int, iterator: AsyncIterator[Chunk]) -> None:
+        end: Exception | None = None
+        try:
+            async for item in iterator:
+                queue.put_nowait((index, item))
+        except Exception as error:
+            end = error
+        queue.put_nowait((index, end))
+
+    tasks = [asyncio.create_task(read(i, one)) for i, one in enumerate(iterators)]
+    try:
+        running = len(tasks)
+        while running:
+            index, entry = await queue.get()
+            if isinstance(entry, Exception):
+                raise entry
+            if entry is None:
+                running -= 1
+            else:
+                yield index, entry
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _data(content: dict[str, Any]) -> str:

@@ -192,6 +192,16 @@ class DeviceAdapterCache:
         self.bank = self._new_bank(2 * model.config.rank)
         self._narrow: dict[int, AdapterBank] = {}
 
+    @property
+    def count(self) -> int:
+        """The number of slots."""
+        return self._count
+
+    @property
+    def resident(self) -> Ids:
+        """The ids of the adapters in the slots, each once; any thread may ask."""
+        return tuple(dict.fromkeys(one for ids in list(self._slot_of) for one in ids))
+
     def is_resident(self, ids: Ids) -> bool:
         """Whether an adapter is in a slot."""
         return ids in self._slot_of

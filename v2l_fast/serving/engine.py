@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -62,6 +62,8 @@ class EngineStats:
         steps: decode steps.
         adapter_hits, adapter_misses: requests whose adapter was, or was not, in a device slot.
         adapter_loads: adapters read from the store because host memory did not have them either.
+        adapter_slots: adapters that fit on the device.
+        resident_adapters, waiting_adapters: ids on the device, and of requests in the queue.
     """
 
     running: int
@@ -78,6 +80,9 @@ class EngineStats:
     adapter_hits: int
     adapter_misses: int
     adapter_loads: int
+    adapter_slots: int
+    resident_adapters: tuple[str, ...]
+    waiting_adapters: tuple[str, ...]
 
 
 class Engine:
@@ -275,6 +280,9 @@ class Engine:
                 adapter_hits=scheduler.adapters.hits,
                 adapter_misses=scheduler.adapters.misses,
                 adapter_loads=self._host_adapters.loads,
+                adapter_slots=scheduler.adapters.count,
+                resident_adapters=scheduler.adapters.resident,
+                waiting_adapters=_distinct(request.adapters for request in self._waiting),
             )
 
     def close(self, drain: bool = True, timeout: float = 30.0) -> None:
@@ -454,3 +462,7 @@ class Engine:
         with self._changed:
             self._scheduler.schedule(self._waiting)
         self._scheduler.step()
+
+
+def _distinct(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one for group in groups for one in group))

@@ -47,7 +47,9 @@ class ServerLimits:
 
     Attributes:
         upload_bytes: size of an uploaded video.
-        body_bytes: size of any other request body.
+        body_bytes: size of any other request body, apart from the videos and images in messages.
+        media_bytes: size of the videos and images in one request's messages, together.
+        media_seconds: time for downloading one of them.
         duration: length of a video in seconds.
         pixels: width x height of a frame.
         frames: frames sampled from one video.
@@ -71,6 +73,8 @@ class ServerLimits:
 
     upload_bytes: int = 1 << 30
     body_bytes: int = 1 << 20
+    media_bytes: int = 64 << 20
+    media_seconds: float = 30.0
     duration: float = 2 * 3600.0
     pixels: int = 7680 * 4320
     frames: int = 1024
@@ -89,6 +93,11 @@ class ServerLimits:
     head_seconds: float = 10.0
     keep_alive_seconds: float = 5.0
     stalled_seconds: float = 60.0
+
+    @property
+    def chat_bytes(self) -> int:
+        """Size of a chat request: its videos and images are base64."""
+        return self.body_bytes + self.media_bytes * 4 // 3
 
     @property
     def probing(self) -> Limits:
@@ -170,14 +179,7 @@ class AllowedHosts:
         address = _address(bound)
         self._any_address = address is not None and address.is_unspecified
         self._names = {_host(_bracketed(bound))}
-        for name in names:
-            host = _host(_bracketed(name))
-            if host is None or host != _bracketed(name).lower().rstrip("."):
-                raise ConfigError(
-                    f"--allowed-host must be a host name or address without scheme and port, such "
-                    f"as example.com, got {name!r}"
-                )
-            self._names.add(host)
+        self._names.update(host_name(name, "--allowed-host") for name in names)
 
     def refusal(self, method: str, headers: Headers) -> ApiError | None:
         """The error for a request whose ``Host`` or ``Origin`` is not allowed."""
@@ -212,6 +214,21 @@ class AllowedHosts:
             address = getattr(address, "ipv4_mapped", None) or address
             return address.is_loopback or host in self._names
         return host in self._names or host == "localhost" or host.endswith(".localhost")
+
+
+def host_name(name: str, option: str) -> str:
+    """A host name or address of an option, in lower case; IPv6 in brackets.
+
+    Raises:
+        ConfigError: it is something else, such as a URL.
+    """
+    host = _host(_bracketed(name))
+    if host is None or host != _bracketed(name).lower().rstrip("."):
+        raise ConfigError(
+            f"{option} must be a host name or address without scheme and port, such as "
+            f"example.com, got {name!r}"
+        )
+    return host
 
 
 def _bracketed(name: str) -> str:
@@ -296,6 +313,8 @@ class Gate:
     def _body_limit(self, scope: Scope, headers: Headers) -> int:
         if scope["path"] == UPLOAD_PATH and content_type(headers) == FORM_TYPE:
             return self._limits.upload_bytes + _FORM_OVERHEAD
+        if scope["path"] == CHAT_PATH:
+            return self._limits.chat_bytes
         return self._limits.body_bytes
 
     def _refusal(self, scope: Scope, headers: Headers, limit: int) -> ApiError | None:

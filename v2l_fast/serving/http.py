@@ -25,6 +25,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -54,6 +55,8 @@ DESCRIPTIONS = {
     421: "The Host of the request is not allowed",
     503: "The server is full, out of disk space, too slow, or shutting down; try again later",
 }
+# Parsing this many bytes takes about as long as handing them to a thread.
+_SMALL_BODY = 1 << 16
 # int() takes quadratic time, and no number of the interface has more digits.
 _MAX_DIGITS = 25
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -194,20 +197,36 @@ def printable(text: str) -> str:
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read by :func:`parse_json_body`."""
+    """A route whose body is read by :func:`parse_json_body`.
+
+    A body that is larger than text needs waits for room, and is parsed in a thread.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            return await handler(_JsonRequest(request.scope, request.receive))
+            inner, state = _JsonRequest(request.scope, request.receive), request.app.state
+            limits: ServerLimits = state.server.limits
+            size = int(request.headers.get("content-length", limits.chat_bytes))
+            if size <= limits.body_bytes:
+                return await handler(inner)
+            async with state.large_bodies.hold(size):
+                return await handler(inner)
 
         return handle
 
 
 class _JsonRequest(Request):
     async def json(self) -> Any:
-        return parse_json_body(await self.body())
+        body = await self.body()
+        if len(body) < _SMALL_BODY:
+            return parse_json_body(body)
+        limit = self.app.state.server.limits.body_bytes
+        # Small values take many times their text in memory; only strings may be large.
+        if len(body) > limit and sum(body.count(mark) for mark in b",[{") > limit:
+            raise ApiError(413, f"the request has more than {limit} values", "too_large")
+        return await run_in_threadpool(parse_json_body, body)
 
 
 def parse_json_body(body: bytes) -> Any:
@@ -258,7 +277,7 @@ def _refuse_surrogates(value: Any) -> None:
             pending += [(f"{prefix}{key}", key) for key in item]
         elif isinstance(item, list):
             pending += [(f"{prefix}{index}", inner) for index, inner in enumerate(item)]
-        elif isinstance(item, str) and _SURROGATE.search(item):
+        elif isinstance(item, str) and not item.isascii() and _SURROGATE.search(item):
             param = printable(name) or None
             message = (
                 f"{param or 'the body'}: contains half of a surrogate pair (\\ud800 to \\udfff); "

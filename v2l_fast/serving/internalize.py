@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from v2l_fast.errors import ConfigError, V2LError
-from v2l_fast.serving.request import EngineClosed, QueueFull, user_facing_error
+from v2l_fast.serving.request import EngineClosed, Notifier, QueueFull, user_facing_error
 from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.work_units import Progress, WorkUnit
 
@@ -111,7 +111,7 @@ class InternalizeJob:
     error: V2LError | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     cancellation: Cancellation = field(default_factory=Cancellation, repr=False)
-    _changed: threading.Condition = field(default_factory=threading.Condition, repr=False)
+    _notifier: Notifier = field(default_factory=Notifier, repr=False)
     _since: float = field(default_factory=time.perf_counter, repr=False)
 
     @property
@@ -127,12 +127,16 @@ class InternalizeJob:
             JobCancelled: the job was cancelled.
             V2LError: the job failed.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
+        with self._notifier.condition:
+            if not self._notifier.condition.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"job {self.id} is still {self.state} after {timeout} s")
         if self.adapter_id is None:
             raise self.error or EngineClosed("the engine stopped")
         return self.adapter_id
+
+    async def ended(self) -> None:
+        """Wait on the running event loop until the job has ended."""
+        await self._notifier.wait_for(lambda: self.done)
 
     def update(
         self,
@@ -143,14 +147,14 @@ class InternalizeJob:
     ) -> None:
         """Enter a state or make progress in it; no effect on a job that has ended."""
         now = time.perf_counter()
-        with self._changed:
+        with self._notifier.condition:
             if self.done:
                 return
             self.seconds[self.state] = self.seconds.get(self.state, 0.0) + now - self._since
             self._since = now
             self.adapter_id, self.error = adapter_id, error
             self.state, self.progress = state, progress
-            self._changed.notify_all()
+            self._notifier.notify()
 
 
 # (path, sampling, cancellation, sha256) -> clip.

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from starlette.concurrency import run_in_threadpool
@@ -137,6 +137,14 @@ class Jobs:
             if not started:
                 self.release(video.sha256)
 
+    def find(self, sha256: str, options: InternalizeOptions) -> StoredAdapter | None:
+        """The adapter of a video with these options, if the store has it.
+
+        Raises:
+            ConfigError: an option is beyond the limits.
+        """
+        return self._stored(sha256, self._settings_of(options))
+
     def _stored(self, sha256: str, settings: InternalizeSettings) -> StoredAdapter | None:
         adapter_id = self._store.find(sha256, settings)
         if adapter_id is None:
@@ -253,28 +261,28 @@ class Jobs:
             )
 
 
-class Admission:
-    """Receiving videos and starting their jobs; used by one event loop.
+class ReceiveSlots:
+    """Room for bodies that arrive at the same time; used by one event loop.
 
-    A video that does not fit waits on the event loop, without a thread. Only a full queue refuses.
+    A body that does not fit waits on the event loop, without a thread, first in, first out. Only a
+    full queue refuses.
+
+    Args:
+        count, size: bodies, and bytes of them together.
+        waiting: bodies that may wait.
     """
 
-    def __init__(self, jobs: Jobs, limits: ServerLimits) -> None:
-        self._jobs = jobs
-        self._max_uploads = limits.uploads
-        self._max_bytes = _LARGEST_UPLOADS * limits.upload_bytes
-        self._max_waiting = limits.uploads_waiting
-        self._uploads = self._bytes = 0
+    def __init__(self, count: int, size: int, waiting: int) -> None:
+        self._max_count, self._max_bytes, self._max_waiting = count, size, waiting
+        self._count = self._bytes = 0
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
-        self._examined = asyncio.Semaphore(_EXAMINED)
-        self._starting: dict[tuple[str, str], asyncio.Task[Job | StoredAdapter]] = {}
 
     @asynccontextmanager
-    async def receiving(self, size: int) -> AsyncIterator[None]:
-        """Held while a file of at most ``size`` bytes arrives or is hashed; first in, first out.
+    async def hold(self, size: int) -> AsyncIterator[None]:
+        """Held while a body of at most ``size`` bytes is received and used.
 
         Raises:
-            QueueFull: too many uploads are waiting.
+            QueueFull: too many bodies are waiting.
         """
         size = min(size, self._max_bytes)
         await self._enter(size)
@@ -301,19 +309,39 @@ class Admission:
             raise
 
     def _fits(self, size: int) -> bool:
-        return self._uploads < self._max_uploads and self._bytes + size <= self._max_bytes
+        return self._count < self._max_count and self._bytes + size <= self._max_bytes
 
     def _add(self, size: int) -> None:
-        self._uploads += 1
+        self._count += 1
         self._bytes += size
 
     def _leave(self, size: int) -> None:
-        self._uploads -= 1
+        self._count -= 1
         self._bytes -= size
         while self._waiting and self._fits(self._waiting[0][1]):
             turn, waiting_size = self._waiting.popleft()
             self._add(waiting_size)
             turn.set_result(None)
+
+
+class Admission:
+    """Receiving videos and starting their jobs; used by one event loop."""
+
+    def __init__(self, jobs: Jobs, limits: ServerLimits) -> None:
+        self._jobs = jobs
+        self._uploads = ReceiveSlots(
+            limits.uploads, _LARGEST_UPLOADS * limits.upload_bytes, limits.uploads_waiting
+        )
+        self._examined = asyncio.Semaphore(_EXAMINED)
+        self._starting: dict[tuple[str, str], asyncio.Task[Job | StoredAdapter]] = {}
+
+    def receiving(self, size: int) -> AbstractAsyncContextManager[None]:
+        """Held while a file of at most ``size`` bytes arrives or is hashed.
+
+        Raises:
+            QueueFull: too many uploads are waiting.
+        """
+        return self._uploads.hold(size)
 
     async def start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | StoredAdapter:
         """:meth:`Jobs.start`; equal videos with equal options that arrive meanwhile share it."""

@@ -1,7 +1,7 @@
 """What a server reports about itself: JSON log lines, and metrics for Prometheus.
 
-Neither contains questions, answers, file names or keys; log lines contain ids, counts and times,
-metrics no ids. Metric names follow Prometheus' rules (base units, ``_total``).
+Neither contains questions, answers, file names or keys, but ids, counts and times. Metric names
+follow Prometheus' rules (base units, ``_total``), except the one that routers know from vLLM.
 """
 
 from __future__ import annotations
@@ -194,6 +194,12 @@ class Metrics:
             ["result"],
             registry=self.registry,
         )
+        self._unloads = Counter(
+            "v2l_replica_unloads",
+            "Deleted adapters by what a replica did: unloaded, absent, or failed.",
+            ["result"],
+            registry=self.registry,
+        )
         self.registry.register(_EngineCollector(engine_stats, num_stored))
 
     def count_answer(self, source: str, end: str) -> None:
@@ -213,6 +219,10 @@ class Metrics:
         self._videos.labels(result).inc()
         for stage, spent in seconds.items():
             self._internalize.labels(stage).observe(spent)
+
+    def count_unload(self, result: str) -> None:
+        """A replica was asked to unload a deleted adapter."""
+        self._unloads.labels(result).inc()
 
     def render(self) -> bytes:
         """Prometheus' text format."""
@@ -238,6 +248,22 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"v2l_engine_{name}", text, getattr(stats, name))
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"v2l_engine_{name}", text, getattr(stats, name))
+        # By vLLM's name and labels, which routers read to send a question to an adapter's replica.
+        adapters = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Ids of the adapters on the device (running) and of waiting requests; the value is the "
+            "time.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        adapters.add_metric(
+            [
+                str(stats.adapter_slots),
+                ",".join(stats.resident_adapters),
+                ",".join(stats.waiting_adapters),
+            ],
+            time.time(),
+        )
+        yield adapters
         decoder = CounterMetricFamily(
             "v2l_decoder_fallbacks",
             "Videos that the GPU left to the CPU's decoder, by reason.",

@@ -14,6 +14,7 @@ decode go to FFmpeg, in a process of its own again.
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import logging
 import math
@@ -26,6 +27,8 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from fractions import Fraction
+from itertools import pairwise
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -47,9 +50,12 @@ from v2l_fast.video import (
     load_spans,
     probe,
 )
+from v2l_fast.video.container import check_size
 from v2l_fast.video.reader import resolve_backend
 
 if TYPE_CHECKING:
+    from av import VideoFrame
+
     from v2l_fast.model import Video2LoRA
     from v2l_fast.serving.gate import ServerLimits
 
@@ -66,6 +72,8 @@ _GRACE = 1.0
 # Seconds for a killed process to disappear: the kernel frees its memory first.
 _REAP_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
+# First bytes of an image -> FFmpeg's format.
+_IMAGES = {b"\x89PNG\r\n": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe", b"BM": "bmp_pipe"}
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, VideoError)}
 
 # task(path, limits, *options) -> a JSON object, and uint8 frames [F, ...] or None. The other
@@ -158,9 +166,33 @@ class VideoReader:
         clip = self.load(path, sampling, cancellation, sha256)
         return replace(clip, frames=clip.frames.to(self._device))
 
+    def write_frames(
+        self, path: str | os.PathLike, ends: Sequence[int], target: str | os.PathLike
+    ) -> None:
+        """Write a video of images, lossless, one a second, in a process of its own.
+
+        Args:
+            path: a file of PNG, JPEG, WebP or BMP images, one behind the other.
+            ends: where each of them ends.
+            target: the video; equal images make equal bytes.
+
+        Raises:
+            VideoError: an image cannot be read, or they differ in size.
+            V2LError: as :meth:`probe`.
+        """
+        with self._probing:
+            self._sandbox.run(_write_frames, path, self._limits.probing, ends, os.fspath(target))
+
     def close(self, reason: V2LError) -> None:
         """Kill the processes that read; running and later calls raise ``reason``."""
         self._sandbox.close(reason)
+
+
+def image_format(head: bytes) -> str | None:
+    """FFmpeg's format of a file that begins with ``head`` (12 bytes), None if it is no image."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp_pipe"
+    return next((name for start, name in _IMAGES.items() if head.startswith(start)), None)
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -301,6 +333,53 @@ def _load(
         "path": clip.path,
     }
     return fields, clip.frames
+
+
+def _write_frames(
+    path: str, limits: Limits, ends: Sequence[int], target: str
+) -> tuple[dict[str, Any], None]:
+    import av
+
+    if len(ends) > limits.max_frames:
+        raise VideoError(f"{path}: {len(ends)} images, more than the limit of {limits.max_frames}")
+    data = Path(path).read_bytes()
+    try:
+        # Without it the file would name the time of its making.
+        exact = {"fflags": "+bitexact"}
+        with av.open(target, "w", format="mov", container_options=exact) as container:
+            stream = None
+            for index, (start, end) in enumerate(pairwise([0, *ends])):
+                frame = _decode_image(path, data[start:end], limits)
+                if stream is None:
+                    stream = container.add_stream("png", rate=1)
+                    stream.width, stream.height = frame.width, frame.height
+                    stream.pix_fmt = "rgb24"
+                elif (frame.width, frame.height) != (stream.width, stream.height):
+                    raise VideoError(f"{path}: the images differ in size; send them in one size")
+                frame = frame.reformat(format="rgb24")
+                frame.pts, frame.time_base = index, Fraction(1)
+                container.mux(stream.encode(frame))
+            assert stream is not None
+            container.mux(stream.encode(None))
+    except (av.FFmpegError, ValueError) as error:
+        raise VideoError(f"{path}: an image cannot be read ({error}); convert it to PNG") from None
+    return {}, None
+
+
+def _decode_image(path: str, data: bytes, limits: Limits) -> VideoFrame:
+    import av
+
+    kind = image_format(data[:12])
+    if kind is None:
+        raise VideoError(f"{path}: not an image of a known type; send PNG, JPEG, WebP or BMP")
+    with av.open(io.BytesIO(data), format=kind) as container:
+        stream = container.streams.video[0]
+        check_size(path, stream.codec_context.width, stream.codec_context.height, limits)
+        stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise VideoError(f"{path}: an image is incomplete; send it again")
+        return frame
 
 
 def _run_task(

@@ -6,13 +6,23 @@ change the answer and ignored if it would not (``user``, ``store``, ...).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256
 MAX_COMPOSED = 64
+MAX_ANSWERS, MAX_TOP_LOGPROBS = 16, 20
 
 
 class ErrorBody(BaseModel):
@@ -40,39 +50,99 @@ class TextPart(BaseModel):
     text: str
 
 
+class MediaUrl(BaseModel):
+    """Where a video or image is: a ``data:`` URL, or http(s) if the server allows its host."""
+
+    url: str
+
+
+class VideoPart(BaseModel):
+    """A video in a message, as vLLM's clients send it."""
+
+    type: Literal["video_url"]
+    video_url: MediaUrl
+
+
+class ImagePart(BaseModel):
+    """An image in a message: a video of one frame."""
+
+    type: Literal["image_url"]
+    image_url: MediaUrl
+
+
+@dataclass
+class MediaPart:
+    """A video or image of a message.
+
+    Attributes:
+        kind: "video" or "image".
+        where: its URL.
+    """
+
+    kind: Literal["video", "image"]
+    where: MediaUrl
+
+
+_PART_FIELDS = {"text": "text", "video_url": "video_url", "image_url": "image_url"}
+
+
 def _content(value: Any) -> Any:
     """Validate text or a list of parts, without pydantic's names for the members of a union."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise PydanticCustomError("content_type", "must be text or a list of text parts")
+        raise PydanticCustomError("content_type", "must be text or a list of parts")
+    parts = []
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
+        if kind not in _PART_FIELDS:
             raise PydanticCustomError(
                 "content_part",
-                "part {index} must be a text part ({example}); send videos to POST /v1/videos and "
-                "ask with their id as model",
-                {"index": index, "example": '{"type": "text", "text": ".."}'},
+                "part {index} must have the type text, video_url or image_url",
+                {"index": index},
             )
-        if not isinstance(part.get("text"), str):
-            message = "part {index} must have a string as its text"
-            raise PydanticCustomError("content_part", message, {"index": index})
-    return value
+        content = part.get(kind)
+        if kind != "text" and isinstance(content, str):
+            # vLLM's short form.
+            content = {"url": content}
+        text = content if kind == "text" else content.get("url") if _is_object(content) else None
+        if not isinstance(text, str):
+            message = "part {index} must have a string as its {field}"
+            field = "text" if kind == "text" else f"{kind}.url"
+            raise PydanticCustomError("content_part", message, {"index": index, "field": field})
+        parts.append({"type": kind, kind: content})
+    return parts
+
+
+def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
 
 
 class Message(BaseModel):
     """A message; the last one of a request is the user's question."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str | list[TextPart] | None, BeforeValidator(_content)] = None
+    content: Annotated[
+        str | list[TextPart | VideoPart | ImagePart] | None, BeforeValidator(_content)
+    ] = None
 
     @property
     def text(self) -> str:
-        """The content; parts are joined with line breaks, as vLLM does."""
+        """The content; text parts are joined with line breaks, as vLLM does."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
-        return "\n".join(part.text for part in self.content)
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def media(self) -> dict[int, MediaPart]:
+        """Its videos and images, by the index of their part."""
+        media = {}
+        for index, part in enumerate(self.content if isinstance(self.content, list) else ()):
+            if isinstance(part, VideoPart):
+                media[index] = MediaPart("video", part.video_url)
+            elif isinstance(part, ImagePart):
+                media[index] = MediaPart("image", part.image_url)
+        return media
 
 
 class StreamOptions(BaseModel):
@@ -81,10 +151,44 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool | None = None
 
 
-class TextFormat(BaseModel):
-    """Plain text, the only format of answers."""
+class VideoIO(BaseModel):
+    """``num_frames``: frames sampled from a video at most."""
 
-    type: Literal["text"]
+    model_config = ConfigDict(extra="forbid")
+
+    num_frames: Annotated[StrictInt, Field(ge=1)] | None = None
+
+
+class MediaIO(BaseModel):
+    """How videos in messages are read, as vLLM names it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    video: VideoIO | None = None
+
+
+class JsonSchema(BaseModel):
+    """A JSON schema, as OpenAI's clients send it."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The format of answers: text, any JSON object, or JSON that matches a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("missing", "json_schema is missing")
+        return self
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -114,7 +218,8 @@ class ChatRequest(BaseModel):
     """A question about a video.
 
     ``model`` is the id of an adapter, or the base model's name. With the base model's name,
-    ``video_ids`` composes the adapters of consecutive chunks. ``video_mode`` "context" puts the one
+    ``video_ids`` composes the adapters of consecutive chunks; videos and images in messages are
+    internalized, once for each content, and follow them. ``video_mode`` "context" puts the one
     video into the context instead, for comparison. Decoding is greedy unless ``temperature`` is
     set. ``null`` leaves a field at its default.
     """
@@ -139,10 +244,12 @@ class ChatRequest(BaseModel):
     # Questions to the person: see `elicit.ElicitFields` and `Persona.to_dict`.
     elicit: dict[str, Any] | None = None
     persona: dict[str, Any] | None = None
+    media_io_kwargs: MediaIO | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
     # Unsupported parameters, accepted with the values that change nothing.
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
     tools: Empty | None = None
     tool_choice: Literal["none", "auto"] | None = None
     functions: Empty | None = None
@@ -150,7 +257,6 @@ class ChatRequest(BaseModel):
     modalities: list[Literal["text"]] | None = None
     audio: None = None
     web_search_options: None = None
-    response_format: TextFormat | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=1, le=1)] | None = None
@@ -186,13 +292,37 @@ class CompletionMessage(BaseModel):
     content: str
 
 
-class Choice(BaseModel):
-    """The one answer of a completion."""
+class TopLogprob(BaseModel):
+    """A token and the natural logarithm of its probability.
 
-    index: Literal[0] = 0
+    ``bytes`` is null for a token that is a part of a character.
+    """
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, and the most likely tokens in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    """The tokens of an answer, from the logits before sampling."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """An answer of a completion."""
+
+    index: int = 0
     message: CompletionMessage
     finish_reason: Literal["stop", "length"]
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -299,12 +429,24 @@ class VideoList(BaseModel):
     data: list[VideoBody]
 
 
+class ReplicaDeletion(BaseModel):
+    """What a replica did with a deleted adapter.
+
+    ``unloaded``: it had the adapter and removed it. ``error``: why it may still have it.
+    """
+
+    url: str
+    unloaded: bool
+    error: str | None
+
+
 class Deleted(BaseModel):
-    """A job was cancelled, or an adapter removed."""
+    """A job was cancelled, or an adapter removed, here and from the replicas if there are any."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
+    replicas: list[ReplicaDeletion] | None = None
 
 
 class Health(BaseModel):

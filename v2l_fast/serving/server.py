@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from v2l_fast.errors import AdapterError, V2LError
+from v2l_fast.errors import AdapterError, ConfigError, V2LError
 from v2l_fast.generation import SamplingParams
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.gate import AllowedHosts, ApiKeys, ServerLimits
+from v2l_fast.serving.grammar import ANY_OBJECT, JsonConstraint, JsonGrammars
 from v2l_fast.serving.http import ApiError, error_body, to_api_error
 from v2l_fast.serving.jobs import Job, Jobs
+from v2l_fast.serving.media import MediaSources
 from v2l_fast.serving.monitoring import Metrics
+from v2l_fast.serving.replicas import UNLOAD_SECONDS, Replica, unload_everywhere
 from v2l_fast.serving.request import QueueFull, StreamingRequest
 from v2l_fast.serving.sandbox import VideoReader
-from v2l_fast.serving.schemas import ChatRequest, VideoBody
+from v2l_fast.serving.schemas import ChatRequest, Deleted, ReplicaDeletion, VideoBody
 from v2l_fast.serving.videos import VideoFolder
 from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings
 from v2l_fast.store.folder import StoredAdapter
@@ -28,6 +33,8 @@ from v2l_fast.vlm import Message, Question
 
 if TYPE_CHECKING:
     from v2l_fast.serving.elicit import Elicitor
+
+log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 256
 # Decoded videos kept in memory for further questions with the video in context.
@@ -46,6 +53,8 @@ class Server:
         root: folder from which callers may name files; None if they may not.
         peft_base: name of the base in downloaded PEFT adapters.
         hosts: names under which the server may be reached; only this machine's if omitted.
+        media: where http(s) URLs in messages may lead; nowhere if omitted.
+        replicas: servers that answer from the published adapters; deletions reach them.
     """
 
     def __init__(
@@ -60,12 +69,16 @@ class Server:
         root: Path | None = None,
         peft_base: str | None = None,
         hosts: AllowedHosts | None = None,
+        media: MediaSources | None = None,
+        replicas: Sequence[Replica] = (),
     ) -> None:
         self.model, self.engine, self.store, self.name = model, engine, store, name
         self.reader = reader
         self.limits = limits or ServerLimits()
         self.keys = keys or ApiKeys([])
         self.hosts = hosts or AllowedHosts()
+        self.media_sources = media or MediaSources()
+        self._replicas = [one.with_timeout(UNLOAD_SECONDS) for one in replicas]
         self.root = root
         self.peft_base = peft_base or model.config.base_model_name_or_path or name
         self.settings = InternalizeSettings.of(model)
@@ -79,6 +92,8 @@ class Server:
         self.jobs.remove_orphans()
         # Answers chat requests that ask about the person; None without a reasoner.
         self.elicitor: Elicitor | None = None
+        backbone = model.backbone
+        self._grammars = JsonGrammars(backbone.tokenizer, tuple(backbone.stop_ids))
         self._clips: OrderedDict[str, Clip] = OrderedDict()
         self._decoding = threading.Semaphore(_DECODING)
         self._contexts = threading.Semaphore(_CONTEXTS)
@@ -91,7 +106,7 @@ class Server:
         return [r for r in self.store.list() if r.hypernetwork in (fingerprint, None)]
 
     def resolve(self, video_id: str, field: str | None = None) -> str:
-        """The adapter's id for an adapter's or a job's id.
+        """The adapter's id for an adapter's or a job's id, alone or as ``base:id``.
 
         Args:
             field: of the request that has the id, for the error.
@@ -99,6 +114,8 @@ class Server:
         Raises:
             ApiError: 404 if there is none, 409 if its job has not ended, failed or was cancelled.
         """
+        # "base:adapter", as routers write it.
+        video_id = video_id.removeprefix(f"{self.name}:")
         job = self.jobs.get(video_id)
         if job is not None:
             if job.work.state == "failed":
@@ -163,10 +180,11 @@ class Server:
             in_context=False,
         )
 
-    def delete(self, video_id: str) -> str:
+    def delete(self, video_id: str) -> Deleted:
         """Cancel a job, or remove an adapter, and its video if it has no other adapter.
 
-        A job that several uploads share loses one of them; the last one cancels it.
+        A job that several uploads share loses one of them; the last one cancels it. An adapter is
+        removed from the replicas, too; the result says which of them may still have it.
 
         Raises:
             ApiError: 404 or 409 as :meth:`resolve`.
@@ -175,7 +193,7 @@ class Server:
         job = self.jobs.get(video_id)
         if job is not None and job.work.state not in ("done", "failed"):
             if self.jobs.withdraw(job):
-                return video_id
+                return Deleted(id=video_id)
             # Its adapter is being stored, which takes a moment; resolve() reports an error.
             with suppress(V2LError):
                 job.work.wait()
@@ -189,7 +207,21 @@ class Server:
         self._clips.pop(adapter_id, None)
         if video is not None:
             self.videos.delete(video, lambda: any(r.video == video for r in self.store.list()))
-        return adapter_id
+        return Deleted(id=adapter_id, replicas=self._unload(adapter_id))
+
+    def _unload(self, adapter_id: str) -> list[ReplicaDeletion] | None:
+        """Remove an adapter from the replicas; None if there are none."""
+        if not self._replicas:
+            return None
+        results = unload_everywhere(self._replicas, adapter_id)
+        for one in results:
+            failed = one.error is not None
+            self.metrics.count_unload(
+                "failed" if failed else "unloaded" if one.unloaded else "absent"
+            )
+            if failed:
+                log.warning("%s: may still have adapter %s: %s", one.url, adapter_id, one.error)
+        return [ReplicaDeletion(**asdict(one)) for one in results]
 
     # --- questions ----------------------------------------------------------------------------
 
@@ -211,17 +243,24 @@ class Server:
             ids = [chat.model]
         field = "video_ids" if chat.video_ids else "model"
         adapters = tuple(self.resolve(i, field) for i in ids)
-        sampling = self._sampling(chat)
+        sampling, constraint = self._sampling(chat), self._constraint(chat)
         if chat.video_mode == "context":
             if len(adapters) != 1:
                 raise ApiError(
                     400, "video_mode context needs exactly one video", "invalid_value", "video_ids"
                 )
             clip = self._clip(adapters[0])
-            return StreamingRequest(question, clip=clip, sampling=sampling, stop=stop)
-        return StreamingRequest(question, adapters, sampling=sampling, stop=stop)
+            return StreamingRequest(
+                question, clip=clip, sampling=sampling, stop=stop, new_constraint=constraint
+            )
+        return StreamingRequest(
+            question, adapters, sampling=sampling, stop=stop, new_constraint=constraint
+        )
 
     def _sampling(self, chat: ChatRequest) -> SamplingParams:
+        if chat.top_logprobs is not None and not chat.logprobs:
+            message = "top_logprobs needs logprobs to be true"
+            raise ApiError(400, message, "invalid_value", "top_logprobs")
         limit = self.limits.new_tokens
         max_new_tokens = (
             chat.max_completion_tokens or chat.max_tokens or min(DEFAULT_NEW_TOKENS, limit)
@@ -235,7 +274,23 @@ class Server:
             top_p=1.0 if chat.top_p is None else chat.top_p,
             top_k=chat.top_k or 0,
             seed=chat.seed or 0,
+            n=chat.n or 1,
+            logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         )
+
+    def _constraint(self, chat: ChatRequest) -> Callable[[], JsonConstraint] | None:
+        """What makes the constraint of one answer; None for text."""
+        wanted = chat.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        schema = ANY_OBJECT if wanted.json_schema is None else wanted.json_schema.definition
+        if wanted.type == "json_object":
+            schema = ANY_OBJECT
+        try:
+            return self._grammars.constraint(schema)
+        except ConfigError as error:
+            message = f"response_format: {error}"
+            raise ApiError(400, message, "invalid_value", "response_format") from None
 
     def _clip(self, adapter_id: str) -> Clip:
         """The frames of an adapter's video, decoded again; the last few videos stay in memory."""

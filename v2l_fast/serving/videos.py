@@ -24,6 +24,8 @@ from v2l_fast.files import file_sha256, read_text
 from v2l_fast.store.adapter_store import StoreError
 from v2l_fast.store.folder import Staging, sync_folder
 
+# Writing happens in a thread; a switch for each network packet would cost more than the copy.
+WRITE_BYTES = 1 << 20
 VIDEO_FILE = "video"
 NAME_FILE = "name"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
