@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench aot gpu bench-gpu tune train-shapes evaluate-shapes simulate report page-test wheel clean
+.PHONY: demo test test-slow test-lowest test-newest lint bench aot gpu bench-gpu tune train-shapes evaluate-shapes simulate report page-test wheel clean
 
 demo: $(VENV)/.core
 	@$(BIN)/v2l demo
@@ -14,6 +14,26 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# The suite on the lowest versions that pyproject.toml allows, and on the newest that there are, in
+# environments of their own. TESTS names files; without it, the whole suite runs.
+TESTS ?=
+test-lowest: .venv-lowest/.done
+	.venv-lowest/bin/python -m pytest -n 2 $(TESTS)
+
+test-newest: .venv-newest/.done
+	.venv-newest/bin/python -m pytest -n 2 $(TESTS)
+
+.venv-lowest/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	sed -n '/^dependencies/,/^]/s/^    "\([a-z]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --disable-pip-version-check -c .venv-lowest/lowest.txt --editable ".[dev]"
+	@touch $@
+
+.venv-newest/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager --editable ".[dev]"
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -100,4 +120,4 @@ $(VENV)/.dev: $(VENV)/.core
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .venv-lowest .venv-newest dist .pytest_cache .ruff_cache .benchmarks

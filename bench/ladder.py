@@ -3,8 +3,8 @@
 The variants of a row: ``released`` (the op order of the released code, bench/released.py),
 ``reference`` (the op's reference.py), ``plain`` (the best plain PyTorch we know, at the end of this
 file), ``compiled`` (the same under torch.compile), ``merged`` (the adapter merged into W) and
-``bare`` (the linear layer without an adapter) where they mean something, and ``ours``. Decoding is
-timed as CUDA graphs.
+``bare`` (the linear layer without an adapter) where they mean something, kernels of other projects
+where they are installed (``bench.outside``), and ``ours``. Decoding is timed as CUDA graphs.
 
 Ours is first compared with float64 on the same device; a wrong result gets no speed-up. Two front
 ends measure these rows: bench/test_ops.py with pytest-benchmark, and bench/runs/gpu.py, which has
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import released
+from bench import outside, released
 from bench.harness import (
     backend,
     captured,
@@ -62,6 +62,7 @@ class Row:
         compiled: whether "plain" is also timed under torch.compile.
         tolerance: factor of the dtype's error limit.
         bare: variants that compute less than the op does, for scale; they get no speed-up.
+        outside: variants of other projects (``bench.outside``), compared with float64 like ours.
     """
 
     op: str
@@ -79,6 +80,7 @@ class Row:
     tolerance: float = 1.0
     note: str = ""
     bare: frozenset[str] = frozenset({"bare"})
+    outside: frozenset[str] = frozenset()
     grads: list[Tensor] = field(default_factory=list)
     exact: list[Tensor] = field(default_factory=list)
 
@@ -132,6 +134,9 @@ def measure(row: Row, device: str, seconds: float, compile_plain: bool) -> dict[
                 return run(row, f)
 
             try:
+                error = row_error(row, function) if name in row.outside else 0.0
+                if error > row.allowed_error:
+                    raise ValueError(f"relative error {error:.1e}, limit {row.allowed_error:.1e}")
                 call()
                 calls[name] = as_timed(row, name, call, device)
             except Exception as failure:
@@ -296,15 +301,18 @@ class _Maker:
 
     def attention(self, name: str, n: int, s: int, p: int, z: int, training: bool) -> Row:
         torch.manual_seed(0)
-        context = self.rand(n, s, z)
+        context, query = self.rand(n, s, z), self.rand(n, p, z, scale=z**-0.5)
+        others = {} if training else outside.perceiver_attention(query, context)
         return Row(
             "perceiver_attention", name,
             {
                 "reference": _under_reference(perceiver_attention),
                 "plain": plain_perceiver_attention,
+                **others,
                 "ours": perceiver_attention,
             },
-            [self.rand(n, p, z, scale=z**-0.5), context, inverse_rms(context)],
+            [query, context, inverse_rms(context)],
+            outside=frozenset(others),
             flops=(14 if training else 4) * n * p * s * z,
             bytes=self.size * ((3 if training else 1) * n * s * z + (5 if training else 2) * n * p
                                * z),
@@ -390,6 +398,10 @@ class _Maker:
             "bare": lambda x, w, a, b: F.linear(x, w),
             "ours": lambda x, w, a, b: lora_linear(x, w, None, a, b, index, scale),
         }
+        others = {}
+        if not training and examples % adapters == 0:
+            others = outside.lora_linear(inputs[1], a, b, index, tokens, scale)
+            functions |= others
         if adapters == 1 and not training:
             merged = (inputs[1].float() + scale * (b[0].float().mT @ a[0].float())).to(self.dtype)
             functions["merged"] = lambda x, w, a, b: F.linear(x, merged)
@@ -404,7 +416,9 @@ class _Maker:
             bytes=self.size * (moved + rows * (d_in + d_out) * (2 if training else 1)),
             needs=(0, 2, 3) if training else (),
             # The reference searches for the rows of each adapter, which waits for the device.
-            graphed=not training, eager=frozenset({"reference"}), tolerance=2.0,
+            # PEFT's mixed batch copies indices from the host.
+            graphed=not training, eager=frozenset({"reference", "peft"}), tolerance=2.0,
+            outside=frozenset(others),
             compiled=name.startswith("500M"),
         )  # fmt: skip
 
@@ -412,6 +426,7 @@ class _Maker:
         torch.manual_seed(0)
         x, (gate, up) = self.rand(tokens, d), (self.rand(4 * d, d, scale=d**-0.5) for _ in "gu")
         down = self.rand(z, 4 * d, scale=(4 * d) ** -0.5)
+        others = outside.gated_projection(gate, up)
         return Row(
             "gated_projection", name,
             {
@@ -420,9 +435,10 @@ class _Maker:
                     lambda x, g, u, d: gated_projection(x, None, g, u, d)
                 ),
                 "plain": plain_gated_projection,
+                **others,
                 "ours": lambda x, g, u, d: gated_projection(x, None, g, u, d),
             },
-            [x, gate, up, down],
+            [x, gate, up, down], outside=frozenset(others),
             flops=2 * tokens * 4 * d * (2 * d + z),
             bytes=self.size * (tokens * (d + z) + 4 * d * (2 * d + z)),
         )  # fmt: skip

@@ -47,7 +47,18 @@ CHECKERS = 8
 COMPILE_SECONDS = 60
 # A CPU trial has no deadline: it shows that the whole script runs.
 CPU_SECONDS = 3600
-OPTIONAL = {"pytest": "checks", "av": "decoding beside a training step", "peft": "answers by PEFT"}
+OPTIONAL = {
+    "pytest": "checks",
+    "pydantic": "training steps",
+    "av": "decoding beside a training step",
+    "peft": "answers by PEFT and its mixed batch",
+    "flash_mla": "FlashMLA's attention",
+    "flashinfer": "FlashInfer's MLA attention",
+    "liger_kernel": "Liger's gated activation",
+    "quack": "QuACK's gated product",
+    "vllm": "vLLM's LoRA kernels",
+    "punica": "Punica's LoRA kernels",
+}
 
 Row = dict[str, Any]
 
