@@ -86,8 +86,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """[..., size] -> [..., output]; rows that are not visible are read as zeros."""
-        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return gated_projection(x, visible, *(w.to(x.dtype) for w in weights))
+        gate, up, down = (
+            layer.weight.to(x.dtype) for layer in (self.gate_proj, self.up_proj, self.down_proj)
+        )
+        return gated_projection(x, visible, gate, up, down)
 
 
 class PerceiverAttention(nn.Module):
