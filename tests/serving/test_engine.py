@@ -166,11 +166,10 @@ def test_cancelling_a_waiting_request(model, store):
         assert engine.submit(request(QUESTIONS[1])).result(WAIT)[1] == "length"
 
 
-@pytest.mark.parametrize("ids", [(), ("a0",), ("a0", "a1")])
-@pytest.mark.parametrize("in_context", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "in_context"), [((), False), (("a0",), False), (("a0", "a1"), False), ((), True)]
+)
 def test_several_answers_to_one_prompt(ids, in_context, model, store, clips, monkeypatch):
-    if in_context and ids:
-        pytest.skip("a request takes adapters or a video")
     monkeypatch.setattr(scheduling, "PREFILL_TOKENS", 1)
     computed, prefill = [], ModelRunner.run_prefill
 
