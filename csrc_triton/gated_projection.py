@@ -199,7 +199,7 @@ def _forward(
             torch.mm(hidden, down.T, out=out[part])
         else:
             out[part] = (fused if fuses else reference)(rows[part], mask, gate, up, down)
-    return out.view(*x.shape[:-1], down.shape[0]), *products
+    return out.view(*x.shape[:-1], down.shape[0]), products[0], products[1]
 
 
 @_forward.register_fake

@@ -86,10 +86,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """[..., size] -> [..., output]; rows that are not visible are read as zeros."""
-        gate, up, down = (
-            layer.weight.to(x.dtype) for layer in (self.gate_proj, self.up_proj, self.down_proj)
-        )
-        return gated_projection(x, visible, gate, up, down)
+        gate, up = self.gate_proj.weight.to(x.dtype), self.up_proj.weight.to(x.dtype)
+        return gated_projection(x, visible, gate, up, self.down_proj.weight.to(x.dtype))
 
 
 class PerceiverAttention(nn.Module):
