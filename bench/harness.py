@@ -128,6 +128,18 @@ def run_module(
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def module_process(module: str, arguments: list[str], threads: int) -> subprocess.Popen[str]:
+    """``python -m module`` with pipes to its standard input and output."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments, "--threads", str(threads)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        cwd=ROOT,
+    )
+
+
 def peak_bytes(device: str = "cpu") -> int:
     """Peak memory of this process so far; on a GPU, allocated since the last reset."""
     if device == "cuda":

@@ -61,10 +61,10 @@ def watched() -> Iterator[list[tuple[int, int, bool]]]:
     seen = []
     group = HyperNetwork.group
 
-    def call(self, first, hiddens, mask=None, chunk_span=None, heads=None):
+    def call(self, first, hiddens, mask=None, *arguments):
         if first == 0:
             seen.append((*hiddens[0].shape[:2], mask is not None))
-        return group(self, first, hiddens, mask, chunk_span, heads)
+        return group(self, first, hiddens, mask, *arguments)
 
     with patch.object(HyperNetwork, "group", call):
         yield seen

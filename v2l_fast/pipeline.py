@@ -12,10 +12,9 @@ the check of :class:`VideoInternalizer` for finite factors.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -226,7 +225,8 @@ def iter_factors(
     batch: ContextBatch,
     unit: int | None = None,
     heads: Sequence[Tensor] | None = None,
-    run: Callable[..., Any] | None = None,
+    recompute: bool = False,
+    widen: bool = True,
 ) -> Generator[WorkUnit, None, AdapterBatch]:
     """The factors of a batch of contexts, one "generate adapter" unit per layer.
 
@@ -238,7 +238,7 @@ def iter_factors(
         unit: tokens of a chunk, without gradients only; longer contexts take several units per
             layer, and each layer is a group of its own. None computes whole contexts.
         heads: :meth:`~v2l_fast.hypernet.network.Head.slices`, for gradients.
-        run: calls a function with its arguments, for activation checkpointing.
+        recompute, widen: see :meth:`~v2l_fast.hypernet.network.HyperNetwork.group`.
 
     Returns:
         One adapter per context, in the batch's order.
@@ -261,9 +261,10 @@ def iter_factors(
             inputs.append(hidden)
             if len(inputs) == size or index + 1 == total:
                 first = index + 1 - len(inputs)
-                own = () if heads is None else heads[first : index + 1]
-                arguments = hypernet, first, len(inputs), batch.mask, batch.chunk_spans
-                per_layer += (run or _call)(_group, *arguments, *inputs, *own)
+                own = None if heads is None else heads[first : index + 1]
+                per_layer += hypernet.group(
+                    first, inputs, batch.mask, batch.chunk_spans, own, recompute, widen
+                )
                 inputs = []
         else:
             units = hypernet.iter_layer(index, hidden, batch.mask, batch.chunk_spans, chunks)
@@ -275,25 +276,6 @@ def iter_factors(
                 hidden = yield from label_units(decoder.iter_layer(index, hidden, unit), label)
     yield "generate adapter", total, total
     return hypernet.assemble(per_layer)
-
-
-def _call(function: Callable, *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-def _group(
-    hypernet: HyperNetwork,
-    first: int,
-    count: int,
-    mask: Tensor | None,
-    chunk_spans: Tensor,
-    *tensors: Tensor,
-) -> list[LayerFactors]:
-    """The factors of ``count`` layers from their inputs, and their heads if given.
-
-    Checkpointing saves tensors that are arguments of their own, and does not see those in lists.
-    """
-    return hypernet.group(first, tensors[:count], mask, chunk_spans, tensors[count:] or None)
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ concatenated, applied by einsum; answers padded to one batch; float32 logits of 
 ``ours``: ``v2l_fast.training.step``, a video encoded once for all its prompts. On a GPU the frozen
 model is bfloat16 in both, and ours is compiled unless ``--no-compile``.
 
-Each order runs in a process of its own, whose peak memory is recorded. In both, data workers read
+Each order runs in a process of its own, whose peak memory is recorded; on a CPU the two take turns,
+step by step, so that other load hits both. In both, data workers read
 the video files ahead of the step: ``decode_seconds`` are the CPU seconds for the files of a batch,
 V for ours and V·P for the released order. A batch that does not fit into GPU memory is halved and
 accumulated. Ratios are given only if losses and gradients agree. With one CPU thread, seconds are
@@ -22,11 +23,14 @@ those of the process rather than of the clock.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +45,8 @@ from bench.harness import (
     RESULTS,
     argument_parser,
     environment,
+    module_process,
     peak_bytes,
-    run_module,
     write_record,
 )
 from bench.models import (
@@ -90,7 +94,7 @@ class Case:
     videos: int
     prompts: int
     frames: int
-    recompute: bool = True
+    recompute: bool | None = None
 
 
 def _slice(shape: Shape, layers: int, vision_layers: int) -> Shape:
@@ -102,21 +106,22 @@ def _slice(shape: Shape, layers: int, vision_layers: int) -> Shape:
 TOY_NETWORK = {"rank": 8, "latent_size": 128, "num_blocks": 2, "num_heads": 4, "num_kv_heads": 2,
                "head_dim": 32}  # fmt: skip
 CASES = {
-    "shapes": Case("shapes", SHAPES["shapes"], TOY_NETWORK, 48, 4, 8, recompute=False),
+    "shapes": Case("shapes", SHAPES["shapes"], TOY_NETWORK, 48, 4, 8),
     "500M-4": Case("500M-4", _slice(SHAPES["500M"], 4, 1), {}, 2, 4, 4),
     "500M": Case("500M", SHAPES["500M"], {}, 12, 4, 12),
     "2.2B": Case("2.2B", SHAPES["2.2B"], {}, 12, 4, 12),
     "tiny": Case("tiny", SHAPES["tiny"], {"rank": 2, "latent_size": 32, "num_blocks": 1}, 2, 2, 2),
 }
-# "-p1": one prompt per video; "-p1-kept": the same without recomputation of activations.
+# "-p1": one prompt per video; "-p1-recomputed": with recomputation of activations, which otherwise
+# depends on the memory that is available.
 for _name in ("shapes", "500M-4", "500M", "2.2B", "tiny"):
     _one = replace(CASES[_name], name=f"{_name}-p1", prompts=1)
     CASES[_one.name] = _one
-    if _one.recompute:
-        CASES[f"{_one.name}-kept"] = replace(_one, name=f"{_one.name}-kept", recompute=False)
+    _recomputed = replace(_one, name=f"{_one.name}-recomputed", recompute=True)
+    CASES[_recomputed.name] = _recomputed
 DEFAULT = {
-    "cpu": ("shapes-p1", "500M-4-p1", "500M-4-p1-kept", "shapes", "500M-4"),
-    "cuda": ("500M-p1", "500M-p1-kept", "2.2B-p1", "2.2B-p1-kept", "500M", "2.2B"),
+    "cpu": ("shapes-p1", "500M-4-p1", "500M-4-p1-recomputed", "shapes", "500M-4"),
+    "cuda": ("500M-p1", "500M-p1-recomputed", "2.2B-p1", "2.2B-p1-recomputed", "500M", "2.2B"),
 }
 
 
@@ -132,7 +137,7 @@ def main() -> int:
     parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(measure(options)))
+        serve(options)
         return 0
     load = os.getloadavg()[0]
     rows = [
@@ -159,13 +164,18 @@ def compare(
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{order}.pt" for order in ORDERS]
-        for order, gradients in zip(ORDERS, files, strict=True):
-            arguments = [
-                "--run", order, "--cases", name, "--device", device,
-                "--repeats", str(repeats), "--gradients", str(gradients),
-            ]  # fmt: skip
-            arguments += [] if compile else ["--no-compile"]
-            row[order] = run_module("bench.runs.train_step", arguments, threads, timeout)
+        arguments = {
+            order: ["--run", order, "--cases", name, "--device", device, "--gradients", str(path)]
+            + ([] if compile else ["--no-compile"])
+            for order, path in zip(ORDERS, files, strict=True)
+        }
+        # Two models and their activations may not fit into a GPU's memory together.
+        for orders in [ORDERS] if device == "cpu" else [(order,) for order in ORDERS]:
+            row |= take_turns(
+                {order: arguments[order] for order in orders}, repeats, threads, timeout
+            )
+        for order in ORDERS:
+            row[order] = figures(case, row[order])
             print(line(name, order, row[order]), flush=True)
         row |= difference(row, *files)
     row["correct"] = max(row["loss_error"], row["gradient_error"]) <= ERROR_LIMIT[device]
@@ -180,6 +190,58 @@ def compare(
     else:
         print(f"{name:14s} WRONG: gradient error {row['gradient_error']:.1e}, no ratios")
     return row
+
+
+def take_turns(
+    arguments: dict[str, list[str]], repeats: int, threads: int, timeout: float | None
+) -> dict[str, Any]:
+    """The reports of processes that run one step each in turn.
+
+    Raises:
+        subprocess.TimeoutExpired: they took longer than ``timeout`` seconds.
+    """
+    words = ["prepare", *["step"] * repeats, *["split"] * repeats, "report"]
+    reports: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        runs = {
+            order: stack.enter_context(module_process("bench.runs.train_step", given, threads))
+            for order, given in arguments.items()
+        }
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            for run in runs.values():
+                run.kill()
+
+        if timeout is not None:
+            timer = threading.Timer(timeout, end)
+            timer.start()
+            stack.callback(timer.cancel)
+        for word in words:
+            for order, run in runs.items():
+                assert run.stdin is not None and run.stdout is not None
+                with contextlib.suppress(BrokenPipeError):
+                    run.stdin.write(f"{word}\n")
+                    run.stdin.flush()
+                if not (reply := run.stdout.readline()):
+                    if late.is_set() and timeout is not None:
+                        raise subprocess.TimeoutExpired(run.args, timeout)
+                    raise subprocess.CalledProcessError(run.wait(), run.args)
+                reports[order] = json.loads(reply)
+    return reports
+
+
+def figures(case: Case, report: dict[str, Any]) -> dict[str, Any]:
+    """Medians of what a process reported."""
+    seconds, splits = report.pop("seconds"), report.pop("splits")
+    return {
+        "seconds": median(seconds),
+        "all_seconds": seconds,
+        "samples_per_second": case.videos * case.prompts / median(seconds),
+        "stages": {stage: median(split[stage] for split in splits) for stage in STAGES},
+        **report,
+    }
 
 
 def difference(row: dict[str, Any], first: Path, second: Path) -> dict[str, float]:
@@ -205,8 +267,11 @@ def line(name: str, order: str, figures: dict[str, Any]) -> str:
 # --- one order, in its own process ----------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Speed, memory and stages of one order; writes its gradients to a file."""
+def serve(options: argparse.Namespace) -> None:
+    """Do what each line of standard input says; reply to each with a line of JSON.
+
+    "prepare" writes the gradients to a file, "step" and "split" time a step, "report" ends.
+    """
     torch.set_num_threads(options.threads)
     case, device = CASES[options.cases[0]], options.device
     network, backbone = models(case, device)
@@ -224,31 +289,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             backbone.compile()
             network.compile_layers()
         step = OurStep(TrainStep(network, backbone, StepOptions(recompute=case.recompute)))
-    before = peak_bytes(device)
+    report: dict[str, Any] = {"before_bytes": peak_bytes(device), "seconds": [], "splits": []}
     # The weights stay, so every step is the same.
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, fused=device == "cuda")
     run = Run(step, samples, optimizer, device)
-    # The first step compiles, and settles the size of micro-batches.
-    loss, gradients = run.gradients(network)
-    # The writer of safetensors copies, which would count in the peak memory.
-    torch.save(gradients, options.gradients)
-    del gradients
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = [run.timed() for _ in range(options.repeats)]
-    peak = peak_bytes(device)
-    splits = [run.split() for _ in range(options.repeats)]
-    decoding = decode_seconds(case, backbone)
-    return {
-        "loss": loss,
-        "micro_batch": run.micro,
-        "seconds": median(seconds),
-        "samples_per_second": case.videos * case.prompts / median(seconds),
-        "stages": {stage: median(split[stage] for split in splits) for stage in STAGES},
-        "decode_seconds": None if decoding is None else decoding * len(samples),
-        "peak_bytes": peak,
-        "before_bytes": before,
-    }
+    for word in map(str.strip, sys.stdin):
+        if word == "prepare":
+            # The first step compiles, and settles the size of micro-batches.
+            report["loss"], gradients = run.gradients(network)
+            # The writer of safetensors copies, which would count in the peak memory.
+            torch.save(gradients, options.gradients)
+            del gradients
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+        elif word == "step":
+            report["seconds"].append(run.timed())
+            report["peak_bytes"] = peak_bytes(device)
+        elif word == "split":
+            report["splits"].append(run.split())
+        else:
+            decoding = decode_seconds(case, backbone)
+            report["micro_batch"] = run.micro
+            report["decode_seconds"] = None if decoding is None else decoding * len(samples)
+        print(json.dumps(report), flush=True)
+        if word == "report":
+            return
 
 
 class OurStep:
@@ -263,20 +328,14 @@ class OurStep:
         features = visual_features(step.backbone, contexts)
         stage("vision")
 
-        forward = True
-
         def watched(*arguments: Any) -> Any:
-            # Recomputed in the backward pass, a group is part of that.
-            if forward:
-                stage("text encode")
+            stage("text encode")
             factors = group(*arguments)
-            if forward:
-                stage("hypernetwork forward")
+            stage("hypernetwork forward")
             return factors
 
         with mock.patch.object(step.hypernet, "group", watched):
             adapters = step.adapters(samples, features)
-        forward = False
         stage("hypernetwork forward")
         sides = (adapters.A, adapters.B)
         leaves = [{m: t.detach().requires_grad_() for m, t in side.items()} for side in sides]

@@ -65,7 +65,7 @@ def test_every_device_measures_one_prompt_per_video_beside_several():
         assert {case.shape.name for case in cases if case.prompts == 1} == {
             case.shape.name for case in cases if case.prompts > 1
         }
-        assert any(not case.recompute for case in cases if case.prompts == 1)
+        assert any(case.recompute for case in cases if case.prompts == 1)
         # A case with one prompt differs in nothing else from the one with several.
         for case in cases:
             several = train_step.CASES[case.name.split("-p1")[0]]
@@ -74,18 +74,25 @@ def test_every_device_measures_one_prompt_per_video_beside_several():
 
 
 def test_no_ratio_from_a_wrong_result(monkeypatch, tmp_path):
-    row = {
-        "loss": 1.0, "samples_per_second": 1.0, "peak_bytes": 1,
-        "stages": dict.fromkeys(train_step.STAGES, 0.0),
+    report = {
+        "loss": 1.0, "seconds": [1.0], "peak_bytes": 1,
+        "splits": [dict.fromkeys(train_step.STAGES, 0.0)],
     }  # fmt: skip
 
-    def fake(module, arguments, threads, timeout):
-        order = arguments[arguments.index("--run") + 1]
-        value = torch.ones(3) * (1 if order == "ours" else 2)
-        torch.save({"weight": value}, arguments[arguments.index("--gradients") + 1])
-        return row
+    def fake(arguments, repeats, threads, timeout):
+        for order, given in arguments.items():
+            value = torch.ones(3) * (1 if order == "ours" else 2)
+            torch.save({"weight": value}, given[given.index("--gradients") + 1])
+        return {order: dict(report) for order in arguments}
 
-    monkeypatch.setattr(train_step, "run_module", fake)
+    monkeypatch.setattr(train_step, "take_turns", fake)
     found = train_step.compare("tiny", "cpu", repeats=1, threads=1, compile=False)
     assert found["gradient_error"] == pytest.approx(0.5)
     assert not found["correct"] and "speedup" not in found
+
+
+@pytest.mark.slow
+def test_the_orders_take_turns():
+    row = train_step.compare("tiny", "cpu", repeats=1, threads=1, compile=False)
+    assert row["correct"] and row["speedup"] > 0
+    assert all(len(row[order]["all_seconds"]) == 1 for order in train_step.ORDERS)

@@ -22,7 +22,7 @@ from v2l_fast.serving.gate import ServerLimits
 from v2l_fast.video import Limits
 
 
-def read_or_suffer(path: str, limits: Limits) -> tuple[dict[str, Any], None]:
+def read_or_suffer(path: str, limits: Limits) -> tuple[dict[str, Any], torch.Tensor]:
     """Probe a file, or do the harm that it names."""
     name = Path(path).read_bytes()[:32].strip()
     if name in HARM:

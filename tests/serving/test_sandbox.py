@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,25 @@ def test_results_equal_those_of_this_process(reader, videos):
                 assert one.dtype == other.dtype and (one == other).all()
             else:
                 assert type(one) is type(other) and one == other, name
+
+
+def test_a_probed_file_is_walked_once(reader, videos, tmp_path, monkeypatch):
+    first = tmp_path / "upload"
+    first.write_bytes(Path(videos[0]).read_bytes())
+    options = []
+    run = reader._sandbox.run
+
+    def spy(task, path, limits, *rest, **keywords):
+        options.append(rest)
+        return run(task, path, limits, *rest, **keywords)
+
+    monkeypatch.setattr(reader._sandbox, "run", spy)
+    reader.probe(first)
+    kept = first.rename(tmp_path / "kept.mp4")
+    (expected,) = load_spans(videos[0], FrameSampling(8, 64))
+    for probed in (True, False):
+        assert torch.equal(reader.load(kept, FrameSampling(8, 64)).frames, expected.frames)
+        assert (options[-1][-1] is not None) is probed
 
 
 def test_errors_equal_those_of_this_process(reader, tmp_path):

@@ -1,13 +1,16 @@
 """Batches of a run: order, shares of processes, workers, and videos that cannot be read."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests import tiny
 from tests.tiny import json_lines
 from tests.training.tiny_run import TinySource
 from v2l_fast.data.readers import Failure
+from v2l_fast.errors import ConfigError
 from v2l_fast.training.config import DataConfig
-from v2l_fast.training.loader import EpochOrder, Quarantine, step_batches
+from v2l_fast.training.loader import EpochOrder, Quarantine, check_shared_memory, step_batches
 
 LIST = "quarantine.jsonl"
 
@@ -115,3 +118,15 @@ def test_processes_learn_from_each_other(tmp_path):
 
 def test_flags_are_seen_by_workers(tmp_path):
     assert Quarantine(tmp_path / "quarantine.jsonl", 3).broken.is_shared()
+
+
+def test_shared_memory_is_checked_before_the_first_step(monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = DataConfig(workers=3, prefetch=2)
+    # 2 processes, 3 x 2 batches ahead and one in the step, 4 videos each.
+    check_shared_memory(config, 4, (64 << 20) // 56, tmp_path)
+    with pytest.raises(ConfigError, match=r"0.06 GiB free.*need 1.09 GiB.*--shm-size=2g"):
+        check_shared_memory(config, 4, 20 << 20, tmp_path)
+    check_shared_memory(DataConfig(workers=0), 4, 20 << 20, tmp_path)
+    check_shared_memory(config, 4, 20 << 20, tmp_path / "missing")

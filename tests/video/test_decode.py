@@ -13,14 +13,18 @@ from tests.video.clips import HEIGHT, WIDTH, set_display_matrix, shown_index
 from v2l_fast.errors import VideoError
 from v2l_fast.video import (
     Clip,
+    FrameSampling,
     Limits,
     decode,
     fallbacks,
     frame_views,
+    load_spans,
     load_video,
     probe,
 )
 from v2l_fast.video.decoder import StreamDecoder, _Lost
+from v2l_fast.video.packets import Packets
+from v2l_fast.video.pyav import PyAVSource
 
 
 def shown(frames: torch.Tensor) -> list[int]:
@@ -52,6 +56,19 @@ def test_frames_are_the_requested_ones(clip, name, codec):
     assert probe(path).num_frames == 12
     assert shown(decode(path, [0, 5, 11])) == [0, 5, 11]
     assert shown(decode(path, [7, 2, 7])) == [7, 2, 7]
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4")])
+def test_a_packet_table_saves_the_walk(clip, name, codec, monkeypatch):
+    path = clip(name, 12, codec=codec)
+    sampling = FrameSampling(5, 64, exact_frames=True)
+    (expected,) = load_spans(path, sampling)
+    table = PyAVSource(path, Limits()).packets.to_bytes()
+    monkeypatch.setattr("v2l_fast.video.pyav.read_packets", None)
+    (walked,) = load_spans(path, sampling, packets=Packets.from_bytes(table))
+    assert torch.equal(walked.frames, expected.frames)
+    assert walked.presentation_times == expected.presentation_times
+    assert (walked.fps, walked.num_frames) == (expected.fps, expected.num_frames)
 
 
 def test_hidden_vp8_frames_are_not_counted(clip):

@@ -25,7 +25,12 @@ from v2l_fast.device import compiled
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch, BiasAdapter
 from v2l_fast.hypernet.config import WEIGHTS_NAME, HypernetConfig
-from v2l_fast.hypernet.perceiver import Perceiver, attention_dtype, latents_features_dtype
+from v2l_fast.hypernet.perceiver import (
+    Perceiver,
+    attention_dtype,
+    latent_dtype,
+    latents_features_dtype,
+)
 from v2l_fast.tensor_files import TensorInfo, load_tensors, save_tensors
 from v2l_fast.work_units import layers_per_group, tokens_per_unit
 
@@ -181,8 +186,9 @@ class HyperNetwork(nn.Module):
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compute the latents of :meth:`group` in one compiled graph, for every length and size.
 
-        The head, one op per layer, stays outside: it would be compiled again for every group size.
-        The first call (with and without gradients) then takes seconds.
+        The projection, which is one op, and the head, one op per layer, stay outside: the head
+        would be compiled again for every group size. The first call (with and without gradients)
+        then takes seconds.
         """
         self._run_latents = compiled(HyperNetwork._latents, backend)
 
@@ -199,7 +205,8 @@ class HyperNetwork(nn.Module):
 
         Returns:
             :class:`AdapterBatch` with A [B, L, R, d_in] and B [B, L, R, d_out] per module, of the
-            features' dtype. Each group's activations are recomputed in the backward pass.
+            features' dtype. Each group's activations are recomputed in the backward pass, but for
+            the projected context.
 
         Raises:
             ValueError: shapes that do not fit the config.
@@ -211,18 +218,12 @@ class HyperNetwork(nn.Module):
             )
         batch, layers, length, _ = features.shape
         size = layers_per_group(batch * length, layers, tokens_per_unit(features.device))
-        recompute, heads = torch.is_grad_enabled(), self.head.slices()
+        heads = self.head.slices()
         per_layer: list[LayerFactors] = []
         for first in range(0, layers, size):
             part = slice(first, first + size)
-            inputs = first, features[:, part].unbind(1), mask, chunk_span, heads[part]
-            if recompute:
-                # No random numbers are drawn, and reading a generator's state waits for a GPU.
-                per_layer += checkpoint(
-                    self.group, *inputs, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                per_layer += self.group(*inputs)
+            inputs = features[:, part].unbind(1)
+            per_layer += self.group(first, inputs, mask, chunk_span, heads[part], recompute=True)
         return self.assemble(per_layer)
 
     def layer(
@@ -257,6 +258,8 @@ class HyperNetwork(nn.Module):
         mask: Tensor | None = None,
         chunk_span: Tensor | None = None,
         heads: Sequence[Tensor] | None = None,
+        recompute: bool = False,
+        widen: bool = True,
     ) -> list[LayerFactors]:
         """Adapters of consecutive decoder layers in one pass.
 
@@ -268,6 +271,10 @@ class HyperNetwork(nn.Module):
             hiddens: [B, S, D] input of each layer.
             mask, chunk_span: as in :meth:`layer`, the same for all layers.
             heads: slice of each layer from :meth:`Head.slices`, or None.
+            recompute: keep the inputs, the projected context and the latents alone, and recompute
+                all other activations in the backward pass. The gradients have the same bits.
+            widen: latents and attention are float64 over float32 features while gradients are
+                recorded; False computes them in float32.
 
         Returns:
             A {module: [B, R, d_in]} and B {module: [B, R, d_out]} of each layer.
@@ -284,7 +291,14 @@ class HyperNetwork(nn.Module):
             chunk_span = None if chunk_span is None else chunk_span.repeat(count, 1)
         # The dtypes of each step are chosen here; autocast would mix in its own.
         with torch.autocast(hidden.device.type, enabled=False):
-            latents = self._run_latents(self, hidden, visible, chunk_span)
+            context = self._perceiver.project(hidden, visible, not recompute)
+            arguments = self, context, visible, chunk_span, latent_dtype(hidden.dtype, widen)
+            if recompute and torch.is_grad_enabled():
+                latents = checkpoint(
+                    self._run_latents, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                latents = self._run_latents(*arguments)
             return [
                 self._factors(first + i, rows, hidden.dtype, heads[i] if heads else None)
                 for i, rows in enumerate(latents.unflatten(0, (count, -1)).unbind(0))
@@ -324,16 +338,22 @@ class HyperNetwork(nn.Module):
         latents = yield from self._perceiver.iter_forward(hidden, visible, chunk_span, chunks)
         return self._factors(index, self.layers(latents), hidden.dtype, None)
 
-    def _latents(self, hidden: Tensor, visible: Tensor | None, chunk_span: Tensor | None) -> Tensor:
-        """Rank latents [N, M * R, Z] of slices [N, S, D], each of any layer; compiled."""
-        return self.layers(self._perceiver(hidden, visible, chunk_span))
+    def _latents(
+        self,
+        context: Tensor,
+        visible: Tensor | None,
+        chunk_span: Tensor | None,
+        wide: torch.dtype,
+    ) -> Tensor:
+        """Rank latents [N, M * R, Z] of contexts [N, S, Z], each of any layer; compiled."""
+        return self.layers(self._perceiver(context, visible, chunk_span, wide))
 
     def _factors(
         self, index: int, latents: Tensor, dtype: torch.dtype, head: Tensor | None
     ) -> LayerFactors:
         """A layer's A and B from its rank latents [B, M * R, Z]."""
-        rank = self.config.rank
-        compute = attention_dtype(latents_features_dtype(dtype, latents.device))
+        rank, behind = self.config.rank, latents_features_dtype(dtype, latents.device)
+        compute = attention_dtype(behind, latents.dtype)
         factors_a, factors_b = {}, {}
         weights = (self.head.of(index) if head is None else head).unbind(0)
         for number, (module, (d_in, d_out)) in enumerate(self.config.target_modules.items()):

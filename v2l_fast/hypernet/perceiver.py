@@ -4,9 +4,10 @@ Weights and parameter names are those of the released checkpoints; the attention
 absorbed form (see ``csrc_triton/perceiver_attention.py``).
 
 Precision: latents are few and live in float32 over half-precision features. Over float32 features
-latents and attention are float64 while gradients are recorded: it keeps gradients within 1e-5 of
-the released code's on badly conditioned networks, where float32 throughout is off by 1.2e-5.
-Adapters alone are within 2e-6 in float32, and inference is a quarter faster for it.
+latents and attention are float64 while gradients are recorded, unless the caller declines: it keeps
+gradients within 1e-5 of the released code's on badly conditioned networks, where float32 throughout
+is off by 1.2e-5, as far as the released code itself is from float64. The training step declines, as
+float64 costs a third of the hypernetwork's time. Adapters alone are within 2e-6 in float32.
 ``V2L_BACKEND=triton`` trains in float32 throughout: the kernels have no float64.
 On a CPU, inference over half-precision features computes the modality projection in half precision
 and everything after it in float32: the projection has nine tenths of the FLOPs, and half precision
@@ -33,17 +34,20 @@ Chunks = Sequence[slice]
 NUM_FREQUENCIES = 6
 
 
-def latent_dtype(features: torch.dtype) -> torch.dtype:
-    """Where latents, their norms and their residual stream live."""
+def latent_dtype(features: torch.dtype, widen: bool = True) -> torch.dtype:
+    """Where latents, their norms and their residual stream live.
+
+    widen: use float64 over float32 features while gradients are recorded.
+    """
     if features.itemsize < 4:
         return torch.float32
-    wider = torch.is_grad_enabled() and dispatch.requested_backend() != "triton"
+    wider = widen and torch.is_grad_enabled() and dispatch.requested_backend() != "triton"
     return torch.float64 if wider else features
 
 
-def attention_dtype(features: torch.dtype) -> torch.dtype:
+def attention_dtype(features: torch.dtype, latents: torch.dtype) -> torch.dtype:
     """Of the attention and the head: tensor cores for half precision, else that of the latents."""
-    return features if features.itemsize < 4 else latent_dtype(features)
+    return features if features.itemsize < 4 else latents
 
 
 def latents_features_dtype(features: torch.dtype, device: torch.device) -> torch.dtype:
@@ -84,10 +88,13 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(size, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, output, bias=False)
 
-    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """[..., size] -> [..., output]; rows that are not visible are read as zeros."""
+    def forward(self, x: Tensor, visible: Tensor | None = None, keep: bool = True) -> Tensor:
+        """[..., size] -> [..., output]; rows that are not visible are read as zeros.
+
+        keep: save the gate and up products for the backward pass.
+        """
         gate, up = self.gate_proj.weight.to(x.dtype), self.up_proj.weight.to(x.dtype)
-        return gated_projection(x, visible, gate, up, self.down_proj.weight.to(x.dtype))
+        return gated_projection(x, visible, gate, up, self.down_proj.weight.to(x.dtype), keep)
 
 
 class PerceiverAttention(nn.Module):
@@ -309,17 +316,19 @@ class Resampler(nn.Module):
         context: Tensor,
         visible: Tensor | None,
         dtype: torch.dtype,
+        wide: torch.dtype,
         shift: Tensor | None = None,
     ) -> Tensor:
-        """[N, S, Z] finite context, [N, S] bool, the features' dtype -> [N, Q, Z] latents.
+        """[N, S, Z] finite context, [N, S] bool -> [N, Q, Z] latents.
 
+        dtype, wide: of the features, and of the latents.
         shift: [N, Q, Z] to add to the learned latents. Without one, the first layer's queries are
         computed once for all examples.
         """
         inv_rms = inverse_rms(context, visible)
         # Once for all layers.
-        context, bounds = context.to(attention_dtype(dtype)), visible_bounds(inv_rms)
-        latents = self._start(dtype, shift)
+        context, bounds = context.to(attention_dtype(dtype, wide)), visible_bounds(inv_rms)
+        latents = self._start(wide, shift)
         for layer in self.layers:
             latents = layer(latents, context, inv_rms, bounds, dtype)
         return self.layernorm(latents)
@@ -336,15 +345,15 @@ class Resampler(nn.Module):
 
         context: [N, S, Z] of the attention's dtype. inv_rms: [N, S], 0 where masked.
         """
-        latents, bounds = self._start(dtype, shift), visible_bounds(inv_rms)
+        latents, bounds = self._start(latent_dtype(dtype), shift), visible_bounds(inv_rms)
         for layer in cast(Iterable[PerceiverLayer], self.layers):
             latents = yield from layer.iter_forward(
                 latents, context, inv_rms, bounds, dtype, chunks
             )
         return self.layernorm(latents)
 
-    def _start(self, dtype: torch.dtype, shift: Tensor | None) -> Tensor:
-        latents = self.latents_q.to(latent_dtype(dtype))[None]
+    def _start(self, wide: torch.dtype, shift: Tensor | None) -> Tensor:
+        latents = self.latents_q.to(wide)[None]
         return latents if shift is None else latents + shift.to(latents.dtype)
 
 
@@ -392,19 +401,27 @@ class Perceiver(nn.Module):
             ChunkPositionEmbedding(encoder[0], num_outputs, size) if chunk_position else None
         )
 
+    def project(self, features: Tensor, visible: Tensor | None, keep: bool = False) -> Tensor:
+        """[N, S, D] features -> [N, S, Z] context; ``keep`` as in :meth:`SwiGLU.forward`."""
+        return self.modality_projection(features, visible, keep)
+
     def forward(
-        self, features: Tensor, visible: Tensor | None, chunk_span: Tensor | None = None
+        self,
+        context: Tensor,
+        visible: Tensor | None,
+        chunk_span: Tensor | None,
+        wide: torch.dtype,
     ) -> Tensor:
-        """[N, S, D] features, [N, S] bool -> [N, num_outputs, Z] in the latents' dtype.
+        """[N, S, Z] context from :meth:`project`, [N, S] bool -> [N, num_outputs, Z].
 
         chunk_span: [N, 2] float32 start and end of the chunk as fractions of its video, read by a
             network with ``chunk_position``.
+        wide: dtype of the latents and the result.
         """
         shifts = (None, None) if self.place is None else self.place(chunk_span)
-        context = self.modality_projection(features, visible)
-        dtype = latents_features_dtype(features.dtype, features.device)
-        encoded = self.encoder(context, visible, dtype, shifts[0])
-        return self.decoder(encoded, None, dtype, shifts[1])
+        dtype = latents_features_dtype(context.dtype, context.device)
+        encoded = self.encoder(context, visible, dtype, wide, shifts[0])
+        return self.decoder(encoded, None, dtype, wide, shifts[1])
 
     def iter_forward(
         self, features: Tensor, visible: Tensor | None, chunk_span: Tensor | None, chunks: Chunks
@@ -412,15 +429,16 @@ class Perceiver(nn.Module):
         """:meth:`forward` over a context in chunks of tokens; yields before each but the first."""
         shifts = (None, None) if self.place is None else self.place(chunk_span)
         dtype = latents_features_dtype(features.dtype, features.device)
+        wide = latent_dtype(dtype)
         contexts, inverses = [], []
         for chunk in chunks:
             if chunk.start:
                 yield
             seen = None if visible is None else visible[:, chunk]
-            projected = self.modality_projection(features[:, chunk], seen)
+            projected = self.project(features[:, chunk], seen)
             inverses.append(inverse_rms(projected, seen))
-            contexts.append(projected.to(attention_dtype(dtype)))
+            contexts.append(projected.to(attention_dtype(dtype, wide)))
         context, inv_rms = torch.cat(contexts, 1), torch.cat(inverses, 1)
         del contexts
         encoded = yield from self.encoder.iter_forward(context, inv_rms, dtype, shifts[0], chunks)
-        return self.decoder(encoded, None, dtype, shifts[1])
+        return self.decoder(encoded, None, dtype, wide, shifts[1])

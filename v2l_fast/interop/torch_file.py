@@ -175,7 +175,8 @@ def _check_pickle(stream: BinaryIO, path: str | os.PathLike) -> None:
         elif opcode.proto > 2:
             raise CheckpointError(
                 f"{path}: refused, its pickle is of protocol {opcode.proto} ({opcode.name}), and "
-                "only protocol 2, torch.save's default, is read; nothing was executed"
+                "only protocol 2, torch.save's default, is read, as by torch.load(weights_only="
+                "True); save it again without pickle_protocol; nothing was executed"
             )
         elif opcode.name in ("BINPUT", "LONG_BINPUT"):
             # Hashing (t, t) of (t, t) of ... takes time exponential in the nesting.

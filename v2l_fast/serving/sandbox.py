@@ -24,6 +24,7 @@ import resource
 import signal
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -48,10 +49,10 @@ from v2l_fast.video import (
     VideoInfo,
     fallbacks,
     load_spans,
-    probe,
 )
 from v2l_fast.video.container import check_size
-from v2l_fast.video.reader import resolve_backend
+from v2l_fast.video.packets import Packets
+from v2l_fast.video.reader import open_source, resolve_backend
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -66,6 +67,8 @@ log = logging.getLogger(__name__)
 PRELOAD = ("v2l_fast.serving.sandbox", "v2l_fast.video.pyav", "v2l_fast.cli.entry")
 # Files examined at the same time; the callers of :meth:`VideoReader.load` bound decoding.
 PROBES = 4
+# Bytes of all packet tables that wait for their files to be decoded; an hour at 30 fps takes 2 MB.
+TABLE_BYTES = 64 << 20
 _PROCESSES = multiprocessing.get_context("forkserver")
 # Grace period in seconds before the timer kills a task that missed its own deadline.
 _GRACE = 1.0
@@ -94,6 +97,9 @@ class VideoReader:
         self._limits = limits
         self._sandbox = Sandbox(limits.decode_bytes, PRELOAD)
         self._probing = threading.Semaphore(PROBES)
+        # Packet tables of probed files, newest last: a file that is probed is soon decoded.
+        self._tables: OrderedDict[tuple[int, ...], bytes] = OrderedDict()
+        self._mutex = threading.Lock()
 
     @staticmethod
     def preload() -> None:
@@ -108,7 +114,13 @@ class VideoReader:
             V2LError: the reader has been closed, or no process can be started.
         """
         with self._probing:
-            info, _ = self._sandbox.run(_probe, path, self._limits.probing)
+            key = _identity(path)
+            info, table = self._sandbox.run(_probe, path, self._limits.probing)
+        if table is not None and key is not None and table.nbytes <= TABLE_BYTES:
+            with self._mutex:
+                self._tables[key] = table.tobytes()
+                while sum(map(len, self._tables.values())) > TABLE_BYTES:
+                    self._tables.popitem(last=False)
         return VideoInfo(**info)
 
     def load(
@@ -120,6 +132,8 @@ class VideoReader:
     ) -> Clip:
         """:func:`v2l_fast.video.load_video` on the CPU, in a process of its own.
 
+        A file that :meth:`probe` has examined, even under another name, is not examined again.
+
         Args:
             cancellation: kills the process when it is requested.
             sha256: hash of the file's bytes if it is known; otherwise the file is hashed.
@@ -128,8 +142,11 @@ class VideoReader:
             JobCancelled: ``cancellation`` was requested.
             VideoError, V2LError: as :meth:`probe`.
         """
+        key = _identity(path)
+        with self._mutex:
+            table = None if key is None else self._tables.pop(key, None)
         fields, frames = self._sandbox.run(
-            _load, path, self._limits.decoding, sampling, sha256, cancellation=cancellation
+            _load, path, self._limits.decoding, sampling, sha256, table, cancellation=cancellation
         )
         return Clip(
             frames=torch.from_numpy(frames),
@@ -308,11 +325,23 @@ def _receive(connection: Connection) -> tuple[dict[str, Any], np.ndarray | None]
     return fields, frames.reshape(shape)
 
 
+def _identity(path: str | os.PathLike) -> tuple[int, ...] | None:
+    """What stays the same when a file is renamed; None if it cannot be read."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 # --- in the other process -------------------------------------------------------------------------
 
 
-def _probe(path: str, limits: Limits) -> tuple[dict[str, Any], None]:
-    return asdict(probe(path, limits)), None
+def _probe(path: str, limits: Limits) -> tuple[dict[str, Any], torch.Tensor]:
+    """The file's properties, and its packet table as one row of bytes."""
+    source = open_source(path, "pyav", limits)
+    fields = asdict(source.info)
+    return fields, torch.frombuffer(bytearray(source.packets.to_bytes()), dtype=torch.uint8)[None]
 
 
 def _load(
@@ -320,8 +349,13 @@ def _load(
     limits: Limits,
     sampling: FrameSampling,
     sha256: str | None,
+    table: bytes | None,
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    (clip,) = load_spans(path, sampling, limits=limits, backend="pyav", sha256=sha256)
+    # The table comes from a process that the file may have taken over, and is read in another.
+    packets = None if table is None else Packets.from_bytes(table)
+    (clip,) = load_spans(
+        path, sampling, limits=limits, backend="pyav", sha256=sha256, packets=packets
+    )
     fields = {
         "indices": clip.indices.tolist(),
         "timestamps": clip.timestamps,

@@ -81,8 +81,9 @@ class ModelConfig:
         init: hypernetwork to start from (folder, hub id or released .pt); "" for a fresh one.
         dtype: of the frozen model and of all computation; "auto" is bfloat16 on a GPU and float32
             on a CPU. The hypernetwork's own parameters are always float32.
-        recompute: recompute each layer's activations in the backward pass, so that memory does not
-            grow with the number of layers.
+        recompute: recompute each layer's activations in the backward pass, so that memory hardly
+            grows with the number of layers; None does so where keeping them would take more than
+            half of the available memory. The result is the same.
     """
 
     base: str = ""
@@ -91,7 +92,7 @@ class ModelConfig:
     )
     init: str = ""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    recompute: bool = True
+    recompute: bool | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -6,8 +6,10 @@ order. A video that cannot be read is listed in the quarantine and left out; its
 
 from __future__ import annotations
 
+import math
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from v2l_fast.data.readers import Failure, Sample, Source, read_ahead
+from v2l_fast.errors import ConfigError
 from v2l_fast.files import append_jsonl, read_jsonl
 from v2l_fast.training.config import DataConfig
 
@@ -192,6 +195,38 @@ def _in_threads(
     """Read in threads of this process: videos read at once share the GPU decoder's batches."""
     ahead = config.prefetch * config.workers
     return read_ahead(lambda keys: [dataset[key] for key in keys], batches, config.workers, ahead)
+
+
+def check_shared_memory(
+    config: DataConfig, micro_batch: int, video_bytes: int, folder: Path = Path("/dev/shm")
+) -> None:
+    """Raise before the first step if the batches that workers read ahead do not fit.
+
+    Workers pass tensors through shared memory; a worker that finds it full dies of a bus error.
+
+    Args:
+        micro_batch: videos of one batch.
+        video_bytes: of one video's tensors.
+        folder: where the system keeps shared memory; systems without it have no such limit.
+
+    Raises:
+        ConfigError: names the size, the need and the remedies.
+    """
+    if not config.workers or not folder.is_dir():
+        return
+    # Every process of this machine has workers of its own; one more batch is in the step.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    batches = processes * (config.workers * config.prefetch + 1)
+    need, size = batches * micro_batch * video_bytes, shutil.disk_usage(folder).free
+    if need > size:
+        gib = 2**30
+        raise ConfigError(
+            f"{folder} has {size / gib:.2f} GiB free, and the workers need {need / gib:.2f} GiB: "
+            f"{batches} batches of {micro_batch} videos of {video_bytes / 2**20:.1f} MiB; enlarge "
+            f"it (docker run --shm-size={math.ceil(need / gib)}g, or --ipc=host), or lower "
+            "data.workers, data.prefetch or optim.micro_batch_size, or fill a feature cache "
+            "(v2l cache)"
+        )
 
 
 def step_batches(

@@ -6,6 +6,7 @@ those that `Video2LoRA.ask` and `Video2LoRA.internalize` build. Reading files is
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -79,6 +80,7 @@ class ManifestSource:
         teacher: give samples of one chunk the prefix of a teacher that sees the video. (Its text
             has a space before the question that `Video2LoRA.ask_direct` does not write, because
             the questions are the same token ids for both models.)
+        feature_bytes: of the connector outputs of one view.
     """
 
     videos: Sequence[VideoExamples]
@@ -93,6 +95,7 @@ class ManifestSource:
     seed: int = 0
     cache: FeatureCache | None = None
     teacher: bool = False
+    feature_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -101,6 +104,15 @@ class ManifestSource:
     def on_gpu(self) -> bool:
         """Whether frames are decoded on a GPU, which data workers must not use."""
         return torch.device(self.reader.device).type == "cuda"
+
+    @property
+    def video_bytes(self) -> int:
+        """Bytes of one video's views, or of its features if they are stored, at most."""
+        sampling, tile = self.reader.sampling, self.prompt_builder.tile_size
+        # A square frame has most tiles; a tiled one also has a view of the whole.
+        tiles = math.ceil(sampling.longest_edge / tile) ** 2
+        views = sampling.max_frames * max(self.chunks) * (tiles + (tiles > 1))
+        return views * (self.feature_bytes if self.cache is not None else 3 * tile**2)
 
     def load(self, index: int, step: int) -> Sample | Failure:
         """Read video `index`; a file that cannot be read within `reader.seconds` is a Failure."""
@@ -242,10 +254,18 @@ def manifest_sources(
             seed=seed,
             cache=cache,
             teacher=teacher,
+            feature_bytes=view_feature_bytes(backbone),
         )
 
     keep = bool(val) and data.val_videos > 0
     return source(train, data.videos), source(val, data.val_videos) if keep else None
+
+
+def view_feature_bytes(backbone: Backbone) -> int:
+    """Bytes of the connector outputs of one view."""
+    decoder = backbone.decoder
+    width = decoder.text_model.config.hidden_size
+    return backbone.prompt_builder.tokens_per_view * width * decoder.dtype.itemsize
 
 
 def _limited(videos: list[VideoExamples], limit: int, seed: int) -> list[VideoExamples]:

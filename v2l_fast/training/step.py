@@ -10,9 +10,11 @@ Nothing between the samples and the gradients waits for the device.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from v2l_fast.device import send
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapter import AdapterBatch, compose_chunks
 from v2l_fast.hypernet.adapter_bank import LayerAdapters
+from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import context_batches, iter_factors, length_buckets, visual_features
 from v2l_fast.training.batches import ResponseRows, pack_pairs, response_rows
@@ -43,8 +46,12 @@ class StepOptions:
 
     Attributes:
         recompute: recompute the activations of each hypernetwork layer, and of each decoder layer
-            of the answers, in the backward pass: each further layer then keeps its input and its
-            factors only. False keeps everything, for small models.
+            of the answers, in the backward pass: each further layer then keeps its input, its
+            projected context and its factors only. False keeps everything, which is faster. None
+            keeps everything in batches that take up to half of the memory that is available at
+            the first step. The choice changes no bit of the result.
+        widen: compute latents and attention in float64 over float32 features, as
+            :meth:`~v2l_fast.hypernet.network.HyperNetwork.group` does by default.
         kind_weights, kl_weight, kl_temperature: see :class:`~v2l_fast.training.config.LossConfig`;
             the divergence is multiplied by the squared temperature.
         max_padding: largest share of padding in a batch of contexts or rows; 0 batches equal
@@ -55,7 +62,8 @@ class StepOptions:
         pydantic.ValidationError: a value is out of range.
     """
 
-    recompute: bool = True
+    recompute: bool | None = None
+    widen: bool = False
     kind_weights: Mapping[str, NonNegative] = field(default_factory=dict)
     kl_weight: NonNegative = 0.0
     kl_temperature: Positive = 1.0
@@ -95,6 +103,7 @@ class TrainStep(nn.Module):
         self.options = options or StepOptions()
         # Not an nn.Module, so neither DDP nor state_dict sees the frozen weights.
         self.backbone = backbone
+        self._memory: int | None = None
 
     def forward(
         self, samples: Sequence[Sample], example_total: Tensor | int | None = None
@@ -126,11 +135,13 @@ class TrainStep(nn.Module):
         contexts = [chunk for sample in samples for chunk in sample.chunks]
         options = self.options
         parts, order = [], []
-        heads = self.hypernet.head.slices()
+        heads, recompute = self.hypernet.head.slices(), self._recomputes(samples)
         for batch in context_batches(
             self.backbone, contexts, features, options.max_padding, options.group_tokens
         ):
-            factors = iter_factors(self.backbone, self.hypernet, batch, heads=heads, run=self._run)
+            factors = iter_factors(
+                self.backbone, self.hypernet, batch, None, heads, recompute, options.widen
+            )
             parts.append(run_to_completion(factors))
             order += batch.members
         rows = sorted(range(len(order)), key=order.__getitem__)
@@ -151,7 +162,7 @@ class TrainStep(nn.Module):
         teacher = None
         if options.kl_weight:
             teacher = teacher_states(backbone, samples, features, *bounds)
-        states = self._answer_states(rows, adapters)
+        states = self._answer_states(rows, adapters, self._recomputes(samples))
         per_token = self._token_losses(states, rows.targets, teacher)
 
         task_types = [name for sample in samples for name in sample.task_types]
@@ -168,25 +179,28 @@ class TrainStep(nn.Module):
         total = count if example_total is None else example_total
         return StepResult(losses.sum() / total, parts)
 
-    def _answer_states(self, rows: ResponseRows, adapters: AdapterBatch) -> Tensor:
+    def _answer_states(self, rows: ResponseRows, adapters: AdapterBatch, recompute: bool) -> Tensor:
         """Normed hidden states [N, D] before each answer token, each row under its adapter."""
         decoder = self.backbone.decoder
         layers = LayerAdapters.of_batch(adapters)
+        run = _recomputed if recompute and torch.is_grad_enabled() else _call
         states = []
         for ids, owners in rows.groups:
             metadata = decoder.prefill_metadata(*ids.shape)
             hidden = decoder.embed(ids)
             for index, layer in enumerate(layers):
                 adapter = replace(layer, index=owners)
-                hidden = self._run(decoder.layer, index, hidden, metadata, None, adapter)
+                hidden = run(decoder.layer, index, hidden, metadata, None, adapter)
             states.append(hidden.flatten(0, 1))
         return decoder.text_model.norm(torch.cat(states).index_select(0, rows.positions))
 
-    def _run(self, function: Callable, *arguments: Any) -> Any:
-        """Call a function; with `recompute`, keep only its arguments for the backward pass."""
-        if not (self.options.recompute and torch.is_grad_enabled()):
-            return function(*arguments)
-        return _recomputed(function, *arguments)
+    def _recomputes(self, samples: Sequence[Sample]) -> bool:
+        """Whether this batch's activations are recomputed."""
+        if self.options.recompute is not None:
+            return self.options.recompute
+        if self._memory is None:
+            self._memory = available_bytes(self.backbone.decoder.device) // 2
+        return kept_bytes(self.backbone, self.hypernet.config, samples) > self._memory
 
     def _token_losses(self, hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
         """Cross-entropy and, with a teacher's states [N, D], KL of each answer token: float32
@@ -209,6 +223,49 @@ class TrainStep(nn.Module):
         if len(chunks) == 1:
             return losses(*chunks[0])
         return torch.cat([_recomputed(losses, *chunk) for chunk in chunks])
+
+
+def kept_bytes(backbone: Backbone, config: HypernetConfig, samples: Sequence[Sample]) -> int:
+    """Estimate of the activations that a step keeps if it recomputes none.
+
+    A linear layer keeps about as many numbers per row as it has outputs, so a block keeps about its
+    parameters divided by its width, and a few times its width for norms and sums.
+    """
+    decoder, size, dim = backbone.decoder, config.latent_size, config.hidden_size
+    weights = sum(p.numel() for p in decoder.text_model.layers[0].parameters() if p.dim() == 2)
+    chunks = [chunk for sample in samples for chunk in sample.chunks]
+    # Features, gate, up, and the context; then for every block and latent the queries and values
+    # of all heads, the projections and the MLP.
+    context = sum(len(chunk.ids) for chunk in chunks) * (9 * dim + 2 * size)
+    latent = 6 * config.num_heads * size + 4 * config.num_heads * config.head_dim + 16 * size
+    latents = len(chunks) * config.num_blocks * config.num_latents * latent
+    answers = sum(
+        len(sample.prompt_prefix) + len(question) + len(answer)
+        for sample in samples
+        for question, answer in sample.qa_pairs
+    ) * (weights // dim + 6 * dim)  # fmt: skip
+    return config.num_layers * (context + latents + answers) * decoder.dtype.itemsize
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process can still take: of the GPU, or of the machine or its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+    try:
+        rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        limits += [int(row[1]) << 10 for row in rows if row[0] == "MemAvailable:"]
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+        limits.append(max(0, limit - used))
+    except (OSError, ValueError):
+        # Not Linux, or no limit ("max").
+        pass
+    return min(limits, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+
+
+def _call(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _recomputed(function: Callable, *arguments: Any) -> Any:

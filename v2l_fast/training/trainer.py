@@ -40,7 +40,13 @@ from v2l_fast.training.checkpoint import (
 )
 from v2l_fast.training.config import FROM_DATA, TrainConfig, flatten
 from v2l_fast.training.distributed import Distributed, Stopped, StopSignals
-from v2l_fast.training.loader import EpochOrder, Quarantine, StepBatch, step_batches
+from v2l_fast.training.loader import (
+    EpochOrder,
+    Quarantine,
+    StepBatch,
+    check_shared_memory,
+    step_batches,
+)
 from v2l_fast.training.logging import (
     Meter,
     RunReport,
@@ -248,6 +254,10 @@ class _Run:
                     soft_wrap=True,
                 )
             return self._summary()
+        if not getattr(self.source, "on_gpu", False):
+            share = -(-config.optim.batch_size // distributed.count)
+            micro_batch = -(-share // accumulation)
+            check_shared_memory(config.data, micro_batch, getattr(self.source, "video_bytes", 0))
         model = distributed.wrap(self.step)
         distributed.start_trackers(config, self.start, self.run_id)
         report = RunReport(

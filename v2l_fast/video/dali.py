@@ -99,7 +99,7 @@ class DaliSource(PyAVSource):
         if info.codec not in _CODECS[self.device.type] or (self.device, info.codec) in _refused:
             raise _Refused(f"codec {info.codec} on {self.device.type}")
         timeline = self._timeline
-        if not self._packets.plain or timeline is None or timeline.index_of(frame.pts) != 0:
+        if not self.packets.plain or timeline is None or timeline.index_of(frame.pts) != 0:
             raise _Refused("packet times do not locate its frames")
         if indices[-1] >= info.num_frames:
             raise _Refused("frames beyond its end", f"it has {info.num_frames}")
@@ -145,7 +145,7 @@ class DaliSource(PyAVSource):
                 self.check_memory(len(indices), kept[0][0].shape)
         self.deadline.check()
         frames = kept[0] if len(kept) == 1 else torch.cat(kept)
-        return Decoded(frames.contiguous(), tuple(self._packets.seconds[indices].tolist()), None)
+        return Decoded(frames.contiguous(), tuple(self.packets.seconds[indices].tolist()), None)
 
     def _check_first(self, image: torch.Tensor) -> None:
         """Raise _Refused when uint8 [H, W, 3] differs from the first frame that PyAV decodes.

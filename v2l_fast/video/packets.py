@@ -7,6 +7,8 @@ locating each frame's group of pictures. `pyav` decodes.
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +100,25 @@ class Packets:
     seconds: np.ndarray
     plain: bool
     timeline: Timeline | None
+
+    def to_bytes(self) -> bytes:
+        """The table as :meth:`from_bytes` reads it, for another process that reads the file."""
+        arrays = {"seconds": self.seconds}
+        if self.timeline is not None:
+            arrays |= vars(self.timeline)
+        fields = {"count": self.count, "fps": self.fps, "codec": self.codec, "plain": self.plain}
+        buffer = io.BytesIO()
+        np.savez(buffer, fields=np.array(json.dumps(fields)), **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Packets:
+        """Read what :meth:`to_bytes` wrote; nothing in it is executed."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            fields = json.loads(str(arrays["fields"]))
+            names = ("frames", "keyframes", "last")
+            timeline = Timeline(*(arrays[n] for n in names)) if "frames" in arrays else None
+            return cls(**fields, seconds=arrays["seconds"], timeline=timeline)
 
 
 def read_packets(

@@ -84,9 +84,11 @@ class PyAVSource:
     """A file under `limits`; every method may raise VideoError.
 
     Opening is lazy, and each pass over the file opens it again, because some formats cannot rewind.
+
+    packets: the file's packet table if it was read before; otherwise all packets are read.
     """
 
-    def __init__(self, path: str | os.PathLike, limits: Limits):
+    def __init__(self, path: str | os.PathLike, limits: Limits, packets: Packets | None = None):
         self.path = os.fspath(path)
         self.limits = limits
         self.deadline = Deadline(self.path, limits.max_seconds)
@@ -95,11 +97,13 @@ class PyAVSource:
         self._before: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         check_file(self.path)
+        if packets is not None:
+            self.packets = packets
 
     @cached_property
     def info(self) -> VideoInfo:
         """Counts all packets and decodes the first frame."""
-        packets, frame, orientation = self._packets, self._first_frame, self.orientation
+        packets, frame, orientation = self.packets, self._first_frame, self.orientation
         height, width = (
             (frame.width, frame.height) if orientation.transpose else (frame.height, frame.width)
         )
@@ -152,7 +156,7 @@ class PyAVSource:
         if timeline is None:
             jobs = [partial(self._read_through, indices)]
         else:
-            inside = indices[indices < self._packets.count]
+            inside = indices[indices < self.packets.count]
             jobs = [partial(self._read_groups, timeline, run) for run in _runs(timeline, inside)]
         kept = torch.empty(0, 0, 0, 3, dtype=torch.uint8)
         size: tuple[int, ...] = ()
@@ -192,7 +196,7 @@ class PyAVSource:
                 "%s: %d of the requested frames do not decode; "
                 "each is replaced by the last one before it that does", self.path, count,
             )  # fmt: skip
-        times = self._packets.seconds[indices].tolist()
+        times = self.packets.seconds[indices].tolist()
         return Decoded(kept[: len(indices)], tuple(times), available)
 
     def check_count(self, num_frames: int) -> None:
@@ -222,14 +226,15 @@ class PyAVSource:
     # --- properties of the file ----------------------------------------------------------------
 
     @cached_property
-    def _packets(self) -> Packets:
+    def packets(self) -> Packets:
+        """The file's packet table."""
         with open_stream(self.path, self.limits, self.deadline) as (container, stream):
             return read_packets(self.path, container, stream, self.deadline)
 
     @cached_property
     def _timeline(self) -> Timeline | None:
         """The stream's timeline, if its frames keep their packets' times."""
-        timeline = self._packets.timeline
+        timeline = self.packets.timeline
         if timeline is None or timeline.index_of(self._first_frame.pts) is None:
             return None
         return timeline

@@ -25,6 +25,7 @@ from v2l_fast.video.preprocess import resize_lanczos, resized_size
 from v2l_fast.video.sampling import MAX_EDGE, FrameSampling
 
 if TYPE_CHECKING:
+    from v2l_fast.video.packets import Packets
     from v2l_fast.video.pyav import Decoded, PyAVSource
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,20 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 def open_source(
-    path: str | os.PathLike, backend: Backend, limits: Limits, device: str | torch.device = "cpu"
+    path: str | os.PathLike,
+    backend: Backend,
+    limits: Limits,
+    device: str | torch.device = "cpu",
+    packets: Packets | None = None,
 ) -> PyAVSource:
     """The reader of `path` for frames that go to `device`.
 
     "auto" is PyAV, which is the reference. For a GPU it is DALI if that is installed, and PyAV for
     each file that DALI does not decode exactly (see `fallbacks`). The other backends raise for a
     file that they cannot decode. Only DALI's frames are on the device already.
+
+    packets: the file's packet table if it was read before, which saves a pass over the file; PyAV
+    alone uses it.
 
     Raises VideoError for an unknown backend.
     """
@@ -50,7 +58,7 @@ def open_source(
     if backend == "pyav":
         from v2l_fast.video.pyav import PyAVSource
 
-        return PyAVSource(path, limits)
+        return PyAVSource(path, limits, packets)
     if backend == "torchcodec":
         from v2l_fast.video.torchcodec import TorchcodecSource
 
@@ -179,6 +187,7 @@ def load_spans(
     device: str | torch.device = "cpu",
     sha256: str | None = None,
     resize: bool = True,
+    packets: Packets | None = None,
 ) -> list[Clip]:
     """Read `span` of a file (seconds, None for all of it) as `chunks` equal parts, one clip each.
 
@@ -188,13 +197,15 @@ def load_spans(
     sampling: applied to every part as `load_video` does to a file; `longest_edge` resizes frames
     unless `resize` is False.
 
+    packets: as in `open_source`.
+
     A frame belongs to a span if it is shown at start <= t < end; an end beyond the file is the
     file's. A span of fewer frames than `chunks` gives as many clips as it has frames. The file is
     read in one pass.
 
     Raises VideoError as `load_video` does, and when no frame lies in the span.
     """
-    source = open_source(path, backend, limits or Limits(), device)
+    source = open_source(path, backend, limits or Limits(), device, packets)
     info = source.info
     transform = partial(_shrink, longest_edge=sampling.longest_edge) if resize else None
 

@@ -41,7 +41,7 @@ class TorchcodecSource(PyAVSource):
             ) from error
         self.check_count(len(indices))
         # torchcodec locates frames by time alone.
-        if self._timeline is None or not self._packets.plain:
+        if self._timeline is None or not self.packets.plain:
             fallbacks.add(self.path, "packet times do not locate its frames")
             return super().read(indices, transform)
         try:
@@ -66,7 +66,7 @@ class TorchcodecSource(PyAVSource):
         if available == 0:
             raise self.nothing_decodes()
         stacked = torch.stack(frames) if frames else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-        return Decoded(stacked, tuple(self._packets.seconds[inside].tolist()), available)
+        return Decoded(stacked, tuple(self.packets.seconds[inside].tolist()), available)
 
     def _turn_upright(self, image: torch.Tensor, decoder: VideoDecoder) -> torch.Tensor:
         """Since 0.11 torchcodec rotates frames (and reports a rotation); it never mirrors them."""
