@@ -159,7 +159,7 @@ def test_an_oversized_upload(serve, videos):
 
 @pytest.mark.parametrize("announced", [True, False])
 def test_an_oversized_question(serve, announced):
-    live = serve(limits=ServerLimits(body_bytes=1000), stand_in={"words": ["a"]})
+    live = serve(limits=ServerLimits(body_bytes=1000, media_bytes=0), stand_in={"words": ["a"]})
     body = json.dumps({**QUESTION, "user": "x" * 2000}).encode()
     content = body if announced else iter([body[:500], body[500:]])
     headers = {"Content-Type": "application/json"}

@@ -29,7 +29,7 @@ KEY = {"Authorization": "Bearer key"}
 @pytest.fixture(scope="module")
 def document(shapes, videos, tmp_path_factory):
     """The document of a server with an adapter, a root and a key."""
-    limits = ServerLimits(upload_bytes=1 << 20, body_bytes=1 << 16)
+    limits = ServerLimits(upload_bytes=1 << 20, body_bytes=1 << 16, media_bytes=0)
     with running(
         shapes,
         tmp_path_factory.mktemp("store"),

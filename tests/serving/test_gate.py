@@ -93,7 +93,7 @@ def test_no_origin_and_no_host():
 @pytest.fixture(scope="module")
 def guarded(shapes, tmp_path_factory):
     """A server with a key and small limits."""
-    limits = ServerLimits(upload_bytes=1 << 20, body_bytes=1 << 16)
+    limits = ServerLimits(upload_bytes=1 << 20, body_bytes=1 << 16, media_bytes=0)
     folder = tmp_path_factory.mktemp("store")
     with running(shapes, folder, limits, keys=("key",), stand_in={"words": ["yes"]}) as live:
         yield live

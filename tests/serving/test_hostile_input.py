@@ -199,17 +199,17 @@ def test_json_errors_say_where(patient, body, message):
 
 
 TEXT_PART = {"type": "text", "text": "x"}
-IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:,"}}
+IMAGE_PART = {"type": "input_audio", "input_audio": {}}
 
 
 @pytest.mark.parametrize(
     ("changed", "named", "message"),
     [
-        (user_says([TEXT_PART, IMAGE_PART]), "messages.0.content", "part 1 must be a text part"),
-        (user_says([{"type": "video_url"}]), "messages.0.content", "POST /v1/videos"),
+        (user_says([TEXT_PART, IMAGE_PART]), "messages.0.content", "part 1 must have the type"),
+        (user_says([{"type": "video_url"}]), "messages.0.content", "string as its video_url.url"),
         (user_says([{"type": "text"}]), "messages.0.content", "must have a string as its text"),
-        (user_says(["x"]), "messages.0.content", "part 0 must be a text part"),
-        (user_says(5), "messages.0.content", "must be text or a list of text parts"),
+        (user_says(["x"]), "messages.0.content", "part 0 must have the type text"),
+        (user_says(5), "messages.0.content", "must be text or a list of parts"),
         (user_says(None), "messages", "the question is empty"),
         (user_says([]), "messages", "the question is empty"),
         ({"messages": [*user_says("a")["messages"], {"role": "assistant", "content": None,
@@ -226,7 +226,7 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:,"}}
         ({"tool_choice": "required"}, "tool_choice", "none"),
         ({"modalities": ["text", "audio"]}, "modalities.1", "text"),
         ({"audio": {"voice": "a"}}, "audio", "None"),
-        ({"top_logprobs": 5}, "top_logprobs", "0"),
+        ({"top_logprobs": 5}, "top_logprobs", "needs logprobs"),
         ({"repetition_penalty": 1.1}, "repetition_penalty", "1"),
         ({"video_ids": ["nobody"]}, "video_ids", "no such video"),
         ({"model": "nobody"}, "model", "no such video or model"),

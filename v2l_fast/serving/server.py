@@ -258,7 +258,7 @@ class Server:
         )
 
     def _sampling(self, chat: ChatRequest) -> SamplingParams:
-        if chat.top_logprobs is not None and not chat.logprobs:
+        if chat.top_logprobs and not chat.logprobs:
             message = "top_logprobs needs logprobs to be true"
             raise ApiError(400, message, "invalid_value", "top_logprobs")
         limit = self.limits.new_tokens
