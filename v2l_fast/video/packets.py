@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -103,12 +103,13 @@ class Packets:
 
     def to_bytes(self) -> bytes:
         """The table as :meth:`from_bytes` reads it, for another process that reads the file."""
-        arrays = {"seconds": self.seconds}
-        if self.timeline is not None:
-            arrays |= vars(self.timeline)
         fields = {"count": self.count, "fps": self.fps, "codec": self.codec, "plain": self.plain}
+        timeline = {} if self.timeline is None else vars(self.timeline)
+        arrays: dict[str, Any] = {
+            "fields": np.array(json.dumps(fields)), "seconds": self.seconds, **timeline
+        }  # fmt: skip
         buffer = io.BytesIO()
-        np.savez(buffer, fields=np.array(json.dumps(fields)), **arrays)
+        np.savez(buffer, **arrays)
         return buffer.getvalue()
 
     @classmethod
