@@ -23,7 +23,7 @@ TINY = ["--model", "tiny", "--frames", "1"]
             {"vision": 1, "decoder layers": 1, "hypernetwork layers": 1},
             "v2l::perceiver_attention",
         ),
-        ("ask", {"first token": 1, "further token": trace.NEW_TOKENS - 1}, "v2l::lora_linear"),
+        ("ask", {"first token": 1, "further token": trace.NEW_TOKENS - 1}, "aten::baddbmm"),
         (
             "train",
             {"forward": 1, "backward": 1, "Optimizer.step#AdamW.step": 1},
