@@ -230,9 +230,9 @@ def test_units_do_not_grow_with_the_context(model, monkeypatch):
     attention = perceiver.perceiver_attention
     contexts = []
 
-    def watched_attention(query, context, inv_rms):
+    def watched_attention(query, context, inv_rms, bounds=None):
         contexts.append(context.shape[1])
-        return attention(query, context, inv_rms)
+        return attention(query, context, inv_rms, bounds)
 
     monkeypatch.setattr(perceiver, "perceiver_attention", watched_attention)
     work = model.iter_internalize(tiny.clip(12, 0, 32))

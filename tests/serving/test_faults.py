@@ -69,8 +69,12 @@ def test_disconnecting_as_the_question_is_submitted_frees_the_row(serve, monkeyp
         function()
         raise asyncio.CancelledError
 
+    async def internalize(request):
+        return request
+
     monkeypatch.setattr(chat, "run_in_threadpool", lost)
-    answer = chat.Completion(live.server, ChatRequest(**QUESTION))
+    media = SimpleNamespace(internalize=internalize)
+    answer = chat.Completion(live.server, ChatRequest(**QUESTION), media)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(answer.begin())
     wait_until(lambda: live.engine.ended == ["cancelled"])

@@ -52,7 +52,9 @@ def visible_ops(monkeypatch):
     """The package's ops as plain torch, into which torch's counter can look."""
     gated = importlib.import_module("csrc_triton.gated_projection")
     monkeypatch.setattr(perceiver, "perceiver_attention", attention_reference.perceiver_attention)
-    monkeypatch.setattr(perceiver, "gated_projection", gated.reference)
+
+    def gated_projection(x, visible, gate, up, down, keep=False):
+        return gated.reference(x, visible, gate, up, down)
 
     def rank_projection(latents, weight, scaler_a, scaler_b, *, d_in, d_out):
         return projection_reference.rank_projection(
@@ -62,6 +64,7 @@ def visible_ops(monkeypatch):
     def lora_linear(x, weight, bias, a, b, index, scale, ranks=None):
         return lora_reference.lora_linear(x, weight, bias, a, b, index, scale, ranks, False)[0]
 
+    monkeypatch.setattr(perceiver, "gated_projection", gated_projection)
     monkeypatch.setattr(hypernet, "rank_projection", rank_projection)
     monkeypatch.setattr(adapter_bank, "lora_linear", lora_linear)
 

@@ -44,10 +44,10 @@ def on_the_cpu(monkeypatch):
     """`auto` as on a GPU: DALI for files it decodes exactly, PyAV for the others."""
     original = reader.open_source
 
-    def source(path, backend, limits, device="cpu"):
+    def source(path, backend, limits, device="cpu", packets=None):
         if backend == "auto":
             return DaliSource(path, limits, CPU, fallback=True)
-        return original(path, backend, limits, device)
+        return original(path, backend, limits, device, packets)
 
     monkeypatch.setattr(reader, "open_source", source)
 

@@ -14,8 +14,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StrictBool,
     StrictInt,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -447,6 +449,13 @@ class Deleted(BaseModel):
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
     replicas: list[ReplicaDeletion] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_replicas(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        if self.replicas is None:
+            del fields["replicas"]
+        return fields
 
 
 class Health(BaseModel):
