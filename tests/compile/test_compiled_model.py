@@ -151,7 +151,7 @@ def test_the_engine_compiles_before_the_first_request():
         for one, generation in [(one, engine.submit(one)) for one in asked]:
             adapter = store.adapters[one.adapters[0]] if one.adapters else None
             limit = one.sampling.max_new_tokens
-            wanted = eager.ask(one.text, adapter, max_new_tokens=limit)
+            wanted = eager.ask(one.question, adapter, max_new_tokens=limit)
             assert generation.result(WAIT)[0] == wanted
     assert graphs() == known > 0
 

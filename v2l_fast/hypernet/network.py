@@ -424,8 +424,9 @@ class HyperNetwork(nn.Module):
         """This network on a device, with weights in the dtypes that features of ``dtype`` need.
 
         All are of ``dtype``, except on a CPU in half precision: there only the modality projection,
-        which has nine tenths of the FLOPs, computes in ``dtype``. CPUs with AVX512-BF16 or AMX are
-        twice as fast in bfloat16, and the adapter is within 5e-3 of the float64 one.
+        which has most of the FLOPs, computes in ``dtype``. CPUs with AVX512-BF16 or AMX are faster
+        in bfloat16, and adapters stay within 5e-3 of the float32 ones
+        (``bench.runs.hypernet_streaming``).
         """
         if torch.device(device).type != "cpu" or dtype.itemsize >= 4:
             return self.to(device=device, dtype=dtype)

@@ -10,7 +10,7 @@ is off by 1.2e-5, as far as the released code itself is from float64. The traini
 float64 costs a third of the hypernetwork's time. Adapters alone are within 2e-6 in float32.
 ``V2L_BACKEND=triton`` trains in float32 throughout: the kernels have no float64.
 On a CPU, inference over half-precision features computes the modality projection in half precision
-and everything after it in float32: the projection has nine tenths of the FLOPs, and half precision
+and everything after it in float32: the projection has most of the FLOPs, and half precision
 behind it would add to the error and save little.
 """
 
