@@ -81,6 +81,8 @@ def test_metrics(serve, videos):
     video = live.internalize(videos[0])["adapter_id"]
     live.http.post("/v1/chat/completions", json={**QUESTION, "model": video})
     live.http.post("/v1/chat/completions", json=QUESTION)
+    # An answer reaches its client before the engine has retired its row.
+    wait_until(lambda: "v2l_engine_running 0.0" in live.http.get("/metrics").text)
     text = live.http.get("/metrics").text
     for line in (
         'v2l_answers_total{end="stop",source="adapter"} 1.0',

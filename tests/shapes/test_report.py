@@ -111,7 +111,7 @@ def test_page(measured, tmp_path):
     assert "64 frames, 48 px: no video holds 64 frames." in swept
     # The worst comes first.
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles[0] == "## What does not work"
+    assert titles[0] == "## What works and what does not"
     only = write_page({"rank": records["rank"]}, tmp_path / "one").read_text()
     assert only.count("## ") == 1 and "## Rank directions" in only
 

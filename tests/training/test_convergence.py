@@ -151,12 +151,12 @@ def others_adapter() -> AbstractContextManager:
 
 def unseen_context() -> AbstractContextManager:
     """The hypernetwork's mask hides what it should show."""
-    right = HyperNetwork.layer
+    right = HyperNetwork.group
 
-    def wrong(self: HyperNetwork, index: int, hidden: Tensor, mask, place, head):
-        return right(self, index, hidden, torch.zeros(hidden.shape[:2]), place, head)
+    def wrong(self: HyperNetwork, first: int, hiddens: Sequence[Tensor], mask, *options):
+        return right(self, first, hiddens, torch.zeros(hiddens[0].shape[:2]), *options)
 
-    return mock.patch.object(HyperNetwork, "layer", wrong)
+    return mock.patch.object(HyperNetwork, "group", wrong)
 
 
 def mixed_up_rows() -> AbstractContextManager:
@@ -171,17 +171,18 @@ def mixed_up_rows() -> AbstractContextManager:
 
 def scaled_gradient(layer: int, factor: float) -> AbstractContextManager:
     """The gradient of one layer's factors is multiplied."""
-    right = HyperNetwork.layer
+    right = HyperNetwork.group
 
-    def wrong(self: HyperNetwork, index: int, hidden: Tensor, mask, place, head):
-        sides = right(self, index, hidden, mask, place, head)
-        if index != layer:
-            return sides
-        return tuple(
-            {m: factor * t + (1 - factor) * t.detach() for m, t in side.items()} for side in sides
-        )
+    def wrong(self: HyperNetwork, first: int, *arguments):
+        layers = right(self, first, *arguments)
+        if 0 <= layer - first < len(layers):
+            layers[layer - first] = tuple(
+                {m: factor * t + (1 - factor) * t.detach() for m, t in side.items()}
+                for side in layers[layer - first]
+            )
+        return layers
 
-    return mock.patch.object(HyperNetwork, "layer", wrong)
+    return mock.patch.object(HyperNetwork, "group", wrong)
 
 
 BROKEN: dict[str, Breaking] = {
