@@ -10,7 +10,7 @@ import time
 import httpx
 
 from tests.serving.checks import QUESTION, refused
-from tests.waiting import LIMIT
+from tests.waiting import LIMIT, wait_until
 from v2l_fast.serving import chat, monitoring
 from v2l_fast.serving.api import PAGE
 from v2l_fast.video.info import Fallbacks
