@@ -70,7 +70,8 @@ def test_the_official_client_is_asked_and_answered_and_nothing_is_stored(
     (again,), _ = talk(client, video, said[:1], {"persona": extra["persona"]})
     assert again.model_extra["elicit"]["action"] == "answer"
     assert again.choices[0].message.content == replies[1].choices[0].message.content
-    # Store, caches on disk, logs, output, metrics.
+    # Keys and values, store, logs, output, metrics.
+    assert not len(server.server.engine._prefix_cache)
     for path in (tmp_path / "store").rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     assert SECRET not in caplog.text and SECRET not in "".join(capfd.readouterr())

@@ -105,16 +105,22 @@ def test_a_recording_is_sampled_as_its_file_would_be():
 def test_every_probe_of_the_shipped_pair(monkeypatch):
     """Rows come worst first, and the goals are read off them."""
     monkeypatch.setattr(probes, "SECONDS", (8, 16))
-    monkeypatch.setattr(probes, "RESTAMPED", (8,))
+    monkeypatch.setattr(probes, "RESTAMPED", (8, 16))
     monkeypatch.setattr(probes, "RETRIEVED", 4)
     pair = Video2LoRA.from_pretrained("shapes", device="cpu")
     result = probes.probe(pair, SCENES[:24], captions_only=pair)
+    for rows in (result["durations"], result["restamped"]):
+        assert [row["seconds"] for row in rows] == ["16", "8"]
+        slow, trained = (row["captions"]["adapter"]["estimate"] for row in rows)
+        assert trained > 0.9 > slow
     for name in ("kinds", "binding", "binding_captions", "untrained", "absent"):
         scores = [row["score"]["adapter"]["estimate"] for row in result[name]]
         assert scores == sorted(scores) and all(row["questions"] for row in result[name])
-    # An interval of 24 videos is wide even if all answers score the same.
+    # An honest interval: no answer denies, which does not show that none ever would.
     denied = result["absent"][0]["score"]["adapter"]
-    assert denied["high"] - denied["low"] > 0
+    assert denied["estimate"] == 0 < denied["high"]
+    read = result["binding_captions"][0]["score"]["adapter"]["estimate"]
+    assert read > result["binding"][-1]["score"]["adapter"]["estimate"]
     assert result["retrieval"]["adapter"]["first"]["estimate"] >= 0.5
     gaps = [
         float(row["worst value"]) - float(row["at least"]) for row in report_page.goal_rows(result)

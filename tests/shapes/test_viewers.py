@@ -19,13 +19,15 @@ def test_asking_beats_guessing_and_a_known_viewer_is_not_asked(shipped):
     assert record["ask minus guess"]["later questions"]["low"] > 0
     # The persona carried over saves the question and answers as well as asking does.
     assert arms["guess"]["questions asked"] == arms["persona"]["questions asked"] == 0
+    assert arms["persona"]["first question"]["estimate"] >= 0.9
+    assert arms["persona"]["later questions"]["estimate"] >= 0.9
     assert record["persona minus guess"]["first question"]["low"] > 0
     assert record["persona minus guess"]["later questions"]["low"] > 0
     assert (
         arms["other video"]["later questions"]["estimate"]
         < arms["guess"]["later questions"]["estimate"]
     )
-    assert record["auroc of the uncertainty"]["color"] > 0.5
+    assert record["auroc of the uncertainty"]["color"] > 0.8
 
 
 def test_one_answered_question_serves_the_later_ones(shipped):
@@ -38,5 +40,4 @@ def test_one_answered_question_serves_the_later_ones(shipped):
         for i, (a, s) in enumerate(zip(adapters, scenes, strict=True))
     ]
     assert all(viewing.questions <= 1 for viewing in viewings)
-    answered = [viewing.correct[-1] for viewing in viewings if viewing.questions]
-    assert sum(answered) > len(answered) / 2
+    assert all(viewing.correct[-1] for viewing in viewings if viewing.questions)

@@ -387,7 +387,7 @@ def test_a_further_layer_keeps_its_input_context_and_factors_alone():
     layer_input = 4 * tokens * config.hidden_size
     expected = 3 * 4 * tokens * (config.hidden_size + config.latent_size)
     grown = {r: saved_bytes(6, r) - saved_bytes(3, r) for r in (True, False)}
-    assert expected <= grown[True] < 1.25 * expected
+    assert expected <= grown[True] < 1.1 * expected
     assert grown[False] > 4 * 3 * layer_input
 
 

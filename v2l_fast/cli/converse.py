@@ -158,12 +158,12 @@ def _remember(
             return "a new conversation"
         if question == "/history":
             return "\n".join(f"{m['role']}: {m['content']}" for m in messages) or "nothing yet"
-        asked = {"role": "user", "content": question}
+        message = {"role": "user", "content": question}
         (answer,) = model.answer(
-            [*messages, asked], adapter, prefix_cache=prefix_cache, **asdict(generation)
+            [*messages, message], adapter, prefix_cache=prefix_cache, **asdict(generation)
         )
         if history:
-            messages.extend((asked, {"role": "assistant", "content": answer.text}))
+            messages.extend((message, {"role": "assistant", "content": answer.text}))
         return answer.text
 
     return reply

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class DialogSystem:
             raise ConfigError(f"unknown system {excerpt(kind)}; known: {', '.join(presets)}")
         fields = dict(change.partition("=")[::2] for change in changes)
         settings = replace(presets[kind].override(fields), seed=seed)
-        return cls(text, kind, settings)  # type: ignore[arg-type]
+        return cls(text, cast(Kind, kind), settings)
 
 
 @dataclass(frozen=True)

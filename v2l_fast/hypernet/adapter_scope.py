@@ -297,7 +297,7 @@ def _wrap_threads() -> None:
             return submit(self, _run_within, inherited, fn, *args, **kwargs)
         return submit(self, fn, *args, **kwargs)
 
-    threading.Thread.start = starting  # type: ignore
+    threading.Thread.start = starting  # type: ignore[method-assign]
     ThreadPoolExecutor.submit = submitting  # type: ignore[method-assign, assignment]
 
 

@@ -2,8 +2,7 @@
 
 A request with ``elicit`` carries the conversation: its messages, the persona, and the counts that
 the last response returned. The response carries them back. The server stores none of it: no store,
-file, log or metric holds a word of it when the response is sent. The question to the video's model
-is the engine's, as any other one.
+file, log, metric or prefix cache holds a word of it when the response is sent.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ class _ServerModel:
         requests = [
             self._server.engine.submit(
                 self._server.question(
-                    self._request(messages, temperature, top_p, max_tokens, seed + i)
+                    self._request(messages, temperature, top_p, max_tokens, seed + i), private=True
                 )
             )
             for i in range(n)
@@ -203,7 +202,8 @@ class _ServerModel:
         messages = [{"role": "user", "content": question}]
         chat = self._request(messages, 0.0, 1.0, max_tokens, 0)
         try:
-            request = self._server.question(chat.model_copy(update={"video_mode": "context"}))
+            chat = chat.model_copy(update={"video_mode": "context"})
+            request = self._server.question(chat, private=True)
         except (ApiError, V2LError):
             return None
         text, _, usage = self._server.engine.submit(request).result(

@@ -219,8 +219,9 @@ class Engine:
             request.host_adapter = self._host_adapters.get(request.adapters)
         request.prompt = self._model.backbone.prompt_builder.question(request.question)
         self._check_length(requests, len(request.prompt))
-        content = None if request.host_adapter is None else request.host_adapter.content
-        request.cache_key = CacheKey(request.prompt, content)
+        if not request.private:
+            content = None if request.host_adapter is None else request.host_adapter.content
+            request.cache_key = CacheKey(request.prompt, content)
         for one in others:
             one.prompt, one.host_adapter = request.prompt, request.host_adapter
             one.cache_key = request.cache_key
@@ -376,7 +377,9 @@ class Engine:
         try:
             key = self._context_key(first)
             self._check_length(requests, len(key.tokens))
-            prefix = self._prefix_cache.acquire(self._scheduler.runner.scoped(key))
+            prefix = None
+            if not first.private:
+                prefix = self._prefix_cache.acquire(self._scheduler.runner.scoped(key))
             image_token = self._model.backbone.image_token_id
             if prefix is not None and image_token in key.tokens[prefix.length :]:
                 self._prefix_cache.release(prefix)
@@ -394,7 +397,7 @@ class Engine:
                 self._preparing -= len(requests)
             return
         for index, request in enumerate(requests):
-            request.prompt, request.cache_key = prompt, key
+            request.prompt, request.cache_key = prompt, None if first.private else key
             request.visual_tokens = key.tokens.count(image_token)
             if prefix is not None:
                 request.prefix = self._prefix_cache.retain(prefix) if index else prefix

@@ -153,6 +153,8 @@ class StreamingRequest(Request):
         sampling: how tokens are chosen, and how many at most.
         stop: strings that end the answer; they are not part of it.
         new_constraint: makes the constraint of an answer; it is called once for each answer.
+        private: keep nothing of its text once it has ended, so neither use nor extend the prefix
+            cache.
 
     Attributes:
         submitted: when the engine received it (``time.perf_counter``); None before that.
@@ -177,9 +179,10 @@ class StreamingRequest(Request):
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         new_constraint: Callable[[], TokenConstraint] | None = None,
+        private: bool = False,
     ) -> None:
         super().__init__(sampling or SamplingParams())
-        self.new_constraint = new_constraint
+        self.new_constraint, self.private = new_constraint, private
         self.question, self.adapters, self.clip = question, tuple(adapters), clip
         self.stop = tuple(stop)
         if clip is not None and self.adapters:
@@ -204,7 +207,7 @@ class StreamingRequest(Request):
         """The same question, not submitted, with its sampling parameters or others."""
         return StreamingRequest(
             self.question, self.adapters, self.clip, sampling or self.sampling, self.stop,
-            self.new_constraint,
+            self.new_constraint, self.private,
         )  # fmt: skip
 
     @property

@@ -225,8 +225,11 @@ class Server:
 
     # --- questions ----------------------------------------------------------------------------
 
-    def question(self, chat: ChatRequest) -> StreamingRequest:
+    def question(self, chat: ChatRequest, private: bool = False) -> StreamingRequest:
         """The engine's request for a chat request; decodes the video if it goes into context.
+
+        Args:
+            private: keep nothing of its text, as in :class:`StreamingRequest`.
 
         Raises:
             ApiError: the request cannot be answered.
@@ -251,10 +254,20 @@ class Server:
                 )
             clip = self._clip(adapters[0])
             return StreamingRequest(
-                question, clip=clip, sampling=sampling, stop=stop, new_constraint=constraint
+                question,
+                clip=clip,
+                sampling=sampling,
+                stop=stop,
+                new_constraint=constraint,
+                private=private,
             )
         return StreamingRequest(
-            question, adapters, sampling=sampling, stop=stop, new_constraint=constraint
+            question,
+            adapters,
+            sampling=sampling,
+            stop=stop,
+            new_constraint=constraint,
+            private=private,
         )
 
     def _sampling(self, chat: ChatRequest) -> SamplingParams:

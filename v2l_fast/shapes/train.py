@@ -240,19 +240,11 @@ def train_language(
         keep = torch.tensor([i for i, see in zip(picks, with_video, strict=True) if see])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, decay_from)
-        logits = answer_logits(model, packed, visual[keep].flatten(0, 2))
-        losses = F.cross_entropy(logits, packed.targets, reduction="none")
-        kinds = [pair.kind for row in pairs for pair in row]
-        is_caption = torch.tensor([kind == "caption" for kind in kinds])[packed.pair_index]
-        share = settings.caption_weight
-        loss = share * losses[is_caption].mean() + (1 - share) * losses[~is_caption].mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
+        language_step(
+            model, optimizer, packed, visual[keep].flatten(0, 2), pairs, with_video,
+            settings.caption_weight, running,
+        )  # fmt: skip
         step += 1
-        seen = [see for see, row in zip(with_video, pairs, strict=True) for _ in row]
-        _track(running, kinds, seen, packed, logits, loss.item())
         if decay_from is None and (
             step >= settings.max_flat
             or (step >= settings.min_flat and running.get("motion", 0) >= settings.motion_goal)
@@ -266,6 +258,38 @@ def train_language(
             save_checkpoint(checkpoint, parameters, optimizer, progress)
     model.eval()
     return step, time.perf_counter() - started
+
+
+def language_step(
+    model: SmolVLMForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    packed: PackedPairs,
+    visual: Tensor,
+    pairs: Sequence[Sequence[QAPair]],
+    with_video: Sequence[bool],
+    caption_weight: float,
+    running: dict[str, float],
+) -> None:
+    """One update of the decoder on packed questions and answers.
+
+    Args:
+        visual: [n, D] of the image tokens.
+        pairs, with_video: of each video, its questions and whether it is shown.
+        caption_weight: share of the captions' mean loss; the other answers have the rest.
+        running: means of the loss and, by kind, of the share of correct answers; updated.
+    """
+    logits = answer_logits(model, packed, visual)
+    losses = F.cross_entropy(logits, packed.targets, reduction="none")
+    kinds = [pair.kind for row in pairs for pair in row]
+    is_caption = torch.tensor([kind == "caption" for kind in kinds])[packed.pair_index]
+    captions, others = losses[is_caption].mean(), losses[~is_caption].mean()
+    loss = caption_weight * captions + (1 - caption_weight) * others
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    optimizer.step()
+    seen = [see for see, row in zip(with_video, pairs, strict=True) for _ in row]
+    _track(running, kinds, seen, packed, logits, loss.item())
 
 
 def _track(

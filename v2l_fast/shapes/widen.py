@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
 from v2l_fast.console import note, progress_bar
@@ -31,7 +30,7 @@ from v2l_fast.shapes.language import (
     ask_several,
 )
 from v2l_fast.shapes.tokenizer import ADDED_WORDS, build_tokenizer
-from v2l_fast.shapes.train import answer_logits
+from v2l_fast.shapes.train import language_step
 from v2l_fast.shapes.vlm import Prompts, freeze, load_base, recorded_visual_tokens, save_base
 from v2l_fast.shapes.world import Recording, Scene, sample_recordings, sample_scenes
 from v2l_fast.training.batches import pack_pairs
@@ -188,28 +187,11 @@ def _train(
         remaining = min(1.0, (settings.steps - step) / settings.decay)
         for group in optimizer.param_groups:
             group["lr"] = settings.final_lr + (rate - settings.final_lr) * remaining
-        shown = [visual[i].flatten(0, 1) for i, see in zip(picks, seen, strict=True) if see]
-        logits = answer_logits(model, packed, torch.cat(shown).float())
-        losses = F.cross_entropy(logits, packed.targets, reduction="none")
-        kinds = [pair.kind for row in pairs for pair in row]
-        in_caption = torch.tensor([kind == "caption" for kind in kinds])[packed.pair_index]
-        share = settings.caption_weight
-        loss = share * losses[in_caption].mean() + (1 - share) * losses[~in_caption].mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        wrong = torch.zeros(len(kinds)).index_add_(
-            0, packed.pair_index, (logits.detach().argmax(-1) != packed.targets).float()
-        )
-        with_video = [see for see, row in zip(seen, pairs, strict=True) for _ in row]
-        rates: dict[str, list[bool]] = {}
-        for kind, see, errors in zip(kinds, with_video, wrong.tolist(), strict=True):
-            if see:
-                rates.setdefault(kind, []).append(errors == 0)
-        values = {kind: sum(oks) / len(oks) for kind, oks in rates.items()} | {"loss": loss.item()}
-        for name, value in values.items():
-            running[name] = 0.97 * running.get(name, value) + 0.03 * value
+        tokens = [visual[i].flatten(0, 1) for i, see in zip(picks, seen, strict=True) if see]
+        language_step(
+            model, optimizer, packed, torch.cat(tokens).float(), pairs, seen,
+            settings.caption_weight, running,
+        )  # fmt: skip
         report(step + 1, running)
         if (step + 1) % settings.checkpoint_every == 0:
             progress = {"step": step + 1, "running": running, "settings": identity}
