@@ -80,6 +80,11 @@ class Files(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.write(content)
 
+    def handle(self) -> None:
+        # A client may leave at any time.
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
     def log_message(self, *_: object) -> None:
         pass
 

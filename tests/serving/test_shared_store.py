@@ -38,11 +38,11 @@ def test_a_video_stays_while_the_other_reads_it(two, videos):
     assert len(kept(first)) == 1
     hold.set()
     video = first.completed(job)["adapter_id"]
-    wait_until(lambda: not first.server.videos._in_use)
     assert second.http.get(f"/v1/videos/{video}").json()["in_context"]
-    # The last adapter's deletion takes the video along, whichever server it reaches.
+    # The last adapter's deletion takes the video along, whichever server it reaches; while the job
+    # still holds the video, the end of the job does.
     assert second.http.delete(f"/v1/videos/{video}").is_success
-    assert kept(first) == []
+    wait_until(lambda: kept(first) == [])
     refused(first.http.get(f"/v1/videos/{job['id']}"), 404)
     refused(first.http.post("/v1/chat/completions", json={**QUESTION, "model": video}), 404)
 
@@ -114,6 +114,29 @@ def test_a_video_in_use_or_needed_is_not_deleted(tmp_path):
     assert kept.path.exists()
     folder.delete(sha256)
     assert not folder.has(sha256)
+
+
+def test_a_removal_waits_for_one_that_decides(tmp_path):
+    """The first removal sees an adapter of the video that the second one's caller has deleted."""
+    store = AdapterStore(tmp_path / "store")
+    first, second = (
+        VideoFolder(tmp_path / "store" / "videos", store.staging, 1 << 20) for _ in range(2)
+    )
+    part, sha256 = store.staging.new_path(), "2" * 64
+    part.write_bytes(b"video")
+    first.keep(ReceivedVideo(sha256, part, "a.mp4"))
+    first.release(sha256)
+    removal = threading.Thread(target=second.delete, args=(sha256,))
+
+    def needed() -> bool:
+        removal.start()
+        # Time to give up, which it must not do.
+        removal.join(0.2)
+        return True
+
+    first.delete(sha256, needed)
+    removal.join(LIMIT)
+    assert not first.has(sha256)
 
 
 def test_the_remains_of_a_dead_process_are_removed_at_start(serve, videos, tmp_path):

@@ -14,8 +14,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -264,16 +264,18 @@ class VideoFolder:
         with self._mutex:
             if sha256 in self._in_use:
                 return
-            lock = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock is None:
-                return
-            try:
-                if not needed():
-                    # Atomic: nobody sees half of it.
-                    with suppress(OSError):
-                        os.rename(path, old)
-            finally:
-                os.close(lock)
+            # One removal at a time in all processes: a video's lock that cannot be taken then means
+            # a use, which ends with a removal of its own, and never a removal that is about to
+            # decide that the video stays.
+            with _closing(_locked(self.folder, fcntl.LOCK_EX)):
+                lock = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if lock is None:
+                    return
+                with _closing(lock):
+                    if not needed():
+                        # Atomic: nobody sees half of it.
+                        with suppress(OSError):
+                            os.rename(path, old)
         self._staging.remove(old)
 
     def _shrink(self) -> None:
@@ -309,6 +311,16 @@ def _locked(folder: Path, how: int) -> int | None:
         raise
     os.close(lock)
     return None
+
+
+@contextmanager
+def _closing(lock: int | None) -> Iterator[None]:
+    """Close a lock's descriptor, which releases the lock, at the end of the block."""
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def clean_name(name: str) -> str:
