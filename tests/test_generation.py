@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.rounding import RoundingCheck
 from v2l_fast.errors import AdapterError, ConfigError
 from v2l_fast.generation import ModelRunner, Request, SamplingParams, generate
 from v2l_fast.hypernet.adapter_bank import AdapterBank
@@ -63,6 +64,34 @@ def test_ragged_batch_equals_single_prompts(backbone, adapters):
     for prompt, adapter, actual in zip(PROMPTS, chosen, together, strict=True):
         assert run(backbone, [prompt], [adapter], max_new_tokens=16) == [actual]
     assert len({tuple(t) for t in together}) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batching_changes_half_precision_by_rounding_alone(dtype, backbone, adapters):
+    """The promise of docs/serving.md. The check refuses answers from another adapter."""
+    check = RoundingCheck(backbone, dtype)
+    decoder = check.backbone.decoder
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(20, len(backbone.tokenizer), (24, 30), generator=generator)
+    prompts = [[2, *words[i, : 1 + 5 * i % 29].tolist()] for i in range(24)]
+    chosen = [[*adapters, None][i % 4] for i in range(24)]
+
+    def answers(prompts, adapters) -> list[list[int]]:
+        embedded = [decoder.embed(torch.tensor(prompt)) for prompt in prompts]
+        bank = AdapterBank.pack(adapters, "cpu", dtype)
+        return generate(decoder, embedded, (), SamplingParams(max_new_tokens=12), bank).tokens
+
+    together = answers(prompts, chosen)
+    assert answers(prompts, chosen) == together
+    refused = 0
+    for prompt, adapter, answer in zip(prompts, chosen, together, strict=True):
+        check.same(prompt, adapter, answers([prompt], [adapter])[0], answer)
+        other = adapters[1] if adapter is adapters[0] else adapters[0]
+        try:
+            check.same(prompt, adapter, answers([prompt], [other])[0], answer)
+        except AssertionError:
+            refused += 1
+    assert refused > 0
 
 
 def test_stop_ids_end_an_answer(backbone):

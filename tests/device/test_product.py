@@ -9,6 +9,7 @@ tokens; a video once, for the check that its factors are finite; a training step
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 from tests import tiny
 from tests.data.test_feature_cache import cache_of, source
 from tests.device.pretend import CUDA
+from tests.rounding import RoundingCheck
 from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, copies, request
 from tests.training import plain
 from tests.training.broken import write_folder
@@ -28,8 +30,9 @@ from v2l_fast.evaluation.evaluate import evaluate
 from v2l_fast.evaluation.examples import EvalExample, internalize_each, token_f1
 from v2l_fast.evaluation.methods import METHODS, MethodSettings
 from v2l_fast.evaluation.prefix import FrameFusion
-from v2l_fast.generation import ModelRunner, SamplingParams, answers
+from v2l_fast.generation import ModelRunner, SamplingParams, answers, generate
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.serving import graphs
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.graphs import CudaGraphRunner
@@ -163,6 +166,35 @@ def test_graphs_answer_as_asking_does_in_float32(
     assert replies == expected * 3
     assert device.captures > 0 and device.replays > device.captures
     assert {tuple(waits) for waits in steps["decode"]} == {("tolist",)}
+
+
+def test_graphs_answer_as_asking_does_up_to_rounding_in_bfloat16(
+    device, on_device, backbone, adapters, small_graphs
+):
+    """Alone and together, captured and not; the promise of docs/serving.md."""
+    model, check = on_device(torch.bfloat16), RoundingCheck(backbone)
+    model.backbone.stop_ids = ()
+    store = MemoryStore(adapters)
+    sets = ((), ("a0",), ("a1", "a2"))
+    requests = [request(text, *ids, max_new_tokens=5) for text in QUESTIONS for ids in sets]
+    options = {"max_batch": 8, "max_context": 100, "adapter_slots": 3, "warm_up": False}
+    with Engine(model, store, **options) as engine:
+        together, alone = copies(requests), copies(requests[:3])
+        for one in [engine.submit(one) for one in together]:
+            one.result(WAIT)
+        for one in alone:
+            engine.submit(one).result(WAIT)
+    assert device.replays > 0
+    decoder = model.backbone.decoder
+    for one, *replies in itertools.zip_longest(requests, together, alone):
+        parts = [store.get(id) for id in one.adapters]
+        adapter = Adapter.compose(parts) if parts else None
+        prompt = backbone.prompt_builder.question(one.question)
+        embedded = decoder.embed(torch.tensor(prompt, device=CUDA))
+        bank = AdapterBank.pack([adapter], CUDA, torch.bfloat16)
+        expected = generate(decoder, [embedded], (), one.sampling, bank).tokens[0]
+        for reply in filter(None, replies):
+            check.same(prompt, adapter, expected, reply.tokens)
 
 
 def test_serving_in_bfloat16(device, gpu_model, clips, small_graphs, tmp_path):

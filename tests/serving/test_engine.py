@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, request
+from tests.rounding import RoundingCheck
+from tests.serving.engine_parts import QUESTIONS, WAIT, MemoryStore, copies, request
 from tests.video.clips import encode
 from v2l_fast import Video2LoRA
 from v2l_fast.errors import AdapterError, ConfigError, PromptTooLong, V2LError
@@ -60,6 +61,28 @@ def mixture(clips, count: int, seed: int) -> list[StreamingRequest]:
             one = StreamingRequest(one.question, (), rng.choice(clips), one.sampling)
         requests.append(one)
     return requests
+
+
+def test_the_engine_in_bfloat16_differs_by_rounding_alone(backbone, hypernet, store):
+    """From the batch that a request happens to be in, and from asking alone."""
+    check = RoundingCheck(backbone)
+    check.backbone.stop_ids = ()
+    model = Video2LoRA(check.backbone, hypernet)
+    sets = ((), ("a0",), ("a1", "a2"), ("a2",))
+    requests = [request(text, *ids) for text in QUESTIONS for ids in sets]
+    with Engine(model, store, max_batch=6, max_context=160, adapter_slots=3) as engine:
+        alone = copies(requests)
+        for one in alone:
+            engine.submit(one).result(WAIT)
+        together = [engine.submit(one) for one in copies(requests, 2)]
+        for one in together:
+            one.result(WAIT)
+    for index, one in enumerate(together):
+        expected = alone[index % len(alone)]
+        parts = [store.adapters[id] for id in one.adapters]
+        prompt = backbone.prompt_builder.question(one.question)
+        adapter = Adapter.compose(parts) if parts else None
+        check.same(prompt, adapter, expected.tokens, one.tokens)
 
 
 @pytest.mark.parametrize(("rows", "slots"), [(1, 1), (4, 2), (16, 8)])

@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests import tiny
 from tests.golden import relative
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
+from v2l_fast.vlm.decoder import _attend
 
 IDS = torch.randint(3, 60, (3, 11), generator=torch.Generator().manual_seed(0))
 
@@ -152,3 +154,30 @@ def test_a_merged_decoder_shares_all_other_weights(backbone, adapters):
     own -= {id(p) for p in decoder.text_model.parameters()}
     assert len(own) == decoder.num_layers
     assert not any(p.requires_grad for p in merged.text_model.parameters())
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@torch.no_grad()
+def test_masked_attention_asks_for_no_grouped_heads(length, backbone, monkeypatch):
+    """PyTorch's fused attention on a GPU takes a mask or grouped heads, not both."""
+    decoder, attention = backbone.decoder, F.scaled_dot_product_attention
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, length, 6, 8, generator=generator).transpose(1, 2)
+    key, value = torch.randn(2, 3, 2, 9, 8, generator=generator)
+    mask = torch.rand(3, 1, length, 9, generator=generator) < 0.6
+    mask[..., 0] = True
+    expected = attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    calls = []
+
+    def fused(query, key, value, **options):
+        calls.append(options)
+        assert query.shape[:2] == key.shape[:2] and not options.get("enable_gqa")
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    actual = _attend(query, key, value, mask, 0.3, 3)
+    assert actual.shape == query.shape and relative(actual, expected) <= 1e-6
+    cache = decoder.new_cache(3, 12)
+    positions = torch.tensor([0, 2, 5])
+    decoder.forward(decoder.embed(IDS[:, :1]), decoder.decode_metadata(positions, 6), cache)
+    assert len(calls) == 1 + decoder.num_layers

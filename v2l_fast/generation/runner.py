@@ -1,9 +1,9 @@
 """Continuous batching over a static KV cache: requests are prefilled, decoded together and retired.
 
 Used for one batch (:func:`~v2l_fast.generation.generate`) and by the serving engine alike, so that
-both give the same answers. The requests of a runner always use the first rows of its cache: the
-last row moves into the place of one that is retired, and a decode step computes nothing for free
-rows. Text, readers and cancellation are the caller's.
+both give the same answers, up to rounding. The requests of a runner always use the first rows of
+its cache: the last row moves into the place of one that is retired, and a decode step computes
+nothing for free rows. Text, readers and cancellation are the caller's.
 
 An error belongs to the request that causes it. A pass changes no request until its tokens are
 known, so a pass that fails is repeated in halves, down to the request that fails alone. A request

@@ -44,8 +44,8 @@ class SamplingParams:
         temperature: 0 is greedy; any finite positive number is valid.
         top_p: smallest set of tokens whose probability reaches it, at least one.
         top_k: the k most likely tokens; 0 for no limit, as any number above the vocabulary's size.
-        seed: signed 64-bit integer. The same seed gives the same answer in any batch; answer i of
-            a call uses ``seed + i``, modulo 2^64.
+        seed: signed 64-bit integer. The same seed gives the same answer in any batch, up to the
+            rounding of logits; answer i of a call uses ``seed + i``, modulo 2^64.
         n: answers to each prompt, which is computed once for all of them.
         logprobs: report the log probability of each token and of this many most likely ones, from
             the logits before temperature, truncation and constraints; None reports nothing.

@@ -240,16 +240,9 @@ class Decoder:
         else:
             if cache is not None and metadata.mask is not None:
                 key, value = cache.gather(len(key), metadata.mask.shape[-1])
-            mixed = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=metadata.mask,
-                is_causal=metadata.mask is None,
-                scale=attention.scaling,
-                # Comparing shapes instead would give the compiler a symbol, not a bool.
-                enable_gqa=attention.num_key_value_groups != 1,
-            )
+            # The module's attribute; comparing shapes would give the compiler a symbol, not a bool.
+            groups = attention.num_key_value_groups
+            mixed = _attend(query, key, value, metadata.mask, attention.scaling, groups)
         mixed = mixed.transpose(1, 2).reshape(*hidden.shape[:2], -1)
         return _linear("o_proj", attention.o_proj, index, mixed, adapters)
 
@@ -356,6 +349,29 @@ class Decoder:
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return self.text_model.rotary_emb(like, positions)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, groups: int
+) -> Tensor:
+    """Attention [E, heads, T, head_dim] of ``groups`` query heads to each key and value head,
+    under a mask [E, 1, T, K], or causal.
+
+    Under a mask, PyTorch's fused attention on a GPU does not know grouped heads: it would take the
+    unfused form and repeat keys and values. The queries of a group see the same slots, so they
+    become rows of one head.
+    """
+    if mask is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=groups != 1
+        )
+    if groups == 1:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    count, _, length, size = query.shape
+    rows = query.reshape(count, -1, groups * length, size)
+    mask = mask.expand(-1, groups, -1, -1).reshape(count, 1, groups * length, mask.shape[-1])
+    mixed = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return mixed.reshape(query.shape)
 
 
 def _linear(
