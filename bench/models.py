@@ -6,7 +6,9 @@ real prompt.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,5 +205,39 @@ def write_clip(path: Path, codec: str, frames: int, height: int) -> Path:
             left = i * 3 % (width - 16)
             image[:, left : left + 16] = 230
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_pattern(path: Path, seconds: float, height: int, bit_rate: int) -> Path:
+    """Write a 16:9 H.264 clip of 30 frames a second, with keyframes at cuts or every 250 frames.
+
+    FFmpeg's moving test pattern with noise, which costs a decoder about what a real video of the
+    same bit rate (bits/s) does.
+    """
+    import av
+
+    width = height * 16 // 9 // 2 * 2
+    graph = av.filter.Graph()
+    filters = [
+        graph.add("testsrc2", f"size={width}x{height}:rate=30:duration={seconds}"),
+        graph.add("noise", "alls=6:allf=t:all_seed=1"),
+        graph.add("format", "yuv420p"),
+        graph.add("buffersink"),
+    ]
+    for one, following in itertools.pairwise(filters):
+        one.link_to(following)
+    graph.configure()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"preset": "fast", "g": "250"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.bit_rate = bit_rate
+        for number in range(round(seconds * 30)):
+            frame = filters[-1].pull()
+            assert isinstance(frame, av.VideoFrame)
+            # The source marks every frame as a keyframe.
+            frame.pict_type = av.video.frame.PictureType.NONE
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path

@@ -157,6 +157,29 @@ def _decode(record: Record) -> str:
     )
 
 
+def _decode_training(record: Record) -> str:
+    rows = [
+        [
+            row["case"], order, f"{result['cpu_seconds']:.2f}",
+            f"{result['videos_per_second_and_core']:.1f}",
+            "yes" if result["equal_to_ours"] else "no", f"{row['pixel_error']:.2f}",
+        ]
+        for row in record["rows"]
+        for order, result in row["orders"].items()
+    ]  # fmt: skip
+    load = " to ".join(f"{value:.0f}" for value in record["load"])
+    note = (
+        f"From opening a file to {record['frames']} views of {record['tile']} pixels; CPU time of "
+        f"all threads, while the machine's load was {load} on {record['cores']} cores. Resizing to "
+        f"the tower's size takes {record['resize_cpu_seconds']:.2f} s of it. Writing the copy took "
+        f"{record['copying_cpu_seconds']:.1f} s once. The error is the mean absolute difference of "
+        "our views from those of the original, of 255, on a pattern of saturated edges.\n\n"
+    )
+    return note + _table(
+        ["video", "order", "CPU s a video", "videos/s and core", "our pixels", "error"], rows
+    )
+
+
 def _serve(record: Record) -> str:
     note = (
         f"One question of {record['question_tokens']} tokens, {record['visual_tokens']} visual "
@@ -297,6 +320,11 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], str | None]] = {
         "bench.runs.train_step",
     ),
     "decode": ("Decoding video", _decode, "bench.runs.decode"),
+    "decode_training": (
+        "Reading training videos: released order and ours",
+        _decode_training,
+        "bench.runs.decode",
+    ),
     "serve_shapes_cpu": (
         "Answering a question, shipped model on a CPU",
         _serve,

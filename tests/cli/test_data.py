@@ -46,6 +46,15 @@ def test_teach_then_cache(manifest, tmp_path):
     assert "2 of 3 videos stored" in plain.stdout and "not a video" in plain.stderr
 
 
+def test_transcode(manifest, tmp_path):
+    out = tmp_path / "small"
+    copied = run("transcode", "--manifest", manifest, "--out", out, "--longest-edge", 32)
+    assert copied["videos"] == 2 and copied["bytes"] > 0 and len(copied["failures"]) == 1
+    again = ["transcode", "--manifest", str(manifest), "--out", str(out), "--longest-edge", "32"]
+    plain = runner.invoke(app, again)
+    assert "2 videos, 0.0 MB" in plain.stdout and "not a video" in plain.stderr
+
+
 def test_internalize_a_manifest(manifest, tmp_path):
     store = tmp_path / "store"
     result = run("internalize", "--manifest", manifest, "--out", store, "--device", "cpu")
@@ -64,6 +73,7 @@ def test_internalize_a_manifest(manifest, tmp_path):
         ("teach", "--manifest", "m.jsonl", "--out", "x", "--dtype", "float64"),
         ("teach", "--manifest", "m.jsonl", "--out", "x", "--device", "tpu"),
         ("cache", "--manifest", "m.jsonl"),
+        ("transcode", "--manifest", "m.jsonl", "--out", "x", "--longest-edge", "1"),
         ("finevideo", "build", "f", "--out", "x", "--mix", "0", "0", "0"),
         ("finevideo", "build", "f", "--out", "x", "--val-share", "1"),
     ],

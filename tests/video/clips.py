@@ -37,7 +37,7 @@ def encode(
     num_frames: int,
     *,
     codec: str = "libx264",
-    fps: int = 10,
+    fps: int | Fraction = 10,
     size: tuple[int, int] = (WIDTH, HEIGHT),
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,

@@ -1,4 +1,4 @@
-"""``v2l teach``, ``v2l cache`` and ``v2l finevideo``: preparing training data."""
+"""``v2l transcode``, ``v2l teach``, ``v2l cache``, ``v2l finevideo``: preparing training data."""
 
 from __future__ import annotations
 
@@ -121,6 +121,46 @@ def teach(
     print_outcome(
         f"{result.manifest}: {result.answers} answers",
         {"manifest": str(result.manifest), "answers": result.answers},
+        result.failures,
+        as_json,
+    )
+
+
+@with_options
+def transcode(
+    source: ManifestOptions,
+    out_path: Path = Option(..., "--out", "-o", help="Folder of the copies and their manifest."),
+    longest_edge: int = Option(
+        384, min=2, help="Longest edge in pixels, at most 4096; smaller videos keep their size."
+    ),
+    keyframe_seconds: float = Option(1.0, min=0.001, help="Seconds from keyframe to keyframe."),
+    seconds: float = Option(600.0, min=0.001, help="Time limit in seconds for one video."),
+    threads: int = Option(2, min=1, help="Videos copied at the same time."),
+    as_json: bool = JSON,
+) -> None:
+    """Copy videos or spans small and with frequent keyframes, so that training reads them fast.
+
+    \b
+    v2l finevideo build data/finevideo --out spans.jsonl --total 100000
+    v2l transcode --manifest spans.jsonl --out small/
+    v2l teach --manifest small/manifest.jsonl --out taught/ --base path/to/vlm
+
+    A copy has the frames, times and duration of its span; its pixels differ slightly, because it is
+    scaled by FFmpeg and compressed. --longest-edge should be the training's.
+
+    Repeat the same command to continue after an interruption. The same examples about the copies
+    are in OUT/manifest.jsonl, videos that could not be read in OUT/quarantine.jsonl.
+    """
+    from v2l_fast.data.transcode import TranscodeSettings
+    from v2l_fast.data.transcode import transcode as run
+
+    settings = TranscodeSettings(longest_edge, keyframe_seconds, seconds, threads)
+    with progress_bar("copying") as report:
+        progress = partial(report, "videos")
+        result = run(source.manifest, out_path, settings, source.root, progress)
+    print_outcome(
+        f"{result.manifest}: {result.videos} videos, {result.bytes / 1e6:.1f} MB",
+        {"manifest": str(result.manifest), "videos": result.videos, "bytes": result.bytes},
         result.failures,
         as_json,
     )

@@ -43,7 +43,7 @@ app = typer.Typer(
 for panel, commands in {
     "Adapters": (adapters.internalize, adapters.ask, converse.chat, adapters.compose),
     "Export and serving": (export.convert, export.export, export.push, serve.serve),
-    "Training": (train.train, data.teach, data.cache),
+    "Training": (train.train, data.transcode, data.teach, data.cache),
     "Evaluation": (evaluate.evaluate, evaluate.manifest, analyze.sweep),
     "Installation": (install.demo, install.doctor),
 }.items():

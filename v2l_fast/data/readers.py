@@ -40,8 +40,10 @@ class ClipReader:
     decoder: Backend = "auto"
     device: str = "cpu"
 
-    def read(self, video: VideoExamples, chunks: int = 1) -> list[Clip]:
+    def read(self, video: VideoExamples, chunks: int = 1, sha256: str | None = None) -> list[Clip]:
         """The video (or its span) in `chunks` consecutive parts.
+
+        sha256: of the clips; None hashes the file.
 
         Raises:
             VideoError: the file cannot be read, or not in time.
@@ -55,15 +57,17 @@ class ClipReader:
                 limits=Limits(max_seconds=self.seconds),
                 backend=self.decoder,
                 device=self.device,
+                sha256=sha256,
             )
         except OSError as error:
             raise VideoError(f"{video.path}: cannot be read ({error.strerror or error})") from None
 
     def views(self, video: VideoExamples, chunks: int, tile_size: int) -> list[VideoChunk]:
         """:meth:`read`, resized and tiled for a vision tower of `tile_size`."""
+        # Views do not carry the hash, and hashing a long file takes longer than reading a span.
         return [
             run_to_completion(iter_views(clip, self.sampling.longest_edge, tile_size))
-            for clip in self.read(video, chunks)
+            for clip in self.read(video, chunks, sha256="")
         ]
 
 

@@ -142,6 +142,18 @@ def resized_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
     return max(height, 1), max(width, 1)
 
 
+def shrunk_size(height: int, width: int, longest_edge: int) -> tuple[int, int]:
+    """(height, width) of a frame that :func:`frame_views` may get in place of a larger one.
+
+    That is `resized_size`, the first step of `frame_views`, if it is smaller and `frame_views`
+    leaves it as it is; otherwise the size itself.
+    """
+    small = resized_size(height, width, longest_edge)
+    if small[0] * small[1] >= height * width or resized_size(*small, longest_edge) != small:
+        return height, width
+    return small
+
+
 def _multiple_size(height: int, width: int, tile: int) -> tuple[int, int]:
     """Sides rounded up to multiples of `tile` (4.51.3, `resize_for_vision_encoder`)."""
     aspect = width / height

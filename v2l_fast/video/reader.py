@@ -21,7 +21,7 @@ from v2l_fast.errors import VideoError
 from v2l_fast.files import file_sha256
 from v2l_fast.video.clip import Clip
 from v2l_fast.video.info import Limits, VideoInfo
-from v2l_fast.video.preprocess import resize_lanczos, resized_size
+from v2l_fast.video.preprocess import resize_lanczos, shrunk_size
 from v2l_fast.video.sampling import MAX_EDGE, FrameSampling
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def load_spans(
     transform = partial(_shrink, longest_edge=sampling.longest_edge) if resize else None
 
     def read(count: int) -> tuple[list[tuple[int, int]], list[np.ndarray], Decoded]:
-        parts = _parts(*_frames_of_span(source.path, count, info.fps, span), chunks)
+        parts = _parts(*frames_of_span(source.path, count, info.fps, span), chunks)
         indices = [
             first + sampling.indices(stop - first, info.fps, (stop - first) / info.fps)
             for first, stop in parts
@@ -249,15 +249,13 @@ def load_spans(
 
 def _shrink(image: torch.Tensor, longest_edge: int) -> torch.Tensor:
     """Resize uint8 [..., H, W, 3] as `frame_views` does first, if that makes it smaller."""
-    height, width = image.shape[-3:-1]
-    small = resized_size(height, width, longest_edge)
-    # frame_views gives the same result only where the size rule maps the small size to itself.
-    if small[0] * small[1] >= height * width or resized_size(*small, longest_edge) != small:
+    size = shrunk_size(*image.shape[-3:-1], longest_edge)
+    if size == image.shape[-3:-1]:
         return image
-    return resize_lanczos(image.movedim(-1, -3), *small).movedim(-3, -1)
+    return resize_lanczos(image.movedim(-1, -3), *size).movedim(-3, -1)
 
 
-def _frames_of_span(
+def frames_of_span(
     path: str, count: int, fps: float, span: tuple[float, float] | None
 ) -> tuple[int, int]:
     """[first, stop) of the frames shown in `span`, of `count` at `fps` frames/s.
