@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import tiny
 from tests.training.broken import REASONS, write_folder
+from tests.training.tiny_run import settings
 from v2l_fast.data.feature_cache import (
     CacheError,
     FeatureCache,
@@ -20,11 +24,14 @@ from v2l_fast.data.feature_cache import (
 )
 from v2l_fast.data.manifest import group_by_video, load_manifest
 from v2l_fast.data.readers import ClipReader, Failure
+from v2l_fast.errors import VideoError
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import visual_features
-from v2l_fast.training.config import DataConfig
-from v2l_fast.training.sources import ManifestSource, manifest_sources
+from v2l_fast.training import trainer
+from v2l_fast.training.config import DataConfig, TrainConfig
+from v2l_fast.training.sources import ManifestSource, features_worth_storing, manifest_sources
 from v2l_fast.training.step import TrainStep
+from v2l_fast.training.trainer import train
 from v2l_fast.video import FrameSampling
 from v2l_fast.vlm.smolvlm import SmolVLM
 
@@ -200,3 +207,83 @@ def test_a_cache_of_something_else_is_refused(backbone, videos, tmp_path):
     assert train.load(0, 0).chunks[0].features is not None
     with pytest.raises(CacheError, match="none of its 4 entries"):
         manifest_sources(replace(data, max_frames=3), backbone, 0)
+
+
+# --- data.feature_cache=auto ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Call to set the free bytes of every disk."""
+
+    def free(size: float) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size))
+
+    return free
+
+
+def run_settings(folder: Path, manifest: Path, *overrides: str) -> TrainConfig:
+    return settings(
+        folder, 'data.source="manifest"', f'data.manifests=["{manifest}"]', "data.val_share=0.3",
+        "data.chunks=[1,2]", "optim.steps=4", "run.checkpoint_every=2", *overrides,
+    )  # fmt: skip
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "hypernet/model.safetensors").read_bytes()
+
+
+def test_features_are_stored_by_themselves_and_no_bit_depends_on_when(tmp_path, disk, monkeypatch):
+    manifest, broken = write_folder(tmp_path / "videos", 9, ("text",))
+    disk(1e9)
+    names = ("cold", "warm", "stopped", "full", "off")
+    cold, warm, stopped, full, off = (tmp_path / name for name in names)
+    train(run_settings(cold, manifest), backbone=tiny.backbone())
+    assert len(cache_of(cold / "features", tiny.backbone())) > 0
+    lines = [json.loads(line) for line in (cold / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["video"] for line in lines} <= broken.keys()
+    shutil.copytree(cold / "features", warm / "features")
+    real = trainer._Run._log
+
+    def stop(self, step, report):
+        real(self, step, report)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer._Run, "_log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_settings(stopped, manifest), backbone=tiny.backbone())
+    monkeypatch.setattr(trainer._Run, "_log", real)
+    # A run that has begun with features goes on with them, and one without them without.
+    disk(1)
+    shutil.rmtree(stopped / "features")
+    train(run_settings(stopped, manifest), backbone=tiny.backbone())
+    train(run_settings(full, manifest), backbone=tiny.backbone())
+    disk(1e9)
+    monkeypatch.setattr(ClipReader, "read", refuse_all)
+    train(run_settings(warm, manifest), backbone=tiny.backbone())
+    monkeypatch.undo()
+    assert weights(cold) == weights(warm) == weights(stopped)
+    train(run_settings(off, manifest, 'data.feature_cache="off"'), backbone=tiny.backbone())
+    assert weights(full) == weights(off)
+    assert not (full / "features").exists() and not (off / "features").exists()
+
+
+def refuse_all(self, video, chunks=1, sha256=None):
+    raise VideoError(f"{video.path}: not a video")
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "stores", "reason"),
+    [(1, 2.1, False, "no video is read more than once"), (9, 2.1, True, "read 9.0 times"),
+     (9, 1.9, False, "more than half of the free space")],
+)  # fmt: skip
+def test_what_auto_decides(backbone, videos, tmp_path, disk, steps, share, stores, reason):
+    train_part = source(backbone, videos[:4], chunks=(1, 2), feature_bytes=100)
+    # 4 videos in one and in two chunks of 4 frames each.
+    need = 4 * (1 + 2) * 4 * 100
+    assert train_part.stored_bytes == need
+    disk(share * need)
+    config = settings(tmp_path, f"optim.steps={steps}", "optim.batch_size=4")
+    decision, line = features_worth_storing(config, train_part, None)
+    assert decision is stores and reason in line

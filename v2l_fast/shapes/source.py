@@ -203,7 +203,7 @@ def recorded_sources(
         )
     if tuple(data.chunks) != (1,):
         raise ConfigError(f"data.chunks must be [1] for {data.source}, got {list(data.chunks)}")
-    folder = Path(data.feature_cache or Path(config.run.folder) / "features")
+    folder = config.feature_folder
 
     def source(split: str, count: int) -> RecordedSource:
         scenes, recordings = recorded_videos(split, count, seed)
@@ -268,7 +268,7 @@ def shapes_sources(
 ) -> tuple[ShapesSource, ShapesSource | None]:
     """Augmented scenes of the train split, and scenes of the val split as they are.
 
-    The visual tokens of the train split are cached in `data.feature_cache` or the run's folder.
+    The visual tokens of the train split are cached in `config.feature_folder`.
 
     Raises:
         ConfigError: a value of `data` is not possible in this world.
@@ -304,7 +304,7 @@ def shapes_sources(
 
     times = [frame / NUM_FRAMES for frame in frames]
     scenes = sample_scenes("train", data.videos or DEFAULT_VIDEOS, seed)
-    folder = Path(data.feature_cache or Path(config.run.folder) / "features")
+    folder = config.feature_folder
     training = source(scenes, _cached_tokens(backbone, scenes, times, seed, folder))
     if not data.val_videos:
         return training, None

@@ -114,7 +114,11 @@ class DataConfig:
         exact_frames: take exactly `max_frames` frames, whatever the duration.
         instruction: text that follows the video in the context pass.
         chunks: numbers of chunks a video is cut into; each step draws one of them for each video.
-        feature_cache: folder of stored connector outputs; "" for none.
+        feature_cache: connector outputs on disk. "auto" stores those of all videos in the run's
+            folder before the first step, if each is read more than once and they take at most half
+            of the free space; a folder that `v2l cache` filled is read only; "off" (or "") always
+            reads the videos. Videos are then encoded alone, not in batches, so results differ
+            from those without by rounding; whether the cache was filled before changes no bit.
         answer_length_tags: half of the questions state how long their answer is.
         second_turn_share: share of the questions that follow another question of the same video and
             its answer, as the second turn of a conversation (source "manifest").
@@ -139,7 +143,7 @@ class DataConfig:
     exact_frames: bool = False
     instruction: str = INSTRUCTION
     chunks: Annotated[Many[Count], Field(min_length=1)] = (1,)
-    feature_cache: str = ""
+    feature_cache: str = "auto"
     answer_length_tags: bool = False
     second_turn_share: Share = 0.0
     decoder: Backend = "auto"
@@ -273,6 +277,12 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def feature_folder(self) -> Path:
+        """The folder of stored features: that of `data.feature_cache`, or one in the run's."""
+        named = self.data.feature_cache
+        return Path(self.run.folder) / "features" if named in ("", "auto", "off") else Path(named)
 
     @model_validator(mode="after")
     def _check_teacher(self) -> TrainConfig:

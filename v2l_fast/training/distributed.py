@@ -63,9 +63,12 @@ class Distributed:
         self.count = self.accelerator.num_processes
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
-        self._hosts = None
+        self._hosts = self._patient = None
         if self.count > 1:
             self._hosts = torch.distributed.new_group(backend="gloo")
+            # A group's timeout is fixed, and processes must form it at the same time.
+            six_hours = timedelta(hours=6)
+            self._patient = torch.distributed.new_group(backend="gloo", timeout=six_hours)
 
     def wrap(self, step: nn.Module) -> nn.Module:
         """The step with gradients averaged over the processes."""
@@ -115,16 +118,17 @@ class Distributed:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Run the body on the main process, then on the others."""
-        if self._hosts is None:
-            yield
-            return
-        # The main process may train a base model in it; the training itself never waits so long.
-        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=6))
+        # The main process may train a base model in it.
         if not self.is_main:
-            torch.distributed.barrier(patient)
+            self.wait_for_all()
         yield
         if self.is_main:
-            torch.distributed.barrier(patient)
+            self.wait_for_all()
+
+    def wait_for_all(self) -> None:
+        """Wait until every process is here, up to six hours: the training itself waits less."""
+        if self._patient is not None:
+            torch.distributed.barrier(self._patient)
 
     def start_trackers(self, config: TrainConfig, start: int, run_id: str) -> None:
         """Open the trackers; points after step `start` belong to a run that was interrupted there.

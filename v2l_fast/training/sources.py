@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from v2l_fast.data.feature_cache import FeatureCache, vision_fingerprint
+from v2l_fast.console import progress_bar
+from v2l_fast.data.feature_cache import FeatureCache, fill_cache, vision_fingerprint
 from v2l_fast.data.manifest import (
     Example,
     ManifestError,
@@ -106,13 +109,47 @@ class ManifestSource:
         return torch.device(self.reader.device).type == "cuda"
 
     @property
-    def video_bytes(self) -> int:
-        """Bytes of one video's views, or of its features if they are stored, at most."""
+    def chunk_views(self) -> int:
+        """Views of one chunk, at most."""
         sampling, tile = self.reader.sampling, self.prompt_builder.tile_size
         # A square frame has most tiles; a tiled one also has a view of the whole.
         tiles = math.ceil(sampling.longest_edge / tile) ** 2
-        views = sampling.max_frames * max(self.chunks) * (tiles + (tiles > 1))
-        return views * (self.feature_bytes if self.cache is not None else 3 * tile**2)
+        return sampling.max_frames * (tiles + (tiles > 1))
+
+    @property
+    def video_bytes(self) -> int:
+        """Bytes of one video's views, or of its features if they are stored, at most."""
+        pixels = 3 * self.prompt_builder.tile_size**2
+        each = self.feature_bytes if self.cache is not None else pixels
+        return self.chunk_views * max(self.chunks) * each
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all videos' features in every number of chunks, at most."""
+        return len(self) * self.chunk_views * sum(self.chunks) * self.feature_bytes
+
+    def store_features(
+        self, folder: Path, backbone: Backbone, threads: int, rank: int = 0, processes: int = 1
+    ) -> None:
+        """Store the missing features of this process's part of the videos.
+
+        A video that cannot be read is left out; training meets it again and quarantines it.
+
+        Raises:
+            CacheError: a file cannot be written.
+        """
+        cache = FeatureCache(folder, self.reader, vision_fingerprint(backbone))
+        videos = self.videos[rank::processes]
+        with progress_bar("storing features") if rank == 0 else nullcontext() as report:
+            fill_cache(
+                cache, backbone, videos, self.chunks, threads=max(1, threads),
+                progress=lambda done, total: report and report("videos", done, total),
+            )  # fmt: skip
+
+    def with_features(self, folder: Path, backbone: Backbone) -> ManifestSource:
+        """This source with the features that `folder` holds."""
+        cache = FeatureCache(folder, self.reader, vision_fingerprint(backbone))
+        return replace(self, cache=cache)
 
     def load(self, index: int, step: int) -> Sample | Failure:
         """Read video `index`; a file that cannot be read within `reader.seconds` is a Failure."""
@@ -236,7 +273,7 @@ def manifest_sources(
         data.sampling, decoder=data.decoder, device=str(device) if on_gpu else "cpu"
     )
     cache = None
-    if data.feature_cache:
+    if data.feature_cache not in ("", "auto", "off"):
         cache = FeatureCache(data.feature_cache, reader, vision_fingerprint(backbone))
         cache.check()
 
@@ -259,6 +296,33 @@ def manifest_sources(
 
     keep = bool(val) and data.val_videos > 0
     return source(train, data.videos), source(val, data.val_videos) if keep else None
+
+
+# Most of the free space that "auto" takes for features: checkpoints and other runs need some, too.
+_DISK_SHARE = 0.5
+
+
+def features_worth_storing(
+    config: TrainConfig, train: ManifestSource, val: ManifestSource | None
+) -> tuple[bool, str]:
+    """Whether `data.feature_cache` "auto" stores features, and one line that says why."""
+    reads = config.optim.steps * config.optim.batch_size / len(train)
+    if reads <= 1:
+        return False, "features are not stored: no video is read more than once"
+    need = train.stored_bytes + (0 if val is None else val.stored_bytes)
+    folder = config.feature_folder
+    exists = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(exists).free
+    size = f"{need / 1e9:.3g} GB at most, {free / 1e9:.3g} GB are free"
+    if need > _DISK_SHARE * free:
+        return False, (
+            f"features are not stored in {folder}: they would take more than half of the free "
+            f"space ({size}); name a folder on another disk with v2l cache and data.feature_cache"
+        )
+    return True, (
+        f"features are stored in {folder} ({size}), because each video is read {reads:.1f} times; "
+        "data.feature_cache=off reads videos instead"
+    )
 
 
 def view_feature_bytes(backbone: Backbone) -> int:

@@ -33,7 +33,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -394,7 +394,7 @@ class PyAVSource:
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray | None:
         """RGB uint8 [H, W, 3] as it is shown; None if the pixels cannot be converted."""
-        options: dict[str, int] = {}
+        options: dict[str, Any] = {}
         if self.scaled_to is not None:
             # FFmpeg would scale frames of any size to this one.
             if (frame.width, frame.height) != (self._first_frame.width, self._first_frame.height):

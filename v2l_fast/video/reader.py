@@ -249,8 +249,9 @@ def load_spans(
 
 def _shrink(image: torch.Tensor, longest_edge: int) -> torch.Tensor:
     """Resize uint8 [..., H, W, 3] as `frame_views` does first, if that makes it smaller."""
-    size = shrunk_size(*image.shape[-3:-1], longest_edge)
-    if size == image.shape[-3:-1]:
+    height, width = image.shape[-3:-1]
+    size = shrunk_size(height, width, longest_edge)
+    if size == (height, width):
         return image
     return resize_lanczos(image.movedim(-1, -3), *size).movedim(-3, -1)
 
