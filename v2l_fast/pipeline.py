@@ -12,7 +12,7 @@ the check of :class:`VideoInternalizer` for finite factors.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from v2l_fast.hypernet.adapter_files import Provenance
 from v2l_fast.hypernet.network import HyperNetwork, LayerFactors
 from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.video.clip import split_clip
+from v2l_fast.video.preprocess import frame_views
 from v2l_fast.video.reader import Backend, load_spans
 from v2l_fast.vlm import Backbone, PromptBuilder, VideoChunk, iter_views
 from v2l_fast.work_units import (
@@ -53,15 +54,20 @@ class Context:
 
     Attributes:
         ids: int64 [S] on the CPU, the prompt of video and instruction, image tokens included.
-        pixels: uint8 [V, 3, M, M] views of the vision tower, or None.
+        pixels: uint8 [V, 3, M, M] views of the vision tower, or None; or, where `longest_edge` is
+            set, the frames [F, 3, H, W] that the model's device turns into views.
         features: [V, t, D] connector outputs of those views; exactly one of the two is not None.
         chunk_span: start and end of the chunk as fractions of the whole video.
+        longest_edge: of the frames' views, None where `pixels` are views.
+        views_per_frame: views that a row of `pixels` becomes, 1 where it is one.
     """
 
     ids: Tensor
     pixels: Tensor | None = None
     features: Tensor | None = None
     chunk_span: tuple[float, float] = (0.0, 1.0)
+    longest_edge: int | None = None
+    views_per_frame: int = 1
 
     def __post_init__(self) -> None:
         if (self.pixels is None) == (self.features is None):
@@ -83,7 +89,14 @@ class Context:
             chunk.visual if is_pixels else None,
             None if is_pixels else chunk.visual,
             chunk_span,
+            chunk.longest_edge,
+            1 if chunk.longest_edge is None else chunk.rows * chunk.cols + 1,
         )
+
+    @property
+    def num_views(self) -> int:
+        """Views that the vision tower encodes; 0 where features are stored."""
+        return 0 if self.pixels is None else len(self.pixels) * self.views_per_frame
 
     def pin_memory(self) -> Context:
         """The same in page-locked memory, from where copies to a GPU do not wait."""
@@ -137,19 +150,35 @@ def iter_features(
     ``backbone.views_per_unit`` views.
     """
     device, dtype = backbone.decoder.device, backbone.decoder.dtype
-    pixels = [context.pixels for context in contexts if context.pixels is not None]
+    counts = [context.num_views for context in contexts if context.pixels is not None]
     encoded: list[Tensor] = []
-    total, done = sum(map(len, pixels)), 0
-    for views in _chunks_across(pixels, backbone.views_per_unit):
+    total, done = sum(counts), 0
+    for views in _chunks_across(_views(backbone, contexts), backbone.views_per_unit):
         yield "encode frames", done, total
         sent = [send(part, device) for part in views]
         encoded.append(backbone.encode_views(sent[0] if len(sent) == 1 else torch.cat(sent)))
         done += len(encoded[-1])
-    own = iter(torch.cat(encoded).split([len(part) for part in pixels]) if encoded else ())
+    own = iter(torch.cat(encoded).split(counts) if encoded else ())
     return [
         next(own) if context.features is None else send(context.features, device, dtype)
         for context in contexts
     ]
+
+
+def _views(backbone: Backbone, contexts: Sequence[Context]) -> Iterator[Tensor]:
+    """The views of each context that has pixels; those made of frames are on the model's device.
+
+    The resize has the same bits on every device.
+    """
+    tile = backbone.prompt_builder.tile_size
+    for context in contexts:
+        if context.pixels is None:
+            continue
+        if context.longest_edge is None:
+            yield context.pixels
+        else:
+            frames = send(context.pixels, backbone.decoder.device)
+            yield frame_views(frames, context.longest_edge, tile).views
 
 
 def visual_features(backbone: Backbone, contexts: Sequence[Context]) -> list[Tensor]:
@@ -458,7 +487,7 @@ def _composed(chunks: list[Adapter]) -> Adapter:
     return chunks[0] if len(chunks) == 1 else Adapter.compose(chunks)
 
 
-def _chunks_across(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+def _chunks_across(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
     """The rows of all tensors in chunks of ``size``, each as slices of the tensors it spans."""
     chunk: list[Tensor] = []
     room = size

@@ -60,7 +60,9 @@ def unread(monkeypatch):
 
     def forbid() -> None:
         monkeypatch.setattr(
-            ClipReader, "read", lambda *arguments: pytest.fail("a stored video was decoded")
+            ClipReader,
+            "read",
+            lambda *arguments, **options: pytest.fail("a stored video was decoded"),
         )
 
     return forbid
@@ -90,6 +92,26 @@ def gradients(backbone: SmolVLM, samples) -> torch.Tensor:
     network: HyperNetwork = tiny.hypernetwork()
     TrainStep(network, backbone)(samples).loss.backward()
     return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize(("edge", "rows"), [(32, 0), (64, 2)])
+def test_frames_resized_by_the_models_device_give_the_same_features(backbone, videos, edge, rows):
+    """Small frames travel in place of views; at twice the tower's size, frames are tiled."""
+    reader = ClipReader(FrameSampling(4, edge))
+    plain = replace(source(backbone, videos[:4], chunks=(1, 2)), reader=reader)
+    small = replace(plain, resize_on_device=True)
+    pairs = [(plain.load(i, 0), small.load(i, 0)) for i in range(4)]
+    for before, after in pairs:
+        assert before.frames == after.frames and before.qa_pairs == after.qa_pairs
+        for views, frames in zip(before.chunks, after.chunks, strict=True):
+            assert torch.equal(views.ids, frames.ids) and views.num_views == frames.num_views
+            assert views.longest_edge is None and frames.longest_edge == edge
+            assert frames.pixels.numel() <= views.pixels.numel()
+            assert (len(views.pixels) > len(frames.pixels)) == (rows > 0)
+    contexts = ([c for pair in pairs for c in pair[side].chunks] for side in (0, 1))
+    for one, other in zip(*(visual_features(backbone, c) for c in contexts), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(*(gradients(backbone, [pair[side] for pair in pairs]) for side in (0, 1)))
 
 
 def test_what_is_stored_is_not_computed_again(backbone, videos, tmp_path, unread):

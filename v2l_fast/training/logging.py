@@ -404,9 +404,8 @@ class StepCost:
         total = 0.0
         for chunk in sample.chunks:
             tokens = len(chunk.ids)
-            views = 0 if chunk.pixels is None else len(chunk.pixels)
             pairs = tokens * tokens / 2 * self.attention * (self.layers - 1)
-            total += views * self.view + tokens * (self.context + self.hypernet)
+            total += chunk.num_views * self.view + tokens * (self.context + self.hypernet)
             total += self.chunk + pairs
         return total
 

@@ -84,6 +84,8 @@ class ManifestSource:
             has a space before the question that `Video2LoRA.ask_direct` does not write, because
             the questions are the same token ids for both models.)
         feature_bytes: of the connector outputs of one view.
+        resize_on_device: samples hold frames, which the model's device resizes for the vision
+            tower, in place of views. The views have the same bits.
     """
 
     videos: Sequence[VideoExamples]
@@ -99,6 +101,7 @@ class ManifestSource:
     cache: FeatureCache | None = None
     teacher: bool = False
     feature_bytes: int = 0
+    resize_on_device: bool = False
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -218,9 +221,10 @@ class ManifestSource:
     # --- contexts ---------------------------------------------------------------------------------
 
     def _parts(self, video: VideoExamples, chunks: int) -> list[VideoChunk]:
-        """The video's chunks: their stored features, else their views."""
+        """The video's chunks: their stored features, else their views or frames."""
         stored = None if self.cache is None else self.cache.find(video, chunks)
-        return stored or self.reader.views(video, chunks, self.prompt_builder.tile_size)
+        tile = self.prompt_builder.tile_size
+        return stored or self.reader.views(video, chunks, tile, not self.resize_on_device)
 
     def _contexts(self, parts: Sequence[VideoChunk]) -> tuple[Context, ...]:
         return tuple(
@@ -292,6 +296,8 @@ def manifest_sources(
             cache=cache,
             teacher=teacher,
             feature_bytes=view_feature_bytes(backbone),
+            # A GPU resizes in no time; on a CPU, the step would wait for what workers do ahead.
+            resize_on_device=device.type == "cuda" and not on_gpu,
         )
 
     keep = bool(val) and data.val_videos > 0

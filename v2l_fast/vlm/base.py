@@ -84,11 +84,13 @@ class VideoChunk:
     """A clip as the vision tower takes it, before or after encoding, and what its prompt says.
 
     Attributes:
-        visual: uint8 views [V, 3, M, M], frame by frame, or their connector outputs [V, t, D].
+        visual: uint8 views [V, 3, M, M], frame by frame, or their connector outputs [V, t, D]; or,
+            where `longest_edge` is set, the frames uint8 [F, 3, H, W] that views are made of.
         timestamps: seconds, one per frame.
         duration: seconds, of the chunk.
         rows, cols: tiles of a frame, 0 if frames are not split.
         indices: positions of the frames in the file.
+        longest_edge: of the frames' views, None where `visual` holds views or features.
     """
 
     visual: Tensor
@@ -97,6 +99,7 @@ class VideoChunk:
     rows: int
     cols: int
     indices: tuple[int, ...] = ()
+    longest_edge: int | None = None
 
     @property
     def layout(self) -> tuple[tuple[float, ...], float, int, int]:
