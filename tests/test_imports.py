@@ -29,7 +29,7 @@ LAYERS = (
         "hub",
         "work_units",
     ),
-    ("files", "replies"),
+    ("files",),
     ("outputs",),
     ("video", "console"),
     ("tensor_files",),
@@ -43,7 +43,6 @@ LAYERS = (
     ("training", "serving"),
     ("evaluation",),
     ("shapes", "doctor"),
-    ("demo",),
     ("cli",),
     ("__main__",),
 )

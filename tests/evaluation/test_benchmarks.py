@@ -8,8 +8,8 @@ import pytest
 from tests.video.clips import encode
 from v2l_fast.data.manifest import load_manifest
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.benchmarks.annotations import BenchmarkError
 from v2l_fast.evaluation.benchmarks.build import BENCHMARKS, build
+from v2l_fast.evaluation.benchmarks.formats import BenchmarkError
 
 
 def json_file(path, content):

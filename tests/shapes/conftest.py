@@ -2,8 +2,7 @@
 
 import pytest
 
-from v2l_fast.shapes.tokenizer import build_tokenizer
-from v2l_fast.shapes.vlm import Prompts
+from v2l_fast.shapes.vlm import Prompts, build_tokenizer
 
 
 @pytest.fixture(scope="session")

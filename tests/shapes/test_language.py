@@ -21,7 +21,7 @@ from v2l_fast.shapes.language import (
     plain,
     question_kinds,
 )
-from v2l_fast.shapes.tokenizer import ADDED_WORDS, build_tokenizer
+from v2l_fast.shapes.vlm import ADDED_WORDS, build_tokenizer
 from v2l_fast.shapes.world import Scene, SceneObject, sample_scenes
 
 

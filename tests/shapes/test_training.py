@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from v2l_fast.errors import CheckpointError
-from v2l_fast.shapes.pretrain_vision import VisionStage, pretrain_vision, random_frames
 from v2l_fast.shapes.render import augment
-from v2l_fast.shapes.tokenizer import ADDED_WORDS
 from v2l_fast.shapes.train import (
     LanguageSettings,
+    VisionStage,
     cache_visual_tokens,
     learning_rate,
+    pretrain_vision,
+    random_frames,
     train_language,
 )
-from v2l_fast.shapes.vlm import Prompts, load_base, new_base, save_base
+from v2l_fast.shapes.vlm import ADDED_WORDS, Prompts, load_base, new_base, save_base
 from v2l_fast.shapes.widen import WideningSettings, widen_base
 from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.checkpoint import read_progress
@@ -67,7 +68,7 @@ def test_vision_training_resumes_to_the_last_bit(stop, tmp_path):
             if interrupt is not None:
                 steps = iter(range(interrupt))
                 patch.setattr(
-                    "v2l_fast.shapes.pretrain_vision.random_frames",
+                    "v2l_fast.shapes.train.random_frames",
                     lambda *args: next(steps, None) is not None and random_frames(*args),
                 )  # fmt: skip
             pretrain_vision(model, 0, 8, schedule, checkpoint=path, checkpoint_every=1)

@@ -76,8 +76,7 @@ def export(
     Those of the base and of the adapter must differ on the server, and both agree with those here.
     """
     from v2l_fast.interop.llama import export_text_decoder
-    from v2l_fast.interop.peft import TEXT_LAYERS, VLM_LAYERS, save_peft
-    from v2l_fast.interop.vllm import VllmFolder
+    from v2l_fast.interop.peft import TEXT_LAYERS, VLM_LAYERS, VllmFolder, save_peft
     from v2l_fast.outputs import check_new_folder
 
     if peft is None and llama is None and vllm is None and not verify:

@@ -187,7 +187,7 @@ def serve(
     v2l serve --reasoner http://localhost:8001/v1 --reasoner-model NAME
     v2l serve --model hypernet-500m/ --store /data/store --host 0.0.0.0 --api-key-file keys.txt
     """
-    from v2l_fast.interop.vllm import VllmFolder
+    from v2l_fast.interop.peft import VllmFolder
     from v2l_fast.outputs import check_folder
     from v2l_fast.serving import http
     from v2l_fast.serving.api import create_app

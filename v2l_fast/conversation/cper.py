@@ -32,6 +32,7 @@ from v2l_fast.conversation.policy import CperSettings, decide, decide_over_video
 from v2l_fast.conversation.prompts import (
     Feedback,
     Reading,
+    ReplyError,
     content_words,
     describe_facts,
     describe_slots,
@@ -53,7 +54,6 @@ from v2l_fast.conversation.state import (
     VideoAnswer,
 )
 from v2l_fast.errors import ConfigError
-from v2l_fast.replies import ReplyError
 
 Result = TypeVar("Result")
 

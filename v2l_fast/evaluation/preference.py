@@ -29,7 +29,7 @@ from v2l_fast.conversation.cper import cper_turn
 from v2l_fast.conversation.models import ChatModel
 from v2l_fast.conversation.persona import Persona, Statement
 from v2l_fast.conversation.policy import CperSettings
-from v2l_fast.conversation.prompts import read_feedback, read_reply, request
+from v2l_fast.conversation.prompts import ReplyError, read_feedback, read_reply, request
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.conversation.state import Models, State, Turn
 from v2l_fast.data.dialogs import LONG, Dialog
@@ -40,7 +40,6 @@ from v2l_fast.evaluation.report import interval_text, markdown_table
 from v2l_fast.evaluation.statistics import Interval, ratio_interval
 from v2l_fast.files import write_json, write_text
 from v2l_fast.outputs import Journal, ResumableFolder
-from v2l_fast.replies import ReplyError
 from v2l_fast.work_units import Progress
 
 Kind = Literal["cper", "slots", "plain", "selfrefine", "always", "never", "random", "shuffled",

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from v2l_fast.replies import ReplyError, json_object, without_thoughts
+from v2l_fast.conversation.prompts import ReplyError, json_object, without_thoughts
 
 # Part of every cache key: increase it with any change of the wording below.
 VERSION = 1

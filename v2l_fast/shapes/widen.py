@@ -29,9 +29,16 @@ from v2l_fast.shapes.language import (
     ask_ordinal,
     ask_several,
 )
-from v2l_fast.shapes.tokenizer import ADDED_WORDS, build_tokenizer
 from v2l_fast.shapes.train import language_step
-from v2l_fast.shapes.vlm import Prompts, freeze, load_base, recorded_visual_tokens, save_base
+from v2l_fast.shapes.vlm import (
+    ADDED_WORDS,
+    Prompts,
+    build_tokenizer,
+    freeze,
+    load_base,
+    recorded_visual_tokens,
+    save_base,
+)
 from v2l_fast.shapes.world import Recording, Scene, sample_recordings, sample_scenes
 from v2l_fast.training.batches import pack_pairs
 from v2l_fast.training.checkpoint import (

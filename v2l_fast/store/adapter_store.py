@@ -50,7 +50,7 @@ from v2l_fast.store.folder import (
 from v2l_fast.video import FrameSampling
 
 if TYPE_CHECKING:
-    from v2l_fast.interop.vllm import VllmFolder
+    from v2l_fast.interop.peft import VllmFolder
     from v2l_fast.model import Video2LoRA
 
 log = logging.getLogger(__name__)
@@ -360,7 +360,7 @@ class AdapterStore:
 
 
 class PublishingStore(AdapterStore):
-    """A store that also writes every adapter to a :class:`~v2l_fast.interop.vllm.VllmFolder`.
+    """A store that also writes every adapter to a :class:`~v2l_fast.interop.peft.VllmFolder`.
 
     An adapter is published before it is stored, so that replicas know every stored id.
     """

@@ -17,8 +17,11 @@ from typing import Any
 from v2l_fast.data.manifest import write_manifest
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.benchmarks import formats
-from v2l_fast.evaluation.benchmarks.annotations import VIDEO_SUFFIXES, BenchmarkError
-from v2l_fast.evaluation.benchmarks.formats import BenchmarkItem
+from v2l_fast.evaluation.benchmarks.formats import (
+    VIDEO_SUFFIXES,
+    BenchmarkError,
+    BenchmarkItem,
+)
 from v2l_fast.outputs import check_output
 from v2l_fast.video import probe
 

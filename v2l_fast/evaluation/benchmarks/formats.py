@@ -12,13 +12,21 @@ questions stand without the instruction).
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from v2l_fast.evaluation.benchmarks import annotations as read
-from v2l_fast.evaluation.benchmarks.annotations import BenchmarkError, get, stem
+from v2l_fast import files
+from v2l_fast.errors import V2LError
+
+_AGAIN = "download it again"
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
+
+
+class BenchmarkError(V2LError, ValueError):
+    """An annotation file or a video of a benchmark is missing, or not as published."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,65 @@ class BenchmarkItem:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises BenchmarkError."""
+    return files.read_json(path, files.LARGE_BYTES, BenchmarkError, remedy=_AGAIN)
+
+
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """The object of a JSON file. Raises BenchmarkError."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise BenchmarkError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """("entry N", row) for each element of a JSON list. Raises BenchmarkError."""
+    value = read_json(path)
+    if not isinstance(value, list):
+        raise BenchmarkError(f"{path}: must hold a JSON list, got {type(value).__name__}")
+    for number, row in enumerate(value, start=1):
+        yield f"entry {number}", row
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """("line N", row) for each row of a JSON-lines file. Raises BenchmarkError."""
+    for number, row in files.read_jsonl(path, BenchmarkError, remedy=_AGAIN):
+        yield f"line {number}", row
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    """("line N", row) for each row of a CSV file with a header. Raises BenchmarkError."""
+    reader = csv.DictReader(line for _, line in files.read_lines(path, BenchmarkError))
+    try:
+        for number, row in enumerate(reader, start=2):
+            yield f"line {number}", row
+    except csv.Error as error:
+        raise BenchmarkError(
+            f"{path}: line {reader.line_num} is not CSV ({error}); {_AGAIN}"
+        ) from None
+
+
+def get(path: Path, where: str, row: Any, name: str) -> Any:
+    """The value of a field that every row must have, not empty. Raises BenchmarkError."""
+    value = row.get(name) if isinstance(row, dict) else None
+    if value is None or value == "":
+        raise BenchmarkError(
+            f"{path}: {where} has no {name!r}; check that it is the published file"
+        )
+    return value
+
+
+def stem(name: str) -> str:
+    """A video's name without folder and video suffix ("a.b" is not a suffix)."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name
+
+
 # --- captions -------------------------------------------------------------------------------------
 
 
@@ -54,7 +121,7 @@ def activitynet_captions(path: Path) -> Iterator[BenchmarkItem]:
     against a copy of val_1.json. Not checked: which of the two annotations of the validation
     videos (val_1.json, val_2.json) the paper took, and whether it joined the sentences like this.
     """
-    for video, row in read.read_mapping(path).items():
+    for video, row in read_mapping(path).items():
         target = " ".join(str(s).strip() for s in get(path, video, row, "sentences"))
         yield BenchmarkItem(video, (video,), "caption", ACTIVITYNET_CAPTIONS, target)
 
@@ -71,7 +138,7 @@ def plm_rdcap(path: Path) -> Iterator[BenchmarkItem]:
     name follows those of its siblings), how a subject out of sight is worded, and whether the
     paper kept such captions.
     """
-    for where, row in read.read_lines(path):
+    for where, row in read_lines(path):
         parts = get(path, where, row, "dense_captions")
         parts = sorted(parts, key=lambda part: get(path, where, part, "start_frame"))
         target = " ".join(get(path, where, part, "caption").strip() for part in parts)
@@ -88,7 +155,7 @@ def plm_rcap(path: Path) -> Iterator[BenchmarkItem]:
     Published and checked like `plm_rdcap`. Not checked: the file itself (its name follows those of
     its siblings), and that the paper shows the span alone; its prompt asks about a "video clip".
     """
-    for where, row in read.read_lines(path):
+    for where, row in read_lines(path):
         names = ("start_frame", "end_frame", "total_frames")
         first, last, total = (int(get(path, where, row, name)) for name in names)
         target = get(path, where, row, "caption")
@@ -102,7 +169,7 @@ def vdc(path: Path) -> Iterator[BenchmarkItem]:
     Published at https://huggingface.co/datasets/wchai/Video-Detailed-Caption. Checked against
     several programs that read the file. Not checked: the file itself.
     """
-    for where, row in read.read_lines(path):
+    for where, row in read_lines(path):
         name = stem(get(path, where, row, "video_name"))
         for style, prompt in VDC.items():
             target = get(path, where, row, f"{style}_caption")
@@ -120,7 +187,7 @@ def carebench(path: Path) -> Iterator[BenchmarkItem]:
     authors name. Not checked: the file itself, and whether events and objects are lists (as the
     evaluation needs them) in every row; texts are taken as they are.
     """
-    for where, row in read.read_list(path):
+    for where, row in read_list(path):
         video = stem(get(path, where, row, "video"))
         for subset, prompt in CAREBENCH.items():
             target = get(path, where, row, subset)
@@ -156,7 +223,7 @@ def nextqa(path: Path) -> Iterator[BenchmarkItem]:
     add_reference_answer_test.json, which its WUPS takes besides, are not used; whether the paper
     uses them could not be checked.
     """
-    for where, row in read.read_csv(path):
+    for where, row in read_csv(path):
         video = get(path, where, row, "video")
         yield _question(
             f"{video}/{get(path, where, row, 'qid')}",
@@ -173,8 +240,8 @@ def activitynet_qa(questions: Path, answers: Path) -> Iterator[BenchmarkItem]:
     video_name is a YouTube id; ActivityNet's files are called v_ID. Published at
     https://github.com/MILVLG/activitynet-qa; checked against its test_q.json and test_a.json.
     """
-    known = {get(answers, where, row, "question_id"): row for where, row in read.read_list(answers)}
-    for where, row in read.read_list(questions):
+    known = {get(answers, where, row, "question_id"): row for where, row in read_list(answers)}
+    for where, row in read_list(questions):
         name = get(questions, where, row, "video_name")
         id_ = get(questions, where, row, "question_id")
         if id_ not in known:
@@ -190,7 +257,7 @@ def plm_sgqa(path: Path) -> Iterator[BenchmarkItem]:
     Published and checked like `plm_rdcap`; "domain" is in the newest card only. Not checked: the
     file itself (its name follows those of its siblings).
     """
-    for where, row in read.read_lines(path):
+    for where, row in read_lines(path):
         yield _question(
             str(get(path, where, row, "uid")),
             (stem(get(path, where, row, "video")),),
@@ -209,7 +276,7 @@ def vidcapbench(path: Path) -> Iterator[BenchmarkItem]:
     the paper's authors show are from the first file, so the second is not read; that the 1,523
     pairs are all from it could not be checked.
     """
-    for where, row in read.read_lines(path):
+    for where, row in read_lines(path):
         video = stem(get(path, where, row, "video_dir"))
         for number, pair in enumerate(get(path, where, row, "QA_pairs")):
             yield _question(

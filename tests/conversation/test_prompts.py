@@ -2,7 +2,7 @@
 
 import pytest
 
-from v2l_fast.replies import ReplyError, json_object
+from v2l_fast.conversation.prompts import ReplyError, json_object
 
 
 @pytest.mark.parametrize(
