@@ -25,6 +25,10 @@ Result = TypeVar("Result")
 TOKENS_PER_UNIT = {"cpu": 2048, "cuda": 32768}
 
 
+def silent(stage: str, done: int, total: int) -> None:
+    """Discard a progress report."""
+
+
 def tokens_per_unit(device: torch.device) -> int:
     """Context tokens that one work unit processes."""
     return TOKENS_PER_UNIT.get(device.type, TOKENS_PER_UNIT["cpu"])

@@ -1,8 +1,8 @@
-"""CPER: a conversation that finds what it does not know about a person, asks, and answers for them.
+"""CPER: conversations that measure what they do not know about a person, ask, and adapt replies.
 
-After Baskar et al., "CPER: From Guessing to Asking" (NAACL-SRW 2025). Works over an internalized
-video and with any chat model alone. ``gap`` holds the formulas, ``persona`` what is known, ``cper``
-the turn.
+After Baskar et al., "CPER: From Guessing to Asking" (NAACL-SRW 2025). They work over a video's
+adapter or with any chat model alone. ``gap`` holds the formulas, ``persona`` the facts about a
+person, and ``cper`` the turn.
 """
 
 from v2l_fast.conversation.cper import cper_turn

@@ -1,8 +1,8 @@
 """A turn of CPER: read the person, measure what is not known, then ask or answer.
 
-``cper_turn`` is a function of a ``State``: nothing is kept outside of it. Two uncertainties
-stay apart. What is not known about the person is asked for; what the model is unsure of about a
-video is never asked of the person.
+``cper_turn`` is a function of a ``State``; nothing is kept outside of it. Two kinds of uncertainty
+stay apart: the conversation asks the person for what it does not know about them, and never for
+what it is not sure of about a video.
 
 The preset ``CperSettings.faithful`` is the loop of the paper (Baskar et al., NAACL-SRW 2025):
 the gap is printed to the model, which decides. The default decides by what a schema lacks, or
@@ -76,21 +76,21 @@ def cper_turn(
 ) -> tuple[State, Reply]:
     """One turn.
 
-    A reply that cannot be read never ends the turn: each request has a fallback, and the reply says
-    which were used.
+    A model's reply that cannot be read never ends the turn: each request has a fallback, and
+    ``unreadable`` of the result names the requests that used it.
 
     Args:
         state: the conversation so far; it is not changed.
         utterance: what the person says.
-        schema: what to know about the person.
-        on_utterance: called first with the utterance. A text that it returns is the reply: nothing
-            is read or sent, and the person is not asked any more. The place for a reaction to
+        schema: the slots to know about the person.
+        on_utterance: called first with the utterance. If it returns a text, this is the reply, no
+            request is sent, and the conversation asks no further question. Use it to react to
             distress, which this software does not recognize.
         printed_gap: the number printed to the model in place of the gap; an ablation.
 
     Raises:
         ConfigError: the utterance is empty.
-        ModelError: a model gives no reply at all.
+        ModelError: a model does not reply.
     """
     if not utterance.strip():
         raise ConfigError("the utterance is empty")
@@ -144,16 +144,16 @@ class _Turn:
     def history(self) -> list[dict[str, str]]:
         """The last exchanges that fit into the window and the limit of characters."""
         settings, room = self.settings, self.settings.history_characters
-        shown: list[dict[str, str]] = []
+        exchanges: list[dict[str, str]] = []
         for turn in reversed([turn for turn in self.state.turns if turn.user]):
-            if settings.window is not None and len(shown) >= settings.window:
+            if settings.window is not None and len(exchanges) >= settings.window:
                 break
             if room is not None:
                 room -= len(turn.user) + len(turn.reply)
                 if room < 0:
                     break
-            shown.append({"person": turn.user, "assistant": turn.reply})
-        return shown[::-1]
+            exchanges.append({"person": turn.user, "assistant": turn.reply})
+        return exchanges[::-1]
 
     def next_state(
         self, persona: Persona, text: str, action: str, target: str | None, vector: Array | None
@@ -164,8 +164,8 @@ class _Turn:
         turns = (*state.turns, Turn(self.utterance, text, action, target))
         vectors = (*state.vectors, vector)
         if self.settings.window is not None:
-            kept = max(MAX_TURNS, self.settings.window)
-            turns, vectors = turns[-kept:], vectors[-kept:]
+            count = max(MAX_TURNS, self.settings.window)
+            turns, vectors = turns[-count:], vectors[-count:]
         return replace(
             state, persona=persona, turns=turns, vectors=vectors, asked=asked,
             number=state.number + 1,
@@ -175,7 +175,7 @@ class _Turn:
         self, model: ChatModel, messages: Sequence[Message], n: int = 1, **options: Any
     ) -> list[ModelReply]:
         options = {"max_tokens": self.settings.max_tokens, **options}
-        # Turns draw differently, and the same turn of an equal state draws the same.
+        # Turns differ in their seeds; the same turn of an equal state uses the same one.
         seed = self.settings.seed + 1000 * self.number
         replies = model.complete(messages, n=n, seed=seed, **options)
         self.calls += n
@@ -186,7 +186,7 @@ class _Turn:
     def ask_reasoner(
         self, name: str, data: Mapping[str, Any], read: Callable[[str], Result], fallback: Result
     ) -> Result:
-        """One greedy request whose reply is corrected at most once."""
+        """Send a greedy request; if its reply cannot be read, request a correction once."""
         messages = request(name, data)
         for attempt in range(2):
             (reply,) = self.complete(self.models.reasoner, messages, json=True)
@@ -207,7 +207,7 @@ class _Turn:
     # --- the person -------------------------------------------------------------------------------
 
     def read_person(self) -> list[Reading | None]:
-        """n sampled readings, None for one that cannot be read."""
+        """Sample n readings of the person; None for one that cannot be read."""
         data: dict[str, Any] = {"utterance": self.utterance}
         if self.settings.readings == "persona":
             data |= {
@@ -231,7 +231,11 @@ class _Turn:
     def update_persona(
         self, readings: Sequence[Reading | None]
     ) -> tuple[Persona, tuple[Fact, ...], float]:
-        """Facts that the first reading states, and those that enough readings infer."""
+        """Add the facts that the first reading states, and those that enough readings infer.
+
+        Returns:
+            The persona, its new facts and the share of conflicts, see :meth:`Persona.update`.
+        """
         readable = [reading for reading in readings if reading is not None]
         if not readable:
             return self.state.persona, (), 0.0
@@ -242,19 +246,19 @@ class _Turn:
         n = len(readings)
         # In the paper the first candidate's facts are the person's, guesses included.
         literal = self.settings.readings == "utterance"
-        kept: dict[tuple[str, str], tuple[Statement, float]] = {}
+        accepted: dict[tuple[str, str], tuple[Statement, float]] = {}
         for index, reading in enumerate(readable):
             for statement in reading.statements:
                 key, share = _key(statement), support[_key(statement)] / n
                 first = index == 0 and (statement.stated or literal)
-                # A guess at a slot is no fact: kept, it would come back as one in every prompt.
+                # A guessed slot value is not a fact: every later prompt would present it as one.
                 guess = statement.slot is not None and not statement.stated
                 agreed = support[key] >= min(self.settings.min_support, n) and not guess
                 if first or (agreed and not statement.stated and not literal):
-                    kept.setdefault(key, (statement, share))
+                    accepted.setdefault(key, (statement, share))
         days = self.settings.fact_days
         return self.state.persona.update(
-            kept.values(), self.number, self.utterance, self.schema,
+            accepted.values(), self.number, self.utterance, self.schema,
             lifetime=None if days is None else days * _DAY,
         )  # fmt: skip
 
@@ -268,8 +272,8 @@ class _Turn:
         if settings.readings == "persona":
             # Guesses agree with themselves: only what the person stated is compared.
             current = _joined(fact.text for fact in persona.active if fact.source != "inferred")
-        wanted = [text for text in [*texts, current] if text]
-        encoded = iter(encoder.encode(wanted)) if wanted else iter(())
+        nonempty = [text for text in [*texts, current] if text]
+        encoded = iter(encoder.encode(nonempty)) if nonempty else iter(())
         vectors = [next(encoded) if text else None for text in [*texts, current]]
         vector = vectors.pop()
         readable = [v for v, r in zip(vectors, readings, strict=True) if r is not None]
@@ -313,7 +317,7 @@ class _Turn:
     def draft(
         self, readings: Sequence[Reading | None], persona: Persona
     ) -> tuple[str, VideoAnswer | None, list[str]]:
-        """The first reply; over a video also its answer, and those sampled beside it."""
+        """The first reply; with a video also the video model's answer and its sampled answers."""
         if self.models.answerer is None:
             return next((r.reply for r in readings if r is not None and r.reply), ""), None, []
         data = {
@@ -333,14 +337,14 @@ class _Turn:
         return greedy.text, VideoAnswer(question, greedy.text, u), texts
 
     def _sensitive(self, fact: Fact) -> bool:
-        """Whether the fact reaches no other model than the reasoner, which has read it."""
+        """Whether no model but the reasoner, which has read the fact, may see it."""
         slot = None if self.schema is None else self.schema.slots.get(fact.slot or "")
         return slot is not None and slot.sensitive
 
     def resolve(
         self, video: VideoAnswer, action: str | None, draft: str
     ) -> tuple[VideoAnswer, str]:
-        """What is done about an answer that is not certain: look at the video again, or say so."""
+        """Look at the video again if its answer is not certain, or mark the answer as uncertain."""
         unsure = action != "ask" and video.uncertainty >= self.settings.video_threshold
         look = getattr(self.models.answerer, "look_again", None)
         if not unsure or look is None:
@@ -362,7 +366,7 @@ class _Turn:
         facts: Sequence[Fact],
         video: VideoAnswer | None,
     ) -> tuple[str | None, str | None]:
-        """Action and target; (None, None) where the model decides."""
+        """Action and target; (None, None) if the model decides."""
         state, settings, schema = self.state, self.settings, self.schema
         if state.stopped:
             return "answer", None
@@ -487,8 +491,8 @@ class _Turn:
 
     def _is_about(self, reply: str, slot: Slot) -> bool:
         """Whether a question asks for a slot, by its words or by its meaning."""
-        known = [slot.name.replace("_", " "), slot.question, slot.description, *slot.values]
-        if content_words(reply) & content_words(" ".join(known)):
+        words = [slot.name.replace("_", " "), slot.question, slot.description, *slot.values]
+        if content_words(reply) & content_words(" ".join(words)):
             return True
         first, second = self.models.encoder.encode([reply, slot.question])
         return float(first @ second) >= 0.3

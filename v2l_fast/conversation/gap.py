@@ -1,10 +1,10 @@
 """The persona knowledge gap of CPER (Baskar et al., NAACL-SRW 2025) and a gap that counts facts.
 
-Pure functions on float64 arrays: no model, no text. Vectors are rows of an encoder's output; their
-length does not matter, only their direction does.
+Pure functions on float64 arrays: no model, no text. Vectors are rows of an encoder's output; only
+their direction matters.
 
-The paper's gap says how ambiguous the readings of a user are and how little they agree with the
-earlier ones. It is no measure of what is missing: it also falls when a user adds nothing, because a
+The paper's gap measures how ambiguous the readings of a user are and how little they agree with the
+earlier ones. It does not measure what is missing: it also falls when a user adds nothing, because a
 persona that never changes agrees with itself. :func:`slot_gap` counts what the user has stated.
 """
 
@@ -33,7 +33,7 @@ def uncertainty(candidates: Sequence[ArrayLike | None]) -> float:
     n = len(candidates)
     if n < 2 or any(candidate is None for candidate in candidates):
         return 1.0
-    rows = _unit_rows(np.asarray(candidates, np.float64))
+    rows = unit_rows(np.asarray(candidates, np.float64))
     total = rows.sum(0)
     return float(1.0 - (total @ total - (rows * rows).sum()) / (n * (n - 1)))
 
@@ -41,17 +41,17 @@ def uncertainty(candidates: Sequence[ArrayLike | None]) -> float:
 def semantic_uncertainty(candidates: Sequence[ArrayLike | None], similarity: float = 0.9) -> float:
     """Entropy of the meanings of n sampled readings over ``ln n``: 0 (one meaning) to 1 (n).
 
-    Readings have one meaning where their cosine is at least ``similarity``; there is no entailment
+    Readings have one meaning if their cosine is at least ``similarity``; there is no entailment
     model. The conventions are those of :func:`uncertainty`.
     """
     n = len(candidates)
     if n < 2 or any(candidate is None for candidate in candidates):
         return 1.0
-    rows = _unit_rows(np.asarray(candidates, np.float64))
+    rows = unit_rows(np.asarray(candidates, np.float64))
     first: list[int] = []
     labels = []
     for index, row in enumerate(rows):
-        equal = [label for label, other in enumerate(first) if row @ rows[other] >= similarity]
+        equal = [label for label, i in enumerate(first) if row @ rows[i] >= similarity]
         if not equal:
             first.append(index)
         labels.append(equal[0] if equal else len(first) - 1)
@@ -64,7 +64,7 @@ def spectral_uncertainty(candidates: Sequence[ArrayLike | None]) -> float:
     n = len(candidates)
     if n < 2 or any(candidate is None for candidate in candidates):
         return 1.0
-    rows = _unit_rows(np.asarray(candidates, np.float64))
+    rows = unit_rows(np.asarray(candidates, np.float64))
     similarity = np.clip(rows @ rows.T, 0.0, 1.0)
     np.fill_diagonal(similarity, 1.0)
     return (spectral_count(similarity) - 1.0) / (n - 1)
@@ -81,18 +81,18 @@ def alignment(persona: ArrayLike | None, history: ArrayLike, temperature: float 
     """Cosine of a persona and its attention-weighted history: the paper's WCMI.
 
     Args:
-        persona: [d], of the current turn; None where the turn has no facts.
+        persona: [d], of the current turn; None if the turn has no facts.
         history: [m, d], one row for each earlier turn.
         temperature: of the softmax over cosines; 1 in the paper.
 
     Returns:
-        -1 to 1; 0 without history, without a persona, or where the history cancels out.
+        -1 to 1; 0 without history, without a persona, or if the history cancels out.
     """
     rows = np.asarray(history, np.float64)
     if persona is None or rows.size == 0:
         return 0.0
-    rows = _unit_rows(rows)
-    current = _unit_rows(np.asarray(persona, np.float64)[None])[0]
+    rows = unit_rows(rows)
+    current = unit_rows(np.asarray(persona, np.float64)[None])[0]
     weights = attention(current, rows, temperature)
     attended = weights @ rows
     norm = float(np.linalg.norm(attended))
@@ -103,8 +103,8 @@ def alignment(persona: ArrayLike | None, history: ArrayLike, temperature: float 
 
 def attention(persona: ArrayLike, history: ArrayLike, temperature: float = 1.0) -> Array:
     """Softmax over the cosines of ``persona`` [d] and the rows of ``history`` [m, d]: [m]."""
-    rows = _unit_rows(np.asarray(history, np.float64))
-    cosines = rows @ _unit_rows(np.asarray(persona, np.float64)[None])[0] / temperature
+    rows = unit_rows(np.asarray(history, np.float64))
+    cosines = rows @ unit_rows(np.asarray(persona, np.float64)[None])[0] / temperature
     weights = np.exp(cosines - cosines.max())
     return weights / weights.sum()
 
@@ -126,7 +126,7 @@ def knowledge_gap(
 
 
 def normalized_gap(gap: float, alpha: float = 0.5, beta: float = 0.5) -> float:
-    """A gap on the scale where 0 is "nothing is missing" and 1 is "uncertainty 1, no alignment"."""
+    """Scale a gap: 0 means that nothing is missing, 1 is uncertainty 1 without alignment."""
     return (gap - (1.0 - beta)) / (alpha + beta)
 
 
@@ -138,7 +138,8 @@ class SlotCoverage:
         gap: ``1 + alpha * entropy - beta * coverage``, on the scale of the paper's gap.
         coverage: weight of the slots that the user has stated, 0 to 1.
         entropy: weighted entropy of the readings of the slots that are not stated, 0 to 1.
-        missing: slot name -> how much asking for it would tell, 0 to 1; 0 for a stated slot.
+        missing: slot name -> how informative a question about it would be, 0 to 1; 0 for a stated
+            slot.
     """
 
     gap: float
@@ -162,7 +163,7 @@ def slot_gap(
 
     Args:
         weights: slot name -> its weight, at least 0.
-        sizes: slot name -> number of its values, None where any text is one.
+        sizes: slot name -> number of its values, None if any text is allowed.
         supported: names of the slots that an active, stated fact fills.
         readings: n of them, slot name -> value; a reading may leave slots out.
     """
@@ -188,7 +189,7 @@ def value_entropy(values: Sequence[str | None], size: int | None = None) -> floa
 
     Args:
         values: None counts as a value of its own: a reading that does not know.
-        size: number of possible values; None where any text is one.
+        size: number of possible values; None if any text is allowed.
     """
     n = len(values)
     most = n if size is None else min(n, size)
@@ -205,7 +206,7 @@ def cluster_entropy(labels: Sequence[int]) -> float:
 
 
 def split_reward(share: float, penalty: float = 0.4) -> float:
-    """How much a yes-or-no question tells that ``share`` of the candidates answer with yes: its
+    """Information of a yes-or-no question that ``share`` of the candidates answer with yes: its
     entropy in bits, less for uneven splits (Uncertainty of Thoughts, Hu et al., 2024)."""
     if not 0.0 < share < 1.0:
         return 0.0
@@ -214,24 +215,25 @@ def split_reward(share: float, penalty: float = 0.4) -> float:
 
 
 def best_split(values: Sequence[str | None]) -> str | None:
-    """The value that asking "is it this one?" tells most about, by :func:`split_reward` of its
-    share of the readings; None where no value splits them."""
+    """The value that is best to ask about with a yes-or-no question, by :func:`split_reward` of its
+    share of the readings; None if no value splits them."""
     shares = {v: values.count(v) / len(values) for v in values if v is not None}
     best = max(sorted(shares), key=lambda v: split_reward(shares[v]), default=None)
     return best if best is not None and split_reward(shares[best]) > 0 else None
 
 
 def spectral_count(similarity: ArrayLike) -> float:
-    """A soft number of distinct samples: the sum of ``max(0, 1 - eigenvalue)`` of the normalized
-    Laplacian of a similarity matrix [n, n] (Lin et al., 2023). n equal samples give 1, n orthogonal
-    ones n."""
+    """A continuous number of distinct samples: the sum of ``max(0, 1 - eigenvalue)`` of the
+    normalized Laplacian of a similarity matrix [n, n] (Lin et al., 2023). n equal samples give 1,
+    n orthogonal ones n."""
     matrix = np.asarray(similarity, np.float64)
     scale = 1.0 / np.sqrt(matrix.sum(1))
     normalized = matrix * scale[:, None] * scale[None]
     return float(np.clip(np.linalg.eigvalsh(normalized), 0.0, None).sum())
 
 
-def _unit_rows(rows: Array) -> Array:
+def unit_rows(rows: Array) -> Array:
+    """Rows [n, d] divided by their norms; a row of zeros stays as it is."""
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 

@@ -8,41 +8,40 @@ so every encoder has a fingerprint.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
+from v2l_fast.conversation.gap import Array, unit_rows
 from v2l_fast.errors import ConfigError, V2LError
+from v2l_fast.files import file_sha256
 
 if TYPE_CHECKING:
     from v2l_fast.hypernet import Adapter
     from v2l_fast.model import Video, Video2LoRA
-import hashlib
-from importlib.util import find_spec
-from pathlib import Path
-
-import numpy as np
-
-from v2l_fast.conversation.gap import Array
-from v2l_fast.files import file_sha256
 
 Message = Mapping[str, str]
 
 
 class ModelError(V2LError):
-    """A chat model gives no reply."""
+    """A chat model does not reply."""
 
 
 @dataclass(frozen=True)
 class ModelReply:
-    """A reply.
+    """A reply of a chat model.
 
     Attributes:
         text: the reply.
-        prompt_tokens, new_tokens: its cost; 0 where the model does not say.
+        prompt_tokens, new_tokens: numbers of tokens; 0 if the model does not report them.
     """
 
     text: str
@@ -96,8 +95,8 @@ def openai_client(url: str, key: str | None = None, timeout: float = 120.0) -> A
 class EndpointModel:
     """A model behind an OpenAI-compatible API.
 
-    Where the server has no ``n``, n requests are sent at the same time with seeds of their own. The
-    same holds for ``response_format``: a server that refuses it is not asked again.
+    If the server does not support ``n``, n requests are sent at the same time, each with its own
+    seed. A server that refuses ``response_format`` is not sent it again.
 
     Args:
         url: base of the API, such as http://localhost:8000/v1.
@@ -145,7 +144,7 @@ class EndpointModel:
             return [reply for replies in pool.map(self._request, requests) for reply in replies]
 
     def _request(self, fields: dict[str, Any]) -> list[ModelReply]:
-        """The replies; without the fields that the server refuses to accept."""
+        """Send a request without the fields that the server refuses; return the replies."""
         import openai
 
         optional = ("n", "response_format")
@@ -215,16 +214,16 @@ class TransformersModel:
         ids = torch.tensor([encode_messages(self._tokenizer, messages)], device=self._model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         length = ids.shape[1]
-        drawn = temperature > 0
-        options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if drawn else {}
+        samples = temperature > 0
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if samples else {}
         replies = []
-        for i in range(n if drawn else 1):
+        for i in range(n if samples else 1):
             with torch.random.fork_rng(), torch.inference_mode():
                 torch.manual_seed(seed + i)
                 whole = self._model.generate(**inputs, max_new_tokens=max_tokens, **options)
             text = self._tokenizer.decode(whole[0, length:], skip_special_tokens=True)
             replies.append(ModelReply(text, length, whole.shape[1] - length))
-        return replies if drawn else replies * n
+        return replies if samples else replies * n
 
 
 class VideoModel:
@@ -233,8 +232,8 @@ class VideoModel:
     Args:
         model: the VLM with its hypernetwork.
         adapter: of the video.
-        video: the video itself, to be put in context where answers from the adapter are not
-            certain; None where it is not at hand.
+        video: the video itself, which is put into context when an answer from the adapter is not
+            certain; None if it is not available.
     """
 
     def __init__(
@@ -295,7 +294,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 class Encoder(Protocol):
-    """Texts to unit vectors.
+    """Encodes texts as unit vectors.
 
     Attributes:
         fingerprint: name and version; vectors of different fingerprints are not comparable.
@@ -311,7 +310,7 @@ class Encoder(Protocol):
 class NgramEncoder:
     """Hashed character n-grams: no weights, no download, the same everywhere.
 
-    It sees spelling and no meaning. Use it for tests and where nothing else can be installed.
+    It compares spelling, not meaning. Use it for tests and where nothing else can be installed.
 
     Args:
         size: d, length of the vectors.
@@ -329,8 +328,7 @@ class NgramEncoder:
                          for i in range(len(word) + 3 - n)):  # fmt: skip
                 digest = hashlib.blake2b(gram.encode(), digest_size=8).digest()
                 row[int.from_bytes(digest, "little") % self.size] += 1.0
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / np.where(norms > 0, norms, 1.0)
+        return unit_rows(rows)
 
 
 class TransformerEncoder:
@@ -394,9 +392,7 @@ class EndpointEncoder:
 
     def encode(self, texts: Sequence[str]) -> Array:
         reply = self._client.embeddings.create(model=self.model, input=list(texts))
-        rows = np.asarray([item.embedding for item in reply.data], np.float64)
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / np.where(norms > 0, norms, 1.0)
+        return unit_rows(np.asarray([item.embedding for item in reply.data], np.float64))
 
 
 def minilm() -> TransformerEncoder:
@@ -413,7 +409,7 @@ def minilm() -> TransformerEncoder:
         )
     folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
-    # The package is a stranger's; the weights are known by their hash.
+    # The package is not ours: the hash identifies the weights.
     digest = file_sha256(weights)
     if digest != MINILM_SHA256:
         raise ConfigError(

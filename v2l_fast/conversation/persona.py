@@ -1,8 +1,8 @@
 """What is known about a person: facts with their evidence, superseded, forgotten and exported.
 
-A :class:`Persona` is a value: every change gives a new one. Whatever a model or a file says about a
-person is untrusted. A fact is one short line, and one that reads as an instruction is kept but
-never shown to a model.
+A :class:`Persona` is immutable: every change returns a new one. What a model or a file says about a
+person is untrusted. A fact is one short line; a fact that reads as an instruction is kept, but no
+model sees it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ _INSTRUCTION = re.compile(
 
 @dataclass(frozen=True)
 class Statement:
-    """What one reading says about a person, before it is a fact.
+    """A statement of one reading about a person; :meth:`Persona.update` turns it into a fact.
 
     Attributes:
         text: the statement, any text.
         slot, value: the schema's slot that it fills, and with what.
-        stated: the person said it, as opposed to a guess.
+        stated: whether the person said it; otherwise it is a guess.
     """
 
     text: str
@@ -76,13 +76,13 @@ class Fact:
         slot, value: the schema's slot that the fact fills, and with what.
         source: "stated" by the person, "inferred" from several readings, or "imported".
         turn: number of the turn it comes from.
-        utterance: the person's words, as evidence; None when not kept.
+        utterance: the person's words, as evidence; None if they are not kept.
         confidence: share of the readings that contain it, 0 to 1.
         status: "active", "superseded" by a newer value, "quarantined" because it reads as an
             instruction, or "forgotten".
         superseded_by: id of the newer fact.
         created: seconds since the epoch.
-        expires: seconds since the epoch from which on the fact is to be forgotten; None for never.
+        expires: when to forget the fact, in seconds since the epoch; None for never.
     """
 
     id: str
@@ -101,7 +101,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class ForgottenWords:
-    """What facts said, to be removed wherever else it stands."""
+    """The words of forgotten facts, for removing them from other places."""
 
     words: frozenset[str]
 
@@ -132,7 +132,7 @@ class Persona:
         return tuple(fact.slot for fact in self.active if fact.slot and fact.source != "inferred")
 
     def value(self, slot: str) -> str | None:
-        """The active value of a slot, None where nothing fills it."""
+        """The active value of a slot; None if no fact fills it."""
         values = [fact.value for fact in self.active if fact.slot == slot]
         return values[-1] if values else None
 
@@ -145,16 +145,16 @@ class Persona:
         created: float | None = None,
         lifetime: float | None = None,
     ) -> tuple[Persona, tuple[Fact, ...], float]:
-        """Add what one turn says.
+        """Add the statements of one turn.
 
-        A known fact is confirmed, not repeated. A stated value supersedes another value of its
+        A statement that repeats a fact confirms it. A stated value supersedes another value of its
         slot; an inferred one never supersedes a stated one.
 
         Args:
             statements: each with its confidence, the share of readings that contain it.
             turn: number of the turn.
             utterance: kept as evidence.
-            schema: slots and values are checked against it; without one they are dropped.
+            schema: slots and values are checked against it; None drops them.
             created: seconds since the epoch; now when None.
             lifetime: seconds after which new facts expire; None for never.
 
@@ -170,12 +170,12 @@ class Persona:
             count += 1
             index, outcome = _relation(facts, fact)
             if outcome == "same":
-                known = facts[index]
-                stated = "stated" in (known.source, fact.source)
+                same = facts[index]
+                stated = "stated" in (same.source, fact.source)
                 facts[index] = replace(
-                    known,
-                    confidence=max(known.confidence, fact.confidence),
-                    source="stated" if stated else known.source,
+                    same,
+                    confidence=max(same.confidence, fact.confidence),
+                    source="stated" if stated else same.source,
                 )
                 continue
             if outcome == "conflict":
@@ -189,8 +189,8 @@ class Persona:
             facts.append(fact)
             fresh.append(fact)
         persona = Persona(_bounded(facts, turn))
-        kept = {fact.id for fact in persona.facts}
-        new = tuple(fact for fact in fresh if fact.id in kept)
+        ids = {fact.id for fact in persona.facts}
+        new = tuple(fact for fact in fresh if fact.id in ids)
         return persona, new, conflicts / count if count else 0.0
 
     def _fact(
@@ -202,7 +202,7 @@ class Persona:
         schema: Schema | None,
         created: float | None,
     ) -> Fact | None:
-        """A statement as a fact, None where nothing remains of it."""
+        """Convert a statement to a fact; None if nothing of it remains."""
         text = clean(statement.text)
         if not text:
             return None
@@ -229,7 +229,8 @@ class Persona:
     def forget(self, ids: Collection[str]) -> Persona:
         """Remove text, value and evidence of facts; their ids and dates remain.
 
-        Other facts of the same words lose these as their evidence, since they tell the same.
+        Other facts with the same words as their evidence lose it, because it states the forgotten
+        fact.
 
         Raises:
             ConfigError: an id is unknown.
@@ -249,7 +250,7 @@ class Persona:
         )
 
     def traces(self, ids: Collection[str]) -> ForgottenWords:
-        """What these facts say: their texts, values and evidence."""
+        """The words of these facts: their texts, values and evidence."""
         texts = [
             text
             for fact in self.facts
@@ -259,10 +260,10 @@ class Persona:
         return ForgottenWords(frozenset(" ".join(_words(text)) for text in texts) - {""})
 
     def expired(self, now: float | None = None) -> tuple[str, ...]:
-        """Ids of the facts whose time is over.
+        """Ids of the facts that have expired.
 
         Args:
-            now: seconds since the epoch; the present when None.
+            now: seconds since the epoch; None for the current time.
         """
         now = time.time() if now is None else now
         return tuple(
@@ -272,7 +273,7 @@ class Persona:
         )
 
     def select(self, *, slot: str | None = None, turn: int | None = None) -> tuple[str, ...]:
-        """Ids of the facts that are not forgotten, of one slot or one turn where given."""
+        """Ids of the facts that are not forgotten, of one slot or one turn if it is passed."""
         return tuple(
             fact.id
             for fact in self.facts
@@ -284,7 +285,7 @@ class Persona:
     # --- files ------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that is kept, evidence included, ready for JSON."""
+        """All facts with their evidence, JSON-ready."""
         entries = [dataclasses.asdict(fact) for fact in self.facts]
         for entry in entries:
             if entry["expires"] is None:
@@ -292,23 +293,19 @@ class Persona:
         return {"format": FORMAT, "facts": entries}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a JSON file that only its owner can read; an old one is replaced whole.
+        """Write a JSON file that only its owner can read, atomically.
 
         Raises:
             WriteError: the file cannot be written.
         """
-        with replacing(path) as part:
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=2, ensure_ascii=False)
-                file.write("\n")
+        _write_private(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Persona:
         """Read :meth:`save`'s file.
 
         Raises:
-            ConfigError: the file is missing, broken, or no persona.
+            ConfigError: the file is missing, damaged, or not a persona.
         """
         values = read_json(path, error=ConfigError, kind=dict)
         try:
@@ -318,10 +315,10 @@ class Persona:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Persona:
-        """From :meth:`to_dict`'s value. Texts are cleaned and checked as a model's are.
+        """Create a persona from the result of :meth:`to_dict`. Texts are checked like a model's.
 
         Raises:
-            ConfigError: the value is no persona.
+            ConfigError: the value is not a persona.
         """
         if values.get("format") != FORMAT or not isinstance(values.get("facts"), list):
             raise ConfigError(f"format is {excerpt(values.get('format'))}, expected {FORMAT!r}")
@@ -333,10 +330,10 @@ class Persona:
 
 
 def forget_in_trace(path: str | os.PathLike, words: ForgottenWords) -> int:
-    """Empty the lines of a trace (JSON lines) in which forgotten words stand.
+    """Empty the lines of a trace (JSON lines) that contain forgotten words.
 
     Returns:
-        The number of lines that were emptied.
+        The number of emptied lines.
 
     Raises:
         ConfigError: a line is not JSON.
@@ -350,11 +347,16 @@ def forget_in_trace(path: str | os.PathLike, words: ForgottenWords) -> int:
             entry, emptied = {"turn": entry.get("turn"), "forgotten": True}, emptied + 1
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     if emptied:
-        with replacing(path) as part:
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.writelines(lines)
+        _write_private(path, "".join(lines))
     return emptied
+
+
+def _write_private(path: str | os.PathLike, text: str) -> None:
+    """Replace a file by one that only its owner can read."""
+    with replacing(path) as part:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -410,8 +412,8 @@ def _words(text: str) -> list[str]:
 def _bounded(facts: list[Fact], turn: int) -> tuple[Fact, ...]:
     """At most :data:`MAX_FACTS` facts.
 
-    The least confident and oldest go first, inferred ones before stated ones, and what is
-    superseded before the fact that superseded it.
+    Inactive facts are removed first, then inferred ones, then stated ones; among equals the least
+    confident and oldest first.
     """
 
     def worth(fact: Fact) -> tuple[bool, bool, float]:

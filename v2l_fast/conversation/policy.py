@@ -1,8 +1,8 @@
-"""How a turn of CPER is set, and what it does: answer, ask for one thing, or both.
+"""Settings of a CPER turn, and the decision to answer, to ask for one thing, or to do both.
 
-Two uncertainties have two remedies. What is not known about the person is asked for. What the model
-is unsure of about a video is said, or looked up in the video; of the person only the referent is
-asked.
+Two kinds of uncertainty have two remedies. The conversation asks for what it does not know about
+the person. It states what it is not sure of about a video, or looks at the video again; about a
+video it asks the person only which object they mean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from v2l_fast.files import read_json
 Policy = Literal["slots", "threshold", "model", "always", "random"]
 Action = Literal["answer", "ask", "both"]
 
-# A slot that was asked for this often is not asked for again.
+# Maximum number of questions about one slot.
 MAX_ASKS_PER_SLOT = 2
 # The slot that says which object or person of a video is meant.
 FOCUS = "focus"
@@ -29,13 +29,13 @@ FOCUS = "focus"
 
 @dataclass(frozen=True)
 class CperSettings:
-    """How a turn reads, measures and decides.
+    """Settings of how a turn reads the person, measures the gap and decides.
 
     Attributes:
-        candidates: n, sampled readings of a turn.
-        readings: "persona": of the person, by the history; "utterance": of the last words alone, as
-            in the paper.
-        temperature, top_p, max_tokens: of the readings.
+        candidates: number n of readings that are sampled in a turn.
+        readings: "persona" reads the person from the whole history; "utterance" reads the last
+            utterance alone, as in the paper.
+        temperature, top_p, max_tokens: sampling parameters of the readings.
         alpha, beta, gamma: weights of uncertainty, alignment and conflict in the gap.
         gap: "cper" (the paper's) or "slots" (coverage of a schema); by schema when None.
         uncertainty: "cosine" (the paper's), "semantic" or "spectral".
@@ -44,20 +44,20 @@ class CperSettings:
             prints the gap and lets the model decide, as in the paper; by schema when None. "always"
             and "random" (a random slot whenever "slots" asks) are controls.
         threshold, hysteresis: "threshold" asks above their sum, answers below their difference, and
-            repeats the last action between. A threshold belongs to its encoder; 1.0 is MiniLM's.
-        ask_between: instead of these, (low, high): answer below, ask above, do both between.
-        ask_cost: "slots" asks where weight times missing is at least this.
-        repeat: factor on a slot for every time it was asked for.
+            repeats the last action in between. A threshold belongs to its encoder; 1.0 is MiniLM's.
+        ask_between: (low, high), which replaces them: answer below, ask above, do both in between.
+        ask_cost: "slots" asks if weight times missing is at least this.
+        repeat: factor on a slot's worth for every earlier question about it.
         question: "open", or "yes_no" for the value that splits the readings best.
         max_questions: limit in a conversation; None for no limit.
         feedback, selection: whether these requests are sent.
         window: turns of history shown to the model; None for all.
         history_characters: limit of the history shown to the model; None for no limit.
-        max_selected: facts offered to a reply where the model does not choose.
+        max_selected: maximum number of facts of a reply if the model does not select them.
         min_support: readings out of n that must agree on an inferred fact.
         fact_days: days after which a fact is forgotten; None for never.
         video_samples: answers sampled from the video's adapter.
-        video_threshold: uncertainty of these from which on the answer is not certain.
+        video_threshold: uncertainty of these answers from which on the answer is not certain.
         seed: of every sampled reply.
     """
 
@@ -116,14 +116,14 @@ class CperSettings:
         """These settings with some fields read from text, such as ``{"candidates": "3"}``.
 
         Raises:
-            ConfigError: a field is unknown, or its text is no value of it.
+            ConfigError: a field is unknown, or its text is not a value of its type.
         """
-        known = {field.name: field for field in fields(self)}
+        by_name = {field.name: field for field in fields(self)}
         values: dict[str, Any] = {}
         for name, text in changes.items():
-            if name not in known or name == "ask_between":
+            if name not in by_name or name == "ask_between":
                 raise ConfigError(f"unknown setting {excerpt(name)} of a conversation")
-            default = known[name].default
+            default = by_name[name].default
             kind = type(default) if default is not None else _KINDS.get(name, str)
             try:
                 values[name] = _BOOLS[text] if kind is bool else kind(text)
@@ -138,7 +138,7 @@ class CperSettings:
             encoder: fingerprint of the encoder in use.
 
         Raises:
-            ConfigError: the file is none of these, or belongs to other settings or another encoder.
+            ConfigError: the file is not such a record, or is for other settings or another encoder.
         """
         record = read_json(path, error=ConfigError, kind=dict)
         threshold = record.get("threshold")
@@ -154,7 +154,7 @@ class CperSettings:
         gap = record.get("gap")
         if gap not in ("cper", "slots"):
             raise ConfigError(f"{path}: gap is {excerpt(gap)}, expected cper or slots")
-        # The value between the two actions repeats the last one; a calibrated one is exact.
+        # A calibrated threshold is exact: no range around it repeats the last action.
         return replace(
             self, threshold=float(threshold), hysteresis=0.0, policy="threshold", gap=gap
         )
@@ -180,14 +180,14 @@ def decide(
     ignored: bool,
     turn: int,
 ) -> tuple[Action | None, str | None]:
-    """Action and target of a turn without a video; (None, None) where the model decides.
+    """Action and target of a turn without a video; (None, None) if the model decides.
 
     Args:
-        asked: slot or target -> how often it was asked for.
-        gap: of the person.
-        missing: slot -> how much asking for it would tell.
-        last_action: of the turn before; None in the first turn.
-        ignored: the last turn asked, and nothing new was said about the person.
+        asked: slot or target -> number of questions about it.
+        gap: the knowledge gap about the person.
+        missing: slot -> how informative a question about it would be.
+        last_action: action of the previous turn; None in the first turn.
+        ignored: whether the previous turn asked and the person said nothing new.
         turn: number of the turn.
     """
     policy = settings.policy or ("slots" if schema else "threshold")
@@ -196,7 +196,7 @@ def decide(
         return "answer", None
     if policy == "model":
         return None, None
-    # A question that was not answered is not followed by another one at once.
+    # Do not ask again in the turn after a question that the person did not answer.
     if ignored and policy != "always":
         return "answer", None
     target = None if schema is None else _target(settings, schema, asked, missing)
@@ -234,8 +234,8 @@ def decide_over_video(
 ) -> tuple[Action, str | None]:
     """Action and target of a turn over a video.
 
-    Only the referent is worth a question, and only where the sampled answers differ. An answer that
-    stays uncertain is the video's matter and never the person's.
+    The only question worth asking is which object the person means, and only if the sampled answers
+    differ. The person is never asked about the content of the video.
     """
     unsure = uncertainty >= settings.video_threshold
     limit = settings.max_questions
@@ -252,7 +252,7 @@ def _target(
     asked: Mapping[str, int],
     missing: Mapping[str, float],
 ) -> str | None:
-    """The slot that asking for would tell most, None where none is worth a question."""
+    """The slot whose question is worth most; None if no question is worth its cost."""
 
     def worth(slot: Slot) -> float:
         count = asked.get(slot.name, 0)

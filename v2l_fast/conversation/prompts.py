@@ -1,9 +1,9 @@
-"""The requests of a CPER turn: what is sent to the reasoner and how its replies are read.
+"""The requests of a CPER turn, and the parsing of the replies.
 
-A request is one system message with the rules and one user message that holds a JSON object. What
-people, files and models say appears in that object only, as strings. Replies are read by field;
-unknown fields are dropped and closed sets are enforced. :class:`LexiconModel` performs the requests
-without weights.
+A request is a system message with the rules and a user message that contains a JSON object. Text of
+people, files and models appears in that object only, as strings. Replies are read by field: unknown
+fields are dropped, and an action or id must be one of those offered. :class:`LexiconModel` performs
+the requests without weights.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ _INSTRUCTIONS = {
     ),
 }
 
-# The last alternative is reasoning that was cut off: what stands in it is a draft.
+# The last alternative is reasoning that was cut off, which contains drafts only.
 _THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>|^\s*<think>.*", re.DOTALL)
 _TRAILING_COMMA = re.compile(r",(\s*[}\]])")
-# Far above any reply that is asked for; searching a megabyte for braces is quadratic.
+# Far above any expected reply; searching a megabyte for braces takes quadratic time.
 _MAX_CHARACTERS = 65_536
 
 
 class ReplyError(V2LError):
-    """A model's reply does not contain what was asked for."""
+    """A model's reply does not contain the requested fields."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the feedback request gives; empty where its reply cannot be read."""
+    """Result of the feedback request; empty if its reply cannot be read."""
 
     text: str = ""
     action: str | None = None
@@ -189,8 +189,8 @@ def read_feedback(text: str) -> Feedback:
     )
 
 
-def read_selection(text: str, known: Sequence[str]) -> list[str]:
-    """Reply of the ``select`` request: those of ``known`` that it names.
+def read_selection(text: str, offered: Sequence[str]) -> list[str]:
+    """Reply of the ``select`` request: the ids of ``offered`` that it names, in their order.
 
     Raises:
         ReplyError: it has no list of ids.
@@ -198,8 +198,7 @@ def read_selection(text: str, known: Sequence[str]) -> list[str]:
     ids = json_object(text, "ids")["ids"]
     if not isinstance(ids, list):
         raise ReplyError("ids is not a list")
-    chosen = {fact for fact in ids if isinstance(fact, str)}
-    return [fact for fact in known if fact in chosen]
+    return [fact for fact in offered if fact in ids]
 
 
 def read_reply(text: str) -> str:
@@ -281,16 +280,15 @@ Guess = Literal["uniform", "peaked", "none"]
 
 
 class LexiconModel:
-    """A reasoner that finds a slot's values as words of what a person says, and asks the schema's
+    """A reasoner that recognizes a slot's values in what a person says, and asks the schema's
     questions.
 
-    It serves simulations, tests, and conversations over a video where no language model is at
-    hand. It performs the requests from the prompt alone.
+    It is for simulations, tests, and conversations over a video without a language model.
 
     Args:
         guess: how readings fill the slots that the person has not stated: "uniform" over the
-            values, "peaked" on the first value nine times of ten, or "none".
-        ask_above: where the model decides, it asks above this gap.
+            values, "peaked" (the first value nine times out of ten), or "none".
+        ask_above: gap above which it asks, if the policy lets the model decide.
     """
 
     def __init__(self, guess: Guess = "none", ask_above: float = 1.0) -> None:
@@ -314,14 +312,14 @@ class LexiconModel:
     def _readings(self, data: Mapping[str, Any], rng: random.Random) -> str:
         slots = data.get("slots", {})
         facts = []
-        known = {fact["slot"]: fact for fact in data.get("facts", ()) if "slot" in fact}
+        by_slot = {fact["slot"]: fact for fact in data.get("facts", ()) if "slot" in fact}
         for name, slot in slots.items():
             values = slot.get("values", [])
             stated = [value for value in values if _mentions(data["utterance"], value)]
             if stated:
                 facts.append(_fact(name, stated[-1], True))
-            elif name in known:
-                facts.append(_fact(name, known[name]["value"], True))
+            elif name in by_slot:
+                facts.append(_fact(name, by_slot[name]["value"], True))
             elif values and self.guess != "none":
                 sure = self.guess == "peaked" and rng.random() < 0.9
                 facts.append(_fact(name, values[0] if sure else rng.choice(values), False))
@@ -330,7 +328,7 @@ class LexiconModel:
     def _standalone(self, data: Mapping[str, Any], rng: random.Random) -> str:
         question = data["utterance"]
         if "?" not in question and data["history"]:
-            # An answer to our question: what the person asked before is still open.
+            # This answers our question; the person's own earlier question is still open.
             question = next(
                 (turn["person"] for turn in reversed(data["history"]) if "?" in turn["person"]),
                 question,
@@ -341,7 +339,7 @@ class LexiconModel:
         return json.dumps({"question": question, "refers_to": focus})
 
     def _feedback(self, data: Mapping[str, Any], rng: random.Random) -> str:
-        # Obeys the number that the policy "model" prints.
+        # Follows the gap that the policy "model" prints.
         action = data["action"] or ("ask" if data["gap"]["value"] > self.ask_above else "answer")
         missing = data["gap"]["missing"]
         target = data["target"] or max(missing, key=missing.get, default=None)
@@ -365,7 +363,7 @@ class LexiconModel:
 
 
 def _data(messages: Sequence[Message]) -> dict[str, Any]:
-    """The data of the request; a correction repeats nothing."""
+    """The data of the request, which a correction does not repeat."""
     return next(
         json.loads(message["content"])
         for message in messages

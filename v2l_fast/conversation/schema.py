@@ -1,4 +1,4 @@
-"""What a conversation should know about a person: named slots with weights and values.
+"""Schemas: what a conversation should know about a person, as named slots with weights and values.
 
 Schemas are TOML files; three ship with the package (``viewer``, ``movies``, ``support``).
 """
@@ -26,9 +26,9 @@ class Slot:
         name: identifier of the slot.
         question: the question that asks for it, used when the model writes none.
         description: what the slot means, for the model.
-        values: the possible values; empty where any text is one.
+        values: the possible values; empty if any text is allowed.
         weight: importance, at least 0.
-        sensitive: taken when the person states it, never inferred.
+        sensitive: accepted if the person states it, never inferred.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Slot:
             raise ConfigError(f"slot {self.name}: weight must be at least 0, got {self.weight}")
 
     def accept(self, value: object) -> str | None:
-        """The slot's value that a model's word means; None where it is not one."""
+        """The slot's value that a model's text names; None if it names none."""
         if not isinstance(value, str) or not (text := " ".join(value.split())):
             return None
         if not self.values:
             return text[:160]
-        return {known.casefold(): known for known in self.values}.get(text.casefold())
+        return {option.casefold(): option for option in self.values}.get(text.casefold())
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Schema:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Schema:
-        """A shipped schema by name, or a TOML file.
+        """Load a shipped schema by its name, or a TOML file.
 
         Raises:
             ConfigError: there is no such schema, or the file is not one.
@@ -75,8 +75,8 @@ class Schema:
         shipped = SHIPPED / f"{name_or_path}.toml"
         path = shipped if shipped.is_file() else Path(name_or_path)
         if not path.suffix:
-            known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
-            raise ConfigError(f"schema {name_or_path}: use {known}, or the path of a TOML file")
+            names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+            raise ConfigError(f"schema {name_or_path}: use {names}, or the path of a TOML file")
         try:
             values = tomllib.loads(read_text(path, error=ConfigError))
         except tomllib.TOMLDecodeError as error:
@@ -88,10 +88,10 @@ class Schema:
 
     @classmethod
     def from_dict(cls, name: str, values: Mapping[str, Any]) -> Schema:
-        """From a table ``slots`` of slot name -> fields of :class:`Slot`.
+        """Create a schema from a table ``slots`` of slot name -> fields of :class:`Slot`.
 
         Raises:
-            ConfigError: a slot has an unknown field, a missing one or one of another type.
+            ConfigError: a slot has an unknown field, lacks one, or has one of the wrong type.
         """
         tables = values.get("slots")
         if not isinstance(tables, Mapping) or not 1 <= len(tables) <= _MAX_SLOTS:

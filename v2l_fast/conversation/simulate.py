@@ -1,8 +1,8 @@
-"""Simulated people with hidden preferences: does asking close the gap that is really there?
+"""Simulated people with hidden preferences, to measure whether asking closes the true gap.
 
 The world is a schema. A simulated user holds a hidden value for each slot, volunteers some at the
 start and answers questions about the others. The true gap is the weight of the slots whose active
-value is not the hidden one; it is never shown to the system. Everything is drawn from seeds.
+value is not the hidden one; the system never sees it. All random choices come from seeds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from v2l_fast.conversation.state import KnowledgeGap, Models, State
 from v2l_fast.errors import ConfigError
 
 Arm = Literal["targeted", "random", "off", "always", "model"]
-# Controls of the first one. "model" obeys the gap that is printed to it.
+# The others are controls of "targeted". "model" follows the gap that is printed to it.
 ARMS: tuple[Arm, ...] = ("targeted", "random", "off", "always")
-# Items to recommend one of at the end.
+# Number of items of which one is recommended at the end.
 ITEMS = 200
-# The model that obeys the number asks while any slot of an average schema is missing.
+# Above this gap the arm "model" asks: while any slot of an average schema is missing.
 _ASK_ABOVE = 0.55
 _NOTHING = "I have no more to say about that."
 
@@ -40,11 +40,10 @@ class SimulatedUser:
 
     Args:
         schema: slots with finite values.
-        seed: of the hidden values and of every choice.
-        volunteers: slots stated at the start.
+        seed: seed of the hidden values and of every choice.
+        volunteers: number of slots stated at the start.
         evasive: probability of not answering a question.
-        change: turn at which the first slot's value changes, without notice until it is stated in
-            that turn; None for never.
+        change: turn in which the first slot's value changes and the person says so; None for never.
     """
 
     schema: Schema
@@ -63,15 +62,15 @@ class SimulatedUser:
             self.hidden[name] = self._random.choice(slot.values)
 
     def speak(self, turn: int, target: str | None) -> str:
-        """What the person says in a turn, after a question about ``target``."""
+        """The person's utterance in a turn, after a question about ``target``."""
         names = list(self.hidden)
         if turn == 0:
-            chosen = self._random.sample(names, min(self.volunteers, len(names)))
-            return "Hello! " + " ".join(self._state(name) for name in chosen)
+            stated = self._random.sample(names, min(self.volunteers, len(names)))
+            return "Hello! " + " ".join(self._state(name) for name in stated)
         if turn == self.change:
             name = names[0]
-            others = [v for v in self.schema.slots[name].values if v != self.hidden[name]]
-            self.hidden[name] = self._random.choice(others)
+            values = [v for v in self.schema.slots[name].values if v != self.hidden[name]]
+            self.hidden[name] = self._random.choice(values)
             return "I changed my mind. " + self._state(name)
         if target in self.hidden and self._random.random() >= self.evasive:
             return self._state(target)
@@ -94,13 +93,12 @@ class Conversation:
     """A simulated conversation, one entry for each turn.
 
     Attributes:
-        true_gaps: after the turn.
-        gaps: as the system measured them.
-        targets: slot asked for, "" for none in particular, None where the system answered.
+        true_gaps: true gaps after the turns.
+        gaps: gaps that the system measured.
+        targets: slot that the system asked for, "" for none in particular, None if it answered.
         was_missing: for each question, whether the person had not stated that slot.
-        utility: share of the person's wishes, by weight, that the item has that is recommended at
-            the end.
-        regret: how much better the best item is.
+        utility: share of the person's wishes, by weight, that the recommended item fulfills.
+        regret: utility of the best item minus that of the recommended one.
         true_facts: share of the active facts that are true of the person.
     """
 
@@ -114,7 +112,7 @@ class Conversation:
 
 
 def items(schema: Schema, seed: int = 0, count: int = ITEMS) -> list[dict[str, str]]:
-    """Things to recommend: slot -> value, drawn from a seed."""
+    """Random items to recommend, each slot -> value."""
     rng = random.Random(f"items/{seed}")
     return [
         {name: rng.choice(slot.values) for name, slot in schema.slots.items()} for _ in range(count)
@@ -131,9 +129,8 @@ def recommend(
         slots = schema.slots.items()
         return sum(slot.weight for name, slot in slots if item[name] == wishes[name]) / total
 
-    known = {name: persona.value(name) for name in schema.slots}
-    chosen = max(offered, key=lambda item: worth(item, known))
-    utility = worth(chosen, hidden)
+    values = {name: persona.value(name) for name in schema.slots}
+    utility = worth(max(offered, key=lambda item: worth(item, values)), hidden)
     return utility, max(worth(item, hidden) for item in offered) - utility
 
 
@@ -146,15 +143,15 @@ def converse(
     encoder: Encoder | None = None,
     printed: Sequence[float] | None = None,
 ) -> Conversation:
-    """One conversation.
+    """Simulate one conversation.
 
     Args:
-        settings: without a limit on questions when None, so that the budget is the turns.
+        settings: None sets no limit on questions, so that the number of turns is the budget.
         arm: "targeted" asks as the system decides; "random" asks as often, for a random slot;
-            "off" asks nothing and learns only what is volunteered; "always" asks in every turn;
-            "model" lets the model decide by the number that is printed to it.
-        encoder: n-grams when None.
-        printed: numbers to print in place of the gaps, one for each turn.
+            "off" asks nothing and learns only what the person volunteers; "always" asks in every
+            turn; "model" lets the model decide by the gap that is printed to it.
+        encoder: None uses n-grams.
+        printed: numbers to print in place of the gaps, one per turn.
     """
     models = Models(LexiconModel(guess, _ASK_ABOVE), encoder or NgramEncoder())
     settings = replace(settings or CperSettings(max_questions=None), seed=user.seed)
@@ -205,11 +202,11 @@ def simulate(
     encoder: Encoder | None = None,
     volunteers: int | None = 1,
 ) -> Iterator[tuple[Arm, Conversation]]:
-    """Conversations with the same users in every arm.
+    """Simulate conversations with the same users in every arm.
 
     Args:
         settings, encoder: see :func:`converse`.
-        volunteers: slots that a person states at the start; None for another number each.
+        volunteers: number of slots that each person states at the start; None varies it.
 
     Yields:
         (arm, conversation), user by user.
@@ -223,11 +220,11 @@ def simulate(
 def simulate_shuffled(
     schema: Schema, users: int, turns: int = 7, seed: int = 0, policy: Policy = "model"
 ) -> Iterator[tuple[Conversation, Conversation]]:
-    """Pairs of conversations with the same person, the second with the numbers of other turns and
-    people printed in place of the gaps: does the gap drive anything?
+    """Simulate pairs of conversations with the same person. In the second, gaps of other turns and
+    people are printed, which shows whether the printed gap has an effect.
 
     Args:
-        policy: "model" obeys the number; with another one it is only shown.
+        policy: "model" follows the printed gap; other policies only print it.
     """
     settings = CperSettings(max_questions=None, policy=policy)
     arm: Arm = "model" if policy == "model" else "targeted"

@@ -1,6 +1,6 @@
-"""What a CPER conversation is made of: its models, its state, and what a turn gives.
+"""The data of a CPER conversation: its models, its state, and the result of a turn.
 
-Data only. :mod:`v2l_fast.conversation.cper` takes a state to the next one.
+:mod:`v2l_fast.conversation.cper` computes the next state.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from v2l_fast.conversation.persona import Fact, Persona
 
 @dataclass(frozen=True)
 class Models:
-    """Who does what.
+    """The models of a conversation.
 
     Attributes:
         reasoner: reads the person, judges and writes replies.
-        encoder: facts to vectors.
-        answerer: knows the matter, one question at a time: the frozen VLM with a video's adapter.
-            Without one the reasoner answers.
+        encoder: encodes facts as vectors.
+        answerer: answers single questions about the subject: the frozen VLM with a video's adapter.
+            None lets the reasoner answer.
     """
 
     reasoner: ChatModel
@@ -41,14 +41,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class KnowledgeGap:
-    """What is not known about the person, and beside it, never mixed in, about a video.
+    """What is not known about the person and, always apart from that, about a video.
 
     Attributes:
-        value: the gap that decides; about 0.5 to 1.5.
-        kind: "cper" or "slots"; "none" where nothing was measured.
+        value: the gap that the policy uses; about 0.5 to 1.5.
+        kind: "cper" or "slots"; "none" if nothing was measured.
         uncertainty, alignment, conflict: its parts, about the person.
-        normalized: the value where 0 is "nothing is missing".
-        missing: slot -> how much asking for it would tell.
+        normalized: the value on the scale on which 0 means that nothing is missing.
+        missing: slot -> how informative a question about it would be.
         video: uncertainty of the answers about the video; None without one.
     """
 
@@ -68,11 +68,11 @@ class State:
 
     Attributes:
         persona: what is known about the person.
-        turns: the last exchanges; all of them where no window limits them.
+        turns: the last exchanges; all of them if no window limits them.
         vectors: for each of ``turns`` the vector [d] of its facts; None for a turn without any.
-        asked: slot or target -> how often it was asked for.
-        number: turns so far.
-        stopped: the person is not asked any more.
+        asked: slot or target -> number of questions about it.
+        number: number of turns so far.
+        stopped: whether the conversation asks no further question.
     """
 
     persona: Persona = Persona()
@@ -83,9 +83,9 @@ class State:
     stopped: bool = False
 
     def forget(self, ids: Sequence[str]) -> State:
-        """Remove facts, and every turn in which their words stand.
+        """Remove facts, and every turn that contains their words.
 
-        The vectors go as a whole, since each was made of all that was known at its time.
+        All vectors are removed, because each encodes every fact that was known at its time.
 
         Raises:
             ConfigError: an id is unknown.
@@ -110,12 +110,12 @@ class State:
 
 @dataclass(frozen=True)
 class VideoAnswer:
-    """What the video's model answered.
+    """An answer of the video's model.
 
     Attributes:
         question: the question, made self-contained.
         text: the answer.
-        uncertainty: of the sampled answers.
+        uncertainty: uncertainty of the sampled answers.
         unsure: the answer is not certain, and the reply says so.
         looked_again: the answer comes from the video in context instead of from its adapter.
     """
@@ -129,18 +129,18 @@ class VideoAnswer:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a turn gives.
+    """The result of a turn.
 
     Attributes:
         text: the reply.
         action: "answer", "ask" or "both".
         target: slot, or words, that a question asks for.
-        gap: what was not known before it.
+        gap: what was not known before the turn.
         facts: new facts about the person.
-        selected: ids of the facts that the reply was fitted to.
+        selected: ids of the facts that the reply takes into account.
         feedback: the model's judgment of its draft.
-        video: what the video's model answered; None without one.
-        calls, prompt_tokens, new_tokens: cost.
+        video: the answer of the video's model; None without a video.
+        calls, prompt_tokens, new_tokens: numbers of requests and tokens.
         unreadable: requests whose replies could not be read.
         seconds: duration of the turn.
     """

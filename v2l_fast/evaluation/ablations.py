@@ -25,13 +25,12 @@ from v2l_fast.evaluation.examples import (
     internalize_each,
     interval,
     other_adapters,
-    silent,
 )
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
 from v2l_fast.model import Video2LoRA
 from v2l_fast.video import FrameSampling
-from v2l_fast.work_units import Progress
+from v2l_fast.work_units import Progress, silent
 
 # Kept rank directions and number of chunks, by default.
 BUDGETS = (1, 2, 4, 8, 16)
@@ -409,7 +408,7 @@ class Attribution:
 def residual_shifts(
     model: Video2LoRA, prompt: str, adapter: Adapter
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the adapter changes at the prompt's last token, whose output is the first answer token.
+    """The adapter's changes at the prompt's last token, whose output is the first answer token.
 
     Returns:
         Δx, Δa and Δm, [L, D] float32 each: of the residual stream after each layer, of the
@@ -426,10 +425,10 @@ def residual_shifts(
         hidden = hidden + attention
         mlp = decoder.mlp_block(layer, index, hidden, bank)
         hidden = hidden + mlp
-        for kept, rows in zip(shifts, (hidden, attention, mlp), strict=True):
+        for layers, rows in zip(shifts, (hidden, attention, mlp), strict=True):
             base, adapted = rows[:, -1].float()
-            kept.append(adapted - base)
-    whole, attention, mlp = (torch.stack(kept) for kept in shifts)
+            layers.append(adapted - base)
+    whole, attention, mlp = (torch.stack(layers) for layers in shifts)
     return whole, attention, mlp
 
 

@@ -25,7 +25,7 @@ from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.outputs import Journal
 from v2l_fast.video import Clip
-from v2l_fast.work_units import Progress
+from v2l_fast.work_units import Progress, silent
 
 BASELINE = "direct"
 SYSTEM = "adapter"
@@ -149,7 +149,7 @@ def answer_all(
     videos: Sequence[VideoExamples],
     journals: Mapping[str, Journal],
     batch: int = 16,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, str]:
     """Answer every example that the journals do not hold yet.
 
@@ -209,8 +209,9 @@ def _answer(
         video.name: _adapter(condition, cache, videos, video, unreadable)
         for video in _distinct(questions)
     }
-    chosen = [adapters[video.name] for video, _ in questions]
-    return model.answer(prompts, chosen, max_new_tokens=limit)
+    return model.answer(
+        prompts, [adapters[video.name] for video, _ in questions], max_new_tokens=limit
+    )
 
 
 def _distinct(questions: Iterable[Question]) -> list[VideoExamples]:
@@ -230,8 +231,8 @@ def _adapter(
         return cache.blank_adapter(video)
     if condition == OTHER:
         return _other_adapter(cache, videos, video, unreadable)
-    own = cache.adapter(video)
-    return own.prune(0) if condition == BIAS else own
+    adapter = cache.adapter(video)
+    return adapter.prune(0) if condition == BIAS else adapter
 
 
 def _other_adapter(

@@ -29,7 +29,6 @@ from v2l_fast.evaluation.examples import (
     control_scores,
     internalize_each,
     interval,
-    silent,
 )
 from v2l_fast.evaluation.methods import DIRECT, METHODS, Method, MethodSettings
 from v2l_fast.evaluation.prefix import Reduction
@@ -37,7 +36,7 @@ from v2l_fast.generation import Answer
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.outputs import ResumableFolder
-from v2l_fast.work_units import Progress
+from v2l_fast.work_units import Progress, silent
 
 
 def amortized(preparation: float, query: float, questions: int) -> float:
@@ -203,14 +202,14 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Wait for the device's queue; the clock then, in seconds."""
+    """Seconds of the clock when the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def timed(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:
-    """The result of ``work`` and its duration in seconds."""
+    """Run ``work``; return its result and its duration in seconds."""
     start = synchronized_time(device)
     result = work()
     return result, synchronized_time(device) - start

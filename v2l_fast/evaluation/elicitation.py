@@ -1,6 +1,7 @@
-"""Does asking help? Tables of simulated people, for whom the true gap is known.
+"""Measures whether asking helps, on simulated people whose true gap is known.
 
-Worlds and conversations are `v2l_fast.conversation.simulate`'s; here are statistics and the page.
+Responsible for statistics, thresholds and the page; the worlds and conversations are those of
+`v2l_fast.conversation.simulate`.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _shuffled(schema: Schema, users: int, seed: int) -> dict[str, Any]:
 
 
 def _turns_to(talks: Sequence[Conversation], gap: float) -> float | None:
-    """Mean number of turns until the true gap is at most ``gap``, of those that get there."""
+    """Mean number of turns until the true gap is at most ``gap``, if it becomes so."""
     reached = [
         next((turn + 1 for turn, value in enumerate(talk.true_gaps) if value <= gap), None)
         for talk in talks
@@ -150,7 +151,7 @@ def _over_asking(talks: Sequence[Conversation]) -> float | None:
 
 
 def _auroc(talks: Sequence[Conversation], values: Any) -> float | None:
-    """How well a measured gap tells turns with a true gap from those without."""
+    """AUROC of a measured gap for turns with a true gap against turns without."""
     pairs = [pair for talk in talks for pair in zip(values(talk), talk.true_gaps, strict=True)]
     area = auroc([v for v, gap in pairs if gap > 0], [v for v, gap in pairs if gap == 0])
     return None if np.isnan(area) else area
@@ -170,29 +171,30 @@ def calibrate(
     users: int = 100,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """A threshold on the gap, from simulated people.
+    """Determine a threshold on the gap from simulated people.
 
-    Exactly one rule is named.
+    Pass exactly one of the rules ``ask_rate``, ``question_cost`` and ``error_rate``.
 
     Args:
-        settings: its ``gap`` is measured; "cper" when None.
-        ask_rate: share of the turns in which to ask: the quantile of the gap above which it lies.
-        question_cost: the threshold with the highest utility minus this for every question.
-        error_rate: conformal: a turn that needs no question exceeds the threshold with at most this
-            probability.
+        settings: its ``gap`` is measured; None stands for "cper".
+        ask_rate: share of the turns in which to ask; the threshold is a quantile of the gap.
+        question_cost: maximize the utility minus this cost for every question.
+        error_rate: maximum probability that a turn which needs no question exceeds the threshold
+            (conformal).
 
     Returns:
         A JSON-ready record with "threshold" and what it belongs to; see
         :meth:`CperSettings.with_threshold`.
 
     Raises:
-        ConfigError: not one rule, one out of its range, or too few people for ``error_rate``.
+        ConfigError: not exactly one rule is passed, its value is out of range, or there are too few
+            people for ``error_rate``.
     """
     rules = {"ask_rate": ask_rate, "question_cost": question_cost, "error_rate": error_rate}
-    named = {name: value for name, value in rules.items() if value is not None}
-    if len(named) != 1:
-        raise ConfigError(f"name exactly one of {', '.join(rules)}, got {len(named)}")
-    ((rule, value),) = named.items()
+    passed = {name: value for name, value in rules.items() if value is not None}
+    if len(passed) != 1:
+        raise ConfigError(f"name exactly one of {', '.join(rules)}, got {len(passed)}")
+    ((rule, value),) = passed.items()
     if not 0 < value < 1:
         raise ConfigError(f"{rule} must be between 0 and 1, got {value}")
     settings = replace(settings, gap=settings.gap or "cper", max_questions=None)
@@ -344,15 +346,15 @@ def _referent_section(record: Mapping[str, Any]) -> str:
     areas = record["auroc of the uncertainty"]
     if not isinstance(areas, Mapping):
         areas = {"color": areas}
-    known = ""
+    persona = ""
     if "persona minus guess" in record:
         difference = record["persona minus guess"]
-        known = f"""With the persona of an earlier conversation, minus guessing:
+        persona = f"""With the persona of an earlier conversation, minus guessing:
 {interval_text(difference["first question"])} and {interval_text(difference["later questions"])},
 without a question.
 
 """
-    return f"""{known}Does the uncertainty of the sampled answers show that a question names no
+    return f"""{persona}Does the uncertainty of the sampled answers show that a question names no
 object? AUROC for videos of two objects against {record["one-object videos"]} videos of one:
 
 {_table(list(areas), [[f"{area:.3f}" for area in areas.values()]])}
@@ -418,7 +420,7 @@ questions or none:
 
 
 def _worth_section(record: Mapping[str, Any]) -> str:
-    """What the answers are worth; empty for a record of an earlier version."""
+    """The section about utility; empty for a record of an earlier version."""
     if "printed gap" not in record:
         return ""
     worth = [

@@ -39,7 +39,7 @@ from v2l_fast.files import write_json, write_text
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
 from v2l_fast.outputs import Journal, ResumableFolder
-from v2l_fast.work_units import Progress
+from v2l_fast.work_units import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def evaluate(
     judge: Judge | None = None,
     pairs: bool = False,
     batch: int = 16,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Answer, score and compare; resume if the folder holds a part of the same evaluation.
 
@@ -208,15 +208,15 @@ def judge_pairs(
         [baseline[e.id] for e in shared],
         progress=lambda done, total: progress("judging pairs", done, total),
     )
-    kept = [p for p in preferences if isinstance(p, Preference)]
+    compared = [p for p in preferences if isinstance(p, Preference)]
     return {
-        "pairs": len(kept),
-        "failed": len(preferences) - len(kept),
-        "system_preferred": sum(p.preferred == 1 for p in kept),
-        "ties": sum(p.preferred == 0 for p in kept),
-        "baseline_preferred": sum(p.preferred == -1 for p in kept),
-        "system": _mean([p.first for p in kept]),
-        "baseline": _mean([p.second for p in kept]),
+        "pairs": len(compared),
+        "failed": len(preferences) - len(compared),
+        "system_preferred": sum(p.preferred == 1 for p in compared),
+        "ties": sum(p.preferred == 0 for p in compared),
+        "baseline_preferred": sum(p.preferred == -1 for p in compared),
+        "system": _mean([p.first for p in compared]),
+        "baseline": _mean([p.second for p in compared]),
     }
 
 

@@ -19,16 +19,12 @@ from v2l_fast.evaluation.answers import NONE, OTHER
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video, Video2LoRA
 from v2l_fast.video import Clip, FrameSampling
-from v2l_fast.work_units import Progress
+from v2l_fast.work_units import Progress, silent
 
 # Score of an answer against one reference, higher is better.
 Metric = Callable[[str, str], float]
 # Decodes the span of a file between two times in seconds.
 SpanReader = Callable[[str, tuple[float, float]], Clip]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Discard a progress report."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +176,8 @@ def control_scores(
     if others := other_adapters(examples, adapters):
         controls[OTHER] = list(others)
     return {
-        name: answer_scores(model, examples, chosen, metric, max_new_tokens)
-        for name, chosen in controls.items()
+        name: answer_scores(model, examples, control, metric, max_new_tokens)
+        for name, control in controls.items()
     }
 
 

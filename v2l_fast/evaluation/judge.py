@@ -31,7 +31,7 @@ Parser = Callable[[str], dict[str, Any]]
 
 
 class JudgeError(V2LError):
-    """The endpoint gives no judgments at all."""
+    """The endpoint cannot give judgments."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,13 @@ class Endpoint:
             ) from None
         except openai.APIStatusError as error:
             raise self._refusal(error) from None
-        used = getattr(completion, "usage", None)
+        usage = getattr(completion, "usage", None)
         with self._lock:
             self.usage.requests += 1
             self.usage.retries += response.retries_taken
-            if used is not None:
-                self.usage.prompt_tokens += used.prompt_tokens
-                self.usage.completion_tokens += used.completion_tokens
+            if usage is not None:
+                self.usage.prompt_tokens += usage.prompt_tokens
+                self.usage.completion_tokens += usage.completion_tokens
         return _content(completion)
 
     def _refusal(self, error: Any) -> Exception:
@@ -188,9 +188,11 @@ def _content(completion: Any) -> str:
         )
     if not message.content or message.refusal or choices[0].finish_reason == "content_filter":
         raise FailedJudgment("refused", message.refusal or "an empty reply")
-    # Reasoning may come without a mark; a score drafted in it is not a judgment.
-    begun = message.content.lstrip().startswith(("{", "```")) or "</think>" in message.content
-    if choices[0].finish_reason == "length" and not begun:
+    # Reasoning may come without tags; a score drafted in it is not a judgment.
+    has_judgment = (
+        message.content.lstrip().startswith(("{", "```")) or "</think>" in message.content
+    )
+    if choices[0].finish_reason == "length" and not has_judgment:
         raise FailedJudgment("malformed", "cut off before the judgment; allow more tokens")
     return message.content
 
@@ -296,17 +298,18 @@ class Judge:
 
     def report(self) -> dict[str, Any]:
         """Requests, tokens, dollars and failures so far, JSON-ready."""
-        used, (price_in, price_out) = self._endpoint.usage, self.settings.prices
+        usage, (price_in, price_out) = self._endpoint.usage, self.settings.prices
+        dollars = usage.prompt_tokens * price_in + usage.completion_tokens * price_out
         return {
             "model": self.settings.model,
             "url": self.settings.url,
-            "requests": used.requests,
-            "retries": used.retries,
+            "requests": usage.requests,
+            "retries": usage.retries,
             "corrections": self._corrections,
             "from_cache": self._cached,
-            "prompt_tokens": used.prompt_tokens,
-            "completion_tokens": used.completion_tokens,
-            "dollars": (used.prompt_tokens * price_in + used.completion_tokens * price_out) / 1e6,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "dollars": dollars / 1e6,
             "failures": dict(self._failures),
         }
 

@@ -94,13 +94,13 @@ def _answer(
 ) -> MethodAnswer:
     start = time.perf_counter()
     prompt = make_prompt()
-    built = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     backbone = setting.model.backbone
     limit = SamplingParams(max_new_tokens=setting.max_new_tokens)
     generated = generate(
         decoder or backbone.decoder, [prompt.embeddings], backbone.stop_ids, limit, adapters
     )
-    return MethodAnswer(generated.tokens[0], built + generated.time_to_first_token)
+    return MethodAnswer(generated.tokens[0], seconds + generated.time_to_first_token)
 
 
 # --- the video in context -----------------------------------------------------------------------
@@ -181,11 +181,11 @@ def _ask_cache(setting: MethodSettings, prepared: PreparedVideo, question: str) 
     start = time.perf_counter()
     backbone = setting.model.backbone
     rest = backbone.question_suffix(question).embeddings
-    built = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     generated = continue_greedily(
         backbone.decoder, prepared.stored, rest, backbone.stop_ids, setting.max_new_tokens
     )
-    return MethodAnswer(generated.tokens[0], built + generated.time_to_first_token)
+    return MethodAnswer(generated.tokens[0], seconds + generated.time_to_first_token)
 
 
 # --- adapters -----------------------------------------------------------------------------------

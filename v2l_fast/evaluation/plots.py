@@ -150,8 +150,8 @@ def plot_amortized(record: Mapping[str, Any], path: Path, questions: int = 20) -
         _plain_log(axes.yaxis)
 
     def stored(axes: Axes) -> None:
-        kept = [row for row in rows if row["bytes"]]
-        axes.barh([row["method"] for row in kept], [row["bytes"] / 1e6 for row in kept])
+        storing = [row for row in rows if row["bytes"]]
+        axes.barh([row["method"] for row in storing], [row["bytes"] / 1e6 for row in storing])
         axes.tick_params(axis="y", labelsize=6)
         axes.set(xlabel="MB stored a video", xscale="log")
         _plain_log(axes.xaxis)
@@ -274,12 +274,12 @@ def _save(
     if legend:
         handles = figure.axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=6)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         # A palette halves the file.
-        Image.open(drawn).convert("RGB").quantize(_COLORS).save(part, "png", optimize=True)
+        Image.open(buffer).convert("RGB").quantize(_COLORS).save(part, "png", optimize=True)
 
 
 # --- plots ----------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def plot_distributions(
     on the right, one row per benchmark. Returns the files."""
     from matplotlib.figure import Figure
 
-    written = []
+    paths = []
     for metric, by_condition in scores.items():
         panels: dict[str, list[tuple[float, float]]] = {}
         for example in examples:
@@ -316,5 +316,5 @@ def plot_distributions(
         path = folder / f"{metric}.png"
         with replacing(path) as part:
             figure.savefig(part, format="png", dpi=120)
-        written.append(path)
-    return written
+        paths.append(path)
+    return paths

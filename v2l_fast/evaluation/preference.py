@@ -1,9 +1,9 @@
-"""Systems on recorded dialogs, and which of two a judge prefers.
+"""Replays recorded dialogs with several systems, and compares the systems with a judge.
 
 The person's turns come from the dialogs; each system sees its own replies as history, as in the
-paper, or the recorded ones. A judge reads two conversations in both orders, without names; orders
-that disagree are a tie. Everything is kept in a folder, so an interrupted run repeats nothing but
-the work that was under way::
+paper, or the recorded ones. A judge reads two conversations in both orders, without names; if the
+two verdicts disagree, they count as a tie. Results are written to a folder as they arrive, so an
+interrupted run repeats only the unit of work that it was interrupted in::
 
     run.json         what is compared; a folder with another comparison is refused
     replies.jsonl    one line for a system's replies to a dialog
@@ -40,7 +40,7 @@ from v2l_fast.evaluation.report import interval_text, markdown_table
 from v2l_fast.evaluation.statistics import Interval, ratio_interval
 from v2l_fast.files import write_json, write_text
 from v2l_fast.outputs import Journal, ResumableFolder
-from v2l_fast.work_units import Progress
+from v2l_fast.work_units import Progress, silent
 
 Kind = Literal["cper", "slots", "plain", "selfrefine", "always", "never", "random", "shuffled",
                "oracle"]  # fmt: skip
@@ -51,10 +51,10 @@ _JUDGED_WINDOW = 12
 
 @dataclass(frozen=True)
 class DialogSystem:
-    """One system.
+    """A system that replies to dialogs.
 
     Attributes:
-        name: as it was asked for, such as "cper" or "slots candidates=3".
+        name: the text it was parsed from, such as "cper" or "slots candidates=3".
         kind: "cper" (the paper's loop), "slots" (the default), and the controls: "plain" (history
             only), "selfrefine" (no gap and no persona), "always" and "never" ask, "random" (a
             random slot as often), "shuffled" (the paper's loop, another turn's number is printed)
@@ -68,7 +68,7 @@ class DialogSystem:
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> DialogSystem:
-        """A kind, and settings that differ from its own: "cper candidates=3 feedback=false".
+        """Parse a kind with changed settings, such as "cper candidates=3 feedback=false".
 
         Raises:
             ConfigError: the kind or a setting is unknown.
@@ -94,11 +94,11 @@ class Replay:
     """How dialogs are replayed.
 
     Attributes:
-        models: reasoner and encoder; no answerer.
-        schema: what to know about the person; None for none.
+        models: reasoner and encoder, without an answerer.
+        schema: the slots to know about the person; None for none.
         history: "own" replies of the system, or those "recorded" in the dialog.
-        person: "recorded" turns in their order; "nearest" answers a question with the unused turn
-            that is nearest to it (cosine of at least 0.4), or with no preference.
+        person: "recorded" turns in their order; "nearest" answers a question with the most
+            similar unused turn (cosine of at least 0.4), or states no preference.
     """
 
     models: Models
@@ -115,9 +115,9 @@ class Replay:
             printed: numbers to print in place of the gaps, one for each turn.
         """
         state, turns = self._start(system, dialog), []
-        left = [user for user, _ in dialog.pairs]
+        remaining = [user for user, _ in dialog.pairs]
         for index, (_, recorded) in enumerate(dialog.pairs):
-            utterance = self._speak(left, turns)
+            utterance = self._speak(remaining, turns)
             if system.kind in ("plain", "selfrefine"):
                 state, turn = self._baseline(system, state, utterance)
             else:
@@ -140,21 +140,21 @@ class Replay:
     def _start(self, system: DialogSystem, dialog: Dialog) -> State:
         if system.kind != "oracle":
             return State()
-        known = [preference.text for preference in dialog.preferences]
-        known += [text for name, text in (dialog.metadata or {}).items() if name == "situation"]
-        statements = [(Statement(f"said: {text}"), 1.0) for text in known]
+        facts = [preference.text for preference in dialog.preferences]
+        facts += [text for name, text in (dialog.metadata or {}).items() if name == "situation"]
+        statements = [(Statement(f"said: {text}"), 1.0) for text in facts]
         return State(persona=Persona().update(statements, 0, None, None, 0.0)[0])
 
-    def _speak(self, left: list[str], turns: Sequence[Mapping[str, Any]]) -> str:
-        """The person's next turn, taken out of those that are left."""
+    def _speak(self, remaining: list[str], turns: Sequence[Mapping[str, Any]]) -> str:
+        """Take the person's next turn out of the remaining ones."""
         if self.person == "recorded" or not turns or turns[-1]["action"] == "answer":
-            return left.pop(0) if left else _NO_PREFERENCE
-        if not left:
+            return remaining.pop(0) if remaining else _NO_PREFERENCE
+        if not remaining:
             return _NO_PREFERENCE
-        vectors = self.models.encoder.encode([turns[-1]["reply"], *left])
+        vectors = self.models.encoder.encode([turns[-1]["reply"], *remaining])
         cosines = vectors[1:] @ vectors[0]
         best = int(cosines.argmax())
-        return left.pop(best) if cosines[best] >= 0.4 else _NO_PREFERENCE
+        return remaining.pop(best) if cosines[best] >= 0.4 else _NO_PREFERENCE
 
     def _baseline(
         self, system: DialogSystem, state: State, utterance: str
@@ -185,8 +185,8 @@ class Replay:
         text = ask("refine", plain, read_reply, "I see.")
         if system.kind == "selfrefine":
             gap = {"value": 0, "uncertainty": 0, "alignment": 0, "missing": {}}
-            judged = {"draft": text, "gap": gap, "action": "answer", "target": None}
-            feedback = ask("feedback", judged, lambda reply: read_feedback(reply).text, "")
+            data = {"draft": text, "gap": gap, "action": "answer", "target": None}
+            feedback = ask("feedback", data, lambda reply: read_feedback(reply).text, "")
             text = ask("refine", {**plain, "draft": text, "feedback": feedback}, read_reply, text)
         action = "ask" if text.rstrip().endswith("?") else "answer"
         state = replace(state, turns=(*state.turns, Turn(utterance, text, action, None)))
@@ -207,25 +207,25 @@ def compare_on_dialogs(
     long: int = LONG,
     workers: int = 1,
     seed: int = 0,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Replay dialogs with every system, and let a judge compare each with the baseline.
 
     Args:
-        judge: None to measure without one.
-        folder: of the results; an interrupted comparison goes on in it.
-        names: of the reasoner and of the judge.
-        judged_turns: of every dialog; the last one is among them.
-        long: pairs from which on a dialog is long.
-        workers: dialogs and judgments at the same time.
+        judge: None measures without a judge.
+        folder: folder of the results; an interrupted comparison continues in it.
+        names: names of the reasoner and of the judge.
+        judged_turns: number of turns that are judged in every dialog, the last one among them.
+        long: number of pairs from which on a dialog is long.
+        workers: number of dialogs and judgments at the same time.
 
     Returns:
         A JSON-ready record; intervals are 95% over dialogs.
 
     Raises:
-        ConfigError: the folder holds another comparison, there is no dialog, or a system is missing
-            that another one needs.
-        ModelError: a model gives no reply at all; run again to continue.
+        ConfigError: the folder holds another comparison, there is no dialog, or a system that
+            another one needs is missing.
+        ModelError: a model does not reply; run again to continue.
     """
     if not dialogs:
         raise ConfigError("there is no dialog to compare systems on")
@@ -262,11 +262,11 @@ def compare_on_dialogs(
         "preferences": {},
     }  # fmt: skip
     if judge is not None:
-        judged = PairJudge(judge, names[1], Journal(folder / "judgments.jsonl"))
+        pair_judge = PairJudge(judge, names[1], Journal(folder / "judgments.jsonl"))
         for number, system in enumerate(systems):
             if system.name != baseline:
                 record["preferences"][system.name] = _preferences(
-                    judged, replies, system.name, baseline, dialogs, judged_turns, long, workers
+                    pair_judge, replies, system.name, baseline, dialogs, judged_turns, long, workers
                 )
             progress("judging", number + 1, len(systems))
         record["same model judges"] = names[0] == names[1]
@@ -302,13 +302,13 @@ def _shuffled_gaps(
 def _measures(
     replies: Journal, system: DialogSystem, dialogs: Sequence[Dialog], replay: Replay
 ) -> dict[str, Any]:
-    """Questions, cost, nearness to the recorded replies, and the persona against annotations."""
+    """Questions, cost, similarity to the recorded replies, and agreement with annotations."""
     by_dialog = [(dialog, replies[_key(system.name, dialog)]) for dialog in dialogs]
     turns = [turn for _, own in by_dialog for turn in own]
     seconds = [turn["seconds"] for turn in turns if turn["seconds"] is not None]
     f1, cosine, counts = [], [], []
     recalled, precise, gold, facts = [], [], [], []
-    asked: dict[bool, list[bool]] = {True: [], False: []}
+    asking: dict[bool, list[bool]] = {True: [], False: []}
     for dialog, own in by_dialog:
         pairs = [(t["reply"], text) for t, (_, text) in zip(own, dialog.pairs, strict=True) if text]
         if pairs:
@@ -330,7 +330,7 @@ def _measures(
             facts.append(float(max(len(texts), 1)))
         for turn, strategies in zip(own, dialog.strategies, strict=False):
             if strategies:
-                asked["Question" in strategies].append(turn["action"] != "answer")
+                asking["Question" in strategies].append(turn["action"] != "answer")
     return {
         "turns": len(turns),
         "asking": _share([turn["action"] != "answer" for turn in turns]),
@@ -342,8 +342,8 @@ def _measures(
         "cosine to the recorded reply": _ratio(cosine, counts),
         "annotated preferences recalled": _ratio(recalled, gold),
         "facts that are annotated": _ratio(precise, facts),
-        "asking where the recorded strategy is a question": _share(asked[True]),
-        "asking elsewhere": _share(asked[False]),
+        "asking where the recorded strategy is a question": _share(asking[True]),
+        "asking elsewhere": _share(asking[False]),
     }
 
 
@@ -364,7 +364,7 @@ class PairOutcome:
 
     Attributes:
         preferred: 1 for the first conversation, -1 for the second, 0 for a tie.
-        agreed: both orders say the same.
+        agreed: whether the verdicts of both orders agree.
         scores: criterion -> score of the first minus that of the second, on the judge's scale.
     """
 
@@ -377,8 +377,8 @@ class PairJudge:
     """Compares two conversations, in both orders, through any chat model.
 
     Args:
-        name: of the model; judgments of different models are kept apart.
-        journal: judgments so far.
+        name: name of the model; the journal keeps judgments of different models apart.
+        journal: the judgments so far.
     """
 
     def __init__(self, model: ChatModel, name: str, journal: Journal) -> None:
@@ -387,19 +387,20 @@ class PairJudge:
     def compare(
         self, first: Sequence[Mapping[str, str]], second: Sequence[Mapping[str, str]]
     ) -> PairOutcome | None:
-        """The outcome; None where a judgment cannot be read."""
+        """Compare two conversations; None if a judgment cannot be read."""
         forward, backward = self._judge(first, second), self._judge(second, first)
         if forward is None or backward is None:
             return None
         signs = {"A": 1, "B": -1, "tie": 0}
-        one, other = signs[forward["preferred"]], -signs[backward["preferred"]]
+        verdict, swapped = signs[forward["preferred"]], -signs[backward["preferred"]]
         scores = {
             name: (
                 forward["a"][name] - forward["b"][name] + backward["b"][name] - backward["a"][name]
             ) / 2
             for name in rubrics.CRITERIA
         }  # fmt: skip
-        return PairOutcome(one if one == other else 0, one == other, scores)
+        agreed = verdict == swapped
+        return PairOutcome(verdict if agreed else 0, agreed, scores)
 
     def _judge(
         self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]
@@ -440,12 +441,12 @@ def _preferences(
 
     def compare(unit: tuple[Dialog, int]) -> PairOutcome | None:
         dialog, end = unit
-        own, other = (
+        exchanges, other_exchanges = (
             [{"person": t["user"], "assistant": t["reply"]} for t in replies[_key(name, dialog)]]
             for name in (system, baseline)
         )
         start = max(end - _JUDGED_WINDOW, 0)
-        return judge.compare(own[start:end], other[start:end])
+        return judge.compare(exchanges[start:end], other_exchanges[start:end])
 
     outcomes = _each(compare, units, workers)
     by_dialog: dict[str, list[PairOutcome]] = defaultdict(list)
@@ -505,14 +506,14 @@ def _outcomes(by_dialog: Sequence[Sequence[PairOutcome]]) -> dict[str, Any]:
 
 
 def _points(by_dialog: Sequence[Sequence[PairOutcome]]) -> list[float]:
-    """Wins and half of the ties."""
+    """Number of wins plus half of the ties, per dialog."""
     return [sum((outcome.preferred + 1) / 2 for outcome in own) for own in by_dialog]
 
 
 def _difference(
     first: Sequence[Sequence[PairOutcome]], second: Sequence[Sequence[PairOutcome]]
 ) -> dict[str, float] | None:
-    """Share of the first minus that of the second, each resampled by dialogs."""
+    """Share of the first minus that of the second, with dialogs resampled in each."""
     if not first or not second:
         return None
     rng = np.random.default_rng(0)

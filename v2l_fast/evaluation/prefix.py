@@ -67,10 +67,10 @@ def continue_greedily(
         ConfigError: the cache has no room for the rest of the prompt and the answer.
     """
     start = time.perf_counter()
-    needed = max(prefix.lengths) + len(embeddings) + max_new_tokens
-    if needed > prefix.cache.capacity:
+    slots = max(prefix.lengths) + len(embeddings) + max_new_tokens
+    if slots > prefix.cache.capacity:
         raise ConfigError(
-            f"the question and {max_new_tokens} new tokens need {needed} cache slots, but the "
+            f"the question and {max_new_tokens} new tokens need {slots} cache slots, but the "
             f"prefix has {prefix.cache.capacity}; prefill with more room"
         )
     request = Request(SamplingParams(max_new_tokens))
@@ -85,12 +85,12 @@ def continue_greedily(
 
 
 class _PrefixRunner(ModelRunner):
-    """Runs one request behind a prefix whose layers hold different numbers of tokens."""
+    """Runs one request after a prefix whose layers hold different numbers of tokens."""
 
     def __init__(self, decoder: Decoder, prefix: CachedPrefix, stop_ids: Sequence[int]) -> None:
         super().__init__(decoder, 1, prefix.cache.capacity, stop_ids, prefix.cache)
         self._prefix = prefix
-        # Tokens behind the prefix.
+        # Number of tokens after the prefix.
         self._count = 0
 
     def run_prefill(
@@ -104,8 +104,8 @@ class _PrefixRunner(ModelRunner):
     def _run(self, hidden: Tensor) -> Tensor:
         prefix, length = self._prefix, hidden.shape[1]
         metadata = _layer_metadata(self.decoder, prefix, self._count, length)
-        for index, kept in enumerate(prefix.lengths):
-            hidden = self.decoder.layer(index, hidden, metadata[kept], prefix.cache)
+        for index, count in enumerate(prefix.lengths):
+            hidden = self.decoder.layer(index, hidden, metadata[count], prefix.cache)
         self._count += length
         return self.decoder.logits(self.decoder.text_model.norm(hidden[:, -1]))
 

@@ -379,13 +379,13 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         )
     if unreadable := record["unreadable"]:
         lines.append(f"{len(unreadable)} videos cannot be read and are left out everywhere.")
-    if judged := record.get("judge"):
-        failures = judged["failures"]
-        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(failures.items()))
+    if judge := record.get("judge"):
+        counts = sorted(judge["failures"].items())
+        failures = ", ".join(f"{count} {kind}" for kind, count in counts) or "none"
         lines.append(
-            f"Judge {judged['model']}: {judged['requests']} requests, {judged['from_cache']} "
-            f"judgments from the cache, {judged['prompt_tokens']} + {judged['completion_tokens']} "
-            f"tokens, ${judged['dollars']:.2f}; failed and left out: {listed or 'none'}. Judgments "
+            f"Judge {judge['model']}: {judge['requests']} requests, {judge['from_cache']} "
+            f"judgments from the cache, {judge['prompt_tokens']} + {judge['completion_tokens']} "
+            f"tokens, ${judge['dollars']:.2f}; failed and left out: {failures}. Judgments "
             "do not fail at random (long, empty and unusual answers fail more often), and a pair "
             "with one failure is left out: with many failures the judge's rows describe the easy "
             "pairs."

@@ -80,7 +80,7 @@ class JudgeTask:
 
 
 def single_messages(task: JudgeTask, candidate: str) -> Messages:
-    """Messages that ask for a judgment of one candidate."""
+    """Messages that request a judgment of one candidate."""
     fields = _CAPTION_FIELDS if task.is_caption else _QA_FIELDS
     return [
         {"role": "system", "content": _rules(task) + _ONE + fields + _NUMBER},
@@ -89,7 +89,7 @@ def single_messages(task: JudgeTask, candidate: str) -> Messages:
 
 
 def pair_messages(task: JudgeTask, first: str, second: str) -> Messages:
-    """Messages that ask for a judgment of two candidates side by side, named A and B only."""
+    """Messages that request a judgment of two candidates side by side, as A and B."""
     pair = "\n\nThere are two candidates, A and B. Score each by itself, then say which is better."
     return [
         {"role": "system", "content": _rules(task) + pair + _ONE + _PAIR_FIELDS + _NUMBER},
@@ -118,15 +118,19 @@ def single_verdict(reply: str) -> dict[str, Any]:
 def pair_verdict(reply: str) -> dict[str, Any]:
     """{"score_a", "score_b": 1 to 5, "preferred": "A", "B" or "tie"}. Raises InvalidReply."""
     fields = _json_object(reply, "preferred")
-    preferred = str(fields.get("preferred", "")).strip().upper()
-    if preferred not in ("A", "B", "TIE"):
-        raise InvalidReply("malformed", f"'preferred' is {fields.get('preferred')!r}")
     return {
         **fields,
+        "preferred": _preferred(fields),
         "score_a": _scale(fields, "score_a"),
         "score_b": _scale(fields, "score_b"),
-        "preferred": "tie" if preferred == "TIE" else preferred,
     }
+
+
+def _preferred(fields: Mapping[str, Any]) -> str:
+    preferred = str(fields["preferred"]).strip().upper()
+    if preferred not in ("A", "B", "TIE"):
+        raise InvalidReply("malformed", f"'preferred' is {fields['preferred']!r}")
+    return "tie" if preferred == "TIE" else preferred
 
 
 def rescaled(score: int) -> float:
@@ -174,7 +178,7 @@ or "tie"}"""
 def conversation_messages(
     a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]
 ) -> Messages:
-    """Messages that ask which of two conversations ends better.
+    """Messages that request which of two conversations ends better.
 
     Args:
         a, b: exchanges, each with "person" and "assistant".
@@ -190,10 +194,7 @@ def conversation_messages(
 def conversation_verdict(reply: str) -> dict[str, Any]:
     """{"a", "b": criterion -> 1 to 5, "preferred": "A", "B" or "tie"}. Raises InvalidReply."""
     fields = _json_object(reply, "preferred")
-    preferred = str(fields["preferred"]).strip().upper()
-    if preferred not in ("A", "B", "TIE"):
-        raise InvalidReply("malformed", f"'preferred' is {fields['preferred']!r}")
-    verdict: dict[str, Any] = {"preferred": "tie" if preferred == "TIE" else preferred}
+    verdict: dict[str, Any] = {"preferred": _preferred(fields)}
     for side in ("a", "b"):
         scores = fields.get(side)
         if not isinstance(scores, Mapping):

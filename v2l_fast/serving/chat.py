@@ -1,4 +1,4 @@
-"""OpenAI's part of the interface: models and chat completions, streamed or not."""
+"""The routes of OpenAI's interface: models and chat completions, streamed or not."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ async def chat(body: ChatRequest, request: Request) -> Any:
     server: Server = request.app.state.server
     media: MediaInbox = request.app.state.media
     if body.elicit is not None:
-        wanted = body.response_format
-        if (body.n or 1) > 1 or body.logprobs or (wanted is not None and wanted.type != "text"):
+        text_only = body.response_format is None or body.response_format.type == "text"
+        if (body.n or 1) > 1 or body.logprobs or not text_only:
             message = "elicit gives one answer as text: leave out n, logprobs and response_format"
             raise ApiError(400, message, "invalid_value", "elicit")
         return await elicit.answer(server, await media.internalize(body))
@@ -104,7 +104,7 @@ async def chat(body: ChatRequest, request: Request) -> Any:
         async with _cancel_on_disconnect(request):
             return await completion.whole()
     except _Disconnected:
-        # Nobody reads this; the log line gets the status that proxies use for it.
+        # No client reads this response; its status, as proxies use it, appears in the log.
         return JSONResponse(None, _CLIENT_CLOSED_REQUEST)
 
 
@@ -113,7 +113,7 @@ class _Disconnected(Exception):
 
 
 class Completion:
-    """One chat completion: its pieces, its times, and what is counted when it ends."""
+    """One chat completion: its pieces, its times, and its metrics when it ends."""
 
     def __init__(self, server: Server, body: ChatRequest, media: MediaInbox) -> None:
         self._server = server
@@ -139,8 +139,7 @@ class Completion:
         try:
             async with self._in_time():
                 self._body = await self._media.internalize(self._body)
-                # In a thread: it tokenizes, reads an adapter that is not in memory, decodes a
-                # video.
+                # In a thread: it tokenizes, and may read an adapter or decode a video.
                 await run_in_threadpool(self._submit)
             self._chunks = _merge([request.chunks() for request in self._requests])
             self._opening = await self._next()
@@ -152,7 +151,7 @@ class Completion:
     def _submit(self) -> None:
         request = self._server.question(self._body)
         self._source = request.source
-        # Set here and not from a result: the result is lost if the client leaves as it is returned.
+        # Set here: a returned value would be lost if the client left at that moment.
         self._requests = self._server.engine.submit_all(request)
         if self._ended:
             # The client left or time ran out meanwhile.
@@ -163,7 +162,7 @@ class Completion:
             request.cancel()
 
     def close(self) -> None:
-        """Nobody reads the rest, if there is one."""
+        """End the completion if it still runs, because its client no longer reads it."""
         self._end(_Disconnected())
 
     async def whole(self) -> ChatCompletion:
@@ -186,7 +185,7 @@ class Completion:
         )
 
     def _choice(self, index: int, pieces: list[Chunk]) -> Choice:
-        logprobs = [one for piece in pieces for one in piece.logprobs]
+        logprobs = [token for piece in pieces for token in piece.logprobs]
         return Choice(
             index=index,
             message=CompletionMessage(content="".join(piece.text for piece in pieces)),
@@ -274,10 +273,10 @@ class Completion:
 
         content = [
             TokenLogprob(
-                **described(one.token, one.logprob),
-                top_logprobs=[TopLogprob(**described(*pair)) for pair in one.top],
+                **described(token.token, token.logprob),
+                top_logprobs=[TopLogprob(**described(*pair)) for pair in token.top],
             )
-            for one in tokens
+            for token in tokens
         ]
         return ChoiceLogprobs(content=content)
 
@@ -304,13 +303,13 @@ class Completion:
             "model": self._body.model,
             "choices": choices,
         }
-        # When usage is asked for, every chunk has the field; it is null in all but the last.
+        # If the client requests usage, every chunk has the field; only in the last it is not null.
         return frame | {"usage": None} if self._usage_in_chunks else frame
 
     def _end(
         self, error: BaseException | None, reason: str = "", usage: UsageBody | None = None
     ) -> None:
-        """Free the engine's row if the answer still runs; count once how the completion ended."""
+        """Cancel the requests after an error, and record once how the completion ended."""
         if self._ended:
             return
         # Set before the request is read: the thread in _submit writes first, then reads.
@@ -388,7 +387,7 @@ async def _merge(
             end = error
         queue.put_nowait((index, end))
 
-    tasks = [asyncio.create_task(read(i, one)) for i, one in enumerate(iterators)]
+    tasks = [asyncio.create_task(read(*pair)) for pair in enumerate(iterators)]
     try:
         running = len(tasks)
         while running:

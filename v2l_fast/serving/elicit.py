@@ -1,8 +1,8 @@
 """Chat completions that ask about the person: CPER over adapters, or with the reasoner alone.
 
 A request with ``elicit`` carries the conversation: its messages, the persona, and the counts that
-the last response returned. The response carries them back. The server stores none of it: no store,
-file, log, metric or prefix cache holds a word of it when the response is sent.
+the last response returned. The response carries them back. The server keeps none of it: when the
+response is sent, no store, file, log, metric or prefix cache contains a word of it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _NAME = Annotated[str, Field(max_length=160)]
 
 
 class ElicitFields(BaseModel):
-    """The field ``elicit`` of a chat request; ``asked``, ``last_action`` and ``stopped`` are those
-    of the last response."""
+    """The field ``elicit`` of a chat request; ``asked``, ``last_action`` and ``stopped`` come from
+    the last response."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,34 +63,34 @@ class Elicitor:
 
     Args:
         reasoner: reads the person and writes replies.
-        encoder: facts to vectors.
-        registry: of the server's metrics.
+        encoder: encodes facts as vectors.
+        registry: registry of the server's metrics.
     """
 
     def __init__(self, reasoner: ChatModel, encoder: Encoder, registry: CollectorRegistry) -> None:
         self.reasoner, self.encoder = reasoner, encoder
         self._permits = threading.Semaphore(_TURNS)
         self._actions = Counter(
-            "v2l_elicit_turns", "Turns of conversations that ask, by action.", ["action"],
+            "v2l_elicit_turns", "Turns of conversations with elicit, by action.", ["action"],
             registry=registry,
         )  # fmt: skip
         self._gap = Histogram(
-            "v2l_elicit_gap", "What was not known about the person, by turn.", buckets=_GAPS,
+            "v2l_elicit_gap", "Knowledge gap about the person, by turn.", buckets=_GAPS,
             registry=registry,
         )  # fmt: skip
         self._calls = Histogram(
             "v2l_elicit_calls", "Requests to models in a turn.", buckets=(1, 2, 4, 8, 16, 32),
             registry=registry,
         )  # fmt: skip
-        # At the level of debugging these libraries log what they send.
+        # At the level DEBUG these libraries log what they send.
         for name in ("openai", "httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
     def turn(self, server: Server, body: ChatRequest) -> dict[str, Any]:
-        """The response to a request, JSON-ready. It blocks until the reply is there.
+        """The response to a request, JSON-ready; blocks until the reply is complete.
 
         Raises:
-            ApiError: the request is not valid, or the reasoner gives no reply.
+            ApiError: the request is not valid, or the reasoner does not reply.
             QueueFull: too many conversations are being answered.
         """
         start = time.perf_counter()
@@ -131,12 +131,12 @@ class Elicitor:
     def _state(
         self, persona: Persona, exchanges: Sequence[tuple[str, str]], fields: ElicitFields
     ) -> State:
-        """The conversation, with the vectors of what was known after each of its turns."""
-        kept = exchanges[-MAX_TURNS:]
-        first = len(exchanges) - len(kept)
+        """The conversation, with the vector of the facts that were known after each turn."""
+        recent = exchanges[-MAX_TURNS:]
+        first = len(exchanges) - len(recent)
         turns = [
             Turn(user, reply, "ask" if reply.rstrip().endswith("?") else "answer", None)
-            for user, reply in kept
+            for user, reply in recent
         ]
         if turns and fields.last_action is not None:
             turns[-1] = replace(turns[-1], action=fields.last_action)
@@ -145,12 +145,12 @@ class Elicitor:
                 fact.text for fact in persona.active
                 if fact.source != "inferred" and fact.turn <= first + index
             )
-            for index in range(len(kept))
+            for index in range(len(recent))
         ]  # fmt: skip
-        spoken = [text for text in dict.fromkeys(texts) if text]
+        distinct = [text for text in dict.fromkeys(texts) if text]
         encoded: dict[str, Array] = {}
-        if spoken:
-            encoded = dict(zip(spoken, self.encoder.encode(spoken), strict=True))
+        if distinct:
+            encoded = dict(zip(distinct, self.encoder.encode(distinct), strict=True))
         return State(
             persona, tuple(turns), tuple(encoded.get(text) for text in texts),
             dict(fields.asked), len(exchanges), fields.stopped,
@@ -198,7 +198,7 @@ class _ServerModel:
         ]
 
     def look_again(self, question: str, max_tokens: int) -> ModelReply | None:
-        """The answer with the video in context, None where its file is not kept."""
+        """The answer with the video in context; None if its file is not kept."""
         messages = [{"role": "user", "content": question}]
         chat = self._request(messages, 0.0, 1.0, max_tokens, 0)
         try:
@@ -257,7 +257,7 @@ def _fields(body: ChatRequest) -> tuple[ElicitFields, Schema | None]:
         return fields, None
     try:
         if isinstance(fields.knowledge, str):
-            # A caller names a schema that ships, never a file of the server.
+            # A caller may name a shipped schema, but not a file of the server.
             names = sorted(file.stem for file in SHIPPED.glob("*.toml"))
             if fields.knowledge not in names:
                 raise ConfigError(f"must be {', '.join(names)}, or a table of slots")
@@ -268,24 +268,24 @@ def _fields(body: ChatRequest) -> tuple[ElicitFields, Schema | None]:
 
 
 def _exchanges(body: ChatRequest) -> tuple[list[tuple[str, str]], str]:
-    """Earlier (person, assistant) pairs and what the person says now; system messages are the
-    operator's matter and are left out."""
-    spoken = [m for m in body.messages if m.role in ("user", "assistant")]
-    if not spoken or spoken[-1].role != "user" or not spoken[-1].text.strip():
+    """Earlier (person, assistant) pairs, and the person's current utterance. System messages are
+    ignored: they come from the operator."""
+    messages = [m for m in body.messages if m.role in ("user", "assistant")]
+    if not messages or messages[-1].role != "user" or not messages[-1].text.strip():
         raise ApiError(400, "the last message must be the person's", "invalid_value", "messages")
     exchanges: list[tuple[str, str]] = []
     user = ""
-    for message in spoken[:-1]:
+    for message in messages[:-1]:
         if message.role == "user":
             user = f"{user}\n{message.text}".strip()
         elif user:
             exchanges.append((user, message.text))
             user = ""
-    return exchanges, f"{user}\n{spoken[-1].text}".strip()
+    return exchanges, f"{user}\n{messages[-1].text}".strip()
 
 
 def _response(body: ChatRequest, state: State, reply: Reply, seconds: float) -> dict[str, Any]:
-    looked = reply.video is not None and reply.video.looked_again
+    looked_again = reply.video is not None and reply.video.looked_again
     message = {"role": "assistant", "content": reply.text}
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion",
@@ -301,14 +301,14 @@ def _response(body: ChatRequest, state: State, reply: Reply, seconds: float) -> 
         "elicit": {
             "action": reply.action, "target": reply.target,
             "facts": [fact.id for fact in reply.facts], "selected": list(reply.selected),
-            "looked_again": looked, "calls": reply.calls,
+            "looked_again": looked_again, "calls": reply.calls,
             "asked": dict(state.asked), "last_action": reply.action, "stopped": state.stopped,
         },
     }  # fmt: skip
 
 
 def _events(content: dict[str, Any], include_usage: bool) -> Iterator[str]:
-    """The response as server-sent events: the whole text, then the end with what travels back."""
+    """The response as server-sent events: the whole text, then a last one with the state."""
     (choice,) = content["choices"]
     frame = {
         name: content[name] for name in ("id", "created", "model")

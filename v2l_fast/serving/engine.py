@@ -3,7 +3,7 @@
 Requests join the running batch when a row is free and leave it when they end, each with an adapter
 of its own or none, and get the answer they would get alone. Between two decode steps at most one
 unit of internalization runs. ``scheduler`` handles rows and slots, ``internalize`` jobs, and
-``device_cache`` the places of adapters; this module knows nothing of HTTP.
+``device_cache`` adapters on the device; this module knows nothing of HTTP.
 
 Threads: a caller's thread tokenizes and reads adapters when it submits, worker threads read and
 resize videos, and the model runs in the engine's thread only.
@@ -172,7 +172,7 @@ class Engine:
             AdapterError: an adapter is unknown or belongs to another model.
             OtherAdapter: an adapter is merged, and the request is for something else.
             PromptTooLong: the question and the limit of new tokens exceed the context. With a video
-                in context this is known later, and reading the answer raises it.
+                in context, reading the answer raises it instead.
             EngineClosed: the engine has been closed.
             ConfigError: the request has been submitted before, or asks for several answers.
         """
@@ -259,7 +259,7 @@ class Engine:
         return self._jobs.cancel(job)
 
     def forget(self, adapter_id: str) -> None:
-        """An adapter was deleted: the next request for it asks the store."""
+        """Forget a deleted adapter: the next request for it asks the store."""
         self._host_adapters.forget(adapter_id)
 
     def stats(self) -> EngineStats:
@@ -287,7 +287,7 @@ class Engine:
             )
 
     def close(self, drain: bool = True, timeout: float = 30.0) -> None:
-        """Accept nothing more; with ``drain``, give unfinished work ``timeout`` seconds to finish.
+        """Accept no more work; with ``drain``, give unfinished work ``timeout`` seconds to finish.
 
         The rest ends with EngineClosed. Closing twice has no effect.
         """
@@ -371,7 +371,7 @@ class Engine:
     def _prepare(self, requests: list[StreamingRequest]) -> None:
         """Compute the prompt of a question with its video in context.
 
-        Where keys and values of the whole video are known, only the text is left to compute.
+        If the prefix cache holds the whole video, only the text is computed.
         """
         first = requests[0]
         try:

@@ -1,4 +1,4 @@
-"""What a request may be: bounds on what callers cost, and what is refused by a request's head.
+"""Limits of the server, and the checks of a request that need only its headers.
 
 Host, origin, key, content type and length are checked before the body is read. Bodies that pass are
 bounded in size and in the time a client may stay silent. A response to a body that was not read
@@ -155,7 +155,7 @@ class ApiKeys:
         if not self._keys:
             return True
         scheme, _, key = (authorization or "").partition(" ")
-        matches = [hmac.compare_digest(key.encode("latin-1"), known) for known in self._keys]
+        matches = [hmac.compare_digest(key.encode("latin-1"), valid) for valid in self._keys]
         return scheme.lower() == "bearer" and any(matches)
 
 
@@ -258,10 +258,10 @@ def _not_allowed(status: int, header: str, value: str, host: str | None) -> ApiE
 
 
 class Gate:
-    """ASGI middleware, outside of everything that reads a body.
+    """ASGI middleware in front of everything that reads a body.
 
     Args:
-        limits: of bodies and of a client's silence.
+        limits: limits of bodies and of the time a client may stay silent.
     """
 
     def __init__(

@@ -21,13 +21,13 @@ from v2l_fast.errors import ConfigError, V2LError
 
 # Threads that compute masks.
 WORKERS = 2
-# Characters of a schema; compiled schemas that are kept.
+# Maximum characters of a schema, and number of compiled schemas in the cache.
 _MAX_SCHEMA, _KEPT = 1 << 16, 64
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 class JsonGrammars:
-    """The grammars of one model's answers; any thread may use it.
+    """The grammars of one model's answers; thread-safe.
 
     Args:
         tokenizer: of the model.
@@ -42,7 +42,7 @@ class JsonGrammars:
         self._workers = ThreadPoolExecutor(WORKERS, "v2l-grammar")
 
     def constraint(self, schema: dict[str, Any]) -> Callable[[], JsonConstraint]:
-        """What makes the constraint of one answer that matches a schema.
+        """A function that makes the constraint of one answer, which then matches a schema.
 
         Raises:
             ConfigError: llguidance is not installed, the model's tokenizer cannot write JSON, or
@@ -100,11 +100,11 @@ class JsonConstraint:
         self._mask: Future[Tensor] = workers.submit(self._compute)
 
     def bitmask(self) -> Tensor:
-        """The tokens allowed next; waits until they are known."""
+        """The tokens allowed next; waits until the mask is computed."""
         return self._mask.result()
 
     def accept(self, token: int) -> None:
-        """The answer continues with a token; the next mask is computed from now on."""
+        """Continue the answer with a token, and start to compute the next mask."""
         self._mask = self._workers.submit(self._advance, token)
 
     def _advance(self, token: int) -> Tensor:

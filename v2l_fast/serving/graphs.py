@@ -1,10 +1,10 @@
 """A model runner whose passes are replayed CUDA graphs.
 
 Launching a decode step from Python takes longer than computing it. A step is captured once for each
-number of rows (a power of two), reach of the attention (a power of two) and adapter bank; a prefill
-for a single short prompt, or the end of one that was computed in part, the common
-cases of a first token. Everything that changes is in tensors
-that keep their addresses. :class:`ModelRunner` alone defines what a pass computes.
+number of rows (a power of two), reach of the attention (a power of two) and adapter bank. A prefill
+is captured for a single short prompt, and for the rest of a prompt whose beginning is cached: the
+common cases of a first token. Everything that changes is in tensors that keep their addresses.
+:class:`ModelRunner` alone defines what a pass computes.
 
 A pass whose capture fails runs without a graph.
 """
@@ -29,7 +29,7 @@ MIN_REACH = 256
 MIN_PROMPT, MAX_PROMPT = 16, 128
 
 
-# Compared by identity: a comparison of tensors is no bool.
+# Compared by identity: comparing tensors does not give a bool.
 @dataclass(frozen=True, eq=False)
 class _CapturedPass:
     """A graph, its inputs and its output; holds the bank so that its id is not reused."""
@@ -41,7 +41,7 @@ class _CapturedPass:
 
 
 class CudaGraphRunner(ModelRunner):
-    """See the module; arguments as those of :class:`ModelRunner`."""
+    """A :class:`ModelRunner`, with its arguments, that replays CUDA graphs (see the module)."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class CudaGraphRunner(ModelRunner):
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         super().__init__(decoder, size, context, stop_ids, prefix_cache=prefix_cache)
-        # None: the capture of the pass has failed.
+        # None if the capture of the pass failed.
         self._graphs: dict[tuple, _CapturedPass | None] = {}
         self._pool: tuple[int, int] | None = None
 
@@ -118,11 +118,11 @@ class CudaGraphRunner(ModelRunner):
         captured = self._captured(key, capture)
         if captured is None:
             return run(embeddings, rows, last, adapters)
-        held, held_rows, held_last = captured.inputs
-        # The prompt never attends to the padding behind it.
-        held[:, :longest] = embeddings
-        held_rows.copy_(rows)
-        held_last.copy_(last)
+        inputs, input_rows, input_last = captured.inputs
+        # The prompt never attends to the padding after it.
+        inputs[:, :longest] = embeddings
+        input_rows.copy_(rows)
+        input_last.copy_(last)
         captured.graph.replay()
         return captured.output
 
@@ -177,8 +177,8 @@ class CudaGraphRunner(ModelRunner):
         if captured is None:
             return run(embeddings, rows, starts, last, limit, adapters)
         captured.inputs[0][:, :longest] = embeddings
-        for held, value in zip(captured.inputs[1:], (rows, starts, last), strict=True):
-            held.copy_(value)
+        for static, value in zip(captured.inputs[1:], (rows, starts, last), strict=True):
+            static.copy_(value)
         captured.graph.replay()
         return captured.output
 

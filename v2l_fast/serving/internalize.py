@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.serving.request import EngineClosed, Notifier, QueueFull, user_facing_error
 from v2l_fast.video import Clip, FrameSampling
-from v2l_fast.work_units import Progress, WorkUnit
+from v2l_fast.work_units import Progress, WorkUnit, silent
 
 if TYPE_CHECKING:
     from v2l_fast.model import Video2LoRA
@@ -92,10 +92,10 @@ class Cancellation:
 
 @dataclass(eq=False)
 class InternalizeJob:
-    """A video on its way to an adapter.
+    """The job that turns one video into an adapter.
 
     Attributes:
-        id: of the job.
+        id: id of the job.
         state: "queued", "decoding", "encoding", "generating", "done", "failed" or "cancelled".
         progress: 0 to 1.
         adapter_id: in the store, when done.
@@ -226,7 +226,7 @@ class Internalizer:
             return True
 
     def shut_down(self) -> None:
-        """Begin no further job."""
+        """Start no further job."""
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     def fail_all(self, reason: V2LError) -> None:
@@ -339,7 +339,7 @@ class TaskInterleaver:
         """
         # Frames on a GPU are resized by this thread beside the engine's passes. Both use the
         # device's default stream, so the frames are complete when the engine reads them.
-        progress = progress or (lambda stage, done, total: None)
+        progress = progress or silent
         cancellation = cancellation or Cancellation()
         stage = "decode"
         while stage == "decode":

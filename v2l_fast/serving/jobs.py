@@ -1,7 +1,7 @@
-"""Videos on their way to adapters, as the server sees them: admitted, started once, followed.
+"""The server's jobs that turn videos into adapters: admission, deduplication and bookkeeping.
 
 The engine does the work. :class:`Admission` bounds how many videos are received and examined at
-once and joins equal ones; :class:`Jobs` connects a job to its video, to the adapter that the store
+once, and joins equal ones; :class:`Jobs` connects a job to its video, to the adapter that the store
 may already have, and to the limits.
 """
 
@@ -65,7 +65,7 @@ class Jobs:
     """The jobs of a server: all that have not ended, and the last ones that have.
 
     Args:
-        settings: how videos are internalized by default.
+        settings: default settings of internalizing.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Jobs:
         if running is not None:
             return running
         self._reader.probe(video.path)
-        kept = self._videos.keep(video)
+        file = self._videos.keep(video)
         started = False
         try:
             with self._mutex:
@@ -124,9 +124,9 @@ class Jobs:
                 if running is not None:
                     return running
                 work = self._engine.internalize(
-                    kept.path,
+                    file.path,
                     settings.sampling,
-                    sha256=kept.trusted_sha256,
+                    sha256=file.trusted_sha256,
                 )
                 job = Job(work, video.sha256, settings, clean_name(video.name))
                 self._active[key] = self._by_id[job.id] = job
@@ -262,14 +262,14 @@ class Jobs:
 
 
 class ReceiveSlots:
-    """Room for bodies that arrive at the same time; used by one event loop.
+    """Slots for bodies that are received at the same time; used by one event loop.
 
     A body that does not fit waits on the event loop, without a thread, first in, first out. Only a
     full queue refuses.
 
     Args:
-        count, size: bodies, and bytes of them together.
-        waiting: bodies that may wait.
+        count, size: maximum number of bodies, and of their bytes together.
+        waiting: number of bodies that may wait.
     """
 
     def __init__(self, count: int, size: int, waiting: int) -> None:
@@ -279,7 +279,7 @@ class ReceiveSlots:
 
     @asynccontextmanager
     async def hold(self, size: int) -> AsyncIterator[None]:
-        """Held while a body of at most ``size`` bytes is received and used.
+        """Hold a slot while a body of at most ``size`` bytes is received and used.
 
         Raises:
             QueueFull: too many bodies are waiting.
@@ -325,7 +325,7 @@ class ReceiveSlots:
 
 
 class Admission:
-    """Receiving videos and starting their jobs; used by one event loop."""
+    """Receives videos and starts their jobs; used by one event loop."""
 
     def __init__(self, jobs: Jobs, limits: ServerLimits) -> None:
         self._jobs = jobs
@@ -336,7 +336,7 @@ class Admission:
         self._starting: dict[tuple[str, str], asyncio.Task[Job | StoredAdapter]] = {}
 
     def receiving(self, size: int) -> AbstractAsyncContextManager[None]:
-        """Held while a file of at most ``size`` bytes arrives or is hashed.
+        """Hold a slot while a file of at most ``size`` bytes is received or hashed.
 
         Raises:
             QueueFull: too many uploads are waiting.

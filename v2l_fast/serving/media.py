@@ -1,12 +1,12 @@
 """Videos and images in chat messages: ``data:`` URLs, and http(s) URLs that the operator allows.
 
-Every part becomes an adapter of the store, found again by the hash of its content. A URL is asked
-for again with the validators of its last response, so that a file that has not changed is not
-downloaded and one that has is never answered from the old adapter.
+Every part becomes an adapter of the store, which is looked up by the hash of its content. A URL is
+requested with the validators of its last response: a file that has not changed is not downloaded
+again, and a changed one never gets answers from its old adapter.
 
 A URL names a machine that the caller chooses and the server reaches, so every connection goes to an
-address that was checked just before: the check is part of connecting, and neither a redirect nor a
-name that resolves differently the second time gets around it.
+address that was checked just before. The check is part of connecting: neither a redirect nor a name
+that resolves differently the second time circumvents it.
 """
 
 from __future__ import annotations
@@ -184,11 +184,14 @@ class MediaDownloader:
         self._tls = ssl.create_default_context()
         self._running = asyncio.Semaphore(_DOWNLOADS)
 
-    async def download(self, url: str, write: Write, known: Validators | None = None) -> Download:
+    async def download(
+        self, url: str, write: Write, previous: Validators | None = None
+    ) -> Download:
         """Pass the content of a URL to ``write``, in pieces.
 
         Args:
-            known: validators of the content that is known; nothing is written if it is still that.
+            previous: validators of the previous response; nothing is written if the content is
+                still the same.
 
         Raises:
             MediaError: the URL is not allowed, cannot be read or exceeds a limit.
@@ -196,34 +199,34 @@ class MediaDownloader:
         seconds = self._limits.media_seconds
         try:
             async with self._running, asyncio.timeout(seconds):
-                return await self._follow(url, write, known)
+                return await self._follow(url, write, previous)
         except TimeoutError:
             raise MediaError(f"the download takes more than {seconds:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError):
-            # Whether a port is closed or filtered is nobody's business.
+            # The error must not reveal whether a port is closed or filtered.
             raise MediaError("the URL cannot be downloaded") from None
 
-    async def _follow(self, url: str, write: Write, known: Validators | None) -> Download:
+    async def _follow(self, url: str, write: Write, previous: Validators | None) -> Download:
         # A new pool: a connection that another request opened was checked for another name.
         backend = _CheckedBackend(self._sources)
         async with httpcore.AsyncConnectionPool(self._tls, network_backend=backend) as pool:
             for _ in range(_REDIRECTS + 1):
                 self._check(url)
-                async with pool.stream("GET", _ascii(url), headers=_headers(known)) as response:
+                async with pool.stream("GET", _ascii(url), headers=_headers(previous)) as response:
                     target = _header(response, b"location")
                     if response.status in _REDIRECT_STATUSES and target is not None:
                         url = urljoin(url, target)
                         continue
-                    return await self._read(response, write, known)
+                    return await self._read(response, write, previous)
         raise MediaError(f"the URL redirects more than {_REDIRECTS} times")
 
     async def _read(
         self,
         response: httpcore.Response,
         write: Write,
-        known: Validators | None,
+        previous: Validators | None,
     ) -> Download:
-        if response.status == 304 and known is not None:
+        if response.status == 304 and previous is not None:
             return Download(changed=False)
         if response.status != 200:
             raise MediaError(f"the URL's server responds with status {response.status}")
@@ -268,17 +271,17 @@ class MediaDownloader:
             raise MediaError("the URL's host is not one that this server downloads from")
 
 
-def _headers(known: Validators | None) -> list[tuple[bytes, bytes]]:
+def _headers(previous: Validators | None) -> list[tuple[bytes, bytes]]:
     headers = [
         (b"User-Agent", f"v2l_fast/{v2l_fast.__version__}".encode()),
         (b"Accept", b"video/*, image/*, */*;q=0.1"),
         # Compressed content could expand beyond any limit.
         (b"Accept-Encoding", b"identity"),
     ]
-    if known is not None and known.etag is not None:
-        headers.append((b"If-None-Match", known.etag.encode("latin-1")))
-    elif known is not None and known.modified is not None:
-        headers.append((b"If-Modified-Since", known.modified.encode("latin-1")))
+    if previous is not None and previous.etag is not None:
+        headers.append((b"If-None-Match", previous.etag.encode("latin-1")))
+    elif previous is not None and previous.modified is not None:
+        headers.append((b"If-Modified-Since", previous.modified.encode("latin-1")))
     return headers
 
 
@@ -309,7 +312,7 @@ class MediaInbox:
 
     Args:
         admission: of the server's videos; parts count as uploads.
-        sources: where URLs may lead.
+        sources: hosts and networks that URLs may lead to.
     """
 
     def __init__(self, server: Server, admission: Admission, sources: MediaSources) -> None:
@@ -322,7 +325,7 @@ class MediaInbox:
         """The request with the adapters of its videos and images as further ``video_ids``.
 
         The URLs are removed from it: they may be large. If the caller leaves or an error occurs,
-        the jobs that nobody else waits for are cancelled.
+        the jobs that no other request waits for are cancelled.
 
         Raises:
             ApiError: a part cannot be used.
@@ -418,7 +421,7 @@ class MediaInbox:
     ) -> ReceivedVideo:
         """A received file as a video: images become the frames of one, at one a second.
 
-        The same images make the same bytes, so their adapter is found again, too.
+        Equal images give equal bytes, so the store finds their adapter, too.
         """
         with open(path, "rb") as file:
             head = file.read(12)
@@ -437,9 +440,9 @@ class MediaInbox:
     async def _download(
         self, url: str, kind: str, path: Path, options: InternalizeOptions
     ) -> Job | StoredAdapter:
-        known, stored = self._validators.get((kind, url)), None
-        if known is not None:
-            stored = await run_in_threadpool(self._server.jobs.find, known.sha256, options)
+        previous, stored = self._validators.get((kind, url)), None
+        if previous is not None:
+            stored = await run_in_threadpool(self._server.jobs.find, previous.sha256, options)
         async with self._admission.receiving(self._limits.media_bytes):
             with HashedFile(path) as file:
 
@@ -450,7 +453,7 @@ class MediaInbox:
                         raise _not_written(path, error) from None
 
                 download = await self._downloader.download(
-                    url, write, None if stored is None else known
+                    url, write, None if stored is None else previous
                 )
             if stored is not None and not download.changed:
                 self._server.metrics.count_video("cached", {})

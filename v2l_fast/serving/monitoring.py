@@ -1,7 +1,7 @@
-"""What a server reports about itself: JSON log lines, and metrics for Prometheus.
+"""The server's JSON log lines, and its metrics for Prometheus.
 
-Neither contains questions, answers, file names or keys, but ids, counts and times. Metric names
-follow Prometheus' rules (base units, ``_total``), except the one that routers know from vLLM.
+Neither contains questions, answers, file names or keys, only ids, counts and times. Metric names
+follow Prometheus' rules (base units, ``_total``), except one that routers know from vLLM.
 """
 
 from __future__ import annotations
@@ -203,25 +203,25 @@ class Metrics:
         self.registry.register(_EngineCollector(engine_stats, num_stored))
 
     def count_answer(self, source: str, end: str) -> None:
-        """A question ended: its answer is complete, or it was cancelled or refused."""
+        """Count a question that ended: with an answer, cancelled or refused."""
         self._answers.labels(source, end).inc()
 
     def observe_first_token(self, source: str, seconds: float) -> None:
-        """Seconds from a question's arrival to the first piece of its complete answer."""
+        """Record the seconds from a question's arrival to the first piece of its answer."""
         self._first_token.labels(source).observe(seconds)
 
     def observe_next_token(self, source: str, seconds: float) -> None:
-        """Seconds between two pieces of an answer."""
+        """Record the seconds between two pieces of an answer."""
         self._between.labels(source).observe(seconds)
 
     def count_video(self, result: str, seconds: Mapping[str, float]) -> None:
-        """A video ended; ``seconds`` by stage."""
+        """Count a video that ended; ``seconds`` are those of each stage."""
         self._videos.labels(result).inc()
         for stage, spent in seconds.items():
             self._internalize.labels(stage).observe(spent)
 
     def count_unload(self, result: str) -> None:
-        """A replica was asked to unload a deleted adapter."""
+        """Count a request to a replica to unload a deleted adapter."""
         self._unloads.labels(result).inc()
 
     def render(self) -> bytes:

@@ -1,8 +1,8 @@
 """Replicas: running vLLM or SGLang servers that answer from exported adapters.
 
-An adapter can be loaded into a replica, checked there, and removed from it. A replica that ignores
-an adapter, or serves another one under its name, responds without an error; :func:`verify` compares
-log probabilities, which shows it.
+An adapter can be loaded into a replica, verified there, and removed from it. A replica that ignores
+an adapter, or serves another one under its name, responds without an error; :func:`verify` detects
+this by comparing log probabilities.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PROBE_TOKENS = 16
 BOUND = 0.25
 # Seconds in which a replica responds to the deletion of an adapter.
 UNLOAD_SECONDS = 5.0
-# What servers say of an adapter that they do not have.
+# Parts of the errors about an adapter that a server does not have.
 _NOT_LOADED = ("not loaded", "not found", "cannot be found", "does not exist", "no lora")
 
 
 class ReplicaError(V2LError):
-    """A replica does not respond, refuses, or answers from something else."""
+    """A replica does not respond, refuses a request, or uses another adapter or base."""
 
 
 class Replica:
@@ -75,7 +75,7 @@ class Replica:
 
     @property
     def kind(self) -> Literal["vllm", "sglang"]:
-        """The server, by what it says of its models; vLLM if it says neither."""
+        """The kind of server, by the owner of its models; vLLM if this is neither."""
         owners = {str(model.get("owned_by")) for model in self._listed()}
         return "sglang" if "sglang" in owners else "vllm"
 
@@ -84,7 +84,7 @@ class Replica:
         """The name of the base model.
 
         Raises:
-            ReplicaError: it lists none.
+            ReplicaError: the replica lists no base model.
         """
         for model in self._listed():
             if model.get("parent") is None:
@@ -92,7 +92,7 @@ class Replica:
         raise ReplicaError(f"{self.url}: lists no base model at /v1/models")
 
     def model_name(self, adapter: str) -> str:
-        """The value of ``model`` that asks an adapter."""
+        """The value of ``model`` in requests for an adapter."""
         return f"{self.base}:{adapter}" if self.kind == "sglang" else adapter
 
     def _listed(self) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ class Replica:
         """Load a PEFT directory, by the path under which the replica sees it.
 
         Raises:
-            ReplicaError: it refuses.
+            ReplicaError: the replica refuses.
         """
         path = "/load_lora_adapter" if self.kind == "sglang" else "/v1/load_lora_adapter"
         self._update(path, {"lora_name": name, "lora_path": os.fspath(folder)})
@@ -123,7 +123,7 @@ class Replica:
             tensors, config: as :func:`~v2l_fast.interop.peft.peft_tensors` returns them.
 
         Raises:
-            ReplicaError: it refuses, or is a vLLM server, which loads directories only.
+            ReplicaError: the replica refuses, or is a vLLM server, which loads directories only.
         """
         if self.kind != "sglang":
             raise ReplicaError(
@@ -144,7 +144,7 @@ class Replica:
         """Remove an adapter; False if the replica does not have it.
 
         Raises:
-            ReplicaError: it does not respond, or refuses.
+            ReplicaError: the replica does not respond, or refuses.
         """
         path = "/unload_lora_adapter" if self.kind == "sglang" else "/v1/unload_lora_adapter"
         try:
@@ -163,10 +163,10 @@ class Replica:
     # --- probabilities ------------------------------------------------------------------------
 
     def logprobs(self, model: str, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
-        """Natural-log probabilities of the tokens of ``completion`` behind ``prompt``.
+        """Natural-log probabilities of the tokens of ``completion`` after ``prompt``.
 
         Raises:
-            ReplicaError: it does not respond, refuses, or does not report them.
+            ReplicaError: the replica does not respond, refuses, or does not report them.
         """
         body = {
             "model": model, "prompt": [*prompt, *completion], "max_tokens": 1, "temperature": 0,
@@ -311,8 +311,8 @@ class Verification:
         return None
 
 
-def _largest_difference(one: Sequence[float], other: Sequence[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+def _largest_difference(first: Sequence[float], second: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def verify(
@@ -337,13 +337,13 @@ def verify(
     """
     (answer,) = model.answer(probe, adapter, max_new_tokens=PROBE_TOKENS, logprobs=0)
     prompt = list(model.backbone.prompt_builder.question(probe))
-    tokens = [one.token for one in answer.logprobs]
+    tokens = [step.token for step in answer.logprobs]
     if not tokens:
         raise ReplicaError("the answer to the probe is empty; use another --probe")
     there = replica.logprobs(replica.model_name(name), prompt, tokens)
     there_base = replica.logprobs(replica.base, prompt, tokens)
     result = Verification(
-        tuple(one.logprob for one in answer.logprobs),
+        tuple(step.logprob for step in answer.logprobs),
         tuple(there),
         tuple(completion_logprobs(model, None, prompt, tokens)),
         tuple(there_base),
@@ -358,7 +358,7 @@ def verify(
 def completion_logprobs(
     model: Video2LoRA, adapter: Adapter | None, prompt: Sequence[int], completion: Sequence[int]
 ) -> list[float]:
-    """Natural-log probabilities of the tokens of ``completion`` behind ``prompt``, in one pass."""
+    """Natural-log probabilities of the tokens of ``completion`` after ``prompt``, in one pass."""
     decoder = model.backbone.decoder
     ids = torch.tensor([*prompt, *completion], device=decoder.device)
     bank = AdapterBank.pack([adapter], decoder.device, decoder.dtype)

@@ -1,4 +1,4 @@
-"""A question on its way through the engine, from its submission to the last piece of its answer.
+"""A request of the engine, from its submission to the last piece of its answer.
 
 :class:`StreamingRequest` is the one object that the caller, the scheduler and the model runner
 share. The engine's thread writes its answer; any other thread or event loop reads it.
@@ -60,9 +60,9 @@ class Chunk:
     """A piece of an answer.
 
     Attributes:
-        text: what follows the piece before; text that may begin a stop string is held back.
-        finish_reason: of the last one: "stop", "length" or "cancelled".
-        logprobs: of the tokens since the piece before, if the request asks for them.
+        text: the text after the previous piece; text that may begin a stop string is held back.
+        finish_reason: "stop", "length" or "cancelled" in the last piece, else None.
+        logprobs: those of the tokens since the previous piece, if the request asks for them.
     """
 
     text: str
@@ -75,8 +75,8 @@ class Usage:
     """Token counts, and seconds from submission to the first token (0 if there is none).
 
     Attributes:
-        visual_tokens, reused_tokens: of the prompt's tokens, those that stand for pixels and those
-            whose keys and values were known.
+        visual_tokens: tokens of the prompt that stand for pixels.
+        reused_tokens: tokens of the prompt whose keys and values were in the prefix cache.
     """
 
     prompt_tokens: int
@@ -153,17 +153,16 @@ class StreamingRequest(Request):
         sampling: how tokens are chosen, and how many at most.
         stop: strings that end the answer; they are not part of it.
         new_constraint: makes the constraint of an answer; it is called once for each answer.
-        private: keep nothing of its text once it has ended, so neither use nor extend the prefix
-            cache.
+        private: do not use or extend the prefix cache, so that no text is kept after the request.
 
     Attributes:
-        submitted: when the engine received it (``time.perf_counter``); None before that.
+        submitted: time at which the engine received it (``time.perf_counter``); None before that.
         prompt: token ids, or embeddings [T, D]; None before it is prepared and after it is
             computed.
         prompt_tokens, visual_tokens: tokens of the prompt, and those that stand for pixels.
         host_adapter: factors to copy to the device.
         skipped: requests behind it that were scheduled while it waited for an adapter slot.
-        first_token: when it got its first token; 0 before that.
+        first_token: time of its first token; 0 before that.
         cancelled: set by :meth:`cancel`.
         usage: token counts; None until the answer is complete.
 

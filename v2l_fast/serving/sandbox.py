@@ -1,10 +1,10 @@
 """Reads video files that callers send, each in a process of its own.
 
-A crafted file may crash FFmpeg, hang it, or make it take all memory. So every file is examined,
-and on the CPU decoded, in a fresh process forked from one that has imported what that needs and
-never reads a file itself; whatever happens there becomes a VideoError for that file alone. JSON and
-pixels come back: nothing that a file could have tampered with is unpickled. The process runs as the
-server's user: it isolates crashes, time and memory, not privileges.
+A crafted file may crash FFmpeg, hang it, or make it take all memory. Every file is therefore
+examined, and on the CPU decoded, in a fresh process. It is forked from one that has imported all
+modules and never reads a file itself; any failure in it becomes a VideoError for that file alone.
+It returns JSON and pixels: nothing that a file could have tampered with is unpickled. The process
+runs as the server's user: it isolates crashes, time and memory, not privileges.
 
 A GPU decodes in the server's process, because its driver's state cannot be shared and frames stay
 on the device. By then the file has been examined in a process of its own; files that the GPU cannot
@@ -189,9 +189,9 @@ class VideoReader:
         """Write a video of images, lossless, one a second, in a process of its own.
 
         Args:
-            path: a file of PNG, JPEG, WebP or BMP images, one behind the other.
-            ends: where each of them ends.
-            target: the video; equal images make equal bytes.
+            path: a file of concatenated PNG, JPEG, WebP or BMP images.
+            ends: offset of the end of each of them.
+            target: path of the video; equal images give equal bytes.
 
         Raises:
             VideoError: an image cannot be read, or they differ in size.
@@ -314,7 +314,7 @@ def _reason(code: int | None, limits: Limits) -> str:
 
 
 def _receive(connection: Connection) -> tuple[dict[str, Any], np.ndarray | None]:
-    """What :func:`_run_task` sends; EOFError if its process ends before that."""
+    """Receive what :func:`_run_task` sends; raises EOFError if its process ends before that."""
     fields = json.loads(connection.recv_bytes())
     shape = fields.pop("shape", None)
     if shape is None:
@@ -326,7 +326,7 @@ def _receive(connection: Connection) -> tuple[dict[str, Any], np.ndarray | None]
 
 
 def _identity(path: str | os.PathLike) -> tuple[int, ...] | None:
-    """What stays the same when a file is renamed; None if it cannot be read."""
+    """Identity of a file that renaming does not change; None if it cannot be read."""
     try:
         status = os.stat(path)
     except OSError:
@@ -378,7 +378,7 @@ def _write_frames(
         raise VideoError(f"{path}: {len(ends)} images, more than the limit of {limits.max_frames}")
     data = Path(path).read_bytes()
     try:
-        # Without it the file would name the time of its making.
+        # Otherwise the file would contain its creation time.
         exact = {"fflags": "+bitexact"}
         with av.open(target, "w", format="mov", container_options=exact) as container:
             stream = None

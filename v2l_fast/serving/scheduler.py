@@ -1,4 +1,4 @@
-"""Which waiting requests join the running batch, with which adapter slot, and what each is sent.
+"""Schedules waiting requests into the running batch, and delivers their answers.
 
 Runs in the engine's thread. :class:`~v2l_fast.generation.ModelRunner` computes the passes; the
 engine decides when a step is due.
@@ -156,7 +156,7 @@ class Scheduler:
     def drop_all(self) -> list[StreamingRequest]:
         """Forget all scheduled and running requests after an error, and return them."""
         running: list[StreamingRequest] = list(self.runner.requests)
-        requests = running + [one for one in self._scheduled if one not in running]
+        requests = running + [r for r in self._scheduled if r not in running]
         self._scheduled.clear()
         for request in requests:
             self._release(request)
@@ -180,9 +180,9 @@ class Scheduler:
                 budget.overdue |= request.skipped >= PATIENCE
                 return False
             request.slot = slot
-        for one in skipped:
-            one.skipped += 1
-            budget.overdue |= one.skipped >= PATIENCE
+        for earlier in skipped:
+            earlier.skipped += 1
+            budget.overdue |= earlier.skipped >= PATIENCE
         return True
 
     def _prefill(self) -> None:
@@ -211,8 +211,8 @@ class Scheduler:
                 short.append(request)
         prompts.clear()
         for group in [short, *videos.values()] if short else list(videos.values()):
-            own = [embedded.pop(request) for request in group]
-            self.runner.prefill(group, own, self._bank(group))
+            prompts_of_group = [embedded.pop(request) for request in group]
+            self.runner.prefill(group, prompts_of_group, self._bank(group))
             now = time.perf_counter()
             for request in group:
                 request.first_token = now

@@ -375,7 +375,7 @@ class PathRequest(InternalizeOptions):
 
 
 class ListQuery(BaseModel):
-    """A range of a list."""
+    """The range of a list to return."""
 
     model_config = ConfigDict(extra="forbid")
 

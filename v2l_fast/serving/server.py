@@ -1,4 +1,4 @@
-"""The parts of one server, and what it knows about videos and questions, apart from HTTP."""
+"""One server without HTTP: its parts, and its answers about videos and questions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Server:
         root: folder from which callers may name files; None if they may not.
         peft_base: name of the base in downloaded PEFT adapters.
         hosts: names under which the server may be reached; only this machine's if omitted.
-        media: where http(s) URLs in messages may lead; nowhere if omitted.
+        media: hosts that http(s) URLs in messages may lead to; none if omitted.
         replicas: servers that answer from the published adapters; deletions reach them.
     """
 
@@ -78,7 +78,7 @@ class Server:
         self.keys = keys or ApiKeys([])
         self.hosts = hosts or AllowedHosts()
         self.media_sources = media or MediaSources()
-        self._replicas = [one.with_timeout(UNLOAD_SECONDS) for one in replicas]
+        self._replicas = [replica.with_timeout(UNLOAD_SECONDS) for replica in replicas]
         self.root = root
         self.peft_base = peft_base or model.config.base_model_name_or_path or name
         self.settings = InternalizeSettings.of(model)
@@ -214,14 +214,14 @@ class Server:
         if not self._replicas:
             return None
         results = unload_everywhere(self._replicas, adapter_id)
-        for one in results:
-            failed = one.error is not None
+        for result in results:
+            failed = result.error is not None
             self.metrics.count_unload(
-                "failed" if failed else "unloaded" if one.unloaded else "absent"
+                "failed" if failed else "unloaded" if result.unloaded else "absent"
             )
             if failed:
-                log.warning("%s: may still have adapter %s: %s", one.url, adapter_id, one.error)
-        return [ReplicaDeletion(**asdict(one)) for one in results]
+                log.warning("%s: may still have %s: %s", result.url, adapter_id, result.error)
+        return [ReplicaDeletion(**asdict(result)) for result in results]
 
     # --- questions ----------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class Server:
         """The engine's request for a chat request; decodes the video if it goes into context.
 
         Args:
-            private: keep nothing of its text, as in :class:`StreamingRequest`.
+            private: see :class:`StreamingRequest`.
 
         Raises:
             ApiError: the request cannot be answered.
@@ -247,28 +247,14 @@ class Server:
         field = "video_ids" if chat.video_ids else "model"
         adapters = tuple(self.resolve(i, field) for i in ids)
         sampling, constraint = self._sampling(chat), self._constraint(chat)
+        clip = None
         if chat.video_mode == "context":
             if len(adapters) != 1:
                 raise ApiError(
                     400, "video_mode context needs exactly one video", "invalid_value", "video_ids"
                 )
-            clip = self._clip(adapters[0])
-            return StreamingRequest(
-                question,
-                clip=clip,
-                sampling=sampling,
-                stop=stop,
-                new_constraint=constraint,
-                private=private,
-            )
-        return StreamingRequest(
-            question,
-            adapters,
-            sampling=sampling,
-            stop=stop,
-            new_constraint=constraint,
-            private=private,
-        )
+            clip, adapters = self._clip(adapters[0]), ()
+        return StreamingRequest(question, adapters, clip, sampling, stop, constraint, private)
 
     def _sampling(self, chat: ChatRequest) -> SamplingParams:
         if chat.top_logprobs and not chat.logprobs:
@@ -292,13 +278,13 @@ class Server:
         )
 
     def _constraint(self, chat: ChatRequest) -> Callable[[], JsonConstraint] | None:
-        """What makes the constraint of one answer; None for text."""
-        wanted = chat.response_format
-        if wanted is None or wanted.type == "text":
+        """A function that makes the constraint of one answer; None for text."""
+        form = chat.response_format
+        if form is None or form.type == "text":
             return None
-        schema = ANY_OBJECT if wanted.json_schema is None else wanted.json_schema.definition
-        if wanted.type == "json_object":
-            schema = ANY_OBJECT
+        schema = ANY_OBJECT
+        if form.type == "json_schema" and form.json_schema is not None:
+            schema = form.json_schema.definition
         try:
             return self._grammars.constraint(schema)
         except ConfigError as error:

@@ -239,7 +239,7 @@ class VideoFolder:
         return valid and (self.folder / sha256 / VIDEO_FILE).is_file()
 
     def name(self, sha256: str | None) -> str | None:
-        """The file name it was last sent with."""
+        """The file name of its last upload."""
         if sha256 is None or not _SHA256.fullmatch(sha256):
             return None
         with suppress(V2LError):
@@ -254,7 +254,7 @@ class VideoFolder:
         """Remove a video unless it is in use, here or in another process.
 
         Args:
-            needed: called when no new use can begin any more; the video stays if it returns true.
+            needed: called when no new use can begin; the video stays if it returns true.
         """
         if _SHA256.fullmatch(sha256):
             self._remove(sha256, needed)

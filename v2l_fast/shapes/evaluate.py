@@ -30,7 +30,7 @@ from v2l_fast.shapes.world import Scene
 from v2l_fast.video import Clip, load_video
 from v2l_fast.vlm import Prompt, Question
 from v2l_fast.vlm.smolvlm import SmolVLM
-from v2l_fast.work_units import Progress
+from v2l_fast.work_units import Progress, silent
 
 CAPTIONS, QUESTIONS = "shapes captions", "shapes questions"
 QUESTIONS_PER_VIDEO = 5
@@ -81,7 +81,7 @@ def evaluate(
     model: Video2LoRA,
     scenes: Sequence[Scene],
     seed: int = 0,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Evaluate on rendered frames.
 
@@ -174,10 +174,10 @@ def evaluate_turns(model: Video2LoRA, scenes: Sequence[Scene], seed: int = 0) ->
         SYSTEM: lambda questions: model.answer(questions, adapters, max_new_tokens=MAX_NEW_TOKENS),
     }
     for name, answers in ask.items():
-        own = [answer.text for answer in answers([first.question for first in firsts])]
+        first_answers = [answer.text for answer in answers([first.question for first in firsts])]
         score(f"{name}, alone", answers([second.question for second in seconds]))
         score(f"{name}, after a right answer", answers(after([q.answer for q in firsts])))
-        score(f"{name}, after its own answer", answers(after(own)))
+        score(f"{name}, after its own answer", answers(after(first_answers)))
     return result
 
 
@@ -185,8 +185,9 @@ def evaluate_direct(backbone: SmolVLM, scenes: Sequence[Scene]) -> dict[str, Any
     """Scores of a VLM without a hypernetwork, with the video in context."""
     examples = examples_for(scenes)
     clips = {clip_name("test", i): clip for i, clip in enumerate(rendered_clips(scenes))}
-    seen, prompts = [clips[e.path] for e in examples], [e.prompt for e in examples]
-    answers = direct_answers(backbone, seen, prompts)
+    answers = direct_answers(
+        backbone, [clips[e.path] for e in examples], [e.prompt for e in examples]
+    )
     texts = {e.id: text for e, text in zip(examples, answers, strict=True)}
     scores = {name: by[BASELINE] for name, by in text_scores(examples, {BASELINE: texts}).items()}
     by_kind: dict[str, list[float]] = {}

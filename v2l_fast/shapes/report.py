@@ -1,6 +1,6 @@
-"""All results on the shapes world, measured section by section, each with a JSON record.
+"""The results on the shapes world, measured section by section, each with a JSON record.
 
-Responsible for what is measured, on how many videos and with which scores; an interrupted report
+Responsible for the measurements, their numbers of videos and their scores; an interrupted report
 resumes with the section that is missing. The ablations are `v2l_fast.evaluation`'s, the table of
 conditions is `evaluate`'s, the page `report_page`'s.
 
@@ -28,7 +28,7 @@ from v2l_fast.evaluation.ablations import (
     rank_ablation,
 )
 from v2l_fast.evaluation.efficiency import compare_budgets, sweep
-from v2l_fast.evaluation.examples import EvalExample, Progress, internalize_each, silent
+from v2l_fast.evaluation.examples import EvalExample, internalize_each
 from v2l_fast.evaluation.methods import MethodSettings
 from v2l_fast.evaluation.prefix import FrameFusion
 from v2l_fast.files import LARGE_BYTES, read_json
@@ -47,6 +47,7 @@ from v2l_fast.shapes.language import CAPTION_PROMPTS, caption, parse_caption, pl
 from v2l_fast.shapes.probes import probe
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.world import Scene, sample_scenes
+from v2l_fast.work_units import Progress, silent
 
 # Share of the report's videos (512) that a section uses; expensive sections use fewer.
 SHARES = {
@@ -181,10 +182,10 @@ class ShapesReport:
 
 
 def machine() -> str:
-    """The machine that measures, in words."""
-    threads = torch.get_num_threads()
-    used = "one thread" if threads == 1 else f"{threads} threads"
-    return f"{platform.machine()} CPU, {used}, torch {torch.__version__}"
+    """Description of this machine."""
+    count = torch.get_num_threads()
+    threads = "one thread" if count == 1 else f"{count} threads"
+    return f"{platform.machine()} CPU, {threads}, torch {torch.__version__}"
 
 
 def _limits(report: ShapesReport, count: int) -> dict[str, Any]:

@@ -66,8 +66,8 @@ def write_page(records: Mapping[str, Record], folder: Path) -> Path:
 
 
 def _section(name: str, title: str, record: Record, *parts: str) -> str:
-    measured = f"`v2l shapes report --only {name}`: {record['videos']} videos, {record['machine']}."
-    return "\n\n".join([f"## {title}", measured, *parts]) + "\n"
+    source = f"`v2l shapes report --only {name}`: {record['videos']} videos, {record['machine']}."
+    return "\n\n".join([f"## {title}", source, *parts]) + "\n"
 
 
 def _image(name: str, text: str) -> str:

@@ -1,8 +1,8 @@
 """Training of the tiny VLM: vision tower, cached visual tokens, decoder, folder, record.
 
 Responsible for the order of the stages, for resuming (each stage writes a file in the run's folder
-and is skipped if the file exists), and for the language stage: the decoder learns captions and
-questions about scenes on cached visual tokens.
+and is skipped if the file exists), and for both stages: tower and connector learn single frames;
+then the decoder learns captions and questions about scenes on cached visual tokens.
 """
 
 from __future__ import annotations
@@ -472,14 +472,14 @@ def language_step(
     loss.backward()
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
     optimizer.step()
-    seen = [see for see, row in zip(with_video, pairs, strict=True) for _ in row]
-    _track(running, kinds, seen, packed, logits, loss.item())
+    shows_video = [see for see, row in zip(with_video, pairs, strict=True) for _ in row]
+    _track(running, kinds, shows_video, packed, logits, loss.item())
 
 
 def _track(
     running: dict[str, float],
     kinds: list[str],
-    seen: list[bool],
+    shows_video: list[bool],
     packed: PackedPairs,
     logits: Tensor,
     loss: float,
@@ -490,7 +490,7 @@ def _track(
     )
     right = (wrong == 0).tolist()
     rates: dict[str, list[bool]] = {}
-    for kind, see, ok in zip(kinds, seen, right, strict=True):
+    for kind, see, ok in zip(kinds, shows_video, right, strict=True):
         if see:
             rates.setdefault(kind, []).append(ok)
     values = {"loss": loss} | {kind: sum(oks) / len(oks) for kind, oks in rates.items()}

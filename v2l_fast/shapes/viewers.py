@@ -28,7 +28,7 @@ from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.language import plain
 from v2l_fast.shapes.world import Scene, SceneObject
 
-# The first question is the one whose sampled answers tell that it names no object.
+# The sampled answers to the first question show that it names no object.
 QUESTIONS = (
     ("color", "What color is the object?"),
     ("motion", "How does the object move?"),
@@ -67,16 +67,16 @@ def view(model: Video2LoRA, adapter: Adapter, scene: Scene, focus: int, arm: Arm
 
     Args:
         arm: "guess" asks nothing; "ask" asks at most once; "persona" asks nothing and knows the
-            viewer from an earlier conversation; "other video" is "ask" with another adapter, which
-            the caller gives.
+            viewer from an earlier conversation; "other video" is "ask" with the adapter of another
+            video, which the caller passes.
     """
     schema = Schema.load("shapes")
     settings = CperSettings(max_questions=1 if arm in ("ask", "other video") else 0)
     models = Models(LexiconModel(), NgramEncoder(), VideoModel(model, adapter))
     state = State()
     if arm == "persona":
-        known = Statement(f"means the {FOCUS[focus]} object", "focus", FOCUS[focus])
-        state = State(persona=Persona().update([(known, 1.0)], 0, None, schema, 0.0)[0])
+        statement = Statement(f"means the {FOCUS[focus]} object", "focus", FOCUS[focus])
+        state = State(persona=Persona().update([(statement, 1.0)], 0, None, schema, 0.0)[0])
     correct, uncertainty, questions, unsure = [], [], 0, 0
     for attribute, question in QUESTIONS:
         state, reply = cper_turn(state, question, models, settings, schema)
@@ -104,14 +104,14 @@ def evaluate_viewers(model: Video2LoRA, scenes: Sequence[Scene], seed: int = 0) 
     two = ambiguous_scenes(scenes)
     one = [scene for scene in scenes if len(scene.objects) == 1]
     adapters = model.internalize(rendered_clips(two))
-    others = adapters[1:] + adapters[:1]
+    rotated = adapters[1:] + adapters[:1]
     focus = [rng.randrange(2) for _ in two]
     viewings: dict[Arm, list[Viewing]] = {}
     for arm in ARMS:
-        own = others if arm == "other video" else adapters
+        arm_adapters = rotated if arm == "other video" else adapters
         viewings[arm] = [
             view(model, adapter, scene, which, arm)
-            for adapter, scene, which in zip(own, two, focus, strict=True)
+            for adapter, scene, which in zip(arm_adapters, two, focus, strict=True)
         ]
     single = [
         view(model, adapter, scene, 0, "guess")

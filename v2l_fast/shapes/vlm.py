@@ -1,6 +1,6 @@
 """The tiny vision-language model: transformers' SmolVLM classes at toy sizes.
 
-Responsible for its configuration, its visual tokens, its folder (a checkpoint like any other
+Responsible for its configuration, visual tokens, tokenizer, folder (a checkpoint like any other
 SmolVLM's) and the token ids of its prompts. Training is `train`'s.
 """
 
