@@ -291,7 +291,7 @@ def chunks(
             progress,
             sampling=frames.override(model.config.sampling),
         )
-    name = "told of chunks" if record["chunk_position"] else "zero-shot"
+    name = "trained on chunks" if record["chunk_position"] else "zero-shot"
     results.write(
         "chunks", record, record["rows"], lambda record, path: plot_chunks({name: record}, path)
     )
