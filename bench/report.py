@@ -300,6 +300,23 @@ def _stages(row: Record) -> str:
     return head + _table(["stage", *variants], body)
 
 
+def _tune(record: Record) -> str:
+    body = []
+    for entry in record["entries"]:
+        best = min(entry["candidates"], key=lambda c: c["measured"])
+        known = best["predicted"] is not None
+        order = entry["same_order"]
+        body.append([
+            entry["op"], json.dumps(entry["where"]), json.dumps(best["tile"]),
+            f"{best['measured'] * 1e6:.2f}", f"{best['predicted'] * 1e6:.2f}" if known else "",
+            f"{best['ratio']:.2f}" if known else "", "" if order is None else f"{order:.0%}",
+        ])  # fmt: skip
+    head = "The fastest tile of each entry; the share of pairs of tiles that the model orders "
+    head += "as they were measured.\n\n"
+    names = ["op", "shape", "tile", "measured us", "predicted us", "ratio", "same order"]
+    return head + _table(names, body)
+
+
 def _unknown(record: Record) -> str:
     rows = record.get("rows", [])
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -339,6 +356,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], str | None]] = {
     ),
     "serve_load": ("The engine under load, shipped model", _serve_load, None),
     "gpu": ("On a GPU", _gpu, "bench.runs.gpu"),
+    "tune": ("Tiles: prediction and measurement", _tune, "bench.runs.tune"),
 }
 
 

@@ -234,6 +234,22 @@ def predicted_share(case: AotCase, resources: Resources) -> float | None:
     return case.flops / (case.iterations * resources.predicted_clocks * machine.flops)
 
 
+def predicted_seconds(
+    case: AotCase, resources: Resources, programs: int, processors: int
+) -> float | None:
+    """Predicted time of the main loops of a launch on a GPU of so many multiprocessors.
+
+    None where there is no prediction of the loop. What the model does not know is left out: DRAM,
+    launching, and what comes before and after the loop.
+    """
+    machine = model.MACHINES.get(case.architecture)
+    if machine is None or not resources.predicted_clocks:
+        return None
+    # The clocks of a block are its share of a full multiprocessor's.
+    blocks = -(-programs // processors)
+    return blocks * case.iterations * resources.predicted_clocks / machine.clock
+
+
 def _share(case: AotCase, resources: Resources) -> str:
     share = predicted_share(case, resources)
     return "-" if share is None else f"{share:.0%}"

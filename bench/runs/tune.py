@@ -3,16 +3,29 @@
 For each entry of ``csrc_triton/<op>/configs.json`` (a shape under ``where``), the candidates around
 its tile are timed at that shape. A candidate replaces the entry if its result is right and it is at
 least MARGIN faster. Then ``faster.json`` gets, for this architecture, the shapes at which the fused
-path beats the reference. Files are written after each change, so a run that is cut short keeps what
-it measured. Half precision only; nothing is tuned while a model runs.
+path beats the reference. Half precision only; nothing is tuned while a model runs.
+
+Beside each measured time stands the one that ``profiling.model`` predicts for the kernel's main
+loop, and measured / predicted. A timed call may hold more than that loop (products of cuBLAS, a
+sum of partial results), so the ratio compares candidates of one entry. The order in which the model
+puts them is judged by ``same_order``: the share of pairs that it orders as the measurement does.
+
+The record, in bench/results, and the configuration files are written after every entry. A further
+run on the same GPU and versions continues after the entries in its record; delete it to start anew.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
+import math
+import multiprocessing
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +33,11 @@ import torch
 from torch import Tensor
 
 from bench.harness import (
+    RESULTS,
     argument_parser,
     backend,
     captured,
+    environment,
     error_limit,
     first_line,
     median_seconds,
@@ -31,11 +46,12 @@ from bench.harness import (
 from csrc_triton import device as gpu
 from csrc_triton import gated_projection, lora_linear, perceiver_attention, rank_projection
 from csrc_triton.perceiver_attention import reference
-from v2l_fast.files import write_text
+from v2l_fast.files import write_json, write_text
 
 EXAMPLES = """
   python -m bench.runs.tune
-  python -m bench.runs.tune --op lora_linear --dry-run"""
+  python -m bench.runs.tune --op lora_linear --dry-run
+  python -m bench.runs.tune --seconds 540      starts no further entry afterwards; run it again"""
 TUNED = ("perceiver_attention", "rank_projection", "lora_linear")
 OPS = (*TUNED, "gated_projection")
 # By how much a replacement must be faster, more than times vary.
@@ -54,6 +70,10 @@ CHOICES: dict[str, Sequence[int]] = {
 }
 FOLDER = Path(gpu.__file__).parent
 D_IN, D_OUT, SCALE = 2560, 960, 128.0
+# Of the attention whose tiles are tuned: slices, rows and tokens. Every candidate's outputs exist
+# at once: 264 slices are four waves of two programs each.
+SLICES, ROWS, TOKENS = 264, 128, 832
+EXAMPLES_TUNED = 32
 # d_in of a model -> its d_out.
 WIDTHS = {D_IN: D_OUT, 8192: 2048}
 # (first, measured, last number of tokens) -> numbers of slices to measure.
@@ -135,9 +155,9 @@ def _attention_trial(where: Mapping[str, Any], device: str) -> Trial:
     from csrc_triton.perceiver_attention import kernels
 
     width = where.get("width", kernels.MAX_WIDTH)
-    # Every candidate's outputs exist at once: 264 slices are four waves of two programs each.
-    query, context = _rand(device, 264, 128, width) * 0.1, _rand(device, 264, 832, width)
-    norm = torch.ones(264, 832, device=device)
+    query = _rand(device, SLICES, ROWS, width) * 0.1
+    context = _rand(device, SLICES, TOKENS, width)
+    norm = torch.ones(SLICES, TOKENS, device=device)
     if where["kernel"] == "attend":
         return lambda tile: list(kernels.perceiver_attention(query, context, norm, config=tile))
     out, lse = reference.perceiver_attention(query, context, norm)
@@ -165,7 +185,7 @@ def _linear_trial(where: Mapping[str, Any], device: str) -> Trial:
     from csrc_triton.lora_linear import kernels
 
     kernel, rank = where["kernel"], where.get("rank", 32)
-    examples, tokens = where.get("examples", 32), where.get("tokens", 1)
+    examples, tokens = where.get("examples", EXAMPLES_TUNED), where.get("tokens", 1)
     d_in = where.get("width", D_IN)
     d_out = where.get("d_out", WIDTHS[d_in])
     a, b = _rand(device, examples, rank, d_in), _rand(device, examples, rank, d_out) / SCALE
@@ -191,11 +211,95 @@ def _linear_trial(where: Mapping[str, Any], device: str) -> Trial:
     return lambda tile: [kernels.lora_linear(*args, {kernel: tile})[0]]
 
 
+# --- predictions ------------------------------------------------------------------------------
+
+
+def programs(op: str, where: Mapping[str, Any], tile: Mapping[str, int]) -> int:
+    """Programs that a trial launches, each as large as the case of ``aot_case``."""
+    rank, tokens = where.get("rank", 32), where.get("tokens", 1)
+    examples, d_in = where.get("examples", EXAMPLES_TUNED), where.get("width", D_IN)
+    d_out = where.get("d_out", WIDTHS[d_in]) if op == "lora_linear" else D_OUT
+    block_r = min(tile.get("BLOCK_R", rank), max(16, 1 << (rank - 1).bit_length()))
+    axes = {
+        "attend": (SLICES, (ROWS, "BLOCK_P")),
+        "score_gradients": (SLICES, (ROWS, "BLOCK_P"), (TOKENS, "BLOCK_S")),
+        "project": ((where.get("rows", 1), "BLOCK_M"), (D_IN + D_OUT, "BLOCK_N")),
+        "shrink": (examples, (tokens, "BLOCK_T"), (rank, block_r)),
+        "expand": (examples, (tokens, "BLOCK_T"), (d_out, "BLOCK_N")),
+        "reduce": (examples, (rank, block_r), (d_in, "BLOCK_N")),
+        "decode_shrink": (examples, (rank, block_r)),
+        "decode_expand": (examples, (d_out, "BLOCK_N")),
+    }[where.get("kernel", "project")]
+    counts: list[int] = []
+    for axis in axes:
+        length, block = axis if isinstance(axis, tuple) else (axis, 1)
+        counts.append(-(-length // (tile[block] if isinstance(block, str) else block)))
+    return math.prod(counts)
+
+
+def predict(
+    op: str, section: str, where: Mapping[str, Any], tile: Tile, processors: int
+) -> float | None:
+    """Predicted seconds of a candidate's main loops; None where the model cannot say.
+
+    Compiles the kernel again, to read its machine code.
+    """
+    from csrc_triton.aot import SECTIONS
+    from profiling import aot_report
+
+    kernels = importlib.import_module(f"csrc_triton.{op}.kernels")
+    try:
+        case = kernels.aot_case(SECTIONS[section], where, tile)
+        resources = aot_report.measure(case, predict=True)
+    except Exception:
+        # A tile that does not compile has no time either; no disassembler, no prediction.
+        return None
+    return aot_report.predicted_seconds(case, resources, programs(op, where, tile), processors)
+
+
 # --- tuning ----------------------------------------------------------------------------------
 
 
-def best(run: Trial, tile: Tile) -> tuple[Tile, float]:
-    """The fastest candidate with the right result, and its time relative to the tile's."""
+class TuneRecord:
+    """What was measured on a GPU, written after every entry.
+
+    Attributes:
+        record: ``entries`` with their candidates, and ``wins`` by op.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record: dict[str, Any] = {
+            "benchmark": "tune", **environment("cuda"), "entries": [], "wins": {},
+        }  # fmt: skip
+        if path.exists():
+            earlier = json.loads(path.read_text())
+            if all(earlier.get(key) == self.record[key] for key in ("device", "torch")):
+                self.record |= {key: earlier[key] for key in ("entries", "wins")}
+
+    def holds(self, op: str, where: Mapping[str, Any]) -> bool:
+        return any((row["op"], row["where"]) == (op, where) for row in self.record["entries"])
+
+    def add(self, op: str, where: Mapping[str, Any], candidates: Sequence[dict[str, Any]]) -> None:
+        row = {"op": op, "where": where, "same_order": same_order(candidates)}
+        self.record["entries"].append({**row, "candidates": candidates})
+        self.write()
+
+    def write(self) -> None:
+        write_json(self.path, self.record, allow_nan=False)
+
+
+def same_order(candidates: Sequence[Mapping[str, Any]]) -> float | None:
+    """Share of the pairs of candidates that prediction and measurement order alike."""
+    known = [(c["predicted"], c["measured"]) for c in candidates if c["predicted"] is not None]
+    pairs = [(a, b) for a, b in itertools.combinations(known, 2) if a[0] != b[0] and a[1] != b[1]]
+    if not pairs:
+        return None
+    return sum((a[0] < b[0]) == (a[1] < b[1]) for a, b in pairs) / len(pairs)
+
+
+def measured(run: Trial, tile: Tile) -> list[tuple[Tile, float]]:
+    """The candidates with the right result and their seconds, the tile itself first."""
     expected = [t.clone() for t in run(dict(tile))]
     calls, tiles = {}, {}
     for candidate in candidates(tile):
@@ -210,21 +314,54 @@ def best(run: Trial, tile: Tile) -> tuple[Tile, float]:
         if all(relative_error(a, e) <= error_limit(torch.bfloat16) for a, e in pairs):
             calls[name], tiles[name] = captured(lambda c=candidate: run(dict(c))), candidate
     times = median_seconds(calls, "cuda", seconds=0.02, most=30)
-    first = min(times, key=times.__getitem__)
-    return tiles[first], times[first] / times[json.dumps(dict(tile))]
+    return [(tiles[name], seconds) for name, seconds in times.items()]
 
 
-def tune(op: str, section: str, dry_run: bool) -> None:
-    """Replace the beaten entries of a section of an op's file."""
+def compared(
+    times: Sequence[tuple[Tile, float]], predictions: Mapping[str, Future[float | None]]
+) -> list[dict[str, Any]]:
+    """Each candidate with its measured and predicted seconds and their ratio, printed."""
+    rows = []
+    for tile, seconds in times:
+        expected = predictions[json.dumps(tile)].result()
+        ratio = None if expected is None else seconds / expected
+        rows.append({"tile": tile, "measured": seconds, "predicted": expected, "ratio": ratio})
+    print(f"{'measured us':>13} {'predicted us':>13} {'ratio':>7}  tile")
+    for row in sorted(rows, key=lambda row: row["measured"]):
+        columns = ("-", "-")
+        if row["predicted"] is not None:
+            columns = f"{row['predicted'] * 1e6:.2f}", f"{row['ratio']:.2f}"
+        print(f"{row['measured'] * 1e6:13.2f} {columns[0]:>13} {columns[1]:>7}  {row['tile']}")
+    return rows
+
+
+def tune(
+    op: str, section: str, record: TuneRecord, end: float, dry_run: bool, pool: Executor
+) -> bool:
+    """Replace the beaten entries of a section of an op's file; False if time ended before."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
     entries = list(gpu.table(op)[section])
     for entry in list(entries):
-        where = entry["where"]
+        where, shipped = entry["where"], dict(entry["config"])
+        if record.holds(op, where):
+            continue
+        if time.monotonic() > end:
+            return False
         run = trial(op, where)
         if run is None:
             continue
-        tile, ratio = best(run, dict(entry["config"]))
+        # Computed on the CPU beside the measurement.
+        predictions = {
+            json.dumps(tile): pool.submit(predict, op, section, where, tile, processors)
+            for tile in candidates(shipped)
+        }
+        times = measured(run, shipped)
+        print(f"{op} {where}:")
+        record.add(op, where, compared(times, predictions))
+        tile, seconds = min(times, key=lambda pair: pair[1])
+        ratio = seconds / times[0][1]
         better = ratio <= 1 - MARGIN
-        print(f"{op} {where}: {f'{tile}, {ratio:.2f} of the time' if better else 'kept'}")
+        print(f"  {f'{tile}, {ratio:.2f} of the time' if better else 'kept'}")
         if better:
             entries = replaced(entries, where, tile)
             if not dry_run:
@@ -232,6 +369,7 @@ def tune(op: str, section: str, dry_run: bool) -> None:
         torch.cuda.empty_cache()
     # Later launches use the new tiles.
     gpu.clear_cache()
+    return True
 
 
 def wins(op: str) -> list[dict[str, Any]]:
@@ -350,19 +488,33 @@ def save(name: str, text: str) -> None:
 def main() -> None:
     parser = argument_parser("bench.runs.tune", __doc__, EXAMPLES)
     parser.add_argument("--op", choices=OPS, action="append", help="default: all")
-    parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="change no configuration file")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no further entry afterwards"
+    )
+    parser.add_argument("--out", type=Path, help="record; default: in bench/results")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning times kernels and needs a GPU; none is visible to torch")
+    end = time.monotonic() + options.seconds
     section = gpu.architecture(torch.cuda.get_device_capability())
+    record = TuneRecord(options.out or RESULTS / f"tune_{section}.json")
     faster = {name: dict(rules) for name, rules in gpu.table("faster").items()}
-    for op in options.op or OPS:
-        if op in TUNED:
-            tune(op, section, options.dry_run)
-        faster.setdefault(section, {})[op] = wins(op)
-        print(f"{op} beats the reference at {faster[section][op]}")
-        if not options.dry_run:
-            save("faster", json.dumps(faster, indent=2) + "\n")
+    # The processes that predict do not touch the GPU.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        for op in options.op or OPS:
+            complete = op not in TUNED or tune(op, section, record, end, options.dry_run, pool)
+            if not complete or time.monotonic() > end:
+                print(f"{op}: not complete; run again to continue")
+                return
+            if op not in record.record["wins"]:
+                record.record["wins"][op] = wins(op)
+                record.write()
+            faster.setdefault(section, {})[op] = record.record["wins"][op]
+            print(f"{op} beats the reference at {faster[section][op]}")
+            if not options.dry_run:
+                save("faster", json.dumps(faster, indent=2) + "\n")
 
 
 if __name__ == "__main__":

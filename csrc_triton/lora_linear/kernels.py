@@ -511,15 +511,16 @@ def aot_cases() -> list[AotCase]:
     Half precision has ragged ranks, float32 does not.
     """
     return [
-        _aot_case(architecture, entry["where"], entry["config"])
+        aot_case(architecture, entry["where"], entry["config"])
         for section, architecture in SECTIONS.items()
         for entry in device.table(OP)[section]
     ]
 
 
-def _aot_case(
+def aot_case(
     architecture: str, where: Mapping[str, int | str], config: Mapping[str, int]
 ) -> AotCase:
+    """A kernel with a configuration, at the shape that it is chosen for."""
     kernel, half, rank = where["kernel"], where["inputs"] == "half", where.get("rank", 32)
     function, size = KERNELS[kernel], 2 if half else 4
     tile = {name: value for name, value in config.items() if name.startswith("BLOCK_")}

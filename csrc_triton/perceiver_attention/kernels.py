@@ -41,6 +41,7 @@ epilogue: neither the context nor its gradient is read again for it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -516,13 +517,13 @@ def aot_cases() -> list[AotCase]:
         *(("sm_90", e) for e in table["default"] if e["where"].get("inputs") != "half"),
     ]
     return [
-        _aot_case(architecture, entry, note)
+        aot_case(architecture, entry["where"], entry["config"], form)
         for architecture, entry in served
-        for note in _forms(entry["where"])
+        for form in _forms(entry["where"])
     ]
 
 
-def _forms(where: dict) -> tuple[str, ...]:
+def _forms(where: Mapping[str, int | str]) -> tuple[str, ...]:
     """Of attend: fixed reference, its repetition, and partial results with either reference; in
     float32 it is always online."""
     if where["kernel"] != "attend":
@@ -531,8 +532,15 @@ def _forms(where: dict) -> tuple[str, ...]:
     return ("fixed", "retry", "split", "fixed split") if half else ("retry", "split")
 
 
-def _aot_case(architecture: str, entry: dict, note: str) -> AotCase:
-    where, config = entry["where"], dict(entry["config"])
+def aot_case(
+    architecture: str,
+    where: Mapping[str, int | str],
+    config: Mapping[str, int],
+    form: str | None = None,
+) -> AotCase:
+    """A kernel with a configuration; of attend in a form, by default that of large batches."""
+    note = _forms(where)[0] if form is None else form
+    config = dict(config)
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
     kernel, single = where["kernel"], where.get("inputs") == "single"
     z, p, s, size = where.get("width", MAX_WIDTH), 128, 832, 4 if single else 2

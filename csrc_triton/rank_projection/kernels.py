@@ -118,15 +118,16 @@ def rank_projection(
 def aot_cases() -> list[AotCase]:
     """The kernel with every configuration at the 500M shape."""
     return [
-        _aot_case(architecture, entry["where"], entry["config"])
+        aot_case(architecture, entry["where"], entry["config"])
         for section, architecture in SECTIONS.items()
         for entry in device.table(OP)[section]
     ]
 
 
-def _aot_case(
+def aot_case(
     architecture: str, where: Mapping[str, int | str], config: Mapping[str, int]
 ) -> AotCase:
+    """A kernel with a configuration, at the shape that it is chosen for."""
     half, depth = where["inputs"] == "half", 512
     size, tensor = (2, "*bf16") if half else (4, "*fp32")
     tile = {name: value for name, value in config.items() if name.startswith("BLOCK_")}

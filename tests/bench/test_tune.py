@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import report
 from bench.runs import tune
 from csrc_triton import device as gpu
 from csrc_triton import dispatch
+from csrc_triton.aot import SECTIONS
 from csrc_triton.lora_linear import op as linear
 from csrc_triton.rank_projection import op as projection
 
@@ -85,37 +90,151 @@ def test_refuses_without_a_gpu(monkeypatch):
 
 
 @pytest.fixture
-def measured(tmp_path, monkeypatch):
-    """``make tune`` on a pretended H200 where 32 examples or slices and half the heads'
-    tiles win; what runs afterwards reads what it wrote."""
+def tuning(tmp_path, monkeypatch):
+    """``make tune`` on a pretended H200 where 32 examples or slices and tiles with 8 warps win, by
+    a stand-in for the timer; what runs afterwards reads what it wrote."""
     for name in (*tune.TUNED, "faster"):
         (tmp_path / gpu.file_of(name)).parent.mkdir(exist_ok=True)
         (tmp_path / gpu.file_of(name)).write_text(json.dumps(gpu.table(name)))
     table = functools.cache(lambda name: json.loads((tmp_path / gpu.file_of(name)).read_text()))
 
-    def best(run, tile):
-        return ({**tile, "num_warps": 8}, 0.5) if "BLOCK_M" in tile else (dict(tile), 1.0)
-
     def wins(function, make, needs):
         inputs = make()
         return inputs[0].shape[0] >= 32 and not (needs and function is tune.perceiver_attention)
+
+    def run(tile):
+        if tile.get("BLOCK_N") == 64:
+            raise RuntimeError("out of resource: shared memory")
+        return [torch.ones(3)]
+
+    def stand_in(calls, device, **options):
+        tiles = map(json.loads, calls)
+        return {
+            name: 4e-6 if tile["num_warps"] == 8 and "BLOCK_M" in tile else 8e-6
+            for name, tile in zip(calls, tiles, strict=True)
+        }
+
+    def predict(op, section, where, tile, processors):
+        assert (section, processors) == ("sm_90", 132)
+        return None if where.get("kernel") == "expand" else 2e-6 * 4 / tile["num_warps"]
+
+    @contextlib.contextmanager
+    def pool(*_, **__):
+        with ThreadPoolExecutor(1) as executor:
+            yield executor
 
     monkeypatch.setattr(gpu, "table", table)
     gpu.clear_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "FOLDER", tmp_path)
-        patch.setattr(tune, "trial", lambda op, where: where.get("inputs") == "half" or None)
-        patch.setattr(tune, "best", best)
+        patch.setattr(tune, "trial", lambda op, where: run if where["inputs"] == "half" else None)
+        patch.setattr(tune, "median_seconds", stand_in)
+        patch.setattr(tune, "captured", lambda call: call)
+        patch.setattr(tune, "predict", predict)
+        patch.setattr(tune, "ProcessPoolExecutor", pool)
         patch.setattr(tune, "_wins", wins)
         patch.setattr(tune, "_rand", lambda device, *shape: torch.zeros(()).expand(shape))
-        patch.setattr(torch, "ones", lambda *shape, device: torch.zeros(()).expand(shape))
+        patch.setattr(torch, "ones", lambda *shape, **_: torch.zeros(()).expand(shape))
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+        properties = SimpleNamespace(multi_processor_count=132)
+        patch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
-        patch.setattr(sys, "argv", ["tune"])
-        tune.main()
-    yield json.loads((tmp_path / "faster.json").read_text())["sm_90"]
+
+        def start(*arguments: str) -> dict:
+            patch.setattr(sys, "argv", ["tune", "--out", str(tmp_path / "tune.json"), *arguments])
+            tune.main()
+            return json.loads((tmp_path / "tune.json").read_text())
+
+        yield start
     gpu._nearest.cache_clear()
+
+
+@pytest.fixture
+def measured(tuning, tmp_path):
+    """The rules that one run writes."""
+    tuning()
+    return json.loads((tmp_path / "faster.json").read_text())["sm_90"]
+
+
+def test_predictions_stand_beside_measurements(tuning, capsys):
+    record = tuning("--op", "rank_projection", "--dry-run")
+    for entry in record["entries"]:
+        assert {(c["measured"], c["predicted"]) for c in entry["candidates"]} == {
+            (4e-6, 1e-6), (8e-6, 2e-6)
+        }  # fmt: skip
+        assert {c["ratio"] for c in entry["candidates"]} == {4.0}
+        assert entry["same_order"] == 1.0
+    printed = capsys.readouterr().out
+    assert "measured us  predicted us   ratio  tile" in printed
+    assert "8.00          2.00    4.00  {" in printed
+    assert "left out" in printed and "shared memory" in printed
+    assert "| 4.00 | 1.00 | 4.00 | 100% |" in report.report([record])
+    record = tuning("--op", "lora_linear", "--dry-run")
+    unknown = [e for e in record["entries"] if e["where"].get("kernel") == "expand"]
+    assert unknown and all(e["same_order"] is None for e in unknown)
+    assert all(c["ratio"] is None for e in unknown for c in e["candidates"])
+
+
+def test_a_further_run_continues(tuning, monkeypatch):
+    """After the entries that a run that was cut short has measured."""
+    trial, calls = tune.trial, []
+
+    def interrupted(op, where):
+        calls.append((op, where))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return trial(op, where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "trial", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tuning("--op", "lora_linear")
+    assert tuning("--op", "lora_linear", "--seconds", "0")["wins"] == {}
+    first = len(tuning("--seconds", "0", "--op", "lora_linear")["entries"])
+    record = tuning("--op", "lora_linear")
+    names = [json.dumps([e["op"], e["where"]]) for e in record["entries"]]
+    assert first == 2 < len(names) == len(set(names)) and set(record["wins"]) == {"lora_linear"}
+
+
+@pytest.mark.parametrize("op", tune.TUNED)
+def test_every_entry_has_a_number_of_programs(op):
+    """The case's work times the programs is the work of the whole trial."""
+    kernels = importlib.import_module(f"csrc_triton.{op}.kernels")
+    for section, entries in gpu.table(op).items():
+        for entry in entries:
+            where, tile = entry["where"], dict(entry["config"])
+            if where.get("inputs") != "half":
+                continue
+            case = kernels.aot_case(SECTIONS[section], where, tile)
+            work = tune.programs(op, where, tile) * case.flops
+            rank, kernel = where.get("rank", 32), where.get("kernel", "project")
+            width, tokens = where.get("width", 512), where.get("tokens", 1)
+            examples = where.get("examples", 32)
+            expected = {
+                "attend": 4 * 264 * 128 * 832 * width,
+                "score_gradients": 4 * 264 * 128 * 832 * width,
+                "project": 2 * where.get("rows", 0) * 3520 * 512,
+                "shrink": 2 * examples * tokens * rank * 2560,
+                "expand": 2 * examples * tokens * rank * 960,
+                "reduce": 2 * examples * tokens * rank * 2560,
+                "decode_shrink": 2 * examples * rank * 2560,
+                "decode_expand": 2 * examples * rank * 960,
+            }[kernel]
+            # Tiles reach past the end.
+            assert expected <= work <= 4 * expected, (section, where)
+
+
+@pytest.mark.slow
+def test_a_candidate_is_predicted_from_its_machine_code():
+    where = {"inputs": "half", "rows": 1024}
+    tile = gpu.lookup("rank_projection", (9, 0), **where)
+    seconds = tune.predict("rank_projection", "sm_90", where, tile, 132)
+    assert seconds is not None
+    # 3.7 GFLOP: not faster than the peak of 946 TFLOP/s, and at least a tenth of it.
+    assert 3.9e-6 < seconds < 3.9e-5
+    assert tune.predict("rank_projection", "sm_90", where, {**tile, "BLOCK_N": 17}, 132) is None
 
 
 def test_what_is_written_is_what_runs(measured, monkeypatch):
