@@ -29,7 +29,7 @@ from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training import trainer
 from v2l_fast.training.config import DataConfig, TrainConfig
-from v2l_fast.training.sources import ManifestSource, features_worth_storing, manifest_sources
+from v2l_fast.training.sources import ManifestSource, manifest_sources, worth_storing
 from v2l_fast.training.step import TrainStep
 from v2l_fast.training.trainer import train
 from v2l_fast.video import FrameSampling
@@ -307,5 +307,5 @@ def test_what_auto_decides(backbone, videos, tmp_path, disk, steps, share, store
     assert train_part.stored_bytes == need
     disk(share * need)
     config = settings(tmp_path, f"optim.steps={steps}", "optim.batch_size=4")
-    decision, line = features_worth_storing(config, train_part, None)
+    decision, line = worth_storing(config, train_part, None)
     assert decision is stores and reason in line

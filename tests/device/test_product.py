@@ -33,6 +33,7 @@ from v2l_fast.evaluation.prefix import FrameFusion
 from v2l_fast.generation import ModelRunner, SamplingParams, answers, generate
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank
+from v2l_fast.pipeline import visual_features
 from v2l_fast.serving import graphs
 from v2l_fast.serving.engine import Engine
 from v2l_fast.serving.graphs import CudaGraphRunner
@@ -270,6 +271,22 @@ def test_the_feature_cache(gpu_model, tmp_path):
     with torch.no_grad():
         loss = TrainStep(gpu_model.hypernet, gpu_model.backbone)(samples).loss
     assert np.isfinite(loss.item())
+
+
+def test_training_frames_are_resized_on_the_device(device, gpu_model, tmp_path):
+    manifest, _ = write_folder(tmp_path / "videos", 2)
+    videos = group_by_video(load_manifest(manifest))
+    plain_source = source(gpu_model.backbone, videos)
+    features = []
+    for resize in (False, True):
+        reads = dataclasses.replace(plain_source, resize_on_device=resize)
+        (chunk,) = reads.load(0, 0).chunks
+        assert (chunk.longest_edge is not None) is resize and chunk.pixels.device.type == "cpu"
+        visual_features(gpu_model.backbone, [chunk])
+        with device.watch() as waits:
+            features += visual_features(gpu_model.backbone, [chunk])
+        assert waits == []
+    assert torch.equal(*features)
 
 
 # --- evaluation -----------------------------------------------------------------------------------

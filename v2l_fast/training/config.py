@@ -117,8 +117,9 @@ class DataConfig:
         feature_cache: connector outputs on disk. "auto" stores those of all videos in the run's
             folder before the first step, if each is read more than once and they take at most half
             of the free space; a folder that `v2l cache` filled is read only; "off" (or "") always
-            reads the videos. Videos are then encoded alone, not in batches, so results differ
-            from those without by rounding; whether the cache was filled before changes no bit.
+            reads the videos. Features are those of videos encoded alone, not in batches, so
+            results differ by rounding from those without; whether they were stored before the run
+            changes no bit. (Rendered sources keep theirs in the named or the run's folder.)
         answer_length_tags: half of the questions state how long their answer is.
         second_turn_share: share of the questions that follow another question of the same video and
             its answer, as the second turn of a conversation (source "manifest").

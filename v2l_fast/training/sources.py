@@ -34,7 +34,9 @@ from v2l_fast.data.readers import ClipReader, Failure, Sample, Source
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.loading import shipped
 from v2l_fast.pipeline import Context, chunk_spans
+from v2l_fast.training.checkpoint import RunFolder, read_progress
 from v2l_fast.training.config import DataConfig, TrainConfig
+from v2l_fast.training.distributed import Distributed
 from v2l_fast.video.reader import resolve_backend
 from v2l_fast.vlm import Backbone, VideoChunk
 from v2l_fast.vlm.base import PromptBuilder, Question
@@ -130,29 +132,6 @@ class ManifestSource:
     def stored_bytes(self) -> int:
         """Bytes of all videos' features in every number of chunks, at most."""
         return len(self) * self.chunk_views * sum(self.chunks) * self.feature_bytes
-
-    def store_features(
-        self, folder: Path, backbone: Backbone, threads: int, rank: int = 0, processes: int = 1
-    ) -> None:
-        """Store the missing features of this process's part of the videos.
-
-        A video that cannot be read is left out; training meets it again and quarantines it.
-
-        Raises:
-            CacheError: a file cannot be written.
-        """
-        cache = FeatureCache(folder, self.reader, vision_fingerprint(backbone))
-        videos = self.videos[rank::processes]
-        with progress_bar("storing features") if rank == 0 else nullcontext() as report:
-            fill_cache(
-                cache, backbone, videos, self.chunks, threads=max(1, threads),
-                progress=lambda done, total: report and report("videos", done, total),
-            )  # fmt: skip
-
-    def with_features(self, folder: Path, backbone: Backbone) -> ManifestSource:
-        """This source with the features that `folder` holds."""
-        cache = FeatureCache(folder, self.reader, vision_fingerprint(backbone))
-        return replace(self, cache=cache)
 
     def load(self, index: int, step: int) -> Sample | Failure:
         """Read video `index`; a file that cannot be read within `reader.seconds` is a Failure."""
@@ -308,7 +287,7 @@ def manifest_sources(
 _DISK_SHARE = 0.5
 
 
-def features_worth_storing(
+def worth_storing(
     config: TrainConfig, train: ManifestSource, val: ManifestSource | None
 ) -> tuple[bool, str]:
     """Whether `data.feature_cache` "auto" stores features, and one line that says why."""
@@ -385,3 +364,62 @@ def open_sources(config: TrainConfig, backbone: Backbone) -> Sources:
             f"add loss.kind_weights.{missing[0]}=1, or leave kind_weights out"
         )
     return train, val
+
+
+# --- stored features ------------------------------------------------------------------------------
+
+
+def decide_features(
+    config: TrainConfig, sources: Sources, folder: RunFolder, distributed: Distributed
+) -> tuple[bool, str]:
+    """Whether this run stores features because `data.feature_cache` is "auto", and one line on why.
+
+    A resumed run does what it did before its checkpoint (the line is then empty), because features
+    of videos encoded alone differ by rounding from those of a batch.
+    """
+    train, val = sources
+    if (
+        config.data.feature_cache != "auto"
+        or not isinstance(train, ManifestSource)
+        or not (val is None or isinstance(val, ManifestSource))
+    ):
+        return False, ""
+    latest = folder.latest()
+    if latest is None:
+        decision = worth_storing(config, train, val)
+    else:
+        progress = read_progress(latest)
+        unfinished = progress["step"] < config.optim.steps
+        decision = unfinished and bool(progress.get("features", False)), ""
+    # The disk that the main process sees decides.
+    return distributed.gather(decision)[0]
+
+
+def store_features(
+    config: TrainConfig, backbone: Backbone, sources: Sources, distributed: Distributed
+) -> Sources:
+    """Store the missing features of all videos, each process a part; the sources that read them.
+
+    A video that cannot be read is left out; training meets it again and quarantines it.
+
+    Raises:
+        CacheError: a file cannot be written.
+    """
+    model = vision_fingerprint(backbone)
+    parts = [part for part in sources if isinstance(part, ManifestSource)]
+    with progress_bar("storing features") if distributed.is_main else nullcontext() as report:
+        for part in parts:
+            fill_cache(
+                FeatureCache(config.feature_folder, part.reader, model),
+                backbone,
+                part.videos[distributed.rank :: distributed.count],
+                part.chunks,
+                threads=max(1, config.data.workers),
+                progress=lambda done, total: report and report("videos", done, total),
+            )
+    distributed.wait_for_all()
+    train, *val = (
+        replace(part, cache=FeatureCache(config.feature_folder, part.reader, model))
+        for part in parts
+    )
+    return train, val[0] if val else None

@@ -57,11 +57,11 @@ from v2l_fast.training.logging import (
     peak_flops,
 )
 from v2l_fast.training.sources import (
-    ManifestSource,
     Sources,
     base_model,
-    features_worth_storing,
+    decide_features,
     open_sources,
+    store_features,
 )
 from v2l_fast.training.step import (
     StepOptions,
@@ -231,8 +231,12 @@ class _Run:
         self.step = TrainStep(self.hypernet, backbone, step_options(config))
         self.parameters = named_parameters(self.hypernet)
         self.optimizer = make_optimizer(self.hypernet, config.optim)
-        self.features = False
-        self.source, val = self._with_features(backbone, sources, console)
+        self.features, reason = decide_features(config, sources, folder, distributed)
+        if reason and distributed.is_main:
+            (console or log).print(reason, soft_wrap=True)
+        if self.features:
+            sources = store_features(config, backbone, sources, distributed)
+        self.source, val = sources
         self.quarantine = Quarantine(folder.quarantine, len(self.source))
         self.validation = None
         if val is not None and config.data.val_videos:
@@ -247,45 +251,6 @@ class _Run:
         self.run_id = uuid.uuid4().hex
         self.last: dict[str, float] = {}
         self.val: dict[str, float] = {}
-
-    def _with_features(
-        self, backbone: Backbone, sources: Sources, console: Console | None
-    ) -> Sources:
-        """The sources, with stored features where `data.feature_cache` "auto" stores them.
-
-        A resumed run does as it did before, because features of videos encoded alone differ by
-        rounding from those of a batch.
-        """
-        config, distributed = self.config, self.distributed
-        train, val = sources
-        if (
-            config.data.feature_cache != "auto"
-            or not isinstance(train, ManifestSource)
-            or not (val is None or isinstance(val, ManifestSource))
-        ):
-            return sources
-        latest = self.folder.latest()
-        if latest is None:
-            stores, reason = features_worth_storing(config, train, val)
-        else:
-            progress = read_progress(latest)
-            stores = progress["step"] < config.optim.steps and progress.get("features", False)
-            reason = ""
-        # The disk that the main process sees decides.
-        stores, reason = distributed.gather((stores, reason))[0]
-        if distributed.is_main and reason:
-            (console or log).print(reason, soft_wrap=True)
-        if not stores:
-            return sources
-        self.features = True
-        parts, folder = [train, *([] if val is None else [val])], config.feature_folder
-        for part in parts:
-            part.store_features(
-                folder, backbone, config.data.workers, distributed.rank, distributed.count
-            )
-        distributed.wait_for_all()
-        stored = [part.with_features(folder, backbone) for part in parts]
-        return stored[0], stored[1] if len(stored) > 1 else None
 
     def train(self, accumulation: int, console: Console | None) -> dict[str, Any]:
         """From the last checkpoint, or the start, to the last step."""
