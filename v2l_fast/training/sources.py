@@ -283,7 +283,7 @@ def manifest_sources(
     return source(train, data.videos), source(val, data.val_videos) if keep else None
 
 
-# Most of the free space that "auto" takes for features: checkpoints and other runs need some, too.
+# Largest share of the free space that "auto" takes: checkpoints and other runs need some, too.
 _DISK_SHARE = 0.5
 
 
