@@ -214,7 +214,6 @@ def read_jsonl(
     path: str | os.PathLike,
     error: type[V2LError] = V2LError,
     *,
-    missing: str = "check the path",
     remedy: str = "correct the line",
     allow_nan: bool = False,
     torn: bool = False,
@@ -227,7 +226,7 @@ def read_jsonl(
     Raises:
         error: as :func:`read_lines` and :func:`parse_json`.
     """
-    for number, line in read_lines(path, error, missing=missing):
+    for number, line in read_lines(path, error):
         if not line.strip() or (torn and not line.endswith("\n")):
             continue
         where = f"{path}: line {number}"

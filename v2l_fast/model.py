@@ -7,7 +7,7 @@ concurrent calls with different adapters, or none, do not affect each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import TypeVar, cast, overload
@@ -328,20 +328,13 @@ class Video2LoRA:
         clip: Clip,
         question: Question,
         longest_edge: int | None = None,
-        check: Callable[[int], None] = lambda tokens: None,
     ) -> Generator[WorkUnit, None, Prompt]:
         """The prompt of a question with the video in context, in units as
-        :meth:`iter_internalize`.
-
-        Args:
-            check: called with the prompt's number of tokens before anything is computed; an
-                exception it raises ends the work.
-        """
+        :meth:`iter_internalize`."""
         edge = self._sampling(longest_edge=longest_edge).longest_edge
         yield "decode", 0, 1
         builder = self.backbone.prompt_builder
         ids = video_prompt_ids(builder, clip, question, edge, answer_follows=True)
-        check(len(ids))
         chunk = yield from self._iter_without_autocast(self.backbone.iter_encode(clip, edge))
         with self._without_autocast():
             return self.backbone.prompt(ids, chunk)

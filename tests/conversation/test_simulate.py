@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from v2l_fast.conversation import CperSettings, Schema
-from v2l_fast.conversation.simulate import SimulatedUser, simulate, true_gap_table
+from v2l_fast.conversation.simulate import SimulatedUser, simulate
 from v2l_fast.errors import ConfigError
 
 MOVIES = Schema.load("movies")
@@ -17,6 +17,12 @@ def conversations():
 
 def of(conversations, arm):
     return [talk for own, talk in conversations if own == arm]
+
+
+def true_gap_table(conversations):
+    """Arm -> true gaps [users, turns]."""
+    arms = dict.fromkeys(arm for arm, _ in conversations)
+    return {arm: np.array([talk.true_gaps for talk in of(conversations, arm)]) for arm in arms}
 
 
 def difference(first, second) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.evaluate import encoded_clips
 from v2l_fast.shapes.language import ask, attribute_hits, plain
 from v2l_fast.shapes.probes import sampled_clips
-from v2l_fast.shapes.vlm import ASSETS, BASE_FOLDER, HYPERNET_FOLDER
+from v2l_fast.shapes.vlm import ASSETS, BASE_FOLDER
 from v2l_fast.shapes.world import SHAPES, sample_scenes
 
 VIDEOS = 24
@@ -51,7 +51,7 @@ def test_the_pair_for_any_duration_reads_slow_clips(scenes):
 
 
 def test_files_are_small_and_complete():
-    weights = [folder / "model.safetensors" for folder in (BASE_FOLDER, HYPERNET_FOLDER)]
+    weights = [folder / "model.safetensors" for folder in (BASE_FOLDER, ASSETS / "hypernet")]
     assert sum(path.stat().st_size for path in weights) < 6_000_000
     assert sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()) < 6_500_000
     names = {path.name for path in BASE_FOLDER.iterdir()}

@@ -155,11 +155,10 @@ def slot_gap(
     readings: Sequence[Mapping[str, str]],
     alpha: float = 0.5,
     beta: float = 0.5,
-    floor: float = 0.5,
 ) -> SlotCoverage:
     """Coverage by facts that the user stated, ranked by how far the readings disagree.
 
-    A confident guess is still a guess: a slot that is not stated misses at least ``floor``.
+    A confident guess is still a guess: a slot that is not stated misses at least one half.
 
     Args:
         weights: slot name -> its weight, at least 0.
@@ -179,7 +178,7 @@ def slot_gap(
             continue
         spread = value_entropy([reading.get(name) for reading in readings], sizes.get(name))
         entropy += weight * spread
-        missing[name] = floor + (1.0 - floor) * spread
+        missing[name] = 0.5 + 0.5 * spread
     coverage, entropy = coverage / total, entropy / total
     return SlotCoverage(1.0 + alpha * entropy - beta * coverage, coverage, entropy, missing)
 
@@ -205,13 +204,13 @@ def cluster_entropy(labels: Sequence[int]) -> float:
     return float(-(counts * np.log(counts)).sum())
 
 
-def split_reward(share: float, penalty: float = 0.4) -> float:
+def split_reward(share: float) -> float:
     """Information of a yes-or-no question that ``share`` of the candidates answer with yes: its
     entropy in bits, less for uneven splits (Uncertainty of Thoughts, Hu et al., 2024)."""
     if not 0.0 < share < 1.0:
         return 0.0
     entropy = -share * math.log2(share) - (1.0 - share) * math.log2(1.0 - share)
-    return entropy / (1.0 + abs(2.0 * share - 1.0) / penalty)
+    return entropy / (1.0 + abs(2.0 * share - 1.0) / 0.4)
 
 
 def best_split(values: Sequence[str | None]) -> str | None:

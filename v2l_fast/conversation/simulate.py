@@ -12,10 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-
 from v2l_fast.conversation.cper import cper_turn
-from v2l_fast.conversation.gap import Array
 from v2l_fast.conversation.models import Encoder, NgramEncoder
 from v2l_fast.conversation.persona import Persona
 from v2l_fast.conversation.policy import CperSettings, Policy
@@ -246,12 +243,3 @@ def _user(
 ) -> SimulatedUser:
     count = seed % (len(schema.slots) + 1) if volunteers is None else volunteers
     return SimulatedUser(schema, seed, count, evasive, change)
-
-
-def true_gap_table(conversations: list[tuple[Arm, Conversation]]) -> dict[Arm, Array]:
-    """Arm -> true gaps [users, turns]."""
-    arms = dict.fromkeys(arm for arm, _ in conversations)
-    return {
-        arm: np.asarray([talk.true_gaps for own, talk in conversations if own == arm])
-        for arm in arms
-    }

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
+# Questions per video up to which costs are plotted.
+_QUESTIONS = 20
 # Inches, dots per inch and colors: a plot of three panels stays below 60 KB.
 _PANEL, _DPI, _COLORS = (3.6, 2.9), 90, 128
 
@@ -134,16 +136,16 @@ def plot_chunks(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     _save(panels, path, "Chunk composition (dotted: 95%)", legend=True)
 
 
-def plot_amortized(record: Mapping[str, Any], path: Path, questions: int = 20) -> None:
+def plot_amortized(record: Mapping[str, Any], path: Path) -> None:
     """Seconds per question against questions per video, and bytes stored (Figure 2)."""
-    rows, counts = record["rows"], range(1, questions + 1)
+    rows, counts = record["rows"], range(1, _QUESTIONS + 1)
 
     def curves(axes: Axes) -> None:
         for index, row in enumerate(rows):
             costs = [amortized(row["preparation"], row["first_token"], n) * 1e3 for n in counts]
             axes.plot(counts, costs, f"C{index}", label=row["method"])
             even = row["break_even"]
-            if even is not None and even <= questions:
+            if even is not None and even <= _QUESTIONS:
                 axes.plot(even, costs[even - 1], f"C{index}o")
         axes.set(xlabel="questions a video (dot: break-even)", ylabel="ms a question")
         axes.set_yscale("log")

@@ -56,14 +56,14 @@ class Interval:
         return self.low > -_positive(margin) and self.high < margin
 
 
-def required_videos(margin: float, confidence: float = CONFIDENCE) -> int:
+def required_videos(margin: float) -> int:
     """Minimum number of videos for a claim at a margin: 72 at 0.05, 23 at 0.15.
 
     With fewer, even equal scores on every video are compatible with a difference of 1 on a share
     ``margin`` of all videos. Raises ConfigError if the margin is not positive.
     """
     missed = 1 - min(_positive(margin), 0.999)
-    return math.ceil(math.log((1 - confidence) / 2) / math.log(missed))
+    return math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log(missed))
 
 
 def mean_interval(

@@ -153,10 +153,8 @@ class HostAdapterCache:
         return converted
 
 
-def _is_same(one: BiasAdapter | None, other: BiasAdapter | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one is other or one.id == other.id
+def _is_same(first: BiasAdapter | None, second: BiasAdapter | None) -> bool:
+    return first is second or (first is not None and first == second)
 
 
 class DeviceAdapterCache:
@@ -200,7 +198,7 @@ class DeviceAdapterCache:
     @property
     def resident(self) -> Ids:
         """The ids of the adapters in the slots, each once; any thread may ask."""
-        return tuple(dict.fromkeys(one for ids in list(self._slot_of) for one in ids))
+        return tuple(dict.fromkeys(id for ids in list(self._slot_of) for id in ids))
 
     def is_resident(self, ids: Ids) -> bool:
         """Whether an adapter is in a slot."""

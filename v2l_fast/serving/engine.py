@@ -443,7 +443,7 @@ class Engine:
             self._interleaver.run_unit()
 
     def _warm_up_videos(self) -> None:
-        """Compile what turns a video into an adapter, before a request for it stops the answers."""
+        """Compile the passes of internalizing, so that the first job does not delay answers."""
         if not self._model.backbone.decoder.is_compiled:
             return
         edge = self._model.config.longest_edge
@@ -461,11 +461,11 @@ class Engine:
                 self._fail(request, reason)
 
     def _step(self) -> None:
-        """Schedule what waits, then decode one more token for all."""
+        """Schedule waiting requests, then decode one more token for all."""
         with self._changed:
             self._scheduler.schedule(self._waiting)
         self._scheduler.step()
 
 
 def _distinct(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one for group in groups for one in group))
+    return tuple(dict.fromkeys(id for group in groups for id in group))

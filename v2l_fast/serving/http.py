@@ -1,4 +1,4 @@
-"""What HTTP needs around the routes: errors in OpenAI's shape, safe JSON bodies, the connections.
+"""HTTP around the routes: errors in OpenAI's shape, safe JSON bodies, and connections.
 
 An error message never holds a path of the server or the caller's own input. uvicorn speaks HTTP.
 Added here are TCP_NODELAY, time limits for connections that send no request or read no response, a
@@ -390,11 +390,11 @@ class _Connection(H11Protocol):
         self._stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        connected = transport.get_extra_info("socket")
-        if connected.family in (socket.AF_INET, socket.AF_INET6):
+        sock = transport.get_extra_info("socket")
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
             # asyncio sets it only for sockets that name their protocol. Without it every small
             # write waits up to 40 ms for the client's delayed acknowledgement of the one before.
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(_Transport(transport, self, self._limits.stalled_seconds))
         if len(self.connections) > self._limits.connections:
             _refused_connections.record()
@@ -492,7 +492,7 @@ class _Transport:
 
 
 async def _respond_full(scope: Scope, receive: Receive, send: Send) -> None:
-    """The application of a connection beyond the limit."""
+    """The ASGI application of a connection beyond the limit."""
     error = ApiError(503, "too many connections; try again later", "queue_full")
     response = error_response(error)
     response.headers["Connection"] = "close"

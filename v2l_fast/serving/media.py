@@ -58,7 +58,7 @@ _MAX_URL = 8192
 # Characters of base64 decoded at a time; a multiple of 4.
 _SLICE = 1 << 20
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w-]+=[\w.+-]*)*)(;base64)?,", re.IGNORECASE)
-# What vLLM's clients send for frames that they have sampled: JPEG files, separated by commas.
+# Sampled frames as vLLM's clients send them: JPEG files, separated by commas.
 _FRAMES_TYPE = "video/jpeg"
 _MEDIA_TYPES = ("video/", "image/", "application/octet-stream")
 # NAT64, 6to4 and Teredo addresses contain an IPv4 address that a gateway may reach.
@@ -68,7 +68,7 @@ _TRANSLATED = tuple(
 
 
 class MediaSources:
-    """Where videos and images of messages may come from, besides ``data:`` URLs.
+    """Sources of videos and images in messages, besides ``data:`` URLs.
 
     Args:
         hosts: names of hosts that URLs may name; ``*`` allows every public host. Empty: none.
@@ -155,10 +155,10 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
 
 @dataclass(frozen=True)
 class Validators:
-    """What identifies the version of a URL's content (RFC 9110, section 8.8).
+    """Identifiers of the version of a URL's content (RFC 9110, section 8.8).
 
     Attributes:
-        sha256: hash of the video that it became.
+        sha256: hash of the video that was made from it.
         etag, modified: ``ETag`` and ``Last-Modified`` of the response.
     """
 
@@ -169,7 +169,7 @@ class Validators:
 
 @dataclass(frozen=True)
 class Download:
-    """A response: whether the content has changed, and its validators if so."""
+    """The result of a download: whether the content has changed, and its validators if so."""
 
     changed: bool
     etag: str | None = None

@@ -421,7 +421,7 @@ def _run_task(
 ) -> None:
     """Run a task under limits that also bind native code, and send its result."""
     _end_with_server()
-    # Ctrl-C is for the server, which finishes what is under way.
+    # Ctrl-C is meant for the server, which finishes its work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging("warning")
     _limit_memory(memory)
@@ -449,7 +449,7 @@ def _run_task(
 
 
 def _end_with_server() -> None:
-    """Have the kernel kill this process when the server ends, however it ends.
+    """Let the kernel kill this process when the server ends for whatever reason.
 
     The fork server ends when no process holds the server's end of a pipe any more, and takes this
     process with it. This process inherited a copy of that end, for children of its own. The fork

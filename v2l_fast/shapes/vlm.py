@@ -111,16 +111,15 @@ def cache_visual_tokens(
     scenes: Sequence[Scene],
     seed: int | None,
     times: Sequence[float] = FRAME_TIMES,
-    chunk: int = 64,
     report: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Visual tokens [B, F, T, D] of the scenes' frames at `times`; augmented unless `seed` is
     None."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     parts = []
-    for start in range(0, len(scenes), chunk):
+    for start in range(0, len(scenes), 64):
         report(start)
-        frames = render(scenes[start : start + chunk], IMAGE_SIZE, times)
+        frames = render(scenes[start : start + 64], IMAGE_SIZE, times)
         if generator is not None:
             frames = augment(frames.flatten(0, 1).float(), generator).view(frames.shape)
         parts.append(video_tokens(model, frames))
@@ -180,6 +179,7 @@ def seeded_model(config: SmolVLMConfig, seed: int) -> SmolVLMForConditionalGener
 # prompt's line breaks.
 PAD_TOKEN = "<pad>"
 UNK_TOKEN = "<unk>"
+BOS_TOKEN = CHAT_START
 MAX_TILES = 4
 MAX_SECONDS = 120
 MAX_FRAMES = 64
@@ -215,7 +215,7 @@ _PUNCTUATION = (".", ",", "?", "!", ":", "'")
 def special_tokens() -> list[str]:
     """All special tokens, in id order."""
     tiles = [row_col_token(r, c) for r in range(1, MAX_TILES + 1) for c in range(1, MAX_TILES + 1)]
-    named = [PAD_TOKEN, UNK_TOKEN, CHAT_START, END_OF_UTTERANCE, FAKE_TOKEN, GLOBAL_TOKEN]
+    named = [PAD_TOKEN, UNK_TOKEN, BOS_TOKEN, END_OF_UTTERANCE, FAKE_TOKEN, GLOBAL_TOKEN]
     return [*named, IMAGE_TOKEN, *tiles]
 
 
@@ -268,7 +268,7 @@ def build_tokenizer(added: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
         tokenizer_object=core,
         pad_token=PAD_TOKEN,
         unk_token=UNK_TOKEN,
-        bos_token=CHAT_START,
+        bos_token=BOS_TOKEN,
         eos_token=END_OF_UTTERANCE,
         additional_special_tokens=special_tokens()[4:],
         model_max_length=1024,
@@ -282,7 +282,6 @@ def build_tokenizer(added: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "shapes"
 BASE_FOLDER = ASSETS / "base"
-HYPERNET_FOLDER = ASSETS / "hypernet"
 
 _PREPROCESSOR = {
     "image_processor_type": "SmolVLMImageProcessor",

@@ -70,9 +70,9 @@ def build(
     located = [(item, next((files[v] for v in item.videos if v in files), None)) for item in items]
     missing = tuple(dict.fromkeys(item.videos[0] for item, path in located if path is None))
     if missing and not skip_missing:
-        named = ", ".join(missing[:_NAMED]) + (" ..." if len(missing) > _NAMED else "")
+        names = ", ".join(missing[:_NAMED]) + (" ..." if len(missing) > _NAMED else "")
         raise BenchmarkError(
-            f"{folder}: {len(missing)} videos of {benchmark.title} are missing ({named}); get them "
+            f"{folder}: {len(missing)} videos of {benchmark.title} are missing ({names}); get them "
             f"from {benchmark.videos} or leave them out with --skip-missing"
         )
     present = [(item, path) for item, path in located if path is not None]
@@ -82,10 +82,10 @@ def build(
             f"{benchmark.videos}"
         )
     count = benchmark.limit if limit is None else limit
-    chosen = _sample(present, count, benchmark.limit_videos, seed) if count else present
+    sample = _sample(present, count, benchmark.limit_videos, seed) if count else present
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_manifest(out, (_row(benchmark, item, path, out.parent) for item, path in chosen))
-    return ManifestCounts(len(chosen), len({path for _, path in chosen}), missing)
+    write_manifest(out, (_row(benchmark, item, path, out.parent) for item, path in sample))
+    return ManifestCounts(len(sample), len({path for _, path in sample}), missing)
 
 
 def _annotations(benchmark: Benchmark, folder: Path, name: str) -> Path:
@@ -115,13 +115,13 @@ def _sample(
     groups: dict[Any, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (item, path) in enumerate(items):
         groups[item.subset][path if by_video else index].append(index)
-    kept: list[int] = []
+    indices: list[int] = []
     for units in groups.values():
         names = list(units)
         if len(names) > limit:
             names = random.Random(seed).sample(names, limit)
-        kept += [index for name in names for index in units[name]]
-    return [items[index] for index in sorted(kept)]
+        indices += [index for name in names for index in units[name]]
+    return [items[index] for index in sorted(indices)]
 
 
 def _row(benchmark: Benchmark, item: BenchmarkItem, path: Path, base: Path) -> Mapping[str, Any]:
@@ -186,9 +186,9 @@ class Benchmark:
             raise
         except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
             # A value of an unexpected type.
-            named = " or ".join(map(str, paths))
+            files = " or ".join(map(str, paths))
             raise BenchmarkError(
-                f"{named}: the entry after the first {len(items)} is not as published ({error}); "
+                f"{files}: the entry after the first {len(items)} is not as published ({error}); "
                 f"get the file from {self.published}"
             ) from None
         return items
