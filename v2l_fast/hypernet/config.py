@@ -23,12 +23,9 @@ WEIGHTS_NAME = "model.safetensors"
 MODEL_TYPE = "v2l_hypernetwork"
 # Far beyond any network; building one of a billion layers would never end.
 _MAX_LAYERS, _MAX_SIZE = 1024, 2**20
-_MINIMUM = {
-    **dict.fromkeys(("hidden_size", "num_layers", "rank", "latent_size", "num_latents"), 1),
-    **dict.fromkeys(("num_blocks", "num_heads", "num_kv_heads", "head_dim", "max_frames"), 1),
-    **dict.fromkeys(("num_self_attn_per_block", "num_pre_head_layers"), 0),
-    "longest_edge": 2,
-}
+# Metadata of integer fields: the range of the values.
+_SIZE, _EDGE = {"range": (1, _MAX_SIZE)}, {"range": (2, _MAX_SIZE)}
+_COUNT, _COUNT_OR_ZERO = {"range": (1, _MAX_LAYERS)}, {"range": (0, _MAX_LAYERS)}
 INSTRUCTION = "Internalize this video for later captioning."
 
 
@@ -62,40 +59,42 @@ class HypernetConfig:
         ConfigError: a value is out of range or values contradict each other.
     """
 
-    hidden_size: int
-    num_layers: int
+    hidden_size: int = field(metadata=_SIZE)
+    num_layers: int = field(metadata=_COUNT)
     target_modules: Mapping[str, tuple[int, int]]
-    rank: int = 16
-    latent_size: int = 512
-    num_latents: int = 8
-    num_blocks: int = 9
-    num_self_attn_per_block: int = 0
+    rank: int = field(default=16, metadata=_SIZE)
+    latent_size: int = field(default=512, metadata=_SIZE)
+    num_latents: int = field(default=8, metadata=_COUNT)
+    num_blocks: int = field(default=9, metadata=_COUNT)
+    num_self_attn_per_block: int = field(default=0, metadata=_COUNT_OR_ZERO)
     shared_weights: bool = False
-    num_pre_head_layers: int = 1
+    num_pre_head_layers: int = field(default=1, metadata=_COUNT_OR_ZERO)
     shared_head: bool = False
     bias_adapter: bool = True
     scale: float | None = None
-    num_heads: int = 16
-    num_kv_heads: int = 4
-    head_dim: int = 128
+    num_heads: int = field(default=16, metadata=_COUNT)
+    num_kv_heads: int = field(default=4, metadata=_COUNT)
+    head_dim: int = field(default=128, metadata=_SIZE)
     chunk_position: bool = False
     base_model_name_or_path: str | None = None
-    max_frames: int = 12
-    longest_edge: int = 384
+    max_frames: int = field(default=12, metadata=_SIZE)
+    longest_edge: int = field(default=384, metadata=_EDGE)
     target_fps: float = 1.0
-    instruction: str = field(default=INSTRUCTION)
+    instruction: str = INSTRUCTION
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, expected: str) -> None:
             if not holds:
                 raise ConfigError(f"{name} must be {expected}, got {excerpt(getattr(self, name))}")
 
-        for name, low in _MINIMUM.items():
-            value, high = getattr(self, name), _limit(name)
-            require(name, type(value) is int and value >= low, f"an integer of at least {low}")
-            require(name, value <= high, f"at most {high:,}")
-        for name in ("shared_weights", "shared_head", "bias_adapter", "chunk_position"):
-            require(name, isinstance(getattr(self, name), bool), "true or false")
+        for item in dataclasses.fields(self):
+            name, value = item.name, getattr(self, item.name)
+            if "range" in item.metadata:
+                low, high = item.metadata["range"]
+                require(name, type(value) is int and value >= low, f"an integer of at least {low}")
+                require(name, value <= high, f"at most {high:,}")
+            elif item.type == "bool":
+                require(name, isinstance(value, bool), "true or false")
         base = self.base_model_name_or_path
         require("base_model_name_or_path", base is None or isinstance(base, str), "text")
         require("instruction", isinstance(self.instruction, str), "text")
@@ -186,10 +185,6 @@ class HypernetConfig:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-
-
-def _limit(name: str) -> int:
-    return _MAX_LAYERS if name.startswith("num_") else _MAX_SIZE
 
 
 def _is_finite(value: Any) -> bool:
