@@ -408,8 +408,11 @@ class Video2LoRA:
             PromptTooLong: a conversation and the limit of new tokens exceed
                 :attr:`context_length`.
         """
-        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
-        return _texts(questions, self._answer(questions, adapters, params))
+        answers = self.answer(
+            questions, adapters, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_p=top_p, top_k=top_k, seed=seed,
+        )  # fmt: skip
+        return _texts(questions, answers)
 
     @overload
     def ask_direct(  # type: ignore[overload-overlap]
@@ -461,10 +464,14 @@ class Video2LoRA:
 
         Frames as in :meth:`internalize`, sampling parameters as in :meth:`ask`.
         """
-        params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
+        # Parameters that are out of range are refused before the video is read.
+        SamplingParams(max_new_tokens, temperature, top_p, top_k, seed)
         sampling = self._sampling(None, max_frames, longest_edge, exact_frames)
-        clip = self.load_clip(video, sampling)
-        answers = self._answer_direct(questions, clip, sampling.longest_edge, params)
+        answers = self.answer_direct(
+            questions, self.load_clip(video, sampling), sampling.longest_edge,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+            seed=seed,
+        )  # fmt: skip
         return _texts(questions, answers)
 
     def answer(
@@ -491,40 +498,31 @@ class Video2LoRA:
                 next turn computes its new messages only. Reuse changes answers by rounding alone.
         """
         params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, n, logprobs)
-        return self._answer(questions, adapters, params, prefix_cache)
-
-    def _answer(
-        self,
-        questions: Questions,
-        adapters: AdapterOrPath | Sequence[AdapterOrPath | None] | None,
-        params: SamplingParams,
-        prefix_cache: PrefixCache | None = None,
-    ) -> list[Answer]:
         texts = _questions(questions)
-        chosen: list[AdapterOrPath | None]
+        sources: list[AdapterOrPath | None]
         if adapters is None or isinstance(adapters, Adapter | str | os.PathLike):
-            chosen = [adapters] * len(texts)
+            sources = [adapters] * len(texts)
         else:
-            chosen = list(adapters)
-        if len(chosen) == 1:
-            chosen *= len(texts)
+            sources = list(adapters)
+        if len(sources) == 1:
+            sources *= len(texts)
         elif len(texts) == 1:
-            texts *= len(chosen)
-        if len(chosen) != len(texts):
+            texts *= len(sources)
+        if len(sources) != len(texts):
             raise AdapterError(
-                f"{len(texts)} questions and {len(chosen)} adapters: give one adapter for "
+                f"{len(texts)} questions and {len(sources)} adapters: give one adapter for "
                 "all, or one for each question"
             )
         for question in texts:
             self._check_length(question, params)
-        # One attached copy each, so that an adapter given twice still takes one slot.
-        attached = {id(a): None if a is None else self._attached(a) for a in chosen}
+        # One attached copy each, so that an adapter of several questions takes one slot.
+        attached = {id(a): None if a is None else self._attached(a) for a in sources}
         with self._without_autocast():
             return list(
                 answer_prompts(
                     self.backbone,
                     [partial(self.backbone.question, text) for text in texts],
-                    [attached[id(a)] for a in chosen],
+                    [attached[id(a)] for a in sources],
                     params,
                     prefix_cache,
                 )
@@ -556,15 +554,6 @@ class Video2LoRA:
             VideoError: the counts differ.
         """
         params = SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, n, logprobs)
-        return self._answer_direct(questions, clips, longest_edge, params)
-
-    def _answer_direct(
-        self,
-        questions: Questions,
-        clips: Clip | Sequence[Clip],
-        longest_edge: int | None,
-        params: SamplingParams,
-    ) -> list[Answer]:
         texts = _questions(questions)
         clips = [clips] * len(texts) if isinstance(clips, Clip) else list(clips)
         if len(clips) != len(texts):

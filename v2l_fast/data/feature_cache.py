@@ -174,12 +174,12 @@ class FeatureCache:
         """sha256 of a file, "" if it cannot be read."""
         try:
             status = os.stat(path)
-            known = (path, status.st_size, status.st_mtime_ns)
-            if known not in self._digests:
-                self._digests[known] = file_sha256(path)
+            version = (path, status.st_size, status.st_mtime_ns)
+            if version not in self._digests:
+                self._digests[version] = file_sha256(path)
         except OSError:
             return ""
-        return self._digests[known]
+        return self._digests[version]
 
 
 def fill_cache(

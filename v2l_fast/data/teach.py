@@ -65,9 +65,9 @@ class TeacherSettings:
     def fingerprint(self) -> dict[str, Any]:
         """The settings that answers depend on."""
         free = {"device", "threads", "videos_per_shard", "reader"}
-        kept = {k: v for k, v in asdict(self).items() if k not in free}
+        settings = {k: v for k, v in asdict(self).items() if k not in free}
         reader = {"decoder": self.reader.decoder, "device": self.reader.device}
-        return kept | asdict(self.reader.sampling) | reader
+        return settings | asdict(self.reader.sampling) | reader
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ def load_frozen(base: str, device: str | None = None, dtype: str | None = None) 
         ConfigError: `device` is "cuda" and there is no GPU.
     """
     cuda = torch.cuda.is_available()
-    chosen = torch.device(device or ("cuda" if cuda else "cpu"))
-    if chosen.type == "cuda" and not cuda:
+    target = torch.device(device or ("cuda" if cuda else "cpu"))
+    if target.type == "cuda" and not cuda:
         raise ConfigError(f"device {device}: this machine has no usable GPU; see v2l doctor")
-    default = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    default = torch.bfloat16 if target.type == "cuda" else torch.float32
     backbone = load_backbone(
-        shipped(base, "base") or base, chosen, default if dtype is None else getattr(torch, dtype)
+        shipped(base, "base") or base, target, default if dtype is None else getattr(torch, dtype)
     )
-    if chosen.type == "cuda":
+    if target.type == "cuda":
         backbone.compile()
     return backbone
 
