@@ -50,7 +50,11 @@ def perceiver_attention(query: Tensor, context: Tensor) -> dict[str, Function]:
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.device.type != "cuda" or not half or query.shape[-1] != LATENT:
         return {}
-    makers = {"flash_mla": _flash_mla, "flashinfer": _flashinfer_mla}
+    makers = {
+        "flash_mla": _flash_mla,
+        "flash_attn_interface": _flash_attention_3,
+        "flashinfer": _flashinfer_mla,
+    }
     return {name: _built(make, query, context) for name, make in makers.items() if installed(name)}
 
 
@@ -77,6 +81,26 @@ def _flash_mla(query: Tensor, context: Tensor) -> Function:
             F.pad(query, (0, ROTARY))[:, None],
             _pages(context, inv_rms, ROTARY)[:, :, None],
             table, lengths, LATENT, metadata, splits, softmax_scale=1.0, causal=False,
+        )  # fmt: skip
+        return out[:, 0], lse[:, :, 0]
+
+    return call
+
+
+def _flash_attention_3(query: Tensor, context: Tensor) -> Function:
+    """FlashAttention 3's MLA decoding, on Hopper: the latent part of a query is ``qv``."""
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    slices, tokens, _ = context.shape
+    lengths = torch.full((slices,), tokens, dtype=torch.int32, device=query.device)
+    rotary = query.new_zeros(slices, 1, query.shape[1], ROTARY)
+    rotary_keys = query.new_zeros(slices, tokens, 1, ROTARY)
+
+    def call(query: Tensor, context: Tensor, inv_rms: Tensor) -> tuple[Tensor, Tensor]:
+        normed = (context * inv_rms[..., None]).to(context.dtype)[:, :, None]
+        out, lse, *_ = flash_attn_with_kvcache(
+            rotary, rotary_keys, normed, qv=query[:, None], cache_seqlens=lengths,
+            softmax_scale=1.0, causal=False, return_softmax_lse=True,
         )  # fmt: skip
         return out[:, 0], lse[:, :, 0]
 
@@ -113,10 +137,10 @@ def _flashinfer_mla(query: Tensor, context: Tensor) -> Function:
 
 
 def gated_projection(gate: Tensor, up: Tensor) -> dict[str, Function]:
-    """Liger's fused activation, and QuACK's product with the activation in its epilogue."""
+    """Liger's and FLA's fused activation, and QuACK's product with it in its epilogue."""
     if gate.device.type != "cuda":
         return {}
-    makers = {"liger_kernel": _liger, "quack": _quack}
+    makers = {"liger_kernel": _liger, "fla": _fla, "quack": _quack}
     if gate.dtype == torch.float32:
         del makers["quack"]
     return {name: _built(make, gate, up) for name, make in makers.items() if installed(name)}
@@ -127,6 +151,15 @@ def _liger(gate: Tensor, up: Tensor) -> Function:
 
     def call(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return F.linear(LigerSiLUMulFunction.apply(F.linear(x, gate), F.linear(x, up)), down)
+
+    return call
+
+
+def _fla(gate: Tensor, up: Tensor) -> Function:
+    from fla.modules.activations import swiglu_linear
+
+    def call(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return swiglu_linear(F.linear(x, gate), F.linear(x, up), down, None)
 
     return call
 

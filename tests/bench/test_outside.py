@@ -66,6 +66,16 @@ def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, m
     return out[:, None], lse[..., None]
 
 
+def flash_attn_with_kvcache(q, k_cache, v_cache, qv, cache_seqlens, softmax_scale, causal,
+                            return_softmax_lse):  # fmt: skip
+    assert q.shape[-1] == k_cache.shape[-1] == 64 and softmax_scale == 1.0 and not causal
+    assert q.shape[:3] == qv.shape[:3] and k_cache.shape[:3] == v_cache.shape[:3]
+    query, keys = torch.cat([q, qv], -1)[:, 0], torch.cat([k_cache, v_cache], -1)[:, :, 0]
+    scores = (query.float() @ keys.float().mT)[..., : int(cache_seqlens[0])]
+    out = scores.softmax(-1) @ v_cache[:, : int(cache_seqlens[0]), 0].float()
+    return out.to(q.dtype)[:, None], scores.logsumexp(-1)[..., None]
+
+
 class Wrapper:
     def __init__(self, workspace):
         pass
@@ -114,9 +124,13 @@ FAKES = {
     "flash_mla": SimpleNamespace(
         flash_mla_with_kvcache=flash_mla_with_kvcache, get_mla_metadata=lambda *_: (None, None)
     ),
+    "flash_attn_interface": SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache),
     "flashinfer.mla": SimpleNamespace(BatchMLAPagedAttentionWrapper=Wrapper),
     "liger_kernel.ops.swiglu": SimpleNamespace(
         LigerSiLUMulFunction=SimpleNamespace(apply=lambda gate, up: F.silu(gate) * up)
+    ),
+    "fla.modules.activations": SimpleNamespace(
+        swiglu_linear=lambda gate, up, weight, bias: F.linear(F.silu(gate) * up, weight, bias)
     ),
     "quack.gemm_interface": SimpleNamespace(gemm_gated=gemm_gated),
     "vllm.lora.ops.triton_ops": SimpleNamespace(
@@ -141,13 +155,15 @@ def check(row: ladder.Row, function: outside.Function) -> None:
 
 
 @pytest.mark.parametrize("tokens", [64, 100])
-@pytest.mark.parametrize("make", [outside._flash_mla, outside._flashinfer_mla])
+@pytest.mark.parametrize(
+    "make", [outside._flash_mla, outside._flash_attention_3, outside._flashinfer_mla]
+)
 def test_attention_is_handed_over_as_the_interfaces_describe(fakes, make, tokens):
     row = ladder._Maker("cpu", torch.bfloat16).attention("tiny", 2, tokens, 16, 512, False)
     check(row, make(*row.inputs[:2]))
 
 
-@pytest.mark.parametrize("make", [outside._liger, outside._quack])
+@pytest.mark.parametrize("make", [outside._liger, outside._fla, outside._quack])
 def test_gated_projection_is_handed_over_as_the_interfaces_describe(fakes, make):
     row = ladder._Maker("cpu", torch.bfloat16).gated("tiny", 33, 16, 8)
     check(row, make(*row.inputs[1:3]))
@@ -157,3 +173,25 @@ def test_gated_projection_is_handed_over_as_the_interfaces_describe(fakes, make)
 def test_adapters_are_handed_over_as_the_interfaces_describe(fakes, make):
     row = ladder._Maker("cpu", torch.bfloat16).linear("tiny", 6, 2, 3, 8, 24, 16, False)
     check(row, make(*row.inputs[2:], torch.arange(6) * 3 // 6, 2, 128.0))
+
+
+def test_a_row_appears_where_its_package_is_installed(monkeypatch):
+    """By the table that a GPU reads; the tensors here are on none."""
+    half, wide = (torch.empty(1, device="meta", dtype=d) for d in (torch.bfloat16, torch.float32))
+    assert outside.gated_projection(half, half) == {}
+
+    class OnGpu(SimpleNamespace):
+        device = SimpleNamespace(type="cuda")
+
+    query = OnGpu(dtype=half.dtype, shape=(2, 128, 512))
+    monkeypatch.setattr(outside, "_built", lambda make, *_: make)
+    for package, make in (
+        ("flash_mla", outside._flash_mla),
+        ("flash_attn_interface", outside._flash_attention_3),
+        ("flashinfer", outside._flashinfer_mla),
+    ):
+        monkeypatch.setattr(outside, "installed", lambda name, p=package: name == p)
+        assert outside.perceiver_attention(query, query) == {package: make}
+    monkeypatch.setattr(outside, "installed", lambda name: name in ("fla", "quack"))
+    assert set(outside.gated_projection(OnGpu(dtype=half.dtype), half)) == {"fla", "quack"}
+    assert set(outside.gated_projection(OnGpu(dtype=wide.dtype), wide)) == {"fla"}
