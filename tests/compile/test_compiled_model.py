@@ -13,7 +13,9 @@ from torch._dynamo.utils import counters
 from tests import tiny
 from tests.golden import relative
 from tests.serving.engine_parts import WAIT, MemoryStore, request
+from tests.waiting import wait_until
 from v2l_fast import Video2LoRA
+from v2l_fast.device import compiled
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.serving.engine import Engine
@@ -163,3 +165,29 @@ def test_loading_compiles_on_a_gpu_or_on_request(wanted, expected, pair, monkeyp
     monkeypatch.setattr(HyperNetwork, "compile_layers", lambda self, kind: layers.append(kind))
     Video2LoRA.from_pretrained(pair, device="cpu", compile=wanted)
     assert vision == layers == expected
+
+
+def test_compiling_leaves_graphs_whole_under_ddp():
+    """DDP would split the graph of a layer where it reduces gradients."""
+
+    def settings(_: int) -> bool:
+        assert compiled(torch.neg, "eager")(torch.ones(2)).sum() == -2
+        return torch._dynamo.config.optimize_ddp
+
+    # The compiler's settings are per thread.
+    with ThreadPoolExecutor(1) as pool:
+        assert list(pool.map(settings, range(2))) == [False, False]
+
+
+@pytest.mark.slow
+def test_the_first_video_compiles_nothing_after_warm_up(tmp_path):
+    """It would compile on the engine's thread, while all answers wait."""
+    model, clip = fresh("eager"), tiny.clip(3, 5, height=20)
+    options = {"max_batch": 1, "max_context": 100, "prefix_cache_bytes": 0}
+    (tmp_path / "clip.mp4").write_bytes(b"frames in memory")
+    with Engine(model, MemoryStore(), load_clip=lambda *_: clip, **options) as engine:
+        wait_until(lambda: engine.ready)
+        known = graphs()
+        id = engine.internalize(tmp_path / "clip.mp4").wait(WAIT)
+        assert engine.submit(request("what happens?", id)).result(WAIT)[1] in ("stop", "length")
+    assert graphs() == known > 0

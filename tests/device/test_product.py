@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -217,6 +218,18 @@ def test_serving_in_bfloat16(device, gpu_model, clips, small_graphs, tmp_path):
         load_clip=lambda *_: clips[1],
     )  # fmt: skip
     assert len(replies) == 3 * len(requests) and device.replays > 0
+
+
+def test_the_engine_thread_works_on_the_device_of_its_model(device, gpu_model, monkeypatch):
+    """Graphs and streams belong to a thread's current device, which is cuda:0 in a new thread."""
+    chosen = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device",
+        lambda which: chosen.append((threading.current_thread().name, torch.device(which))),
+    )  # fmt: skip
+    with Engine(gpu_model, MemoryStore(), max_batch=1, max_context=64, warm_up=False):
+        pass
+    assert chosen == [("v2l-engine", CUDA)]
 
 
 def test_a_pass_that_cannot_be_captured_runs_without_a_graph(

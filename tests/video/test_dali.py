@@ -338,3 +338,20 @@ def test_a_gpu_that_does_not_exist(clip):
     assert fallbacks.reasons() == {"DALI failed": 1}
     with pytest.raises(VideoError, match=r"a\.webm: DALI does not decode it: DALI failed \("):
         DaliSource(path, Limits(), missing, fallback=False).read(np.array([5]))
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_dali_works_on_the_stream_of_pytorch(device, monkeypatch):
+    """On one of its own it could write to a buffer that PyTorch still reads."""
+    streams = []
+
+    class Pipeline:
+        def run(self, stream, encoded, indices):
+            streams.append(stream)
+            return (torch.zeros(len(encoded), 2, 4, 4, 3, dtype=torch.uint8),)
+
+    monkeypatch.setattr(DaliDecoder, "_build", lambda self: Pipeline())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda which: f"stream of {which}")
+    decoder = DaliDecoder(torch.device(device))
+    assert decoder(np.zeros(3, np.uint8), np.arange(2, dtype=np.int32)).shape == (2, 4, 4, 3)
+    assert streams == [None if device == "cpu" else f"stream of {device}"]

@@ -183,3 +183,15 @@ def test_an_unknown_name(tmp_path):
 def test_patches_of_a_full_view_are_numbered_in_order(side):
     """At the sides of all models here; 27 is the 2.2B shape's, which bfloat16 gets wrong."""
     assert smolvlm._patch_positions(side).tolist() == list(range(side**2))
+
+
+@pytest.mark.parametrize(("device", "settings"), [("cuda", [False]), ("cpu", [])])
+def test_loading_turns_off_attention_that_plans_for_every_length(
+    device, settings, pair, monkeypatch
+):
+    """cuDNN's, which PyTorch prefers on Hopper."""
+    calls = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    monkeypatch.setattr(smolvlm.SmolVLM, "from_pretrained", lambda *_, device, dtype: device)
+    assert load_backbone(pair / "base", device=device) == device
+    assert calls == settings

@@ -448,7 +448,9 @@ class Engine:
             return
         edge = self._model.config.longest_edge
         clip = Clip.from_frames(torch.zeros(2, 3, edge * 3 // 4, edge, dtype=torch.uint8), fps=1.0)
-        run_to_completion(self._model.iter_internalize(clip))
+        # As jobs run: the compiler has graphs of their own for tensors of inference mode.
+        with torch.inference_mode(False):
+            run_to_completion(self._model.iter_internalize(clip))
 
     @torch.inference_mode()
     def _guard(self, work: Callable[[], None]) -> None:
