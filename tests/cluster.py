@@ -25,6 +25,8 @@ def cluster() -> Iterator[None]:
             log_to_driver=False,
             _system_config={
                 "worker_register_timeout_seconds": int(LIMIT),
+                # By default Ray's workers yield to everything else, and never start beside it.
+                "worker_niceness": 0,
                 # How long a process may be silent before it counts as dead.
                 "health_check_timeout_ms": int(LIMIT * 1000),
             },

@@ -30,7 +30,7 @@ import numpy as np
 
 from bench.harness import RESULTS, argument_parser, environment, write_record
 from bench.models import write_clip
-from bench.runs.serve_clients import CheckedRequest, Observations, work
+from bench.runs.serve_clients import LARGE_SECONDS, CheckedRequest, Observations, work
 from v2l_fast.generation import SamplingParams
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
@@ -106,7 +106,7 @@ def run(
             say(f"mixed: {_line(load)}")
             alive = server.poll() is None
             server.send_signal(signal.SIGTERM)
-            ended = server.wait(120)
+            ended = server.wait(LARGE_SECONDS)
     window = min(MEMORY_WINDOW, minutes * 60 / 4)
     # One sample per second.
     count = max(1, int(window))
@@ -172,13 +172,13 @@ def running_server(
 
 def _is_healthy(port: int) -> bool:
     try:
-        return httpx.get(f"http://{ADDRESS}:{port}/health", timeout=60).is_success
+        return httpx.get(f"http://{ADDRESS}:{port}/health", timeout=LARGE_SECONDS).is_success
     except httpx.TransportError:
         return False
 
 
 def _internalize(port: int, path: Path) -> str:
-    with httpx.Client(base_url=f"http://{ADDRESS}:{port}", timeout=60) as client:
+    with httpx.Client(base_url=f"http://{ADDRESS}:{port}", timeout=LARGE_SECONDS) as client:
         with open(path, "rb") as file:
             video = client.post("/v1/videos", files={"file": file}).raise_for_status().json()
         while video["status"] not in ("completed", "failed"):
