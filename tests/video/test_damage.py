@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.video.clips import shown_index
+from tests.video.clips import encode, shown_index
 from v2l_fast.errors import VideoError
-from v2l_fast.video import decode, load_video, probe, pyav
+from v2l_fast.video import Limits, decode, load_video, probe, pyav
+from v2l_fast.video.decoder import StreamDecoder
+from v2l_fast.video.pyav import PyAVSource
 
 X265 = {
     "preset": "ultrafast",
@@ -36,8 +38,6 @@ COUNT = 48
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
     """Bytes of each file and (position, size) of its packets, encoded once."""
-    from tests.video.clips import encode
-
     files = {}
 
     def get(name: str):
@@ -158,3 +158,36 @@ def test_one_lost_packet_near_the_end_costs_that_frame_alone(clip):
     path.write_bytes(data)
     shown = [shown_index(frame.numpy()) for frame in decode(path, np.arange(100))]
     assert len(shown) == 100 and sum(a != b for a, b in enumerate(shown)) <= 3
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_skipping_unreferenced_pictures_changes_no_frame(tmp_path, monkeypatch, seed):
+    """Five frames of an H.264 file with B-pictures, whole (seed 0) or damaged at random."""
+    path = encode(tmp_path / "a.mp4", 60, options={"g": "30", "bf": "3", "b-pyramid": "normal"})
+    rng = np.random.default_rng(seed)
+    data = bytearray(path.read_bytes())
+    start, end = data.find(b"mdat") + 4, data.find(b"moov")
+    for position in rng.integers(start + (end - start) // 4, end, seed):
+        data[position] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+    indices = np.sort(rng.choice(60, 5, replace=False))
+    reopen, decode_packet, decoded = StreamDecoder.reopen, StreamDecoder._decode, []
+
+    def counted(self, packet):
+        frames = decode_packet(self, packet)
+        decoded[-1] += len(frames or ())
+        return frames
+
+    def never_skip(self):
+        reopen(self)
+        self.can_skip = False
+
+    monkeypatch.setattr(StreamDecoder, "_decode", counted)
+    results = []
+    for change in (reopen, never_skip):
+        monkeypatch.setattr(StreamDecoder, "reopen", change)
+        decoded.append(0)
+        results.append(PyAVSource(path, Limits()).read(indices))
+    assert results[0].available == results[1].available
+    assert torch.equal(results[0].frames, results[1].frames)
+    assert decoded[0] < decoded[1] or seed

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack
 
 import av
@@ -43,6 +43,7 @@ class StreamDecoder:
     """A file and its best video stream, decoded in the calling thread alone.
 
     damaged: whether a packet of the current group failed to decode.
+    can_skip: whether frames that no other refers to can be left out without changing the others.
     Opening raises VideoError; decoding raises it for frames beyond the limits and when the deadline
     has passed. MemoryError is not converted, because it is no fault of the file.
     """
@@ -72,6 +73,8 @@ class StreamDecoder:
         self._container, self._stream = self._stack.enter_context(opened)
         self._context = self._stream.codec_context
         self._context.thread_count = 1
+        # In H.264, a picture of nal_ref_idc 0 changes no other one. HEVC's flag is weaker.
+        self.can_skip = self._context.codec.canonical_name == "h264"
         self._demuxed = self._container.demux(self._stream)
         # Packets of later groups that were read together with those of earlier ones.
         self._ahead: deque[av.Packet] = deque()
@@ -90,18 +93,24 @@ class StreamDecoder:
             log.warning("%s: %d damaged packets were skipped", self._path, failures)
 
     def group(
-        self, timeline: Timeline, group: int
+        self, timeline: Timeline, group: int, wanted: Collection[int] | None = None
     ) -> Generator[tuple[int, av.VideoFrame], None, None]:
         """(index, frame) of the group's frames that decode, in presentation order.
 
         Decoding starts at the group's keyframe. Closing the generator early leaves the decoder
         ready for another group.
+
+        wanted: indices of frames; where `can_skip`, others that no frame refers to are not decoded.
         """
         self.damaged = False
+        needed = wanted if self.can_skip else None
         first, stop = timeline.frames_of(group)
         previous = first - 1
         try:
             for packet in itertools.chain(self._packets_of(timeline, group), (None,)):
+                if needed is not None and packet is not None:
+                    is_needed = timeline.index_of(packet.pts) in needed
+                    self._context.skip_frame = "DEFAULT" if is_needed else "NONREF"
                 frames = self._decode(packet)
                 if frames is None:
                     # A keyframe's leading pictures cannot decode here; they are another group's.
@@ -116,6 +125,7 @@ class StreamDecoder:
                     del frame
         finally:
             self._context.flush_buffers()
+            self._context.skip_frame = "DEFAULT"
 
     def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame] | None:
         """The decoder's frames after a packet (None: the rest); None if the packet is damaged."""

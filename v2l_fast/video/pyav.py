@@ -14,7 +14,8 @@ at the same time instead.
   presentation order, decoded from the keyframe that begins its group of pictures. A group that
   shows any sign of damage is decoded again, alone, by a new decoder. A frame that does not decode
   is replaced by the last one before it that does, the first frames by the first that does. Frames
-  after the last one that decodes do not exist.
+  after the last one that decodes do not exist. In H.264, pictures that no other refers to are not
+  decoded unless they are requested, which changes no pixel of the others.
 - In all other files frame i is the i-th output of one decoder that reads the file from its start;
   damaged packets are skipped, and frames lost with them are not counted.
 
@@ -307,11 +308,14 @@ class PyAVSource:
         remaining = iter(wanted)
         target: int | None = next(remaining)
         expected = timeline.frames_of(group)[0]
-        with closing(decoder.group(timeline, group)) as frames:
+        with closing(decoder.group(timeline, group, frozenset(wanted))) as frames:
             for index, frame in frames:
                 image = self._upright(frame) if index == target else None
                 damaged = frame.is_corrupt or (index == target and image is None)
-                if decoder.damaged or damaged or index != expected:
+                # Frames that are skipped leave gaps; a wanted one that is missing is noticed below.
+                if decoder.damaged or damaged or (index != expected and not decoder.can_skip):
+                    return False
+                if target is not None and index > target:
                     return False
                 expected += 1
                 if image is not None:
