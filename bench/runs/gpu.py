@@ -3,9 +3,10 @@
 Five sections, the most valuable first, each with a share of the time: ``checks`` runs the tests in
 tests/csrc_triton that launch kernels on the GPU; ``ops`` measures every op against its baselines
 (bench/ladder.py); ``internalize``, ``answer`` and ``train`` measure the released models' shapes
-with random weights. The record is written after every row. A further run with the same ``--out``,
-commit and device keeps the rows that passed and continues. It needs torch, triton, transformers and
-pytest, and no network; what needs another package is left out if that is not installed.
+with random weights, the last two also compiled where the time suffices, as in a further run. The
+record is written after every row. A further run with the same ``--out``, commit and device keeps
+the rows that passed and continues. It needs torch, triton, transformers and pytest, and no network;
+what needs another package is left out if that is not installed.
 
 Exit status 1 if a row failed.
 """
@@ -45,6 +46,8 @@ ENDS = {"checks": 0.31, "ops": 0.65, "internalize": 0.75, "answer": 0.83, "train
 CHECKERS = 8
 # Compiling a baseline takes up to a minute.
 COMPILE_SECONDS = 60
+# Compiling a model's passes takes up to three.
+COMPILE_MODEL_SECONDS = 180
 # A CPU trial has no deadline: it shows that the whole script runs.
 CPU_SECONDS = 3600
 OPTIONAL = {
@@ -340,21 +343,33 @@ def answer(report: GpuReport, end: float, _: float) -> None:
     from bench.runs.answer import measure
 
     new_tokens, seconds = (4, 0.01) if report.quick else (24, 0.5)
-    for shape in _shapes(report):
-        arguments = SHAPES[shape], report.device, new_tokens, seconds, False
-        report.measure("answer", f"answer {shape}", end, measure, *arguments)
+    for name, compiled, latest in _forms(report, end):
+        for shape in _shapes(report):
+            arguments = SHAPES[shape], report.device, new_tokens, seconds, compiled
+            report.measure("answer", f"answer {shape}{name}", latest, measure, *arguments)
 
 
 def train(report: GpuReport, end: float, latest: float) -> None:
     from bench.runs.train_step import compare
 
-    def measure(case: str) -> Row:
+    def measure(case: str, compiled: bool) -> Row:
         left = max(1.0, latest - time.monotonic())
-        row = compare(case, report.device, repeats=1, threads=1, compile=False, timeout=left)
+        row = compare(case, report.device, repeats=1, threads=1, compile=compiled, timeout=left)
         return {**row, "passed": row["correct"]}
 
-    for shape in _shapes(report):
-        report.measure("train", f"train {shape}-p1", end, measure, f"{shape}-p1")
+    for name, compiled, start in _forms(report, end):
+        for shape in _shapes(report):
+            case = f"{shape}-p1"
+            report.measure("train", f"train {case}{name}", start, measure, case, compiled)
+
+
+def _forms(report: GpuReport, end: float) -> list[tuple[str, bool, float]]:
+    """Without the compiler, and on a GPU also with it: the end of a row's name, whether it
+    compiles, and until when it may start."""
+    forms = [("", False, end)]
+    if report.device == "cuda":
+        forms.append((" compiled", True, end - COMPILE_MODEL_SECONDS))
+    return forms
 
 
 SECTIONS: dict[str, Callable[[GpuReport, float, float], None]] = {

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,3 +195,20 @@ def test_a_baseline_that_raises_is_an_entry_of_its_row():
     record = ladder.measure(row, "cpu", 0.0, False)
     assert record["passed"] and record["failures"] == {"released": "out of memory"}
     assert set(record["speedups"]) == {"reference"}
+
+
+@pytest.mark.parametrize("section", ["answer", "train"])
+def test_compiled_rows_come_last_and_need_time(section):
+    rows = []
+    report = SimpleNamespace(
+        device="cuda", quick=False, measure=lambda *row: rows.append((row[1], row[2], row[-1]))
+    )
+    gpu.SECTIONS[section](report, 300.0, 310.0)
+    names = [name for name, _, _ in rows]
+    assert names[2:] == [f"{name} compiled" for name in names[:2]] and len(names) == 4
+    assert [end for _, end, _ in rows] == [300.0] * 2 + [300.0 - gpu.COMPILE_MODEL_SECONDS] * 2
+    assert [compiled for _, _, compiled in rows] == [False] * 2 + [True] * 2
+    report.device = "cpu"
+    rows.clear()
+    gpu.SECTIONS[section](report, 300.0, 310.0)
+    assert len(rows) == 2

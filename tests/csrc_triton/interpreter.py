@@ -9,10 +9,13 @@ still be compiled afterwards.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
+import numpy
 import pytest
+import triton
 import triton.language as tl
 from triton.runtime import JITFunction, interpreter
 
@@ -24,9 +27,23 @@ MODULES = (tl, tl.standard, lora_linear, perceiver_attention, rank_projection)
 _INTERPRETED: dict[int, interpreter.InterpretedFunction] = {}
 
 
+def check_versions(triton_version: str, numpy_version: str) -> None:
+    """Raise RuntimeError, with the remedy, where Triton's interpreter does not run."""
+    old, new = (
+        tuple(map(int, re.findall(r"\d+", version)[:2]))
+        for version in (triton_version, numpy_version)
+    )
+    if old < (3, 7) and new >= (2, 4):
+        raise RuntimeError(
+            f"the interpreter of triton {triton_version} does not run with numpy {numpy_version}: "
+            "install numpy<2.4 or triton>=3.7"
+        )
+
+
 @contextlib.contextmanager
 def interpreted(*others: ModuleType) -> Iterator[None]:
     """Inside, launches of this package's kernels, and of those in ``others``, are interpreted."""
+    check_versions(triton.__version__, numpy.__version__)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for module in (*MODULES, *others):

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.csrc_triton.interpreter import interpreted
+from tests.csrc_triton.interpreter import check_versions, interpreted
 
 
 @triton.jit
@@ -40,3 +40,10 @@ def test_kernels_compile_afterwards():
     types = {"x": "*fp16", "y": "*fp16", "out": "*fp16", "SIZE": "constexpr"}
     source = ASTSource(product, types, constexprs={"SIZE": 32})
     assert "tt.dot" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+
+
+def test_versions_that_do_not_fit_are_named():
+    for versions in (("3.6.0", "2.3.5"), ("3.7.1", "2.4.6"), ("3.10.0+git", "2.5.0rc1")):
+        check_versions(*versions)
+    with pytest.raises(RuntimeError, match=r"triton 3\.6\.0 .* numpy 2\.4\.1: install numpy<2\.4"):
+        check_versions("3.6.0", "2.4.1")
