@@ -11,7 +11,8 @@ sum of partial results), so the ratio compares candidates of one entry. The orde
 puts them is judged by ``same_order``: the share of pairs that it orders as the measurement does.
 
 The record, in bench/results, and the configuration files are written after every entry. A further
-run on the same GPU and versions continues after the entries in its record; delete it to start anew.
+run on the same GPU and version of torch measures no entry of its record again; delete it to start
+anew.
 """
 
 from __future__ import annotations
@@ -277,8 +278,10 @@ class TuneRecord:
             if all(earlier.get(key) == self.record[key] for key in ("device", "torch")):
                 self.record |= {key: earlier[key] for key in ("entries", "wins")}
 
-    def holds(self, op: str, where: Mapping[str, Any]) -> bool:
-        return any((row["op"], row["where"]) == (op, where) for row in self.record["entries"])
+    def candidates(self, op: str, where: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """Of an entry, the shipped tile first; None if it was not measured."""
+        rows = (row for row in self.record["entries"] if (row["op"], row["where"]) == (op, where))
+        return next((row["candidates"] for row in rows), None)
 
     def add(self, op: str, where: Mapping[str, Any], candidates: Sequence[dict[str, Any]]) -> None:
         row = {"op": op, "where": where, "same_order": same_order(candidates)}
@@ -343,23 +346,24 @@ def tune(
     entries = list(gpu.table(op)[section])
     for entry in list(entries):
         where, shipped = entry["where"], dict(entry["config"])
-        if record.holds(op, where):
-            continue
-        if time.monotonic() > end:
-            return False
-        run = trial(op, where)
-        if run is None:
-            continue
-        # Computed on the CPU beside the measurement.
-        predictions = {
-            json.dumps(tile): pool.submit(predict, op, section, where, tile, processors)
-            for tile in candidates(shipped)
-        }
-        times = measured(run, shipped)
-        print(f"{op} {where}:")
-        record.add(op, where, compared(times, predictions))
-        tile, seconds = min(times, key=lambda pair: pair[1])
-        ratio = seconds / times[0][1]
+        rows = record.candidates(op, where)
+        if rows is None:
+            if time.monotonic() > end:
+                return False
+            run = trial(op, where)
+            if run is None:
+                continue
+            # Computed on the CPU beside the measurement.
+            predictions = {
+                json.dumps(tile): pool.submit(predict, op, section, where, tile, processors)
+                for tile in candidates(shipped)
+            }
+            times = measured(run, shipped)
+            print(f"{op} {where}:")
+            rows = compared(times, predictions)
+            record.add(op, where, rows)
+        first = min(rows, key=lambda row: row["measured"])
+        tile, ratio = first["tile"], first["measured"] / rows[0]["measured"]
         better = ratio <= 1 - MARGIN
         print(f"  {f'{tile}, {ratio:.2f} of the time' if better else 'kept'}")
         if better:

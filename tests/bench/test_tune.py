@@ -198,6 +198,17 @@ def test_a_further_run_continues(tuning, monkeypatch):
     assert first == 2 < len(names) == len(set(names)) and set(record["wins"]) == {"lora_linear"}
 
 
+def test_what_a_dry_run_measured_is_applied_without_measuring_again(tuning, monkeypatch):
+    before = gpu.table("rank_projection")
+    tuning("--op", "rank_projection", "--dry-run")
+    assert gpu.table("rank_projection") == before
+    monkeypatch.setattr(tune, "measured", None)
+    for _ in range(2):
+        tuning("--op", "rank_projection")
+        shipped = gpu.table("rank_projection")["sm_90"]
+        assert all(e["config"]["num_warps"] == 8 for e in shipped if e["where"]["inputs"] == "half")
+
+
 @pytest.mark.parametrize("op", tune.TUNED)
 def test_every_entry_has_a_number_of_programs(op):
     """The case's work times the programs is the work of the whole trial."""
