@@ -51,6 +51,7 @@ bench: $(VENV)/.dev
 
 aot: $(VENV)/.dev
 	$(BIN)/python -m profiling.aot_report
+	$(BIN)/python -m profiling.lowering
 
 # Nine minutes; run it again to continue. PYTHON=python3 SETUP=none uses an environment as it is,
 # without pip and network; GPU_ARGS="--device cpu --quick" is a trial without a GPU.
