@@ -184,7 +184,9 @@ def ask_bound(scene: Scene, rng: random.Random, held_out: bool = False) -> QAPai
         return None
     states, item = rng.choice(options)
     name = item.shape if states == "shape" else f"{item.color} object"
-    asked = rng.choice([slot for slot in _SLOTS if slot != states])
+    # The motion is the hardest to learn: it is in no single frame.
+    weights = {slot: 2.0 if slot == "motion" else 1.0 for slot in _SLOTS if slot != states}
+    (asked,) = rng.choices(tuple(weights), tuple(weights.values()))
     return _about("binding", asked, name, getattr(item, asked), held_out, rng)
 
 

@@ -55,8 +55,8 @@ class WideningSettings:
     """Constant learning rate after a warm-up, then a linear decay over the last `decay` steps."""
 
     videos: int = 12288
-    steps: int = 2400
-    decay: int = 1000
+    steps: int = 6000
+    decay: int = 2000
     batch: int = 20
     no_video_share: float = 0.1
     lr: float = 1.5e-3
