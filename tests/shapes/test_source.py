@@ -80,6 +80,35 @@ def test_recorded_samples_have_questions_by_name_and_about_absent_objects(config
     assert training.load(3, 5).qa_pairs == training.load(3, 5).qa_pairs
 
 
+@pytest.mark.parametrize("name", ["shapes", "shapes-any"])
+def test_questions_may_be_second_turns(config, base, name):
+    """Their ids are those of the conversation that a user would send."""
+    find = shapes_sources if name == "shapes" else recorded_sources
+    (single, _), (double, _) = (
+        find(config(f"data.source={name}", f"data.second_turn_share={share}"), base)
+        for share in (0.0, 1.0)
+    )
+    rng = random.Random("0/5/3")
+    pairs = double.qa_pairs(3, rng)
+    questions = {pair.question: pair.answer for pair in pairs}
+    sample, alone = double.load(3, 5), single.load(3, 5)
+    for pair, (ids, answer), (short, same) in zip(
+        pairs, sample.qa_pairs, alone.qa_pairs, strict=True
+    ):
+        assert answer == same and ids[-len(short) :] == short
+        asked = [
+            base.prompt_builder.question(
+                [
+                    {"role": "user", "content": first},
+                    {"role": "assistant", "content": reply},
+                    {"role": "user", "content": pair.question},
+                ]
+            )
+            for first, reply in questions.items()
+        ]
+        assert sample.prompt_prefix + ids in asked
+
+
 def test_targets_can_be_the_models_own_captions(config, base, tmp_path, monkeypatch):
     training, _ = recorded_sources(config("data.source=shapes-captions"), base)
     (pair,) = training.qa_pairs(2, random.Random(0))

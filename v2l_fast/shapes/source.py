@@ -85,6 +85,23 @@ def clip_chunks(backbone: SmolVLM, count: int, instruction: str) -> tuple[ClipCh
     return tuple(parts)
 
 
+def token_pairs(
+    prompts: Prompts, pairs: Sequence[QAPair], second_turn_share: float, rng: random.Random
+) -> tuple[tuple[list[int], list[int]], ...]:
+    """Token ids of questions and answers about one video; a share of the questions follows another
+    one and its answer, as the second turn of a conversation."""
+    result = []
+    for number, pair in enumerate(pairs):
+        question = prompts.question(pair.question)
+        others = [*pairs[:number], *pairs[number + 1 :]]
+        # Nothing is drawn without the option: its runs keep their choices.
+        if others and second_turn_share and rng.random() < second_turn_share:
+            before = rng.choice(others)
+            question = prompts.second_turn(before.question, before.answer, pair.question)
+        result.append((question, prompts.answer(pair.answer)))
+    return tuple(result)
+
+
 @dataclass(frozen=True)
 class ShapesSource:
     """Scenes with their visual tokens (see :class:`~v2l_fast.data.readers.Source`).
@@ -96,6 +113,7 @@ class ShapesSource:
         chunks: number of chunks -> the chunks; each load draws a number.
         prompts: token ids of the base model's prompts.
         questions: number of questions in a sample, besides one caption.
+        second_turn_share: see :class:`~v2l_fast.training.config.DataConfig`.
         seed: with the step and the video's index, determines every choice.
     """
 
@@ -105,6 +123,7 @@ class ShapesSource:
     chunks: Mapping[int, tuple[ClipChunk, ...]]
     prompts: Prompts
     questions: int = 3
+    second_turn_share: float = 0.0
     seed: int = 0
 
     def __len__(self) -> int:
@@ -127,7 +146,7 @@ class ShapesSource:
                 for chunk in chunks
             ),
             prompt_prefix=prompts.text_prefix,
-            qa_pairs=tuple((prompts.question(p.question), prompts.answer(p.answer)) for p in pairs),
+            qa_pairs=token_pairs(prompts, pairs, self.second_turn_share, rng),
             task_types=tuple("caption" if p.kind == "caption" else "question" for p in pairs),
             frames=sum(len(chunk.frames) for chunk in chunks),
         )
@@ -148,6 +167,7 @@ class RecordedSource:
         prompts: token ids of the base model's prompts.
         captions: the frozen model's captions, by video; None trains on correct captions and
             answers.
+        second_turn_share: see :class:`~v2l_fast.training.config.DataConfig`.
         seed: with the step and the video's index, determines every choice.
     """
 
@@ -156,6 +176,7 @@ class RecordedSource:
     features: Sequence[Tensor]
     prompts: Prompts
     captions: Sequence[Sequence[str]] | None = None
+    second_turn_share: float = 0.0
     seed: int = 0
 
     def __len__(self) -> int:
@@ -170,7 +191,7 @@ class RecordedSource:
             video=f"scene {index}",
             chunks=(Context(ids=ids, features=self.features[index]),),
             prompt_prefix=prompts.text_prefix,
-            qa_pairs=tuple((prompts.question(p.question), prompts.answer(p.answer)) for p in pairs),
+            qa_pairs=token_pairs(prompts, pairs, self.second_turn_share, rng),
             task_types=tuple("caption" if p.kind == "caption" else "question" for p in pairs),
             frames=len(self.features[index]),
         )
@@ -219,8 +240,9 @@ def recorded_sources(
                     lambda done: bar("the model's captions, video", done, count),
                 )  # fmt: skip
         return RecordedSource(
-            scenes, recordings, features, Prompts(backbone.tokenizer), captions, seed
-        )
+            scenes, recordings, features, Prompts(backbone.tokenizer), captions,
+            data.second_turn_share, seed,
+        )  # fmt: skip
 
     training = source("train", data.videos or DEFAULT_VIDEOS)
     return training, source("val", data.val_videos) if data.val_videos else None
@@ -299,6 +321,7 @@ def shapes_sources(
             chunks=chunks,
             prompts=Prompts(backbone.tokenizer),
             questions=data.prompts_per_video - 1,
+            second_turn_share=data.second_turn_share,
             seed=seed,
         )
 

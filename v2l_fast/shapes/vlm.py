@@ -396,3 +396,8 @@ class Prompts:
 
     def answer(self, text: str) -> list[int]:
         return self.ids(f" {text}<end_of_utterance>")
+
+    def second_turn(self, first: str, answer: str, text: str) -> list[int]:
+        """As :meth:`question`, after another question and its answer."""
+        before = self.question(first) + self.answer(answer)
+        return before + self.ids("\nUser: ") + self.question(text)

@@ -122,7 +122,7 @@ class DataConfig:
             changes no bit. (Rendered sources keep theirs in the named or the run's folder.)
         answer_length_tags: half of the questions state how long their answer is.
         second_turn_share: share of the questions that follow another question of the same video and
-            its answer, as the second turn of a conversation (source "manifest").
+            its answer, as the second turn of a conversation.
         decoder: "pyav", "torchcodec" or "dali"; "auto" is DALI for what it can decode on a GPU,
             and PyAV for the rest.
         workers: processes that read videos ahead of the step, threads where a GPU decodes; 0 reads
