@@ -78,6 +78,12 @@ def test_recorded_samples_have_questions_by_name_and_about_absent_objects(config
     assert kinds.count("caption") == kinds.count("absent") == 8
     assert kinds.count("binding") >= 4
     assert training.load(3, 5).qa_pairs == training.load(3, 5).qa_pairs
+    more, _ = recorded_sources(config("data.source=shapes-any", "data.prompts_per_video=6"), base)
+    for index in range(8):
+        chosen = [pair.kind for pair in more.qa_pairs(index, random.Random(index))]
+        assert len(chosen) == 6 and chosen.count("binding") in (0, 3, 4)
+    with pytest.raises(ConfigError, match="prompts_per_video must be at least 4"):
+        recorded_sources(config("data.source=shapes-any", "data.prompts_per_video=3"), base)
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes-any"])

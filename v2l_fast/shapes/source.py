@@ -167,6 +167,7 @@ class RecordedSource:
         prompts: token ids of the base model's prompts.
         captions: the frozen model's captions, by video; None trains on correct captions and
             answers.
+        bound: number of questions in a sample that name an object by its shape or color.
         second_turn_share: see :class:`~v2l_fast.training.config.DataConfig`.
         seed: with the step and the video's index, determines every choice.
     """
@@ -176,6 +177,7 @@ class RecordedSource:
     features: Sequence[Tensor]
     prompts: Prompts
     captions: Sequence[Sequence[str]] | None = None
+    bound: int = 1
     second_turn_share: float = 0.0
     seed: int = 0
 
@@ -197,15 +199,16 @@ class RecordedSource:
         )
 
     def qa_pairs(self, index: int, rng: random.Random) -> list[QAPair]:
-        """One of the model's captions, or a caption and questions: about an object named by shape
-        or color, about an absent object, and of any other kind."""
+        """One of the model's captions; or a correct caption and questions: of any kind, about
+        objects named by shape or color, and about an absent object."""
         scene = self.scenes[index]
         if self.captions is not None:
             number = rng.randrange(len(_TAUGHT_PROMPTS))
             return [QAPair("caption", _TAUGHT_PROMPTS[number], self.captions[index][number])]
-        bound = ask_bound(scene, rng)
-        pairs = [ask(scene, "caption", rng), *ask_several(scene, 1 + (bound is None), rng)]
-        return [*pairs, *([] if bound is None else [bound]), ask_absent(scene, rng)]
+        bound = [pair for _ in range(self.bound) if (pair := ask_bound(scene, rng)) is not None]
+        others = 1 + self.bound - len(bound)
+        pairs = [ask(scene, "caption", rng), *ask_several(scene, others, rng)]
+        return [*pairs, *bound, ask_absent(scene, rng)]
 
 
 def recorded_sources(
@@ -224,6 +227,11 @@ def recorded_sources(
         )
     if tuple(data.chunks) != (1,):
         raise ConfigError(f"data.chunks must be [1] for {data.source}, got {list(data.chunks)}")
+    if data.source == "shapes-any" and data.prompts_per_video < 4:
+        raise ConfigError(
+            "data.prompts_per_video must be at least 4 for shapes-any (a caption, a question, one "
+            f"about a named object, one about an absent object), got {data.prompts_per_video}"
+        )
     folder = config.feature_folder
 
     def source(split: str, count: int) -> RecordedSource:
@@ -241,7 +249,7 @@ def recorded_sources(
                 )  # fmt: skip
         return RecordedSource(
             scenes, recordings, features, Prompts(backbone.tokenizer), captions,
-            data.second_turn_share, seed,
+            data.prompts_per_video - 3, data.second_turn_share, seed,
         )  # fmt: skip
 
     training = source("train", data.videos or DEFAULT_VIDEOS)
