@@ -15,25 +15,28 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow
 
-# The suite on the lowest versions that pyproject.toml allows, and on the newest that there are, in
-# environments of their own. TESTS names files; without it, the whole suite runs.
+# The suite on the lowest versions that pyproject.toml allows, and on the newest that the package index
+# has, in environments of their own. TESTS names files; without it, the whole suite runs.
 TESTS ?=
+LOWEST := grep -oE '"[a-z]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/'
+show_versions = $(1)/bin/python -VV && $(1)/bin/python -m pip freeze | grep -E "^($$($(LOWEST) | cut -d= -f1 | paste -sd '|'))=="
+
 test-lowest: .venv-lowest/.done
+	@$(call show_versions,.venv-lowest)
 	.venv-lowest/bin/python -m pytest -n 2 $(TESTS)
 
-test-newest: .venv-newest/.done
+test-newest: .venv-newest/bin/python
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager --editable ".[dev]"
+	@$(call show_versions,.venv-newest)
 	.venv-newest/bin/python -m pytest -n 2 $(TESTS)
 
-.venv-lowest/.done: pyproject.toml
-	$(PYTHON) -m venv .venv-lowest
-	sed -n '/^dependencies/,/^]/s/^    "\([a-z]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > .venv-lowest/lowest.txt
+.venv-lowest/.done: .venv-lowest/bin/python pyproject.toml
+	$(LOWEST) > .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --disable-pip-version-check -c .venv-lowest/lowest.txt --editable ".[dev]"
 	@touch $@
 
-.venv-newest/.done: pyproject.toml
-	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager --editable ".[dev]"
-	@touch $@
+.venv-%/bin/python:
+	$(PYTHON) -m venv .venv-$*
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
