@@ -13,7 +13,8 @@ bytes of registers that spill. Exit status 1 if a piece fails or has more graphs
 What it does not show: that numbers are right, or any time. Matrix products, convolutions and our
 own ops are calls in the generated code, not kernels in it. Attention without our ops is decomposed
 into products and a softmax here, because only a CUDA build of PyTorch can choose a fused kernel:
-the counts on a GPU may be lower. Gradients are traced as if on the "meta" device, because the
+the counts on a GPU may be lower. Padding of products, which Inductor decides by timing them, and
+folding of constants are off. Gradients are traced as if on the "meta" device, because the
 autograd engine of a CPU build does not accept CUDA tensors; devices are put back before lowering.
 
 Changes how this process sees CUDA: run it in a process of its own.
@@ -445,6 +446,8 @@ def lower(piece: Piece, architecture: str) -> Lowered:
             "use_static_triton_launcher": False,
             # It would compute the constants on the device.
             "joint_graph_constant_folding": False,
+            # It would time padded products on the device.
+            "shape_padding": False,
         }
     )
     eager = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
