@@ -387,17 +387,17 @@ class Piece:
 PIECES = {
     piece.name: piece
     for piece in (
-        Piece("vision chunk", _vision, 1, 14),
+        Piece("vision chunk", _vision, 1),
         Piece("decoder layer", _decoder, 1, 8),
-        Piece("hypernetwork layer", lambda m, n: _hypernet(m, n, False), 1, 31),
-        Piece("hypernetwork layer, masked", lambda m, n: _hypernet(m, n, True), 1, 31),
-        Piece("prefill", lambda m, n: _prefill(m, n, False), 1, 13),
-        Piece("prefill, adapters", lambda m, n: _prefill(m, n, True), 1, 13),
-        Piece("continuation, adapters", lambda m, n: _continuation(m, n, True), 1, 13),
-        Piece("decode step", lambda m, n: _decode(m, n, False), 1, 13),
-        Piece("decode step, adapters", lambda m, n: _decode(m, n, True), 1, 13),
+        Piece("hypernetwork layer", lambda m, n: _hypernet(m, n, False), 1),
+        Piece("hypernetwork layer, masked", lambda m, n: _hypernet(m, n, True), 1),
+        Piece("prefill", lambda m, n: _prefill(m, n, False), 1),
+        Piece("prefill, adapters", lambda m, n: _prefill(m, n, True), 1),
+        Piece("continuation, adapters", lambda m, n: _continuation(m, n, True), 1),
+        Piece("decode step", lambda m, n: _decode(m, n, False), 1),
+        Piece("decode step, adapters", lambda m, n: _decode(m, n, True), 1, 10),
         # Vision, context layers, hypernetwork and answer layers, with their backward passes.
-        Piece("training step", _train, 7, 160, grad=True),
+        Piece("training step", _train, 7, grad=True),
     )
 }
 
