@@ -19,7 +19,7 @@ test-slow: $(VENV)/.dev
 # has, in environments of their own. TESTS names files; without it, the whole suite runs.
 TESTS ?=
 LOWEST := grep -oE '"[a-z]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/'
-show_versions = $(1)/bin/python -VV && $(1)/bin/python -m pip freeze | grep -E "^($$($(LOWEST) | cut -d= -f1 | paste -sd '|'))=="
+show_versions = $(1)/bin/python -VV && $(1)/bin/python -m pip list --format=freeze | grep -E "^($$($(LOWEST) | cut -d= -f1 | paste -sd '|'))=="
 
 test-lowest: .venv-lowest/.done
 	@$(call show_versions,.venv-lowest)
