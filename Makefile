@@ -86,6 +86,9 @@ train-shapes: $(VENV)/.dev
 	$(BIN)/v2l shapes widen-vlm runs/shapes/base --folder runs/shapes-any
 	$(BIN)/v2l train --config shapes-any model.base=runs/shapes-any/base model.init=runs/shapes/hypernet \
 		run.folder=runs/shapes-any-hypernet
+	$(BIN)/v2l train --config shapes-any model.base=runs/shapes-any/base \
+		model.init=runs/shapes-any-hypernet/hypernet run.folder=runs/shapes-any-named \
+		data.prompts_per_video=6 run.seed=1 optim.steps=1600
 	$(BIN)/v2l train --config shapes-captions model.base=runs/shapes-any/base
 
 evaluate-shapes: $(VENV)/.dev

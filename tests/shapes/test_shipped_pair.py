@@ -44,10 +44,12 @@ def test_the_pair_for_any_duration_reads_slow_clips(scenes):
     pair = Video2LoRA.from_pretrained("shapes-any", device="cpu")
     slow = sampled_clips(scenes, 16)
     answers = pair.answer(["Describe the video."] * VIDEOS, pair.internalize(slow))
-    assert attribute_share([answer.text for answer in answers], scenes) >= 0.9
+    assert attribute_share([answer.text for answer in answers], scenes) >= 0.95
     shapes = {item.shape for item in scenes[0].objects}
     absent = next(shape for shape in SHAPES if shape not in shapes)
-    assert pair.answer_direct(f"What color is the {absent}?", slow[0])[0].text == "none"
+    question = f"What color is the {absent}?"
+    assert pair.answer_direct(question, slow[0])[0].text == "none"
+    assert pair.answer(question, pair.internalize(slow[0]))[0].text == "none"
 
 
 def test_files_are_small_and_complete():
