@@ -7,6 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from v2l_fast import console
 from v2l_fast.cli import entry
 
 
@@ -18,7 +19,9 @@ def run(*arguments: object, stdin: str | bytes | None = None) -> str:
 
 
 def fail(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
-    """Exit code and standard error of a command that fails."""
+    """Exit code and standard error of a command that fails, without lines of progress."""
+    # They appear on a slow machine only.
+    monkeypatch.setattr(console.log, "write_line", lambda text: None)
     monkeypatch.setattr(sys, "argv", ["v2l", *(str(a) for a in arguments)])
     with pytest.raises(SystemExit) as caught:
         entry.main()
