@@ -81,6 +81,8 @@ bench-gpu: $(VENV)/.dev
 tune: $(VENV)/.dev
 	$(BIN)/python -m bench.runs.tune
 
+# About two and a half hours on one core: the pair shapes (the first line), the pair shapes-any (to the fourth)
+# and a hypernetwork that learns from captions alone.
 train-shapes: $(VENV)/.dev
 	$(BIN)/v2l train --config shapes
 	$(BIN)/v2l shapes widen-vlm runs/shapes/base --folder runs/shapes-any

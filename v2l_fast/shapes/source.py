@@ -167,7 +167,7 @@ class RecordedSource:
         prompts: token ids of the base model's prompts.
         captions: the frozen model's captions, by video; None trains on correct captions and
             answers.
-        bound: number of questions in a sample that name an object by its shape or color.
+        binding_questions: number of those in a sample that name an object by its shape or color.
         second_turn_share: see :class:`~v2l_fast.training.config.DataConfig`.
         seed: with the step and the video's index, determines every choice.
     """
@@ -177,7 +177,7 @@ class RecordedSource:
     features: Sequence[Tensor]
     prompts: Prompts
     captions: Sequence[Sequence[str]] | None = None
-    bound: int = 1
+    binding_questions: int = 1
     second_turn_share: float = 0.0
     seed: int = 0
 
@@ -205,10 +205,11 @@ class RecordedSource:
         if self.captions is not None:
             number = rng.randrange(len(_TAUGHT_PROMPTS))
             return [QAPair("caption", _TAUGHT_PROMPTS[number], self.captions[index][number])]
-        bound = [pair for _ in range(self.bound) if (pair := ask_bound(scene, rng)) is not None]
-        others = 1 + self.bound - len(bound)
+        drawn = (ask_bound(scene, rng) for _ in range(self.binding_questions))
+        binding = [pair for pair in drawn if pair is not None]
+        others = 1 + self.binding_questions - len(binding)
         pairs = [ask(scene, "caption", rng), *ask_several(scene, others, rng)]
-        return [*pairs, *bound, ask_absent(scene, rng)]
+        return [*pairs, *binding, ask_absent(scene, rng)]
 
 
 def recorded_sources(
