@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import socket
+from asyncio import constants
 from contextlib import ExitStack, closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -119,13 +120,17 @@ def test_no_connection_beyond_the_limit(serve):
 # --- file descriptors ---------------------------------------------------------------------------
 
 
-def few_files(control: Connection, folder: Path, spare: int, limited: bool) -> None:
-    """A server in a process that may open ``spare`` more files than it has open."""
+def few_files(
+    control: Connection, folder: Path, spare: int, limited: bool, retry_seconds: float = 1.0
+) -> None:
+    """A server in a process that may open ``spare`` more files than it has open, and that tries
+    again to accept a connection after ``retry_seconds``."""
     import torch
 
     from v2l_fast.model import Video2LoRA
 
     torch.set_num_threads(1)
+    constants.ACCEPT_RETRY_DELAY = retry_seconds
     errors = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
     os.dup2(errors, 2)
     configure_logging("info")
@@ -169,6 +174,27 @@ def test_more_connections_than_files(tmp_path, spare, limited):
         process.kill()
         process.join()
     assert (tmp_path / "log").stat().st_size < 50_000
+
+
+def test_stopping_while_no_file_is_left(tmp_path):
+    """asyncio resumes accepting on the closed socket; the log reports no error."""
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=few_files, args=(theirs, tmp_path, 60, False, 0.02))
+    process.start()
+    try:
+        url, _ = ours.recv()
+        address = httpx.URL(url).host, httpx.URL(url).port
+        with ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(closing(socket.create_connection(address, timeout=LIMIT)))
+            wait_until(lambda: "no file descriptor is left" in (tmp_path / "log").read_text())
+            ours.send(None)
+            process.join(LIMIT)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join()
+    assert "Exception" not in (tmp_path / "log").read_text()
 
 
 def test_too_few_files_for_connections(monkeypatch):

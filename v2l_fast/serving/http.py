@@ -362,10 +362,11 @@ class _UvicornServer(uvicorn.Server):
         exhausted = RateLimitedEvent("no file descriptor is left for a connection")
 
         def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-            # asyncio reports each of _BACKLOG attempts every second, with a traceback.
+            # asyncio reports each of _BACKLOG attempts every second, with a traceback, and resumes
+            # each a second later, by when a server that shuts down has closed the socket.
             if "socket.accept()" in context["message"]:
                 exhausted.record()
-            else:
+            elif not (self.should_exit and "_start_serving" in context["message"]):
                 loop.default_exception_handler(context)
 
         asyncio.get_running_loop().set_exception_handler(handle)
