@@ -22,7 +22,7 @@ from v2l_fast.shapes.language import (
     question_kinds,
 )
 from v2l_fast.shapes.vlm import ADDED_WORDS, build_tokenizer
-from v2l_fast.shapes.world import Scene, SceneObject, sample_scenes
+from v2l_fast.shapes.world import COLORS, SIZES, Scene, SceneObject, sample_scenes
 
 
 def two() -> Scene:
@@ -105,6 +105,15 @@ def test_several_questions_differ_in_kind():
 
 def test_plain_ignores_case_and_punctuation():
     assert plain(" Top  left. ") == plain("top left")
+
+
+def test_weights_of_the_attributes_that_are_asked_about():
+    rng = random.Random(0)
+    for scene in sample_scenes("train", 50, 1):
+        bound = ask_bound(scene, rng, weights={"color": 1e9, "size": 1e5})
+        if bound is not None:
+            by_color = set(COLORS) & set(plain(bound.question).split())
+            assert bound.answer in (SIZES if by_color else COLORS)
 
 
 def test_questions_by_name_and_about_absent_objects_have_right_answers(tokenizer):

@@ -82,6 +82,13 @@ def test_recorded_samples_have_questions_by_name_and_about_absent_objects(config
     for index in range(8):
         chosen = [pair.kind for pair in more.qa_pairs(index, random.Random(index))]
         assert len(chosen) == 6 and chosen.count("binding") in (0, 3, 4)
+    colors, _ = recorded_sources(
+        config("data.source=shapes-any", "data.question_weights.color=1e9"), base
+    )
+    assert any(
+        training.qa_pairs(i, random.Random(i)) != colors.qa_pairs(i, random.Random(i))
+        for i in range(8)
+    )
     with pytest.raises(ConfigError, match="prompts_per_video must be at least 4"):
         recorded_sources(config("data.source=shapes-any", "data.prompts_per_video=3"), base)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from v2l_fast.shapes.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES, Scene, SceneObject
 
@@ -168,11 +170,17 @@ def _about(
     return QAPair(kind, text.format(k=asked, x=name), answer)
 
 
-def ask_bound(scene: Scene, rng: random.Random, held_out: bool = False) -> QAPair | None:
+def ask_bound(
+    scene: Scene,
+    rng: random.Random,
+    held_out: bool = False,
+    weights: Mapping[str, float] = MappingProxyType({}),
+) -> QAPair | None:
     """A question about the object of one shape or one color, or None if all objects share both.
 
     Args:
         held_out: also draw the wording that only the base model is trained on.
+        weights: how often an attribute is asked about, relative to the others (default: 1).
     """
     options = [
         (name, item)
@@ -185,8 +193,9 @@ def ask_bound(scene: Scene, rng: random.Random, held_out: bool = False) -> QAPai
     states, item = rng.choice(options)
     name = item.shape if states == "shape" else f"{item.color} object"
     # The motion is the hardest to learn: it is in no single frame.
-    weights = {slot: 2.0 if slot == "motion" else 1.0 for slot in _SLOTS if slot != states}
-    (asked,) = rng.choices(tuple(weights), tuple(weights.values()))
+    weights = {slot: 1.0 for slot in _SLOTS} | {"motion": 2.0} | weights
+    slots = [slot for slot in _SLOTS if slot != states]
+    (asked,) = rng.choices(slots, [weights[slot] for slot in slots])
     return _about("binding", asked, name, getattr(item, asked), held_out, rng)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,7 @@ class RecordedSource:
         captions: the frozen model's captions, by video; None trains on correct captions and
             answers.
         binding_questions: number of those in a sample that name an object by its shape or color.
+        question_weights: see :class:`~v2l_fast.training.config.DataConfig`.
         second_turn_share: see :class:`~v2l_fast.training.config.DataConfig`.
         seed: with the step and the video's index, determines every choice.
     """
@@ -178,6 +179,7 @@ class RecordedSource:
     prompts: Prompts
     captions: Sequence[Sequence[str]] | None = None
     binding_questions: int = 1
+    question_weights: Mapping[str, float] = field(default_factory=dict)
     second_turn_share: float = 0.0
     seed: int = 0
 
@@ -205,7 +207,8 @@ class RecordedSource:
         if self.captions is not None:
             number = rng.randrange(len(_TAUGHT_PROMPTS))
             return [QAPair("caption", _TAUGHT_PROMPTS[number], self.captions[index][number])]
-        drawn = (ask_bound(scene, rng) for _ in range(self.binding_questions))
+        weights = self.question_weights
+        drawn = (ask_bound(scene, rng, weights=weights) for _ in range(self.binding_questions))
         binding = [pair for pair in drawn if pair is not None]
         others = 1 + self.binding_questions - len(binding)
         pairs = [ask(scene, "caption", rng), *ask_several(scene, others, rng)]
@@ -250,7 +253,7 @@ def recorded_sources(
                 )  # fmt: skip
         return RecordedSource(
             scenes, recordings, features, Prompts(backbone.tokenizer), captions,
-            data.prompts_per_video - 3, data.second_turn_share, seed,
+            data.prompts_per_video - 3, data.question_weights, data.second_turn_share, seed,
         )  # fmt: skip
 
     training = source("train", data.videos or DEFAULT_VIDEOS)

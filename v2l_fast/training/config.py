@@ -123,6 +123,8 @@ class DataConfig:
         answer_length_tags: half of the questions state how long their answer is.
         second_turn_share: share of the questions that follow another question of the same video and
             its answer, as the second turn of a conversation.
+        question_weights: how often a question about an object by its name asks about an attribute,
+            relative to the others ("shapes-any" only; default 1, "motion" 2).
         decoder: "pyav", "torchcodec" or "dali"; "auto" is DALI for what it can decode on a GPU,
             and PyAV for the rest.
         workers: processes that read videos ahead of the step, threads where a GPU decodes; 0 reads
@@ -147,6 +149,9 @@ class DataConfig:
     feature_cache: str = "auto"
     answer_length_tags: bool = False
     second_turn_share: Share = 0.0
+    question_weights: Mapping[Literal["size", "color", "shape", "motion"], Positive] = field(
+        default_factory=dict
+    )
     decoder: Backend = "auto"
     workers: CountOrZero = 4
     prefetch: Count = 2
