@@ -211,7 +211,8 @@ def test_base_and_adapter_in_one_name(client, live, videos):
     for unknown in (f"other:{adapter_id}", "shapes:" + "0" * 32):
         with pytest.raises(openai.NotFoundError):
             ask(client, model=unknown)
-    assert refusal(client, video("data:,"), model=adapter_id).param == "model"
+    error = refusal(client, video("data:,"), model=adapter_id)
+    assert error.param == "model" and "only text parts, so model must be shapes" in error.message
 
 
 def test_a_url(client, live, files, shapes, videos):

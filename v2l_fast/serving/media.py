@@ -342,7 +342,10 @@ class MediaInbox:
         if not parts:
             return chat
         if chat.model != self._server.name:
-            message = f"model must be {self._server.name} with videos or images in messages"
+            message = (
+                f"{parts[0][0]} is a video or image: messages to an adapter have only text parts, "
+                f"so model must be {self._server.name}"
+            )
             raise ApiError(400, message, "invalid_value", "model")
         if len(parts) > MAX_COMPOSED:
             message = f"at most {MAX_COMPOSED} videos and images are composed, got {len(parts)}"
