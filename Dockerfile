@@ -17,4 +17,4 @@ HEALTHCHECK --start-period=120s CMD \
     ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
 # A key is required: the server refuses to listen on all addresses without one.
 ENTRYPOINT ["v2l", "serve", "--host", "0.0.0.0", "--store", "/store"]
-CMD ["--model", "shapes"]
+CMD ["--model", "shapes-any"]

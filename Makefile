@@ -81,7 +81,7 @@ bench-gpu: $(VENV)/.dev
 tune: $(VENV)/.dev
 	$(BIN)/python -m bench.runs.tune
 
-# About two and a half hours on one core: the pair shapes (the first line), the pair shapes-any (to the fourth)
+# Under three hours on one core: the pair shapes (the first line), the pair shapes-any (to the fifth command)
 # and a hypernetwork that learns from captions alone.
 train-shapes: $(VENV)/.dev
 	$(BIN)/v2l train --config shapes
@@ -91,6 +91,9 @@ train-shapes: $(VENV)/.dev
 	$(BIN)/v2l train --config shapes-any model.base=runs/shapes-any/base \
 		model.init=runs/shapes-any-hypernet/hypernet run.folder=runs/shapes-any-named \
 		data.prompts_per_video=6 run.seed=1 optim.steps=1600
+	$(BIN)/v2l train --config shapes-any model.base=runs/shapes-any/base \
+		model.init=runs/shapes-any-named/hypernet run.folder=runs/shapes-any-colors \
+		data.prompts_per_video=6 data.question_weights.color=3 run.seed=2 optim.steps=1600
 	$(BIN)/v2l train --config shapes-captions model.base=runs/shapes-any/base
 
 evaluate-shapes: $(VENV)/.dev

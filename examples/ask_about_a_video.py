@@ -9,7 +9,7 @@ from v2l_fast import Video2LoRA
 
 
 def main(video: str, *questions: str) -> None:
-    model = Video2LoRA.from_pretrained("shapes")
+    model = Video2LoRA.from_pretrained("shapes-any")
     adapter = model.internalize(video)
     for question in questions or ("What happens in the video?",):
         print(f"{question} {model.ask(question, adapter)}")

@@ -10,7 +10,7 @@ from v2l_fast import Adapter, Video2LoRA
 
 def main(*arguments: str) -> None:
     *videos, question = arguments
-    model = Video2LoRA.from_pretrained("shapes")
+    model = Video2LoRA.from_pretrained("shapes-any")
     adapters = model.internalize(videos)
     answers = model.ask([question] * len(videos), adapters)
     for video, answer in zip(videos, answers, strict=True):

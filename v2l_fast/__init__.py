@@ -1,7 +1,7 @@
 """Video2LoRA: a video becomes a LoRA adapter, and the frozen model answers from it alone.
 
 >>> from v2l_fast import Video2LoRA
->>> model = Video2LoRA.from_pretrained("shapes")
+>>> model = Video2LoRA.from_pretrained("shapes-any")
 >>> adapter = model.internalize("clip.mp4")
 >>> model.ask("what happens?", adapter)
 """

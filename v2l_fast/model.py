@@ -97,9 +97,9 @@ class Video2LoRA:
         """Load a hypernetwork and its frozen VLM.
 
         Args:
-            name_or_path: "shapes" (the shipped pair), a directory, a hub id, or a released
-                checkpoint (``.pt``). A directory holds the hypernetwork itself, or ``hypernet/``
-                and ``base/``.
+            name_or_path: "shapes-any" or "shapes" (shipped), a directory, a hub id, or a released
+                checkpoint (``.pt``). A directory holds the hypernetwork itself, or
+                ``hypernet/`` and ``base/``.
             base: the VLM; read from the hypernetwork's config when omitted.
             device: "cuda" when there is one, else "cpu".
             dtype: "bfloat16", "float16", "float32" or a torch.dtype; bfloat16 on a GPU and float32

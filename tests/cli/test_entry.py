@@ -90,7 +90,7 @@ def test_chat(folder):
         {"role": "assistant", "content": first},
         {"role": "user", "content": questions[1]},
     ]
-    model = Video2LoRA.from_pretrained("shapes", device="cpu")
+    model = Video2LoRA.from_pretrained("shapes-any", device="cpu")
     assert [first, fresh] == alone and second == model.ask(messages, file)
     history = [*messages, {"role": "assistant", "content": second}]
     assert told == "\\n".join(f"{m['role']}: {m['content']}" for m in history)

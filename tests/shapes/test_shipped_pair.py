@@ -8,7 +8,7 @@ import pytest
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.evaluate import encoded_clips
 from v2l_fast.shapes.language import ask, attribute_hits, plain
-from v2l_fast.shapes.probes import sampled_clips
+from v2l_fast.shapes.probes import binding_probes, sampled_clips
 from v2l_fast.shapes.vlm import ASSETS, BASE_FOLDER
 from v2l_fast.shapes.world import SHAPES, sample_scenes
 
@@ -50,6 +50,18 @@ def test_the_pair_for_any_duration_reads_slow_clips(scenes):
     question = f"What color is the {absent}?"
     assert pair.answer_direct(question, slow[0])[0].text == "none"
     assert pair.answer(question, pair.internalize(slow[0]))[0].text == "none"
+
+
+@pytest.mark.parametrize("kind", ["color", "size", "motion"])
+def test_the_pair_for_any_duration_knows_which_object_is_meant(scenes, kind):
+    """Of two objects with different values, the one of the shape that the question names."""
+    pair = Video2LoRA.from_pretrained("shapes-any", device="cpu")
+    adapters = pair.internalize(encoded_clips(scenes))
+    probes = [probe for probe in binding_probes(scenes) if probe.kind == kind]
+    assert len(probes) >= 6
+    answers = pair.ask([p.question for p in probes], [adapters[p.clip] for p in probes])
+    right = [plain(a) == plain(p.answer) for a, p in zip(answers, probes, strict=True)]
+    assert sum(right) >= 0.9 * len(right)
 
 
 def test_files_are_small_and_complete():

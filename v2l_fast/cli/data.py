@@ -39,7 +39,7 @@ finevideo_app = typer.Typer(
 class BaseOptions:
     """A frozen VLM alone."""
 
-    base: str = Option("shapes", help="Frozen VLM: 'shapes' (shipped), a folder or a hub id.")
+    base: str = Option("shapes-any", help="Frozen VLM: 'shapes-any' (shipped), a folder, a hub id.")
     device: str | None = DEVICE
     dtype: str | None = Option(
         None,

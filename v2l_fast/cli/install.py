@@ -67,7 +67,7 @@ def _run_demo(folder: Path | None, seed: int) -> None:
             report(text, number, 6)
 
         step(0, "load the shipped model")
-        model = Video2LoRA.from_pretrained("shapes", device="cpu")
+        model = Video2LoRA.from_pretrained("shapes-any", device="cpu")
         step(1, "render a clip to H.264")
         path = write_clip(scene, folder / DEMO_FILES[0])
         step(2, "decode it")

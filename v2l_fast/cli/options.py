@@ -128,11 +128,11 @@ class ModelOptions:
     """A hypernetwork with its frozen VLM."""
 
     model: str = Option(
-        "shapes",
+        "shapes-any",
         "--model",
         "-m",
         envvar="V2L_MODEL",
-        help="Hypernetwork: 'shapes' (shipped), a folder, a hub id or a released .pt file.",
+        help="Hypernetwork: 'shapes-any' (shipped), a folder, a hub id or a released .pt file.",
     )
     base: str | None = Option(None, help="Frozen VLM. By default, the one in the model's config.")
     device: str | None = DEVICE

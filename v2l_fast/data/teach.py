@@ -43,7 +43,7 @@ class TeacherSettings:
     """The teacher, and how it answers.
 
     Attributes:
-        base: the frozen VLM: "shapes" (shipped), a folder or a hub id.
+        base: the frozen VLM: "shapes-any" (shipped), a folder or a hub id.
         reader: reads frames as the hypernetwork will see them.
         max_new_tokens: limit of an answer; one that reaches it is marked as truncated.
         batch: prompts answered together.
