@@ -43,6 +43,7 @@ EXAMPLES = """
   python -m bench.runs.serve                                      64 clients, 10 minutes
   python -m bench.runs.serve --minutes 1 --clients 8 --videos 2"""
 PROCESSES = multiprocessing.get_context("spawn")
+MODEL = "shapes-any"
 CLIENT_PROCESSES = 2
 NEW_TOKENS = 40
 QUESTIONS_PER_VIDEO = 4
@@ -148,7 +149,8 @@ def running_server(
     folder: Path, clients: int, threads: int
 ) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The process of ``v2l serve`` and its port, once it answers."""
-    command = [sys.executable, "-m", "v2l_fast", "serve", "--store", str(folder / "store")]
+    command = [sys.executable, "-m", "v2l_fast", "serve", "--model", MODEL]
+    command += ["--store", str(folder / "store")]
     command += ["--host", ADDRESS, "--port", "0", "--device", "cpu", "--log-level", "warning"]
     command += ["--max-queue", str(4 * clients)]
     variables = {"OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
@@ -203,7 +205,7 @@ def checked_requests(
     folder: Path, scenes: list, ids: list[str], seed: int
 ) -> tuple[list[CheckedRequest], list[CheckedRequest]]:
     """Requests with their right answers; then requests with extreme parameters."""
-    model = Video2LoRA.from_pretrained("shapes", device="cpu")
+    model = Video2LoRA.from_pretrained(MODEL, device="cpu")
     store = AdapterStore(folder)
 
     def alone(request: _Question) -> str:
@@ -240,7 +242,7 @@ def _requests(scenes: list, ids: list[str], seed: int) -> list[_Question]:
 
 def _body(request: _Question) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "model": request.adapters[0] if len(request.adapters) == 1 else "shapes",
+        "model": request.adapters[0] if len(request.adapters) == 1 else MODEL,
         "messages": [{"role": "user", "content": request.text}],
         "max_tokens": request.sampling.max_new_tokens,
         "temperature": request.sampling.temperature,

@@ -27,9 +27,10 @@ Record = Mapping[str, Any]
 
 INTRODUCTION = """# Results on the shapes world
 
-The paper's measurements, repeated on the small pair that ships with the package, with videos of
-moving colored shapes from the test split. No training video shows the same combination of
-attributes, but every single object and all words of the questions occur in training. The score of a
+The paper's measurements, repeated on `shapes`, the shipped pair for clips of 8 s, with videos of
+moving colored shapes from the test split. (`shapes-any`, the default pair, was trained further.) No
+training video shows the same combination of attributes, but every single object and all words of
+the questions occur in training. The score of a
 caption is the share of the scene's attributes that it states correctly, the score of a question is
 exact match, unless a table says otherwise. The first two sections pool the attributes of all
 videos; elsewhere every caption has the same weight. The worst numbers come first.
