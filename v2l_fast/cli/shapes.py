@@ -16,7 +16,7 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 
-PAIR = Option(None, help="Folder with base/ and hypernet/. By default, the shipped pair.")
+PAIR = Option(None, help="Folder with base/ and hypernet/. By default, the pair 'shapes'.")
 
 
 @options("Run")
