@@ -175,9 +175,28 @@ def test_masked_attention_asks_for_no_grouped_heads(length, backbone, monkeypatc
         return attention(query, key, value, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
-    actual = _attend(query, key, value, mask, 0.3, 3)
+    actual = _attend(query, key, value, mask.repeat(1, 1, 3, 1), 0.3, 3)
     assert actual.shape == query.shape and relative(actual, expected) <= 1e-6
     cache = decoder.new_cache(3, 12)
     positions = torch.tensor([0, 2, 5])
     decoder.forward(decoder.embed(IDS[:, :1]), decoder.decode_metadata(positions, 6), cache)
     assert len(calls) == 1 + decoder.num_layers
+
+
+@torch.no_grad()
+def test_layers_share_the_mask_that_is_repeated_for_grouped_heads(backbone, monkeypatch):
+    decoder, attention = backbone.decoder, F.scaled_dot_product_attention
+    groups = decoder.layers[0].self_attn.num_key_value_groups
+    masks = []
+
+    def watched(query, key, value, **options):
+        masks.append(options["attn_mask"])
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    positions = torch.arange(4).expand(3, 4)
+    mask = torch.ones(4, 4, dtype=torch.bool).tril().expand(3, 1, 4, 4)
+    decoder.forward(decoder.embed(IDS[:, :4]), decoder.attention_metadata(positions, mask))
+    assert len(masks) == decoder.num_layers > 1 and groups > 1
+    assert len({mask.data_ptr() for mask in masks}) == 1
+    assert torch.equal(masks[0], mask.repeat(1, 1, groups, 1))

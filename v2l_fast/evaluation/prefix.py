@@ -121,7 +121,8 @@ def _layer_metadata(
     for length in set(prefix.lengths):
         slots = length + steps
         visible = torch.arange(length + offset + count, device=decoder.device) <= slots[:, None]
-        metadata[length] = AttentionMetadata(slots[None], visible[None, None], rope)
+        own = decoder.attention_metadata(slots[None], visible[None, None])
+        metadata[length] = replace(own, rope=rope)
     return metadata
 
 

@@ -39,8 +39,9 @@ class AttentionMetadata:
 
     Attributes:
         positions: [E, T] int64 position of each token in its sequence.
-        mask: [E, 1, T, K] bool over the first K cache slots (without a cache: over the pass's own
-            tokens), or None for causal attention among the pass's own tokens.
+        mask: [E, 1, G T, K] bool over the first K cache slots (without a cache: over the pass's own
+            tokens), a row for each of the T tokens, G times, where G query heads share a key head;
+            or None for causal attention among the pass's own tokens.
         rope: cos and sin [E, T, head_dim].
         lengths: of a one-token step, [E] int32: the number of leading cache slots that ``mask``
             makes visible.
@@ -177,7 +178,11 @@ class Decoder:
         return StaticKVCache(keys, values, flash=flash_usable(keys))
 
     def attention_metadata(self, positions: Tensor, mask: Tensor | None) -> AttentionMetadata:
-        """For tokens at any ``positions`` [E, T] under any ``mask``."""
+        """For tokens at any ``positions`` [E, T] under any ``mask`` [E, 1, T, K]."""
+        if mask is not None:
+            # Here, not in the layers: the repeated mask of several tokens is a copy.
+            groups = self.layers[0].self_attn.num_key_value_groups
+            mask = mask.expand(-1, groups, -1, -1).flatten(1, 2).unsqueeze(1)
         return AttentionMetadata(positions, mask, self._rope(positions))
 
     def prefill_metadata(self, batch: int, length: int) -> AttentionMetadata:
@@ -355,7 +360,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, groups: int
 ) -> Tensor:
     """Attention [E, heads, T, head_dim] of ``groups`` query heads to each key and value head,
-    under a mask [E, 1, T, K], or causal.
+    under the mask of :class:`AttentionMetadata`, or causal.
 
     Under a mask, PyTorch's fused attention on a GPU does not know grouped heads: it would take the
     unfused form and repeat keys and values. The queries of a group see the same slots, so they
@@ -369,7 +374,6 @@ def _attend(
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     count, _, length, size = query.shape
     rows = query.reshape(count, -1, groups * length, size)
-    mask = mask.expand(-1, groups, -1, -1).reshape(count, 1, groups * length, mask.shape[-1])
     mixed = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return mixed.reshape(query.shape)
 
