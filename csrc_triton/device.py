@@ -48,6 +48,12 @@ def architecture(capability: Capability) -> str:
     return {(8, 0): "sm_80", (9, 0): "sm_90"}.get(capability or (0, 0), "default")
 
 
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it runs, and wait for its end (PDL)."""
+    known = capability(device)
+    return known is not None and known >= (9, 0)
+
+
 def file_of(name: str) -> str:
     """Path of a configuration file below the package: of an op, or of "faster"."""
     return "faster.json" if name == "faster" else f"{name}/configs.json"

@@ -22,7 +22,8 @@ with such an operand (triton#9433).
 Decoding, one token an example, is bound by memory: W is 4.9 MB, an adapter of rank r 7 r KB, 64
 adapters of rank 32 are 14.4 MB; floor 1.2 and 2.5 us for W, 3.4 and 7.2 us for those adapters. The
 product with W is cuBLAS's, so a decoded token has the bits of a prefilled one up to the adapter's
-share; a split-K GEMV over A and a kernel that sums its splits and adds u B to y follow. A skinny
+share; a split-K GEMV over A and a kernel that sums its splits and adds u B to y follow. From sm_90
+on, the second is launched while the first runs (programmatic dependent launch). A skinny
 GEMM of ours with that sum in its epilogue is one chain of 160 dependent products a program:
 predicted 13 us at 16 examples and 27 us at 64 on an H100, against 8 us for the three launches.
 
@@ -201,9 +202,14 @@ def _decode_shrink(
     x, factor, partial, index, ranks,
     examples, adapters, blocks, width, rank,
     stride_xt, stride_xd, stride_fn, stride_fr, stride_fd,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, e, r] = sum of x[e, k] factor[adapter of e, r, k] over a split's blocks."""
+    """partial[split, e, r] = sum of x[e, k] factor[adapter of e, r, k] over a split's blocks.
+
+    With PDL, the next kernel may start as soon as every program of this one runs.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     example = tl.program_id(0)
     split = tl.program_id(2)
     adapter = tl.load(index + example).to(tl.int64)
@@ -234,17 +240,23 @@ def _decode_expand(
     y, factor, partial, index, ranks, scale,
     examples, adapters, splits, d_out, rank,
     stride_fn, stride_fr, stride_fd,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[e, n] += scale * sum_r (sum_split partial[split, e, r]) factor[adapter of e, r, n].
 
     SPLITS is ``splits`` or the next power of two: the splits are one load, and no load waits for
     another. Rows without adapter stay as they are.
+
+    With PDL, it is launched while the kernel that computes ``partial`` runs.
     """
     example = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     adapter = tl.load(index + example).to(tl.int64)
     used = _used_rank(adapter, ranks, rank, adapters)
+    if PDL:
+        # What is read above is older than the kernel before. A program that returns waits, too:
+        # the end of this kernel means the end of that one to the kernel after.
+        tl.extra.cuda.gdc_wait()
     if used <= 0:
         return
     out = y + example.to(tl.int64) * d_out + columns
@@ -402,7 +414,7 @@ def decode_shrink(
     _decode_shrink[(*grid, splits)](
         x, factor, partial, adapter_index, ranks,
         examples, adapters, per_split, width, rank,
-        *x.stride(), *factor.stride(), **tile,
+        *x.stride(), *factor.stride(), PDL=device.has_dependent_launch(x.device), **tile,
     )  # fmt: skip
     return partial
 
@@ -416,14 +428,20 @@ def decode_expand_(
     ranks: Tensor | None,
     config: Config | None = None,
 ) -> None:
-    """y [E, d] += scale · (sum of ``partial``) factor_i in place; y and partial contiguous."""
+    """y [E, d] += scale · (sum of ``partial``) factor_i in place; y and partial contiguous.
+
+    It must be launched directly after the ``decode_shrink`` that made ``partial``.
+    """
     (adapters, rank, width), (splits, examples, _) = factor.shape, partial.shape
     tile = tile_of("decode_expand", y, config, examples=examples, rank=rank)
     tile["BLOCK_R"] = block_of_ranks(tile["BLOCK_R"], rank)
+    dependent = device.has_dependent_launch(y.device)
+    # Triton's interpreter does not know the option.
+    options = {"launch_pdl": True} if dependent else {}
     _decode_expand[(examples, triton.cdiv(width, tile["BLOCK_N"]))](
         y, factor, partial, adapter_index, ranks, scale,
         examples, adapters, splits, width, rank,
-        *factor.stride(), SPLITS=triton.next_power_of_2(splits), **tile,
+        *factor.stride(), SPLITS=triton.next_power_of_2(splits), PDL=dependent, **options, **tile,
     )  # fmt: skip
 
 
@@ -531,6 +549,7 @@ def aot_case(
         **dict.fromkeys(() if half else ("ranks",), None),
         "SPLITS": 16,
         "PRECISION": "tf32" if half else "ieee",
+        "PDL": architecture == "sm_90",
     }
     values = dict.fromkeys(("x", "factor", "out", "u", "y"), "*bf16" if half else "*fp32")
     values |= dict.fromkeys(("index", "ranks", "order"), "*i64")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,34 @@ def test_shipped_configurations_keep_their_budgets(op):
     assert not [
         line for case in cases for line in aot_report.violations(case, aot_report.measure(case))
     ]
+
+
+@pytest.fixture
+def opcodes(monkeypatch) -> Callable[[str], list[str]]:
+    """Opcodes of the first case of a kernel of lora_linear on sm_90, in order."""
+    listings, disassemble = [], sass.disassemble
+
+    def kept(*arguments) -> str:
+        listings.append(disassemble(*arguments))
+        return listings[-1]
+
+    def of(kernel: str) -> list[str]:
+        cases = aot_report.cases("lora_linear")
+        aot_report.measure(
+            next(case for case in cases if case.architecture == "sm_90" and kernel in case.name)
+        )
+        return [instruction.opcode for instruction in sass.parse(listings[-1])[0]]
+
+    monkeypatch.setattr(sass, "disassemble", kept)
+    return of
+
+
+def test_the_second_decode_kernel_waits_for_the_first(opcodes):
+    """Launched while the first runs, it reads no more than an index and a rank before its end."""
+    assert "PREEXIT" in opcodes("decode_shrink")
+    second = opcodes("decode_expand")
+    before = second[: second.index("ACQBULK")]
+    assert before.count("LDG") <= 2 and "EXIT" not in before and "STG" not in before
 
 
 @triton.jit
