@@ -396,7 +396,10 @@ PIECES = {
         Piece("continuation, adapters", lambda m, n: _continuation(m, n, True), 1, 10),
         Piece("decode step", lambda m, n: _decode(m, n, False), 1, 10),
         Piece("decode step, adapters", lambda m, n: _decode(m, n, True), 1, 10),
-        # Vision, context layers, hypernetwork and answer layers, with their backward passes.
+        # One graph each of vision, a context layer and the hypernetwork, and four of an answer
+        # layer: Dynamo compiles for one row apart from several, and for the first layer apart from
+        # the others, because the embeddings that it reads need no gradient. One graph for all
+        # layers would compute the embeddings' gradient at every step.
         Piece("training step", _train, 7, 160, grad=True),
     )
 }
