@@ -17,7 +17,7 @@ from v2l_fast import Video2LoRA
 from v2l_fast.errors import AdapterError, ConfigError, PromptTooLong, VideoError
 from v2l_fast.generation import answers
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.video import Clip
+from v2l_fast.video import Clip, load_spans
 from v2l_fast.video.preprocess import frame_views, normalize
 from v2l_fast.vlm.smolvlm_prompt import chat, video_text
 
@@ -152,6 +152,14 @@ def test_provenance_is_complete_and_plain(model, clips, adapters):
     assert record["preprocessing"]["instruction"] == model.config.instruction
     assert record["hypernetwork"] == model.hypernet.fingerprint
     assert record["base_model"] == "tiny/base"
+
+
+def test_a_clip_without_its_hash_gives_no_adapter(model, tmp_path):
+    encode(tmp_path / "a.mp4", 10)
+    (clip,) = load_spans(tmp_path / "a.mp4", model.config.sampling, hash_file=False)
+    assert clip.sha256 is None
+    with pytest.raises(VideoError, match="a.mp4: .* this clip has none"):
+        model.internalize(clip)
 
 
 def test_progress_is_reported(model, clips):

@@ -357,9 +357,14 @@ class ChunkReader:
         """The video's chunks in the order of time; a clip's own frames are divided among them.
 
         Raises:
-            VideoError: the file cannot be read.
+            VideoError: the file cannot be read, or the clip was read without its hash.
         """
         if isinstance(video, Clip):
+            if video.sha256 is None:
+                raise VideoError(
+                    f"{video.path}: an adapter's provenance needs the file's hash, and this clip "
+                    "has none; read it with hash_file=True"
+                )
             return [video] if self.chunks == 1 else split_clip(video, self.chunks)
         return load_spans(
             video,
@@ -461,6 +466,7 @@ class VideoInternalizer:
         self, clip: Clip, span: tuple[float, float], sampling: FrameSampling
     ) -> Provenance:
         config = self._hypernet.config
+        assert clip.sha256 is not None  # ChunkReader checked it.
         return {
             "source": {
                 "name": None if clip.path is None else Path(clip.path).name,

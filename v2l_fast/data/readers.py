@@ -41,10 +41,12 @@ class ClipReader:
     decoder: Backend = "auto"
     device: str = "cpu"
 
-    def read(self, video: VideoExamples, chunks: int = 1, sha256: str | None = None) -> list[Clip]:
+    def read(
+        self, video: VideoExamples, chunks: int = 1, hash_file: bool = False
+    ) -> list[Clip]:
         """The video (or its span) in `chunks` consecutive parts.
 
-        sha256: of the clips; None hashes the file.
+        hash_file: as of :func:`~v2l_fast.video.load_spans`.
 
         Raises:
             VideoError: the file cannot be read, or not in time.
@@ -58,7 +60,7 @@ class ClipReader:
                 limits=Limits(max_seconds=self.seconds),
                 backend=self.decoder,
                 device=self.device,
-                sha256=sha256,
+                hash_file=hash_file,
             )
         except OSError as error:
             raise VideoError(f"{video.path}: cannot be read ({error.strerror or error})") from None
@@ -71,8 +73,7 @@ class ClipReader:
         resize: False leaves that to the model's device and gives frames, where they have fewer
         bytes than their views (at 384 pixels of 16:9, a third of those of 512).
         """
-        # Views do not carry the hash, and hashing a long file takes longer than reading a span.
-        clips, edge = self.read(video, chunks, sha256=""), self.sampling.longest_edge
+        clips, edge = self.read(video, chunks), self.sampling.longest_edge
         results = []
         for clip in clips:
             height, width = clip.frames.shape[-2:]

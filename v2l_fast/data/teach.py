@@ -111,8 +111,7 @@ class Teacher:
 
     def _read(self, video: VideoExamples) -> Clip | Failure:
         try:
-            # The hash is not needed, and hashing a long file takes longer than reading a span.
-            return self.settings.reader.read(video, sha256="")[0]
+            return self.settings.reader.read(video)[0]
         except VideoError as error:
             return Failure(video.name, str(error))
 

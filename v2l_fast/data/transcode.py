@@ -27,9 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.video.stream import VideoStream
 
 from v2l_fast.data.manifest import (
     Example,
@@ -43,18 +41,17 @@ from v2l_fast.data.readers import Failure, read_ahead
 from v2l_fast.data.shards import Line, Progress, Shards
 from v2l_fast.data.teach import REQUIRED
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.files import replacing, write_errors, write_jsonl
+from v2l_fast.files import write_errors, write_jsonl
 from v2l_fast.outputs import check_folder
 from v2l_fast.video.info import Limits
 from v2l_fast.video.preprocess import shrunk_size
 from v2l_fast.video.pyav import PyAVSource
 from v2l_fast.video.reader import frames_of_span
 from v2l_fast.video.sampling import MAX_EDGE
+from v2l_fast.video.writer import write_video
 
 # Incremented when the copies of the same videos would differ.
 VERSION = 1
-# Constant quality of x264: on a test pattern within 38 dB of the frames it is given.
-_QUALITY = "18"
 # Bytes of the frames in memory at a time, and the most frames that a piece of a video has.
 _PIECE_BYTES, _PIECE = 1 << 28, 1024
 # Videos of a shard; an interruption costs no copy that is complete.
@@ -192,32 +189,21 @@ def write_copy(video: VideoExamples, target: Path, settings: TranscodeSettings) 
         raise VideoError(f"{video.path}: cannot be read ({error.strerror or error})") from None
     # Rates such as 30000/1001 are exact, so that a copy's frames have the same times.
     rate = Fraction(info.fps).limit_denominator(100_000)
-    with (
-        replacing(target, ".mp4") as part,
-        av.open(str(part), "w", options={"movflags": "+faststart"}) as container,
-    ):
-        stream = container.add_stream(
-            "libx264",
-            rate=rate,
-            options={
-                "preset": "veryfast",
-                "tune": "fastdecode",
-                "crf": _QUALITY,
-                "g": str(max(1, round(info.fps * settings.keyframe_seconds))),
-                # The matrix that swscale converts RGB with.
-                "colorspace": "smpte170m",
-                "color_range": "tv",
-            },
-        )
-        stream.height, stream.width = size
-        stream.pix_fmt = "yuv444p"
-        stream.codec_context.thread_count = 1
-        count = 0
-        for piece in chain((first,), pieces):
-            for image in piece:
-                container.mux(stream.encode(_frame(image, count, rate, stream)))
-                count += 1
-        container.mux(stream.encode(None))
+    write_video(
+        target,
+        chain(first, chain.from_iterable(pieces)),
+        size,
+        rate,
+        "yuv444p",
+        {
+            "tune": "fastdecode",
+            "g": str(max(1, round(info.fps * settings.keyframe_seconds))),
+            # The matrix that swscale converts RGB with.
+            "colorspace": "smpte170m",
+            "color_range": "tv",
+        },
+        {"movflags": "+faststart"},
+    )
 
 
 def _pieces(
@@ -231,13 +217,6 @@ def _pieces(
             yield decoded.frames.numpy()
         if decoded.available is not None:
             return
-
-
-def _frame(image: np.ndarray, number: int, rate: Fraction, stream: VideoStream) -> av.VideoFrame:
-    """Frame `number` of a stream from RGB uint8 [H, W, 3]."""
-    frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=stream.pix_fmt)
-    frame.pts, frame.time_base = number, 1 / rate
-    return frame
 
 
 def _digest(videos: Sequence[VideoExamples]) -> str:

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from v2l_fast.files import replacing
 from v2l_fast.shapes.world import BACKGROUNDS, COLORS, SHAPES, Scene
+from v2l_fast.video.writer import write_video
 
 CLIP_SECONDS = 8
 CLIP_FPS = 4
@@ -90,19 +89,11 @@ def write_clip(
     fps: int = CLIP_FPS,
     seconds: int = CLIP_SECONDS,
 ) -> Path:
-    """Encode the scene as an H.264 (yuv420p) file of fps * seconds frames, atomically."""
-    path = Path(path)
+    """Write the scene as an H.264 file of fps * seconds frames, atomically."""
     count = fps * seconds
     frames = render([scene], size, [index / count for index in range(count)])[0]
-    with replacing(path, f".part{path.suffix}") as part, av.open(str(part), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "18", "preset": "veryfast", "threads": "1"}
-        for frame in frames.permute(0, 2, 3, 1).contiguous().numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    images = frames.permute(0, 2, 3, 1).contiguous().numpy()
+    return write_video(path, images, (size, size), Fraction(fps))
 
 
 # --- augment --------------------------------------------------------------------------------------

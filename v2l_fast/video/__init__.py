@@ -1,4 +1,4 @@
-"""Reads video files, samples frames and turns them into the views of a vision tower.
+"""Reads and writes video files, samples frames and turns them into the views of a vision tower.
 
 Every failure to read a file raises a one-line `v2l_fast.errors.VideoError` that names it.
 """

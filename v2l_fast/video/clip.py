@@ -26,7 +26,8 @@ class Clip:
         timestamps: seconds, index / fps; prompts state these (as in training of the released
             checkpoints).
         fps, duration, num_frames: of the source, as far as it decodes; duration in seconds.
-        sha256: of the file's bytes, or of the frames if there is no file (path None).
+        sha256: of the file's bytes, or of the frames if there is no file (path None); None if the
+            file was read without hashing it. An adapter can only be generated from a hashed clip.
         presentation_times: seconds from the file's first frame at which it shows each frame. They
             differ from `timestamps` for variable frame rate; NaN where the file has no time, empty
             when unknown.
@@ -38,7 +39,7 @@ class Clip:
     fps: float
     duration: float
     num_frames: int
-    sha256: str
+    sha256: str | None
     path: str | None
     presentation_times: tuple[float, ...] = ()
 

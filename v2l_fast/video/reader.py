@@ -188,6 +188,7 @@ def load_spans(
     sha256: str | None = None,
     resize: bool = True,
     packets: Packets | None = None,
+    hash_file: bool = True,
 ) -> list[Clip]:
     """Read `span` of a file (seconds, None for all of it) as `chunks` equal parts, one clip each.
 
@@ -198,6 +199,9 @@ def load_spans(
     unless `resize` is False.
 
     packets: as in `open_source`.
+
+    hash_file: False leaves `Clip.sha256` None unless `sha256` is given. To hash a long file takes
+    longer than to read a span of it, and only an adapter's provenance needs the hash.
 
     A frame belongs to a span if it is shown at start <= t < end; an end beyond the file is the
     file's. A span of fewer frames than `chunks` gives as many clips as it has frames. The file is
@@ -223,7 +227,7 @@ def load_spans(
     if decoded.available is not None:
         count = decoded.available
         parts, indices_of_parts, decoded = read(count)
-    if sha256 is None:
+    if sha256 is None and hash_file:
         sha256 = file_sha256(source.path)
     frames = decoded.frames.to(device).permute(0, 3, 1, 2)
     clips = []
