@@ -14,7 +14,7 @@ from tests import tiny
 from v2l_fast.data.manifest import load_manifest
 from v2l_fast.data.shards import Shards
 from v2l_fast.errors import LINE_LENGTH, CheckpointError, V2LError
-from v2l_fast.evaluation.benchmarks.build import BENCHMARKS
+from v2l_fast.evaluation.benchmark_manifests import BENCHMARKS
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork

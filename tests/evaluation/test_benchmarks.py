@@ -8,8 +8,7 @@ import pytest
 from tests.video.clips import encode
 from v2l_fast.data.manifest import load_manifest
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.benchmarks.build import BENCHMARKS, build
-from v2l_fast.evaluation.benchmarks.formats import BenchmarkError
+from v2l_fast.evaluation.benchmark_manifests import BENCHMARKS, BenchmarkError, build
 
 
 def json_file(path, content):
@@ -290,9 +289,9 @@ def test_missing_videos_are_named_with_their_source(tmp_path, name):
     [
         ("vdc", "VDC_1k.jsonl", '{"video_name": "a"}\n', "line 1 has no 'short_caption'"),
         ("vdc", "VDC_1k.jsonl", '{"video_name": "a"\n', "line 1: not JSON"),
-        ("carebench", "metadata.json", "{}", "must hold a JSON list, got dict"),
+        ("carebench", "metadata.json", "{}", r"must hold a JSON list, got \{\}"),
         ("carebench", "metadata.json", '[{"video": "a.mp4"}]', "entry 1 has no 'caption'"),
-        ("activitynet-captions", "val_1.json", "[]", "must hold a JSON object, got list"),
+        ("activitynet-captions", "val_1.json", "[]", r"must hold a JSON object, got \[\]"),
         ("activitynet-captions", "val_1.json", '{"v_a": {}}', "v_a has no 'sentences'"),
         ("nextqa", "test.csv", "video,question\n1,why\n", "line 2 has no 'qid'"),
         ("vidcapbench", "VidCapBench-AE_QA.jsonl", '{"video_dir": "a"}', "no 'QA_pairs'"),

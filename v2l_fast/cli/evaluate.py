@@ -153,7 +153,7 @@ def manifest(
     v2l manifest vdc data/vdc --out data/vdc.jsonl
     v2l manifest activitynet-qa data/anet --out anet-qa.jsonl --skip-missing
     """
-    from v2l_fast.evaluation.benchmarks.build import build
+    from v2l_fast.evaluation.benchmark_manifests import build
     from v2l_fast.outputs import check_output
 
     check_output(out_path, force=force)

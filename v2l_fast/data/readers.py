@@ -41,9 +41,7 @@ class ClipReader:
     decoder: Backend = "auto"
     device: str = "cpu"
 
-    def read(
-        self, video: VideoExamples, chunks: int = 1, hash_file: bool = False
-    ) -> list[Clip]:
+    def read(self, video: VideoExamples, chunks: int = 1, hash_file: bool = False) -> list[Clip]:
         """The video (or its span) in `chunks` consecutive parts.
 
         hash_file: as of :func:`~v2l_fast.video.load_spans`.

@@ -1,1 +1,0 @@
-"""Manifests of the paper's nine benchmarks from their published annotation files."""
