@@ -233,6 +233,11 @@ def read_jsonl(
         yield number, parse_json(line, where, error, remedy=remedy, allow_nan=allow_nan)
 
 
+def json_sha256(*values: Any) -> str:
+    """SHA-256 of the values' JSON array, in hexadecimal: a key or fingerprint of them."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def file_sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hexadecimal.
 

@@ -76,8 +76,15 @@ class ChatModel(Protocol):
         ...
 
 
-def openai_client(url: str, key: str | None = None, timeout: float = 120.0) -> Any:
+def openai_client(
+    url: str, key: str | None = None, timeout: float = 120.0, max_retries: int = 2
+) -> Any:
     """A client of an OpenAI-compatible server.
+
+    Args:
+        key: API key; the environment's OPENAI_API_KEY when None. A local server needs none.
+        timeout: seconds a request may take.
+        max_retries: after a timeout, a rate limit or a server error.
 
     Raises:
         ConfigError: the openai package is missing.
@@ -89,7 +96,7 @@ def openai_client(url: str, key: str | None = None, timeout: float = 120.0) -> A
             'an endpoint needs the openai package: pip install "v2l_fast[converse]"'
         ) from None
     key = key or os.environ.get("OPENAI_API_KEY") or "none"
-    return OpenAI(base_url=url, api_key=key, timeout=timeout)
+    return OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=max_retries)
 
 
 class EndpointModel:
@@ -101,18 +108,15 @@ class EndpointModel:
     Args:
         url: base of the API, such as http://localhost:8000/v1.
         model: name the model is served under.
-        key: API key; the environment's OPENAI_API_KEY when None.
-        timeout: seconds a request may take.
+        key: as for :func:`openai_client`.
 
     Raises:
         ConfigError: the openai package is missing.
     """
 
-    def __init__(
-        self, url: str, model: str, key: str | None = None, timeout: float = 120.0
-    ) -> None:
+    def __init__(self, url: str, model: str, key: str | None = None) -> None:
         self.url, self.model = url, model
-        self._client = openai_client(url, key, timeout)
+        self._client = openai_client(url, key)
         self._unsupported: set[str] = set()
 
     def complete(
@@ -382,11 +386,10 @@ class EndpointEncoder:
     Args:
         url: base of the API, such as http://localhost:8000/v1.
         model: name the encoder is served under.
-        key: API key; the environment's OPENAI_API_KEY when None.
     """
 
-    def __init__(self, url: str, model: str, key: str | None = None) -> None:
-        self._client: Any = openai_client(url, key)
+    def __init__(self, url: str, model: str) -> None:
+        self._client = openai_client(url)
         self.model = model
         self.fingerprint = f"endpoint-{model}"
 

@@ -24,7 +24,7 @@ from v2l_fast.data.manifest import VideoExamples
 from v2l_fast.data.readers import ClipReader, Failure, read_ahead
 from v2l_fast.data.shards import Progress
 from v2l_fast.errors import V2LError, VideoError
-from v2l_fast.files import file_sha256, parse_json
+from v2l_fast.files import file_sha256, json_sha256, parse_json
 from v2l_fast.tensor_files import TensorHeader, read_header, save_tensors
 from v2l_fast.vlm import Backbone, VideoChunk
 
@@ -118,7 +118,7 @@ class FeatureCache:
         for video, count, chunks in entries:
             described = []
             for chunk in chunks:
-                name = _hash(self._digest(video.path), self._setting(), chunk.indices)
+                name = json_sha256(self._digest(video.path), self._setting(), chunk.indices)
                 tensors[name] = chunk.visual
                 fields = {k: v for k, v in vars(chunk).items() if k != "visual"}
                 described.append({"tensor": name, **fields})
@@ -134,7 +134,9 @@ class FeatureCache:
                 }
             )
         # Named by its content, so that processes which store the same videos write the same file.
-        path = self.folder / f"{_hash(sorted(r['request'] for r in records))[:32]}.safetensors"
+        path = (
+            self.folder / f"{json_sha256(sorted(r['request'] for r in records))[:32]}.safetensors"
+        )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(tensors, path, {_RECORDS: json.dumps(records)})
@@ -165,10 +167,10 @@ class FeatureCache:
 
     def _setting(self) -> str:
         """16 hexadecimal digits of everything but the video that determines its features."""
-        return _hash(self.model, asdict(self.reader.sampling))[:16]
+        return json_sha256(self.model, asdict(self.reader.sampling))[:16]
 
     def _request(self, video: VideoExamples, chunks: int) -> str:
-        return self._setting() + _hash(self._digest(video.path), video.span, chunks)[:32]
+        return self._setting() + json_sha256(self._digest(video.path), video.span, chunks)[:32]
 
     def _digest(self, path: str) -> str:
         """sha256 of a file, "" if it cannot be read."""
@@ -256,7 +258,3 @@ def _is_chunk(chunk: Any, header: TensorHeader) -> bool:
 def _encoded(backbone: Backbone, chunks: Iterable[VideoChunk]) -> Iterator[VideoChunk]:
     for chunk in chunks:
         yield replace(chunk, visual=backbone.encode_views(chunk.visual).cpu())
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -6,8 +6,6 @@ of the paper).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +25,7 @@ from v2l_fast.data.manifest import (
 from v2l_fast.data.readers import ClipReader, Failure, read_ahead
 from v2l_fast.data.shards import Line, Progress, Shards, run_on_ray
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.files import write_jsonl
+from v2l_fast.files import json_sha256, write_jsonl
 from v2l_fast.generation import SamplingParams, answer_prompts
 from v2l_fast.loading import shipped
 from v2l_fast.outputs import check_folder
@@ -185,7 +183,9 @@ def teach(
     check_folder(out, names, [manifest], force=(Path(out) / "run.json").is_file())
     examples = load_manifest(manifest, root, required=REQUIRED)
     videos = group_by_video(examples)
-    fingerprint = settings.fingerprint() | {"manifest": _digest(examples)}
+    # Everything that the answers and their order depend on.
+    inputs = [[e.id, e.video_path, e.span, e.prompt] for e in examples]
+    fingerprint = settings.fingerprint() | {"manifest": json_sha256(*inputs)}
     shards = Shards.open(out, fingerprint, len(videos), settings.videos_per_shard)
     if engine == "ray":
         gpus = 0 if settings.device == "cpu" else None
@@ -209,9 +209,3 @@ def _gather(shards: Shards) -> TeachResult:
     write_manifest(target, rows)
     write_jsonl(shards.folder / "quarantine.jsonl", map(asdict, failures))
     return TeachResult(target, len(rows), failures)
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    """Hash of everything in a manifest that the answers and their order depend on."""
-    rows = [[e.id, e.video_path, e.span, e.prompt] for e in examples]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -17,8 +17,6 @@ Layout of the folder::
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +39,7 @@ from v2l_fast.data.readers import Failure, read_ahead
 from v2l_fast.data.shards import Line, Progress, Shards
 from v2l_fast.data.teach import REQUIRED
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.files import write_errors, write_jsonl
+from v2l_fast.files import json_sha256, write_errors, write_jsonl
 from v2l_fast.outputs import check_folder
 from v2l_fast.video.info import Limits
 from v2l_fast.video.preprocess import shrunk_size
@@ -131,7 +129,7 @@ def transcode(
         "transcode": VERSION,
         "longest_edge": settings.longest_edge,
         "keyframe_seconds": settings.keyframe_seconds,
-        "manifest": _digest(videos),
+        "manifest": json_sha256(*([v.examples[0].video_path, v.span] for v in videos)),
     }
     shards = Shards.open(out, fingerprint, len(videos), _SHARD)
 
@@ -217,12 +215,6 @@ def _pieces(
             yield decoded.frames.numpy()
         if decoded.available is not None:
             return
-
-
-def _digest(videos: Sequence[VideoExamples]) -> str:
-    """Hash of which videos are copied, in which order."""
-    rows = [[video.examples[0].video_path, video.span] for video in videos]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _target(folder: Path, number: int) -> Path:

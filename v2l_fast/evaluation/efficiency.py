@@ -8,8 +8,6 @@ even at the first n with P + n·q < n·d.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections import defaultdict
@@ -32,6 +30,7 @@ from v2l_fast.evaluation.examples import (
 )
 from v2l_fast.evaluation.methods import DIRECT, METHODS, Method, MethodSettings
 from v2l_fast.evaluation.prefix import Reduction
+from v2l_fast.files import json_sha256
 from v2l_fast.generation import Answer
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
@@ -451,5 +450,5 @@ def _fingerprint(
         "device": str(decoder.device),
         "dtype": str(decoder.dtype),
         "max_new_tokens": max_new_tokens,
-        "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
+        "questions": json_sha256(*questions)[:16],
     }

@@ -13,8 +13,6 @@ A resumed evaluation reuses everything but the last line.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +33,7 @@ from v2l_fast.evaluation.judge import Judge, Preference
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import markdown, notes, summarize, text_scores
 from v2l_fast.evaluation.rubrics import JudgeTask
-from v2l_fast.files import write_json, write_text
+from v2l_fast.files import json_sha256, write_json, write_text
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA
 from v2l_fast.outputs import Journal, ResumableFolder
@@ -153,7 +151,7 @@ def _identity(
             "base": recorded_name(model.backbone.name_or_path),
             "dtype": str(model.backbone.decoder.dtype).removeprefix("torch."),
         },
-        "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
+        "questions": json_sha256(*questions)[:16],
     }
 
 

@@ -11,8 +11,6 @@ failures are not cached and are tried again by the next run.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,9 +19,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from v2l_fast.conversation.models import openai_client
 from v2l_fast.errors import ConfigError, V2LError
 from v2l_fast.evaluation import rubrics
 from v2l_fast.evaluation.rubrics import InvalidReply, JudgeTask, Messages
+from v2l_fast.files import json_sha256
 from v2l_fast.outputs import Journal
 
 JudgeProgress = Callable[[int, int], None]
@@ -99,22 +99,10 @@ class Endpoint:
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
-        try:
-            from openai import OpenAI
-        except ModuleNotFoundError:
-            raise ConfigError(
-                'the judge needs the openai package: pip install "v2l_fast[eval]"'
-            ) from None
         self.settings = settings
         self.usage = JudgeUsage()
         self._lock = Lock()
-        self._client = OpenAI(
-            base_url=settings.url,
-            # A local server needs no key, but the client insists on one.
-            api_key=settings.key or os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=settings.timeout,
-            max_retries=settings.retries,
-        )
+        self._client = openai_client(settings.url, settings.key, settings.timeout, settings.retries)
 
     def request(self, messages: Messages) -> str:
         """The text of the reply.
@@ -367,8 +355,8 @@ class Judge:
 
     def _key(self, messages: Messages) -> str:
         """Hash of everything that the judgment depends on."""
-        inputs = [rubrics.VERSION, self.settings.model, self.settings.max_tokens, messages]
-        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        settings = self.settings
+        return json_sha256(rubrics.VERSION, settings.model, settings.max_tokens, messages)
 
 
 def _swapped(task: JudgeTask, seed: int) -> bool:

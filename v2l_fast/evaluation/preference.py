@@ -13,8 +13,6 @@ interrupted run repeats only the unit of work that it was interrupted in::
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +36,7 @@ from v2l_fast.evaluation import rubrics
 from v2l_fast.evaluation.examples import token_f1
 from v2l_fast.evaluation.report import interval_text, markdown_table
 from v2l_fast.evaluation.statistics import Interval, ratio_interval
-from v2l_fast.files import write_json, write_text
+from v2l_fast.files import json_sha256, write_json, write_text
 from v2l_fast.outputs import Journal, ResumableFolder
 from v2l_fast.work_units import Progress, silent
 
@@ -234,9 +232,8 @@ def compare_on_dialogs(
         raise ConfigError(f"baseline must be one of the systems, got {baseline!r}")
     if any(s.kind == "shuffled" for s in systems) and "cper" not in by_name:
         raise ConfigError("the system shuffled needs the system cper, whose gaps it prints")
-    contents = json.dumps([asdict(dialog) for dialog in dialogs])
     ResumableFolder(folder, {
-        "dialogs": hashlib.sha256(contents.encode()).hexdigest()[:16], "reasoner": names[0],
+        "dialogs": json_sha256(*map(asdict, dialogs))[:16], "reasoner": names[0],
         "encoder": replay.models.encoder.fingerprint, "history": replay.history,
         "schema": replay.schema.name if replay.schema else None, "person": replay.person,
         "systems": {system.name: asdict(system.settings) for system in systems},
@@ -406,8 +403,7 @@ class PairJudge:
         self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]
     ) -> dict[str, Any] | None:
         messages = rubrics.conversation_messages(a, b)
-        inputs = json.dumps([rubrics.CONVERSATION_VERSION, self.name, messages])
-        key = hashlib.sha256(inputs.encode()).hexdigest()
+        key = json_sha256(rubrics.CONVERSATION_VERSION, self.name, messages)
         if key in self.journal:
             return self.journal[key]
         talk = messages

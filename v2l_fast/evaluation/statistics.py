@@ -31,6 +31,8 @@ from v2l_fast.errors import ConfigError
 # Below this number of videos the percentile bootstrap alone is too narrow.
 SMALL = 100
 CONFIDENCE = 0.95
+_TAIL = (1 - CONFIDENCE) / 2
+RESAMPLES = 9999
 # Range of a score, and of the difference of two scores.
 SCORES, DIFFERENCES = (0.0, 1.0), (-1.0, 1.0)
 
@@ -63,26 +65,20 @@ def required_videos(margin: float) -> int:
     ``margin`` of all videos. Raises ConfigError if the margin is not positive.
     """
     missed = 1 - min(_positive(margin), 0.999)
-    return math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log(missed))
+    return math.ceil(math.log(_TAIL) / math.log(missed))
 
 
 def mean_interval(
-    values: Sequence[float],
-    confidence: float = CONFIDENCE,
-    resamples: int = 9999,
-    seed: int = 0,
-    bounds: Bounds | None = SCORES,
+    values: Sequence[float], resamples: int = RESAMPLES, bounds: Bounds | None = SCORES
 ) -> Interval:
     """Mean of one score per example; arguments and errors as for :func:`mean_of_ratios`."""
-    return ratio_interval(values, [1.0] * len(values), confidence, resamples, seed, bounds)
+    return ratio_interval(values, [1.0] * len(values), resamples, bounds)
 
 
 def paired_difference(
     system: Sequence[float],
     baseline: Sequence[float],
-    confidence: float = CONFIDENCE,
-    resamples: int = 9999,
-    seed: int = 0,
+    resamples: int = RESAMPLES,
     bounds: Bounds | None = DIFFERENCES,
 ) -> Interval:
     """Mean of system - baseline; examples are resampled in pairs.
@@ -90,29 +86,23 @@ def paired_difference(
     Raises ConfigError if the lengths differ; otherwise as :func:`mean_of_ratios`.
     """
     first, second = _checked(system, baseline)
-    return mean_interval((first - second).tolist(), confidence, resamples, seed, bounds)
+    return mean_interval((first - second).tolist(), resamples, bounds)
 
 
 def ratio_interval(
     hits: Sequence[float],
     totals: Sequence[float],
-    confidence: float = CONFIDENCE,
-    resamples: int = 9999,
-    seed: int = 0,
+    resamples: int = RESAMPLES,
     bounds: Bounds | None = SCORES,
 ) -> Interval:
     """sum(hits) / sum(totals) over videos with several items each, resampling videos."""
     first, second = _checked(hits, totals)
     stratum = dict(enumerate(zip(first.tolist(), second.tolist(), strict=True)))
-    return mean_of_ratios([stratum], confidence, resamples, seed, bounds)
+    return mean_of_ratios([stratum], resamples, bounds)
 
 
 def mean_of_ratios(
-    strata: Sequence[Stratum],
-    confidence: float = CONFIDENCE,
-    resamples: int = 9999,
-    seed: int = 0,
-    bounds: Bounds | None = SCORES,
+    strata: Sequence[Stratum], resamples: int = RESAMPLES, bounds: Bounds | None = SCORES
 ) -> Interval:
     """The mean over strata of (sum of scores / number of examples), all strata with equal weight.
 
@@ -142,14 +132,14 @@ def mean_of_ratios(
         scale = min(bounds[0], ratios.min()), max(bounds[1], ratios.max())
     low = high = 0.0
     if varying:
-        low, high = _resampled(varying, totals, confidence, resamples, seed)
+        low, high = _resampled(varying, totals, resamples)
         if min(group.shape[-1] for group in varying) < SMALL:
-            lower, upper = _small_sample(varying, totals, scale, confidence)
+            lower, upper = _small_sample(varying, totals, scale)
             low, high = min(low, lower), max(high, upper)
     if scale is not None:
         for group in groups:
             if not any(group is other for other in varying):
-                below, above = _missed(group, totals, scale, confidence)
+                below, above = _missed(group, totals, scale)
                 low, high = low - below, high + above
         low, high = max(low, scale[0] - estimate), min(high, scale[1] - estimate)
     return Interval(estimate, estimate + float(low), estimate + float(high))
@@ -183,7 +173,7 @@ def holm(intervals: Sequence[Interval], margin: float, two_sided: bool) -> list[
     p_values = [_p_value(interval, _positive(margin), two_sided) for interval in intervals]
     holds, alive = [False] * len(p_values), True
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
-        alive = alive and p_values[index] < (1 - CONFIDENCE) / 2 / (len(p_values) - rank)
+        alive = alive and p_values[index] < _TAIL / (len(p_values) - rank)
         holds[index] = alive
     return holds
 
@@ -228,7 +218,7 @@ def _mean_ratio(totals: np.ndarray) -> np.ndarray:
 
 
 def _resampled(
-    groups: Sequence[np.ndarray], totals: np.ndarray, confidence: float, resamples: int, seed: int
+    groups: Sequence[np.ndarray], totals: np.ndarray, resamples: int
 ) -> tuple[float, float]:
     """Percentiles over resamples of the groups' videos, relative to the estimate."""
     fixed = totals - sum(group.sum(axis=-1) for group in groups)
@@ -243,18 +233,18 @@ def _resampled(
         statistic,
         paired=False,
         vectorized=True,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         n_resamples=resamples,
         method="percentile",
         batch=256,
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).confidence_interval
     estimate = _mean_ratio(totals)
     return float(interval.low - estimate), float(interval.high - estimate)
 
 
 def _small_sample(
-    groups: Sequence[np.ndarray], totals: np.ndarray, scale: Bounds | None, confidence: float
+    groups: Sequence[np.ndarray], totals: np.ndarray, scale: Bounds | None
 ) -> tuple[float, float]:
     """Bounds, relative to the estimate, from the variance of the linearized estimate, with
     Welch-Satterthwaite degrees of freedom over the groups."""
@@ -269,26 +259,23 @@ def _small_sample(
     if not variance:
         return 0.0, 0.0
     freedom = variance**2 / sum(v**2 / f for v, f in zip(variances, freedoms, strict=True))
-    tail = (1 - confidence) / 2
-    quantile = t.isf(tail, freedom)
+    quantile = t.isf(_TAIL, freedom)
     half = float(quantile) * math.sqrt(variance)
     if scale is None:
         return -half, half
     width = scale[1] - scale[0]
     share = (float(ratios.mean()) - scale[0]) / width
-    effective = share * (1 - share) * width**2 / variance * (norm.isf(tail) / quantile) ** 2
+    effective = share * (1 - share) * width**2 / variance * (norm.isf(_TAIL) / quantile) ** 2
     hits, misses = effective * share, effective * (1 - share)
     return (
-        float(beta.ppf(tail, hits, misses + 1) - share) * width,
-        float(beta.isf(tail, hits + 1, misses) - share) * width,
+        float(beta.ppf(_TAIL, hits, misses + 1) - share) * width,
+        float(beta.isf(_TAIL, hits + 1, misses) - share) * width,
     )
 
 
-def _missed(
-    group: np.ndarray, totals: np.ndarray, scale: Bounds, confidence: float
-) -> tuple[float, float]:
+def _missed(group: np.ndarray, totals: np.ndarray, scale: Bounds) -> tuple[float, float]:
     """How far the estimate may exceed or miss the truth if a group's videos are all equal."""
-    share = 1 - ((1 - confidence) / 2) ** (1 / group.shape[-1])
+    share = 1 - _TAIL ** (1 / group.shape[-1])
     own = group.sum(axis=-1)
     inside = own[:, 1] > 0
     weights = own[inside, 1] / totals[inside, 1] / len(totals)
