@@ -20,13 +20,12 @@ from v2l_fast.cli import (
     adapters,
     analyze,
     converse,
-    data,
     evaluate,
     export,
     install,
     serve,
     shapes,
-    train,
+    training,
 )
 from v2l_fast.cli.options import CONTEXT
 from v2l_fast.console import NoteHandler, drop_output, flush_output, note, prepare_streams, say
@@ -43,7 +42,7 @@ app = typer.Typer(
 for panel, commands in {
     "Adapters": (adapters.internalize, adapters.ask, converse.chat, adapters.compose),
     "Export and serving": (export.convert, export.export, export.push, serve.serve),
-    "Training": (train.train, data.transcode, data.teach, data.cache),
+    "Training": (training.train, training.transcode, training.teach, training.cache),
     "Evaluation": (evaluate.evaluate, evaluate.manifest, analyze.sweep),
     "Installation": (install.demo, install.doctor),
 }.items():
@@ -53,7 +52,7 @@ app.add_typer(converse.persona_app, name="persona", rich_help_panel="Adapters")
 app.add_typer(converse.cper_app, name="cper", rich_help_panel="Evaluation")
 app.add_typer(analyze.app, name="analyze", rich_help_panel="Evaluation")
 app.add_typer(shapes.app, name="shapes", rich_help_panel="Evaluation")
-app.add_typer(data.finevideo_app, name="finevideo", rich_help_panel="Training")
+app.add_typer(training.finevideo_app, name="finevideo", rich_help_panel="Training")
 
 # The base class of typer's usage errors.
 UsageError = typer.BadParameter.__base__
