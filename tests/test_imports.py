@@ -42,7 +42,7 @@ LAYERS = (
     ("data",),
     ("training", "serving"),
     ("evaluation",),
-    ("shapes", "doctor"),
+    ("shapes",),
     ("cli",),
     ("__main__",),
 )

@@ -62,6 +62,7 @@ MOVED = {
     "internalizing.videos": "pipeline",
     "compiling": "device",
     "demo": "cli.install",
+    "doctor": "cli.install",
     "effect": "generation.answers",
     "lengths": "pipeline",
     "options": "cli.options",

@@ -13,8 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.cli.commands import fail, run
-from v2l_fast import doctor
-from v2l_fast.cli import entry
+from v2l_fast.cli import entry, install
 from v2l_fast.errors import ConfigError, PromptTooLong
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.peft import validate_peft
@@ -155,7 +154,7 @@ def test_doctor_reports_an_old_assembler_on_hopper(monkeypatch, version, capabil
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(knobs=knobs))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    (finding,) = doctor._ptxas()
+    (finding,) = install._ptxas()
     assert finding.present == sound and version in finding.detail
     assert ("TRITON_PTXAS_PATH" in finding.detail) == (not sound)
 

@@ -86,9 +86,7 @@ def main() -> None:
         where = "" if error.filename is None else f"{error.filename}: "
         note(f"{where}{os_error_reason(error)}", "error:")
     except ModuleNotFoundError as error:
-        from v2l_fast.doctor import remedy
-
-        hint = remedy(error.name or "")
+        hint = install.remedy(error.name or "")
         if hint is None:
             raise
         note(f"{error.name} is not installed: {hint}", "error:")

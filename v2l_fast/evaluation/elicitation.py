@@ -28,7 +28,7 @@ from v2l_fast.conversation.simulate import (
 )
 from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.report import interval_text, markdown_table
-from v2l_fast.evaluation.statistics import auroc, mean_interval, paired_difference
+from v2l_fast.evaluation.statistics import auroc, mean_interval, paired_difference, share
 from v2l_fast.files import write_text
 
 TURNS = 7
@@ -90,7 +90,7 @@ def _variant(
         "questions": {
             arm: float(np.mean([len(talk.was_missing) for talk in talks[arm]])) for arm in ARMS
         },
-        "asked about something missing": _share(
+        "asked about something missing": share(
             [missing for talk in talks["targeted"] for missing in talk.was_missing]
         ),
         "utility": {
@@ -140,7 +140,7 @@ def _turns_to(talks: Sequence[Conversation], gap: float) -> float | None:
 
 def _over_asking(talks: Sequence[Conversation]) -> float | None:
     """Share of the turns without a true gap that ask nevertheless."""
-    return _share(
+    return share(
         [
             target is not None
             for talk in talks
@@ -266,10 +266,6 @@ def _paper_gap(talk: Conversation) -> list[float]:
 
 def _means(talks: Sequence[Conversation], values: Any) -> list[float]:
     return np.mean([values(talk) for talk in talks], axis=0).tolist()
-
-
-def _share(outcomes: Sequence[bool]) -> float | None:
-    return float(np.mean(outcomes)) if outcomes else None
 
 
 def _spearman(talks: Sequence[Conversation], values: Any) -> float:

@@ -35,7 +35,7 @@ from v2l_fast.errors import ConfigError, excerpt
 from v2l_fast.evaluation import rubrics
 from v2l_fast.evaluation.examples import token_f1
 from v2l_fast.evaluation.report import interval_text, markdown_table
-from v2l_fast.evaluation.statistics import Interval, ratio_interval
+from v2l_fast.evaluation.statistics import Interval, ratio_interval, share
 from v2l_fast.files import json_sha256, write_json, write_text
 from v2l_fast.outputs import Journal, ResumableFolder
 from v2l_fast.work_units import Progress, silent
@@ -330,7 +330,7 @@ def _measures(
                 asking["Question" in strategies].append(turn["action"] != "answer")
     return {
         "turns": len(turns),
-        "asking": _share([turn["action"] != "answer" for turn in turns]),
+        "asking": share([turn["action"] != "answer" for turn in turns]),
         "calls": float(np.mean([turn["calls"] for turn in turns])),
         "tokens": float(np.mean([turn["tokens"] for turn in turns])),
         "seconds": float(np.mean(seconds)) if seconds else None,
@@ -339,13 +339,9 @@ def _measures(
         "cosine to the recorded reply": _ratio(cosine, counts),
         "annotated preferences recalled": _ratio(recalled, gold),
         "facts that are annotated": _ratio(precise, facts),
-        "asking where the recorded strategy is a question": _share(asking[True]),
-        "asking elsewhere": _share(asking[False]),
+        "asking where the recorded strategy is a question": share(asking[True]),
+        "asking elsewhere": share(asking[False]),
     }
-
-
-def _share(outcomes: Sequence[bool]) -> float | None:
-    return float(np.mean(outcomes)) if outcomes else None
 
 
 def _ratio(sums: Sequence[float], counts: Sequence[float]) -> dict[str, float] | None:
@@ -484,7 +480,7 @@ def _outcomes(by_dialog: Sequence[Sequence[PairOutcome]]) -> dict[str, Any]:
         "losses": losses,
         "share": asdict(ratio_interval(_points(by_dialog), counts)),
         "wins for each loss": wins / losses if losses else None,
-        "orders disagree": _share([not o.agreed for o in flat]),
+        "orders disagree": share([not o.agreed for o in flat]),
         "conversations": {
             "won": won, "tied": len(sums) - won - lost, "lost": lost,
             "p of the sign test": float(binomtest(won, won + lost).pvalue) if won + lost else None,

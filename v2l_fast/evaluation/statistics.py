@@ -154,6 +154,11 @@ def recovery(system: float, baseline: float, chance: float = 0.0) -> float:
     return (system - chance) / above if above > 0 else float("nan")
 
 
+def share(outcomes: Sequence[bool]) -> float | None:
+    """Share of the outcomes that are true; None without outcomes."""
+    return float(np.mean(outcomes)) if outcomes else None
+
+
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """Probability that a positive scores above a negative, ties counted half; NaN without both."""
     high, low = np.asarray(positive)[:, None], np.asarray(negative)[None]
