@@ -150,7 +150,7 @@ class Video2LoRA:
         Raises:
             VideoError: the file cannot be read.
         """
-        reader = self._reader(sampling or self.config.sampling, 1, decoder)
+        reader = self._reader(sampling, 1, decoder)
         source = _as_video(video)
         if isinstance(source, VideoError):
             raise source
@@ -235,10 +235,7 @@ class Video2LoRA:
         adapters: list[Adapter] = []
         for outcome in self.internalize_each(
             batch,
-            sampling=sampling,
-            max_frames=max_frames,
-            longest_edge=longest_edge,
-            exact_frames=exact_frames,
+            sampling=self._sampling(sampling, max_frames, longest_edge, exact_frames),
             chunks=chunks,
             decoder=decoder,
             batch_size=batch_size,
@@ -254,9 +251,6 @@ class Video2LoRA:
         videos: Iterable[Video | VideoError],
         *,
         sampling: FrameSampling | None = None,
-        max_frames: int | None = None,
-        longest_edge: int | None = None,
-        exact_frames: bool | None = None,
         chunks: int = 1,
         decoder: Backend = "auto",
         batch_size: int = BATCH_SIZE,
@@ -276,7 +270,6 @@ class Video2LoRA:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        sampling = self._sampling(sampling, max_frames, longest_edge, exact_frames)
         reader = self._reader(sampling, chunks, decoder)
         remaining = iter(videos)
         while batch := [_as_video(video) for video in islice(remaining, batch_size)]:
@@ -302,7 +295,7 @@ class Video2LoRA:
         Returns:
             The adapter, as the generator's value (:func:`~v2l_fast.work_units.run_to_completion`).
         """
-        reader = self._reader(sampling or self.config.sampling, chunks, decoder)
+        reader = self._reader(sampling, chunks, decoder)
         units = self._internalizer.iter_internalize([_as_video(video)], reader, max_tokens=0)
         (outcome,) = yield from self._iter_without_autocast(units)
         if isinstance(outcome, VideoError):
@@ -320,7 +313,8 @@ class Video2LoRA:
         base = sampling or self.config.sampling
         return base.override(max_frames, longest_edge, exact_frames=exact_frames)
 
-    def _reader(self, sampling: FrameSampling, chunks: int, decoder: Backend) -> ChunkReader:
+    def _reader(self, sampling: FrameSampling | None, chunks: int, decoder: Backend) -> ChunkReader:
+        sampling = sampling or self.config.sampling
         return ChunkReader(sampling, chunks, decoder, self.backbone.decoder.device)
 
     def iter_question_prompt(
@@ -621,35 +615,19 @@ class Video2LoRA:
         Raises:
             AdapterError: other modules, layer count, sizes, scale or hypernetwork.
         """
-        expected = self.config.target_modules
-        if set(adapter.A) != set(expected):
-            raise AdapterError(
-                f"the adapter is for {', '.join(sorted(adapter.A))}, this model adapts "
-                f"{', '.join(expected)}: internalize the video with this model"
-            )
-        if adapter.num_layers != self.config.num_layers:
-            raise AdapterError(
-                f"the adapter has {adapter.num_layers} layers, this model "
-                f"{self.config.num_layers}: internalize the video with this model"
-            )
-        for module, (d_in, d_out) in expected.items():
-            sizes = adapter.A[module].shape[2], adapter.B[module].shape[2]
-            if sizes != (d_in, d_out):
+        config, made_by = self.config, self._internalizer.fingerprint
+        sizes = {m: (adapter.A[m].shape[2], adapter.B[m].shape[2]) for m in adapter.A}
+        for what, its, ours in (
+            ("modules and their sizes", sizes, dict(config.target_modules)),
+            ("number of layers", adapter.num_layers, config.num_layers),
+            ("hypernetwork", adapter.provenance.get("hypernetwork") or made_by, made_by),
+            ("scale", adapter.scale, config.scale),
+        ):
+            if its != ours:
                 raise AdapterError(
-                    f"the adapter's {module} is {sizes}, this model's {(d_in, d_out)}: "
-                    "internalize the video with this model"
+                    f"the adapter's {what}: {its}, this model's: {ours}; internalize the video "
+                    "with this model"
                 )
-        source = adapter.provenance.get("hypernetwork")
-        if source not in (None, self._internalizer.fingerprint):
-            raise AdapterError(
-                f"the adapter was made by hypernetwork {source}, this one is "
-                f"{self._internalizer.fingerprint}: internalize the video with this model"
-            )
-        if adapter.scale != self.config.scale:
-            raise AdapterError(
-                f"the adapter's scale is {adapter.scale}, this model's {self.config.scale}: "
-                "internalize the video with this model"
-            )
         return adapter if adapter.bias is not None else adapter.with_bias(self._internalizer.bias)
 
     @property
