@@ -1,6 +1,7 @@
 """Short runs of every stage: losses fall, and a stopped run continues exactly."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from v2l_fast.shapes.train import (
     LanguageSettings,
     VisionStage,
     cache_visual_tokens,
-    learning_rate,
     pretrain_vision,
     random_frames,
-    train_language,
+    train_decoder,
+    video_qa_pairs,
 )
 from v2l_fast.shapes.vlm import ADDED_WORDS, Prompts, load_base, new_base, save_base
 from v2l_fast.shapes.widen import WideningSettings, widen_base
@@ -102,10 +103,13 @@ def test_language_training_learns_and_resumes(tmp_path, prompts):
                 raise KeyboardInterrupt
 
         try:
-            steps, _ = train_language(model, prompts, scenes, visual, 0, settings, path, report)
+            trained = train_decoder(
+                model, prompts, scenes, visual, settings, "0", lambda _: prompts.video_prefix,
+                partial(video_qa_pairs, questions=1), path, report,
+            )  # fmt: skip
         except KeyboardInterrupt:
             return None
-        assert steps == 15
+        assert trained["step"] == 15
         return model.state_dict()
 
     whole = run(tmp_path / "whole.safetensors")
@@ -117,10 +121,10 @@ def test_language_training_learns_and_resumes(tmp_path, prompts):
 
 def test_rate_is_flat_then_falls():
     settings = LanguageSettings(lr=1.0, final_lr=0.1, warmup=4, decay=10)
-    assert learning_rate(settings, 1, None) == 0.5
-    assert learning_rate(settings, 500, None) == 1.0
-    assert abs(learning_rate(settings, 105, 100) - 0.55) < 1e-12
-    assert learning_rate(settings, 110, 100) == 0.1
+    assert settings.rate(1, None) == 0.5
+    assert settings.rate(500, None) == 1.0
+    assert abs(settings.rate(105, 100) - 0.55) < 1e-12
+    assert settings.rate(110, 100) == 0.1
 
 
 def test_saved_base_is_the_same_model(tmp_path, prompts):

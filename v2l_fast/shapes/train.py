@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,12 @@ def train_vlm(
 
     total = settings.max_flat + settings.decay
     with progress_bar("base model, stage 2 of 2") as bar:
-        steps, seconds["language"] = train_language(
-            model, prompts, scenes, visual, seed, settings, folder / "language.safetensors",
-            _steps(bar, total),
+        trained = train_decoder(
+            model, prompts, scenes, visual, settings, str(seed), lambda _: prompts.video_prefix,
+            partial(video_qa_pairs, questions=settings.questions),
+            folder / "language.safetensors", _steps(bar, total),
         )  # fmt: skip
+    seconds["language"] = trained["seconds"]
 
     save_base(model, tokenizer, folder / "base")
     scenes = sample_scenes("val", _VAL_VIDEOS, seed)
@@ -93,7 +96,7 @@ def train_vlm(
         "what": "tiny SmolVLM of the shapes world",
         "seed": seed,
         "vision": {"schedule": [asdict(stage) for stage in SCHEDULE], "probes": probes},
-        "language": {**asdict(settings), "steps": steps},
+        "language": {**asdict(settings), "steps": trained["step"]},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "threads": threads,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -321,8 +324,42 @@ def _parameters(
 
 
 @dataclass(frozen=True)
-class LanguageSettings:
-    """Steps and sizes of the language stage.
+class DecoderSettings:
+    """What both stages of the decoder's training set; learning rates are linear in the step.
+
+    Attributes:
+        videos: number of training videos.
+        batch: videos of a step.
+        no_video_share: share of the videos that are not shown with their questions.
+        lr, final_lr: learning rate after `warmup` steps, and after the last `decay` steps.
+        caption_weight: share of the captions' mean loss; the other answers have the rest.
+        checkpoint_every: steps between two checkpoints.
+    """
+
+    videos: int
+    batch: int
+    no_video_share: float
+    lr: float
+    final_lr: float
+    warmup: int
+    weight_decay: float
+    decay: int
+    caption_weight: float
+    checkpoint_every: int
+
+    def decay_from(self, step: int, running: Mapping[str, float]) -> int | None:
+        """The step from which the learning rate decays, if `step` steps with these running scores
+        have decided it."""
+        raise NotImplementedError
+
+    def rate(self, step: int, decay_from: int | None) -> float:
+        """The learning rate of 0-based `step`; `decay_from` is None as long as it is open."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LanguageSettings(DecoderSettings):
+    """The first stage of the decoder.
 
     The learning rate decays once motion questions reach `motion_goal` (a running mean over training
     batches), not before `min_flat` and not after `max_flat` steps.
@@ -330,21 +367,32 @@ class LanguageSettings:
 
     videos: int = 16384
     batch: int = 32
-    questions: int = 3
     no_video_share: float = 0.12
     lr: float = 2e-3
     final_lr: float = 5e-5
     warmup: int = 100
     weight_decay: float = 0.05
-    motion_goal: float = 0.9
-    min_flat: int = 1500
-    max_flat: int = 3500
     decay: int = 1000
     caption_weight: float = 0.5
     checkpoint_every: int = 200
+    questions: int = 3
+    motion_goal: float = 0.9
+    min_flat: int = 1500
+    max_flat: int = 3500
+
+    def decay_from(self, step: int, running: Mapping[str, float]) -> int | None:
+        reached = step >= self.min_flat and running.get("motion", 0) >= self.motion_goal
+        return step if reached or step >= self.max_flat else None
+
+    def rate(self, step: int, decay_from: int | None) -> float:
+        rate = self.lr * min(1.0, (step + 1) / self.warmup)
+        if decay_from is None:
+            return rate
+        remaining = max(0.0, 1 - (step - decay_from) / self.decay)
+        return self.final_lr + (rate - self.final_lr) * remaining
 
 
-def video_qa_pairs(scene: Scene, questions: int, rng: random.Random) -> list[QAPair]:
+def video_qa_pairs(scene: Scene, rng: random.Random, questions: int) -> list[QAPair]:
     """A caption, both questions about places, and `questions` others (see :func:`ask_several`)."""
     kinds = ("caption", *PLACE_KINDS)
     return [*(ask(scene, kind, rng) for kind in kinds), *ask_several(scene, questions, rng)]
@@ -366,32 +414,32 @@ def answer_logits(
     return model.lm_head(hidden[packed.rows, packed.columns])
 
 
-def learning_rate(settings: LanguageSettings, step: int, decay_from: int | None) -> float:
-    """Warm-up, constant, then linear decay from step `decay_from` on (None: not yet)."""
-    rate = settings.lr * min(1.0, (step + 1) / settings.warmup)
-    if decay_from is None:
-        return rate
-    remaining = max(0.0, 1 - (step - decay_from) / settings.decay)
-    return settings.final_lr + (rate - settings.final_lr) * remaining
-
-
-def train_language(
+def train_decoder(
     model: SmolVLMForConditionalGeneration,
     prompts: Prompts,
     scenes: Sequence[Scene],
-    visual: Tensor,
-    seed: int,
-    settings: LanguageSettings,
+    visual: Sequence[Tensor] | Tensor,
+    settings: DecoderSettings,
+    stage: str,
+    video_prefix: Callable[[int], list[int]],
+    qa_pairs: Callable[[Scene, random.Random], list[QAPair]],
     checkpoint: Path,
     report: Callable[[int, dict[str, float]], None] | None = None,
-) -> tuple[int, float]:
+) -> dict[str, Any]:
     """Train the decoder in place, resuming from `checkpoint` if it exists.
 
     Args:
-        scenes, visual: the training videos and their visual tokens [B, F, T, D].
+        scenes, visual: the training videos and the visual tokens [F, T, D] of each.
+        stage: name and seed, which with the step determine every random choice.
+        video_prefix: token ids before the questions of a video by its number.
+        qa_pairs: draws the questions about a scene.
 
     Returns:
-        The number of steps and their seconds, including those before a resume.
+        "step": number of steps; "seconds" of them, including those before a resume; "running":
+        means of the loss and, by kind, of the share of correct answers.
+
+    Raises:
+        CheckpointError: the checkpoint is broken, or of other settings.
     """
     freeze(model.model.vision_model)
     freeze(model.model.connector)
@@ -399,52 +447,54 @@ def train_language(
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
-    step, decay_from, seconds = 0, None, 0.0
-    running: dict[str, float] = {}
+    identity = {"stage": stage, **asdict(settings)}
+    progress: dict[str, Any] = {
+        "step": 0, "decay_from": settings.decay_from(0, {}), "running": {}, "seconds": 0.0,
+        "settings": identity,
+    }  # fmt: skip
     if checkpoint.exists():
+        refuse_other_settings(checkpoint, read_progress(checkpoint)["settings"], identity)
         progress = load_checkpoint(checkpoint, parameters, optimizer)
-        step, decay_from, running = (progress[k] for k in ("step", "decay_from", "running"))
-        seconds = progress["seconds"]
-    started = time.perf_counter() - seconds
+    running = progress["running"]
+    started = time.perf_counter() - progress["seconds"]
     model.train()
-    pad = prompts.tokenizer.pad_token_id
-    while decay_from is None or step < decay_from + settings.decay:
-        rng = random.Random(f"{seed}/{step}")
+    while (start := progress["decay_from"]) is None or progress["step"] < start + settings.decay:
+        step = progress["step"]
+        rng = random.Random(f"{stage}/{step}")
         picks = rng.sample(range(len(scenes)), settings.batch)
         with_video = [rng.random() >= settings.no_video_share for _ in picks]
-        pairs = [video_qa_pairs(scenes[i], settings.questions, rng) for i in picks]
+        pairs = [qa_pairs(scenes[i], rng) for i in picks]
         packed = pack_pairs(
-            [prompts.video_prefix if see else prompts.text_prefix for see in with_video],
+            [
+                video_prefix(i) if see else prompts.text_prefix
+                for i, see in zip(picks, with_video, strict=True)
+            ],
             [
                 [(prompts.question(p.question), prompts.answer(p.answer)) for p in row]
                 for row in pairs
             ],
-            pad,
+            prompts.tokenizer.pad_token_id,
         )
-        keep = torch.tensor([i for i, see in zip(picks, with_video, strict=True) if see])
+        tokens = [visual[i].flatten(0, 1) for i, see in zip(picks, with_video, strict=True) if see]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, decay_from)
-        language_step(
-            model, optimizer, packed, visual[keep].flatten(0, 2), pairs, with_video,
+            group["lr"] = settings.rate(step, start)
+        _language_step(
+            model, optimizer, packed, torch.cat(tokens).float(), pairs, with_video,
             settings.caption_weight, running,
         )  # fmt: skip
-        step += 1
-        if decay_from is None and (
-            step >= settings.max_flat
-            or (step >= settings.min_flat and running.get("motion", 0) >= settings.motion_goal)
-        ):
-            decay_from = step
+        progress["step"] += 1
+        if start is None:
+            progress["decay_from"] = settings.decay_from(step + 1, running)
+        progress["seconds"] = time.perf_counter() - started
         if report is not None:
-            report(step, running)
-        if step % settings.checkpoint_every == 0:
-            progress = {"step": step, "decay_from": decay_from, "running": running}
-            progress["seconds"] = time.perf_counter() - started
+            report(step + 1, running)
+        if (step + 1) % settings.checkpoint_every == 0:
             save_checkpoint(checkpoint, parameters, optimizer, progress)
     model.eval()
-    return step, time.perf_counter() - started
+    return progress
 
 
-def language_step(
+def _language_step(
     model: SmolVLMForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
     packed: PackedPairs,
@@ -459,7 +509,6 @@ def language_step(
     Args:
         visual: [n, D] of the image tokens.
         pairs, with_video: of each video, its questions and whether it is shown.
-        caption_weight: share of the captions' mean loss; the other answers have the rest.
         running: means of the loss and, by kind, of the share of correct answers; updated.
     """
     logits = answer_logits(model, packed, visual)

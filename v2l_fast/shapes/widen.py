@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import SmolVLMForConditionalGeneration
 
 from v2l_fast.console import note, progress_bar
@@ -29,42 +28,41 @@ from v2l_fast.shapes.language import (
     ask_ordinal,
     ask_several,
 )
-from v2l_fast.shapes.train import language_step
+from v2l_fast.shapes.train import DecoderSettings, train_decoder
 from v2l_fast.shapes.vlm import (
     ADDED_WORDS,
     Prompts,
     build_tokenizer,
-    freeze,
     load_base,
     recorded_visual_tokens,
     save_base,
 )
 from v2l_fast.shapes.world import Recording, Scene, sample_recordings, sample_scenes
-from v2l_fast.training.batches import pack_pairs
-from v2l_fast.training.checkpoint import (
-    load_checkpoint,
-    named_parameters,
-    read_progress,
-    refuse_other_settings,
-    save_checkpoint,
-)
 
 
 @dataclass(frozen=True)
-class WideningSettings:
-    """Constant learning rate after a warm-up, then a linear decay over the last `decay` steps."""
+class WideningSettings(DecoderSettings):
+    """Constant learning rate after a warm-up, then a linear decay over the last of `steps`."""
 
     videos: int = 12288
-    steps: int = 6000
-    decay: int = 2000
     batch: int = 20
     no_video_share: float = 0.1
     lr: float = 1.5e-3
     final_lr: float = 3e-5
     warmup: int = 100
     weight_decay: float = 0.05
+    decay: int = 2000
     caption_weight: float = 0.35
     checkpoint_every: int = 200
+    steps: int = 6000
+
+    def decay_from(self, step: int, running: Mapping[str, float]) -> int:
+        return self.steps - self.decay
+
+    def rate(self, step: int, decay_from: int | None) -> float:
+        rate = self.lr * min(1.0, (step + 1) / self.warmup)
+        remaining = min(1.0, (self.steps - step) / self.decay)
+        return self.final_lr + (rate - self.final_lr) * remaining
 
 
 def recorded_videos(split: str, count: int, seed: int) -> tuple[list[Scene], list[Recording]]:
@@ -131,10 +129,12 @@ def widen_base(
             if report is not None:
                 report(step, running)
 
-        checkpoint = folder / "widening.safetensors"
-        running = _train(
-            model, Prompts(tokenizer), scenes, recordings, visual, seed, settings, checkpoint, show
-        )
+        prompts = Prompts(tokenizer)
+        running = train_decoder(
+            model, prompts, scenes, visual, settings, f"widening/{seed}",
+            lambda number: prompts.recorded_prefix(recordings[number]), widened_qa_pairs,
+            folder / "widening.safetensors", show,
+        )["running"]  # fmt: skip
     save_base(model, tokenizer, folder / "base")
     result = {
         "what": "second stage of the tiny SmolVLM of the shapes world",
@@ -147,61 +147,3 @@ def widen_base(
     write_json(record, result)
     note(f"the base model is in {folder / 'base'}, the record of its training in {record}")
     return result
-
-
-def _train(
-    model: SmolVLMForConditionalGeneration,
-    prompts: Prompts,
-    scenes: list[Scene],
-    recordings: list[Recording],
-    visual: list[Tensor],
-    seed: int,
-    settings: WideningSettings,
-    checkpoint: Path,
-    report: Callable[[int, dict[str, float]], None],
-) -> dict[str, float]:
-    """Train the decoder in place, resuming from `checkpoint` if it exists; return running means of
-    the loss and of the share of correct answers by kind."""
-    freeze(model.model.vision_model)
-    freeze(model.model.connector)
-    parameters = named_parameters(model)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
-    identity = {"seed": seed, **asdict(settings)}
-    first = 0
-    running: dict[str, float] = {}
-    if checkpoint.exists():
-        refuse_other_settings(checkpoint, read_progress(checkpoint)["settings"], identity)
-        progress = load_checkpoint(checkpoint, parameters, optimizer)
-        first, running = progress["step"], progress["running"]
-    model.train()
-    pad = prompts.tokenizer.pad_token_id
-    for step in range(first, settings.steps):
-        rng = random.Random(f"widening/{seed}/{step}")
-        picks = rng.sample(range(len(scenes)), settings.batch)
-        seen = [rng.random() >= settings.no_video_share for _ in picks]
-        pairs = [widened_qa_pairs(scenes[i], rng) for i in picks]
-        prefixes = [
-            prompts.recorded_prefix(recordings[i]) if see else prompts.text_prefix
-            for i, see in zip(picks, seen, strict=True)
-        ]
-        rows = [
-            [(prompts.question(p.question), prompts.answer(p.answer)) for p in row] for row in pairs
-        ]
-        packed = pack_pairs(prefixes, rows, pad)
-        rate = settings.lr * min(1.0, (step + 1) / settings.warmup)
-        remaining = min(1.0, (settings.steps - step) / settings.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.final_lr + (rate - settings.final_lr) * remaining
-        tokens = [visual[i].flatten(0, 1) for i, see in zip(picks, seen, strict=True) if see]
-        language_step(
-            model, optimizer, packed, torch.cat(tokens).float(), pairs, seen,
-            settings.caption_weight, running,
-        )  # fmt: skip
-        report(step + 1, running)
-        if (step + 1) % settings.checkpoint_every == 0:
-            progress = {"step": step + 1, "running": running, "settings": identity}
-            save_checkpoint(checkpoint, parameters, optimizer, progress)
-    model.eval()
-    return running
