@@ -324,7 +324,7 @@ def _viewers_section(record: Mapping[str, Any]) -> str:
     later = interval_text(difference["later questions"])
     return f"""## Viewers of a video
 
-`v2l cper simulate --world shapes`: {record["videos"]} videos of two objects with the shipped pair,
+`v2l cper simulate --world shapes`: {record["videos"]} videos of two objects with the default pair,
 answers from the adapter alone. A viewer means one of the objects and asks four questions that name
 neither ("What color is the object?").
 
