@@ -316,7 +316,7 @@ def _region(
     frames: tuple[int, int, int] | None,
 ) -> BenchmarkItem:
     uid, video = (_field(path, where, row, name) for name in ("uid", "video"))
-    metadata = {"masklet_id": row._field("masklet_id")}
+    metadata = {"masklet_id": row.get("masklet_id")}
     names = (_stem(video),)
     return BenchmarkItem(
         str(uid), names, "caption", prompt, target, frames=frames, metadata=metadata
@@ -341,7 +341,7 @@ def nextqa(path: Path) -> Iterator[BenchmarkItem]:
             (video,),
             _field(path, where, row, "question"),
             _field(path, where, row, "answer"),
-            row._field("type"),
+            row.get("type"),
         )
 
 
@@ -359,7 +359,7 @@ def activitynet_qa(questions: Path, answers: Path) -> Iterator[BenchmarkItem]:
             raise BenchmarkError(f"{answers}: no answer to {id_}; use both files of one split")
         answer = _field(answers, id_, known[id_], "answer")
         text = _field(questions, where, row, "question")
-        yield _question(id_, (f"v_{name}", name), text, str(answer), known[id_]._field("type"))
+        yield _question(id_, (f"v_{name}", name), text, str(answer), known[id_].get("type"))
 
 
 def plm_sgqa(path: Path) -> Iterator[BenchmarkItem]:
@@ -374,7 +374,7 @@ def plm_sgqa(path: Path) -> Iterator[BenchmarkItem]:
             (_stem(_field(path, where, row, "video")),),
             _field(path, where, row, "question"),
             _field(path, where, row, "answer"),
-            row._field("domain"),
+            row.get("domain"),
         )
 
 
@@ -395,7 +395,7 @@ def vidcapbench(path: Path) -> Iterator[BenchmarkItem]:
                 (video,),
                 _field(path, where, pair, "question"),
                 _field(path, where, pair, "answer"),
-                pair._field("sub_category"),
+                pair.get("sub_category"),
             )
 
 
