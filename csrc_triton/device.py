@@ -159,7 +159,7 @@ class Peak:
         return self.measured_bandwidth or self.bandwidth
 
     def floor(self, flops: float, bytes: float) -> float:
-        """Least seconds that a kernel of so many operations and bytes can take."""
+        """Lower bound in seconds for a kernel with these numbers of operations and bytes."""
         return max(flops / self.reachable_flops, bytes / self.reachable_bandwidth)
 
 

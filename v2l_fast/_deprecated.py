@@ -1,4 +1,4 @@
-"""Module paths of version 0.1 before the packages were arranged anew: they still import, and warn.
+"""Module paths from before the packages were rearranged: they still import, with a warning.
 
 Importing one returns the module that took its place. They go with the next release.
 """

@@ -53,8 +53,8 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # --- reading --------------------------------------------------------------------------------------
 #
 # Every file that a user names is opened here. It must be a regular file, and at most a fixed number
-# of bytes is read, even if the file grows meanwhile. A named pipe, whose writer may never come, or
-# a device, which may never end, is refused without waiting.
+# of bytes is read, even if the file grows while it is read. A named pipe, whose writer may never
+# open it, or a device, which may never end, is refused without waiting.
 
 
 def open_regular(
@@ -539,7 +539,7 @@ def write_target(path: Path) -> Path | None:
 def _copy_into(source: Path, path: Path) -> None:
     """Copy a file's bytes into a device or pipe."""
     try:
-        # Without O_NONBLOCK, opening a pipe without a reader would wait for ever.
+        # Without O_NONBLOCK, opening a pipe without a reader would wait forever.
         handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ENXIO:

@@ -31,7 +31,7 @@ def recorded_name(name_or_path: str | os.PathLike) -> str:
 
 
 def load_hypernet(name_or_path: str | os.PathLike) -> tuple[HyperNetwork, Path | None]:
-    """The hypernetwork (on the CPU) and the base model that lies beside it, if one does."""
+    """The hypernetwork (on the CPU) and the base model next to it, if there is one."""
     path = Path(name_or_path)
     packaged = shipped(name_or_path, "hypernet")
     if packaged is not None:
@@ -50,7 +50,7 @@ def load_hypernet(name_or_path: str | os.PathLike) -> tuple[HyperNetwork, Path |
 def training_sampling(base: str | os.PathLike) -> FrameSampling:
     """Frames and resolution that hypernetworks for a base model are trained with.
 
-    They are those of the hypernetwork that lies beside the base, as in a shipped pair or in the
+    They are those of the hypernetwork next to the base, as in a shipped pair or in the
     folder of a run. For another base they are the paper's, in frames no larger than the base's
     own configuration says.
 

@@ -41,7 +41,7 @@ from v2l_fast.vlm import Backbone, Prompt, Question, load_backbone
 from v2l_fast.vlm.base import count_visual_tokens, video_prompt_ids
 from v2l_fast.work_units import Progress, WorkUnit, run_to_completion
 
-# Videos internalized together, as far as their tokens allow it.
+# Maximum number of videos internalized together.
 BATCH_SIZE = 8
 
 VideoOrFrames = Video | Tensor | np.ndarray
@@ -334,7 +334,7 @@ class Video2LoRA:
             return self.backbone.prompt(ids, chunk)
 
     def visual_tokens(self, clip: Clip, longest_edge: int | None = None) -> int:
-        """Number of context tokens that stand for the clip's pixels."""
+        """Number of image tokens of the clip in the context."""
         edge = self._sampling(longest_edge=longest_edge).longest_edge
         return count_visual_tokens(self.backbone.prompt_builder, clip, edge)
 

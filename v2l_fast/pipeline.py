@@ -337,7 +337,7 @@ class ChunkReader:
 
     Attributes:
         sampling: frames and size of each chunk.
-        chunks: chunks of equal duration, as far as there are frames for them.
+        chunks: number of chunks of equal duration, at most one per frame.
         decoder, device: ``backend`` of :func:`~v2l_fast.video.load_video`, and where frames go.
 
     Raises:

@@ -25,7 +25,7 @@ def demo(
     seed: int = SEED,
     force: bool = FORCE,
 ) -> None:
-    """Render a clip, internalize it and ask about it, beside the same model seeing the video.
+    """Render a clip, internalize it and ask about it; compare with the video in context.
 
     \b
     v2l demo

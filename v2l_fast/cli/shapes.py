@@ -127,7 +127,7 @@ def evaluate(
     ),
     captions_only: str | None = Option(
         None,
-        help="Hypernetwork for the same base that was trained on captions only, tested beside.",
+        help="Hypernetwork trained on captions only, for the same base, evaluated alongside.",
     ),
     record: Path = Option(Path("runs/shapes-eval.json"), help="File of the results (JSON)."),
 ) -> None:

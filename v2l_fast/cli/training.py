@@ -166,7 +166,7 @@ def teach(
     The released checkpoints of both sizes learned from the 2.2B model's answers.
 
     By default, frames and resolution are those that hypernetworks for the base are trained with:
-    those of the hypernetwork beside the base, else the paper's.
+    those of the hypernetwork next to the base, else the paper's.
 
     Repeat the same command to continue after an interruption. The answers are in
     OUT/manifest.jsonl, videos that could not be read in OUT/quarantine.jsonl. With --engine ray,

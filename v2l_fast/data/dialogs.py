@@ -32,7 +32,7 @@ class AnnotatedPreference:
     Attributes:
         text: the words.
         kind: what they are about, such as MOVIE_GENRE_OR_CATEGORY.
-        pair: index of the pair it stands in.
+        pair: index of the pair it is in.
     """
 
     text: str

@@ -112,7 +112,7 @@ def read_pools(folder: str | os.PathLike) -> Pools:
 
 
 def _pairs(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """(metadata, video): the video beside it, else the only one of its name in the folder."""
+    """(metadata, video): the video next to it, else the only one of its name in the folder."""
     named: dict[str, list[Path]] = {}
     for video in sorted(folder.rglob("*.mp4")):
         named.setdefault(video.stem, []).append(video)

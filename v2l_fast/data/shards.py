@@ -122,7 +122,7 @@ class _Worker:
         self.work: ShardWork | None = None
 
     def __call__(self, row: dict[str, int]) -> dict[str, Any]:
-        """The shard, and the message of an error, which Ray would otherwise retry in vain."""
+        """The shard, and the message of an error, which Ray would otherwise retry."""
         try:
             self.work = self.work or self.make()
             self.shards.compute(row["shard"], self.work)
@@ -141,9 +141,9 @@ def run_on_ray(
 ) -> None:
     """Compute the missing shards on a Ray cluster, through Ray Data.
 
-    A worker writes each shard itself, so one that dies costs the shard it had begun, which Ray
-    gives to another. All nodes must see the folder. The cluster is the one this process belongs to
-    or RAY_ADDRESS names, else one of this machine alone.
+    A worker writes each shard itself, so the death of one costs only the shard it was computing,
+    which Ray gives to another. All nodes must see the folder. The cluster is the one that this
+    process belongs to or RAY_ADDRESS names, else one of this machine alone.
 
     Args:
         make, arguments: each worker calls ``make(*arguments)`` once to create its work.

@@ -117,7 +117,7 @@ def transcode(
 
     Raises:
         ManifestError: the manifest cannot be used.
-        ShardError: `out` holds a run with other settings or videos.
+        ShardError: `out` contains a run with other settings or videos.
         WriteError: a file cannot be written, or would replace one of another program.
     """
     settings = settings or TranscodeSettings()

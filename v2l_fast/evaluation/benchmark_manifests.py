@@ -331,7 +331,7 @@ def nextqa(path: Path) -> Iterator[BenchmarkItem]:
 
     Videos are VidOR's, of the same name. Published at https://github.com/doc-doc/NExT-OE; checked
     against its test.csv and NExT-QA's map_vid_vidorID.json. The second references of
-    add_reference_answer_test.json, which its WUPS takes besides, are not used; whether the paper
+    add_reference_answer_test.json, which its WUPS also uses, are not used; whether the paper
     uses them could not be checked.
     """
     for where, row in _csv(path):

@@ -313,7 +313,7 @@ def sweep(
         "rows": one dict per cell, see :func:`measure_cell`.
 
     Raises:
-        ConfigError: the folder holds a sweep of other examples, another model or other settings.
+        ConfigError: the folder contains a sweep of other examples, another model or other settings.
     """
     results = ResumableFolder(folder, _fingerprint(model, examples, max_new_tokens))
     cells = [(count, edge) for count in frames for edge in resolutions]

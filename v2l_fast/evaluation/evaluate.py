@@ -70,7 +70,7 @@ def evaluate(
     batch: int = 16,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Answer, score and compare; resume if the folder holds a part of the same evaluation.
+    """Answer, score and compare; resume if the folder contains part of the same evaluation.
 
     Args:
         load: reads a video.
@@ -85,7 +85,7 @@ def evaluate(
         (:func:`~v2l_fast.evaluation.report.summarize`) and, with a judge, "judge".
 
     Raises:
-        ConfigError: the folder holds another evaluation, or no video can be read.
+        ConfigError: the folder contains another evaluation, or no video can be read.
         JudgeError: the judge cannot be used.
     """
     videos = group_by_video(examples)

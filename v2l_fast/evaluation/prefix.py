@@ -136,7 +136,7 @@ def _layer_metadata(
 # removes the visual tokens that receive the least attention from the prompt's last token in that
 # layer. Text is never removed, and the remaining tokens keep their rotary positions. This follows
 # the authors' code except in two points: the budget is a number of tokens instead of FLOPs, and a
-# prefix without a question can be reduced, too, and then reused for every question; its last token
+# prefix without a question can also be reduced, and then reused for every question; its last token
 # takes the place of the prompt's.
 
 
@@ -198,8 +198,8 @@ def reduced_layers(
 
     Args:
         prompt: contains a video of ``frames`` frames with equally many tokens each.
-        cache: receives the keys and values of every layer; the last layer then runs, too, and its
-            output is yielded last.
+        cache: receives the keys and values of every layer; the last layer then runs as well, and
+            its output is yielded last.
         reduction: its counts are increased.
 
     Raises:

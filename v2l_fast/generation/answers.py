@@ -44,7 +44,7 @@ class Answer:
     Attributes:
         text: the answer.
         prompt_tokens: tokens in context, visual tokens included.
-        visual_tokens: tokens that stand for pixels; 0 with an adapter.
+        visual_tokens: image tokens in context; 0 with an adapter.
         new_tokens: generated tokens, without the stop token.
         time_to_first_token: seconds from the call to the first token of its batch, including the
             prompt (for the direct baseline: resizing and vision tower).

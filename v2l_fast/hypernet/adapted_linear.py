@@ -192,8 +192,8 @@ def adapted_linear(model: nn.Module, suffix: str) -> AdaptedModel:
     """Make any decoder accept a LoRA adapter for each example of a batch.
 
     Every ``nn.Linear`` whose name ends in ``.{layer}.{suffix}`` gets a forward hook that adds the
-    update to its output, so subclasses, quantized ones too, keep their class, hooks and results.
-    The adapters' module name is the last part of ``suffix``, e.g. "mlp.down_proj". A model may have
+    update to its output, so subclasses, even quantized ones, keep their class, hooks and
+    results. The adapters' module name is the last part of ``suffix``, e.g. "mlp.down_proj". A model may have
     several handles. Copies of the model (``copy.deepcopy``, pickle) run without adapters.
 
     Returns:

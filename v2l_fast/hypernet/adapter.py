@@ -85,7 +85,7 @@ class Adapter:
     Attributes:
         A: module -> [L, r, d_in], the generated factors; r = chunks x R.
         B: module -> [L, r, d_out].
-        scale: s of paper Eq. 7, used as it is, not divided by r.
+        scale: s of paper Eq. 7, used unchanged: not divided by r.
         bias: the shared adapter applied with it, or None.
         detached_bias_id: id of the bias that belongs to it when it is not attached (a loaded file).
         provenance: what it was generated from; read-only, ready for JSON.

@@ -1,4 +1,4 @@
-"""Configuration of the hypernetwork, stored beside its weights as ``config.json``.
+"""Configuration of the hypernetwork, stored with its weights as ``config.json``.
 
 Holds the architecture and the setting it was trained in (frames, resolution, instruction), so a
 video is internalized at inference as it was in training. It knows nothing about any VLM family.
@@ -48,7 +48,7 @@ class HypernetConfig:
         num_pre_head_layers: residual MLP blocks before the head.
         shared_head: one head for all layers (the paper's Section 3.3) instead of one per layer.
         bias_adapter: a learned adapter shared by all videos, concatenated in rank.
-        scale: s, the LoRA scale used as it is; ``2 * rank ** 1.5`` when omitted.
+        scale: s, the LoRA scale, used unchanged; ``2 * rank ** 1.5`` when omitted.
         num_heads, num_kv_heads, head_dim: attention of both resamplers.
         base_model_name_or_path: the frozen VLM the hypernetwork was trained for.
         chunk_position: the network reads which part of its video a chunk is.

@@ -34,7 +34,7 @@ def export_text_decoder(
     Args:
         model: a VLM of transformers with a Llama text decoder.
         directory: created; an earlier export there is replaced.
-        tokenizer: written beside it, with its chat template.
+        tokenizer: written to the same directory, with its chat template.
 
     Raises:
         ConfigError: the decoder is not a Llama, or the directory cannot be written.

@@ -27,7 +27,7 @@ from v2l_fast.tensor_files import load_tensors, save_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# PEFT warns about config keys it does not know and vLLM drops them, so ours stand beside them.
+# PEFT warns about config keys it does not know and vLLM drops them, so ours are stored with them.
 SIDECAR_NAME = "v2l.json"
 KEY_START = "base_model.model."
 VLM_LAYERS = "model.text_model.layers"

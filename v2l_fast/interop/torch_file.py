@@ -1,4 +1,4 @@
-"""Reads ``torch.save`` files that nobody vouches for.
+"""Reads untrusted ``torch.save`` files.
 
 ``torch.load(weights_only=True)`` does the reading, with inert stand-ins for the classes that
 released checkpoints pickle. What it does not check is checked here first: that the container is
@@ -112,7 +112,7 @@ def load_torch_file(path: str | os.PathLike) -> Any:
 
 
 def _check_zip(handle: BinaryIO, path: str | os.PathLike) -> None:
-    """Check that every record is stored once, whole and as it is, and what the pickle does."""
+    """Check that every record is stored once, whole and uncompressed, and what the pickle does."""
     with zipfile.ZipFile(handle) as archive:
         records = archive.infolist()
         names = archive.namelist()

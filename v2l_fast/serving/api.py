@@ -111,7 +111,7 @@ def create_app(server: Server, drain_seconds: float = 30.0) -> FastAPI:
     app.state.started = int(time.time())
     app.state.admission = Admission(server.jobs, server.limits)
     app.state.media = MediaInbox(server, app.state.admission, server.media_sources)
-    # Bodies that hold videos lie in memory, several times over while they are read.
+    # Bodies with videos are held in memory, in several copies while they are parsed.
     app.state.large_bodies = ReceiveSlots(
         server.limits.uploads, _LARGE_BODIES * server.limits.chat_bytes,
         server.limits.uploads_waiting,
@@ -286,7 +286,7 @@ async def _link(request: Request, server: Server) -> Job | StoredAdapter:
 async def _receive_form(
     request: Request, path: Path, limit: int
 ) -> tuple[ReceivedVideo, InternalizeOptions]:
-    """Write the file of a form to ``path``; the video and the options beside it.
+    """Write the file of a form to ``path``; return the video and the options sent with it.
 
     Raises:
         ApiError: 400 for a malformed form, 413 for a file larger than ``limit`` bytes.
@@ -413,7 +413,7 @@ def adapter(video_id: str, request: Request) -> FileResponse:
     server: Server = request.app.state.server
     adapter_id = server.resolve(video_id)
     handle = server.store.open(adapter_id)
-    # The open file is sent, even if another file takes its name meanwhile.
+    # The open file is sent, even if another file takes its name in the meantime.
     return FileResponse(
         f"/dev/fd/{handle.fileno()}",
         media_type="application/octet-stream",

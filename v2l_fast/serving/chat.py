@@ -154,7 +154,7 @@ class Completion:
         # Set here: a returned value would be lost if the client left at that moment.
         self._requests = self._server.engine.submit_all(request)
         if self._ended:
-            # The client left or time ran out meanwhile.
+            # The client left or time ran out in the meantime.
             self._cancel()
 
     def _cancel(self) -> None:

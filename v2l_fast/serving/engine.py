@@ -89,7 +89,7 @@ class Engine:
     """Answers and internalizes until it is closed.
 
     Args:
-        model: not changed; it can be used beside the engine.
+        model: not changed; other code can use it at the same time.
         store: adapters are read from it, and internalized ones written to it.
         max_batch: requests answered at once.
         max_context: tokens of prompt and answer together.
@@ -186,8 +186,8 @@ class Engine:
     def submit_all(self, request: StreamingRequest) -> list[StreamingRequest]:
         """Queue one request for each of the ``n`` answers that ``request`` asks for.
 
-        The prompt is prepared once and, as far as rows are free at the same time, computed once.
-        Request i uses ``seed + i``. All are queued, or none.
+        The prompt is prepared once, and requests that find free rows at the same time share its
+        prefill. Request i uses ``seed + i``. All are queued, or none.
 
         Raises:
             As :meth:`submit`.

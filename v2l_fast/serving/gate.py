@@ -31,7 +31,7 @@ _CONTENT_TYPES = {CHAT_PATH: (JSON_TYPE,), UPLOAD_PATH: (FORM_TYPE, JSON_TYPE)}
 # Every other path needs the key, if the server has one.
 _PUBLIC = ("/", "/health", "/docs", "/docs/oauth2-redirect", "/openapi.json")
 _PUBLIC_FOLDER = "/static-offline-docs/"
-# Boundaries, part headers and the fields beside the file.
+# Boundaries, part headers and the fields other than the file.
 _FORM_OVERHEAD = 64 << 10
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?", re.IGNORECASE)

@@ -1,7 +1,7 @@
 """Answers that match a JSON schema: each token is chosen among those that the schema allows next.
 
 llguidance compiles the schema and computes the masks, in threads of this module. The engine's
-thread runs its pass meanwhile and asks for the mask when it has the logits.
+thread runs its pass at the same time and asks for the mask when it has the logits.
 """
 
 from __future__ import annotations

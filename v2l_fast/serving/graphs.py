@@ -194,7 +194,7 @@ class CudaGraphRunner(ModelRunner):
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads run passes of their own meanwhile.
+        # Other threads run their own passes at the same time.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = run()
         self._pool = graph.pool()

@@ -166,7 +166,7 @@ class Internalizer:
 
     Args:
         store: receives the adapters.
-        host_adapters: receives them, too, for the questions that follow.
+        host_adapters: also receives them, for the questions that follow.
         interleaver: runs the work that needs the model.
         changed: the engine's lock, notified when a job ends.
         limit: jobs that may be unfinished.
@@ -337,7 +337,7 @@ class TaskInterleaver:
             JobCancelled: ``cancellation`` was requested; no further unit runs.
             V2LError: raised by a unit, or the reason of :meth:`close`.
         """
-        # Frames on a GPU are resized by this thread beside the engine's passes. Both use the
+        # Frames on a GPU are resized by this thread while the engine's passes run. Both use the
         # device's default stream, so the frames are complete when the engine reads them.
         progress = progress or silent
         cancellation = cancellation or Cancellation()

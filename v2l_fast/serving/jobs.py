@@ -31,7 +31,8 @@ from v2l_fast.store.folder import StoredAdapter
 
 # Ended jobs that are remembered.
 _REMEMBERED = 1024
-# Bytes received at the same time, in uploads of the largest size: they lie in the staging folder.
+# Limit on the bytes received at the same time, in uploads of the largest size; the staging folder
+# holds them.
 _LARGEST_UPLOADS = 8
 # Files examined at the same time: each holds a thread of the web server.
 _EXAMINED = 8
@@ -152,7 +153,7 @@ class Jobs:
         try:
             return self._store.describe(adapter_id)
         except AdapterError:
-            # Deleted meanwhile.
+            # Deleted in the meantime.
             return None
 
     def _join_running(self, key: tuple[str, InternalizeSettings]) -> Job | None:
@@ -344,7 +345,7 @@ class Admission:
         return self._uploads.hold(size)
 
     async def start(self, video: ReceivedVideo, options: InternalizeOptions) -> Job | StoredAdapter:
-        """:meth:`Jobs.start`; equal videos with equal options that arrive meanwhile share it."""
+        """:meth:`Jobs.start`; equal videos and options that arrive while it runs share it."""
         key = (video.sha256, options.model_dump_json(exclude={"path"}))
         task = self._starting.get(key)
         joins = task is not None

@@ -40,7 +40,7 @@ _GAUGES = {
 _COUNTERS = {
     "prompt_tokens": "Tokens in context, visual ones included.",
     "completion_tokens": "Tokens generated.",
-    "visual_tokens": "Tokens in context that stand for pixels.",
+    "visual_tokens": "Image tokens in context.",
     "steps": "Decode steps.",
     "adapter_hits": "Requests whose adapter was in a device slot.",
     "adapter_misses": "Requests whose adapter had to be copied to the device.",

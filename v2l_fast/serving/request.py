@@ -75,7 +75,7 @@ class Usage:
     """Token counts, and seconds from submission to the first token (0 if there is none).
 
     Attributes:
-        visual_tokens: tokens of the prompt that stand for pixels.
+        visual_tokens: image tokens of the prompt.
         reused_tokens: tokens of the prompt whose keys and values were in the prefix cache.
     """
 
@@ -159,7 +159,7 @@ class StreamingRequest(Request):
         submitted: time at which the engine received it (``time.perf_counter``); None before that.
         prompt: token ids, or embeddings [T, D]; None before it is prepared and after it is
             computed.
-        prompt_tokens, visual_tokens: tokens of the prompt, and those that stand for pixels.
+        prompt_tokens, visual_tokens: tokens of the prompt, and the image tokens among them.
         host_adapter: factors to copy to the device.
         skipped: requests behind it that were scheduled while it waited for an adapter slot.
         first_token: time of its first token; 0 before that.

@@ -216,7 +216,7 @@ def image_format(head: bytes) -> str | None:
 
 
 def start_forkserver(modules: Sequence[str]) -> None:
-    """Start the process that the others are forked from; it imports ``modules`` meanwhile.
+    """Start the process that the others are forked from, which imports ``modules``.
 
     A program has one of them: later calls do not change what it imported.
     """

@@ -269,7 +269,7 @@ class ChatRequest(BaseModel):
 class PromptTokensDetails(BaseModel):
     """Of the prompt's tokens.
 
-    ``visual_tokens`` stand for pixels; 0 with an adapter. ``cached_tokens`` were computed by an
+    ``visual_tokens`` are image tokens; 0 with an adapter. ``cached_tokens`` were computed by an
     earlier request.
     """
 

@@ -1,7 +1,7 @@
 """Video files that the server keeps, by content: to internalize them, and to put them in context.
 
 Responsible for the files and the space they take; receiving and decoding happen elsewhere. The name
-a caller gave a file is kept beside it, never in a path, because paths are logged.
+a caller gave a file is stored next to it, never in a path, because paths are logged.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ class VideoFolder:
                     return
                 with _closing(lock):
                     if not needed():
-                        # Atomic: nobody sees half of it.
+                        # Atomic: other processes see all of it or nothing.
                         with suppress(OSError):
                             os.rename(path, old)
         self._staging.remove(old)

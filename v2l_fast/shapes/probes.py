@@ -87,7 +87,7 @@ def probe(
     """Run every probe on the same scenes with greedy answers.
 
     Args:
-        captions_only: a second network for the same base, evaluated beside the first.
+        captions_only: a second network for the same base, evaluated alongside the first.
 
     Returns:
         "videos"; "durations" and "restamped" (see :func:`duration_row`); "kinds", "binding",

@@ -338,7 +338,7 @@ class AdapterStore:
         return self._adapters / f"{adapter_id}{SUFFIX}"
 
     def _set_aside(self, adapter_id: str, inode: int, why: str) -> None:
-        """Move a damaged file away unless another one has replaced it meanwhile."""
+        """Move a damaged file away unless another one has replaced it in the meantime."""
         path = self._path(adapter_id)
         log.error("%s; moved to %s", why, self._corrupt)
         try:

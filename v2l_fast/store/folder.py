@@ -1,10 +1,10 @@
-"""What a store's folder holds beside the adapters: an index of their headers, and new files.
+"""A store's folder apart from its adapters: an index of their headers, and new files.
 
 The adapters' files are authoritative. The index file avoids reading every header at each start;
 entries that are missing, malformed or stale are read from the files again.
 
 A file is written in the staging folder and moved to its place atomically. Each process owns a
-staging folder beside a lock file that it holds as long as it lives. The kernel releases the lock
+staging folder, next to a lock file that it holds as long as it lives. The kernel releases the lock
 when the process ends, however it ends; a folder whose lock is free is orphaned, and the next
 process removes it.
 """

@@ -132,7 +132,7 @@ class RunReport:
             self.say(f"step {step} · {text}")
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Report generated answers beside the references."""
+        """Report generated answers with the references."""
         if not self.enabled:
             return
         for row in rows:
@@ -194,7 +194,7 @@ Sums = dict[str, list[float]]
 class Meter:
     """Sums of losses since the last log line, which stay on the device until :meth:`merge`.
 
-    Means come out the same, to the last bit, whether the run was interrupted or not: each step's
+    Means are the same, to the last bit, whether or not the run was interrupted: each step's
     numbers are added over the processes in order of rank, then the steps in order of time.
 
     Args:

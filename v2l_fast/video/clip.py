@@ -25,7 +25,7 @@ class Clip:
         indices: int64 [F], positions in presentation order.
         timestamps: seconds, index / fps; prompts state these (as in training of the released
             checkpoints).
-        fps, duration, num_frames: of the source, as far as it decodes; duration in seconds.
+        fps, duration, num_frames: of the decodable part of the source; duration in seconds.
         sha256: of the file's bytes, or of the frames if there is no file (path None); None if the
             file was read without hashing it. An adapter can only be generated from a hashed clip.
         presentation_times: seconds from the file's first frame at which it shows each frame. They

@@ -50,7 +50,7 @@ def open_stream(
         if stream.codec_context is None:
             raise VideoError(f"{path}: FFmpeg has no decoder for its video; re-encode it as H.264")
         check_size(path, stream.codec_context.width, stream.codec_context.height, limits)
-        # The decoder refuses larger frames, too, before it allocates one.
+        # The decoder also refuses larger frames before it allocates one.
         stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
         yield container, stream
 

@@ -120,7 +120,7 @@ class DaliSource(PyAVSource):
         encoded = np.fromfile(self.path, dtype=np.uint8)
         kept: list[torch.Tensor] = []
         step = max(1, _CALL_BYTES // (3 * self.info.width * self.info.height))
-        # Frame 0 is decoded, too, to be compared with PyAV's.
+        # Frame 0 is also decoded, for the comparison with PyAV's.
         requested = np.concatenate(([0], indices)).astype(np.int32)
         for start in range(0, len(requested), step):
             self.deadline.check()

@@ -156,7 +156,7 @@ class PyAVSource:
         """Decode frames `indices` (int64, sorted, unique, >= 0), upright.
 
         transform: applied in this thread to each frame (or several), uint8 [..., H, W, 3] ->
-        uint8 [..., H', W', 3], before it is kept; decoding continues meanwhile.
+        uint8 [..., H', W', 3], before it is stored; decoding continues at the same time.
         """
         self.check_count(len(indices))
         # Computed here, before the decoding threads need them.

@@ -207,7 +207,7 @@ def load_spans(
     file's. A span of fewer frames than `chunks` gives as many clips as it has frames. The file is
     read in one pass.
 
-    Raises VideoError as `load_video` does, and when no frame lies in the span.
+    Raises VideoError as `load_video` does, and when the span has no frame.
     """
     source = open_source(path, backend, limits or Limits(), device, packets)
     info = source.info

@@ -28,7 +28,7 @@ def write_video(
         frames: RGB, uint8 [H, W, 3].
         size: (H, W).
         fps: exact rate, so that a copy's frames have the times of the original.
-        options: of x264 besides constant quality, within 38 dB of the frames on a test pattern.
+        options: of x264, in addition to a constant quality that keeps a test pattern within 38 dB.
 
     Raises:
         WriteError: the file cannot be written.

@@ -65,8 +65,8 @@ class Prompt:
 
     Attributes:
         embeddings: [T, D].
-        visual: bool [T], True where a token stands for pixels; None without a video.
-        visual_tokens: number of tokens that stand for pixels.
+        visual: bool [T], True for image tokens; None without a video.
+        visual_tokens: number of image tokens.
         ids: the token ids that were embedded.
     """
 
@@ -140,7 +140,7 @@ class PromptBuilder(Protocol):
     ) -> list[int]:
         """A user's turn of video and text, with one image token per feature of each view.
 
-        In a conversation, the video stands in the user's first turn.
+        In a conversation, the video is in the user's first turn.
         """
 
     def text_prefix(self) -> list[int]:
@@ -184,7 +184,7 @@ def video_prompt_ids(
 
 
 def count_visual_tokens(prompt_builder: PromptBuilder, clip: Clip, longest_edge: int) -> int:
-    """Number of tokens that stand for the clip's pixels in a prompt."""
+    """Number of image tokens of the clip in a prompt."""
     height, width = clip.frames.shape[-2:]
     rows, cols = frame_tiles(height, width, longest_edge, prompt_builder.tile_size)
     return len(clip.frames) * (rows * cols + 1) * prompt_builder.tokens_per_view
@@ -199,7 +199,7 @@ class Backbone(Protocol):
         decoder: its text decoder, run layer by layer.
         name_or_path: where the model came from.
         stop_ids: token ids that end an answer.
-        image_token_id: id of the token that stands for pixels.
+        image_token_id: id of the image token.
         views_per_unit: views that one work unit encodes.
     """
 

@@ -166,7 +166,7 @@ class SmolVLMPromptBuilder:
     ) -> list[int]:
         """A user's turn of video and text, with one image token per feature of each view.
 
-        In a conversation, the video stands in the user's first turn.
+        In a conversation, the video is in the user's first turn.
         """
         video = video_text(len(timestamps), timestamps, duration, rows, cols, self.tokens_per_view)
         return self._prompt_tokenizer.encode(*chat_pieces(question, video, answer_follows))
