@@ -34,6 +34,7 @@ from v2l_fast.conversation.prompts import (
     Reading,
     ReplyError,
     content_words,
+    correction,
     describe_facts,
     describe_slots,
     read_feedback,
@@ -193,11 +194,7 @@ class _Turn:
             try:
                 return read(reply.text)
             except ReplyError as error:
-                messages = [
-                    *messages,
-                    {"role": "assistant", "content": reply.text[:2000]},
-                    {"role": "user", "content": f"This cannot be read: {error}. Reply again."},
-                ]
+                messages = correction(messages, reply.text, error)
                 # A selection or a rewritten question has a good fallback: no second request.
                 if attempt or name not in ("feedback", "refine"):
                     break

@@ -113,6 +113,15 @@ def request(name: str, data: Mapping[str, Any]) -> list[Message]:
     ]
 
 
+def correction(messages: Sequence[Message], reply: str, error: Exception) -> list[Message]:
+    """The messages with a reply that cannot be read and the request to correct it."""
+    return [
+        *messages,
+        {"role": "assistant", "content": reply[:2000]},
+        {"role": "user", "content": f"This cannot be read: {error}. Reply again."},
+    ]
+
+
 def describe_facts(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     """Active facts as the model sees them."""
     return [

@@ -27,7 +27,7 @@ from v2l_fast.conversation.cper import cper_turn
 from v2l_fast.conversation.models import ChatModel
 from v2l_fast.conversation.persona import Persona, Statement
 from v2l_fast.conversation.policy import CperSettings
-from v2l_fast.conversation.prompts import ReplyError, read_feedback, read_reply, request
+from v2l_fast.conversation.prompts import ReplyError, correction, read_feedback, read_reply, request
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.conversation.state import Models, State, Turn
 from v2l_fast.data.dialogs import LONG, Dialog
@@ -408,11 +408,7 @@ class PairJudge:
             try:
                 verdict = rubrics.conversation_verdict(reply.text)
             except rubrics.InvalidReply as error:
-                talk = [
-                    *messages,
-                    {"role": "assistant", "content": reply.text[:2000]},
-                    {"role": "user", "content": f"This cannot be read: {error}. Reply again."},
-                ]
+                talk = correction(messages, reply.text, error)
             else:
                 self.journal.append({key: verdict})
                 return verdict

@@ -193,8 +193,8 @@ def adapted_linear(model: nn.Module, suffix: str) -> AdaptedModel:
 
     Every ``nn.Linear`` whose name ends in ``.{layer}.{suffix}`` gets a forward hook that adds the
     update to its output, so subclasses, even quantized ones, keep their class, hooks and
-    results. The adapters' module name is the last part of ``suffix``, e.g. "mlp.down_proj". A model may have
-    several handles. Copies of the model (``copy.deepcopy``, pickle) run without adapters.
+    results. The adapters' module name is the last part of ``suffix``, e.g. "mlp.down_proj". A model
+    may have several handles. Copies of the model (``copy.deepcopy``, pickle) run without adapters.
 
     Returns:
         A handle; ``with handle.use([adapter_a, None]): model(...)`` runs a batch of two.
