@@ -142,7 +142,6 @@ def read_header(
     path: str | os.PathLike,
     error: type[V2LError] = V2LError,
     *,
-    max_tensors: int = MAX_TENSORS,
     remedy: str = "make it again",
 ) -> TensorHeader:
     """Read the header of a safetensors file.
@@ -151,7 +150,7 @@ def read_header(
         error: the file is missing, is not a whole safetensors file, or exceeds the limits above.
     """
     with open_regular(path, error) as handle:
-        return parse_header(handle, path, error, max_tensors=max_tensors, remedy=remedy)[1]
+        return parse_header(handle, path, error, remedy=remedy)[1]
 
 
 def load_tensors(
@@ -159,7 +158,6 @@ def load_tensors(
     error: type[V2LError] = V2LError,
     *,
     judge: Judge | None = None,
-    max_tensors: int = MAX_TENSORS,
     remedy: str = "make it again",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Load the tensors (on the CPU, memory-mapped) and metadata of a safetensors file.
@@ -171,7 +169,7 @@ def load_tensors(
         error: as :func:`read_header`.
     """
     path = Path(path)
-    header = read_header(path, error, max_tensors=max_tensors, remedy=remedy)
+    header = read_header(path, error, remedy=remedy)
     if judge is not None:
         judge(header)
     try:

@@ -277,7 +277,7 @@ class VideoModel:
         return ModelReply(answer.text, answer.prompt_tokens, answer.new_tokens)
 
 
-def load_chat_model(source: str, name: str | None = None, key: str | None = None) -> ChatModel:
+def load_chat_model(source: str, name: str | None = None) -> ChatModel:
     """A chat model: the URL of an OpenAI-compatible API with the name that the model is served
     under, or the folder or hub id of a transformers model.
 
@@ -288,7 +288,7 @@ def load_chat_model(source: str, name: str | None = None, key: str | None = None
         return TransformersModel(source)
     if name is None:
         raise ConfigError(f"{source}: name the model that it serves")
-    return EndpointModel(source, name, key)
+    return EndpointModel(source, name)
 
 
 # --- encoders -------------------------------------------------------------------------------------
