@@ -291,7 +291,7 @@ def test_features_are_stored_by_themselves_and_no_bit_depends_on_when(tmp_path, 
     assert not (full / "features").exists() and not (off / "features").exists()
 
 
-def refuse_all(self, video, chunks=1, hash_file=False):
+def refuse_all(self, video, chunks=1, hash_file=True):
     raise VideoError(f"{video.path}: not a video")
 
 

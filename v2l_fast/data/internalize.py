@@ -124,7 +124,7 @@ class CorpusInternalizer:
 
     def _read(self, video: VideoExamples) -> Clip | VideoError:
         try:
-            return self.reader.read(video, hash_file=True)[0]
+            return self.reader.read(video)[0]
         except VideoError as error:
             return error
 

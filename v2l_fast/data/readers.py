@@ -41,7 +41,7 @@ class ClipReader:
     decoder: Backend = "auto"
     device: str = "cpu"
 
-    def read(self, video: VideoExamples, chunks: int = 1, hash_file: bool = False) -> list[Clip]:
+    def read(self, video: VideoExamples, chunks: int = 1, hash_file: bool = True) -> list[Clip]:
         """The video (or its span) in `chunks` consecutive parts.
 
         hash_file: as of :func:`~v2l_fast.video.load_spans`.
@@ -71,7 +71,7 @@ class ClipReader:
         resize: False leaves that to the model's device and gives frames, where they have fewer
         bytes than their views (at 384 pixels of 16:9, a third of those of 512).
         """
-        clips, edge = self.read(video, chunks), self.sampling.longest_edge
+        clips, edge = self.read(video, chunks, hash_file=False), self.sampling.longest_edge
         results = []
         for clip in clips:
             height, width = clip.frames.shape[-2:]

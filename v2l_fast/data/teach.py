@@ -109,7 +109,7 @@ class Teacher:
 
     def _read(self, video: VideoExamples) -> Clip | Failure:
         try:
-            return self.settings.reader.read(video)[0]
+            return self.settings.reader.read(video, hash_file=False)[0]
         except VideoError as error:
             return Failure(video.name, str(error))
 
