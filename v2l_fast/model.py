@@ -619,7 +619,7 @@ class Video2LoRA:
         sizes = {m: (adapter.A[m].shape[2], adapter.B[m].shape[2]) for m in adapter.A}
         for what, its, ours in (
             ("modules and their sizes", sizes, dict(config.target_modules)),
-            ("number of layers", adapter.num_layers, config.num_layers),
+            ("depth", f"{adapter.num_layers} layers", f"{config.num_layers} layers"),
             ("hypernetwork", adapter.provenance.get("hypernetwork") or made_by, made_by),
             ("scale", adapter.scale, config.scale),
         ):
