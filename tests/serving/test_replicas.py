@@ -172,7 +172,7 @@ def file(adapters, tmp_path) -> Path:
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [*map(str, arguments)])
+    return CliRunner(env={"V2L_MODEL": "shapes"}).invoke(app, [*map(str, arguments)])
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])

@@ -18,7 +18,9 @@ def test_export_prints_the_command(shapes, videos, tmp_path):
     shapes.internalize(videos[0]).save(tmp_path / "clip.safetensors")
     folder = tmp_path / "with space"
     arguments = ["export", str(tmp_path / "clip.safetensors"), "--vllm", str(folder)]
-    done = CliRunner().invoke(app, [*arguments, "--served-base", "org/base", "--device", "cpu"])
+    done = CliRunner().invoke(
+        app, [*arguments, "--served-base", "org/base", "--model", "shapes", "--device", "cpu"]
+    )
     assert done.exit_code == 0, done.output
     config = json.loads((folder / "clip" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"]) == ("org/base", config["lora_alpha"])
