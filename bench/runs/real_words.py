@@ -22,14 +22,15 @@ import importlib.util
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,11 +38,31 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from bench.harness import argument_parser, environment
+from bench.harness import argument_parser, environment, write_record
+from v2l_fast.data.readers import Sample
 from v2l_fast.errors import CheckpointError
+from v2l_fast.evaluation.ablations import log_probabilities
+from v2l_fast.evaluation.answers import NONE, SYSTEM
+from v2l_fast.evaluation.statistics import mean_interval, ratio_interval
 from v2l_fast.files import read_json, write_json
-from v2l_fast.shapes.language import QAPair, ask, ask_several
+from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.config import INSTRUCTION
+from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.model import Video2LoRA
+from v2l_fast.pipeline import Context
+from v2l_fast.shapes.evaluate import attribute_share
+from v2l_fast.shapes.language import (
+    CAPTION_PROMPTS,
+    QAPair,
+    ask,
+    ask_several,
+    attributes,
+    caption,
+    parse_caption,
+)
+from v2l_fast.shapes.probes import ConditionAnswers, Probe, question_rows, recorded_clips
 from v2l_fast.shapes.render import augment, render
 from v2l_fast.shapes.train import random_frames
 from v2l_fast.shapes.vlm import (
@@ -53,10 +74,28 @@ from v2l_fast.shapes.vlm import (
     save_base,
     visual_tokens,
 )
-from v2l_fast.shapes.world import BACKGROUNDS, COLORS, SHAPES, SIZES, Recording, Scene, sample_scene
+from v2l_fast.shapes.world import (
+    BACKGROUNDS,
+    COLORS,
+    SHAPES,
+    SIZES,
+    Recording,
+    Scene,
+    sample_scene,
+    sample_scenes,
+)
 from v2l_fast.tensor_files import load_tensors, save_tensors
 from v2l_fast.training.batches import PackedPairs, pack_pairs
 from v2l_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from v2l_fast.training.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from v2l_fast.training.trainer import train
 from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.vlm.smolvlm import SmolVLM
 from v2l_fast.vlm.smolvlm_prompt import (
@@ -103,10 +142,21 @@ class Settings:
     vision_steps: int = 1000
     vision_batch: int = 128
     vision_lr: float = 1.5e-3
-    language_steps: int = 360
+    language_steps: int = 230
     language_batch: int = 4
     language_questions: int = 4
     language_lr: float = 1e-3
+    layers: int = 4
+    hypernet_videos: int = 1280
+    hypernet_steps: int = 800
+    hypernet_batch: int = 16
+    hypernet_questions: int = 4
+    hypernet_lr: float = 1e-3
+    rank: int = 8
+    latent_size: int = 128
+    num_latents: int = 8
+    test_videos: int = 256
+    test_questions: int = 2
 
 
 # --- build ----------------------------------------------------------------------------------------
@@ -395,6 +445,294 @@ def track(
         running[name] = 0.95 * running.get(name, value) + 0.05 * value
 
 
+# --- the hypernetwork of the last layers ----------------------------------------------------------
+
+
+class LastDecoder(Decoder):
+    """The last layers of a decoder, whose token embeddings are the states that leave the others.
+
+    Those are frozen and have no adapters, so the states of a row of tokens are computed once.
+    """
+
+    def __init__(self, whole: Decoder, count: int, pad_id: int) -> None:
+        super().__init__(whole.text_model, whole.lm_head)
+        self.whole, self.pad_id = whole, pad_id
+        self.first, self.num_layers = whole.num_layers - count, count
+        self._states: dict[Hashable, Tensor] = {}
+
+    @property
+    def layers(self) -> Sequence[LlamaDecoderLayer]:
+        return self.whole.layers[self.first :]
+
+    @torch.no_grad()
+    def run_first(self, embeddings: Tensor) -> Tensor:
+        """The frozen layers: [E, T, D] -> [E, T, D]."""
+        metadata = self.whole.prefill_metadata(*embeddings.shape[:2])
+        for index in range(self.first):
+            embeddings = self.whole.layer(index, embeddings, metadata)
+        return embeddings
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """States [n, T, D] of right-padded rows of token ids [n, T]."""
+        rows = [tuple(row) for row in ids.tolist()]
+        rows = [row[: max((i + 1 for i, t in enumerate(row) if t != self.pad_id), default=1)]
+                for row in rows]  # fmt: skip
+
+        def compute(missing: list[int]) -> Tensor:
+            longest = max(len(rows[i]) for i in missing)
+            return self.run_first(self.whole.embed(ids[missing, :longest]))
+
+        states = self.remembered(rows, [len(row) for row in rows], compute)
+        return pad_sequence([*states, states[0].new_zeros(ids.shape[1], states[0].shape[1])],
+                            batch_first=True)[:-1]  # fmt: skip
+
+    def remembered(
+        self,
+        keys: Sequence[Hashable],
+        lengths: Sequence[int],
+        compute: Callable[[list[int]], Tensor],
+    ) -> list[Tensor]:
+        """The states [T, D] of each key; `compute` gives those of the missing ones' indices."""
+        missing = {key: i for i, key in enumerate(keys) if key not in self._states}
+        if missing:
+            computed = compute(list(missing.values()))
+            for (key, i), states in zip(missing.items(), computed, strict=True):
+                self._states[key] = states[: lengths[i]].clone()
+        return [self._states[key] for key in keys]
+
+
+class LastLayers(SmolVLM):
+    """A VLM seen as its last layers, for the trainer: contexts and questions enter them as the
+    states that leave the frozen layers before (see :class:`LastDecoder`)."""
+
+    def __init__(self, whole: SmolVLM, count: int) -> None:
+        super().__init__(whole.model, whole.tokenizer, whole.name_or_path)
+        self.whole = whole
+        self.decoder = self.last = LastDecoder(whole.decoder, count, whole.tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor, features: Sequence[Tensor] = ()) -> Tensor:
+        if not features:
+            return self.last.embed(ids)
+        keys = [f.float().numpy().tobytes() for f in features]
+
+        def compute(missing: list[int]) -> Tensor:
+            return self.last.run_first(
+                self.whole.embed(ids[missing], [features[i] for i in missing])
+            )
+
+        return torch.stack(self.last.remembered(keys, [ids.shape[1]] * len(keys), compute))
+
+
+@dataclass(frozen=True)
+class WordsSource:
+    """Clips with their connector outputs, as the trainer reads them.
+
+    Attributes:
+        scenes, features: the videos; bf16 [videos, F, T, D].
+        words: token ids of prompts.
+        instruction: of the context pass.
+        questions: of a sample, besides one caption.
+        seed: with the step and the video's index, determines every choice.
+    """
+
+    scenes: Sequence[Scene]
+    features: Tensor
+    words: Words
+    instruction: str
+    questions: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def load(self, index: int, step: int) -> Sample:
+        """A caption of a scene, always after the same prompt, and questions drawn anew."""
+        scene, words = self.scenes[index], self.words
+        rng = random.Random(f"{self.seed}/{step}/{index}")
+        caption = ask(scene, "caption", random.Random(f"{self.seed}/{index}"))
+        pairs = [caption, *ask_several(scene, self.questions, rng)]
+        ids = torch.tensor(words.context(self.instruction))
+        return Sample(
+            video=f"scene {index}",
+            chunks=(Context(ids=ids, features=self.features[index]),),
+            prompt_prefix=words.text_prefix,
+            qa_pairs=tuple(words.alone(pair) for pair in pairs),
+            task_types=tuple("caption" if p.kind == "caption" else "question" for p in pairs),
+            frames=self.features.shape[1],
+        )
+
+
+@torch.no_grad()
+def connector_outputs(backbone: SmolVLM, scenes: Sequence[Scene], seed: int | None) -> Tensor:
+    """[videos, F, T, D] in the decoder's dtype; frames are augmented unless `seed` is None."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    parts = []
+    for start in range(0, len(scenes), 64):
+        frames = clip_frames(scenes[start : start + 64], generator)
+        pixels = pixel_values(frames.flatten(0, 1)).to(backbone.decoder.dtype)
+        parts.append(visual_tokens(backbone.model, pixels).unflatten(0, frames.shape[:2]))
+    return torch.cat(parts)
+
+
+def train_config(folder: Path, settings: Settings) -> TrainConfig:
+    """The trainer's settings."""
+    return TrainConfig(
+        model=ModelConfig(
+            base=str(folder / "base"),
+            hypernet=dict(
+                rank=settings.rank,
+                latent_size=settings.latent_size,
+                num_latents=settings.num_latents,
+                num_blocks=2,
+                num_heads=4,
+                num_kv_heads=2,
+                head_dim=32,
+            ),
+            dtype="bfloat16",
+            recompute=False,
+        ),
+        data=DataConfig(
+            source="shapes",
+            val_videos=64,
+            prompts_per_video=1 + settings.hypernet_questions,
+            max_frames=len(RECORDING.times),
+            longest_edge=IMAGE_SIZE,
+            target_fps=1.0,
+            workers=0,
+        ),
+        optim=OptimConfig(
+            steps=settings.hypernet_steps,
+            batch_size=settings.hypernet_batch,
+            micro_batch_size=settings.hypernet_batch,
+            lr=settings.hypernet_lr,
+            betas=(0.9, 0.98),
+            scaler_lr_factor=5.0,
+            scaler_weight_decay=0.0,
+            schedule="trapezoid",
+            warmup_steps=max(1, settings.hypernet_steps // 10),
+            decay_ratio=0.5,
+        ),
+        loss=LossConfig(kind_weights={"caption": 0.5, "question": 0.5}),
+        run=RunConfig(
+            folder=str(folder / "run"),
+            seed=settings.seed,
+            device="cpu",
+            log_every=10,
+            checkpoint_every=50,
+            val_every=100,
+            sample_every=0,
+        ),
+    )
+
+
+def for_all_layers(last: HyperNetwork, layers: int) -> HyperNetwork:
+    """The network of the last layers as one of all `layers`, whose adapters are 0 in the others."""
+    before = layers - last.config.num_layers
+    network = HyperNetwork(replace(last.config, num_layers=layers))
+    state = {}
+    for name, value in last.state_dict().items():
+        axis = 1 if name.startswith("scaler_") else 0
+        per_layer = name.startswith(("scaler_", "bias_", "head."))
+        if per_layer:
+            shape = list(value.shape)
+            shape[axis] = before
+            value = torch.cat([value.new_zeros(shape), value], axis)
+        state[name] = value
+    network.load_state_dict(state)
+    return network
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+# Ordinary questions with answers that SmolLM2 is likely to give.
+ORDINARY = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("How many days are in a week?", "There are seven days in a week."),
+    ("What do bees make?", "Bees make honey, a sweet food made from the nectar of flowers."),
+    ("Who wrote Romeo and Juliet?", "Romeo and Juliet was written by William Shakespeare."),
+    ("What is water made of?", "Water is made of hydrogen and oxygen."),
+    ("Which planet is the largest?", "Jupiter is the largest planet in our solar system."),
+    ("What is the opposite of hot?", "The opposite of hot is cold."),
+    ("What is two plus two?", "Two plus two is four."),
+    ("What season comes after winter?", "Spring comes after winter."),
+    ("Where do fish live?", "Fish live in water, in rivers, lakes and oceans."),
+    ("What is the sun?", "The sun is a star at the center of our solar system."),
+    ("Why do people sleep?", "People sleep so that the body and the brain can rest."),
+)
+ORDINARY_ADAPTERS = 16
+
+
+def evaluate(model: Video2LoRA, settings: Settings) -> dict[str, Any]:
+    """Captions, questions by kind, and ordinary text, on videos of the test split."""
+    scenes = sample_scenes("test", settings.test_videos, settings.seed)
+    answering = ConditionAnswers(model, recorded_clips(scenes, [RECORDING] * len(scenes)))
+    rng = random.Random(f"real words/{settings.seed}")
+    probes = [
+        Probe(pair.kind, index, pair.question, pair.answer)
+        for index, scene in enumerate(scenes)
+        for pair in ask_several(scene, settings.test_questions, rng)
+    ]
+    captions = answering([(i, CAPTION_PROMPTS[0]) for i in range(len(scenes))])
+    return {
+        "videos": len(scenes),
+        "captions": caption_scores(captions, scenes),
+        "samples": [
+            {"reference": caption(scene)} | {name: texts[i] for name, texts in captions.items()}
+            for i, scene in enumerate(scenes[:6])
+        ],
+        "questions": question_rows(answering, probes),
+        "ordinary_text": ordinary_text(model, answering.adapters[SYSTEM]),
+    }
+
+
+def caption_scores(
+    captions: Mapping[str, Sequence[str]], scenes: Sequence[Scene]
+) -> dict[str, Any]:
+    """Condition -> interval of the share of right attributes: of all, and by attribute."""
+    rows: dict[str, Any] = {
+        "all": {n: asdict(attribute_share(t, scenes)) for n, t in captions.items()}
+    }
+    for name in ("background", "count", "size", "color", "shape", "motion"):
+        rows[name] = {}
+        for condition, texts in captions.items():
+            pairs = [_slots(text, scene, name) for text, scene in zip(texts, scenes, strict=True)]
+            rows[name][condition] = asdict(ratio_interval(*zip(*pairs, strict=True)))
+    return dict(sorted(rows.items(), key=lambda row: row[1][SYSTEM]["estimate"]))
+
+
+def _slots(text: str, scene: Scene, name: str) -> tuple[int, int]:
+    """(number right, number of all) of a caption's attributes of one name."""
+    stated = parse_caption(text)
+    expected = {k: v for k, v in attributes(scene).items() if k.rstrip("01") == name}
+    return sum(stated.get(slot) == value for slot, value in expected.items()), len(expected)
+
+
+def ordinary_text(model: Video2LoRA, adapters: Sequence[Adapter | None]) -> dict[str, Any]:
+    """Log-probability (nats per token) of ordinary answers with videos' adapters and without, and
+    what the model says to some of the questions."""
+    chosen = [None, *adapters[:ORDINARY_ADAPTERS]]
+    scores = torch.cat([log_probabilities(model, q, [a], chosen) for q, a in ORDINARY], 1)
+    questions = [question for question, _ in ORDINARY]
+    texts = {
+        name: [
+            a.text for a in model.answer(questions, [adapter] * len(questions), max_new_tokens=24)
+        ]
+        for name, adapter in ((NONE, None), (SYSTEM, adapters[0]))
+    }
+    return {
+        "questions": len(ORDINARY),
+        "adapters": len(chosen) - 1,
+        NONE: scores[0].mean().item(),
+        SYSTEM: scores[1:].mean().item(),
+        "difference": asdict(mean_interval((scores[1:].mean(0) - scores[0]).tolist(), bounds=None)),
+        "answers": [
+            {"question": question} | {name: answers[i] for name, answers in texts.items()}
+            for i, question in enumerate(questions)
+        ],
+    }
+
+
 # --- stages ---------------------------------------------------------------------------------------
 
 
@@ -473,6 +811,31 @@ class Pair:
         save_base(backbone.model, backbone.tokenizer, self.folder / "base")
         return rounded(running)
 
+    def hypernet(self) -> dict[str, Any]:
+        settings = self.settings
+        whole = SmolVLM.from_pretrained(self.folder / "base", dtype=torch.bfloat16)
+        words = Words(whole)
+
+        def source(split: str, count: int, seed: int | None) -> WordsSource:
+            scenes = sample_scenes(split, count, settings.seed)
+            features = connector_outputs(whole, scenes, seed)
+            questions = settings.hypernet_questions
+            return WordsSource(scenes, features, words, INSTRUCTION, questions, settings.seed)
+
+        config = train_config(self.folder, settings)
+        training = source("train", settings.hypernet_videos, settings.seed)
+        unseen = source("val", config.data.val_videos, None)
+        summary = train(
+            config, backbone=LastLayers(whole, settings.layers), sources=(training, unseen)
+        )
+        last = HyperNetwork.from_pretrained(self.folder / "run" / "hypernet")
+        for_all_layers(last, whole.decoder.num_layers).save_pretrained(self.folder / "hypernet")
+        kept = ("parameters", "steps", "seconds", "last", "validation")
+        return {name: summary[name] for name in kept}
+
+    def evaluate(self) -> dict[str, Any]:
+        return evaluate(Video2LoRA.from_pretrained(self.folder, dtype="bfloat16"), self.settings)
+
 
 def say(text: str) -> None:
     print(text, flush=True)
@@ -484,20 +847,37 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argument_parser("bench.runs.real_words", __doc__, EXAMPLES)
-    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], default=list(STAGES),
-                        help="run these; all if omitted")  # fmt: skip
-    parser.add_argument("--weights", type=Path, default=Path("SmolLM2-135M-Instruct.Q4_1.gguf"),
-                        help="GGUF file of SmolLM2-135M-Instruct (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--folder", type=Path, default=Path("runs/real-words"),
-                        help="of the pair and all stages (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all if omitted"
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        default=Path("SmolLM2-135M-Instruct.Q4_1.gguf"),
+        help="GGUF file of SmolLM2-135M-Instruct, for the first stage (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/real-words"),
+        help="of the pair and its stages (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, help="file of the record, once all stages are done")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     pair = Pair(options.folder, Settings(), options.weights)
-    for stage in options.stages:
+    for stage in options.stages or STAGES:
+        if stage not in STAGES:
+            parser.error(f"unknown stage {stage!r}; stages: {', '.join(STAGES)}")
         pair.run(stage)
+    if options.output and set(pair.stages) > set(STAGES):
+        write_record({"what": WHAT, **pair.stages}, options.output)
 
 
+WHAT = (
+    "SmolLM2-135M-Instruct as the frozen decoder of a VLM, and a hypernetwork for its last layers"
+)
 EXAMPLES = """
   python -m bench.runs.real_words --weights SmolLM2-135M-Instruct.Q4_1.gguf
   v2l ask clip.mp4 "What happens?" --model runs/real-words
