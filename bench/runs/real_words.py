@@ -143,9 +143,7 @@ class Pair:
         done = self.stages
         settings = asdict(self.settings)
         if done and done["settings"] != settings:
-            raise CheckpointError(
-                f"{self.folder}: trained with other settings; name another folder"
-            )
+            raise CheckpointError(f"{self.folder}: has other settings; name another folder")
         if stage in done:
             print(f"{stage}: done in {self.folder}")
             return done[stage]

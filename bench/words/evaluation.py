@@ -68,7 +68,11 @@ def evaluate(model: Video2LoRA, settings: Settings) -> dict[str, Any]:
             {"reference": caption(scene)} | {name: texts[i] for name, texts in captions.items()}
             for i, scene in enumerate(scenes[:6])
         ],
-        "questions": question_rows(answering, probes),
+        # Without "kept", which is not a number where the base is at chance.
+        "questions": [
+            {name: value for name, value in row.items() if name != "kept"}
+            for row in question_rows(answering, probes)
+        ],
         "ordinary_text": ordinary_text(model, answering.adapters[SYSTEM]),
     }
 
