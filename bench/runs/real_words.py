@@ -29,7 +29,7 @@ import torch
 from bench.harness import argument_parser, environment, write_record
 from bench.words import base
 from bench.words.base import RECORDING, Words, train_language, train_vision, vision_parameters
-from bench.words.evaluation import evaluate
+from bench.words.evaluation import evaluate, ordinary_text
 from bench.words.last_layers import LastLayers, WordsSource, connector_outputs, for_all_layers
 from bench.words.settings import Settings
 from v2l_fast.errors import CheckpointError
@@ -55,6 +55,7 @@ from v2l_fast.training.config import (
     TrainConfig,
 )
 from v2l_fast.training.trainer import train
+from v2l_fast.vlm import load_backbone
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 STAGES = ("build", "vision", "language", "hypernet", "evaluate")
@@ -210,7 +211,11 @@ class Pair:
         return {name: summary[name] for name in kept}
 
     def evaluate(self) -> dict[str, Any]:
-        return evaluate(Video2LoRA.from_pretrained(self.folder, dtype="bfloat16"), self.settings)
+        model = Video2LoRA.from_pretrained(self.folder, dtype="bfloat16")
+        start = load_backbone(self.folder / "start", dtype=torch.bfloat16)
+        return evaluate(model, self.settings) | {
+            "ordinary_text_untrained": ordinary_text(Video2LoRA(start, model.hypernet), [])
+        }
 
 
 def say(text: str) -> None:
@@ -256,7 +261,8 @@ WHAT = (
 )
 EXAMPLES = """
   python -m bench.runs.real_words --weights SmolLM2-135M-Instruct.Q4_1.gguf
-  v2l ask clip.mp4 "What happens?" --model runs/real-words
+  v2l internalize clip.mp4 --out clip.safetensors --model runs/real-words
+  v2l ask clip.safetensors "What happens?" --model runs/real-words
 """
 
 if __name__ == "__main__":

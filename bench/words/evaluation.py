@@ -100,25 +100,21 @@ def _slots(text: str, scene: Scene, name: str) -> tuple[int, int]:
 
 
 def ordinary_text(model: Video2LoRA, adapters: Sequence[Adapter | None]) -> dict[str, Any]:
-    """Log-probability (nats per token) of ordinary answers with videos' adapters and without, and
-    what the model says to some of the questions."""
+    """Log-probability (nats per token) of ordinary answers without an adapter and, if there are
+    any, with videos' adapters, and what the model says to the questions."""
     chosen = [None, *adapters[:ORDINARY_ADAPTERS]]
     scores = torch.cat([log_probabilities(model, q, [a], chosen) for q, a in ORDINARY], 1)
     questions = [question for question, _ in ORDINARY]
-    texts = {
-        name: [
-            a.text for a in model.answer(questions, [adapter] * len(questions), max_new_tokens=24)
-        ]
-        for name, adapter in ((NONE, None), (SYSTEM, adapters[0]))
-    }
-    return {
-        "questions": len(ORDINARY),
-        "adapters": len(chosen) - 1,
-        NONE: scores[0].mean().item(),
-        SYSTEM: scores[1:].mean().item(),
-        "difference": asdict(mean_interval((scores[1:].mean(0) - scores[0]).tolist(), bounds=None)),
-        "answers": [
-            {"question": question} | {name: answers[i] for name, answers in texts.items()}
-            for i, question in enumerate(questions)
-        ],
-    }
+    record: dict[str, Any] = {"questions": len(ORDINARY), "adapters": len(chosen) - 1}
+    texts: dict[str, list[str]] = {}
+    for name, rows in ((NONE, scores[:1]), (SYSTEM, scores[1:])):
+        if len(rows):
+            adapter = chosen[0 if name == NONE else 1]
+            answers = model.answer(questions, [adapter] * len(questions), max_new_tokens=24)
+            texts[name] = [answer.text for answer in answers]
+            record[name] = asdict(mean_interval(rows.mean(0).tolist(), bounds=None))
+    record["answers"] = [
+        {"question": question} | {name: answers[i] for name, answers in texts.items()}
+        for i, question in enumerate(questions)
+    ]
+    return record
