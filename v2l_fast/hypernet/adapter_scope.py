@@ -303,13 +303,18 @@ def _wrap_threads() -> None:
 
 # --- activation checkpointing ------------------------------------------------------------------
 
+
+def _non_reentrant(names: Mapping[str, Any]) -> Any:
+    """The region of a frame that waits for the forward pass with use_reentrant=False."""
+    return names["gen"].gi_frame.f_locals.get("new_frame") if names.get("gen") else None
+
+
 # Each checkpointed region is an object of PyTorch's that lives as long as its graph; both the
 # forward pass and its repetition have it in a frame of torch.utils.checkpoint.
 _FORWARD = {
     "forward": lambda names: names.get("ctx"),
-    "checkpoint": lambda names: (
-        names["gen"].gi_frame.f_locals.get("new_frame") if names.get("gen") else None
-    ),
+    "checkpoint": _non_reentrant,
+    "_checkpoint_impl": _non_reentrant,  # from torch 2.15 on
 }
 _REPEATED = {
     "backward": lambda names: names.get("ctx"),
