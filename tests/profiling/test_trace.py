@@ -27,7 +27,7 @@ TINY = ["--model", "tiny", "--frames", "1"]
         (
             "train",
             {"forward": 1, "backward": 1, "Optimizer.step#AdamW.step": 1},
-            "v2l::perceiver_attention_backward",
+            "v2l::gated_projection_backward",
         ),
     ],
 )
