@@ -7,7 +7,8 @@ import os
 import resource
 import socket
 from asyncio import constants
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -144,57 +145,60 @@ def few_files(
         control.recv()
 
 
+@contextmanager
+def server_of_few_files(folder: Path, *arguments) -> Iterator[tuple[str, int, Callable[[], None]]]:
+    """Its URL, its limit on connections, and how to stop it; it must end without an error."""
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=few_files, args=(theirs, folder, *arguments))
+    process.start()
+
+    def stop() -> None:
+        ours.send(None)
+        process.join(LIMIT)
+        assert process.exitcode == 0
+
+    try:
+        yield (*ours.recv(), stop)
+    finally:
+        process.kill()
+        process.join()
+
+
+def connect_silently(stack: ExitStack, url: str, count: int) -> None:
+    address = httpx.URL(url).host, httpx.URL(url).port
+    for _ in range(count):
+        stack.enter_context(closing(socket.create_connection(address, timeout=LIMIT)))
+
+
 @pytest.mark.parametrize(
     ("spare", "limited"), [(240, True), pytest.param(60, False, marks=pytest.mark.slow)]
 )
 def test_more_connections_than_files(tmp_path, spare, limited):
     """Silent connections are refused or wait, and time out; the log stays small."""
-    ours, theirs = PROCESSES.Pipe()
-    process = PROCESSES.Process(target=few_files, args=(theirs, tmp_path, spare, limited))
-    process.start()
-    try:
-        url, most = ours.recv()
+    with server_of_few_files(tmp_path, spare, limited) as (url, most, stop):
         assert not limited or 16 <= most < spare
-        address = httpx.URL(url).host, httpx.URL(url).port
+
+        def answers() -> bool:
+            with suppress(httpx.TransportError):
+                return httpx.get(url + "/health", timeout=LIMIT).is_success
+            return False
+
         with ExitStack() as stack:
-            for _ in range(300):
-                stack.enter_context(closing(socket.create_connection(address, timeout=LIMIT)))
-
-            def answers() -> bool:
-                with suppress(httpx.TransportError):
-                    return httpx.get(url + "/health", timeout=LIMIT).is_success
-                return False
-
+            connect_silently(stack, url, 300)
             wait_until(answers)
         wait_until(answers)
-        ours.send(None)
-        process.join(LIMIT)
-        assert process.exitcode == 0
-    finally:
-        process.kill()
-        process.join()
+        stop()
     assert (tmp_path / "log").stat().st_size < 50_000
 
 
 def test_stopping_while_no_file_is_left(tmp_path):
     """asyncio resumes accepting on the closed socket; the log reports no error."""
-    ours, theirs = PROCESSES.Pipe()
-    process = PROCESSES.Process(target=few_files, args=(theirs, tmp_path, 60, False, 0.02))
-    process.start()
-    try:
-        url, _ = ours.recv()
-        address = httpx.URL(url).host, httpx.URL(url).port
-        with ExitStack() as stack:
-            for _ in range(100):
-                stack.enter_context(closing(socket.create_connection(address, timeout=LIMIT)))
-            wait_until(lambda: "no file descriptor is left" in (tmp_path / "log").read_text())
-            ours.send(None)
-            process.join(LIMIT)
-        assert process.exitcode == 0
-    finally:
-        process.kill()
-        process.join()
-    assert "Exception" not in (tmp_path / "log").read_text()
+    log = tmp_path / "log"
+    with ExitStack() as stack, server_of_few_files(tmp_path, 60, False, 0.02) as (url, _, stop):
+        connect_silently(stack, url, 100)
+        wait_until(lambda: "no file descriptor is left" in log.read_text())
+        stop()
+    assert "Exception" not in log.read_text()
 
 
 def test_too_few_files_for_connections(monkeypatch):

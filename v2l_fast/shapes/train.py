@@ -453,7 +453,8 @@ def train_decoder(
         "settings": identity,
     }  # fmt: skip
     if checkpoint.exists():
-        refuse_other_settings(checkpoint, read_progress(checkpoint)["settings"], identity)
+        saved = read_progress(checkpoint).get("settings", {})
+        refuse_other_settings(checkpoint, saved, identity)
         progress = load_checkpoint(checkpoint, parameters, optimizer)
     running = progress["running"]
     started = time.perf_counter() - progress["seconds"]
