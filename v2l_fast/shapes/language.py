@@ -33,7 +33,8 @@ QUESTION_KINDS = (
 )
 PLACE_KINDS = ("start", "end")
 
-_NUMBERS = ("zero", "one", "two")
+_NUMBERS = ("zero", "one", "two", "three")
+ORDINALS = ("first", "second", "third")
 _OBJECT = re.compile(
     rf"\ba ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) "
     rf"(?:moves|stays) ({'|'.join(MOTIONS)})\b"
@@ -61,7 +62,7 @@ def caption(scene: Scene) -> str:
     ground = f"on a {scene.background} background."
     if len(phrases) == 1:
         return f"{phrases[0]} {ground}"
-    return f"first {phrases[0]}, then {phrases[1]}, {ground}"
+    return ", ".join([f"first {phrases[0]}", *(f"then {text}" for text in phrases[1:]), ground])
 
 
 def attributes(scene: Scene) -> dict[str, str]:
@@ -89,7 +90,7 @@ def parse_caption(text: str) -> dict[str, str]:
 
 
 def _refer(scene: Scene, index: int) -> str:
-    return "object" if len(scene.objects) == 1 else f"{('first', 'second')[index]} object"
+    return "object" if len(scene.objects) == 1 else f"{ORDINALS[index]} object"
 
 
 def _only_with(scene: Scene, name: str) -> bool:
@@ -124,8 +125,9 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> QAPair:
         case "motion":
             return QAPair(kind, f"How does the {name} move?", item.motion)
         case "order":
-            first, second = (x.shape for x in scene.objects)
-            one, other = rng.sample((first, second), 2)
+            shapes = tuple(x.shape for x in scene.objects)
+            one, other = rng.sample(shapes, 2)
+            first = min(one, other, key=shapes.index)
             return QAPair(kind, f"Which comes first, the {one} or the {other}?", first)
         case "binding":
             attribute = rng.choice(("color", "size", "motion"))
@@ -176,7 +178,7 @@ def ask_bound(
     held_out: bool = False,
     weights: Mapping[str, float] = MappingProxyType({}),
 ) -> QAPair | None:
-    """A question about the object of one shape or one color, or None if all objects share both.
+    """A question about the only object of a shape or a color, or None if there is none.
 
     Args:
         held_out: also draw the wording that only the base model is trained on.
@@ -185,8 +187,8 @@ def ask_bound(
     options = [
         (name, item)
         for name in ("shape", "color")
-        if _only_with(scene, name)
         for item in scene.objects
+        if sum(getattr(other, name) == getattr(item, name) for other in scene.objects) == 1
     ]
     if not options:
         return None
@@ -199,9 +201,16 @@ def ask_bound(
     return _about("binding", asked, name, getattr(item, asked), held_out, rng)
 
 
-def ask_absent(scene: Scene, rng: random.Random, held_out: bool = False) -> QAPair:
-    """A question about an object that the scene does not have; the answer is "none"."""
-    states = rng.choice(("shape", "color", "order")[: 3 if len(scene.objects) == 1 else 2])
+def ask_absent(
+    scene: Scene, rng: random.Random, held_out: bool = False, max_objects: int = 2
+) -> QAPair:
+    """A question about an object that the scene does not have; the answer is "none".
+
+    Args:
+        max_objects: the most objects of a scene; a question may name the next one of fewer.
+    """
+    fewer = len(scene.objects) < max_objects
+    states = rng.choice(("shape", "color", "order")[: 3 if fewer else 2])
     if states == "shape":
         there = {item.shape for item in scene.objects}
         name = rng.choice([shape for shape in SHAPES if shape not in there])
@@ -209,14 +218,14 @@ def ask_absent(scene: Scene, rng: random.Random, held_out: bool = False) -> QAPa
         there = {item.color for item in scene.objects}
         name = f"{rng.choice([color for color in COLORS if color not in there])} object"
     else:
-        name = "second object"
+        name = f"{ORDINALS[len(scene.objects)]} object"
     asked = rng.choice([slot for slot in _SLOTS if slot != states])
     return _about("absent", asked, name, NONE, held_out, rng)
 
 
 def ask_last(scene: Scene, rng: random.Random) -> QAPair | None:
-    """Which of two shapes comes second; None without two objects of different shapes."""
-    if len(scene.objects) == 1 or not _only_with(scene, "shape"):
+    """Which of two shapes comes second; None unless there are two objects, of different shapes."""
+    if len(scene.objects) != 2 or not _only_with(scene, "shape"):
         return None
     one, other = rng.sample([item.shape for item in scene.objects], 2)
     question = f"Which comes second, the {one} or the {other}?"

@@ -6,6 +6,7 @@ choice for such a file, so that training can skip the codec.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from v2l_fast.shapes.looks import PLAIN, Look, texture
 from v2l_fast.shapes.world import BACKGROUNDS, COLORS, SHAPES, Scene
 from v2l_fast.video.writer import write_video
 
@@ -32,13 +34,20 @@ COLOR_RGB = torch.tensor(tuple(COLORS.values()), dtype=torch.float32)
 
 
 def draw_frames(
-    background: Tensor, color: Tensor, shape: Tensor, radius: Tensor, center: Tensor, size: int
+    background: Tensor,
+    color: Tensor,
+    shape: Tensor,
+    radius: Tensor,
+    center: Tensor,
+    size: int,
+    looks: Sequence[Look] | None = None,
 ) -> Tensor:
     """Frames with one object each: float32 [N, 3, size, size] in 0..255.
 
-    background, color, shape: int64 [N] indices into the names of `scene`; radius float [N] and
-    center float [N, 2] (x, y) as fractions of the frame. Coverage is the signed distance to the
-    outline in pixels, clipped to +-1/2: one pixel of anti-aliasing at any size.
+    background, color, shape: int64 [N] indices into the names of `world`; radius float [N] and
+    center float [N, 2] (x, y) as fractions of the frame; looks: of each frame, by default plain
+    ones. Coverage is the signed distance to the outline in pixels, clipped to +-1/2: one pixel of
+    anti-aliasing at any size.
     """
     axis = (torch.arange(size, dtype=torch.float32) + 0.5) / size
     dx = (axis[None, None, :] - center[:, 0, None, None]).abs()
@@ -53,15 +62,62 @@ def draw_frames(
     }
     stacked = torch.stack([outlines[name] for name in SHAPES], dim=1)
     outline = stacked[torch.arange(len(shape)), shape]
-    coverage = (0.5 - outline * size).clamp_(0, 1)[:, None]
     paint = COLOR_RGB[color][:, :, None, None]
     ground = BACKGROUND_RGB[background][:, :, None, None]
-    return ground + coverage * (paint - ground)
+    if looks is None:
+        coverage = (0.5 - outline * size).clamp_(0, 1)[:, None]
+        return ground + coverage * (paint - ground)
+    return _draw_looks(looks, outline, paint, ground, r, center, size)
+
+
+def _draw_looks(
+    looks: Sequence[Look],
+    outline: Tensor,
+    paint: Tensor,
+    ground: Tensor,
+    radius: Tensor,
+    center: Tensor,
+    size: int,
+) -> Tensor:
+    """Frames with one object each, as their looks have it.
+
+    outline: [N, size, size], signed distance to the object's outline; paint, ground: [N, 3, 1, 1];
+    radius: [N, 1, 1]; center: [N, 2].
+    """
+    axis = (torch.arange(size, dtype=torch.float32) + 0.5) / size
+    x = axis[None, None, :] - center[:, 0, None, None]
+    y = axis[None, :, None] - center[:, 1, None, None]
+
+    def drawn(style: str) -> Tensor:
+        return torch.tensor([look.style == style for look in looks])[:, None, None]
+
+    fields = {look: texture(look, size) for look in dict.fromkeys(looks)}
+    ground = (ground + torch.stack([fields[look] for look in looks])[:, None]).clamp(0, 255)
+    edge = torch.where(drawn("soft"), outline / 0.07, outline * size)
+    coverage = (0.5 - edge).clamp(0, 1)
+    # The shadow of any outline: the object's own, shifted by a thirtieth of the frame.
+    shift = max(1, round(size / 30))
+    shadow = F.pad(coverage, (shift, 0, shift, 0))[:, :size, :size]
+    ground = ground * (1 - 0.5 * shadow * drawn("shadow"))[:, None]
+    light = torch.ones_like(outline)
+    light = torch.where(drawn("outlined") & (outline > -0.2 * radius), 0.4, light)
+    light = torch.where(drawn("shaded"), (0.85 - 0.3 * (x + y) / (2 * radius)).clamp(0.4, 1), light)
+    stripes = 0.75 + 0.25 * torch.sin(2 * math.pi * (x + y) / 0.1)
+    light = torch.where(drawn("striped"), stripes, light)
+    frames = ground + coverage[:, None] * (paint * light[:, None] - ground)
+    for index, look in enumerate(looks):
+        if (post := look.post) is not None:
+            hidden = (axis - post.center).abs() - post.width / 2
+            hidden = (0.5 - hidden * size).clamp(0, 1)
+            hidden = hidden[None, None, :] if post.vertical else hidden[None, :, None]
+            frames[index] += hidden * (post.gray - frames[index])
+    return frames
 
 
 def render(scenes: Sequence[Scene], size: int, times: Sequence[float] = FRAME_TIMES) -> Tensor:
     """Videos uint8 [B, F, 3, size, size] at `times` (fractions of the video, 0 <= t < 1)."""
     background, color, shape, radius, center = [], [], [], [], []
+    looks = [scene.look for scene in scenes for _ in times]
     names = tuple(BACKGROUNDS), tuple(COLORS)
     for scene in scenes:
         for time in times:
@@ -78,6 +134,7 @@ def render(scenes: Sequence[Scene], size: int, times: Sequence[float] = FRAME_TI
         torch.tensor(radius, dtype=torch.float32),
         torch.tensor(center, dtype=torch.float32),
         size,
+        None if all(look == PLAIN for look in looks) else looks,
     )
     return frames.round_().to(torch.uint8).view(len(scenes), len(times), 3, size, size)
 

@@ -110,15 +110,20 @@ def train_vlm(
     return result
 
 
-def _vision_stage(
-    model: SmolVLMForConditionalGeneration, path: Path, seed: int
-) -> dict[str, float]:
-    """Pre-train tower and connector, or load them; return the heads' last scores and seconds."""
-    parts: dict[str, Tensor] = {
+def vision_parameters(model: SmolVLMForConditionalGeneration) -> dict[str, Tensor]:
+    """Those of the vision tower and the connector, by name."""
+    return {
         name: value
         for name, value in model.state_dict().items()
         if ".vision_model." in name or ".connector." in name
     }
+
+
+def _vision_stage(
+    model: SmolVLMForConditionalGeneration, path: Path, seed: int
+) -> dict[str, float]:
+    """Pre-train tower and connector, or load them; return the heads' last scores and seconds."""
+    parts = vision_parameters(model)
     if path.exists():
         tensors, metadata = load_tensors(path, CheckpointError)
         if tensors.keys() != parts.keys():

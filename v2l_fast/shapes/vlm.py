@@ -145,17 +145,22 @@ def recorded_visual_tokens(
             size = IMAGE_SIZE
             if generator is not None and index % 5 == 0:
                 size = (32, 64, 96, 144)[index // 5 % 4]
-            video = render([scenes[index]], size, recordings[index].times)[0].float()
-            if size != IMAGE_SIZE:
-                shape = (IMAGE_SIZE, IMAGE_SIZE)
-                video = F.interpolate(video, shape, mode="bicubic", antialias=True).clamp_(0, 255)
-            frames.append(video)
+            frames.append(sized_frames([scenes[index]], size, recordings[index].times))
         together = torch.cat(frames)
         if generator is not None:
             together = augment(together, generator)
         cached = visual_tokens(model, pixel_values(together)).to(torch.bfloat16)
         tokens += cached.split([len(video) for video in frames])
     return tokens
+
+
+def sized_frames(scenes: Sequence[Scene], size: int, times: Sequence[float]) -> Tensor:
+    """Frames float32 [B * F, 3, H, W] in 0..255, drawn at `size`, then resized for the model."""
+    frames = render(scenes, size, times).flatten(0, 1).float()
+    if size != IMAGE_SIZE:
+        shape = (IMAGE_SIZE, IMAGE_SIZE)
+        frames = F.interpolate(frames, shape, mode="bicubic", antialias=True).clamp_(0, 255)
+    return frames
 
 
 def freeze(module: nn.Module) -> None:
@@ -219,8 +224,9 @@ def special_tokens() -> list[str]:
     return [*named, IMAGE_TOKEN, *tiles]
 
 
-# Words that the second stage of the base model adds, after all others.
+# Words that the second and the third stage of the base model add, after all others.
 ADDED_WORDS = ("none", "motion")
+VARIED_WORDS = ("third",)
 
 
 def vocabulary(added: tuple[str, ...] = ()) -> list[str]:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from v2l_fast.shapes.looks import PLAIN, Look, sample_look
 from v2l_fast.video import sample_indices
 
 BACKGROUNDS = {
@@ -76,10 +78,15 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One object for the whole video, or two, each for half of the video."""
+    """Objects that follow one another, each on screen for an equal part of the video.
+
+    Attributes:
+        look: how it is drawn; in no caption.
+    """
 
     background: str
     objects: tuple[SceneObject, ...]
+    look: Look = PLAIN
 
     @property
     def combination(self) -> tuple[str, ...]:
@@ -121,7 +128,7 @@ def _sample_object(rng: random.Random) -> SceneObject:
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """A scene of any split."""
+    """A scene of any split: one or two objects on a plain background."""
     count = 1 if rng.random() < _SINGLE_SHARE else 2
     objects = tuple(_sample_object(rng) for _ in range(count))
     return Scene(background=rng.choice(tuple(BACKGROUNDS)), objects=objects)
@@ -130,12 +137,48 @@ def sample_scene(rng: random.Random) -> Scene:
 def sample_scenes(split: str, count: int, seed: int) -> list[Scene]:
     """`count` scenes of one split; the same (split, seed) always gives the same sequence."""
     rng = random.Random(f"{split}/{seed}")
+    return _of_split(split, count, lambda: sample_scene(rng))
+
+
+def _of_split(split: str, count: int, sample: Callable[[], Scene]) -> list[Scene]:
     scenes: list[Scene] = []
     while len(scenes) < count:
-        scene = sample_scene(rng)
+        scene = sample()
         if scene.split == split:
             scenes.append(scene)
     return scenes
+
+
+# The most objects of a varied scene.
+MAX_OBJECTS = 3
+
+
+def sample_varied_scenes(
+    split: str,
+    count: int,
+    seed: int,
+    objects: tuple[int, ...] = (1, 2, 2, 3, 3),
+    look: Callable[[random.Random], Look] | None = None,
+) -> list[Scene]:
+    """`count` scenes of one split with one to three objects and any look; the same arguments always
+    give the same sequence.
+
+    Args:
+        objects: numbers of objects, one of which is drawn for each scene.
+        look: draws the look of a scene; by default, a third is plain and the others have one of
+            :func:`~v2l_fast.shapes.looks.sample_look`.
+    """
+    rng = random.Random(f"varied/{split}/{seed}")
+
+    def any_look() -> Look:
+        return PLAIN if rng.random() < 1 / 3 else sample_look(rng)
+
+    def sample() -> Scene:
+        parts = tuple(_sample_object(rng) for _ in range(rng.choice(objects)))
+        drawn = look(rng) if look else any_look()
+        return Scene(rng.choice(tuple(BACKGROUNDS)), parts, drawn)
+
+    return _of_split(split, count, sample)
 
 
 # --- recordings -----------------------------------------------------------------------------------
@@ -202,3 +245,16 @@ def sample_recordings(split: str, count: int, seed: int) -> list[Recording]:
         else:
             recordings.append(Recording(seconds, fps, rng.randint(*FRAMES), exact=True))
     return recordings
+
+
+def sample_varied_recordings(scenes: Sequence[Scene], split: str, seed: int) -> list[Recording]:
+    """A recording of each scene, as :func:`sample_recordings`; three objects are shown in at least
+    six frames, if the file has as many."""
+    rng = random.Random(f"varied recordings/{split}/{seed}")
+    recordings = sample_recordings(split, len(scenes), seed)
+    return [
+        recording
+        if len(scene.objects) < 3 or len(recording.indices) >= 6
+        else replace(recording, max_frames=rng.randint(6, FRAMES[1]), exact=True)
+        for scene, recording in zip(scenes, recordings, strict=True)
+    ]
