@@ -261,11 +261,11 @@ def _take_turns(
     remaining = set(calls)
     while remaining:
         for name in [name for name in calls if name in remaining]:
-            taken = times[name]
-            taken.append(measure(calls[name]))
-            if len(taken) >= most or (len(taken) >= least and sum(taken) >= seconds):
+            durations = times[name]
+            durations.append(measure(calls[name]))
+            if len(durations) >= most or (len(durations) >= least and sum(durations) >= seconds):
                 remaining.discard(name)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return {name: statistics.median(durations) for name, durations in times.items()}
 
 
 def captured(call: Call) -> Call:

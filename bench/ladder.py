@@ -363,7 +363,7 @@ class _Maker:
         ]  # fmt: skip
         sizes = {"d_in": d_in, "d_out": d_out}
         ours = partial(rank_projection, **sizes)
-        rows = batch * rank
+        num_rows = batch * rank
         return Row(
             "rank_projection", name,
             {
@@ -373,8 +373,8 @@ class _Maker:
                 "ours": ours,
             },
             inputs,
-            flops=2 * rows * z * width,
-            bytes=self.size * (z * width + rows * z + rows * width),
+            flops=2 * num_rows * z * width,
+            bytes=self.size * (z * width + num_rows * z + num_rows * width),
             graphed=True,
         )  # fmt: skip
 
@@ -405,15 +405,15 @@ class _Maker:
         if adapters == 1 and not training:
             merged = (inputs[1].float() + scale * (b[0].float().mT @ a[0].float())).to(self.dtype)
             functions["merged"] = lambda x, w, a, b: F.linear(x, merged)
-        rows = examples * tokens
+        num_rows = examples * tokens
         passes = 3 if training else 1
-        base = 2 * rows * d_in * d_out * (2 if training else 1)
-        low_rank = 2 * rows * rank * (d_in + d_out) * passes
+        base = 2 * num_rows * d_in * d_out * (2 if training else 1)
+        low_rank = 2 * num_rows * rank * (d_in + d_out) * passes
         moved = d_in * d_out * (2 if training else 1) + adapters * rank * (d_in + d_out) * passes
         return Row(
             "lora_linear", name, functions, inputs,
             flops=base + low_rank,
-            bytes=self.size * (moved + rows * (d_in + d_out) * (2 if training else 1)),
+            bytes=self.size * (moved + num_rows * (d_in + d_out) * (2 if training else 1)),
             needs=(0, 2, 3) if training else (),
             # The reference searches for the rows of each adapter, which waits for the device.
             # PEFT's mixed batch copies indices from the host.

@@ -220,9 +220,9 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(1)
 
 
-def random_signs(generator: torch.Generator, density: float, *shape: int) -> Tensor:
+def random_signs(random: torch.Generator, density: float, *shape: int) -> Tensor:
     """A tensor of -1, 0 and 1, of which a share of ``density`` is nonzero."""
-    uniform = torch.rand(*shape, generator=generator)
+    uniform = torch.rand(*shape, generator=random)
     return (uniform < density / 2).float() - (uniform > 1 - density / 2).float()
 
 

@@ -237,7 +237,7 @@ def predicted_share(case: AotCase, resources: Resources) -> float | None:
 def predicted_seconds(
     case: AotCase, resources: Resources, programs: int, processors: int
 ) -> float | None:
-    """Predicted time of the main loops of a launch on a GPU of so many multiprocessors.
+    """Predicted time of a launch's main loops on a GPU of ``processors`` multiprocessors.
 
     None where there is no prediction of the loop. What the model does not know is left out: DRAM,
     launching, and what comes before and after the loop.

@@ -1,6 +1,6 @@
 """Module paths from before the packages were rearranged: they still import, with a warning.
 
-Importing one returns the module that took its place. They go with the next release.
+Importing one returns the module that replaced it. The next release removes them.
 """
 
 from __future__ import annotations
@@ -190,9 +190,9 @@ class MovedModuleFinder(MetaPathFinder, Loader):
 
 
 def warn_renamed(old: str, new: str, stacklevel: int) -> None:
-    """Warn about a name that is going."""
+    """Warn that a name is deprecated."""
     warnings.warn(
-        f"{old} is now {new}; the old name goes with the next release",
+        f"{old} is now {new}; the next release removes the old name",
         DeprecationWarning,
         stacklevel=stacklevel,
     )

@@ -256,11 +256,11 @@ def difference(row: dict[str, Any], first: Path, second: Path) -> dict[str, floa
     }
 
 
-def line(name: str, order: str, figures: dict[str, Any]) -> str:
-    split = "  ".join(f"{stage} {figures['stages'][stage]:.3f}" for stage in STAGES)
+def line(name: str, order: str, row: dict[str, Any]) -> str:
+    split = "  ".join(f"{stage} {row['stages'][stage]:.3f}" for stage in STAGES)
     return (
-        f"{name:14s} {order:9s} {figures['samples_per_second']:8.2f} samples/s  "
-        f"peak {figures['peak_bytes'] / 2**30:.2f} GiB  ({split} s)"
+        f"{name:14s} {order:9s} {row['samples_per_second']:8.2f} samples/s  "
+        f"peak {row['peak_bytes'] / 2**30:.2f} GiB  ({split} s)"
     )
 
 

@@ -123,12 +123,12 @@ def ranges(key: str, won: Sequence[tuple[int, bool]]) -> list[dict[str, list[int
     """
     rules: list[dict[str, list[int | None]]] = []
     before = False
-    for value, wins in won:
-        if wins and before:
+    for value, faster in won:
+        if faster and before:
             rules[-1][key][1] = value
-        elif wins:
+        elif faster:
             rules.append({key: [value, value]})
-        before = wins
+        before = faster
     if before:
         rules[-1][key][1] = None
     return rules

@@ -158,7 +158,7 @@ def test_unsupported_and_inconsistent_configs_are_named(
     [
         (lambda s: s.pop("head.weight"), "lacks 'head.weight'"),
         (lambda s: s.update(surprise=torch.ones(1)), "unexpected 'surprise'"),
-        (lambda s: s.update({"bad\nkey": torch.ones(1)}), "no parameter's name"),
+        (lambda s: s.update({"bad\nkey": torch.ones(1)}), "not a parameter name"),
         (lambda s: s.update(note="text"), "'note' is 'text', not a tensor"),
         (lambda s: s.update({"head.weight": torch.ones(2, 4, 19)}), "head.weight is [2, 4, 19]"),
         (lambda s: s.update({"head.weight": s["head.weight"].int()}), "head.weight is torch.int32"),

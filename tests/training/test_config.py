@@ -160,12 +160,12 @@ def test_wrong_files_are_refused(tmp_path):
             load_config(missing)
 
 
-def test_the_identity_ignores_settings_without_effect_on_the_result():
-    plain = load_config("shapes").identity()
+def test_the_fingerprint_ignores_settings_without_effect_on_the_result():
+    plain = load_config("shapes").fingerprint()
     same = load_config(
         "shapes", ["optim.micro_batch_size=12", "data.workers=2", "run.folder=x", "run.keep=9"]
     )
-    assert same.identity() == plain
-    assert load_config("shapes", ["optim.lr=1"]).identity() != plain
-    assert load_config("shapes", ["run.seed=1"]).identity() != plain
-    assert TrainConfig().identity()["optim.steps"] == 1000
+    assert same.fingerprint() == plain
+    assert load_config("shapes", ["optim.lr=1"]).fingerprint() != plain
+    assert load_config("shapes", ["run.seed=1"]).fingerprint() != plain
+    assert TrainConfig().fingerprint()["optim.steps"] == 1000

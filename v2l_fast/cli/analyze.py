@@ -132,9 +132,9 @@ def effect(
         return
     rows = [
         (module, str(layer), f"{norm:.4g}", f"{relative:.2%}")
-        for module, norms in result.update_norms.items()
+        for module, by_layer in result.update_norms.items()
         for layer, (norm, relative) in enumerate(
-            zip(norms, result.relative_norms[module], strict=True)
+            zip(by_layer, result.relative_norms[module], strict=True)
         )
     ]
     show_table(("module", "layer", "update norm", "relative to the weight"), rows)
@@ -166,9 +166,9 @@ def norms(
     record = adapter_norms(model, [model.load_adapter(path) for path in files])
     rows = [
         {"module": module, "layer": layer, "norm": norm, "relative_norm": relative}
-        for module, norms in record["modules"].items()
+        for module, by_layer in record["modules"].items()
         for layer, (norm, relative) in enumerate(
-            zip(norms["layer_norms"], norms["relative_norms"], strict=True)
+            zip(by_layer["layer_norms"], by_layer["relative_norms"], strict=True)
         )
     ]
     results.write("norms", record, rows, plot_norms)

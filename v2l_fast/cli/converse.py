@@ -192,31 +192,30 @@ def _elicit(
     from v2l_fast.conversation.persona import forget_in_trace
     from v2l_fast.files import append_jsonl
 
-    options = elicitation
-    if file is None and options.reasoner is None:
+    if file is None and elicitation.reasoner is None:
         raise typer.BadParameter("name an adapter file, or a language model with --reasoner")
-    if options.reasoner_model is not None and options.reasoner is None:
+    if elicitation.reasoner_model is not None and elicitation.reasoner is None:
         raise typer.BadParameter("--reasoner-model needs --reasoner")
     reasoner: ChatModel = LexiconModel()
-    if options.reasoner is not None:
-        reasoner = load_chat_model(options.reasoner, options.reasoner_model)
-        if options.reasoner_model is not None:
-            note(f"what is said goes to {options.reasoner}")
-    schema = Schema.load(options.schema)
-    encoder = load_encoder(options.encoder)
+    if elicitation.reasoner is not None:
+        reasoner = load_chat_model(elicitation.reasoner, elicitation.reasoner_model)
+        if elicitation.reasoner_model is not None:
+            note(f"what is said goes to {elicitation.reasoner}")
+    schema = Schema.load(elicitation.schema)
+    encoder = load_encoder(elicitation.encoder)
     state, last = State(), None
-    if options.persona is not None and options.persona.exists():
-        state = State(persona=Persona.load(options.persona))
-    answerer = None if file is None else VideoModel(loading.load(), file, options.video)
+    if elicitation.persona is not None and elicitation.persona.exists():
+        state = State(persona=Persona.load(elicitation.persona))
+    answerer = None if file is None else VideoModel(loading.load(), file, elicitation.video)
     models = Models(reasoner, encoder, answerer)
     settings = CperSettings(
-        max_questions=options.max_questions,
+        max_questions=elicitation.max_questions,
         max_tokens=generation.max_new_tokens,
-        fact_days=options.keep_days,
+        fact_days=elicitation.keep_days,
         seed=generation.seed,
     )
-    if options.threshold is not None:
-        settings = settings.with_threshold(options.threshold, encoder.fingerprint)
+    if elicitation.threshold is not None:
+        settings = settings.with_threshold(elicitation.threshold, encoder.fingerprint)
 
     def why(turn: Reply | None) -> str:
         if turn is None:
@@ -247,19 +246,19 @@ def _elicit(
         if command == "/forget":
             words = state.persona.traces(argument.split())
             state, last = state.forget(argument.split()), None
-            if options.trace is not None:
-                forget_in_trace(options.trace, words)
+            if elicitation.trace is not None:
+                forget_in_trace(elicitation.trace, words)
             text = "forgotten"
         else:
             state, turn = cper_turn(state, utterance, models, settings, schema)
             text, last = turn.text, turn
-            if options.show_gap:
+            if elicitation.show_gap:
                 note(f"gap {turn.gap.value:.2f} ({turn.gap.kind}), {turn.action}")
-            if options.trace is not None:
-                options.trace.touch(mode=0o600)
-                append_jsonl(options.trace, [{"turn": state.number - 1, **asdict(turn)}])
-        if options.persona is not None:
-            state.persona.save(options.persona)
+            if elicitation.trace is not None:
+                elicitation.trace.touch(mode=0o600)
+                append_jsonl(elicitation.trace, [{"turn": state.number - 1, **asdict(turn)}])
+        if elicitation.persona is not None:
+            state.persona.save(elicitation.persona)
         return text
 
     return reply

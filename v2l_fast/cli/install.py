@@ -43,7 +43,7 @@ def _run_demo(folder: Path | None, seed: int) -> None:
 
     Args:
         folder: folder of the clip and the adapter; None keeps neither.
-        seed: seed of the scene, which is of the test split.
+        seed: seed of the scene, which is from the test split.
     """
     import transformers
 
@@ -153,7 +153,7 @@ PARTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 
 
-# From this version on, ptxas assembles pipelined wgmma products rightly (triton#9433).
+# From this version on, ptxas assembles pipelined wgmma products correctly (triton#9433).
 PTXAS = (13, 3)
 
 

@@ -287,7 +287,7 @@ def load_chat_model(source: str, name: str | None = None) -> ChatModel:
     if not source.startswith(("http://", "https://")):
         return TransformersModel(source)
     if name is None:
-        raise ConfigError(f"{source}: name the model that it serves")
+        raise ConfigError(f"{source}: the name of the model that it serves is missing; pass it too")
     return EndpointModel(source, name)
 
 

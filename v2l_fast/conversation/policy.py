@@ -143,7 +143,7 @@ class CperSettings:
         record = read_json(path, error=ConfigError, kind=dict)
         threshold = record.get("threshold")
         if not isinstance(threshold, int | float) or isinstance(threshold, bool):
-            raise ConfigError(f"{path}: threshold is {excerpt(threshold)}, expected a number")
+            raise ConfigError(f"{path}: threshold must be a number, got {excerpt(threshold)}")
         current = {"encoder": encoder, **self.calibrated_by()}
         for name, value in current.items():
             if record.get(name) != value:
@@ -153,7 +153,7 @@ class CperSettings:
                 )
         gap = record.get("gap")
         if gap not in ("cper", "slots"):
-            raise ConfigError(f"{path}: gap is {excerpt(gap)}, expected cper or slots")
+            raise ConfigError(f"{path}: gap must be cper or slots, got {excerpt(gap)}")
         # A calibrated threshold is exact: no range around it repeats the last action.
         return replace(
             self, threshold=float(threshold), hysteresis=0.0, policy="threshold", gap=gap

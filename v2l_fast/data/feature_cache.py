@@ -79,7 +79,7 @@ class FeatureCache:
         setting = self._setting()
         if not any(stored.startswith(setting) for stored in self._stored):
             raise CacheError(
-                f"{self.folder}: none of its {len(self)} entries is of this model, dtype, "
+                f"{self.folder}: none of its {len(self)} entries is for this model, dtype, "
                 "frame count and resolution; fill it by v2l cache with the same settings"
             )
 

@@ -69,7 +69,7 @@ def rows(path: str | os.PathLike, problems: list[str]) -> Iterator[tuple[int, di
 
 
 def faults(row: dict[str, Any], required: Sequence[str]) -> Iterator[str]:
-    """What is wrong with a line's fields, of which the text fields `required` must be there."""
+    """The faults of a line's fields; the text fields `required` must be present."""
     for name in TEXT_FIELDS:
         value = row.get(name)
         if value is None or value == "":
@@ -105,7 +105,7 @@ def faults(row: dict[str, Any], required: Sequence[str]) -> Iterator[str]:
 
 
 def _metadata_faults(metadata: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the entries that have a meaning; the others are the user's."""
+    """The faults of the entries that have a meaning; the others are the user's."""
     span, video, truncated = (metadata.get(k) for k in ("span", "video_id", "truncated"))
     if not _is_span(span):
         yield (

@@ -89,9 +89,9 @@ def evaluate(
         JudgeError: the judge cannot be used.
     """
     videos = group_by_video(examples)
-    identity = _identity(model, settings, videos)
+    fingerprint = _fingerprint(model, settings, videos)
     if folder is not None:
-        ResumableFolder(folder, identity)
+        ResumableFolder(folder, fingerprint)
     cache = VideoCache(model, settings, load, folder and folder / "adapters", clips=batch + 1)
     journals = {
         name: Journal(folder and folder / "answers" / f"{_file_name(name)}.jsonl")
@@ -103,7 +103,7 @@ def evaluate(
         for name, journal in journals.items()
     }
     if not any(id_ in answers[BASELINE] for id_ in answers[SYSTEM]):
-        reason = next(iter(unreadable.values()), "there is no example")
+        reason = next(iter(unreadable.values()), "it has no examples")
         raise ConfigError(f"no video of the manifest can be read: {reason}")
     scores = text_scores(examples, answers)
     judged: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def evaluate(
         "videos": len(videos),
         "unreadable": unreadable,
         "conditions": list(journals),
-        **identity,
+        **fingerprint,
         "prompt_tokens": {
             name: _mean_tokens(journal, examples) for name, journal in journals.items()
         },
@@ -139,7 +139,7 @@ def evaluate(
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def _identity(
+def _fingerprint(
     model: Video2LoRA, settings: AnswerSettings, videos: Sequence[VideoExamples]
 ) -> dict[str, Any]:
     """Everything that the answers depend on."""

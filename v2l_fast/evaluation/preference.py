@@ -221,12 +221,12 @@ def compare_on_dialogs(
         A JSON-ready record; intervals are 95% over dialogs.
 
     Raises:
-        ConfigError: the folder holds another comparison, there is no dialog, or a system that
+        ConfigError: the folder holds another comparison, there are no dialogs, or a system that
             another one needs is missing.
         ModelError: a model does not reply; run again to continue.
     """
     if not dialogs:
-        raise ConfigError("there is no dialog to compare systems on")
+        raise ConfigError("dialogs must not be empty")
     by_name = {system.name: system for system in systems}
     if judge is not None and baseline not in by_name:
         raise ConfigError(f"baseline must be one of the systems, got {baseline!r}")

@@ -269,23 +269,23 @@ def _small_sample(
     if scale is None:
         return -half, half
     width = scale[1] - scale[0]
-    share = (float(ratios.mean()) - scale[0]) / width
-    effective = share * (1 - share) * width**2 / variance * (norm.isf(_TAIL) / quantile) ** 2
-    hits, misses = effective * share, effective * (1 - share)
+    rate = (float(ratios.mean()) - scale[0]) / width
+    effective = rate * (1 - rate) * width**2 / variance * (norm.isf(_TAIL) / quantile) ** 2
+    hits, misses = effective * rate, effective * (1 - rate)
     return (
-        float(beta.ppf(_TAIL, hits, misses + 1) - share) * width,
-        float(beta.isf(_TAIL, hits + 1, misses) - share) * width,
+        float(beta.ppf(_TAIL, hits, misses + 1) - rate) * width,
+        float(beta.isf(_TAIL, hits + 1, misses) - rate) * width,
     )
 
 
 def _missed(group: np.ndarray, totals: np.ndarray, scale: Bounds) -> tuple[float, float]:
     """How far the estimate may exceed or miss the truth if a group's videos are all equal."""
-    share = 1 - _TAIL ** (1 / group.shape[-1])
+    fraction = 1 - _TAIL ** (1 / group.shape[-1])
     own = group.sum(axis=-1)
     inside = own[:, 1] > 0
     weights = own[inside, 1] / totals[inside, 1] / len(totals)
     scores = own[inside, 0] / own[inside, 1]
-    below, above = (share * weights * abs(scores - end) for end in scale)
+    below, above = (fraction * weights * abs(scores - end) for end in scale)
     return float(below.sum()), float(above.sum())
 
 

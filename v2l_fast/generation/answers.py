@@ -141,17 +141,17 @@ def answer_prompts(
     for first in range(0, len(prompts), count):
         start = time.perf_counter()
         part = slice(first, first + count)
-        built = [build() for build in prompts[part]]
+        batch = [build() for build in prompts[part]]
         bank = AdapterBank.pack(adapters[part], decoder.device, decoder.dtype)
         keys = [
             CacheKey(prompt.ids, None if adapter is None else adapter.content_hash)
-            for prompt, adapter in zip(built, adapters[part], strict=True)
+            for prompt, adapter in zip(batch, adapters[part], strict=True)
             if prefix_cache is not None
         ]
         prompt_seconds = time.perf_counter() - start
         output = generate(
             decoder,
-            [prompt.embeddings for prompt in built],
+            [prompt.embeddings for prompt in batch],
             backbone.stop_ids,
             replace(sampling.for_example(first * sampling.n), n=sampling.n),
             bank,
@@ -160,7 +160,7 @@ def answer_prompts(
         )
         answers = zip(output.tokens, output.logprobs, strict=True)
         for index, (tokens, logprobs) in enumerate(answers):
-            prompt = built[index // sampling.n]
+            prompt = batch[index // sampling.n]
             yield Answer(
                 backbone.decode(tokens),
                 len(prompt),

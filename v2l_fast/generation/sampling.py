@@ -186,8 +186,8 @@ class TokenConstraint(Protocol):
     """Limits the next token of one answer, for example to what a grammar allows.
 
     The runner calls it in its own thread and computes a pass between :meth:`accept` and
-    :meth:`bitmask`; an implementation computes the mask in another thread meanwhile. What it raises
-    ends its request alone.
+    :meth:`bitmask`; an implementation computes the mask in another thread meanwhile. An error that
+    it raises ends its request alone.
     """
 
     def bitmask(self) -> Tensor:

@@ -201,7 +201,7 @@ def adapted_linear(model: nn.Module, suffix: str) -> AdaptedModel:
 
     Raises:
         AdapterError: no layer matches, or several stacks of layers do, the numbering has gaps, or
-            layers are no linear ones or share one module.
+            layers are not linear or share one module.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"model must be an nn.Module, got {type(model).__name__}")

@@ -259,7 +259,7 @@ def _judge_factors(header: TensorHeader, path: str | os.PathLike) -> int:
     a, b = shapes["lora_A"], shapes["lora_B"]
     if not a or a.keys() != b.keys():
         raise AdapterError(
-            f"{path}: A is of modules {excerpt(sorted(a))}, B of {excerpt(sorted(b))}; {_REMEDY}"
+            f"{path}: A has the modules {excerpt(sorted(a))}, B has {excerpt(sorted(b))}; {_REMEDY}"
         )
     layers = set()
     for module in a:
@@ -267,7 +267,7 @@ def _judge_factors(header: TensorHeader, path: str | os.PathLike) -> int:
         if any(len(shape) != 3 for shape in sizes) or sizes[0][:2] != sizes[1][:2]:
             raise AdapterError(
                 f"{path}: {excerpt(module)}: A must be [L, r, d_in] and B [L, r, d_out], "
-                f"not {list(sizes[0])} and {list(sizes[1])}; {_REMEDY}"
+                f"got {list(sizes[0])} and {list(sizes[1])}; {_REMEDY}"
             )
         for (num_layers, rank, width), name in zip(sizes, "AB", strict=True):
             sound = 1 <= num_layers <= _MAX_LAYERS and rank <= _MAX_RANK and 1 <= width

@@ -255,7 +255,7 @@ def _is_lent(frame: FrameType) -> bool:
 
 
 def _snapshot() -> dict[Scope, _Block]:
-    """What is in force here, as blocks for another thread."""
+    """The values in force here, as blocks for another thread."""
     blocks = {s: _in_force(b, sys._getframe(1)) for s, b in _BLOCKS.get().items()}
     return {s: _Block(b.value) for s, b in blocks.items() if b is not None}
 

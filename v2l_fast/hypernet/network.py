@@ -214,7 +214,7 @@ class HyperNetwork(nn.Module):
         expected = (self.config.num_layers, self.config.hidden_size)
         if features.dim() != 4 or (features.shape[1], features.shape[3]) != expected:
             raise ValueError(
-                f"features must be [B, {expected[0]}, S, {expected[1]}], not {list(features.shape)}"
+                f"features must be [B, {expected[0]}, S, {expected[1]}], got {list(features.shape)}"
             )
         batch, layers, length, _ = features.shape
         size = layers_per_group(batch * length, layers, tokens_per_unit(features.device))
@@ -309,13 +309,13 @@ class HyperNetwork(nn.Module):
     ) -> Tensor | None:
         """Check shapes; return the span that the network reads, None if it reads none."""
         if mask is not None and mask.shape != hidden.shape[:2]:
-            raise ValueError(f"mask must be {list(hidden.shape[:2])}, not {list(mask.shape)}")
+            raise ValueError(f"mask must be {list(hidden.shape[:2])}, got {list(mask.shape)}")
         if not self.config.chunk_position:
             return None
         if chunk_span is None:
             return torch.arange(2.0, device=hidden.device).expand(len(hidden), 2)
         if chunk_span.shape != (len(hidden), 2):
-            raise ValueError(f"chunk_span must be {[len(hidden), 2]}, not {list(chunk_span.shape)}")
+            raise ValueError(f"chunk_span must be {[len(hidden), 2]}, got {list(chunk_span.shape)}")
         return chunk_span
 
     @torch.no_grad()

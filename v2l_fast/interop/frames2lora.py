@@ -85,7 +85,7 @@ def _split(root: Any, path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[
         if key in EXTRAS:
             continue
         if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_KEY:
-            raise CheckpointError(f"{path}: {excerpt(key)} is no parameter's name")
+            raise CheckpointError(f"{path}: {excerpt(key)} is not a parameter name")
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {excerpt(key)} is {excerpt(value)}, not a tensor")
         plain = key.replace(COMPILED_PREFIX, "")
@@ -205,7 +205,7 @@ def _target_modules(fields: _Fields, lora: _Fields) -> dict[str, tuple[int, int]
     for name in names:
         # Parameters are stored under these names.
         if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ParameterDict, name):
-            raise lora.error("target_modules", f"names {excerpt(name)}, which is no module's name")
+            raise lora.error("target_modules", f"names {excerpt(name)}, which is not a module name")
         pair = tuple(side.get(name) for side in sizes)
         if any(type(size) is not int or not 0 < size <= MAX_SIZE for size in pair):
             raise fields.error(
@@ -254,7 +254,7 @@ def _check_sharing(
 ) -> None:
     """Check that the names of a shared layer hold one value, and other parameters do not overlap.
 
-    A view such as one of stride 0 costs a file nothing, and the network a copy.
+    A view of stride 0 takes no space in the file, and a full copy in the network.
     """
     first: dict[int, str] = {}
     needed: Counter[int] = Counter()

@@ -262,8 +262,8 @@ async def _upload(request: Request, server: Server) -> Job | StoredAdapter:
     try:
         size = int(request.headers.get("content-length", limit))
         async with admission.receiving(size):
-            video, options = await _receive_form(request, path, limit)
-        return await admission.start(video, options)
+            received, options = await _receive_form(request, path, limit)
+        return await admission.start(received, options)
     finally:
         server.store.staging.remove(path)
 
@@ -279,8 +279,8 @@ async def _link(request: Request, server: Server) -> Job | StoredAdapter:
     if size > limit:
         raise _video_too_large(limit)
     async with admission.receiving(size):
-        video = await run_in_threadpool(ReceivedVideo.linked_to, path)
-    return await admission.start(video, options)
+        received = await run_in_threadpool(ReceivedVideo.linked_to, path)
+    return await admission.start(received, options)
 
 
 async def _receive_form(

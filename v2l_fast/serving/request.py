@@ -211,7 +211,7 @@ class StreamingRequest(Request):
 
     @property
     def source(self) -> str:
-        """What it is answered from: "adapter", "context" or "plain"."""
+        """The source of the answer: "adapter", "context" or "plain"."""
         return "context" if self.clip is not None else "adapter" if self.adapters else "plain"
 
     # --- the reader's side ------------------------------------------------------------------------
@@ -348,7 +348,7 @@ class TextStream:
     def _extend(self, tokens: list[int]) -> None:
         for token in tokens[self._read :]:
             text = self._decode([*self._window, token])
-            # Ids without text, such as special tokens, are no context for others.
+            # Ids without text, such as special tokens, do not change the text of the next ones.
             if text != self._text or text.endswith(_REPLACEMENT):
                 self._window.append(token)
                 self._text = text

@@ -206,7 +206,7 @@ class VideoReader:
 
 
 def image_format(head: bytes) -> str | None:
-    """FFmpeg's format of a file that begins with ``head`` (12 bytes), None if it is no image."""
+    """FFmpeg's format of an image that begins with ``head`` (12 bytes); None for another file."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp_pipe"
     return next((name for start, name in _IMAGES.items() if head.startswith(start)), None)

@@ -154,7 +154,7 @@ class StreamOptions(BaseModel):
 
 
 class VideoIO(BaseModel):
-    """``num_frames``: frames sampled from a video at most."""
+    """``num_frames``: maximum number of frames sampled from a video."""
 
     model_config = ConfigDict(extra="forbid")
 

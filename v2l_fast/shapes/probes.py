@@ -432,11 +432,11 @@ def _binding_captions(answering: ConditionAnswers, scenes: Sequence[Scene]) -> l
     return sorted(rows, key=lambda row: row["score"][SYSTEM]["estimate"])
 
 
-def _caption_answers(stated: Mapping[str, str], probe: Probe) -> bool:
+def _caption_answers(stated: Mapping[str, str], p: Probe) -> bool:
     """Whether a caption's attributes give the correct answer about the object of that shape."""
     for number in range(2):
-        if stated.get(f"shape{number}", "?") in plain(probe.question).split():
-            return stated.get(f"{probe.kind}{number}") == probe.answer
+        if stated.get(f"shape{number}", "?") in plain(p.question).split():
+            return stated.get(f"{p.kind}{number}") == p.answer
     return False
 
 

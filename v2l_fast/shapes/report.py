@@ -113,13 +113,13 @@ class ShapesReport:
         with_trained = name == "chunks" and self.trained is not None
         trained = {"trained": self.trained.hypernet.fingerprint if with_trained else None}
 
-        def measure() -> dict[str, Any]:
+        def new_record() -> dict[str, Any]:
             about = {"network": network, **trained, "machine": machine()}
             count = self.count(name)
             return {**about, "videos": count, **MEASUREMENTS[name](self, count)}
 
         fingerprint = {"network": network, "videos": self.videos, "seed": self.seed}
-        record = ResumableFolder(self.folder, fingerprint).record(name, measure)
+        record = ResumableFolder(self.folder, fingerprint).record(name, new_record)
         saved = {"trained": record.get("trained")}
         remedy = "choose another folder or delete it"
         check_fingerprint(self.folder / f"{name}.json", saved, trained, ConfigError, remedy)

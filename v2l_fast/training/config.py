@@ -311,7 +311,7 @@ class TrainConfig:
         )
         return replace(self, data=filled)
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The settings that determine the result, by dotted name; a checkpoint continues only
         under equal ones."""
         free = {

@@ -115,7 +115,7 @@ class ManifestSource:
 
     @property
     def chunk_views(self) -> int:
-        """Views of one chunk, at most."""
+        """Maximum number of views of one chunk."""
         sampling, tile = self.reader.sampling, self.prompt_builder.tile_size
         # A square frame has most tiles; a tiled one also has a view of the whole.
         tiles = math.ceil(sampling.longest_edge / tile) ** 2
@@ -123,14 +123,14 @@ class ManifestSource:
 
     @property
     def video_bytes(self) -> int:
-        """Bytes of one video's views, or of its features if they are stored, at most."""
+        """Maximum bytes of one video's views, or of its features if they are stored."""
         pixels = 3 * self.prompt_builder.tile_size**2
         each = self.feature_bytes if self.cache is not None else pixels
         return self.chunk_views * max(self.chunks) * each
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all videos' features in every number of chunks, at most."""
+        """Maximum bytes of all videos' features in every number of chunks."""
         return len(self) * self.chunk_views * sum(self.chunks) * self.feature_bytes
 
     def load(self, index: int, step: int) -> Sample | Failure:

@@ -430,7 +430,7 @@ class _Run:
     def _settings(self) -> dict[str, Any]:
         """The settings that a checkpoint must have been written with."""
         network = flatten(self.hypernet.config.to_dict(), "hypernetwork.")
-        return {**self.config.identity(), **network, "videos in the source": len(self.source)}
+        return {**self.config.fingerprint(), **network, "videos in the source": len(self.source)}
 
     # --- messages and the summary -----------------------------------------------------------------
 

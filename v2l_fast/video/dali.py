@@ -335,16 +335,16 @@ class DaliDecoder:
         index = self.device.index
         if on_gpu and index is None:
             index = torch.cuda.current_device()
-        built = pipeline(
+        compiled = pipeline(
             batch_size=self.batch,
             num_threads=min(_THREADS, os.cpu_count() or 1),
             device_id=index if on_gpu else None,
         )
         try:
-            built.build()
+            compiled.build()
         except RuntimeError as error:
             raise DaliError(_reason(error)) from None
-        return built
+        return compiled
 
 
 def shared_decoder(device: torch.device) -> DaliDecoder:

@@ -137,8 +137,8 @@ def read_packets(
     )
     raw = bool(container.format.flags & cast(int, Flags.no_timestamps.value))
     jumping = bool(container.format.flags & cast(int, Flags.ts_discont.value))
-    shown: list[int | None] = []
-    decoded: list[int | None] = []
+    shown_at: list[int | None] = []
+    decoded_at: list[int | None] = []
     keys: list[bool] = []
     duration = 0
     try:
@@ -149,10 +149,10 @@ def read_packets(
             if packet.is_discard or _is_hidden(codec, packet):
                 plain = False
                 continue
-            if not shown and packet.has_sidedata("encryption_info"):
+            if not shown_at and packet.has_sidedata("encryption_info"):
                 raise VideoError(f"{path}: encrypted (DRM); pass a file without encryption")
-            shown.append(packet.pts)
-            decoded.append(packet.dts)
+            shown_at.append(packet.pts)
+            decoded_at.append(packet.dts)
             keys.append(packet.is_keyframe)
             exact &= packet.pts is not None and not packet.is_corrupt
             duration = packet.duration or duration
@@ -161,8 +161,8 @@ def read_packets(
     except av.FFmpegError as error:
         deadline.check()
         exact = False
-        log.warning("%s: cut short after %d packets: %s", path, len(shown), error)
-    count = len(shown)
+        log.warning("%s: cut short after %d packets: %s", path, len(shown_at), error)
+    count = len(shown_at)
     if count == 0:
         raise VideoError(f"{path}: its video stream is empty; the file may be truncated")
     if claimed > count:
@@ -175,7 +175,7 @@ def read_packets(
         return Packets(count, fps, codec, np.arange(count) / fps, plain, None)
     declared = float(stream.average_rate or stream.guessed_rate or 0)
     time_base = stream.time_base or Fraction(0)
-    times, restarts = _steady(shown, decoded, keys, float(time_base), jumping)
+    times, restarts = _steady(shown_at, decoded_at, keys, float(time_base), jumping)
     span = 0.0
     if times is not None and time_base:
         last = duration or (times[-1] - times[0]) / max(count - 1, 1)
@@ -186,7 +186,7 @@ def read_packets(
     fps = _frame_rate(count, declared, span)
     timeline = None
     if exact and not restarts and True in keys:
-        timeline = _timeline(np.array(shown, np.int64), np.array(keys))
+        timeline = _timeline(np.array(shown_at, np.int64), np.array(keys))
     return Packets(count, fps, codec, seconds, plain, timeline)
 
 

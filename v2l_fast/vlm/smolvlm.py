@@ -157,8 +157,8 @@ class SmolVLM:
             return Prompt(self.embed(tensor), ids=tuple(ids))
         visual = tensor == self.image_token_id
         embeddings = self.embed(tensor, [chunk.visual])
-        shown = send(visual, self.decoder.device)
-        return Prompt(embeddings, int(visual.sum()), shown, tuple(ids))
+        visual_mask = send(visual, self.decoder.device)
+        return Prompt(embeddings, int(visual.sum()), visual_mask, tuple(ids))
 
     def decode(self, ids: list[int], strip: bool = True) -> str:
         """Ids of an answer -> text without special tokens and, with ``strip``, outer spaces."""
@@ -200,7 +200,7 @@ class SmolVLM:
         # compilation takes three times as long.
         side = tower.embeddings.image_size
         if (pixels.shape[1], pixels.shape[2], pixels.shape[3]) != (3, side, side):
-            raise ValueError(f"views must be [V, 3, {side}, {side}], not {list(pixels.shape)}")
+            raise ValueError(f"views must be [V, 3, {side}, {side}], got {list(pixels.shape)}")
         # The tower's own forward waits for the device to find out that all patches are visible, and
         # some versions of it compute the positions in bfloat16, which is too coarse.
         embeddings = tower.embeddings
