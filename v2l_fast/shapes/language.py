@@ -21,6 +21,7 @@ CAPTION_PROMPTS = (
     "Caption this video.",
     "What happens?",
 )
+DETAIL_PROMPTS = ("What is in the video?", "What is in this video?")
 QUESTION_KINDS = (
     "background",
     "count",
@@ -44,7 +45,8 @@ _BACKGROUND = re.compile(rf"\bon a ({'|'.join(BACKGROUNDS)}) background\b")
 
 @dataclass(frozen=True)
 class QAPair:
-    """One question and its answer; `kind` is "caption", one of QUESTION_KINDS or PLACE_KINDS."""
+    """One question and its answer; `kind` is "caption", "details", one of QUESTION_KINDS or
+    PLACE_KINDS."""
 
     kind: str
     question: str
@@ -91,6 +93,11 @@ def parse_caption(text: str) -> dict[str, str]:
 
 def _refer(scene: Scene, index: int) -> str:
     return "object" if len(scene.objects) == 1 else f"{ORDINALS[index]} object"
+
+
+def _is_unique(scene: Scene, item: SceneObject, name: str) -> bool:
+    """Whether no other object of the scene shares this attribute."""
+    return sum(getattr(other, name) == getattr(item, name) for other in scene.objects) == 1
 
 
 def _only_with(scene: Scene, name: str) -> bool:
@@ -188,7 +195,7 @@ def ask_bound(
         (name, item)
         for name in ("shape", "color")
         for item in scene.objects
-        if sum(getattr(other, name) == getattr(item, name) for other in scene.objects) == 1
+        if _is_unique(scene, item, name)
     ]
     if not options:
         return None
@@ -246,6 +253,69 @@ def ask_reworded(scene: Scene, rng: random.Random) -> QAPair:
     wording = (_MOTION if asked == "motion" else _ATTRIBUTE)[-1]
     question = wording.format(k=asked, x=_refer(scene, index))
     return QAPair(asked, question, getattr(item, asked))
+
+
+# --- detailed descriptions ------------------------------------------------------------------------
+
+_FACTS = 5
+
+
+def describe(scene: Scene, rng: random.Random) -> QAPair:
+    """A detailed description: random statements about the scene, in random order.
+
+    A caption states neither the number of objects nor where they are and what is absent; a long
+    description by a large model does.
+    """
+    statements = (
+        _count_statement,
+        _background_statement,
+        _order_statement,
+        _place_statement,
+        _absence_statement,
+        *(_attribute_statement,) * 5,
+    )
+    chosen = rng.sample(statements, _FACTS)
+    return QAPair("details", rng.choice(DETAIL_PROMPTS), " ".join(s(scene, rng) for s in chosen))
+
+
+def _count_statement(scene: Scene, rng: random.Random) -> str:
+    count = len(scene.objects)
+    return f"there are {_NUMBERS[count]} objects." if count > 1 else "there is one object."
+
+
+def _background_statement(scene: Scene, rng: random.Random) -> str:
+    return f"the background is {scene.background}."
+
+
+def _order_statement(scene: Scene, rng: random.Random) -> str:
+    index = rng.randrange(len(scene.objects))
+    return f"the {scene.objects[index].shape} comes {ORDINALS[index]}."
+
+
+def _place_statement(scene: Scene, rng: random.Random) -> str:
+    index, kind = rng.randrange(len(scene.objects)), rng.choice(PLACE_KINDS)
+    place = " ".join(scene.objects[index].place(0.0 if kind == "start" else 1.0))
+    return f"the {kind} of the {_refer(scene, index)} is {place}."
+
+
+def _absence_statement(scene: Scene, rng: random.Random) -> str:
+    there = {item.shape for item in scene.objects}
+    shape = rng.choice([shape for shape in SHAPES if shape not in there])
+    return f"the {rng.choice(('color', 'size', 'motion'))} of the {shape} is {NONE}."
+
+
+def _attribute_statement(scene: Scene, rng: random.Random) -> str:
+    """About an object named by its place in the order or, if it is unique, its shape or color."""
+    index = rng.randrange(len(scene.objects))
+    item = scene.objects[index]
+    names = {"": _refer(scene, index)} | {
+        states: item.shape if states == "shape" else f"{item.color} object"
+        for states in ("shape", "color")
+        if _is_unique(scene, item, states)
+    }
+    states = rng.choice(tuple(names))
+    about = rng.choice([slot for slot in _SLOTS if slot != states])
+    return f"the {about} of the {names[states]} is {getattr(item, about)}."
 
 
 # --- scoring --------------------------------------------------------------------------------------

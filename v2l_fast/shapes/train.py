@@ -337,7 +337,8 @@ class DecoderSettings:
         batch: videos of a step.
         no_video_share: share of the videos that are not shown with their questions.
         lr, final_lr: learning rate after `warmup` steps, and after the last `decay` steps.
-        caption_weight: share of the captions' mean loss; the other answers have the rest.
+        caption_weight: share of the mean loss of captions and detailed descriptions; the other
+            answers have the rest.
         checkpoint_every: steps between two checkpoints.
     """
 
@@ -520,7 +521,8 @@ def _language_step(
     logits = answer_logits(model, packed, visual)
     losses = F.cross_entropy(logits, packed.targets, reduction="none")
     kinds = [pair.kind for row in pairs for pair in row]
-    is_caption = torch.tensor([kind == "caption" for kind in kinds])[packed.pair_index]
+    is_caption = torch.tensor([kind in ("caption", "details") for kind in kinds])
+    is_caption = is_caption[packed.pair_index]
     captions, others = losses[is_caption].mean(), losses[~is_caption].mean()
     loss = caption_weight * captions + (1 - caption_weight) * others
     optimizer.zero_grad(set_to_none=True)

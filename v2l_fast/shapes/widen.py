@@ -34,6 +34,7 @@ from v2l_fast.shapes.language import (
     ask_last,
     ask_ordinal,
     ask_several,
+    describe,
 )
 from v2l_fast.shapes.looks import PLAIN, sample_look
 from v2l_fast.shapes.render import augment
@@ -230,8 +231,9 @@ class ImitationSettings:
 class VaryingSettings(WideningSettings):
     videos: int = 16384
     lr: float = 1.2e-3
+    caption_weight: float = 0.4
     decay: int = 2800
-    steps: int = 7000
+    steps: int = 6400
 
 
 def varied_videos(split: str, count: int, seed: int) -> tuple[list[Scene], list[Recording]]:
@@ -241,10 +243,11 @@ def varied_videos(split: str, count: int, seed: int) -> tuple[list[Scene], list[
 
 
 def varied_qa_pairs(scene: Scene, rng: random.Random) -> list[QAPair]:
-    """As :func:`widened_qa_pairs`, with two more questions that name an object."""
-    bound = [ask_bound(scene, rng, True, {"motion": 3.0}) for _ in range(2)]
-    pairs = widened_qa_pairs(scene, rng, MAX_OBJECTS)
-    return [*pairs, *(pair for pair in bound if pair is not None)]
+    """As :func:`widened_qa_pairs`, with a detailed description and one more question that names an
+    object."""
+    pairs = [*widened_qa_pairs(scene, rng, MAX_OBJECTS), describe(scene, rng)]
+    bound = ask_bound(scene, rng, True, {"motion": 3.0})
+    return pairs if bound is None else [*pairs, bound]
 
 
 def imitate_plain(
