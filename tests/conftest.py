@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
+from v2l_fast.generation import ModelRunner
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA
 from v2l_fast.video import Clip
@@ -91,6 +92,20 @@ def pair(tmp_path: Path, backbone: SmolVLM, hypernet: HyperNetwork) -> Path:
     """``model`` on disk: a folder with ``base`` and ``hypernet``, a fresh copy for each test."""
     tiny.save_pair(tmp_path / "pair", backbone, hypernet)
     return tmp_path / "pair"
+
+
+@pytest.fixture
+def prefill_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of every prefill of a model runner."""
+    rows: list[int] = []
+    prefill = ModelRunner.run_prefill
+
+    def counted(self, embeddings, *rest):
+        rows.append(len(embeddings))
+        return prefill(self, embeddings, *rest)
+
+    monkeypatch.setattr(ModelRunner, "run_prefill", counted)
+    return rows
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def network(name: str) -> HyperNetwork:
     return net
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖, in float64."""
-    found, expected = found.detach().double(), expected.detach().double()
-    return ((found - expected).norm() / expected.norm()).item()
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖, in float64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return ((actual - expected).norm() / expected.norm()).item()

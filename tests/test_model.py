@@ -179,11 +179,6 @@ def test_adapters_have_no_autograd_graph(adapters):
 # --- answering ------------------------------------------------------------------------------------
 
 
-def test_adapters_change_the_answer(model, adapters):
-    answers = model.ask([QUESTIONS[1]] * 4, [None, *adapters], **SHORT)
-    assert len(set(answers)) == 4 and all(answers)
-
-
 def test_forms_of_questions_and_adapters(model, adapters):
     a, b = adapters[:2]
     first, second = QUESTIONS[:2]

@@ -219,9 +219,16 @@ def test_seeds_of_examples_wrap():
         ({"temperature": 10**400}, "temperature must be a float"),
         ({"temperature": "hot"}, "temperature must be a float, got 'hot'"),
         ({"temperature": -1e-300}, "temperature must be 0"),
+        ({"temperature": math.nan}, "temperature must be"),
+        ({"temperature": math.inf}, "temperature must be"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_p": math.nan}, "top_p must be above 0"),
         ({"top_p": 1.0000001}, "top_p must be above 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"n": 0}, "n must be"),
+        ({"logprobs": -1}, "logprobs must be"),
+        ({"logprobs": 1.5}, "logprobs must be an integer"),
     ],
 )
 def test_invalid_values_are_named(wrong, message):

@@ -47,6 +47,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split(
         Regex(r"[A-Za-z]+|[0-9]|\n|[^\sA-Za-z0-9]"), behavior="removed", invert=True
     )
+    return with_special_tokens(core)
+
+
+def with_special_tokens(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer of transformers whose vocabulary begins with ``SPECIAL``."""
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",

@@ -249,18 +249,6 @@ def test_a_byte_order_mark_and_other_line_ends(tmp_path):
     assert [example.id for example in load_manifest(path)] == ["example-0", "example-1"]
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_what_is_no_file(tmp_path, kind):
-    path = tmp_path / "manifest.jsonl"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path = "/dev/zero"
-    assert "not a regular file" in problems(path)
-
-
 def test_videos_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     path = tmp_path / "manifest.jsonl"

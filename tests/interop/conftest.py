@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, TaskType
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import SmolVLMForConditionalGeneration
 
+from tests import tiny
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 
@@ -141,30 +142,4 @@ def tiny_config() -> HypernetConfig:
 @pytest.fixture(scope="session")
 def base_model() -> SmolVLMForConditionalGeneration:
     """A random VLM: 3 text layers, hidden 32, intermediate 48."""
-    torch.manual_seed(0)
-    config = SmolVLMConfig(
-        image_token_id=90,
-        scale_factor=2,
-        tie_word_embeddings=False,
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "vocab_size": 96,
-            "rope_theta": 100000.0,
-            "pad_token_id": 0,
-        },
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-    )
-    return SmolVLMForConditionalGeneration(config).eval()
+    return tiny.vlm(96)

@@ -28,6 +28,15 @@ def raw(live: Running) -> socket.socket:
     return socket.create_connection((url.host, url.port), timeout=LIMIT)
 
 
+def begin_upload(client: socket.socket, data: bytes) -> None:
+    """Send the beginning of an upload whose rest never comes."""
+    client.sendall(
+        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+        b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
+        b'form-data; name="file"; filename="a.mp4"\r\n\r\n' + data
+    )
+
+
 def nothing_left(live: Running) -> None:
     """Wait until no staged file, adapter or video is left."""
     wait_until(lambda: not list(live.server.store.staging.folder.iterdir()))

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from tests.serving.checks import QUESTION, nothing_left, raw, refused
+from tests.serving.checks import QUESTION, begin_upload, nothing_left, raw, refused
 from tests.serving.conftest import Running, running
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import VideoError
@@ -109,13 +109,8 @@ def test_disconnecting_frees_a_row_of_the_real_engine(model, tmp_path, monkeypat
 
 def test_a_cut_upload_leaves_nothing(serve, videos):
     live = serve()
-    data = videos[0].read_bytes()
     with closing(raw(live)) as client:
-        client.sendall(
-            b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
-            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
-            b'form-data; name="file"; filename="a.mp4"\r\n\r\n' + data
-        )
+        begin_upload(client, videos[0].read_bytes())
         wait_until(lambda: len(list(live.server.store.staging.folder.iterdir())) == 1)
     nothing_left(live)
     assert live.internalize(videos[0])["status"] == "completed"

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.serving import hostile_tasks
-from tests.serving.checks import QUESTION, children, processes
+from tests.serving.checks import QUESTION, begin_upload, children, processes
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.files import file_sha256
 from v2l_fast.hypernet.adapter import Adapter
@@ -101,11 +101,7 @@ def upload_until_it_dies(
 def half_an_upload(http: httpx.Client, data: bytes) -> socket.socket:
     """An upload that never ends."""
     client = socket.create_connection((http.base_url.host, http.base_url.port))
-    client.sendall(
-        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
-        b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
-        b'form-data; name="file"; filename="a.mp4"\r\n\r\n' + data
-    )
+    begin_upload(client, data)
     return client
 
 

@@ -7,9 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import av
-import numpy as np
-
+from tests.video.clips import write_silence
 from v2l_fast.shapes.language import caption
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.world import sample_scenes
@@ -43,18 +41,7 @@ def write_broken(path: Path, kind: str) -> None:
     elif kind == "empty":
         path.touch()
     else:
-        _write_silence(path)
-
-
-def _write_silence(path: Path) -> None:
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=16000, layout="mono")
-        for i in range(8):
-            silence = np.zeros((1, 1024), np.float32)
-            frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 16000, i * 1024
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        write_silence(path)
 
 
 def write_folder(

@@ -32,6 +32,18 @@ def shown_index(frame: np.ndarray) -> int:
     )
 
 
+def write_silence(path: Path) -> None:
+    """A file with audio only."""
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        for i in range(8):
+            silence = np.zeros((1, 1024), np.float32)
+            frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, i * 1024
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
 def encode(
     path: Path,
     num_frames: int,

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.video.clips import picture, shown_index
+from tests.video.clips import picture, shown_index, write_silence
 from v2l_fast.errors import VideoError
 from v2l_fast.video import Limits, decode, load_video, probe
 from v2l_fast.video.decoder import StreamDecoder
@@ -70,16 +70,8 @@ def test_scripts_that_open_other_files_are_refused(clip, tmp_path, script):
 
 
 def test_audio_only(tmp_path):
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000, layout="mono")
-        for i in range(8):
-            silence = np.zeros((1, 1024), np.float32)
-            frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 16000, i * 1024
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    assert "it holds audio, no video stream" in error_of(path)
+    write_silence(tmp_path / "a.mp4")
+    assert "it holds audio, no video stream" in error_of(tmp_path / "a.mp4")
 
 
 def test_index_missing(clip):
