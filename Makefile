@@ -94,7 +94,10 @@ train-shapes: $(VENV)/.dev
 	$(BIN)/v2l train --config shapes-any model.base=runs/shapes-any/base \
 		model.init=runs/shapes-any-named/hypernet run.folder=runs/shapes-any-colors \
 		data.prompts_per_video=6 data.question_weights.color=3 run.seed=2 optim.steps=1600
-	$(BIN)/v2l train --config shapes-captions model.base=runs/shapes-any/base
+	$(BIN)/v2l shapes vary-vlm runs/shapes-any/base --folder runs/shapes-varied
+	$(BIN)/v2l train --config shapes-varied model.base=runs/shapes-varied/base \
+		model.init=runs/shapes-any-colors/hypernet run.folder=runs/shapes-varied-hypernet
+	$(BIN)/v2l train --config shapes-captions model.base=runs/shapes-varied/base
 
 evaluate-shapes: $(VENV)/.dev
 	$(BIN)/v2l shapes evaluate --force

@@ -6,6 +6,7 @@ import pytest
 
 from v2l_fast.shapes.language import (
     CAPTION_PROMPTS,
+    DETAIL_PROMPTS,
     NONE,
     PLACE_KINDS,
     QUESTION_KINDS,
@@ -17,12 +18,20 @@ from v2l_fast.shapes.language import (
     attribute_hits,
     attributes,
     caption,
+    describe,
     parse_caption,
     plain,
     question_kinds,
 )
 from v2l_fast.shapes.vlm import ADDED_WORDS, build_tokenizer
-from v2l_fast.shapes.world import COLORS, SIZES, Scene, SceneObject, sample_scenes
+from v2l_fast.shapes.world import (
+    COLORS,
+    SIZES,
+    Scene,
+    SceneObject,
+    sample_scenes,
+    sample_varied_scenes,
+)
 
 
 def two() -> Scene:
@@ -138,3 +147,35 @@ def test_questions_by_name_and_about_absent_objects_have_right_answers(tokenizer
                 ids = words(f"{pair.question} {pair.answer}")["input_ids"]
                 assert words.unk_token_id not in ids
     assert len(words) == len(tokenizer) + len(ADDED_WORDS)
+
+
+def test_descriptions_state_what_is_so():
+    for number, scene in enumerate(sample_varied_scenes("val", 100, 0)):
+        pair = describe(scene, random.Random(number))
+        assert pair.kind == "details" and pair.question in DETAIL_PROMPTS
+        statements = pair.answer.removesuffix(".").split(". ")
+        assert len(statements) == 5
+        for statement in statements:
+            if statement.startswith("there "):
+                words = ("one", "two", "three")
+                assert words[len(scene.objects) - 1] in statement.split()
+            elif statement.startswith("the background "):
+                assert statement.endswith(scene.background)
+            elif " comes " in statement:
+                _, shape, _, ordinal = statement.split()
+                index = ("first", "second", "third").index(ordinal)
+                assert scene.objects[index].shape == shape
+            elif statement.endswith(" none"):
+                assert statement.split()[-3] not in {item.shape for item in scene.objects}
+            elif statement.split()[1] not in ("start", "end"):
+                about, value = statement.split()[1], statement.split()[-1]
+                assert value in {getattr(item, about) for item in scene.objects}
+
+
+def test_an_absent_object_may_be_the_next_one():
+    for scene in sample_varied_scenes("val", 60, 1):
+        ordinals = ("first", "second", "third")
+        questions = [ask_absent(scene, random.Random(i), False, 3).question for i in range(12)]
+        named = {word for text in questions for word in ordinals if f"the {word} object" in text}
+        count = len(scene.objects)
+        assert named <= {ordinals[count]} if count < 3 else not named

@@ -13,11 +13,10 @@ from v2l_fast.hypernet.config import INSTRUCTION
 from v2l_fast.pipeline import context_batches, visual_features
 from v2l_fast.shapes import source as module
 from v2l_fast.shapes.evaluate import rendered_clips
-from v2l_fast.shapes.language import CAPTION_PROMPTS
 from v2l_fast.shapes.probes import recorded_clips
 from v2l_fast.shapes.render import SAMPLED_INDICES
 from v2l_fast.shapes.source import clip_chunks, prepare_base, recorded_sources, shapes_sources
-from v2l_fast.shapes.widen import recorded_videos
+from v2l_fast.shapes.widen import recorded_videos, varied_videos
 from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.config import load_config
 from v2l_fast.training.step import TrainStep
@@ -122,18 +121,40 @@ def test_questions_may_be_second_turns(config, base, name):
         assert sample.prompt_prefix + ids in asked
 
 
+def test_varied_samples_have_a_description_and_three_objects(config, base):
+    training, _ = recorded_sources(
+        config("data.source=shapes-varied", "data.prompts_per_video=6"), base
+    )
+    assert {len(scene.objects) for scene in training.scenes} == {1, 2, 3}
+    for index in range(8):
+        pairs = training.qa_pairs(index, random.Random(index))
+        kinds = [pair.kind for pair in pairs]
+        assert len(kinds) == 6 and kinds.count("details") == kinds.count("absent") == 1
+        sample = training.load(index, 0)
+        assert sample.task_types.count("caption") == 2
+    with pytest.raises(ConfigError, match="prompts_per_video must be at least 5"):
+        recorded_sources(config("data.source=shapes-varied", "data.prompts_per_video=4"), base)
+
+
 def test_targets_can_be_the_models_own_captions(config, base, tmp_path, monkeypatch):
-    training, _ = recorded_sources(config("data.source=shapes-captions"), base)
-    (pair,) = training.qa_pairs(2, random.Random(0))
-    number = CAPTION_PROMPTS.index(pair.question)
-    recording = recorded_videos("train", 8, 0)[1][2]
+    wanted = config("data.source=shapes-captions", "data.prompts_per_video=3")
+    training, _ = recorded_sources(wanted, base)
+    caption, *details = training.qa_pairs(2, random.Random(0))
+    assert caption.kind == "caption" and [pair.kind for pair in details] == ["details"] * 2
+    recording = varied_videos("train", 8, 0)[1][2]
     chunk = VideoChunk(training.features[2], recording.timestamps, recording.duration, 0, 0)
-    builder = partial(base.video_prompt, chunk, pair.question)
-    (answer,) = answer_prompts(base, [builder], [None], SamplingParams(max_new_tokens=40))
-    assert pair.answer == training.captions[2][number] == answer.text
+    builder = partial(base.video_prompt, chunk, caption.question)
+    (answer,) = answer_prompts(base, [builder], [None], SamplingParams(max_new_tokens=64))
+    assert [caption.question, caption.answer] == training.captions[2][0]
+    assert caption.answer == answer.text
+    assert all([pair.question, pair.answer] in training.captions[2][1:] for pair in details)
+    drawn = [text for texts in training.captions for _, text in texts[1:]]
+    assert len(set(drawn)) > len(drawn) / 2
     monkeypatch.setattr(module, "answer_prompts", None)
-    again, _ = recorded_sources(config("data.source=shapes-captions"), base)
+    again, _ = recorded_sources(wanted, base)
     assert again.captions == training.captions
+    with pytest.raises(ConfigError, match="prompts_per_video must be 1 to 5"):
+        recorded_sources(config("data.source=shapes-captions", "data.prompts_per_video=6"), base)
 
 
 def test_parts_are_sampled_as_files_of_their_own(base):

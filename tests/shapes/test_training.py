@@ -17,8 +17,23 @@ from v2l_fast.shapes.train import (
     train_decoder,
     video_qa_pairs,
 )
-from v2l_fast.shapes.vlm import ADDED_WORDS, Prompts, load_base, new_base, save_base
-from v2l_fast.shapes.widen import WideningSettings, widen_base
+from v2l_fast.shapes.vlm import (
+    ADDED_WORDS,
+    Prompts,
+    build_tokenizer,
+    load_base,
+    new_base,
+    save_base,
+)
+from v2l_fast.shapes.widen import (
+    ImitationSettings,
+    VaryingSettings,
+    WideningSettings,
+    add_words,
+    imitate_plain,
+    vary_base,
+    widen_base,
+)
 from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.checkpoint import read_progress
 
@@ -170,3 +185,44 @@ def test_the_second_stage_resumes_exactly_and_adds_its_words(tmp_path):
         widen_base(
             tmp_path / "start", tmp_path / "run", tmp_path / "r.json", 0, replace(settings, lr=1.0)
         )
+
+
+def test_the_third_stage_resumes_exactly_and_keeps_the_tower(tmp_path):
+    model, _ = new_base(0)
+    add_words(model, ADDED_WORDS, 0)
+    save_base(model, build_tokenizer(ADDED_WORDS), tmp_path / "start")
+    settings = VaryingSettings(videos=32, steps=4, decay=2, batch=4, checkpoint_every=2)
+    imitation = ImitationSettings(steps=6, batch=16, warmup=2)
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(step, running):
+        if step == 3:
+            raise Interrupted
+
+    def vary(name, report=None, imitation=imitation):
+        return vary_base(
+            tmp_path / "start", tmp_path / name, tmp_path / f"{name}.json", 0, settings, imitation,
+            report=report,
+        )  # fmt: skip
+
+    with pytest.raises(Interrupted):
+        vary("run", stop)
+    resumed, whole = vary("run"), vary("whole")
+    assert resumed["training"] == whole["training"]
+    assert resumed["imitation"] == whole["imitation"]
+    one, other = (load_base(tmp_path / name / "base") for name in ("run", "whole"))
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert len(one.tokenizer) == len(build_tokenizer(ADDED_WORDS)) + 1
+    with pytest.raises(CheckpointError, match="tower.safetensors"):
+        vary("run", imitation=replace(imitation, lr=1.0))
+
+
+def test_the_tower_learns_to_see_the_plain_frame():
+    model, _ = new_base(0)
+    settings = ImitationSettings(steps=30, batch=32, warmup=2, lr=3e-3)
+    errors = []
+    imitate_plain(model, 0, settings, lambda step, error: errors.append(error))
+    assert errors[-1] < 0.8 * errors[0]

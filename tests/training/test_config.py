@@ -14,6 +14,7 @@ def test_presets_are_complete_and_valid():
         "shapes",
         "shapes-any",
         "shapes-captions",
+        "shapes-varied",
         "smolvlm2-2.2b",
         "smolvlm2-500m",
     ]
@@ -92,7 +93,8 @@ def test_a_file_builds_on_a_preset(tmp_path):
         ('run.trackers=["mlflow"]', "must be 'tensorboard' or 'wandb', got 'mlflow'"),
         (
             "data.source=shape",
-            "must be 'manifest', 'shapes', 'shapes-any' or 'shapes-captions', got 'shape'",
+            "must be 'manifest', 'shapes', 'shapes-any', 'shapes-varied' or 'shapes-captions', got "
+            "'shape'",
         ),
         ("optim.schedule=linear", "must be 'cosine' or 'trapezoid', got 'linear'"),
         (

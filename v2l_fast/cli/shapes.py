@@ -96,7 +96,7 @@ def widen_vlm(
         Path("runs/shapes-widening.json"), help="File of the run's record (JSON)."
     ),
 ) -> None:
-    """Train the tiny VLM further: clips of 2 to 64 s, objects by name, absent objects (about 20
+    """Train the tiny VLM further: clips of 2 to 64 s, objects by name, absent objects (about 40
     minutes on one core).
 
     Repeat the same command to continue after an interruption.
@@ -110,6 +110,33 @@ def widen_vlm(
     check_folder(folder)
     check_output(record, force=running.force)
     widen_base(start, folder, record, seed=running.seed, threads=running.threads)
+
+
+@app.command()
+@with_options
+def vary_vlm(
+    running: RunOptions,
+    start: Path = Argument(..., help="Folder of the tiny VLM of widen-vlm."),
+    folder: Path = Option(Path("runs/shapes-varied"), help="Folder of the run's files."),
+    record: Path = Option(
+        Path("runs/shapes-varying.json"), help="File of the run's record (JSON)."
+    ),
+) -> None:
+    """Train the tiny VLM further: up to three objects, other styles, textured backgrounds, posts in
+    front, detailed descriptions (about an hour on one core; needs scikit-image, whose photographs
+    are among the backgrounds: pip install 'v2l_fast[shapes]').
+
+    Repeat the same command to continue after an interruption.
+
+    \b
+    v2l shapes vary-vlm runs/shapes-any/base --folder runs/shapes-varied
+    """
+    from v2l_fast.outputs import check_folder, check_output
+    from v2l_fast.shapes.widen import vary_base
+
+    check_folder(folder)
+    check_output(record, force=running.force)
+    vary_base(start, folder, record, seed=running.seed, threads=running.threads)
 
 
 @app.command()

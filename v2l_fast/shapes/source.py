@@ -26,11 +26,13 @@ from v2l_fast.generation import SamplingParams, answer_prompts
 from v2l_fast.pipeline import Context
 from v2l_fast.shapes.language import (
     CAPTION_PROMPTS,
+    DETAIL_PROMPTS,
     QAPair,
     ask,
     ask_absent,
     ask_bound,
     ask_several,
+    describe,
 )
 from v2l_fast.shapes.render import CLIP_FPS, FRAME_TIMES, NUM_FRAMES
 from v2l_fast.shapes.vlm import (
@@ -39,8 +41,8 @@ from v2l_fast.shapes.vlm import (
     cache_visual_tokens,
     recorded_visual_tokens,
 )
-from v2l_fast.shapes.widen import recorded_videos
-from v2l_fast.shapes.world import Recording, Scene, sample_scenes
+from v2l_fast.shapes.widen import recorded_videos, varied_videos
+from v2l_fast.shapes.world import MAX_OBJECTS, Recording, Scene, sample_scenes
 from v2l_fast.tensor_files import load_tensors, save_tensors
 from v2l_fast.training.config import TrainConfig
 from v2l_fast.training.sources import base_model
@@ -51,9 +53,9 @@ from v2l_fast.vlm.smolvlm import SmolVLM
 
 DEFAULT_VIDEOS = 16384
 MAX_FRAMES = len(FRAME_TIMES)
-# Prompts whose answers by the frozen model are targets, and how they are computed.
-_TAUGHT_PROMPTS = CAPTION_PROMPTS[:2]
-_CAPTION_TOKENS, _CAPTION_BATCH = 40, 256
+# How the frozen model's captions and detailed descriptions are computed.
+_CAPTION_TOKENS, _DETAIL_TOKENS, _CAPTION_BATCH = 64, 64, 256
+_DESCRIPTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,11 @@ class RecordedSource:
         scenes, recordings: the videos.
         features: bf16 [F, T, D] per video, connector outputs.
         prompts: token ids of the base model's prompts.
-        captions: the frozen model's captions, by video; None trains on correct captions and
-            answers.
-        binding_questions: number of those in a sample that name an object by its shape or color.
+        captions: (prompt, answer) of the frozen model's caption of each video, then of its detailed
+            descriptions; None trains on correct captions and answers.
+        captions_per_sample: number of these in a sample, the caption among them.
+        binding_questions: number of questions that name an object by its shape or color.
+        varied: also draw detailed descriptions, and questions about the third of two objects.
         question_weights: see :class:`~v2l_fast.training.config.DataConfig`.
         second_turn_share: see :class:`~v2l_fast.training.config.DataConfig`.
         seed: with the step and the video's index, determines every choice.
@@ -177,8 +181,10 @@ class RecordedSource:
     recordings: Sequence[Recording]
     features: Sequence[Tensor]
     prompts: Prompts
-    captions: Sequence[Sequence[str]] | None = None
+    captions: Sequence[Sequence[Sequence[str]]] | None = None
+    captions_per_sample: int = 1
     binding_questions: int = 1
+    varied: bool = False
     question_weights: Mapping[str, float] = field(default_factory=dict)
     second_turn_share: float = 0.0
     seed: int = 0
@@ -196,30 +202,40 @@ class RecordedSource:
             chunks=(Context(ids=ids, features=self.features[index]),),
             prompt_prefix=prompts.text_prefix,
             qa_pairs=token_pairs(prompts, pairs, self.second_turn_share, rng),
-            task_types=tuple("caption" if p.kind == "caption" else "question" for p in pairs),
+            task_types=tuple(
+                "caption" if p.kind in ("caption", "details") else "question" for p in pairs
+            ),
             frames=len(self.features[index]),
         )
 
     def qa_pairs(self, index: int, rng: random.Random) -> list[QAPair]:
-        """One of the model's captions; or a correct caption and questions: of any kind, about
-        objects named by shape or color, and about an absent object."""
+        """The model's caption and some of its descriptions; or a correct caption, a description of
+        a varied scene, and questions: of any kind, about objects named by shape or color, and about
+        an absent object."""
         scene = self.scenes[index]
         if self.captions is not None:
-            number = rng.randrange(len(_TAUGHT_PROMPTS))
-            return [QAPair("caption", _TAUGHT_PROMPTS[number], self.captions[index][number])]
+            caption, *details = self.captions[index]
+            chosen = rng.sample(details, self.captions_per_sample - 1)
+            return [QAPair("caption", *caption), *(QAPair("details", *pair) for pair in chosen)]
         weights = self.question_weights
         drawn = (ask_bound(scene, rng, weights=weights) for _ in range(self.binding_questions))
         binding = [pair for pair in drawn if pair is not None]
         others = 1 + self.binding_questions - len(binding)
         pairs = [ask(scene, "caption", rng), *ask_several(scene, others, rng)]
-        return [*pairs, *binding, ask_absent(scene, rng)]
+        if not self.varied:
+            return [*pairs, *binding, ask_absent(scene, rng)]
+        absent = ask_absent(scene, rng, max_objects=MAX_OBJECTS)
+        return [*pairs, *binding, absent, describe(scene, rng)]
 
 
 def recorded_sources(
     config: TrainConfig, backbone: SmolVLM
 ) -> tuple[RecordedSource, RecordedSource | None]:
-    """As :func:`shapes_sources`, of recordings of 2 to 64 s; with `data.source` "shapes-captions",
-    the targets are the captions that the frozen model writes with the video in context.
+    """As :func:`shapes_sources`, of recordings of 2 to 64 s.
+
+    With `data.source` "shapes-varied" or "shapes-captions", scenes have up to three objects and any
+    look; with the last, the targets are the caption and the detailed descriptions that the frozen
+    model writes with the video in context, the descriptions at temperature 1.
 
     Raises:
         ConfigError: a value of `data` is not possible in this world.
@@ -231,15 +247,25 @@ def recorded_sources(
         )
     if tuple(data.chunks) != (1,):
         raise ConfigError(f"data.chunks must be [1] for {data.source}, got {list(data.chunks)}")
-    if data.source == "shapes-any" and data.prompts_per_video < 4:
+    varied = data.source != "shapes-any"
+    if data.source == "shapes-captions":
+        contents, least, most = "a caption and descriptions", 1, 1 + _DESCRIPTIONS
+    else:
+        contents = "a caption, a question, one about a named object, one about an absent object"
+        least, most = 4, None
+        if varied:
+            contents, least = f"{contents}, a description", 5
+    if data.prompts_per_video < least or (most and data.prompts_per_video > most):
+        bounds = f"{least} to {most}" if most else f"at least {least}"
         raise ConfigError(
-            "data.prompts_per_video must be at least 4 for shapes-any (a caption, a question, one "
-            f"about a named object, one about an absent object), got {data.prompts_per_video}"
+            f"data.prompts_per_video must be {bounds} for {data.source} ({contents}), "
+            f"got {data.prompts_per_video}"
         )
     folder = config.feature_folder
 
     def source(split: str, count: int) -> RecordedSource:
-        scenes, recordings = recorded_videos(split, count, seed)
+        videos = varied_videos if varied else recorded_videos
+        scenes, recordings = videos(split, count, seed)
         with progress_bar(f"videos of the {split} split") as bar:
             features = recorded_visual_tokens(
                 backbone.model, scenes, recordings, seed if split == "train" else None,
@@ -252,9 +278,18 @@ def recorded_sources(
                     lambda done: bar("the model's captions, video", done, count),
                 )  # fmt: skip
         return RecordedSource(
-            scenes, recordings, features, Prompts(backbone.tokenizer), captions,
-            data.prompts_per_video - 3, data.question_weights, data.second_turn_share, seed,
-        )  # fmt: skip
+            scenes,
+            recordings,
+            features,
+            Prompts(backbone.tokenizer),
+            captions,
+            captions_per_sample=data.prompts_per_video,
+            binding_questions=data.prompts_per_video - least + 1,
+            varied=varied,
+            question_weights=data.question_weights,
+            second_turn_share=data.second_turn_share,
+            seed=seed,
+        )
 
     training = source("train", data.videos or DEFAULT_VIDEOS)
     return training, source("val", data.val_videos) if data.val_videos else None
@@ -266,18 +301,18 @@ def stored_captions(
     features: Sequence[Tensor],
     folder: Path,
     report: Callable[[int], None] = lambda done: None,
-) -> list[list[str]]:
-    """The frozen model's greedy answers to two caption prompts about each video, with the video in
-    context; written once to a file in `folder`, named by a fingerprint of model and videos."""
+) -> list[list[list[str]]]:
+    """For each video, [prompt, answer] of the frozen model's greedy caption and of its detailed
+    descriptions, drawn at temperature 1, with the video in context; written once to a file in
+    `folder`, named by a fingerprint of model and videos."""
     fingerprint = hashlib.sha256(repr(recordings).encode())
     for value in (*features, *backbone.model.state_dict().values()):
         fingerprint.update(value.float().cpu().numpy().tobytes())
-    path = folder / f"captions-{fingerprint.hexdigest()[:16]}.json"
+    path = folder / f"descriptions-{fingerprint.hexdigest()[:16]}.json"
     if path.is_file():
-        stored: list[list[str]] = read_json(path, LARGE_BYTES, CheckpointError, kind=list)
+        stored: list[list[list[str]]] = read_json(path, LARGE_BYTES, CheckpointError, kind=list)
         return stored
-    params = SamplingParams(max_new_tokens=_CAPTION_TOKENS)
-    captions: list[list[str]] = [[] for _ in recordings]
+    texts: list[list[list[str]]] = [[] for _ in recordings]
 
     def prompt(index: int, text: str) -> Prompt:
         recording = recordings[index]
@@ -287,14 +322,27 @@ def stored_captions(
     for start in range(0, len(recordings), _CAPTION_BATCH):
         report(start)
         members = range(start, min(start + _CAPTION_BATCH, len(recordings)))
-        for text in _TAUGHT_PROMPTS:
-            builders = [partial(prompt, index, text) for index in members]
+        for prompts, params in (
+            (CAPTION_PROMPTS, SamplingParams(max_new_tokens=_CAPTION_TOKENS)),
+            (
+                DETAIL_PROMPTS,
+                SamplingParams(
+                    max_new_tokens=_DETAIL_TOKENS,
+                    temperature=1.0,
+                    seed=start * _DESCRIPTIONS,
+                    n=_DESCRIPTIONS,
+                ),
+            ),
+        ):
+            questions = [prompts[index % len(prompts)] for index in members]
+            builders = [partial(prompt, *pair) for pair in zip(members, questions, strict=True)]
             answers = answer_prompts(backbone, builders, [None] * len(builders), params)
-            for index, answer in zip(members, answers, strict=True):
-                captions[index].append(answer.text)
+            for number, answer in enumerate(answers):
+                row = number // params.n
+                texts[members[row]].append([questions[row], answer.text])
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, captions)
-    return captions
+    write_json(path, texts)
+    return texts
 
 
 def shapes_sources(
