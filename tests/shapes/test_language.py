@@ -22,6 +22,7 @@ from v2l_fast.shapes.language import (
     parse_caption,
     plain,
     question_kinds,
+    statement_hits,
 )
 from v2l_fast.shapes.vlm import ADDED_WORDS, build_tokenizer
 from v2l_fast.shapes.world import (
@@ -155,21 +156,17 @@ def test_descriptions_state_what_is_so():
         assert pair.kind == "details" and pair.question in DETAIL_PROMPTS
         statements = pair.answer.removesuffix(".").split(". ")
         assert len(statements) == 5
-        for statement in statements:
-            if statement.startswith("there "):
-                words = ("one", "two", "three")
-                assert words[len(scene.objects) - 1] in statement.split()
-            elif statement.startswith("the background "):
-                assert statement.endswith(scene.background)
-            elif " comes " in statement:
-                _, shape, _, ordinal = statement.split()
-                index = ("first", "second", "third").index(ordinal)
-                assert scene.objects[index].shape == shape
-            elif statement.endswith(" none"):
-                assert statement.split()[-3] not in {item.shape for item in scene.objects}
-            elif statement.split()[1] not in ("start", "end"):
-                about, value = statement.split()[1], statement.split()[-1]
-                assert value in {getattr(item, about) for item in scene.objects}
+        assert statement_hits(pair.answer, scene) == (5, 5)
+
+
+def test_statements_that_are_not_so_do_not_count():
+    scene = sample_varied_scenes("val", 1, 0, objects=(2,))[0]
+    first, second = scene.objects
+    text = f"there are two objects. the color of the second object is {second.color}. a ring. "
+    assert statement_hits(text, scene) == (2, 3)
+    wrong = "red" if first.color != "red" else "blue"
+    assert statement_hits(f"the color of the first object is {wrong}.", scene) == (0, 1)
+    assert statement_hits("", scene) == (0, 1)
 
 
 def test_an_absent_object_may_be_the_next_one():

@@ -7,6 +7,7 @@ import pytest
 from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes import probes, report_page
 from v2l_fast.shapes.language import caption, parse_caption
+from v2l_fast.shapes.looks import HELD_OUT_PHOTOS, PLAIN
 from v2l_fast.shapes.world import SHAPES, Recording, sample_scenes
 
 SCENES = sample_scenes("test", 60, 3)
@@ -101,12 +102,23 @@ def test_a_recording_is_sampled_as_its_file_would_be():
     assert (clip.num_frames, clip.duration, clip.frames.shape[0]) == (50, 5.0, 3)
 
 
+def test_groups_of_looks_have_what_they_are_named_after():
+    groups = probes.look_groups(12, 0)
+    assert all(len(scene.objects) == 3 for scene in groups["three objects"])
+    assert all(scene.look.post for scene in groups["a post in front"])
+    assert {scene.look.photo for scene in groups["photographs, held out"]} <= {*HELD_OUT_PHOTOS}
+    assert {scene.split for scenes in groups.values() for scene in scenes} == {"test"}
+    for scene in groups["two objects, plain"] + groups["three objects"]:
+        assert scene.look == PLAIN
+
+
 @pytest.mark.slow
 def test_every_probe_of_the_shipped_pair(monkeypatch):
     """Rows come worst first, and the goals are read off them."""
     monkeypatch.setattr(probes, "SECONDS", (8, 16))
     monkeypatch.setattr(probes, "RESTAMPED", (8, 16))
     monkeypatch.setattr(probes, "RETRIEVED", 4)
+    monkeypatch.setattr(probes, "LOOK_VIDEOS", 8)
     pair = Video2LoRA.from_pretrained("shapes", device="cpu")
     result = probes.probe(pair, SCENES[:24], captions_only=pair)
     for rows in (result["durations"], result["restamped"]):
@@ -116,6 +128,10 @@ def test_every_probe_of_the_shipped_pair(monkeypatch):
     for name in ("kinds", "binding", "binding_captions", "untrained", "absent"):
         scores = [row["score"]["adapter"]["estimate"] for row in result[name]]
         assert scores == sorted(scores) and all(row["questions"] for row in result[name])
+    scores = [row["captions"]["adapter"]["estimate"] for row in result["looks"]]
+    assert scores == sorted(scores) and {row["videos"] for row in result["looks"]} == {8}
+    assert result["descriptions"]["adapter"]["estimate"] < 0.5
+    assert all(report_page.probe_tables(result))
     # An honest interval: no answer denies, which does not show that none ever would.
     denied = result["absent"][0]["score"]["adapter"]
     assert denied["estimate"] == 0 < denied["high"]

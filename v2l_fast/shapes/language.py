@@ -7,6 +7,7 @@ token-F1 near 0.6.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Mapping
@@ -276,6 +277,33 @@ def describe(scene: Scene, rng: random.Random) -> QAPair:
     )
     chosen = rng.sample(statements, _FACTS)
     return QAPair("details", rng.choice(DETAIL_PROMPTS), " ".join(s(scene, rng) for s in chosen))
+
+
+def true_statements(scene: Scene) -> set[str]:
+    """Every statement that a correct description of the scene may contain."""
+    rng = random.Random(0)
+    statements = {_count_statement(scene, rng), _background_statement(scene, rng)}
+    for index, item in enumerate(scene.objects):
+        statements.add(f"the {item.shape} comes {ORDINALS[index]}.")
+        for kind, progress in (("start", 0.0), ("end", 1.0)):
+            place = " ".join(item.place(progress))
+            statements.add(f"the {kind} of the {_refer(scene, index)} is {place}.")
+        names = [_refer(scene, index)]
+        names += [item.shape] * _is_unique(scene, item, "shape")
+        names += [f"{item.color} object"] * _is_unique(scene, item, "color")
+        for name, about in itertools.product(names, _SLOTS):
+            statements.add(f"the {about} of the {name} is {getattr(item, about)}.")
+    absent = [shape for shape in SHAPES if shape not in {item.shape for item in scene.objects}]
+    for shape, about in itertools.product(absent, ("color", "size", "motion")):
+        statements.add(f"the {about} of the {shape} is {NONE}.")
+    return statements
+
+
+def statement_hits(text: str, scene: Scene) -> tuple[int, int]:
+    """(number of true statements, number of statements) of a detailed description."""
+    stated = [f"{part.strip()}." for part in text.lower().split(".") if part.strip()]
+    true = true_statements(scene)
+    return sum(statement in true for statement in stated), max(1, len(stated))
 
 
 def _count_statement(scene: Scene, rng: random.Random) -> str:

@@ -9,7 +9,7 @@ identifies its video. The averages are `evaluate`'s.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes.evaluate import MAX_NEW_TOKENS, rendered_clips
 from v2l_fast.shapes.language import (
     CAPTION_PROMPTS,
+    DETAIL_PROMPTS,
     QAPair,
     ask,
     ask_absent,
@@ -34,6 +35,17 @@ from v2l_fast.shapes.language import (
     parse_caption,
     plain,
     question_kinds,
+    statement_hits,
+)
+from v2l_fast.shapes.looks import (
+    HELD_OUT_PHOTOS,
+    HELD_OUT_STYLE,
+    PHOTOS,
+    PLAIN,
+    STYLES,
+    TEXTURES,
+    Look,
+    sample_post,
 )
 from v2l_fast.shapes.render import CLIP_FPS, render
 from v2l_fast.shapes.vlm import IMAGE_SIZE
@@ -45,6 +57,7 @@ from v2l_fast.shapes.world import (
     Recording,
     Scene,
     sample_recordings,
+    sample_varied_scenes,
 )
 from v2l_fast.video import Clip
 from v2l_fast.work_units import Progress
@@ -58,6 +71,8 @@ RANDOM_SECONDS = (1, 104)
 DURATION_KINDS = ("background", "count", "color", "shape", "size", "motion", "order")
 # The network that was trained on the frozen model's captions alone.
 CAPTIONS_ONLY = "adapter, trained on captions only"
+# Videos of each group of looks, and the most tokens of a detailed description.
+LOOK_VIDEOS, DESCRIPTION_TOKENS = 320, 64
 # Captions whose adapter is looked for among those of all videos.
 RETRIEVED = 128
 DENIALS = frozenset("no not none nothing zero neither isn absent missing".split())
@@ -92,11 +107,12 @@ def probe(
     Returns:
         "videos"; "durations" and "restamped" (see :func:`duration_row`); "kinds", "binding",
         "binding_captions", "untrained" and "absent" (see :func:`question_rows`), of which "kinds"
-        is about clips of random duration and frame rate; "retrieval" (see :func:`retrieval`). Rows
+        is about clips of random duration and frame rate; "looks" (see :func:`look_rows`);
+        "descriptions" (see :func:`description_scores`); "retrieval" (see :func:`retrieval`). Rows
         are sorted by the adapter's score, the worst first.
     """
     record: dict[str, Any] = {"videos": len(scenes)}
-    stages = len(SECONDS) + len(RESTAMPED) + 3
+    stages = len(SECONDS) + len(RESTAMPED) + 4
     record["durations"] = []
     for done, seconds in enumerate(SECONDS):
         progress(f"clips of {seconds} s", done, stages)
@@ -122,24 +138,27 @@ def probe(
         record["restamped"].append({"seconds": name} | duration_row(model, scenes, stamped, None))
     for rows in (record["durations"], record["restamped"]):
         rows.sort(key=lambda row: row["captions"][SYSTEM]["estimate"])
-    progress("questions about clips of random duration", stages - 3, stages)
+    progress("questions about clips of random duration", stages - 4, stages)
     recordings = sample_recordings("test", len(scenes), seed)
     anywhere = ConditionAnswers(
         model, recorded_clips(scenes, recordings), captions_only=captions_only
     )
     record["kinds"] = question_rows(anywhere, kind_probes(scenes, seed))
-    progress("retrieval", stages - 2, stages)
+    progress("retrieval", stages - 3, stages)
     record["retrieval"] = {
         name: retrieval(network, scenes, anywhere.adapters[name])
         for name, network in ((SYSTEM, model), (CAPTIONS_ONLY, captions_only))
         if network is not None
     }
-    progress("questions", stages - 1, stages)
+    progress("questions", stages - 2, stages)
     answering = ConditionAnswers(model, clips, captions_only=captions_only)
     record["binding"] = question_rows(answering, binding_probes(scenes))
     record["binding_captions"] = _binding_captions(answering, scenes)
     record["untrained"] = question_rows(answering, untrained_probes(scenes, seed))
     record["absent"] = question_rows(answering, absent_probes(scenes, seed))
+    record["descriptions"] = description_scores(answering, scenes)
+    progress("three objects and other looks", stages - 1, stages)
+    record["looks"] = look_rows(model, min(len(scenes), LOOK_VIDEOS), seed, captions_only)
     progress("questions", stages, stages)
     return record
 
@@ -230,7 +249,9 @@ class ConditionAnswers:
         self.adapters[BLANK] = model.internalize([blank(clip) for clip in clips])
         self.adapters[NONE] = [None] * len(clips)
 
-    def __call__(self, questions: Sequence[ClipQuestion]) -> dict[str, list[str]]:
+    def __call__(
+        self, questions: Sequence[ClipQuestion], max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> dict[str, list[str]]:
         """Condition -> one answer per (clip number, question)."""
         texts: dict[str, list[str]] = {name: [] for name in (BASELINE, *self.adapters)}
         for start in range(0, len(questions), _BATCH):
@@ -239,11 +260,11 @@ class ConditionAnswers:
             for name, answers in texts.items():
                 if name == BASELINE:
                     clips = [self.clips[clip] for clip, _ in part]
-                    batch = self.model.answer_direct(prompts, clips, max_new_tokens=MAX_NEW_TOKENS)
+                    batch = self.model.answer_direct(prompts, clips, max_new_tokens=max_new_tokens)
                 else:
                     adapters = [self.adapters[name][clip] for clip, _ in part]
                     model = self._models.get(name, self.model)
-                    batch = model.answer(prompts, adapters, max_new_tokens=MAX_NEW_TOKENS)
+                    batch = model.answer(prompts, adapters, max_new_tokens=max_new_tokens)
                 answers += [answer.text for answer in batch]
         return texts
 
@@ -269,7 +290,7 @@ def duration_row(
     """
     answering = ConditionAnswers(model, clips, captions_only)
     texts = answering([(i, CAPTION_PROMPTS[0]) for i in range(len(clips))])
-    hits: dict[str, list[tuple[float, float]]] = {
+    hits = {
         name: [attribute_hits(text, scene) for text, scene in zip(answers, scenes, strict=True)]
         for name, answers in texts.items()
     }
@@ -292,12 +313,71 @@ def _duration_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
             yield Probe(kind, index, pair.question, pair.answer)
 
 
+# --- looks ----------------------------------------------------------------------------------------
+
+
+def look_groups(count: int, seed: int) -> dict[str, list[Scene]]:
+    """Test scenes by what they have that those of the first stage do not; "held out" is what no
+    stage of training has."""
+
+    def group(
+        look: Callable[[random.Random], Look], objects: tuple[int, ...] = (1, 2, 2)
+    ) -> list[Scene]:
+        return sample_varied_scenes("test", count, seed, objects, look)
+
+    def textured(rng: random.Random, kind: str, photos: tuple[str, ...] = PHOTOS) -> Look:
+        number = rng.randrange(2**31)
+        return Look(texture=kind, contrast=28.0, photo=rng.choice(photos), seed=number)
+
+    def everything(rng: random.Random) -> Look:
+        return replace(
+            textured(rng, "photo", HELD_OUT_PHOTOS), style=HELD_OUT_STYLE, post=sample_post(rng)
+        )
+
+    return {
+        "two objects, plain": group(lambda rng: PLAIN, (2,)),
+        "three objects": group(lambda rng: PLAIN, (3,)),
+        "a post in front": group(lambda rng: Look(post=sample_post(rng))),
+        "styles": group(lambda rng: Look(style=rng.choice(STYLES[1:]))),
+        "a style, held out": group(lambda rng: Look(style=HELD_OUT_STYLE)),
+        "textures": group(lambda rng: textured(rng, rng.choice(TEXTURES[1:-1]))),
+        "photographs": group(lambda rng: textured(rng, "photo")),
+        "photographs, held out": group(lambda rng: textured(rng, "photo", HELD_OUT_PHOTOS)),
+        "three objects, held-out style and photograph, a post": group(everything, (3,)),
+    }
+
+
+def look_rows(
+    model: Video2LoRA, count: int, seed: int, captions_only: Video2LoRA | None = None
+) -> list[dict[str, Any]]:
+    """A row of each group of looks, as :func:`duration_row`, about clips of 8 s, with "group" and
+    "videos"."""
+    rows = []
+    for name, scenes in look_groups(count, seed).items():
+        row = duration_row(model, scenes, sampled_clips(scenes, 8), seed, captions_only)
+        rows.append({"group": name, "videos": count} | row)
+    return sorted(rows, key=lambda row: row["captions"][SYSTEM]["estimate"])
+
+
+def description_scores(answering: ConditionAnswers, scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Condition -> interval of the share of true statements in detailed descriptions."""
+    questions = [(number, DETAIL_PROMPTS[0]) for number in range(len(scenes))]
+    texts = answering(questions, DESCRIPTION_TOKENS)
+    return _intervals(
+        {
+            name: [statement_hits(text, scene) for text, scene in zip(part, scenes, strict=True)]
+            for name, part in texts.items()
+        }
+    )
+
+
 # --- questions ------------------------------------------------------------------------------------
 
 
 def kind_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
     """Every kind that applies to a scene, twice about objects that are named by shape or color and
-    about absent ones; the kinds marked "not trained" are those of the base model alone."""
+    about absent ones; those marked "not trained" are asked in the training of the base model alone
+    (descriptions may state the answers)."""
     for index, scene in enumerate(scenes):
         rng = random.Random(f"kinds/{seed}/{index}")
         pairs: list[tuple[str, QAPair | None]] = [

@@ -96,12 +96,11 @@ def probe_tables(record: Record) -> list[str]:
             ]
         )
 
-    def durations(rows: Sequence[Record]) -> str:
+    def clips(rows: Sequence[Record], *columns: str) -> str:
         return markdown_table(
             [
                 {
-                    "seconds": row["seconds"],
-                    "frames": row["frames"],
+                    **{name: row[name] for name in columns},
                     **{f"captions, {name}": share for name, share in row["captions"].items()},
                     **{
                         f"questions, {name}": row["questions"][name]
@@ -118,8 +117,9 @@ def probe_tables(record: Record) -> list[str]:
         "share of the direct score above that of no adapter.",
         markdown_table(goal_rows(record)),
         "**Kinds of questions about clips of random duration** (2 to 64 s, 4 to 10 frames/s, 2 to "
-        '12 frames). Kinds marked "not trained" were in the training of the VLM, not of the '
-        "hypernetwork; the second network was trained on no question at all.",
+        '12 frames). Kinds marked "not trained" were asked in the training of the VLM, not of the '
+        "hypernetwork, which may have read the answers in descriptions; the second network was "
+        "trained on no question at all.",
         questions(record["kinds"], "correct"),
         "**Absent objects**: share of answers that deny the object.",
         questions(record["absent"], "denied"),
@@ -131,12 +131,17 @@ def probe_tables(record: Record) -> list[str]:
         questions(record["binding"], "correct"),
         "The same questions, answered from the models' own captions of the video.",
         questions(record["binding_captions"], "correct"),
+        "**Three objects and other looks**, clips of 8 s: neither the VLM nor the hypernetwork was "
+        "trained on what is held out.",
+        clips(record["looks"], "group", "videos"),
+        "**Detailed descriptions**: share of their statements that are true.",
+        markdown_table([dict(record["descriptions"])]),
         "**Durations**: the same scenes slower or faster, sampled like files of that duration (4 "
         "frames/s; fewer frames below 8 s, so that two objects of a 2 s clip have one frame each, "
         "which shows no motion). Two questions per video, of every kind except binding.",
-        durations(record["durations"]),
+        clips(record["durations"], "seconds", "frames"),
         "The frames of the 8 s clip with the time stamps of another duration.",
-        durations(record["restamped"]),
+        clips(record["restamped"], "seconds", "frames"),
     ]
 
 
