@@ -74,7 +74,8 @@ bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m bench.runs.decode --device cuda
 	for shape in 500M 2.2B; do \
 		$(BIN)/python -m bench.runs.answer --shape $$shape --device cuda && \
-		$(BIN)/python -m bench.runs.internalize --shape $$shape --device cuda || exit 1; \
+		$(BIN)/python -m bench.runs.internalize --shape $$shape --device cuda && \
+		$(BIN)/python -m bench.runs.engine --shape $$shape --device cuda || exit 1; \
 	done
 	$(BIN)/python -m bench.report
 

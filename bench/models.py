@@ -118,6 +118,7 @@ def random_hypernet(shape: Shape, scale: float = 1.0, **sizes: int) -> HyperNetw
     """
     width, inner = shape.text["hidden_size"], shape.text["intermediate_size"]
     layers = shape.text["num_hidden_layers"]
+    sizes = {"longest_edge": shape.longest_edge, **sizes}
     config = HypernetConfig(width, layers, {"down_proj": (inner, width)}, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -199,6 +199,34 @@ def _serve(record: Record) -> str:
     return f"{note}\n\n" + _table(head, rows)
 
 
+def _engine(record: Record) -> str:
+    prompts = ", ".join(f"{count} ({name})" for name, count in record["prompt_tokens"].items())
+    note = (
+        f"{record['clients']} requests at once, {record['adapters']} adapters, "
+        f"{record['new_tokens']} new tokens each, prompts of {prompts} tokens, random weights."
+    )
+    if not record["passed"]:
+        return f"{note} {FAILED}: {record['reason']}."
+    rows = []
+    for source, times in record["sources"].items():
+        ratios = times["ratios"]
+        for system in ("ours", "transformers"):
+            own = times[system]
+            cells = [source, system, f"{own['tokens_per_second']:.0f}",
+                     _ms(own["time_to_first_token"]), _ms(own["last_first_token"])]  # fmt: skip
+            shown = system == "ours"
+            cells += [f"{ratio:.2f}x" if shown else "" for ratio in ratios.values()]
+            rows.append(cells)
+    note += (
+        f" Ours, adapters relative to the plain model: {record['adapter_to_plain']:.2f}x of the "
+        f"tokens/s; to videos in context: {record['adapter_to_context']:.2f}x. Medians of "
+        f"{record['rounds']} rounds; ratios of ours to transformers' `generate`.\n\n"
+    )
+    head = ["answered from", "system", "tokens/s", "first token ms", "last first token ms",
+            "ratio of tokens/s", "ratio of first token"]  # fmt: skip
+    return note + _table(head, rows)
+
+
 def _serve_load(record: Record) -> str:
     """Of a benchmark that is no longer here: the engine without HTTP."""
     load, alone = record["load"], record["one_at_a_time"]
@@ -281,12 +309,14 @@ def _gpu(record: Record) -> str:
                   f"{row['roofline_share']:.0%}" if known else ""]  # fmt: skip
         rows.append([*cells, _number(row.get("error"))])
     parts.append(_table(["op", "ours", *others, "GB/s", "TFLOP/s", "roofline", "error"], rows))
+    # A record that is older than a section lacks it.
     for title, section, body in (
         ("Internalizing, milliseconds", "internalize", _stages),
         ("Answering a question", "answer", _serve),
+        ("Many requests at once", "serve", _engine),
         ("A training step", "train", lambda row: _train_step({"rows": [row]})),
     ):
-        for row in record[section]:
+        for row in record.get(section, ()):
             text = body(row) if "reason" not in row else f"{FAILED} ({row['reason']})"
             parts += [f"### {title}: {row['name']}", text]
     return "\n\n".join(parts)
@@ -349,6 +379,16 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], str | None]] = {
     ),
     "serve_500M_cuda": ("Answering a question, 500M shape on a GPU", _serve, "bench.runs.answer"),
     "serve_2.2B_cuda": ("Answering a question, 2.2B shape on a GPU", _serve, "bench.runs.answer"),
+    "engine_500M_cuda": (
+        "Many requests at once, 500M shape on a GPU",
+        _engine,
+        "bench.runs.engine",
+    ),
+    "engine_2.2B_cuda": (
+        "Many requests at once, 2.2B shape on a GPU",
+        _engine,
+        "bench.runs.engine",
+    ),
     "serve_http": (
         "The server under load, over HTTP, shipped model",
         _serve_http,

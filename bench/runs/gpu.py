@@ -1,12 +1,13 @@
 """Everything about a GPU in nine minutes: are the kernels right, and how fast is each part.
 
-Five sections, the most valuable first, each with a share of the time: ``checks`` runs the tests in
+Six sections, the most valuable first, each with a share of the time: ``checks`` runs the tests in
 tests/csrc_triton that launch kernels on the GPU; ``ops`` measures every op against its baselines
-(bench/ladder.py); ``internalize``, ``answer`` and ``train`` measure the released models' shapes
-with random weights, the last two also compiled where the time suffices, as in a further run. The
-record is written after every row. A further run with the same ``--out``, commit and device keeps
-the rows that passed and continues. It needs torch, triton, transformers and pytest, and no network;
-what needs another package is left out if that is not installed.
+(bench/ladder.py); ``internalize``, ``answer``, ``serve`` (many requests at once) and ``train``
+measure the released models' shapes with random weights, the last three also compiled where the time
+suffices, as in a further run. The record is written after every row. A further run with the same
+``--out``, commit and device keeps the rows that passed and continues. It needs torch, triton,
+transformers and pytest, and no network; what needs another package is left out if that is not
+installed.
 
 Exit status 1 if a row failed.
 """
@@ -41,7 +42,14 @@ EXAMPLES = """
   python -m bench.runs.gpu --only checks ops
   python -m bench.runs.gpu --device cpu --quick      a trial without a GPU, on tiny sizes"""
 # Share of the time after which a section starts no further row. A row takes up to half a minute.
-ENDS = {"checks": 0.31, "ops": 0.65, "internalize": 0.75, "answer": 0.83, "train": 0.9}
+ENDS = {
+    "checks": 0.29,
+    "ops": 0.59,
+    "internalize": 0.68,
+    "answer": 0.76,
+    "serve": 0.84,
+    "train": 0.9,
+}
 # Tests that run at the same time; each process takes half a GB of GPU memory.
 CHECKERS = 8
 # Compiling a baseline takes up to a minute.
@@ -50,6 +58,8 @@ COMPILE_SECONDS = 60
 COMPILE_MODEL_SECONDS = 180
 # A CPU trial has no deadline: it shows that the whole script runs.
 CPU_SECONDS = 3600
+# Requests at once, in the order of their rows.
+CLIENTS = (32, 8)
 OPTIONAL = {
     "pytest": "checks",
     "pydantic": "training steps",
@@ -349,6 +359,18 @@ def answer(report: GpuReport, end: float, _: float) -> None:
             report.measure("answer", f"answer {shape}{name}", latest, measure, *arguments)
 
 
+def serve(report: GpuReport, end: float, _: float) -> None:
+    from bench.runs.engine import measure
+
+    counts, new_tokens, seconds = ((4,), 4, 0.01) if report.quick else (CLIENTS, 24, 8.0)
+    for name, compiled, latest in _forms(report, end):
+        for clients in counts:
+            for shape in _shapes(report):
+                row = f"serve {shape} x{clients}{name}"
+                arguments = SHAPES[shape], report.device, clients, new_tokens, seconds, compiled
+                report.measure("serve", row, latest, measure, *arguments)
+
+
 def train(report: GpuReport, end: float, latest: float) -> None:
     from bench.runs.train_step import compare
 
@@ -377,6 +399,7 @@ SECTIONS: dict[str, Callable[[GpuReport, float, float], None]] = {
     "ops": ops,
     "internalize": internalize,
     "answer": answer,
+    "serve": serve,
     "train": train,
 }
 
