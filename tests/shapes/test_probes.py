@@ -8,7 +8,13 @@ from v2l_fast.model import Video2LoRA
 from v2l_fast.shapes import probes, report_page
 from v2l_fast.shapes.language import caption, parse_caption
 from v2l_fast.shapes.looks import HELD_OUT_PHOTOS, PLAIN
-from v2l_fast.shapes.world import SHAPES, Recording, sample_scenes
+from v2l_fast.shapes.world import (
+    SHAPES,
+    Recording,
+    has_held_out_pair,
+    has_held_out_place,
+    sample_scenes,
+)
 
 SCENES = sample_scenes("test", 60, 3)
 
@@ -108,6 +114,8 @@ def test_groups_of_looks_have_what_they_are_named_after():
     assert all(scene.look.post for scene in groups["a post in front"])
     assert {scene.look.photo for scene in groups["photographs, held out"]} <= {*HELD_OUT_PHOTOS}
     assert {scene.split for scenes in groups.values() for scene in scenes} == {"test"}
+    for name, kept in (("color and shape", has_held_out_pair), ("place", has_held_out_place)):
+        assert all(map(kept, groups[f"a {name} held out of captions only"]))
     for scene in groups["two objects, plain"] + groups["three objects"]:
         assert scene.look == PLAIN
 

@@ -141,7 +141,9 @@ def test_targets_can_be_the_models_own_captions(config, base, tmp_path, monkeypa
     training, _ = recorded_sources(wanted, base)
     caption, *details = training.qa_pairs(2, random.Random(0))
     assert caption.kind == "caption" and [pair.kind for pair in details] == ["details"] * 2
-    recording = varied_videos("train", 8, 0)[1][2]
+    seen = module._is_seen_in_captions
+    assert all(map(seen, training.scenes))
+    recording = varied_videos("train", 8, 0, seen)[1][2]
     chunk = VideoChunk(training.features[2], recording.timestamps, recording.duration, 0, 0)
     builder = partial(base.video_prompt, chunk, caption.question)
     (answer,) = answer_prompts(base, [builder], [None], SamplingParams(max_new_tokens=64))

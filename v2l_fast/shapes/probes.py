@@ -56,6 +56,8 @@ from v2l_fast.shapes.world import (
     SIZES,
     Recording,
     Scene,
+    has_held_out_pair,
+    has_held_out_place,
     sample_recordings,
     sample_varied_scenes,
 )
@@ -318,12 +320,14 @@ def _duration_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
 
 def look_groups(count: int, seed: int) -> dict[str, list[Scene]]:
     """Test scenes by what they have that those of the first stage do not; "held out" is what no
-    stage of training has."""
+    stage of training has, "held out of captions only" what the network for captions never saw."""
 
     def group(
-        look: Callable[[random.Random], Look], objects: tuple[int, ...] = (1, 2, 2)
+        look: Callable[[random.Random], Look],
+        objects: tuple[int, ...] = (1, 2, 2),
+        keep: Callable[[Scene], bool] = lambda scene: True,
     ) -> list[Scene]:
-        return sample_varied_scenes("test", count, seed, objects, look)
+        return sample_varied_scenes("test", count, seed, objects, look, keep)
 
     def textured(rng: random.Random, kind: str, photos: tuple[str, ...] = PHOTOS) -> Look:
         number = rng.randrange(2**31)
@@ -336,6 +340,10 @@ def look_groups(count: int, seed: int) -> dict[str, list[Scene]]:
 
     return {
         "two objects, plain": group(lambda rng: PLAIN, (2,)),
+        "a color and shape held out of captions only": group(
+            lambda rng: PLAIN, keep=has_held_out_pair
+        ),
+        "a place held out of captions only": group(lambda rng: PLAIN, keep=has_held_out_place),
         "three objects": group(lambda rng: PLAIN, (3,)),
         "a post in front": group(lambda rng: Look(post=sample_post(rng))),
         "styles": group(lambda rng: Look(style=rng.choice(STYLES[1:]))),

@@ -42,7 +42,14 @@ from v2l_fast.shapes.vlm import (
     recorded_visual_tokens,
 )
 from v2l_fast.shapes.widen import recorded_videos, varied_videos
-from v2l_fast.shapes.world import MAX_OBJECTS, Recording, Scene, sample_scenes
+from v2l_fast.shapes.world import (
+    MAX_OBJECTS,
+    Recording,
+    Scene,
+    has_held_out_pair,
+    has_held_out_place,
+    sample_scenes,
+)
 from v2l_fast.tensor_files import load_tensors, save_tensors
 from v2l_fast.training.config import TrainConfig
 from v2l_fast.training.sources import base_model
@@ -235,7 +242,8 @@ def recorded_sources(
 
     With `data.source` "shapes-varied" or "shapes-captions", scenes have up to three objects and any
     look; with the last, the targets are the caption and the detailed descriptions that the frozen
-    model writes with the video in context, the descriptions at temperature 1.
+    model writes with the video in context, the descriptions at temperature 1, of scenes without
+    what :mod:`~v2l_fast.shapes.world` holds out.
 
     Raises:
         ConfigError: a value of `data` is not possible in this world.
@@ -264,8 +272,12 @@ def recorded_sources(
     folder = config.feature_folder
 
     def source(split: str, count: int) -> RecordedSource:
-        videos = varied_videos if varied else recorded_videos
-        scenes, recordings = videos(split, count, seed)
+        if data.source == "shapes-any":
+            scenes, recordings = recorded_videos(split, count, seed)
+        elif data.source == "shapes-varied":
+            scenes, recordings = varied_videos(split, count, seed)
+        else:
+            scenes, recordings = varied_videos(split, count, seed, _is_seen_in_captions)
         with progress_bar(f"videos of the {split} split") as bar:
             features = recorded_visual_tokens(
                 backbone.model, scenes, recordings, seed if split == "train" else None,
@@ -293,6 +305,10 @@ def recorded_sources(
 
     training = source("train", data.videos or DEFAULT_VIDEOS)
     return training, source("val", data.val_videos) if data.val_videos else None
+
+
+def _is_seen_in_captions(scene: Scene) -> bool:
+    return not (has_held_out_pair(scene) or has_held_out_place(scene))
 
 
 def stored_captions(

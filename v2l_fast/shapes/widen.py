@@ -236,9 +236,15 @@ class VaryingSettings(WideningSettings):
     steps: int = 6400
 
 
-def varied_videos(split: str, count: int, seed: int) -> tuple[list[Scene], list[Recording]]:
-    """`count` scenes of one to three objects and any look, and how each is recorded."""
-    scenes = sample_varied_scenes(split, count, seed)
+def varied_videos(
+    split: str, count: int, seed: int, keep: Callable[[Scene], bool] = lambda scene: True
+) -> tuple[list[Scene], list[Recording]]:
+    """`count` scenes of one to three objects and any look, and how each is recorded.
+
+    Args:
+        keep: whether a scene may be drawn.
+    """
+    scenes = sample_varied_scenes(split, count, seed, keep=keep)
     return scenes, sample_varied_recordings(scenes, split, seed)
 
 

@@ -137,20 +137,39 @@ def sample_scene(rng: random.Random) -> Scene:
 def sample_scenes(split: str, count: int, seed: int) -> list[Scene]:
     """`count` scenes of one split; the same (split, seed) always gives the same sequence."""
     rng = random.Random(f"{split}/{seed}")
-    return _of_split(split, count, lambda: sample_scene(rng))
+    return _sample_while(count, lambda: sample_scene(rng), lambda scene: scene.split == split)
 
 
-def _of_split(split: str, count: int, sample: Callable[[], Scene]) -> list[Scene]:
+def _sample_while(
+    count: int, sample: Callable[[], Scene], keep: Callable[[Scene], bool]
+) -> list[Scene]:
     scenes: list[Scene] = []
     while len(scenes) < count:
         scene = sample()
-        if scene.split == split:
+        if keep(scene):
             scenes.append(scene)
     return scenes
 
 
 # The most objects of a varied scene.
 MAX_OBJECTS = 3
+# What the network that is trained on captions only never sees: objects of these colors and shapes,
+# and objects that start or end there.
+HELD_OUT_PAIRS = frozenset(
+    {("red", "ring"), ("green", "pillar"), ("blue", "disc"), ("yellow", "bar")}
+)
+HELD_OUT_PLACE = ("bottom", "left")
+
+
+def has_held_out_pair(scene: Scene) -> bool:
+    """Whether an object has one of :data:`HELD_OUT_PAIRS`."""
+    return any((item.color, item.shape) in HELD_OUT_PAIRS for item in scene.objects)
+
+
+def has_held_out_place(scene: Scene) -> bool:
+    """Whether an object starts or ends in :data:`HELD_OUT_PLACE`."""
+    places = (item.place(progress) for item in scene.objects for progress in (0.0, 1.0))
+    return HELD_OUT_PLACE in places
 
 
 def sample_varied_scenes(
@@ -159,6 +178,7 @@ def sample_varied_scenes(
     seed: int,
     objects: tuple[int, ...] = (1, 2, 2, 3, 3),
     look: Callable[[random.Random], Look] | None = None,
+    keep: Callable[[Scene], bool] = lambda scene: True,
 ) -> list[Scene]:
     """`count` scenes of one split with one to three objects and any look; the same arguments always
     give the same sequence.
@@ -167,6 +187,7 @@ def sample_varied_scenes(
         objects: numbers of objects, one of which is drawn for each scene.
         look: draws the look of a scene; by default, a third is plain and the others have one of
             :func:`~v2l_fast.shapes.looks.sample_look`.
+        keep: whether a scene may be drawn.
     """
     rng = random.Random(f"varied/{split}/{seed}")
 
@@ -178,7 +199,7 @@ def sample_varied_scenes(
         drawn = look(rng) if look else any_look()
         return Scene(rng.choice(tuple(BACKGROUNDS)), parts, drawn)
 
-    return _of_split(split, count, sample)
+    return _sample_while(count, sample, lambda scene: scene.split == split and keep(scene))
 
 
 # --- recordings -----------------------------------------------------------------------------------
