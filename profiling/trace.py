@@ -14,8 +14,8 @@ time; bench/ measures speed.
 
 from __future__ import annotations
 
+import functools
 import gzip
-import itertools
 import json
 import sys
 import time
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ from v2l_fast.files import replacing, write_json
 from v2l_fast.generation import ModelRunner, Request, SamplingParams
 from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.adapter_bank import AdapterBank
-from v2l_fast.hypernet.network import HyperNetwork, LayerFactors
-from v2l_fast.pipeline import Context
+from v2l_fast.hypernet.network import HyperNetwork
+from v2l_fast.pipeline import Context, context_batches, iter_factors, visual_features
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.vlm.smolvlm import SmolVLM
-from v2l_fast.work_units import layers_per_group, tokens_per_unit
+from v2l_fast.work_units import run_to_completion
 
 MODELS = {name.lower(): case for name, case in CASES.items()}
 # The first token and three more: steps are alike, and each adds thousands of events.
@@ -61,23 +62,29 @@ Job = Callable[[], object]
 
 
 def internalize(network: HyperNetwork, backbone: SmolVLM, video: Context) -> AdapterBatch:
-    """Views to an adapter, with ranges around the vision tower and both parts of each group.
+    """Views to an adapter, with ranges around the vision tower and both parts of the pipeline.
 
     ``network`` has the backbone's dtype.
     """
     with record_function("vision"):
-        features = backbone.encode_views(video.pixels)
-    ids = video.ids.to(features.device)
-    states = backbone.decoder.layer_inputs(backbone.embed(ids, [features])[None])
-    budget, layers = tokens_per_unit(ids.device), backbone.decoder.num_layers
-    size = layers_per_group(len(ids), layers, budget)
-    per_layer: list[LayerFactors] = []
-    for first in range(0, layers, size):
-        with record_function("decoder layers"):
-            hiddens = list(itertools.islice(states, size))
-        with record_function("hypernetwork layers"):
-            per_layer += network.group(first, hiddens)
-    return network.assemble(per_layer)
+        features = visual_features(backbone, [video])
+    (contexts,) = context_batches(backbone, [video], features)
+    with (
+        patch.object(backbone.decoder, "layer", _ranged(backbone.decoder.layer, "decoder layers")),
+        patch.object(network, "group", _ranged(network.group, "hypernetwork layers")),
+    ):
+        return run_to_completion(iter_factors(backbone, network, contexts))
+
+
+def _ranged(function: Callable, name: str) -> Callable:
+    """The function, with a range of the profiler around each call."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with record_function(name):
+            return function(*args, **options)
+
+    return call
 
 
 def job(name: str, case: Case, device: str, compile: bool) -> Job:

@@ -410,26 +410,29 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(path: str | os.PathLike, value: Any, *, allow_nan: bool = True) -> None:
+def write_json(
+    path: str | os.PathLike, value: Any, *, allow_nan: bool = True, private: bool = False
+) -> None:
     """Write a JSON file, indented, as :func:`write_text` does; make its folder if needed.
 
     Args:
         allow_nan: write NaN and infinite numbers, which are not JSON.
+        private: only the file's owner can read it.
 
     Raises:
         WriteError: as :func:`write_text`.
         ValueError: a number is not finite and `allow_nan` is False.
     """
-    _write_bytes(path, _json_bytes(value, indent=2, allow_nan=allow_nan))
+    _write_bytes(path, _json_bytes(value, indent=2, allow_nan=allow_nan), private)
 
 
-def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
-    """Write a JSON-lines file as :func:`write_text` does; make its folder if needed.
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Any], *, private: bool = False) -> None:
+    """Write a JSON-lines file as :func:`write_json` does.
 
     Raises:
         WriteError: as :func:`write_text`.
     """
-    _write_bytes(path, b"".join(map(_json_bytes, rows)))
+    _write_bytes(path, b"".join(map(_json_bytes, rows)), private)
 
 
 def append_jsonl(path: str | os.PathLike, rows: Iterable[Any], *, fsync: bool = False) -> None:
@@ -489,12 +492,16 @@ def _json_bytes(value: Any, **options: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _write_bytes(path: str | os.PathLike, data: bytes) -> None:
+def _write_bytes(path: str | os.PathLike, data: bytes, private: bool) -> None:
     path = Path(path)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        part.write_bytes(data)
+    mode = 0o600 if private else 0o666
+    with (
+        replacing(path) as part,
+        open(part, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file,
+    ):
+        file.write(data)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ model sees it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import time
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 from v2l_fast.conversation.schema import Schema
 from v2l_fast.errors import ConfigError, escape_controls, excerpt
-from v2l_fast.files import read_json, read_jsonl, replacing
+from v2l_fast.files import read_json, read_jsonl, write_json, write_jsonl
 
 FORMAT = "v2l-persona-1"
 MAX_FACT_CHARACTERS = 160
@@ -298,7 +297,7 @@ class Persona:
         Raises:
             WriteError: the file cannot be written.
         """
-        _write_private(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_json(path, self.to_dict(), private=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Persona:
@@ -341,22 +340,14 @@ def forget_in_trace(path: str | os.PathLike, words: ForgottenWords) -> int:
     """
     if not os.path.exists(path):
         return 0
-    lines, emptied = [], 0
+    entries, emptied = [], 0
     for _, entry in read_jsonl(path, error=ConfigError):
         if words.found_in(_strings(entry)):
             entry, emptied = {"turn": entry.get("turn"), "forgotten": True}, emptied + 1
-        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        entries.append(entry)
     if emptied:
-        _write_private(path, "".join(lines))
+        write_jsonl(path, entries, private=True)
     return emptied
-
-
-def _write_private(path: str | os.PathLike, text: str) -> None:
-    """Replace a file by one that only its owner can read."""
-    with replacing(path) as part:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
 
 
 def _strings(value: object) -> Iterator[str]:
