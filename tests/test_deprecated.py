@@ -8,9 +8,7 @@ import sys
 
 import pytest
 
-import v2l_fast
-import v2l_fast.video
-from v2l_fast._deprecated import MOVED, new_path
+from v2l_fast._deprecated import MOVED, RENAMED, new_path
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -59,10 +57,23 @@ def test_an_unknown_module_of_a_moved_package():
         importlib.import_module("v2l_fast.backbones.nothing")
 
 
-@pytest.mark.parametrize("module", [v2l_fast, v2l_fast.video])
-def test_the_old_name_of_a_clip(module):
-    with pytest.warns(DeprecationWarning, match="VideoClip is now .*Clip; ") as caught:
-        assert module.VideoClip is v2l_fast.Clip
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_the_new_one(old):
+    owner, _, name = f"v2l_fast.{old}".rpartition(".")
+    # A module has its old names once it was imported by its old path.
+    for path, package in MOVED.items():
+        if f"{owner}.".startswith(f"v2l_fast.{package}."):
+            path = f"v2l_fast.{path}{owner.removeprefix(f'v2l_fast.{package}')}"
+            sys.modules.pop(path, None)
+            with pytest.warns(DeprecationWarning):
+                importlib.import_module(path)
+    module = importlib.import_module(owner)
+    with pytest.warns(
+        DeprecationWarning, match=f"{name} is now v2l_fast.{RENAMED[old]}; "
+    ) as caught:
+        value = getattr(module, name)
     assert caught[0].filename == __file__
-    with pytest.raises(AttributeError, match="VideoClips"):
-        module.VideoClips  # noqa: B018
+    new_owner, _, new_name = f"v2l_fast.{RENAMED[old]}".rpartition(".")
+    assert value is getattr(importlib.import_module(new_owner), new_name)
+    with pytest.raises(AttributeError, match=f"{name}Nothing"):
+        getattr(module, f"{name}Nothing")

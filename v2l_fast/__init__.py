@@ -24,19 +24,13 @@ _EXPORTS = {
 }
 __all__ = sorted(_EXPORTS)
 
-
-# Old name -> its export.
-_RENAMED = {"VideoClip": "Clip"}
 _deprecated.install()
 
 
 def __getattr__(name: str) -> object:
     # Lazy: `import v2l_fast` stays instant, and transformers loads when a model is used.
-    if name in _RENAMED:
-        _deprecated.warn_renamed(f"{__name__}.{name}", f"{__name__}.{_RENAMED[name]}", stacklevel=3)
-        name = _RENAMED[name]
     if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _deprecated.renamed(__name__, name, stacklevel=4)
     return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
 
 

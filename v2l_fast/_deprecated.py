@@ -1,6 +1,7 @@
-"""Module paths from before the packages were rearranged: they still import, with a warning.
+"""Names from before the packages were rearranged: they still import, with a warning.
 
-Importing one returns the module that replaced it. The next release removes them.
+``MOVED`` has modules: importing an old path returns the module that replaced it. ``RENAMED`` has
+classes and functions. The next release removes the old names.
 """
 
 from __future__ import annotations
@@ -147,6 +148,32 @@ MOVED = {
 }
 
 
+# Present path of the module and old name -> new path.
+RENAMED = {
+    "VideoClip": "Clip",
+    "generation.Batch": "generation.ModelRunner",
+    "generation.Generated": "generation.GenerationOutput",
+    "generation.Row": "generation.Request",
+    "generation.Sampling": "generation.SamplingParams",
+    "generation.runner.Batch": "generation.runner.ModelRunner",
+    "generation.runner.Row": "generation.runner.Request",
+    "hypernet.Head": "hypernet.network.Head",
+    "hypernet.PreHeadBlock": "hypernet.network.PreHeadBlock",
+    "hypernet.adapted_linear.AdapterSlots": "hypernet.adapter_bank.AdapterBank",
+    "hypernet.adapted_linear.LayerSlots": "hypernet.adapter_bank.LayerAdapters",
+    "hypernet.perceiver.PlaceEmbedding": "hypernet.perceiver.ChunkPositionEmbedding",
+    "pipeline.right_padded": "pipeline.pad_right",
+    "pipeline.similar_lengths": "pipeline.length_buckets",
+    "video.VideoClip": "video.Clip",
+    "vlm.base.EncodedVideo": "vlm.base.VideoChunk",
+    "vlm.base.PromptInputs": "vlm.base.PromptBuilder",
+    "vlm.decoder.Cache": "vlm.decoder.StaticKVCache",
+    "vlm.decoder.LayerCache": "vlm.decoder.KVCacheLayer",
+    "vlm.decoder.Span": "vlm.decoder.AttentionMetadata",
+    "work_units.finish": "work_units.run_to_completion",
+}
+
+
 def new_path(path: str) -> str | None:
     """The new dotted path of a module of v2l_fast, None if it has not moved."""
     package, _, old = path.partition(".")
@@ -180,6 +207,7 @@ class MovedModuleFinder(MetaPathFinder, Loader):
         assert new is not None
         replacement = import_module(new)
         warn_renamed(old, new, stacklevel=3)
+        vars(replacement).setdefault("__getattr__", partial(renamed, new))
         if not hasattr(replacement, "__path__") and _is_package(old):
             # A package that has become one module: its old modules are imported through it.
             module.__path__ = []
@@ -187,6 +215,16 @@ class MovedModuleFinder(MetaPathFinder, Loader):
         else:
             # The import system takes the module that stands here when this returns.
             sys.modules[old] = replacement
+
+
+def renamed(module: str, name: str, stacklevel: int = 3) -> object:
+    """What replaces a name of a module, with a warning; the module's ``__getattr__``."""
+    new = RENAMED.get(f"{module}.{name}".partition(".")[2])
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warn_renamed(f"{module}.{name}", f"v2l_fast.{new}", stacklevel)
+    owner, _, new_name = f"v2l_fast.{new}".rpartition(".")
+    return getattr(import_module(owner), new_name)
 
 
 def warn_renamed(old: str, new: str, stacklevel: int) -> None:

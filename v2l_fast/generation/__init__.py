@@ -5,6 +5,9 @@ and evaluation call. :func:`generate` runs one batch of embedded prompts. Both, 
 on :class:`ModelRunner`.
 """
 
+from functools import partial
+
+from v2l_fast._deprecated import renamed
 from v2l_fast.generation.answers import (
     MAX_BATCH,
     Answer,
@@ -34,3 +37,5 @@ __all__ = [
     "generate",
     "measure_effect",
 ]
+
+__getattr__ = partial(renamed, __name__)

@@ -3,7 +3,9 @@
 Every failure to read a file raises a one-line `v2l_fast.errors.VideoError` that names it.
 """
 
-from v2l_fast._deprecated import warn_renamed
+from functools import partial
+
+from v2l_fast._deprecated import renamed
 from v2l_fast.video.clip import Clip
 from v2l_fast.video.info import Limits, VideoInfo, fallbacks
 from v2l_fast.video.preprocess import (
@@ -36,9 +38,4 @@ __all__ = [
     "sample_indices",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name == "VideoClip":
-        warn_renamed(f"{__name__}.VideoClip", f"{__name__}.Clip", stacklevel=3)
-        return Clip
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = partial(renamed, __name__)
