@@ -92,6 +92,6 @@ def _download(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name}: not a local path, and not found on the Hugging Face Hub "
-            f"({hub_reason(error)}); give a path, a hub id, or the shipped 'shapes' or "
-            "'shapes-chunks'"
+            f"({hub_reason(error)}); give a path, a hub id, or a shipped pair, such as "
+            "'shapes-any'"
         ) from None

@@ -58,7 +58,7 @@ def test_exact_frames_reach_every_frame():
 
 
 def test_nothing_to_sample():
-    with pytest.raises(ConfigError, match="max_frames=0"):
+    with pytest.raises(ConfigError, match="max_frames must be at least 1, got 0"):
         sample_indices(10, 1.0, 10.0, 0)
     with pytest.raises(VideoError, match="0 frames"):
         sample_indices(0, 1.0, 10.0, 4)

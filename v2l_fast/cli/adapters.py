@@ -74,7 +74,9 @@ def internalize(
         "with --manifest, an adapter store.",
     ),
     videos: list[Path] | None = Argument(None, help="Video files."),
-    chunks: int = Option(1, min=1, help="Parts of a video to internalize apart and compose."),
+    chunks: int = Option(
+        1, min=1, help="Parts of each video to internalize separately and compose."
+    ),
     decoder: str = Option(
         "auto",
         help="Video decoder: auto (DALI on a GPU, else PyAV), pyav, torchcodec or dali.",

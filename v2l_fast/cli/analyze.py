@@ -303,7 +303,7 @@ def efficiency(
     source: AnalyzedOptions,
     loading: ModelOptions,
     results: ResultOptions,
-    repeats: int = Option(3, help="Timings of each question.", min=1),
+    repeats: int = Option(3, help="Number of timings of each question.", min=1),
     keep: float = Option(0.25, help="Share of the visual tokens that FrameFusion keeps."),
     max_frames: list[int] | None = Option(
         None, help="Maximum number of frames, repeatable. By default, as in training.", min=1

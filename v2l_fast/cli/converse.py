@@ -340,11 +340,11 @@ def export(
 @with_options
 def forget(
     path: Path = PERSONA,
-    fact: list[str] = Option([], help="Id of a fact; repeat for more."),
-    slot: str | None = Option(None, help="All facts of this slot."),
-    turn: int | None = Option(None, min=0, help="All facts of this turn."),
-    everything: bool = Option(False, "--all", help="All facts."),
-    trace: Path | None = Option(None, help="Also empty the lines of this trace that tell them."),
+    fact: list[str] = Option([], help="Id of a fact to forget; repeatable."),
+    slot: str | None = Option(None, help="Forget all facts of this slot."),
+    turn: int | None = Option(None, min=0, help="Forget all facts of this turn."),
+    everything: bool = Option(False, "--all", help="Forget all facts."),
+    trace: Path | None = Option(None, help="Also empty the lines of this trace that mention them."),
 ) -> None:
     """Remove text, value and evidence of facts; their ids and dates remain.
 
@@ -423,7 +423,9 @@ def evaluate(
         ..., metavar="URL|PATH", help="Model that writes the replies: an endpoint or a folder."
     ),
     reasoner_model: str | None = Option(None, help="Name that the endpoint serves it under."),
-    judge: str | None = Option(None, metavar="URL|PATH", help="Model that compares them."),
+    judge: str | None = Option(
+        None, metavar="URL|PATH", help="Language model that compares the replies."
+    ),
     judge_model: str | None = Option(None, help="Name that the endpoint serves the judge under."),
     systems: str = Option(
         "cper,slots,plain,selfrefine",
@@ -444,10 +446,10 @@ def evaluate(
         "turn that is nearest to it.",
         callback=one_of("recorded", "nearest"),
     ),
-    limit: int | None = Option(None, min=1, help="Use only the first dialogs."),
-    long: int = Option(12, min=1, help="Pairs from which on a dialog is long."),
-    judged_turns: int = Option(3, min=1, help="Turns of each dialog that are judged."),
-    workers: int = Option(1, min=1, help="Dialogs and judgments at the same time."),
+    limit: int | None = Option(None, min=1, help="Use only the first N dialogs."),
+    long: int = Option(12, min=1, help="Number of pairs from which a dialog counts as long."),
+    judged_turns: int = Option(3, min=1, help="Number of turns of each dialog to judge."),
+    workers: int = Option(1, min=1, help="Concurrent dialogs and judgments."),
     seed: int = SEED,
     folder: Path = Option(..., "--out", "-o", help="Folder of the results."),
     as_json: bool = JSON,
@@ -519,8 +521,8 @@ def calibrate(
     error_rate: float | None = Option(
         None, help="Ask needlessly with at most this probability (conformal)."
     ),
-    candidates: int = Option(5, min=1, help="Sampled readings of a turn."),
-    users: int = Option(100, min=2, help="Simulated people."),
+    candidates: int = Option(5, min=1, help="Number of sampled readings of a turn."),
+    users: int = Option(100, min=2, help="Number of simulated people."),
     seed: int = SEED,
     out_path: Path = Option(..., "--out", "-o", parser=output_file, help="File to write (JSON)."),
     force: bool = FORCE,
@@ -556,8 +558,10 @@ def calibrate(
 @with_options
 def report(
     folder: Path = Option(Path("docs/conversation"), "--out", "-o", help="Folder of the page."),
-    preferences: Path = Option(Path("runs/cper-preferences.json"), help="Record of people."),
-    viewers: Path = Option(Path("runs/cper-shapes.json"), help="Record of viewers."),
+    preferences: Path = Option(
+        Path("runs/cper-preferences.json"), help="Record of simulated people."
+    ),
+    viewers: Path = Option(Path("runs/cper-shapes.json"), help="Record of simulated viewers."),
     force: bool = FORCE,
 ) -> None:
     """Write the page about conversations that ask from its records.

@@ -155,7 +155,7 @@ def serve(
     asking: ReasonerOptions,
     loading: ModelOptions,
     store: Path = Option(
-        Path("v2l-store"), help="Folder for adapters and uploaded videos; made if needed."
+        Path("v2l-store"), help="Folder for adapters and uploaded videos; created if needed."
     ),
     name: str | None = Option(
         None, help="Name of the base model for callers. By default, --model's."

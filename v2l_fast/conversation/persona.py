@@ -320,7 +320,7 @@ class Persona:
             ConfigError: the value is not a persona.
         """
         if values.get("format") != FORMAT or not isinstance(values.get("facts"), list):
-            raise ConfigError(f"format is {excerpt(values.get('format'))}, expected {FORMAT!r}")
+            raise ConfigError(f"format must be {FORMAT!r}, got {excerpt(values.get('format'))}")
         facts = [_read_fact(entry) for entry in values["facts"]]
         ids = [fact.id for fact in facts]
         if len(set(ids)) < len(ids):
@@ -426,6 +426,10 @@ _TYPES: dict[str, Any] = {
     "utterance": str | None, "confidence": int | float, "status": str,
     "superseded_by": str | None, "created": int | float, "expires": int | float | None,
 }  # fmt: skip
+_KNOWN = {
+    "source": ("stated", "inferred", "imported"),
+    "status": ("active", "superseded", "quarantined", "forgotten"),
+}
 
 
 def _read_fact(entry: object) -> Fact:
@@ -434,12 +438,14 @@ def _read_fact(entry: object) -> Fact:
     if not isinstance(entry, dict) or set(entry) != set(_TYPES):
         raise ConfigError(f"a fact must have the fields {', '.join(_TYPES)}, got {excerpt(entry)}")
     for name, kind in _TYPES.items():
-        if not isinstance(entry[name], kind) or isinstance(entry[name], bool):
-            raise ConfigError(f"fact {excerpt(entry['id'])}: {name} is {excerpt(entry[name])}")
-    if entry["source"] not in ("stated", "inferred", "imported"):
-        raise ConfigError(f"fact {excerpt(entry['id'])}: source is {excerpt(entry['source'])}")
-    if entry["status"] not in ("active", "superseded", "quarantined", "forgotten"):
-        raise ConfigError(f"fact {excerpt(entry['id'])}: status is {excerpt(entry['status'])}")
+        value, known = entry[name], _KNOWN.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or (known and value not in known):
+            where = f"fact {excerpt(entry['id'])}: {name}"
+            if known is not None:
+                raise ConfigError(
+                    f"{where} must be one of {', '.join(known)}, got {excerpt(value)}"
+                )
+            raise ConfigError(f"{where} has the wrong type, got {excerpt(value)}")
     fact = Fact(**entry | {"text": clean(entry["text"])})
     texts = [fact.text, fact.value or "", fact.slot or ""]
     if fact.status == "active" and any(_is_instruction(text) for text in texts):

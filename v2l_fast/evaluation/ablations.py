@@ -181,7 +181,7 @@ def rank_ablation(
 def _common_rank(adapters: Sequence[Adapter]) -> int:
     ranks = {adapter.rank for adapter in adapters}
     if len(ranks) != 1:
-        raise ConfigError(f"adapters must all be of one rank, got ranks {sorted(ranks)}")
+        raise ConfigError(f"adapters must all have the same rank, got {sorted(ranks)}")
     return ranks.pop()
 
 

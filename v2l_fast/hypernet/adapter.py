@@ -474,7 +474,9 @@ def compose_chunks(
         ValueError: ``n_chunks`` does not add up to the chunks.
     """
     if sum(n_chunks) != len(order) or min(n_chunks, default=0) < 1:
-        raise ValueError(f"n_chunks {list(n_chunks)} must be positive and add up to {len(order)}")
+        raise ValueError(
+            f"n_chunks must be positive and add up to {len(order)}, got {list(n_chunks)}"
+        )
     videos, most = len(n_chunks), max(n_chunks)
     bias = batches[0].bias
 

@@ -152,7 +152,7 @@ class HypernetConfig:
         values = dict(values)
         model_type = values.pop("model_type", None)
         if model_type != MODEL_TYPE:
-            raise ConfigError(f"model_type is {excerpt(model_type)}, not {MODEL_TYPE!r}")
+            raise ConfigError(f"model_type must be {MODEL_TYPE!r}, got {excerpt(model_type)}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         if unknown:

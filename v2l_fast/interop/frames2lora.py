@@ -170,7 +170,7 @@ def _config(fields: _Fields, base: Any) -> HypernetConfig:
     base = base or lora.values.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise CheckpointError(
-            f"{fields.path}: base_model_name_or_path is {excerpt(base)}, not text"
+            f"{fields.path}: base_model_name_or_path must be text, got {excerpt(base)}"
         )
     try:
         return HypernetConfig(

@@ -92,7 +92,7 @@ def peft_tensors(
     factors_a, factors_b = adapter.merged()
     ranks = {factor.shape[1] for factor in factors_a.values()}
     if len(ranks) > 1 or 0 in ranks:
-        raise AdapterError(f"PEFT needs one rank above 0 for all modules, not {sorted(ranks)}")
+        raise AdapterError(f"PEFT needs one rank above 0 for all modules, got {sorted(ranks)}")
     (rank,) = ranks
     tensors = {}
     for module, a in factors_a.items():
@@ -227,11 +227,11 @@ def _read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, tuple
     path = directory / CONFIG_NAME
     targets, rank, alpha = (config.get(k) for k in ("target_modules", "r", "lora_alpha"))
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise AdapterError(f"{path}: target_modules must be a list of names, not {targets!r}")
+        raise AdapterError(f"{path}: target_modules must be a list of names, got {targets!r}")
     if type(rank) is not int or rank < 1:
-        raise AdapterError(f"{path}: r must be a positive integer, not {rank!r}")
+        raise AdapterError(f"{path}: r must be a positive integer, got {rank!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise AdapterError(f"{path}: lora_alpha must be a finite number, not {alpha!r}")
+        raise AdapterError(f"{path}: lora_alpha must be a finite number, got {alpha!r}")
     if not isinstance(config.get("base_model_name_or_path"), str):
         raise AdapterError(f"{path}: names no base_model_name_or_path; export the adapter again")
     if any(config.get(key) for key in PLAIN_ONLY):

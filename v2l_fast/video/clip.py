@@ -58,7 +58,7 @@ class Clip:
             last = frames.ndim == 4 and frames.shape[-1] == 3 and frames.shape[1] != 3
             frames = np.ascontiguousarray(frames.transpose(0, 3, 1, 2) if last else frames)
             if frames.dtype != np.uint8:
-                raise VideoError(f"frames are {frames.dtype} {list(frames.shape)}; pass uint8")
+                raise VideoError(f"frames must be uint8, got {frames.dtype} {list(frames.shape)}")
             frames = torch.from_numpy(frames)
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
             raise VideoError(

@@ -99,7 +99,7 @@ def sample_indices(
     Raises VideoError for a source without frames or length, ConfigError for max_frames < 1.
     """
     if max_frames < 1:
-        raise ConfigError(f"max_frames={max_frames} samples nothing: use 1 or more")
+        raise ConfigError(f"max_frames must be at least 1, got {max_frames}")
     if num_frames < 1:
         raise VideoError(f"cannot sample a video of {num_frames} frames: it must hold at least one")
     if exact_frames:
