@@ -169,7 +169,7 @@ def test_rank_record(model, examples, adapters):
 
 
 def test_rank_ablation_needs_one_rank(model, examples, adapters):
-    with pytest.raises(ConfigError, match="one rank"):
+    with pytest.raises(ConfigError, match="the same rank"):
         rank_ablation(model, examples[:2], [adapters[0], adapters[1].prune(2)], token_f1)
 
 
@@ -238,7 +238,7 @@ def test_norms(model, adapters):
 
 
 def test_norms_need_one_rank(model, adapters):
-    with pytest.raises(ConfigError, match="one rank"):
+    with pytest.raises(ConfigError, match="the same rank"):
         adapter_norms(model, [adapters[0], adapters[1].prune(1)])
 
 
