@@ -78,11 +78,12 @@ def _hypernet_streaming(record: Record) -> str:
                 row["tokens"], row["layers"], variant, f"{own['seconds']:.2f}",
                 _ratio(own.get("seconds_ratio"), row["correct"]), _gib(own["peak_bytes"]),
                 _ratio(own.get("peak_bytes_ratio"), row["correct"]),
-                f"{own['product_share']:.0%}", f"{own['relative_error']:.1e}",
+                f"{own['product_share']:.0%}", f"{own['all_product_share']:.0%}",
+                f"{own['relative_error']:.1e}",
             ])  # fmt: skip
     return _table(
         ["tokens", "layers", "order", "CPU s", "time ratio", "peak GiB", "memory ratio",
-         "products alone", "error"], rows,
+         "products with the context", "all products", "error"], rows,
     )  # fmt: skip
 
 

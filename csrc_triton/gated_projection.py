@@ -186,19 +186,26 @@ def _forward(
     seen = None if visible is None else visible.reshape(-1)
     out = rows.new_empty(rows.shape[0], down.shape[0])
     products = [rows.new_empty(rows.shape[0] if keep else 0, len(gate)) for _ in range(2)]
-    fuses = _fuses(x)
-    for part in _chunks(rows):
+    chunks, fuses = _chunks(rows), _fuses(x)
+    # On a CPU, new pages for every chunk's transients would cost as much as the elementwise part.
+    size = 0 if keep or fuses or not chunks else min(chunks[0].stop, rows.shape[0])
+    transients = [rows.new_empty(size, len(gate)) for _ in range(2)]
+    for part in chunks:
         mask = None if seen is None else seen[part]
-        if keep:
-            # Masked rows are read as zeros, because the backward pass uses these products.
-            own = rows[part] if mask is None else torch.where(mask[:, None], rows[part], 0.0)
-            gated, raised = (kept[part] for kept in products)
-            torch.mm(own, gate.T, out=gated)
-            torch.mm(own, up.T, out=raised)
-            hidden = fused_hidden(gated, raised) if fuses else F.silu(gated).mul_(raised)
-            torch.mm(hidden, down.T, out=out[part])
+        if fuses and not keep:
+            out[part] = fused(rows[part], mask, gate, up, down)
+            continue
+        # Masked rows are read as zeros, because the backward pass uses these products.
+        own = rows[part] if mask is None else torch.where(mask[:, None], rows[part], 0.0)
+        where, buffers = (part, products) if keep else (slice(len(own)), transients)
+        gated, raised = (buffer[where] for buffer in buffers)
+        torch.mm(own, gate.T, out=gated)
+        torch.mm(own, up.T, out=raised)
+        if fuses:
+            hidden = fused_hidden(gated, raised)
         else:
-            out[part] = (fused if fuses else reference)(rows[part], mask, gate, up, down)
+            hidden = F.silu(gated, inplace=not keep).mul_(raised)
+        torch.mm(hidden, down.T, out=out[part])
     return out.view(*x.shape[:-1], down.shape[0]), products[0], products[1]
 
 

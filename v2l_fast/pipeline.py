@@ -277,7 +277,8 @@ def iter_factors(
     whole = unit is None or length <= unit
     metadata = decoder.prefill_metadata(count, length) if whole else None
     total = hypernet.config.num_layers
-    size = layers_per_group(count * length, total, unit or tokens_per_unit(decoder.device))
+    budget = unit or tokens_per_unit(decoder.device, decoder.dtype)
+    size = layers_per_group(count * length, total, budget)
     unit = length if unit is None else unit
     chunks = list(token_chunks(length, unit))
     hidden = batch.embeddings
@@ -319,7 +320,7 @@ def iter_adapters(
     members: list[int] = []
     adapters: list[Adapter] = []
     finite: list[Tensor] = []
-    unit = tokens_per_unit(backbone.decoder.device)
+    unit = tokens_per_unit(backbone.decoder.device, backbone.decoder.dtype)
     for batch in context_batches(backbone, contexts, features, MAX_PADDING, max_tokens):
         factors = yield from iter_factors(backbone, hypernet, batch, unit)
         members += batch.members

@@ -108,7 +108,8 @@ def compare(tokens: int, layers: int, threads: int, rounds: int) -> dict[str, An
         print(
             f"S = {tokens:5d}  {variant:16s} {own['seconds']:8.2f} s  {ratio}   "
             f"peak {own['peak_bytes'] / 2**30:5.2f} GiB   error {own['relative_error']:.1e}   "
-            f"products alone {own['product_share']:.0%}",
+            f"products with the context {own['product_share']:.0%}, "
+            f"all {own['all_product_share']:.0%}",
             flush=True,
         )
     return {
@@ -142,7 +143,7 @@ def measure(variant: str, tokens: int, layers: int, threads: int, factors: Path)
             start = time.process_time()
             a, b = released.hypernetwork(network, features)
             return a, b, time.process_time() - start
-        budget = tokens_per_unit(torch.device("cpu"))
+        budget = tokens_per_unit(torch.device("cpu"), dtype)
         size = 1 if variant == "layers" else layers_per_group(length, layers, budget)
         chunks = list(token_chunks(length, budget))
         per_layer: list[LayerFactors] = []
@@ -164,21 +165,24 @@ def measure(variant: str, tokens: int, layers: int, threads: int, factors: Path)
     a, b, seconds = run(tokens)
     peak = peak_bytes()
     save_tensors({"A": a["down_proj"].float(), "B": b["down_proj"].float()}, factors)
-    floor = product_seconds(network, tokens, dtype) * layers
+    context, latents = (each * layers for each in product_seconds(network, tokens, dtype))
     return {
         "seconds": seconds,
-        "product_share": floor / seconds,
+        "product_share": context / seconds,
+        "all_product_share": (context + latents) / seconds,
         "peak_bytes": peak,
         "added_bytes": peak - before,
     }
 
 
 @torch.inference_mode()
-def product_seconds(network: HyperNetwork, tokens: int, dtype: torch.dtype) -> float:
-    """CPU seconds of one layer's products with the context alone, at the rate of plain ones.
+def product_seconds(network: HyperNetwork, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
+    """CPU seconds of one layer's products at the rate of plain ones: context, and latents alone.
 
-    The modality projection, at the rate of ``dtype``, and two products of nine blocks' absorbed
-    attention in float32.
+    With the context: the modality projection, at the rate of ``dtype``, and two products of nine
+    blocks' absorbed attention in float32, each at the rate that its own shape reaches. The latents
+    take part in all others, which are so small that reading their weights bounds them; they are
+    counted at the rate of the attention's.
     """
     config = network.config
     d, z, rows = config.hidden_size, config.latent_size, config.num_heads * config.num_latents
@@ -195,7 +199,30 @@ def product_seconds(network: HyperNetwork, tokens: int, dtype: torch.dtype) -> f
     length = min(tokens, 1024)
     projection = 2 * seconds(length, d, 4 * d, dtype) + seconds(length, 4 * d, z, dtype)
     attention = seconds(rows, z, length, torch.float32) + seconds(rows, length, z, torch.float32)
-    return (projection + config.num_blocks * attention) * tokens / length
+    context = (projection + config.num_blocks * attention) * tokens / length
+    rate = 4 * rows * z * length / attention
+    return context, latent_flops(network) / rate
+
+
+def latent_flops(network: HyperNetwork) -> int:
+    """FLOPs of one layer's products without the context.
+
+    The absorbed form multiplies by the key and value projections once for every query head.
+    """
+    config = network.config
+    z, outputs = config.latent_size, config.rank * len(config.target_modules)
+    width = config.num_heads * config.head_dim
+
+    def block(queries: int, seen: int) -> int:
+        """Queries, keys, values, output, SwiGLU, and the scores and means of ``seen`` latents."""
+        weights = 4 * width * z + 3 * 4 * z * z
+        return 2 * queries * weights + 4 * config.num_heads * queries * seen * z
+
+    encoder = config.num_blocks * (1 + config.num_self_attn_per_block)
+    flops = encoder * block(config.num_latents, config.num_latents)
+    flops += block(outputs, config.num_latents + outputs)
+    flops += 2 * outputs * config.num_pre_head_layers * 2 * 4 * z * z
+    return flops + sum(2 * config.rank * z * sum(sizes) for sizes in config.target_modules.values())
 
 
 def run_units(units: Generator[None, None, LayerFactors]) -> LayerFactors:

@@ -217,7 +217,8 @@ class HyperNetwork(nn.Module):
                 f"features must be [B, {expected[0]}, S, {expected[1]}], got {list(features.shape)}"
             )
         batch, layers, length, _ = features.shape
-        size = layers_per_group(batch * length, layers, tokens_per_unit(features.device))
+        budget = tokens_per_unit(features.device, features.dtype)
+        size = layers_per_group(batch * length, layers, budget)
         heads = self.head.slices()
         per_layer: list[LayerFactors] = []
         for first in range(0, layers, size):
