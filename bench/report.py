@@ -78,7 +78,7 @@ def _hypernet_streaming(record: Record) -> str:
                 row["tokens"], row["layers"], variant, f"{own['seconds']:.2f}",
                 _ratio(own.get("seconds_ratio"), row["correct"]), _gib(own["peak_bytes"]),
                 _ratio(own.get("peak_bytes_ratio"), row["correct"]),
-                f"{own['product_share']:.0%}", f"{own['all_product_share']:.0%}",
+                f"{own['product_share']:.0%}", _share(own.get("all_product_share")),
                 f"{own['relative_error']:.1e}",
             ])  # fmt: skip
     return _table(
@@ -436,6 +436,11 @@ def _against(name: str, seconds: Mapping, speedups: Mapping, row: Record) -> str
         return row.get("failures", {}).get(name, "")
     times = f" ({speedups[name]:.2f}x)" if name in speedups else ""
     return f"{seconds[name] * 1e6:.1f}{times}"
+
+
+def _share(value: float | None) -> str:
+    """Older records lack it."""
+    return "" if value is None else f"{value:.0%}"
 
 
 def _ms(seconds: float | None) -> str:

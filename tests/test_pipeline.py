@@ -255,6 +255,12 @@ def test_layers_per_group(tokens, size):
     assert steps.layers_per_group(tokens, 32, 2048) == size
 
 
+def test_units_take_as_long_in_half_precision():
+    cpu = torch.device("cpu")
+    single, half = (steps.tokens_per_unit(cpu, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half == 2 * single
+
+
 @pytest.mark.parametrize("unit", [130, 250, 10**6])
 def test_groups_of_layers_change_only_rounding(unit, chunk_aware, mixed, monkeypatch):
     """A group never has more tokens than a work unit."""

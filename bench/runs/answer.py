@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +72,10 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=24, help="of every answer; default: 24")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each time; default: 3")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--cpu-time", action="store_true",
+        help="measure CPU seconds, which other load on the machine changes less than the clock's",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: in bench/results")
     options = parser.parse_args()
@@ -78,11 +83,17 @@ def main() -> int:
     name = f"serve_{options.shape}_{options.device}"
     record = {"benchmark": name, **environment(options.device), "threads": options.threads}
     record |= {"load_average_before": os.getloadavg()[0], "shape": options.shape}
+    if options.cpu_time and options.device != "cpu":
+        parser.error("--cpu-time is for --device cpu")
+    record["clock"] = "CPU time" if options.cpu_time else "wall time"
+    clock = time.process_time if options.cpu_time else time.perf_counter
     if options.shape == "shapes":
-        record |= compare(shipped(options.seed), options.new_tokens, options.seconds)
+        record |= compare(shipped(options.seed), options.new_tokens, options.seconds, clock=clock)
     else:
         shape, device = SHAPES[options.shape], options.device
-        record |= measure(shape, device, options.new_tokens, options.seconds, device == "cuda")
+        record |= measure(
+            shape, device, options.new_tokens, options.seconds, device == "cuda", clock
+        )
     if not record["passed"]:
         print(f"WRONG: {', '.join(record['disagree'])} answer differently; no times")
     for way, times in record["ways"].items():
@@ -194,7 +205,12 @@ def random_question(
 
 
 def measure(
-    shape: Shape, device: str, new_tokens: int, seconds: float, compile: bool
+    shape: Shape,
+    device: str,
+    new_tokens: int,
+    seconds: float,
+    compile: bool,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Compare random weights: bfloat16 on a GPU, after a check in float32."""
     dtype, checked = torch.float32, False
@@ -204,7 +220,7 @@ def measure(
         del exact
         dtype = torch.bfloat16
     question = random_question(shape, device, dtype, compile)
-    return compare(question, new_tokens, seconds, checked)
+    return compare(question, new_tokens, seconds, checked, clock)
 
 
 @torch.inference_mode()
@@ -222,7 +238,11 @@ def _disagreeing(ways: Mapping[str, Way], new_tokens: int) -> list[str]:
 
 @torch.inference_mode()
 def compare(
-    question: VideoQuestion, new_tokens: int, seconds: float, checked: bool = False
+    question: VideoQuestion,
+    new_tokens: int,
+    seconds: float,
+    checked: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """The answer of every way, then its times.
 
@@ -234,6 +254,7 @@ def compare(
         seconds: to spend on each measurement.
         checked: the ways agreed in float32. In bfloat16 they may differ by rounding, since random
             weights make many tokens about equally likely.
+        clock: as in :func:`~bench.harness.median_latency`.
     """
     decoder = question.backbone.decoder
     device = decoder.device.type
@@ -248,7 +269,9 @@ def compare(
         if not record["passed"]:
             return record
         first, whole = (
-            median_latency({n: lambda w=w, c=c: w(c) for n, w in ways.items()}, device, seconds)
+            median_latency(
+                {n: lambda w=w, c=c: w(c) for n, w in ways.items()}, device, seconds, clock=clock
+            )
             for c in (1, new_tokens)
         )
     floor = weight_floor(decoder)
