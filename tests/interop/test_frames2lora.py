@@ -166,7 +166,10 @@ def test_unsupported_and_inconsistent_configs_are_named(
         (lambda s: s.update({"_orig_mod.head.weight": s["head.weight"]}), "there twice"),
         (lambda s: s.pop("hypernet_config"), "hypernet_config"),
         (lambda s: s.update(hypernet_config={}), "hypernet_config"),
-        (lambda s: s.update(base_model_name_or_path=7), "base_model_name_or_path must be text, got 7"),
+        (
+            lambda s: s.update(base_model_name_or_path=7),
+            "base_model_name_or_path must be text",
+        ),
     ],
 )
 def test_broken_weights_are_named(
