@@ -24,9 +24,9 @@ class AotCase:
 
     Attributes:
         name: unique, starts with the op: "lora_linear.shrink bf16 r32 sm_90".
-        function: what ``@triton.jit`` returned.
+        function: what ``@triton.jit`` or ``@gluon.jit`` returned.
         signature: argument name -> Triton type, for every argument that is not constexpr, in any
-            order: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32".
+            order: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32", and of Gluon "tensordesc<...>".
         constexprs: argument name -> value, for every other argument. A launch turns an integer
             equal to 1 into a constant and drops arguments that are None: the stride of a
             contiguous axis is therefore 1 here, and an absent tensor None.
@@ -40,6 +40,7 @@ class AotCase:
         iterations: of the main loop in one program.
         expects_overlap: whether copies to shared memory must overlap products. Not where buffers
             for it do not fit.
+        tma_bytes: that one iteration copies by TMA, ``num_stages - 1`` iterations ahead.
     """
 
     name: str
@@ -55,6 +56,7 @@ class AotCase:
     bytes: float
     iterations: int = 1
     expects_overlap: bool = True
+    tma_bytes: int = 0
 
     @property
     def half(self) -> bool:

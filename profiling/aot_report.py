@@ -138,7 +138,12 @@ def _source(case: AotCase) -> ASTSource:
         for i, (name, kind) in enumerate(types.items())
         if kind.startswith("*") or name in case.divisible
     }
-    return ASTSource(case.function, types, constexprs=dict(case.constexprs), attrs=aligned)
+    options = {"constexprs": dict(case.constexprs), "attrs": aligned}
+    if case.function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource(case.function, types, **options)
+    return ASTSource(case.function, types, **options)
 
 
 def _number(pattern: str, log: str) -> int:
@@ -188,7 +193,13 @@ def measure(case: AotCase, predict: bool = False) -> Resources:
         ),
         sass=sass.analyze(listing),
         predicted_clocks=(
-            model.loop_clocks(case.architecture, listing, case.num_warps, blocks)
+            model.loop_clocks(
+                case.architecture,
+                listing,
+                case.num_warps,
+                blocks,
+                model.TmaCopies(case.tma_bytes, case.num_stages - 1),
+            )
             if predict
             else 0.0
         ),

@@ -76,12 +76,28 @@ MACHINES = {
 }
 
 
-def loop_clocks(architecture: str, listing: str, num_warps: int, blocks: int) -> float:
+@dataclass(frozen=True)
+class TmaCopies:
+    """What the machine code does not say about copies by TMA.
+
+    Attributes:
+        bytes: that one iteration of a block's main loop copies.
+        ahead: iterations between a copy and the wait for it.
+    """
+
+    bytes: float = 0.0
+    ahead: int = 1
+
+
+def loop_clocks(
+    architecture: str, listing: str, num_warps: int, blocks: int, copies: TmaCopies = TmaCopies()
+) -> float:
     """Predicted clocks of a multiprocessor for one iteration of one block's main loop.
 
     Args:
         listing: of ``nvdisasm -c -hex``.
         blocks: that run on the multiprocessor at once.
+        copies: by TMA, if the loop has any.
 
     Returns:
         0 where the machine is not known, no block fits or there is no loop.
@@ -89,7 +105,7 @@ def loop_clocks(architecture: str, listing: str, num_warps: int, blocks: int) ->
     path = main_path(listing)
     if architecture not in MACHINES or not blocks or not path:
         return 0.0
-    return _Simulation(MACHINES[architecture], path, num_warps, blocks).run()
+    return _Simulation(MACHINES[architecture], path, num_warps, blocks, copies).run()
 
 
 def shared_clocks(instruction: Instruction) -> float:
@@ -146,9 +162,19 @@ class _Simulation:
     """The main loop of several blocks, from the first iteration to the last."""
 
     def __init__(
-        self, machine: Machine, path: list[Instruction], num_warps: int, blocks: int
+        self,
+        machine: Machine,
+        path: list[Instruction],
+        num_warps: int,
+        blocks: int,
+        copies: TmaCopies,
     ) -> None:
         self.machine, self.path, self.num_warps, self.blocks = machine, path, num_warps, blocks
+        self.copies = copies
+        # Each warp copies a part of the tile.
+        self.tma_parts = num_warps * sum(i.opcode == "UTMALDG" for i in path)
+        # Block and iteration that waits -> arrivals of the parts of its tile.
+        self.tiles: dict[tuple[int, int], list[float]] = {}
         self.pipes = [pipe(machine, i) for i in path]
         self.warps = [_Warp(b, w) for b in range(blocks) for w in range(num_warps)]
         self.cores = [[w for w in self.warps if w.number % 4 == core] for core in range(4)]
@@ -205,6 +231,11 @@ class _Simulation:
             return math.inf
         match = _PENDING.search(", ".join(instruction.operands))
         left = int(match[1], 16) if match else 0
+        if "PHASECHK" in instruction.name and warp.iteration >= self.copies.ahead:
+            arrivals = self.tiles.get((warp.block, warp.iteration), [])
+            if len(arrivals) < self.tma_parts:
+                return math.inf
+            now = max(now, *arrivals, 0.0)
         if instruction.opcode == "DEPBAR" and match:
             warp.groups = sorted(t for t in warp.groups if t > now)
             if len(warp.groups) > left:
@@ -258,7 +289,14 @@ class _Simulation:
                 arrival += instruction.bytes / 128
                 warp.copies.append(arrival)
             return arrival, now + 20
-        if opcode == "LDGDEPBAR":
+        if opcode == "UTMALDG":
+            part = self.copies.bytes / self.tma_parts
+            self.l2 = max(self.l2, now + 30) + part / self.machine.l2
+            arrival = self.l2 + self.machine.latency
+            self._at(arrival, partial(self._arrive, part / 128))
+            waits = warp.block, warp.iteration + self.copies.ahead
+            self.tiles.setdefault(waits, []).append(arrival + part / 128)
+        elif opcode == "LDGDEPBAR":
             warp.groups.append(max(warp.copies, default=now))
             warp.copies = []
         elif opcode == "BAR" and "SYNC" in instruction.name:

@@ -2,8 +2,9 @@
 
 A loop is a cycle of the control-flow graph, so that code which ptxas moves behind the end counts
 where it runs. Subroutines (division, square root) are not followed. The main loop is the innermost
-one with most tensor-core instructions, or with most instructions if none has any; its path is the
-one through its body with most of the work.
+one with tensor-core instructions that has most of them, or the innermost one with most instructions
+if none has any; its path is the one through its body with most of the work. A loop that waits for a
+barrier in shared memory is therefore a part of the main loop around it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _ENCODING = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 _TARGET = re.compile(r"`\((\S+)\)")
 _LEFT_PENDING = re.compile(r"SB0, 0x([0-9a-f]+)")
 MMA = ("HMMA", "HGMMA")
+# From global to shared memory: by the threads, and by TMA.
+COPIES = ("LDGSTS", "UTMALDG")
 _LOCAL = ("LDL", "STL")
 
 
@@ -65,8 +68,8 @@ class Sass:
 
     ``loop_register_a`` counts warpgroup products whose left operand is in registers: before ptxas
     13.3 a pipelined one can be miscompiled (triton-lang/triton#9433). ``narrow`` counts accesses to
-    global memory of less than 4 bytes a thread. ``exposed_copies``: the main loop waits for copies
-    to shared memory that its last iteration issued behind all its products.
+    global memory of less than 4 bytes a thread. ``exposed_copies``: the main loop issues its copies
+    to shared memory behind all its products, and waits for them in the next iteration.
     """
 
     instructions: int
@@ -146,7 +149,7 @@ def main_loop(instructions: list[Instruction], flow: networkx.DiGraph) -> list[I
 
     def work(index: int) -> int:
         opcode = instructions[index].opcode
-        return 10**6 * (opcode in MMA) + 10**4 * (opcode == "LDGSTS") + 200 * (opcode == "MUFU") - 1
+        return 10**6 * (opcode in MMA) + 10**4 * (opcode in COPIES) + 200 * (opcode == "MUFU") - 1
 
     parents = networkx.immediate_dominators(flow, 0)
     bodies: dict[int, set[int]] = {}
@@ -162,6 +165,12 @@ def main_loop(instructions: list[Instruction], flow: networkx.DiGraph) -> list[I
             if latch != head:
                 inside |= networkx.descendants(reached, latch)
             bodies[head] = bodies.get(head, set()) | inside
+    with_products = {
+        head: body
+        for head, body in bodies.items()
+        if any(instructions[i].opcode in MMA for i in body)
+    }
+    bodies = with_products or bodies
     innermost = [
         (head, body)
         for head, body in bodies.items()
@@ -191,9 +200,12 @@ def main_loop(instructions: list[Instruction], flow: networkx.DiGraph) -> list[I
 
 
 def _waits_for_own_copies(path: list[Instruction]) -> bool:
-    copies = [i for i, op in enumerate(path) if op.opcode == "LDGSTS"]
+    copies = [i for i, op in enumerate(path) if op.opcode in COPIES]
     if not copies or any(op.opcode in MMA for op in path[copies[-1] :]):
         return False
+    if path[copies[-1]].opcode == "UTMALDG":
+        # The code does not say how many tiles ahead the copy is.
+        return True
     groups = sum(op.opcode == "LDGDEPBAR" for op in path)
     waits = [_LEFT_PENDING.search(", ".join(op.operands)) for op in path if op.opcode == "DEPBAR"]
     pending = [int(match[1], 16) for match in waits if match]

@@ -2,8 +2,10 @@
 
 For each entry of ``csrc_triton/<op>/configs.json`` (a shape under ``where``), the candidates around
 its tile are timed at that shape. A candidate replaces the entry if its result is right and it is at
-least MARGIN faster. Then ``faster.json`` gets, for this architecture, the shapes at which the fused
-path beats the reference. Half precision only; nothing is tuned while a model runs.
+least MARGIN faster. On sm_90 the candidates of attend include tiles in Gluon, each after all cases
+of ``bench/attention_gate.py`` in a process of its own. Then ``faster.json`` gets, for this
+architecture, the shapes at which the fused path beats the reference. Half precision only; nothing
+is tuned while a model runs.
 
 Beside each measured time stands the one that ``profiling.model`` predicts for the kernel's main
 loop, and measured / predicted. A timed call may hold more than that loop (products of cuBLAS, a
@@ -23,6 +25,7 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +38,7 @@ from torch import Tensor
 
 from bench.harness import (
     RESULTS,
+    ROOT,
     argument_parser,
     backend,
     captured,
@@ -69,6 +73,10 @@ CHOICES: dict[str, Sequence[int]] = {
     "num_warps": (4, 8),
     "num_stages": (1, 2, 3, 4),
 }
+# Keys of a tile that select another form of a kernel.
+FORMS = ("GLUON",)
+# Compiling and running all cases of another form; more is a hang.
+GATE_SECONDS = 300
 FOLDER = Path(gpu.__file__).parent
 D_IN, D_OUT, SCALE = 2560, 960, 128.0
 # Of the attention whose tiles are tuned: slices, rows and tokens. Every candidate's outputs exist
@@ -132,6 +140,33 @@ def ranges(key: str, won: Sequence[tuple[int, bool]]) -> list[dict[str, list[int
     if before:
         rules[-1][key][1] = None
     return rules
+
+
+def other_forms(op: str, section: str, where: Mapping[str, Any]) -> list[Tile]:
+    """Candidates of another form of the kernel, which no test has run; see :func:`is_right`."""
+    kernels = importlib.import_module(f"csrc_triton.{op}.kernels")
+    return kernels.alternatives(section, where) if hasattr(kernels, "alternatives") else []
+
+
+def is_right(where: Mapping[str, Any], tile: Tile) -> bool:
+    """Whether a tile of another form passes its gate; prints what is wrong.
+
+    In a process of its own: a kernel that hangs or breaks the device ends only that.
+    """
+    command = [sys.executable, "-m", "bench.attention_gate", str(where["width"]), json.dumps(tile)]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=GATE_SECONDS
+        )
+        lines = done.stdout.splitlines()
+        wrong = lines or (
+            [] if done.returncode == 0 else done.stderr.splitlines()[-1:] or ["ended"]
+        )
+    except subprocess.TimeoutExpired:
+        wrong = [f"not through its cases after {GATE_SECONDS} s"]
+    for line in wrong[:5]:
+        print(f"  left out {json.dumps(tile)}: {line}")
+    return not wrong
 
 
 # --- what is timed for an entry --------------------------------------------------------------
@@ -301,11 +336,11 @@ def same_order(candidates: Sequence[Mapping[str, Any]]) -> float | None:
     return sum((a[0] < b[0]) == (a[1] < b[1]) for a, b in pairs) / len(pairs)
 
 
-def measured(run: Trial, tile: Tile) -> list[tuple[Tile, float]]:
-    """The candidates with the right result and their seconds, the tile itself first."""
-    expected = [t.clone() for t in run(dict(tile))]
-    calls, tiles = {}, {}
-    for candidate in candidates(tile):
+def measured(run: Trial, tiles: Sequence[Tile]) -> list[tuple[Tile, float]]:
+    """The candidates whose result is that of the first one, and their seconds, in their order."""
+    expected = [t.clone() for t in run(dict(tiles[0]))]
+    calls, right = {}, {}
+    for candidate in tiles:
         name = json.dumps(candidate)
         try:
             outputs = run(dict(candidate))
@@ -315,9 +350,9 @@ def measured(run: Trial, tile: Tile) -> list[tuple[Tile, float]]:
             continue
         pairs = zip(outputs, expected, strict=True)
         if all(relative_error(a, e) <= error_limit(torch.bfloat16) for a, e in pairs):
-            calls[name], tiles[name] = captured(lambda c=candidate: run(dict(c))), candidate
+            calls[name], right[name] = captured(lambda c=candidate: run(dict(c))), candidate
     times = median_seconds(calls, "cuda", seconds=0.02, most=30)
-    return [(tiles[name], seconds) for name, seconds in times.items()]
+    return [(right[name], seconds) for name, seconds in times.items()]
 
 
 def compared(
@@ -346,6 +381,8 @@ def tune(
     entries = list(gpu.table(op)[section])
     for entry in list(entries):
         where, shipped = entry["where"], dict(entry["config"])
+        # Another form must win against this one anew.
+        usual = {key: value for key, value in shipped.items() if key not in FORMS}
         rows = record.candidates(op, where)
         if rows is None:
             if time.monotonic() > end:
@@ -353,20 +390,24 @@ def tune(
             run = trial(op, where)
             if run is None:
                 continue
+            others = [tile for tile in other_forms(op, section, where) if is_right(where, tile)]
+            tiles = [*candidates(usual), *others]
             # Computed on the CPU beside the measurement.
             predictions = {
                 json.dumps(tile): pool.submit(predict, op, section, where, tile, processors)
-                for tile in candidates(shipped)
+                for tile in tiles
             }
-            times = measured(run, shipped)
+            times = measured(run, tiles)
             print(f"{op} {where}:")
             rows = compared(times, predictions)
             record.add(op, where, rows)
         first = min(rows, key=lambda row: row["measured"])
         tile, ratio = first["tile"], first["measured"] / rows[0]["measured"]
         better = ratio <= 1 - MARGIN
+        if not better:
+            tile = usual
         print(f"  {f'{tile}, {ratio:.2f} of the time' if better else 'kept'}")
-        if better:
+        if tile != shipped:
             entries = replaced(entries, where, tile)
             if not dry_run:
                 save(op, dump({**gpu.table(op), section: entries}))

@@ -29,6 +29,8 @@ loop has no maximum, no decay and no rescaled accumulator: predicted 1.21x and 1
 sm_80 and sm_90 (docs/results.md). Triton issues a stage's copies behind the products, so two stages
 do not overlap them on sm_90; three do, and fit up to a width of 256.
 
+``gluon_attend.py`` has another form of the forward for sm_90, which a tile may select.
+
 Loops over tokens count from 0: one that starts at a computed token is not prefetched.
 
 Backward. One GEMM recomputes the scores from the log-sum-exp next to grad_out · context and writes
@@ -42,6 +44,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 import triton
@@ -66,6 +69,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
 # Tiles that a multiprocessor computes one after another, from which a fixed reference pays.
 FIXED_STEPS = 32
+# Key of a tile; 1 selects the form in Gluon.
+GLUON = "GLUON"
 # A weight relative to the reference of its row may grow to this before the row is computed again.
 LIMIT = tl.constexpr(2.0**60)
 
@@ -383,6 +388,29 @@ def _config(kernel: str, query: Tensor) -> dict[str, int]:
     )
 
 
+def gluon_form() -> ModuleType | None:
+    """The module ``gluon_attend``, or None if the installed triton has no Gluon for it."""
+    try:
+        from csrc_triton.perceiver_attention import gluon_attend
+    except (ImportError, AttributeError):
+        # Gluon is experimental: older versions lack it, later ones may rename parts of it.
+        return None
+    return gluon_attend
+
+
+def alternatives(section: str, where: Mapping[str, int | str]) -> list[dict[str, int]]:
+    """Tiles of another form that the tuner may try at an entry; never a default.
+
+    Args:
+        section: of the configuration file.
+    """
+    gluon = gluon_form()
+    of_entry = where["kernel"] == "attend" and where.get("inputs") == "half"
+    if gluon is None or section != "sm_90" or not of_entry:
+        return []
+    return [{**tile, GLUON: 1} for tile in gluon.TILES.get(where["width"], ())]
+
+
 def _check_width(width: int) -> None:
     if width > MAX_WIDTH:
         raise ValueError(
@@ -404,7 +432,8 @@ def perceiver_attention(
 
     Outer strides of query and context are used as they are, even 0; tensors whose last axis is
     strided are copied first. ``config`` and ``plan``, as :func:`split_plan` returns it, override
-    the tuned choice.
+    the tuned choice. A tile that selects the form in Gluon selects ``attend`` where that form
+    cannot serve the call.
 
     Raises:
         ValueError: the latent width is above 512.
@@ -416,7 +445,10 @@ def perceiver_attention(
         return out, lse
     query, context, inv_rms = (_rows_contiguous(t) for t in (query, context, inv_rms))
     bounds = (visible_bounds(inv_rms) if bounds is None else bounds).contiguous()
-    config = _config("attend", query) if config is None else config
+    config = dict(_config("attend", query) if config is None else config)
+    gluon = gluon_form() if config.pop(GLUON, 0) else None
+    if gluon is not None and not gluon.serves(query, context):
+        gluon = None
     programs = n * triton.cdiv(p, config["BLOCK_P"])
     if plan is None:
         on_gpu = query.device.type == "cuda"
@@ -436,6 +468,10 @@ def perceiver_attention(
     retry = query.new_empty(programs, dtype=torch.int32) if fixed else None
     with torch.cuda.device_of(query):
         for online in (False, True) if fixed else (True,):
+            if gluon is not None:
+                tensors = query, context, inv_rms, bounds, part, part_lse, retry
+                gluon.launch(programs, *tensors, n_splits, online, config)
+                continue
             attend[(programs,)](
                 query, context, inv_rms, bounds, part, part_lse, retry,
                 query.stride(0), query.stride(1), context.stride(0), context.stride(1),
@@ -505,7 +541,8 @@ def perceiver_attention_backward(
 def aot_cases() -> list[AotCase]:
     """Every configuration at P = 128, S = 832, for every architecture that it serves.
 
-    sm_90 also uses the defaults that no entry of its own replaces. ``attend`` is compiled as large
+    sm_90 also uses the defaults that no entry of its own replaces, and has the tiles of the form in
+    Gluon, which only the tuner may select. ``attend`` is compiled as large
     batches launch it, with a fixed reference and the launch that repeats programs, and as small
     ones do, which write float32 partial results.
     """
@@ -516,10 +553,16 @@ def aot_cases() -> list[AotCase]:
         *(("sm_86", entry) for entry in table["default"]),
         *(("sm_90", e) for e in table["default"] if e["where"].get("inputs") != "half"),
     ]
+    tiles = [(architecture, entry["where"], entry["config"]) for architecture, entry in served]
+    tiles += [
+        ("sm_90", entry["where"], tile)
+        for entry in table["sm_90"]
+        for tile in alternatives("sm_90", entry["where"])
+    ]
     return [
-        aot_case(architecture, entry["where"], entry["config"], form)
-        for architecture, entry in served
-        for form in _forms(entry["where"])
+        aot_case(architecture, where, config, form)
+        for architecture, where, config in tiles
+        for form in _forms(where)
     ]
 
 
@@ -557,7 +600,17 @@ def aot_case(
             2 * block_s,
         ),
     }[kernel]
+    tensor = "*fp32" if single else "*bf16"
+    types = dict.fromkeys(("query_ptr", "grad_out_ptr", "context_ptr", "weights_ptr"), tensor)
+    tma_bytes = 0
     constants = {"Z": z, **config}
+    gluon = gluon_form() if constants.pop(GLUON, 0) else None
+    if gluon is not None:
+        function = gluon.attend
+        types["context"] = gluon.layout(block_s, z, tensor[1:])[-1]
+        constants["STAGES"] = num_stages
+        del constants["VAR"]
+        tma_bytes = size * block_s * z
     if "BLOCK_Z" in function.arg_names:
         constants["BLOCK_Z"] = z
     if kernel == "attend":
@@ -568,8 +621,6 @@ def aot_case(
         constants["SPLITS"] = 16
     if kernel == "score_gradients":
         constants["P"] = p
-    tensor = "*fp32" if single else "*bf16"
-    types = dict.fromkeys(("query_ptr", "grad_out_ptr", "context_ptr", "weights_ptr"), tensor)
     types["out_ptr"] = "*fp32" if "split" in note else tensor
     types |= dict.fromkeys(("bounds_ptr", "retry_ptr"), "*i32")
     names = [name for name in function.arg_names if name not in constants]
@@ -578,7 +629,7 @@ def aot_case(
         name=f"{OP}.{kernel} {tensor[1:]} z{z} {blocks} {architecture} {note}".rstrip(),
         function=function,
         signature={
-            name: types.get(name, "*fp32") if name.endswith("_ptr") else "i32" for name in names
+            name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names
         },
         constexprs=constants,
         divisible=frozenset(n for n in names if n.startswith("stride_") or n == "P")
@@ -591,6 +642,9 @@ def aot_case(
         bytes=size * elements + 4 * values,
         iterations=triton.cdiv(s, block_s) if kernel == "attend" else z // config.get("BLOCK_K", z),
         # Triton issues a stage's copies behind the products. A third stage does not fit at the
-        # largest width, but for sm_80.
-        expects_overlap=kernel != "attend" or z < MAX_WIDTH or architecture == "sm_80",
+        # largest width, but for sm_80. Gluon issues them before.
+        expects_overlap=(
+            kernel != "attend" or z < MAX_WIDTH or architecture == "sm_80" or gluon is not None
+        ),
+        tma_bytes=tma_bytes,
     )

@@ -133,6 +133,7 @@ def tuning(tmp_path, monkeypatch):
         patch.setattr(tune, "predict", predict)
         patch.setattr(tune, "ProcessPoolExecutor", pool)
         patch.setattr(tune, "_wins", wins)
+        patch.setattr(tune, "is_right", lambda where, tile: False)
         patch.setattr(tune, "_rand", lambda device, *shape: torch.zeros(()).expand(shape))
         patch.setattr(torch, "ones", lambda *shape, **_: torch.zeros(()).expand(shape))
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -207,6 +208,64 @@ def test_what_a_dry_run_measured_is_applied_without_measuring_again(tuning, monk
         tuning("--op", "rank_projection")
         shipped = gpu.table("rank_projection")["sm_90"]
         assert all(e["config"]["num_warps"] == 8 for e in shipped if e["where"]["inputs"] == "half")
+
+
+def attend_tiles() -> dict[int, dict[str, int]]:
+    """Width -> the tile of attend for sm_90, as the files say."""
+    gpu.clear_cache()
+    entries = gpu.table("perceiver_attention")["sm_90"]
+    return {e["where"]["width"]: e["config"] for e in entries if e["where"]["kernel"] == "attend"}
+
+
+def test_gluon_is_selected_by_its_gate_and_its_speed_alone(tuning, tmp_path, monkeypatch):
+    before = attend_tiles()
+    judged = []
+
+    def gate(where, tile):
+        judged.append((where["width"], tile))
+        return where["width"] == 512
+
+    def faster(calls, device, **options):
+        return {name: 2e-6 if "GLUON" in name else 8e-6 for name in calls}
+
+    def slower(calls, device, **options):
+        return {name: 9e-6 if "GLUON" in name else 8e-6 for name in calls}
+
+    def tuned(speed, passes=gate):
+        (tmp_path / "tune.json").unlink(missing_ok=True)
+        # Undone here, before the fixture undoes its own patches.
+        with monkeypatch.context() as patch:
+            patch.setattr(tune, "median_seconds", speed)
+            patch.setattr(tune, "is_right", passes)
+            tuning("--op", "perceiver_attention")
+        return attend_tiles()
+
+    assert tuned(faster, lambda where, tile: False) == before
+    tiles = tuned(faster)
+    assert tiles == {**before, 512: {**before[512], "GLUON": 1}}
+    assert {width for width, _ in judged} == {512, 256, 128}
+    assert all(tile["GLUON"] == 1 for _, tile in judged)
+    # On another GPU it has to win again.
+    assert tuned(slower) == before
+
+
+def test_the_gate_runs_in_a_process_of_its_own(monkeypatch, capsys):
+    """Without a GPU it fails; a process that hangs is ended."""
+    where, tile = {"width": 512}, {"BLOCK_P": 64, "GLUON": 1}
+    if not torch.cuda.is_available():
+        assert not tune.is_right(where, tile)
+        assert "left out" in capsys.readouterr().out
+    for lines, reason in ((["ragged: NaN or infinite"], "ragged: NaN"), ([], None)):
+        done = SimpleNamespace(stdout="\n".join(lines), stderr="", returncode=bool(lines))
+        monkeypatch.setattr(tune.subprocess, "run", lambda *_, d=done, **__: d)
+        assert tune.is_right(where, tile) is (reason is None)
+        assert reason is None or reason in capsys.readouterr().out
+
+    def hang(*_, timeout, **__):
+        raise tune.subprocess.TimeoutExpired("gate", timeout)
+
+    monkeypatch.setattr(tune.subprocess, "run", hang)
+    assert not tune.is_right(where, tile) and "not through" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("op", tune.TUNED)

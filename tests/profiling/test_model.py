@@ -62,3 +62,37 @@ def test_a_load_that_nothing_hides_takes_its_latency():
 def test_no_prediction(architecture, blocks):
     assert clocks(MMA, architecture=architecture, blocks=blocks) == 0
     assert model.loop_clocks("sm_80", "        /*0000*/   EXIT ;", 4, 1) == 0
+
+
+# A copy, and the loop that waits for a barrier in shared memory.
+TMA = "UTMALDG.2D [UR4], [UR10]"
+WAIT = (
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [R8+URZ], R5 ;\n"
+    "        /*9000*/              @!P3 BRA `(.L_x_2) ;\n"
+    ".L_x_7:\n"
+    "        /*9010*/                   NOP"
+)
+SPIN = """
+.L_x_2:
+        /*9100*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [R8+URZ], R5 ;
+        /*9110*/              @!P3 BRA `(.L_x_2) ;
+        /*9120*/                   BRA `(.L_x_7) ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("products", "size", "ahead", "expected"),
+    [
+        # 48 bytes a clock from L2, behind which 16 products hide.
+        (16, 48_000, 1, 1000.0),
+        (400, 480, 1, 400 * 6.4),
+        # A copy that is waited for in its own iteration is not hidden.
+        (16, 4_800, 0, 100 + 16 * 6.4 + 600),
+    ],
+)
+def test_copies_by_tma(products, size, ahead, expected):
+    body = [BARRIER, TMA, WAIT, *[MMA] * products]
+    lines = [f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(body)]
+    listing = LOOP.format(body="\n".join(lines)) + SPIN
+    found = model.loop_clocks("sm_90", listing, 4, 1, model.TmaCopies(size, ahead))
+    assert found == pytest.approx(expected, rel=0.1)
