@@ -73,7 +73,7 @@ class PlainConsole(Console):
         """Whether the output is a terminal that can show a progress bar."""
         return _is_terminal(self.file) and not self.is_dumb_terminal
 
-    @property
+    @property  # type: ignore[misc]  # Console's setter is not used here.
     def size(self) -> ConsoleDimensions:
         if _is_terminal(self.file):
             return super().size

@@ -318,18 +318,18 @@ class TuneRecord:
         rows = (row for row in self.record["entries"] if (row["op"], row["where"]) == (op, where))
         return next((row["candidates"] for row in rows), None)
 
-    def add(self, op: str, where: Mapping[str, Any], candidates: Sequence[dict[str, Any]]) -> None:
-        row = {"op": op, "where": where, "same_order": same_order(candidates)}
-        self.record["entries"].append({**row, "candidates": candidates})
+    def add(self, op: str, where: Mapping[str, Any], tiles: Sequence[dict[str, Any]]) -> None:
+        row = {"op": op, "where": where, "same_order": same_order(tiles)}
+        self.record["entries"].append({**row, "candidates": tiles})
         self.write()
 
     def write(self) -> None:
         write_json(self.path, self.record, allow_nan=False)
 
 
-def same_order(candidates: Sequence[Mapping[str, Any]]) -> float | None:
-    """Share of the pairs of candidates that prediction and measurement order alike."""
-    known = [(c["predicted"], c["measured"]) for c in candidates if c["predicted"] is not None]
+def same_order(tiles: Sequence[Mapping[str, Any]]) -> float | None:
+    """Share of the pairs of tiles that prediction and measurement order alike."""
+    known = [(t["predicted"], t["measured"]) for t in tiles if t["predicted"] is not None]
     pairs = [(a, b) for a, b in itertools.combinations(known, 2) if a[0] != b[0] and a[1] != b[1]]
     if not pairs:
         return None

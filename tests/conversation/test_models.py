@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from v2l_fast.conversation import EndpointModel, TransformersModel, models
+from tests.video.clips import encode
+from v2l_fast.conversation import EndpointModel, TransformersModel, VideoModel, models
 from v2l_fast.conversation.models import ModelError, NgramEncoder, load_encoder
 from v2l_fast.errors import ConfigError
 
@@ -166,3 +167,14 @@ def test_a_missing_encoder_says_how_to_get_it(tmp_path, monkeypatch):
         load_encoder("minilm")
     with pytest.raises(ConfigError, match=str(tmp_path)):
         load_encoder(str(tmp_path))
+
+
+def test_a_video_is_looked_at_again_by_its_path_or_its_frames(model, tmp_path):
+    path = encode(tmp_path / "clip.mp4", 5)
+    clip = model.load_clip(path)
+    adapter = model.internalize(clip)
+    expected = model.ask_direct("what happens?", path, max_new_tokens=6)
+    for video in (path, str(path), clip):
+        reply = VideoModel(model, adapter, video).look_again("what happens?", 6)
+        assert reply.text == expected and reply.prompt_tokens > model.visual_tokens(clip)
+    assert VideoModel(model, adapter).look_again("what happens?", 6) is None

@@ -194,7 +194,8 @@ class TransformersModel:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-            self._model = AutoModelForCausalLM.from_pretrained(name_or_path).to(device).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(name_or_path)
+            self._model = model.to(device).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(f"{name_or_path}: cannot load the chat model ({error})") from None
         if self._tokenizer.chat_template is None:
@@ -225,7 +226,7 @@ class TransformersModel:
             with torch.random.fork_rng(), torch.inference_mode():
                 torch.manual_seed(seed + i)
                 whole = self._model.generate(**inputs, max_new_tokens=max_tokens, **options)
-            text = self._tokenizer.decode(whole[0, length:], skip_special_tokens=True)
+            text = str(self._tokenizer.decode(whole[0, length:], skip_special_tokens=True))
             replies.append(ModelReply(text, length, whole.shape[1] - length))
         return replies if samples else replies * n
 
@@ -273,7 +274,8 @@ class VideoModel:
         """The answer with the video in context; None without the video. It costs visual tokens."""
         if self._video is None:
             return None
-        (answer,) = self._model.answer_direct(question, self._video, max_new_tokens=max_tokens)
+        clip = self._model.load_clip(self._video)
+        (answer,) = self._model.answer_direct(question, clip, max_new_tokens=max_tokens)
         return ModelReply(answer.text, answer.prompt_tokens, answer.new_tokens)
 
 

@@ -96,8 +96,10 @@ class Schema:
         tables = values.get("slots")
         if not isinstance(tables, Mapping) or not 1 <= len(tables) <= _MAX_SLOTS:
             raise ConfigError(f"slots must be a table of 1 to {_MAX_SLOTS} slots")
-        types = {"question": str, "description": str, "values": list, "weight": (int, float),
-                 "sensitive": bool}  # fmt: skip
+        types: dict[str, Any] = {
+            "question": str, "description": str, "values": list, "weight": (int, float),
+            "sensitive": bool,
+        }  # fmt: skip
         slots = {}
         for slot, fields in tables.items():
             if not isinstance(fields, Mapping) or "question" not in fields:

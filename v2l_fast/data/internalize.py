@@ -22,6 +22,7 @@ from v2l_fast.data.shards import Line, Progress, Shards, run_on_ray
 from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.files import write_jsonl
 from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter_files import PreprocessingRecord, Provenance
 from v2l_fast.model import BATCH_SIZE, Video2LoRA
 from v2l_fast.store.adapter_store import AdapterStore
 from v2l_fast.video import Clip, FrameSampling
@@ -133,8 +134,11 @@ class CorpusInternalizer:
             return {"failure": asdict(Failure(video.name, str(adapter)))}
         if video.span is not None:
             # The adapter of a part must not be taken for that of the whole file.
-            preprocessing = {**adapter.provenance["preprocessing"], "span": list(video.span)}
-            provenance = {**adapter.provenance, "preprocessing": preprocessing}
+            preprocessing: PreprocessingRecord = {
+                **adapter.provenance["preprocessing"],
+                "span": list(video.span),
+            }
+            provenance: Provenance = {**adapter.provenance, "preprocessing": preprocessing}
             adapter = replace(adapter, provenance=provenance)
         return {
             "video_path": video.examples[0].video_path,

@@ -46,7 +46,7 @@ class ManifestError(ListError, ValueError):
     """A manifest cannot be used. The message lists its problems, one per line."""
 
 
-def rows(path: str | os.PathLike, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def iter_rows(path: str | os.PathLike, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line with a JSON object; adds a problem for other lines.
 
     Raises:
@@ -245,7 +245,7 @@ def load_manifest(
     examples: list[Example] = []
     ids: dict[str, int] = {}
     missing: dict[str, str] = {}
-    for number, row in rows(path, problems):
+    for number, row in iter_rows(path, problems):
         before = len(problems)
         problems += (f"line {number}: {what}" for what in islice(faults(row, required), LISTED))
         if len(problems) > before:

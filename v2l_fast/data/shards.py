@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from v2l_fast.errors import V2LError
 from v2l_fast.files import read_jsonl, write_jsonl
@@ -171,7 +171,7 @@ def run_on_ray(
     # One block per shard: the unit that Ray schedules, and repeats when a worker dies.
     rows = ray.data.from_items([{"shard": s} for s in missing], override_num_blocks=len(missing))
     results = rows.map(
-        _Worker,
+        cast(Any, _Worker),
         fn_constructor_args=(shards, make, arguments),
         compute=ActorPoolStrategy(size=min(workers, len(missing))),
         num_gpus=gpus or None,

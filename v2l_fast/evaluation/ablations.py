@@ -420,7 +420,7 @@ def residual_shifts(
     hidden = embeddings.expand(2, *embeddings.shape)
     span = decoder.prefill_metadata(*hidden.shape[:2])
     shifts: tuple[list[Tensor], ...] = ([], [], [])
-    for index, layer in enumerate(decoder.text_model.layers):
+    for index, layer in enumerate(decoder.layers):
         attention = decoder.attention_block(layer, index, hidden, span, adapters=bank)
         hidden = hidden + attention
         mlp = decoder.mlp_block(layer, index, hidden, bank)

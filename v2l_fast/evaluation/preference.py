@@ -24,7 +24,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from v2l_fast.conversation.cper import cper_turn
-from v2l_fast.conversation.models import ChatModel
+from v2l_fast.conversation.models import ChatModel, Message
 from v2l_fast.conversation.persona import Persona, Statement
 from v2l_fast.conversation.policy import CperSettings
 from v2l_fast.conversation.prompts import ReplyError, correction, read_feedback, read_reply, request
@@ -112,7 +112,8 @@ class Replay:
         Args:
             printed: numbers to print in place of the gaps, one for each turn.
         """
-        state, turns = self._start(system, dialog), []
+        state = self._start(system, dialog)
+        turns: list[dict[str, Any]] = []
         remaining = [user for user, _ in dialog.pairs]
         for index, (_, recorded) in enumerate(dialog.pairs):
             utterance = self._speak(remaining, turns)
@@ -402,7 +403,7 @@ class PairJudge:
         key = json_sha256(rubrics.CONVERSATION_VERSION, self.name, messages)
         if key in self.journal:
             return self.journal[key]
-        talk = messages
+        talk: list[Message] = list(messages)
         for _ in range(3):
             (reply,) = self.model.complete(talk, max_tokens=1024, json=True)
             try:

@@ -212,7 +212,7 @@ def reduced_layers(
         yield hidden
         if index + 1 == decoder.num_layers and cache is None:
             return
-        layer = decoder.text_model.layers[index]
+        layer = decoder.layers[index]
         metadata = decoder.attention_metadata(tokens.positions[None], None)
         part = None if cache is None else cache.layer(index)
         attention = (
@@ -337,7 +337,7 @@ def _last_token_attention(
     decoder: Decoder, index: int, hidden: Tensor, metadata: AttentionMetadata
 ) -> Tensor:
     """Attention of the last token to each token in a layer, mean over heads: [n]."""
-    layer = decoder.text_model.layers[index]
+    layer = decoder.layers[index]
     query, key, _ = decoder.project_qkv(layer, index, hidden, metadata)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = query[0, :, -1:] @ key[0].mT * layer.self_attn.scaling

@@ -380,8 +380,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     if unreadable := record["unreadable"]:
         lines.append(f"{len(unreadable)} videos cannot be read and are left out everywhere.")
     if judge := record.get("judge"):
-        counts = sorted(judge["failures"].items())
-        failures = ", ".join(f"{count} {kind}" for kind, count in counts) or "none"
+        failed = sorted(judge["failures"].items())
+        failures = ", ".join(f"{count} {kind}" for kind, count in failed) or "none"
         lines.append(
             f"Judge {judge['model']}: {judge['requests']} requests, {judge['from_cache']} "
             f"judgments from the cache, {judge['prompt_tokens']} + {judge['completion_tokens']} "

@@ -97,7 +97,8 @@ def ratio_interval(
 ) -> Interval:
     """sum(hits) / sum(totals) over videos with several items each, resampling videos."""
     first, second = _checked(hits, totals)
-    stratum = dict(enumerate(zip(first.tolist(), second.tolist(), strict=True)))
+    pairs = zip(first.tolist(), second.tolist(), strict=True)
+    stratum: dict[Hashable, tuple[float, float]] = dict(enumerate(pairs))
     return mean_of_ratios([stratum], resamples, bounds)
 
 

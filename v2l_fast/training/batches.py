@@ -69,7 +69,9 @@ def response_rows(
         for member in members:
             starts[member] = total
             total += ids.shape[1]
-    positions, targets, index = [], [], []
+    positions: list[int] = []
+    targets: list[int] = []
+    index: list[int] = []
     for number, (start, (_, prompt, answer)) in enumerate(zip(starts, pairs, strict=True)):
         first = start + len(prompt) - 1
         positions += range(first, first + len(answer))
@@ -126,7 +128,10 @@ def pack_pairs(
     ids = torch.full((len(prefixes), max(lengths)), pad_id)
     positions = torch.zeros_like(ids)
     segments = torch.full_like(ids, -1)
-    rows, columns, targets, index = [], [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
+    index: list[int] = []
     number = 0
     for b, (prefix, row) in enumerate(zip(prefixes, pairs, strict=True)):
         start = len(prefix)

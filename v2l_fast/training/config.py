@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -166,7 +166,9 @@ class DataConfig:
         Raises:
             ConfigError: a value is still None.
         """
-        return FrameSampling(self.max_frames, self.longest_edge, self.target_fps, self.exact_frames)
+        # Types cannot tell a filled configuration from another one; FrameSampling refuses None.
+        values = cast(tuple[int, int, float], (self.max_frames, self.longest_edge, self.target_fps))
+        return FrameSampling(*values, self.exact_frames)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -38,7 +38,8 @@ class EpochOrder:
 
     def __init__(self, videos: int, batch_size: int, seed: int) -> None:
         self.videos, self.batch_size, self.seed = videos, batch_size, seed
-        self._epoch, self._order = -1, []
+        self._epoch = -1
+        self._order: list[int] = []
 
     def batch(self, step: int) -> list[int]:
         """Indices of the batch of 0-based `step`."""
@@ -158,6 +159,7 @@ def read_batches(
     pinned: in page-locked memory, for a GPU.
     """
     dataset = _SampleDataset(source, quarantine.broken)
+    loader: Iterable[list[Read]]
     if config.workers and getattr(source, "on_gpu", False):
         loader = _in_threads(dataset, batches, config)
     else:

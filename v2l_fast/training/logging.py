@@ -376,14 +376,15 @@ class StepCost:
         slice_ = config.num_blocks * config.num_latents * latent + decoded * latent + head
         vision = backbone.model.model
         tower = sum(p.numel() for p in vision.vision_model.encoder.parameters() if p.dim() == 2)
-        patches = backbone.tokens_per_view * backbone.model.config.scale_factor**2
+        view = backbone.prompt_builder.tokens_per_view
+        patches = view * backbone.model.config.scale_factor**2
         connector = sum(p.numel() for p in vision.connector.parameters() if p.dim() == 2)
         vision_layers = len(vision.vision_model.encoder.layers)
         width = backbone.model.config.vision_config.hidden_size
         return cls(
             view=2 * tower * patches
             + 4 * patches**2 * width * vision_layers
-            + 2 * connector * backbone.tokens_per_view,
+            + 2 * connector * view,
             context=2 * layer * (layers - 1),
             hypernet=token * layers,
             chunk=3 * slice_ * layers,

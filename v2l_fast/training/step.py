@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic.dataclasses import dataclass as config_dataclass
@@ -122,7 +122,8 @@ class TrainStep(nn.Module):
                 the KL divergence.
         """
         if not samples:
-            return StepResult(sum((p * 0).sum() for p in self.hypernet.parameters()), {})
+            zero = sum((p * 0).sum() for p in self.hypernet.parameters())
+            return StepResult(cast(Tensor, zero), {})
         contexts = [chunk for sample in samples for chunk in sample.chunks]
         features = visual_features(self.backbone, contexts)
         return self.loss(samples, features, self.adapters(samples, features), example_total)
@@ -409,7 +410,7 @@ def make_optimizer(hypernet: nn.Module, config: OptimConfig) -> torch.optim.Adam
             },
         ],
         lr=config.lr,
-        betas=config.betas,
+        betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         fused=others[0].is_cuda,
     )
