@@ -36,6 +36,7 @@ from v2l_fast.work_units import (
     layers_per_group,
     run_to_completion,
     token_chunks,
+    tokens_per_group,
     tokens_per_unit,
 )
 
@@ -259,7 +260,7 @@ def iter_factors(
 ) -> Generator[WorkUnit, None, AdapterBatch]:
     """The factors of a batch of contexts, one "generate adapter" unit per layer.
 
-    The decoder computes the inputs of as many layers as a work unit has tokens for, then the
+    The decoder computes the inputs of as many layers as a group has tokens for, then the
     hypernetwork generates the factors of these layers together. The last decoder layer and the LM
     head are never computed.
 
@@ -277,7 +278,7 @@ def iter_factors(
     whole = unit is None or length <= unit
     metadata = decoder.prefill_metadata(count, length) if whole else None
     total = hypernet.config.num_layers
-    budget = unit or tokens_per_unit(decoder.device, decoder.dtype)
+    budget = tokens_per_group(decoder.device, gradients=unit is None)
     size = layers_per_group(count * length, total, budget)
     unit = length if unit is None else unit
     chunks = list(token_chunks(length, unit))
@@ -320,7 +321,7 @@ def iter_adapters(
     members: list[int] = []
     adapters: list[Adapter] = []
     finite: list[Tensor] = []
-    unit = tokens_per_unit(backbone.decoder.device, backbone.decoder.dtype)
+    unit = tokens_per_unit(backbone.decoder.device)
     for batch in context_batches(backbone, contexts, features, MAX_PADDING, max_tokens):
         factors = yield from iter_factors(backbone, hypernet, batch, unit)
         members += batch.members

@@ -29,15 +29,20 @@ def silent(stage: str, done: int, total: int) -> None:
     """Discard a progress report."""
 
 
-def tokens_per_unit(device: torch.device, dtype: torch.dtype) -> int:
-    """Context tokens of ``dtype`` that one work unit processes.
-
-    A CPU with products in half precision takes half the time for a token, so its units have twice
-    as many: larger groups of layers read the hypernetwork's weights less often.
-    """
-    if device.type == "cpu" and dtype.itemsize < 4:
-        return 2 * TOKENS_PER_UNIT["cpu"]
+def tokens_per_unit(device: torch.device) -> int:
+    """Context tokens that one work unit of the decoder or the hypernetwork processes."""
     return TOKENS_PER_UNIT.get(device.type, TOKENS_PER_UNIT["cpu"])
+
+
+def tokens_per_group(device: torch.device, gradients: bool) -> int:
+    """Context tokens of the layers that the hypernetwork computes together.
+
+    Each group reads the hypernetwork's weights once. Without gradients a CPU takes twice the tokens
+    of a unit, which need less time than a decoder layer's unit; with gradients the activations of
+    a whole group are in memory at once.
+    """
+    unit = tokens_per_unit(device)
+    return unit if gradients or device.type != "cpu" else 2 * unit
 
 
 def layers_per_group(tokens: int, layers: int, budget: int) -> int:
@@ -46,7 +51,7 @@ def layers_per_group(tokens: int, layers: int, budget: int) -> int:
     Args:
         tokens: context tokens of one layer, of all contexts of the batch.
         layers: number of layers.
-        budget: tokens of a group that has more than one layer; what one work unit processes.
+        budget: tokens of a group that has more than one layer, see :func:`tokens_per_group`.
     """
     return max(1, min(layers, budget // max(1, tokens)))
 

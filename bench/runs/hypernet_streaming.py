@@ -42,6 +42,7 @@ from v2l_fast.work_units import (
     layers_per_group,
     run_to_completion,
     token_chunks,
+    tokens_per_group,
     tokens_per_unit,
 )
 
@@ -143,9 +144,9 @@ def measure(variant: str, tokens: int, layers: int, threads: int, factors: Path)
             start = time.process_time()
             a, b = released.hypernetwork(network, features)
             return a, b, time.process_time() - start
-        budget = tokens_per_unit(torch.device("cpu"), dtype)
+        budget = tokens_per_group(torch.device("cpu"), gradients=False)
         size = 1 if variant == "layers" else layers_per_group(length, layers, budget)
-        chunks = list(token_chunks(length, budget))
+        chunks = list(token_chunks(length, tokens_per_unit(torch.device("cpu"))))
         per_layer: list[LayerFactors] = []
         seconds = 0.0
         for first in range(0, layers, size):

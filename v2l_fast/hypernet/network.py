@@ -32,7 +32,7 @@ from v2l_fast.hypernet.perceiver import (
     latents_features_dtype,
 )
 from v2l_fast.tensor_files import TensorInfo, load_tensors, save_tensors
-from v2l_fast.work_units import layers_per_group, tokens_per_unit
+from v2l_fast.work_units import layers_per_group, tokens_per_group
 
 # Of one decoder layer: A {module: [B, R, d_in]} and B {module: [B, R, d_out]}.
 LayerFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -217,7 +217,7 @@ class HyperNetwork(nn.Module):
                 f"features must be [B, {expected[0]}, S, {expected[1]}], got {list(features.shape)}"
             )
         batch, layers, length, _ = features.shape
-        budget = tokens_per_unit(features.device, features.dtype)
+        budget = tokens_per_group(features.device, torch.is_grad_enabled())
         size = layers_per_group(batch * length, layers, budget)
         heads = self.head.slices()
         per_layer: list[LayerFactors] = []
