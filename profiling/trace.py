@@ -10,16 +10,21 @@ of random pixels. Writes into a folder:
 
 The videos are frames in memory: reading and resizing files is left out. Profiling itself takes
 time; bench/ measures speed.
+
+From torch 2.15 on, a custom op whose arguments are all tensors is dispatched in Python, past the
+C++ dispatcher that records an op for the profiler ("PyObject dispatcher" in torch/_ops.py). Its
+kernels would then count in no op, so the profiled call dispatches our ops in C++.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -141,6 +147,20 @@ def _training(step: TrainStep, samples: Sequence[Sample]) -> Job:
 # --- profiling -------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def dispatched_in_cpp() -> Iterator[None]:
+    """Inside the block, the profiler records every op of ours."""
+    ours = (op._opoverload for name, op in OPDEFS.items() if name.startswith("v2l::"))
+    past = [op for op in ours if getattr(op, "_pyobj_dispatcher", None) is not None]
+    for op in past:
+        op._enable_pyobj_dispatch(False)
+    try:
+        yield
+    finally:
+        for op in past:
+            op._enable_pyobj_dispatch(True)
+
+
 def profiled(call: Job, device: str, memory: bool, folder: Path) -> dict[str, Any]:
     """Call once to warm up and once under the profiler; write the trace, and memory on request.
 
@@ -157,7 +177,8 @@ def profiled(call: Job, device: str, memory: bool, folder: Path) -> dict[str, An
         torch.cuda.synchronize()
         if memory:
             torch.cuda.memory._record_memory_history()
-    with profile(activities=activities, record_shapes=True, profile_memory=memory) as profiler:
+    options = {"activities": activities, "record_shapes": True, "profile_memory": memory}
+    with dispatched_in_cpp(), profile(**options) as profiler:
         start = time.perf_counter()
         call()
         if on_gpu:
