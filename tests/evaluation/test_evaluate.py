@@ -105,7 +105,7 @@ def test_the_record_is_complete(model, examples, tmp_path):
     record = json.loads((folder / "result.json").read_text())
     assert record == json.loads(json.dumps(outcome.record))
     assert record["examples"] == 12 and record["videos"] == 4 and record["unreadable"] == {}
-    assert record["settings"] == dataclasses.asdict(SETTINGS)
+    assert record["settings"] == SETTINGS.to_dict()
     tokens = record["prompt_tokens"]
     assert tokens[BASELINE] > tokens[SYSTEM] == tokens[NONE]
     assert {row["benchmark"] for row in record["metrics"]["token_f1"]["rows"]} == {

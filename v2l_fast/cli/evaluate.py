@@ -104,9 +104,7 @@ def evaluate(
         result = run(
             model,
             examples,
-            AnswerSettings(
-                sampling.max_frames, sampling.longest_edge, sampling.exact_frames, max_new_tokens
-            ),
+            AnswerSettings(sampling, max_new_tokens),
             load=lambda video: reader.read(video)[0],
             folder=folder,
             judge=judge,

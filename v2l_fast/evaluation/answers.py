@@ -24,7 +24,7 @@ from v2l_fast.generation import Answer
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
 from v2l_fast.outputs import Journal
-from v2l_fast.video import Clip
+from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.work_units import Progress, silent
 
 BASELINE = "direct"
@@ -41,15 +41,25 @@ Question = tuple[VideoExamples, Example]
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """Frames, pixels and answer length, the same for every condition.
+    """Frames and answer length, the same for every condition.
 
-    None takes the value that the hypernetwork was trained with.
+    Attributes:
+        sampling: None takes that of the hypernetwork's training.
+        max_new_tokens: maximum length of an answer.
     """
 
-    max_frames: int | None = None
-    longest_edge: int | None = None
-    exact_frames: bool = False
+    sampling: FrameSampling | None = None
     max_new_tokens: int = 128
+
+    def to_dict(self) -> dict[str, int | bool | None]:
+        """JSON-ready, for records."""
+        sampling = self.sampling
+        return {
+            "max_frames": None if sampling is None else sampling.max_frames,
+            "longest_edge": None if sampling is None else sampling.longest_edge,
+            "exact_frames": sampling is not None and sampling.exact_frames,
+            "max_new_tokens": self.max_new_tokens,
+        }
 
 
 # --- clips and adapters ---------------------------------------------------------------------------
@@ -123,11 +133,7 @@ class VideoCache:
         return adapter
 
     def _internalize(self, clip: Clip) -> Adapter:
-        return self.model.internalize(
-            clip,
-            longest_edge=self.settings.longest_edge,
-            exact_frames=self.settings.exact_frames,
-        )
+        return self.model.internalize(clip, sampling=self.settings.sampling)
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -202,9 +208,10 @@ def _answer(
     model, settings = cache.model, cache.settings
     prompts = [example.prompt for _, example in questions]
     limit = settings.max_new_tokens
+    edge = None if settings.sampling is None else settings.sampling.longest_edge
     if condition == BASELINE:
         clips = [cache.clip(video) for video, _ in questions]
-        return model.answer_direct(prompts, clips, settings.longest_edge, max_new_tokens=limit)
+        return model.answer_direct(prompts, clips, edge, max_new_tokens=limit)
     adapters = {
         video.name: _adapter(condition, cache, videos, video, unreadable)
         for video in _distinct(questions)

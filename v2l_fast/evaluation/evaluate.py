@@ -14,7 +14,7 @@ A resumed evaluation reuses everything but the last line.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def _fingerprint(
     """Everything that the answers depend on."""
     questions = [(v.name, e.id, e.prompt) for v in videos for e in v.examples]
     return {
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         "model": {
             "hypernetwork": model.hypernet.fingerprint,
             "base": recorded_name(model.backbone.name_or_path),
