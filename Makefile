@@ -82,8 +82,8 @@ bench-gpu: $(VENV)/.dev
 tune: $(VENV)/.dev
 	$(BIN)/python -m bench.runs.tune
 
-# Under three hours on one core: the pair shapes (the first line), the pair shapes-any (to the fifth command)
-# and a hypernetwork that learns from captions alone.
+# About five hours on one core: the pair shapes (the first line), the pair shapes-any (to the seventh command)
+# and the network for captions alone.
 train-shapes: $(VENV)/.dev
 	$(BIN)/v2l train --config shapes
 	$(BIN)/v2l shapes widen-vlm runs/shapes/base --folder runs/shapes-any

@@ -300,14 +300,12 @@ def _frame_pairs(rng: random.Random, settings: ImitationSettings) -> tuple[Tenso
     frames, plain = [], []
     sizes = [IMAGE_SIZE] * 6 + [rng.choice((32, 64, 96, 144)) for _ in range(2)]
     for size in sizes:
-        scenes, time = (
-            [sample_scene(rng) for _ in range(settings.batch // len(sizes))],
-            [rng.random()],
-        )
+        scenes = [sample_scene(rng) for _ in range(settings.batch // len(sizes))]
+        moment = [rng.random()]
         looks = [PLAIN if rng.random() < settings.plain_share else sample_look(rng) for _ in scenes]
         seen = [replace(scene, look=look) for scene, look in zip(scenes, looks, strict=True)]
-        frames.append(sized_frames(seen, size, time))
-        plain.append(sized_frames(scenes, IMAGE_SIZE, time))
+        frames.append(sized_frames(seen, size, moment))
+        plain.append(sized_frames(scenes, IMAGE_SIZE, moment))
     return torch.cat(frames), torch.cat(plain)
 
 
