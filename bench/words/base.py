@@ -51,8 +51,8 @@ from v2l_fast.shapes.world import (
     Scene,
     sample_scene,
 )
-from v2l_fast.training.batches import PackedPairs, pack_pairs
 from v2l_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from v2l_fast.training.step import PackedPairs, pack_pairs
 from v2l_fast.vlm.decoder import Decoder
 from v2l_fast.vlm.smolvlm import SmolVLM
 from v2l_fast.vlm.smolvlm_prompt import (

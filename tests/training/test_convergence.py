@@ -41,8 +41,7 @@ from v2l_fast.shapes.language import ask
 from v2l_fast.shapes.vlm import Prompts, cache_visual_tokens, load_base
 from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training import step as step_module
-from v2l_fast.training.batches import ResponseRows, response_rows
-from v2l_fast.training.step import StepOptions, TrainStep
+from v2l_fast.training.step import ResponseRows, StepOptions, TrainStep, response_rows
 from v2l_fast.vlm.smolvlm import SmolVLM
 
 KINDS = ("background", "color", "shape")

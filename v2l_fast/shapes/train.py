@@ -41,7 +41,6 @@ from v2l_fast.shapes.vlm import (
 )
 from v2l_fast.shapes.world import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, sample_scenes
 from v2l_fast.tensor_files import load_tensors, save_tensors
-from v2l_fast.training.batches import PackedPairs, pack_pairs
 from v2l_fast.training.checkpoint import (
     load_checkpoint,
     named_parameters,
@@ -49,6 +48,7 @@ from v2l_fast.training.checkpoint import (
     refuse_other_settings,
     save_checkpoint,
 )
+from v2l_fast.training.step import PackedPairs, pack_pairs
 
 _VAL_VIDEOS = 512
 

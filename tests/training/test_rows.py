@@ -12,7 +12,7 @@ from v2l_fast.pipeline import Context
 from v2l_fast.shapes.train import answer_logits
 from v2l_fast.shapes.vlm import cache_visual_tokens
 from v2l_fast.shapes.world import sample_scenes
-from v2l_fast.training.batches import pack_pairs, response_rows
+from v2l_fast.training.step import pack_pairs, response_rows
 
 PAD = 99
 
