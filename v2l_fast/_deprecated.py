@@ -134,6 +134,7 @@ MOVED = {
     "training.teach": "data.teach",
     "training.transfer": "device",
     "training.turns": "training.step",
+    "training.validation": "training.trainer",
     "video.dali_color": "video.dali",
     "video.dali_decoder": "video.dali",
     "video.dali_source": "video.dali",
