@@ -56,6 +56,7 @@ MOVED = {
     "evaluation.library": "evaluation.answers",
     "evaluation.metrics": "evaluation.examples",
     "evaluation.pipeline": "evaluation.evaluate",
+    "evaluation.rubrics": "evaluation.judge",
     "generation.batch": "generation.runner",
     "hypernet.adapter_scope": "hypernet.adapted_linear",
     "internalizing": "pipeline",

@@ -10,8 +10,14 @@ import pytest
 from tests.evaluation.judge_stub import Reply, StubJudge, scored
 from tests.waiting import LIMIT
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.judge import Judge, JudgeError, JudgeSettings, Preference, Verdict
-from v2l_fast.evaluation.rubrics import JudgeTask
+from v2l_fast.evaluation.judge import (
+    Judge,
+    JudgeError,
+    JudgeSettings,
+    JudgeTask,
+    Preference,
+    Verdict,
+)
 
 
 @pytest.fixture

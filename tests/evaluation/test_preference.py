@@ -14,8 +14,8 @@ from v2l_fast.conversation import CperSettings, LexiconModel, Models, Schema
 from v2l_fast.conversation.models import ModelReply, NgramEncoder
 from v2l_fast.data.dialogs import AnnotatedPreference, Dialog
 from v2l_fast.errors import ConfigError
+from v2l_fast.evaluation.judge import CRITERIA
 from v2l_fast.evaluation.preference import DialogSystem, PairJudge, Replay, compare_on_dialogs
-from v2l_fast.evaluation.rubrics import CRITERIA
 from v2l_fast.outputs import Journal
 
 MOVIES = Schema.load("movies")

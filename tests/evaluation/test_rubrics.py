@@ -5,12 +5,13 @@ import json
 
 import pytest
 
-from v2l_fast.evaluation import rubrics
-from v2l_fast.evaluation.rubrics import (
+from v2l_fast.evaluation.judge import (
     CORRECTION,
+    CRITERIA,
     VERSION,
     InvalidReply,
     JudgeTask,
+    conversation_verdict,
     pair_messages,
     pair_verdict,
     rescaled,
@@ -105,11 +106,11 @@ def test_cached_judgments_belong_to_the_wording():
 
 
 def test_a_verdict_about_two_conversations_needs_every_criterion():
-    scores = dict.fromkeys(rubrics.CRITERIA, "4/5")
+    scores = dict.fromkeys(CRITERIA, "4/5")
     reply = json.dumps({"a": scores, "b": scores, "preferred": "Tie"})
-    verdict = rubrics.conversation_verdict(f"<think>A</think>```json\n{reply}\n```")
+    verdict = conversation_verdict(f"<think>A</think>```json\n{reply}\n```")
     assert verdict["preferred"] == "tie" and set(verdict["a"].values()) == {4}
     for broken in ({"a": scores, "preferred": "A"}, {"a": scores, "b": {}, "preferred": "B"},
                    {"a": scores, "b": scores, "preferred": "C"}):  # fmt: skip
-        with pytest.raises(rubrics.InvalidReply):
-            rubrics.conversation_verdict(json.dumps(broken))
+        with pytest.raises(InvalidReply):
+            conversation_verdict(json.dumps(broken))

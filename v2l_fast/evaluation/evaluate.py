@@ -29,10 +29,9 @@ from v2l_fast.evaluation.answers import (
     answer_all,
     conditions_for,
 )
-from v2l_fast.evaluation.judge import Judge, Preference
+from v2l_fast.evaluation.judge import Judge, JudgeTask, Preference
 from v2l_fast.evaluation.plots import plot_distributions
 from v2l_fast.evaluation.report import markdown, notes, summarize, text_scores
-from v2l_fast.evaluation.rubrics import JudgeTask
 from v2l_fast.files import json_sha256, write_json, write_text
 from v2l_fast.loading import recorded_name
 from v2l_fast.model import Video2LoRA

@@ -32,8 +32,14 @@ from v2l_fast.conversation.schema import Schema
 from v2l_fast.conversation.state import Models, State, Turn
 from v2l_fast.data.dialogs import LONG, Dialog
 from v2l_fast.errors import ConfigError, excerpt
-from v2l_fast.evaluation import rubrics
 from v2l_fast.evaluation.examples import token_f1
+from v2l_fast.evaluation.judge import (
+    CONVERSATION_VERSION,
+    CRITERIA,
+    InvalidReply,
+    conversation_messages,
+    conversation_verdict,
+)
 from v2l_fast.evaluation.report import interval_text, markdown_table
 from v2l_fast.evaluation.statistics import Interval, ratio_interval, share
 from v2l_fast.files import json_sha256, write_json, write_text
@@ -391,7 +397,7 @@ class PairJudge:
             name: (
                 forward["a"][name] - forward["b"][name] + backward["b"][name] - backward["a"][name]
             ) / 2
-            for name in rubrics.CRITERIA
+            for name in CRITERIA
         }  # fmt: skip
         agreed = verdict == swapped
         return PairOutcome(verdict if agreed else 0, agreed, scores)
@@ -399,16 +405,16 @@ class PairJudge:
     def _judge(
         self, a: Sequence[Mapping[str, str]], b: Sequence[Mapping[str, str]]
     ) -> dict[str, Any] | None:
-        messages = rubrics.conversation_messages(a, b)
-        key = json_sha256(rubrics.CONVERSATION_VERSION, self.name, messages)
+        messages = conversation_messages(a, b)
+        key = json_sha256(CONVERSATION_VERSION, self.name, messages)
         if key in self.journal:
             return self.journal[key]
         talk: list[Message] = list(messages)
         for _ in range(3):
             (reply,) = self.model.complete(talk, max_tokens=1024, json=True)
             try:
-                verdict = rubrics.conversation_verdict(reply.text)
-            except rubrics.InvalidReply as error:
+                verdict = conversation_verdict(reply.text)
+            except InvalidReply as error:
                 talk = correction(messages, reply.text, error)
             else:
                 self.journal.append({key: verdict})
@@ -489,7 +495,7 @@ def _outcomes(by_dialog: Sequence[Sequence[PairOutcome]]) -> dict[str, Any]:
                     bounds=(-4.0, 4.0),
                 )
             )
-            for name in rubrics.CRITERIA
+            for name in CRITERIA
         },
     }  # fmt: skip
 
