@@ -67,6 +67,7 @@ MOVED = {
     "demo": "cli.install",
     "doctor": "cli.install",
     "effect": "generation.answers",
+    "interop.torch_file": "interop.frames2lora",
     "lengths": "pipeline",
     "options": "cli.options",
     "perceiver": "hypernet.perceiver",

@@ -21,7 +21,7 @@ from peft import PeftType
 
 from tests.waiting import LIMIT
 from v2l_fast.errors import CheckpointError
-from v2l_fast.interop.torch_file import MAX_STEPS, Record, load_torch_file
+from v2l_fast.interop.frames2lora import MAX_STEPS, Record, load_torch_file
 
 
 def refused(path: Path) -> str:
