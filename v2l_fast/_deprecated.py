@@ -149,7 +149,8 @@ MOVED = {
     "video.reading": "video.reader",
     "video.spans": "video.reader",
     "video.splitting": "video.clip",
-    "video.torchcodec_source": "video.torchcodec",
+    "video.torchcodec": "video.pyav",
+    "video.torchcodec_source": "video.pyav",
 }
 
 

@@ -22,6 +22,8 @@ at the same time instead.
 Pixels are those of `frame.to_ndarray(format="rgb24")`, the released checkpoints' reader: swscale
 follows the stream's color tags and assumes BT.601 where there are none. Alpha is dropped, and
 HDR (PQ, HLG) is not tone-mapped.
+
+:class:`TorchcodecSource` takes the same pixels from torchcodec, on request.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
@@ -45,8 +47,11 @@ from av.sidedata.sidedata import Type as SideDataType
 from v2l_fast.errors import VideoError
 from v2l_fast.video.container import check_file, open_stream
 from v2l_fast.video.decoder import Send, StreamDecoder, in_parallel
-from v2l_fast.video.info import Deadline, Limits, Orientation, VideoInfo
+from v2l_fast.video.info import Deadline, Limits, Orientation, VideoInfo, fallbacks
 from v2l_fast.video.packets import Packets, Timeline, read_packets
+
+if TYPE_CHECKING:
+    from torchcodec.decoders import VideoDecoder
 
 log = logging.getLogger(__name__)
 
@@ -435,3 +440,71 @@ def _runs(timeline: Timeline, indices: np.ndarray) -> Iterator[np.ndarray]:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- torchcodec -----------------------------------------------------------------------------------
+
+# Frames per call; the deadline is checked between calls.
+_FRAMES_PER_CALL = 16
+
+
+class TorchcodecSource(PyAVSource):
+    """A PyAVSource whose pixels come from torchcodec; PyAV still opens, counts and describes.
+
+    The pixels equal those of PyAV's reader, whose checks the file has passed. Files whose times do
+    not locate their frames are read by PyAV (see `fallbacks`).
+    """
+
+    def read(
+        self,
+        indices: np.ndarray,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Decoded:
+        """As PyAVSource.read; also raises VideoError when torchcodec cannot be imported."""
+        try:
+            from torchcodec.decoders import VideoDecoder
+        except (ImportError, OSError, RuntimeError) as error:
+            raise VideoError(
+                f"{self.path}: backend 'torchcodec' cannot be imported "
+                f"({str(error).splitlines()[0]}); install torchcodec with FFmpeg or use 'pyav'"
+            ) from error
+        self.check_count(len(indices))
+        # torchcodec locates frames by time alone.
+        if self._timeline is None or not self.packets.plain:
+            fallbacks.add(self.path, "packet times do not locate its frames")
+            return super().read(indices, transform)
+        try:
+            decoder = VideoDecoder(self.path, dimension_order="NHWC", seek_mode="exact")
+            inside = indices[indices < len(decoder)]
+            frames: list[torch.Tensor] = []
+            for start in range(0, len(inside), _FRAMES_PER_CALL):
+                self.deadline.check()
+                batch = decoder.get_frames_at(inside[start : start + _FRAMES_PER_CALL].tolist())
+                for image in batch.data:
+                    image = self._turn_upright(image, decoder)
+                    frames.append(image if transform is None else transform(image))
+                    self.check_memory(len(indices), frames[0].shape)
+        except VideoError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise VideoError(
+                f"{self.path}: torchcodec cannot decode it ({str(error).splitlines()[0]}); "
+                "use backend 'pyav'"
+            ) from error
+        available = None if len(inside) == len(indices) else len(decoder)
+        if available == 0:
+            raise self.nothing_decodes()
+        stacked = torch.stack(frames) if frames else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+        return Decoded(stacked, tuple(self.packets.seconds[inside].tolist()), available)
+
+    def _turn_upright(self, image: torch.Tensor, decoder: VideoDecoder) -> torch.Tensor:
+        """Since 0.11 torchcodec rotates frames (and reports a rotation); it never mirrors them."""
+        orientation = self.orientation
+        if not hasattr(decoder.metadata, "rotation"):
+            return torch.from_numpy(np.ascontiguousarray(orientation.apply(image.numpy())))
+        if orientation.mirrored:
+            raise VideoError(
+                f"{self.path}: mirrored by its display matrix, which torchcodec does not apply; "
+                "use backend 'pyav'"
+            )
+        return image

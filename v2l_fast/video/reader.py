@@ -60,7 +60,7 @@ def open_source(
 
         return PyAVSource(path, limits, packets)
     if backend == "torchcodec":
-        from v2l_fast.video.torchcodec import TorchcodecSource
+        from v2l_fast.video.pyav import TorchcodecSource
 
         return TorchcodecSource(path, limits)
     if backend == "dali":
