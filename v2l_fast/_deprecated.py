@@ -40,6 +40,7 @@ MOVED = {
     "backbones.loading": "vlm",
     "backbones.smolvlm_inputs": "vlm.smolvlm_prompt",
     "backbones.steps": "work_units",
+    "cli.analyze": "cli.evaluate",
     "config": "hypernet.config",
     "corpus": "data.internalize",
     "evaluation.answering": "evaluation.answers",

@@ -18,7 +18,6 @@ from typer import Option
 import v2l_fast
 from v2l_fast.cli import (
     adapters,
-    analyze,
     converse,
     evaluate,
     export,
@@ -43,14 +42,14 @@ for panel, commands in {
     "Adapters": (adapters.internalize, adapters.ask, converse.chat, adapters.compose),
     "Export and serving": (export.convert, export.export, export.push, serve.serve),
     "Training": (training.train, training.transcode, training.teach, training.cache),
-    "Evaluation": (evaluate.evaluate, evaluate.manifest, analyze.sweep),
+    "Evaluation": (evaluate.evaluate, evaluate.manifest, evaluate.sweep),
     "Installation": (install.demo, install.doctor),
 }.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(converse.persona_app, name="persona", rich_help_panel="Adapters")
 app.add_typer(converse.cper_app, name="cper", rich_help_panel="Evaluation")
-app.add_typer(analyze.app, name="analyze", rich_help_panel="Evaluation")
+app.add_typer(evaluate.analyze_app, name="analyze", rich_help_panel="Evaluation")
 app.add_typer(shapes.app, name="shapes", rich_help_panel="Evaluation")
 app.add_typer(training.finevideo_app, name="finevideo", rich_help_panel="Training")
 

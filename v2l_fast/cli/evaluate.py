@@ -1,13 +1,21 @@
-"""``v2l evaluate`` and ``v2l manifest``: a model on a manifest, a published benchmark as one."""
+"""``v2l evaluate`` and ``manifest``: a model on a manifest, a published benchmark as one. Also
+``v2l analyze ...`` and ``v2l sweep``: each writes a JSON record, its rows as CSV and a plot."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import typer
 from typer import Argument, Option
 
 from v2l_fast.cli.options import (
+    CONTEXT,
+    EXACT_FRAMES,
     FORCE,
     JSON,
     MAX_NEW_TOKENS,
@@ -15,14 +23,17 @@ from v2l_fast.cli.options import (
     ExampleOptions,
     FrameOptions,
     ModelOptions,
+    check_text,
     options,
     output_file,
     with_options,
 )
-from v2l_fast.console import progress_bar, say, show, show_json
+from v2l_fast.console import progress_bar, say, show, show_json, show_table
 
 if TYPE_CHECKING:
+    from v2l_fast.evaluation.examples import EvalExample
     from v2l_fast.evaluation.judge import Judge
+    from v2l_fast.video import Clip
 
 
 @options("Judge")
@@ -168,3 +179,396 @@ def manifest(
         return
     left_out = f", {len(result.missing)} videos are missing" if result.missing else ""
     say(f"{out_path}: {result.examples} examples about {result.videos} videos{left_out}")
+
+
+# --- analyze --------------------------------------------------------------------------------------
+
+analyze_app = typer.Typer(
+    help="Analyze adapters, and measure what they cost.",
+    no_args_is_help=True,
+    context_settings=CONTEXT,
+)
+
+
+@options("Manifest")
+class AnalyzedOptions(ExampleOptions):
+    """The examples that an analysis takes."""
+
+    limit: int | None = Option(None, min=1, help="Use only the first N videos.")
+
+    def examples(self, read_span: Callable[..., Clip] | None = None) -> list[EvalExample]:
+        """See :func:`v2l_fast.evaluation.examples.manifest_examples`."""
+        from v2l_fast.evaluation.examples import manifest_examples
+
+        return manifest_examples(self.manifest, read_span, self.root, self.split, self.limit)
+
+
+@options("Results")
+class ResultOptions:
+    """Where results are written."""
+
+    out: Path | None = Option(
+        None, "--out", "-o", help="Folder of the results. By default, runs/ANALYSIS."
+    )
+    force: bool = FORCE
+    as_json: bool = JSON
+
+    def folder(self, name: str) -> Path:
+        """The folder of an analysis."""
+        return self.out or Path("runs") / name
+
+    def check(self, name: str, inputs: Sequence[Path], force: bool = False) -> None:
+        """Refuse the folder of an analysis before the work begins."""
+        from v2l_fast.outputs import check_folder
+
+        names = [f"{name}.{suffix}" for suffix in ("json", "csv", "png")]
+        check_folder(self.folder(name), names, inputs, force or self.force)
+
+    def write(
+        self,
+        name: str,
+        record: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]],
+        plot: Callable[[Mapping[str, Any], Path], None],
+        headings: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write ``name``.json, .csv and .png; print the record, or the rows.
+
+        Args:
+            headings: field -> heading, for a table of these fields only. Rows that failed are
+                listed below it.
+        """
+        from v2l_fast.evaluation.report import table_columns, write_csv
+        from v2l_fast.files import write_json
+
+        path = self.folder(name) / name
+        write_json(f"{path}.json", record)
+        write_csv(path.with_name(f"{name}.csv"), rows)
+        plot(record, path.with_name(f"{name}.png"))
+        if self.as_json:
+            show_json(record)
+            return
+        failures = [row for row in rows if headings is not None and "failed" in row]
+        texts = table_columns([row for row in rows if headings is None or "failed" not in row])
+        fields = {field: field for field in texts} if headings is None else headings
+        # A column without a single value is noise.
+        table = {
+            heading: texts[field]
+            for field, heading in fields.items()
+            if set(texts.get(field, "-")) != {"-"}
+        }
+        show_table(list(table), list(zip(*table.values(), strict=True)))
+        for row in failures:
+            say(f"{row['frames']} frames, {row['longest_edge']} px: {row['failed']}")
+        say(f"{path}.json, .csv, .png")
+
+
+@analyze_app.command()
+@with_options
+def effect(
+    loading: ModelOptions,
+    file: Path = Argument(..., metavar="ADAPTER", help="Adapter file."),
+    question: str = Argument(..., help="Question to answer with and without it."),
+    as_json: bool = JSON,
+) -> None:
+    """Did the adapter do anything? Update norms, logit shift, both answers.
+
+    \b
+    v2l analyze effect clip.safetensors "What happens in the video?"
+    """
+    check_text(question)
+    model = loading.load(compile=False)
+    result = model.effect(model.load_adapter(file), question)
+    if as_json:
+        show_json(asdict(result))
+        return
+    rows = [
+        (module, str(layer), f"{norm:.4g}", f"{relative:.2%}")
+        for module, by_layer in result.update_norms.items()
+        for layer, (norm, relative) in enumerate(
+            zip(by_layer, result.relative_norms[module], strict=True)
+        )
+    ]
+    show_table(("module", "layer", "update norm", "relative to the weight"), rows)
+    say(
+        f"first answer token: largest logit change {result.logit_shift:.3g}, "
+        f"divergence {result.divergence:.3g} nats"
+    )
+    say(f"with the adapter:    {result.answer}")
+    say(f"without the adapter: {result.answer_without}")
+
+
+@analyze_app.command()
+@with_options
+def norms(
+    loading: ModelOptions,
+    results: ResultOptions,
+    files: list[Path] = Argument(..., metavar="ADAPTER...", help="Adapter files of one model."),
+) -> None:
+    """Update norms by layer and rank direction, and how stable the directions' order is.
+
+    \b
+    v2l analyze norms adapters/*.safetensors --out runs/norms
+    """
+    results.check("norms", files)
+    from v2l_fast.evaluation.ablations import adapter_norms
+    from v2l_fast.evaluation.plots import plot_norms
+
+    model = loading.load(compile=False)
+    record = adapter_norms(model, [model.load_adapter(path) for path in files])
+    rows = [
+        {"module": module, "layer": layer, "norm": norm, "relative_norm": relative}
+        for module, by_layer in record["modules"].items()
+        for layer, (norm, relative) in enumerate(
+            zip(by_layer["layer_norms"], by_layer["relative_norms"], strict=True)
+        )
+    ]
+    results.write("norms", record, rows, plot_norms)
+
+
+@analyze_app.command()
+@with_options
+def rank(
+    source: AnalyzedOptions,
+    frames: FrameOptions,
+    loading: ModelOptions,
+    results: ResultOptions,
+    budgets: list[int] | None = Option(
+        None,
+        "--keep",
+        "-k",
+        help="Directions to keep, repeatable. By default, 1, 2, 4, 8 and 16.",
+        min=1,
+    ),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> None:
+    """Token-F1 with some rank directions only: top, bottom, random, top removed (Table 5).
+
+    \b
+    v2l shapes render clips --count 64 && v2l analyze rank --manifest clips/manifest.jsonl
+    """
+    results.check("rank", [source.manifest])
+    from v2l_fast.evaluation.ablations import BUDGETS, rank_ablation
+    from v2l_fast.evaluation.examples import token_f1
+    from v2l_fast.evaluation.plots import plot_rank
+
+    record = _analyze_adapters(
+        partial(
+            rank_ablation,
+            metric=token_f1,
+            budgets=budgets or BUDGETS,
+            max_new_tokens=max_new_tokens,
+        ),
+        source, frames, loading,
+    )  # fmt: skip
+    results.write("rank", record, record["rows"], plot_rank)
+
+
+@analyze_app.command()
+@with_options
+def layers(
+    source: AnalyzedOptions, frames: FrameOptions, loading: ModelOptions, results: ResultOptions
+) -> None:
+    """Effect of removing one layer's update on the reference's likelihood, beside its norm
+    (Figure 7).
+
+    \b
+    v2l analyze layers --manifest clips/manifest.jsonl --limit 16
+    """
+    results.check("layers", [source.manifest])
+    from v2l_fast.evaluation.ablations import layer_removal
+    from v2l_fast.evaluation.plots import plot_layers
+
+    record = _analyze_adapters(layer_removal, source, frames, loading)
+    results.write("layers", record, record["rows"], plot_layers)
+
+
+@analyze_app.command()
+@with_options
+def logits(
+    source: AnalyzedOptions, frames: FrameOptions, loading: ModelOptions, results: ResultOptions
+) -> None:
+    """Direct logit attribution: where the adapter turns the residual stream towards the answer
+    (Figure 8).
+
+    \b
+    v2l analyze logits --manifest clips/manifest.jsonl --limit 16
+    """
+    results.check("logits", [source.manifest])
+    from v2l_fast.evaluation.ablations import logit_attribution
+    from v2l_fast.evaluation.plots import plot_logits
+
+    record = _analyze_adapters(logit_attribution, source, frames, loading)
+    results.write("logits", record, record["rows"], plot_logits)
+
+
+@analyze_app.command()
+@with_options
+def chunks(
+    source: AnalyzedOptions,
+    frames: FrameOptions,
+    loading: ModelOptions,
+    results: ResultOptions,
+    counts: list[int] | None = Option(
+        None,
+        "--chunks",
+        "-c",
+        help="Number of chunks, repeatable. By default, 1, 2, 4, 8 and 16.",
+        min=1,
+    ),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> None:
+    """Token-F1 through adapters composed of a video's chunks, against the single adapter
+    (Section 5.6).
+
+    --max-frames is the number of frames of each chunk.
+
+    \b
+    v2l analyze chunks --manifest clips/manifest.jsonl -c 1 -c 2 -c 8
+    """
+    results.check("chunks", [source.manifest])
+    from v2l_fast.evaluation.ablations import COUNTS, compare_chunks
+    from v2l_fast.evaluation.examples import token_f1
+    from v2l_fast.evaluation.plots import plot_chunks
+
+    examples = source.examples()
+    model = loading.load()
+    with progress_bar("analyzing") as progress:
+        record = compare_chunks(
+            model,
+            examples,
+            token_f1,
+            counts or COUNTS,
+            max_new_tokens,
+            progress,
+            sampling=frames.override(model.config.sampling),
+        )
+    name = "trained on chunks" if record["chunk_position"] else "zero-shot"
+    results.write(
+        "chunks", record, record["rows"], lambda record, path: plot_chunks({name: record}, path)
+    )
+
+
+@analyze_app.command()
+@with_options
+def efficiency(
+    source: AnalyzedOptions,
+    loading: ModelOptions,
+    results: ResultOptions,
+    repeats: int = Option(3, help="Number of timings of each question.", min=1),
+    keep: float = Option(0.25, help="Share of the visual tokens that FrameFusion keeps."),
+    max_frames: list[int] | None = Option(
+        None, help="Maximum number of frames, repeatable. By default, as in training.", min=1
+    ),
+    longest_edge: list[int] | None = Option(
+        None, help="Longest frame edge, repeatable. By default, as in training.", min=2
+    ),
+    exact_frames: bool = EXACT_FRAMES,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> None:
+    """Direct inference, caches, FrameFusion (our implementation) and adapters: first token,
+    preparation, bytes stored, token-F1 and break-even (Figure 2).
+
+    Several frame counts or edges also give budgets.png: the same by visual tokens (Figure 4).
+
+    \b
+    v2l analyze efficiency --manifest clips/manifest.jsonl --limit 16
+    v2l analyze efficiency --manifest vdc.jsonl --exact-frames --max-frames 8 --max-frames 128
+    """
+    results.check("efficiency", [source.manifest])
+    from v2l_fast.evaluation.efficiency import compare_budgets
+    from v2l_fast.evaluation.examples import token_f1
+    from v2l_fast.evaluation.methods import MethodSettings
+    from v2l_fast.evaluation.plots import plot_amortized, plot_budgets
+    from v2l_fast.evaluation.prefix import FrameFusion
+
+    def draw(record: Mapping[str, Any], path: Path) -> None:
+        plot_amortized(record["budgets"][0], path)
+        if len(record["budgets"]) > 1:
+            plot_budgets(record["budgets"], path.with_name("budgets.png"))
+
+    fusion = FrameFusion(keep)
+    examples = source.examples()
+    model = loading.load()
+    sampling = model.config.sampling.override(exact_frames=exact_frames)
+    setting = MethodSettings(model, sampling, max_new_tokens, fusion)
+    budgets = itertools.product(max_frames or [None], longest_edge or [None])
+    with progress_bar("analyzing") as progress:
+        record = compare_budgets(setting, examples, token_f1, budgets, repeats, progress)
+    shared = ("frames", "longest_edge", "visual_tokens")
+    rows = [
+        {name: budget[name] for name in shared} | row
+        for budget in record["budgets"]
+        for row in budget["rows"]
+    ]
+    results.write("efficiency", record, rows, draw)
+
+
+@with_options
+def sweep(
+    source: AnalyzedOptions,
+    loading: ModelOptions,
+    results: ResultOptions,
+    frames: list[int] | None = Option(
+        None, "--frames", "-f", help="Exact frames, repeatable. By default, 8 to 1024.", min=1
+    ),
+    resolutions: list[int] | None = Option(
+        None,
+        "--resolution",
+        "-r",
+        help="Longest frame edge in pixels, repeatable. By default, 224 to 1024.",
+        min=2,
+    ),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> None:
+    """Adapter against direct inference over frames x resolution (Figure 3).
+
+    Every cell takes exactly its number of frames, and lists the videos that hold fewer. Repeat the
+    same command to continue after an interruption. The table has a row of few columns for each
+    cell; all measurements are in the JSON and CSV files.
+
+    \b
+    v2l sweep --manifest clips/manifest.jsonl --limit 8 -f 8 -f 16 -f 32 -r 48 -r 96
+    v2l sweep --manifest vdc.jsonl --model hypernet-500m/ --out runs/sweep-500m
+    """
+    from v2l_fast.evaluation.efficiency import COLUMNS, FRAMES, RESOLUTIONS
+    from v2l_fast.evaluation.efficiency import sweep as run
+    from v2l_fast.evaluation.examples import token_f1
+    from v2l_fast.evaluation.plots import plot_sweep
+    from v2l_fast.video import FrameSampling
+
+    cells = results.folder("sweep") / "cells"
+    # With cells it is an earlier run of this command, which continues.
+    results.check("sweep", [source.manifest], force=cells.is_dir())
+    for edge in resolutions or ():
+        FrameSampling(1, edge)
+    examples = source.examples()
+    model = loading.load()
+    with progress_bar("analyzing") as progress:
+        record = run(
+            model, examples, token_f1, cells, frames or FRAMES, resolutions or RESOLUTIONS,
+            max_new_tokens, progress,
+        )  # fmt: skip
+    results.write("sweep", record, record["rows"], plot_sweep, COLUMNS)
+
+
+def _analyze_adapters(
+    analyze: Callable[..., dict[str, Any]],
+    source: AnalyzedOptions,
+    frames: FrameOptions,
+    loading: ModelOptions,
+) -> dict[str, Any]:
+    """Internalize the videos of a manifest and analyze their adapters."""
+    from v2l_fast.evaluation.examples import internalize_each
+    from v2l_fast.video import load_spans
+
+    model = loading.load()
+    sampling = frames.override(model.config.sampling)
+
+    def read_span(path: str, span: tuple[float, float]) -> Clip:
+        return load_spans(path, sampling, span)[0]
+
+    examples = source.examples(read_span)
+    with progress_bar("analyzing") as progress:
+        adapters = internalize_each(model, examples, progress, sampling=sampling)
+        return analyze(model, examples, adapters, progress=progress)
