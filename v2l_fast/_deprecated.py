@@ -59,6 +59,7 @@ MOVED = {
     "evaluation.pipeline": "evaluation.evaluate",
     "evaluation.rubrics": "evaluation.judge",
     "generation.batch": "generation.runner",
+    "hub": "loading",
     "hypernet.adapter_scope": "hypernet.adapted_linear",
     "internalizing": "pipeline",
     "internalizing.batches": "pipeline",

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from v2l_fast.errors import CheckpointError
 from v2l_fast.files import open_regular, read_json
-from v2l_fast.hub import brief_hub, hub_reason
+from v2l_fast.loading import brief_hub, hub_reason
 from v2l_fast.tensor_files import read_header
 from v2l_fast.vlm.base import (
     Backbone,
