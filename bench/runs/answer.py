@@ -32,7 +32,7 @@ from bench.harness import (
 )
 from bench.models import FRAMES, SHAPES, RandomPair, Shape, random_context
 from csrc_triton.device import peak_of
-from v2l_fast.evaluation.prefix import continue_greedily, prefill
+from v2l_fast.evaluation.methods import continue_greedily, prefill
 from v2l_fast.generation import CacheKey, ModelRunner, PrefixCache, Request, SamplingParams
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank

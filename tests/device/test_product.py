@@ -29,8 +29,7 @@ from v2l_fast.evaluation import ablations, efficiency
 from v2l_fast.evaluation.answers import AnswerSettings
 from v2l_fast.evaluation.evaluate import evaluate
 from v2l_fast.evaluation.examples import EvalExample, internalize_each, token_f1
-from v2l_fast.evaluation.methods import METHODS, MethodSettings
-from v2l_fast.evaluation.prefix import FrameFusion
+from v2l_fast.evaluation.methods import METHODS, FrameFusion, MethodSettings
 from v2l_fast.generation import ModelRunner, SamplingParams, answers, generate
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank

@@ -17,8 +17,13 @@ from v2l_fast.evaluation.efficiency import (
     sweep,
 )
 from v2l_fast.evaluation.examples import EvalExample, token_f1
-from v2l_fast.evaluation.methods import METHODS, MethodSettings
-from v2l_fast.evaluation.prefix import FrameFusion, continue_greedily, prefill
+from v2l_fast.evaluation.methods import (
+    METHODS,
+    FrameFusion,
+    MethodSettings,
+    continue_greedily,
+    prefill,
+)
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.world import sample_scenes

@@ -9,7 +9,7 @@ import torch
 
 from tests import tiny
 from v2l_fast.errors import ConfigError
-from v2l_fast.evaluation.prefix import (
+from v2l_fast.evaluation.methods import (
     FrameFusion,
     Reduction,
     continue_greedily,

@@ -478,9 +478,8 @@ def efficiency(
     results.check("efficiency", [source.manifest])
     from v2l_fast.evaluation.efficiency import compare_budgets
     from v2l_fast.evaluation.examples import token_f1
-    from v2l_fast.evaluation.methods import MethodSettings
+    from v2l_fast.evaluation.methods import FrameFusion, MethodSettings
     from v2l_fast.evaluation.plots import plot_amortized, plot_budgets
-    from v2l_fast.evaluation.prefix import FrameFusion
 
     def draw(record: Mapping[str, Any], path: Path) -> None:
         plot_amortized(record["budgets"][0], path)

@@ -28,8 +28,7 @@ from v2l_fast.evaluation.examples import (
     internalize_each,
     interval,
 )
-from v2l_fast.evaluation.methods import DIRECT, METHODS, Method, MethodSettings
-from v2l_fast.evaluation.prefix import Reduction
+from v2l_fast.evaluation.methods import DIRECT, METHODS, Method, MethodSettings, Reduction
 from v2l_fast.files import json_sha256
 from v2l_fast.generation import Answer
 from v2l_fast.hypernet.adapter import Adapter

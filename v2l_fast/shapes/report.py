@@ -29,8 +29,7 @@ from v2l_fast.evaluation.ablations import (
 )
 from v2l_fast.evaluation.efficiency import compare_budgets, sweep
 from v2l_fast.evaluation.examples import EvalExample, internalize_each
-from v2l_fast.evaluation.methods import MethodSettings
-from v2l_fast.evaluation.prefix import FrameFusion
+from v2l_fast.evaluation.methods import FrameFusion, MethodSettings
 from v2l_fast.files import LARGE_BYTES, read_json
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.model import Video2LoRA
