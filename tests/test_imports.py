@@ -76,13 +76,11 @@ def imported_names(node: ast.AST) -> list[str]:
     return [name for name in names if name.partition(".")[0] in PACKAGES]
 
 
-def top_level_imports(path: Path, types: bool = True) -> Iterator[str]:
-    """What a file imports when it is itself imported; with `types`, also for type checkers."""
+def top_level_imports(path: Path) -> Iterator[str]:
+    """What a file imports when it is itself imported, or for type checkers."""
     pending: list[ast.AST] = list(ast.parse(path.read_text()).body)
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types:
-            continue
         yield from imported_names(node)
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             pending.extend(ast.iter_child_nodes(node))
@@ -111,9 +109,14 @@ def test_imports_point_down():
 
 
 def test_modules_import_each_other_in_no_circle():
+    """Imports inside functions and for type checkers count, too."""
     graph = {}
     for module, path in MODULES:
-        names = set(top_level_imports(path, types=False)) & NAMES
+        nodes = ast.walk(ast.parse(path.read_text()))
+        names = {name for node in nodes for name in imported_names(node)} & NAMES
+        if module == "v2l_fast.hypernet.adapter":
+            # Adapter.save_peft, which is deprecated, calls what replaced it.
+            names.remove("v2l_fast.interop")
         # `from package import module` imports the module; that the package comes first is no edge.
         graph[module] = {n for n in names if not any(o.startswith(f"{n}.") for o in names)}
     circles, done = [], set()

@@ -19,10 +19,10 @@ from v2l_fast.serving import http as connections
 from v2l_fast.serving import sandbox
 from v2l_fast.serving.api import create_app
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.gate import ApiKeys, ServerLimits
-from v2l_fast.serving.media import MediaSources
+from v2l_fast.serving.gate import ApiKeys, MediaSources
 from v2l_fast.serving.replicas import Replica
 from v2l_fast.serving.sandbox import VideoReader
+from v2l_fast.serving.schemas import ServerLimits
 from v2l_fast.serving.server import Server
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.world import sample_scenes

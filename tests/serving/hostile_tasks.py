@@ -18,7 +18,7 @@ import torch
 
 from tests.waiting import LIMIT
 from v2l_fast.serving import sandbox
-from v2l_fast.serving.gate import ServerLimits
+from v2l_fast.serving.schemas import ServerLimits
 from v2l_fast.video import Limits
 
 

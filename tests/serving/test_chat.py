@@ -10,8 +10,8 @@ import pytest
 
 from tests.serving.conftest import running
 from v2l_fast.hypernet.adapter import Adapter
-from v2l_fast.serving.gate import ServerLimits
 from v2l_fast.serving.replicas import completion_logprobs
+from v2l_fast.serving.schemas import ServerLimits
 
 QUESTION = "What happens in the video?"
 

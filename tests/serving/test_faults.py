@@ -24,8 +24,7 @@ from tests.serving.conftest import Running, running
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import VideoError
 from v2l_fast.serving import chat
-from v2l_fast.serving.gate import ServerLimits
-from v2l_fast.serving.schemas import ChatRequest
+from v2l_fast.serving.schemas import ChatRequest, ServerLimits
 
 # Until it is cancelled.
 ENDLESS = {"pause": 0.01, "words": itertools.repeat("word ")}

@@ -20,8 +20,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.serving.conftest import running
 from tests.waiting import LIMIT
-from v2l_fast.serving.gate import ServerLimits
-from v2l_fast.serving.schemas import ChatRequest, PathRequest
+from v2l_fast.serving.schemas import ChatRequest, PathRequest, ServerLimits
 
 KEY = {"Authorization": "Bearer key"}
 

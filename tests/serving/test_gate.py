@@ -10,7 +10,8 @@ from starlette.datastructures import Headers
 from tests.serving.checks import QUESTION, nothing_left, raw, refused
 from tests.serving.conftest import Running, running
 from v2l_fast.errors import ConfigError
-from v2l_fast.serving.gate import AllowedHosts, ServerLimits
+from v2l_fast.serving.gate import AllowedHosts
+from v2l_fast.serving.schemas import ServerLimits
 
 FORM = "multipart/form-data; boundary=b"
 HUGE = 900_000_000

@@ -20,8 +20,8 @@ from tests.serving.conftest import running
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import ConfigError
 from v2l_fast.serving import http
-from v2l_fast.serving.gate import ServerLimits
 from v2l_fast.serving.monitoring import configure_logging
+from v2l_fast.serving.schemas import ServerLimits
 
 PROCESSES = multiprocessing.get_context("forkserver")
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -27,8 +27,9 @@ from tests.serving.conftest import running
 from tests.waiting import wait_until
 from v2l_fast.errors import ConfigError
 from v2l_fast.serving import media
-from v2l_fast.serving.gate import ServerLimits
-from v2l_fast.serving.media import MediaDownloader, MediaError, MediaSources
+from v2l_fast.serving.gate import MediaSources
+from v2l_fast.serving.media import MediaDownloader, MediaError
+from v2l_fast.serving.schemas import ServerLimits
 
 QUESTION = "What happens in the video?"
 LIMITS = ServerLimits(media_bytes=1 << 20, body_bytes=1 << 14)

@@ -20,9 +20,9 @@ from tests.serving.conftest import running, start_forking
 from tests.waiting import LIMIT, wait_until
 from v2l_fast.errors import VideoError
 from v2l_fast.serving import sandbox
-from v2l_fast.serving.gate import ServerLimits
 from v2l_fast.serving.request import EngineClosed
 from v2l_fast.serving.sandbox import VideoReader
+from v2l_fast.serving.schemas import ServerLimits
 from v2l_fast.video import Clip, FrameSampling, Limits, load_spans, probe
 from v2l_fast.video.info import Fallbacks
 

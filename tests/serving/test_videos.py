@@ -12,7 +12,7 @@ from tests.serving.checks import refused
 from tests.waiting import wait_until
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.peft import load_peft
-from v2l_fast.serving.gate import ServerLimits
+from v2l_fast.serving.schemas import ServerLimits
 
 QUESTION = {"messages": [{"role": "user", "content": "What happens in the video?"}]}
 

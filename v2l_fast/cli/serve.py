@@ -14,7 +14,7 @@ from v2l_fast.console import say
 from v2l_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from v2l_fast.serving.gate import ServerLimits
+    from v2l_fast.serving.schemas import ServerLimits
     from v2l_fast.serving.server import Server
 
 
@@ -76,7 +76,7 @@ class LimitOptions:
 
     def create(self, connections: int) -> ServerLimits:
         """The limits in the server's units."""
-        from v2l_fast.serving.gate import ServerLimits
+        from v2l_fast.serving.schemas import ServerLimits
 
         return ServerLimits(
             upload_bytes=self.max_upload_mb * 1_000_000,
@@ -192,11 +192,11 @@ def serve(
     from v2l_fast.serving import http
     from v2l_fast.serving.api import create_app
     from v2l_fast.serving.engine import Engine
-    from v2l_fast.serving.gate import AllowedHosts, ApiKeys, ServerLimits
-    from v2l_fast.serving.media import MediaSources
+    from v2l_fast.serving.gate import AllowedHosts, ApiKeys, MediaSources
     from v2l_fast.serving.monitoring import configure_logging
     from v2l_fast.serving.replicas import Replica
     from v2l_fast.serving.sandbox import VideoReader
+    from v2l_fast.serving.schemas import ServerLimits
     from v2l_fast.serving.server import Server
     from v2l_fast.store.adapter_store import AdapterStore, PublishingStore
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -33,9 +33,7 @@ from v2l_fast.serving.http import ApiError, from_validation
 from v2l_fast.serving.monitoring import log_event
 from v2l_fast.serving.request import QueueFull
 from v2l_fast.serving.schemas import ChatRequest
-
-if TYPE_CHECKING:
-    from v2l_fast.serving.server import Server
+from v2l_fast.serving.server import Server
 
 # Conversations that are answered at the same time: each holds a thread of the web server.
 _TURNS = 8

@@ -1,4 +1,4 @@
-"""Limits of the server, and the checks of a request that need only its headers.
+"""What the operator allows, and the checks of a request that need only its headers.
 
 Host, origin, key, content type and length are checked before the body is read. Bodies that pass are
 bounded in size and in the time a client may stay silent. A response to a body that was not read
@@ -11,8 +11,7 @@ import asyncio
 import hmac
 import ipaddress
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastapi.security import HTTPBearer
@@ -22,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from v2l_fast.errors import ConfigError
 from v2l_fast.files import read_text
 from v2l_fast.serving.http import ApiError, error_response, printable
-from v2l_fast.video import Limits
+from v2l_fast.serving.schemas import ServerLimits
 
 UPLOAD_PATH = "/v1/videos"
 CHAT_PATH = "/v1/chat/completions"
@@ -35,87 +34,16 @@ _PUBLIC_FOLDER = "/static-offline-docs/"
 _FORM_OVERHEAD = 64 << 10
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{0,5})?", re.IGNORECASE)
+# NAT64, 6to4 and Teredo addresses contain an IPv4 address that a gateway may reach.
+_TRANSLATED = tuple(
+    ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
+)
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # Declares the key in the OpenAPI document; :class:`Gate` checks it.
 api_key_scheme = HTTPBearer(
     auto_error=False, description="The server's API key, if it requires one."
 )
-
-
-@dataclass(frozen=True)
-class ServerLimits:
-    """Upper bounds; a request that exceeds one is refused with a 4xx that names it.
-
-    Attributes:
-        upload_bytes: size of an uploaded video.
-        body_bytes: size of any other request body, apart from the videos and images in messages.
-        media_bytes: size of the videos and images in one request's messages, together.
-        media_seconds: time for downloading one of them.
-        duration: length of a video in seconds.
-        pixels: width x height of a frame.
-        frames: frames sampled from one video.
-        longest_edge: size in pixels to which frames may be resized.
-        new_tokens: tokens of one answer.
-        uploads: files received, or hashed in place, at the same time; further ones wait.
-        uploads_waiting: files that may wait for that; further ones get 503.
-        jobs: videos waiting or being internalized; further ones get 503.
-        kept_video_bytes: uploaded videos kept for questions with the video in context; the least
-            recently used are removed first.
-        answer_seconds: time for one answer.
-        probe_seconds: time for examining one video before it is accepted.
-        decode_seconds: time for decoding the frames of one video.
-        decode_bytes: memory that a process may take to examine or decode one video on the CPU.
-        idle_seconds: longest silence of a client that is sending a body.
-        connections: clients connected at the same time; further ones get 503.
-        head_seconds: time for a request's line and headers, from its connection or first byte.
-        keep_alive_seconds: how long a connection stays open after a response.
-        stalled_seconds: how long a client may read nothing of a response.
-    """
-
-    upload_bytes: int = 1 << 30
-    body_bytes: int = 1 << 20
-    media_bytes: int = 64 << 20
-    media_seconds: float = 30.0
-    duration: float = 2 * 3600.0
-    pixels: int = 7680 * 4320
-    frames: int = 1024
-    longest_edge: int = 2048
-    new_tokens: int = 1024
-    uploads: int = 64
-    uploads_waiting: int = 256
-    jobs: int = 64
-    kept_video_bytes: int = 20 << 30
-    answer_seconds: float = 300.0
-    probe_seconds: float = 60.0
-    decode_seconds: float = 600.0
-    decode_bytes: int = 8 << 30
-    idle_seconds: float = 30.0
-    connections: int = 4096
-    head_seconds: float = 10.0
-    keep_alive_seconds: float = 5.0
-    stalled_seconds: float = 60.0
-
-    @property
-    def chat_bytes(self) -> int:
-        """Size of a chat request: its videos and images are base64."""
-        return self.body_bytes + self.media_bytes * 4 // 3
-
-    @property
-    def probing(self) -> Limits:
-        """The bounds for examining a video file."""
-        return Limits(
-            max_pixels=self.pixels,
-            max_duration=self.duration,
-            max_frames=self.frames,
-            max_seconds=self.probe_seconds,
-        )
-
-    @property
-    def decoding(self) -> Limits:
-        """The bounds for decoding one. Frames take a quarter of the memory: they are copied once,
-        and decoders hold some."""
-        return replace(
-            self.probing, max_seconds=self.decode_seconds, max_bytes=self.decode_bytes // 4
-        )
 
 
 class ApiKeys:
@@ -214,6 +142,55 @@ class AllowedHosts:
             address = getattr(address, "ipv4_mapped", None) or address
             return address.is_loopback or host in self._names
         return host in self._names or host == "localhost" or host.endswith(".localhost")
+
+
+class MediaSources:
+    """Sources of videos and images in messages, besides ``data:`` URLs.
+
+    Args:
+        hosts: names of hosts that URLs may name; ``*`` allows every public host. Empty: none.
+        networks: networks that may be reached although they are not public, such as 10.0.0.0/8.
+
+    Raises:
+        ConfigError: a host or network is malformed.
+    """
+
+    def __init__(self, hosts: Iterable[str] = (), networks: Iterable[str] = ()) -> None:
+        hosts = list(hosts)
+        self._any = "*" in hosts
+        self._hosts = frozenset(host_name(h, "--media-host") for h in hosts if h != "*")
+        self._networks: list[Network] = []
+        for text in networks:
+            try:
+                self._networks.append(ipaddress.ip_network(text))
+            except ValueError as error:
+                raise ConfigError(
+                    f"--media-network must be a network such as 10.0.0.0/8, got {text!r} ({error})"
+                ) from None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any http(s) URL is allowed."""
+        return self._any or bool(self._hosts)
+
+    def allows_host(self, host: str) -> bool:
+        """Whether URLs may name a host; its addresses are checked when it is connected to."""
+        return self._any or host.lower().rstrip(".") in self._hosts
+
+    def allows_address(self, address: str) -> bool:
+        """Whether an IP address may be connected to: public, or in one of the networks."""
+        try:
+            parsed: Address = ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            return False
+        if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+            parsed = parsed.ipv4_mapped
+        if any(parsed in network for network in self._networks):
+            return True
+        if any(parsed in network for network in _TRANSLATED):
+            return False
+        local = parsed.is_multicast or parsed.is_reserved or getattr(parsed, "is_site_local", False)
+        return parsed.is_global and not local
 
 
 def host_name(name: str, option: str) -> str:

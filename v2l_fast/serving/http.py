@@ -17,7 +17,7 @@ import resource
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h11
 import uvicorn
@@ -33,11 +33,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from v2l_fast.errors import AdapterError, ConfigError, PromptTooLong, V2LError, VideoError
 from v2l_fast.serving.monitoring import RateLimitedEvent
 from v2l_fast.serving.request import EngineClosed, OtherAdapter, QueueFull
-from v2l_fast.serving.schemas import ErrorBody, ErrorResponse
+from v2l_fast.serving.schemas import ErrorBody, ErrorResponse, ServerLimits
 from v2l_fast.store.adapter_store import StoreError
-
-if TYPE_CHECKING:
-    from v2l_fast.serving.gate import ServerLimits
 
 log = logging.getLogger(__name__)
 

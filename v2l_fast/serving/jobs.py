@@ -19,12 +19,11 @@ from starlette.concurrency import run_in_threadpool
 
 from v2l_fast.errors import AdapterError, ConfigError
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.gate import ServerLimits
 from v2l_fast.serving.internalize import InternalizeJob
 from v2l_fast.serving.monitoring import Metrics, log_event
 from v2l_fast.serving.request import QueueFull
 from v2l_fast.serving.sandbox import VideoReader
-from v2l_fast.serving.schemas import InternalizeOptions
+from v2l_fast.serving.schemas import InternalizeOptions, ServerLimits
 from v2l_fast.serving.videos import ReceivedVideo, VideoFolder, clean_name
 from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings, StoreError
 from v2l_fast.store.folder import StoredAdapter

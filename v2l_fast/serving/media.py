@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import binascii
-import ipaddress
 import os
 import re
 import socket
@@ -22,31 +21,33 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
 import httpcore
 from starlette.concurrency import run_in_threadpool
 
 import v2l_fast
-from v2l_fast.errors import ConfigError, VideoError
+from v2l_fast.errors import VideoError
 from v2l_fast.files import file_sha256
-from v2l_fast.serving.gate import ServerLimits, host_name
+from v2l_fast.serving.gate import MediaSources
 from v2l_fast.serving.http import ApiError, printable
 from v2l_fast.serving.jobs import Admission, Job
 from v2l_fast.serving.sandbox import image_format
-from v2l_fast.serving.schemas import MAX_COMPOSED, ChatRequest, InternalizeOptions, MediaPart
+from v2l_fast.serving.schemas import (
+    MAX_COMPOSED,
+    ChatRequest,
+    InternalizeOptions,
+    MediaPart,
+    ServerLimits,
+)
+from v2l_fast.serving.server import Server
 from v2l_fast.serving.videos import WRITE_BYTES, HashedFile, ReceivedVideo
 from v2l_fast.store.adapter_store import StoreError
 from v2l_fast.store.folder import StoredAdapter
 
-if TYPE_CHECKING:
-    from v2l_fast.serving.server import Server
-
 # Takes a piece of a file.
 Write = Callable[[bytes], Awaitable[object]]
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # Downloads at the same time.
 _DOWNLOADS = 8
@@ -61,59 +62,6 @@ _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w-]+=[\w.+-]*)*)(;base64)?,
 # Sampled frames as vLLM's clients send them: JPEG files, separated by commas.
 _FRAMES_TYPE = "video/jpeg"
 _MEDIA_TYPES = ("video/", "image/", "application/octet-stream")
-# NAT64, 6to4 and Teredo addresses contain an IPv4 address that a gateway may reach.
-_TRANSLATED = tuple(
-    ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
-)
-
-
-class MediaSources:
-    """Sources of videos and images in messages, besides ``data:`` URLs.
-
-    Args:
-        hosts: names of hosts that URLs may name; ``*`` allows every public host. Empty: none.
-        networks: networks that may be reached although they are not public, such as 10.0.0.0/8.
-
-    Raises:
-        ConfigError: a host or network is malformed.
-    """
-
-    def __init__(self, hosts: Iterable[str] = (), networks: Iterable[str] = ()) -> None:
-        hosts = list(hosts)
-        self._any = "*" in hosts
-        self._hosts = frozenset(host_name(h, "--media-host") for h in hosts if h != "*")
-        self._networks: list[Network] = []
-        for text in networks:
-            try:
-                self._networks.append(ipaddress.ip_network(text))
-            except ValueError as error:
-                raise ConfigError(
-                    f"--media-network must be a network such as 10.0.0.0/8, got {text!r} ({error})"
-                ) from None
-
-    @property
-    def enabled(self) -> bool:
-        """Whether any http(s) URL is allowed."""
-        return self._any or bool(self._hosts)
-
-    def allows_host(self, host: str) -> bool:
-        """Whether URLs may name a host; its addresses are checked when it is connected to."""
-        return self._any or host.lower().rstrip(".") in self._hosts
-
-    def allows_address(self, address: str) -> bool:
-        """Whether an IP address may be connected to: public, or in one of the networks."""
-        try:
-            parsed: Address = ipaddress.ip_address(address.partition("%")[0])
-        except ValueError:
-            return False
-        if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-            parsed = parsed.ipv4_mapped
-        if any(parsed in network for network in self._networks):
-            return True
-        if any(parsed in network for network in _TRANSLATED):
-            return False
-        local = parsed.is_multicast or parsed.is_reserved or getattr(parsed, "is_site_local", False)
-        return parsed.is_global and not local
 
 
 class MediaError(Exception):

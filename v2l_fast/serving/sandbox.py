@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from av import VideoFrame
 
     from v2l_fast.model import Video2LoRA
-    from v2l_fast.serving.gate import ServerLimits
+    from v2l_fast.serving.schemas import ServerLimits
 
 log = logging.getLogger(__name__)
 

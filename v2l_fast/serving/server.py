@@ -9,32 +9,36 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from v2l_fast.errors import AdapterError, ConfigError, V2LError
 from v2l_fast.generation import SamplingParams
 from v2l_fast.model import Video2LoRA
 from v2l_fast.serving.engine import Engine
-from v2l_fast.serving.gate import AllowedHosts, ApiKeys, ServerLimits
+from v2l_fast.serving.gate import AllowedHosts, ApiKeys, MediaSources
 from v2l_fast.serving.grammar import ANY_OBJECT, JsonConstraint, JsonGrammars
 from v2l_fast.serving.http import ApiError, error_body, to_api_error
 from v2l_fast.serving.jobs import Job, Jobs
-from v2l_fast.serving.media import MediaSources
 from v2l_fast.serving.monitoring import Metrics
 from v2l_fast.serving.replicas import UNLOAD_SECONDS, Replica, unload_everywhere
 from v2l_fast.serving.request import QueueFull, StreamingRequest
 from v2l_fast.serving.sandbox import VideoReader
-from v2l_fast.serving.schemas import ChatRequest, Deleted, ReplicaDeletion, VideoBody
+from v2l_fast.serving.schemas import ChatRequest, Deleted, ReplicaDeletion, ServerLimits, VideoBody
 from v2l_fast.serving.videos import VideoFolder
 from v2l_fast.store.adapter_store import AdapterStore, InternalizeSettings
 from v2l_fast.store.folder import StoredAdapter
 from v2l_fast.video import Clip
 from v2l_fast.vlm import Message, Question
 
-if TYPE_CHECKING:
-    from v2l_fast.serving.elicit import Elicitor
-
 log = logging.getLogger(__name__)
+
+
+class Conversations(Protocol):
+    """Answers chat requests that ask about the person, with a server's engine and adapters."""
+
+    def turn(self, server: Server, body: ChatRequest) -> dict[str, Any]:
+        """The response to a request, JSON-ready; blocks until the reply is complete."""
+
 
 DEFAULT_NEW_TOKENS = 256
 # Decoded videos kept in memory for further questions with the video in context.
@@ -91,7 +95,7 @@ class Server:
         )
         self.jobs.remove_orphans()
         # Answers chat requests that ask about the person; None without a reasoner.
-        self.elicitor: Elicitor | None = None
+        self.elicitor: Conversations | None = None
         backbone = model.backbone
         self._grammars = JsonGrammars(backbone.tokenizer, tuple(backbone.stop_ids))
         self._clips: OrderedDict[str, Clip] = OrderedDict()
