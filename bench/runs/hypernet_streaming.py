@@ -3,7 +3,7 @@
 The hypernetwork alone, random weights, one video. ``released`` has the features of all layers at
 once and runs ``bench/released.py`` in float32. The others get the features of one layer at a time,
 as the decoder produces them, in the order of the pipeline: ``layers`` one by one, as before layers
-were grouped; ``groups`` as many at once as a work unit has tokens for; ``groups, bfloat16`` the
+were grouped; ``groups`` as many at once as a group has tokens for; ``groups, bfloat16`` the
 same with bfloat16 features. Each runs in a process of its own, and they take turns; peak resident
 memory includes the weights. Seconds are CPU time of all threads, the least of the rounds, because
 wall time depends on what else runs. Ratios are stored only if the adapters agree.
