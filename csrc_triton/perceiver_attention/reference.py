@@ -40,24 +40,26 @@ def perceiver_attention(
     """Absorbed cross-attention over an RMS-normalized context; ``bounds`` is not needed here."""
     compute = dispatch.product_dtype(query)
     q, x = query.to(compute), context.to(compute)
-    # Passes over the scores cost a fifth of the products on a CPU, so there are few, all in place.
     scores = dispatch.wide_product(q, x.mT)
     norm = inv_rms.to(scores.dtype)
     if scores.shape[-1] == 0:
         return torch.zeros_like(query), scores.new_full(scores.shape[:-1], -torch.inf)
-    scores.mul_(norm[:, None])
+    # Passes over the scores cost a fifth of the products on a CPU, so there are few, all in place
+    # where autograd does not need what they replace.
+    place = None if scores.requires_grad or norm.requires_grad else scores
+    scores = torch.mul(scores, norm[:, None], out=place)
     masked = norm == 0
     # A CPU's slowest pass; on a GPU the question would cost a wait for the device.
     if not masked.is_cpu or masked.any():
         scores.masked_fill_(masked[:, None], -torch.inf)
     largest = scores.amax(-1, keepdim=True)
     # A row that sees nothing has -inf: subtract 0 there, so that exp gives 0 and not NaN.
-    largest.masked_fill_(largest == -torch.inf, 0.0)
-    weights = scores.sub_(largest).exp_()
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    weights = torch.exp(torch.sub(scores, largest, out=place), out=place)
     total = weights.sum(-1, keepdim=True)
     lse = (largest + total.log())[..., 0]
-    out = dispatch.wide_product(weights.mul_(norm[:, None]).to(compute), x)
-    return out.div_(total.masked_fill(total == 0, 1.0)).to(query.dtype), lse
+    out = dispatch.wide_product(torch.mul(weights, norm[:, None], out=place).to(compute), x)
+    return (out / total.masked_fill(total == 0, 1.0)).to(query.dtype), lse
 
 
 def differentiable_perceiver_attention(

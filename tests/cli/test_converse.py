@@ -22,9 +22,9 @@ def run(*arguments, stdin: str | None = None, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """Adapter of a clip of two objects."""
+    """Adapter of a clip of two objects, of which sampled answers name now one, now the other."""
     folder = tmp_path_factory.mktemp("converse")
-    scene = ambiguous_scenes(sample_scenes("test", 8, 0))[0]
+    scene = ambiguous_scenes(sample_scenes("test", 12, 0))[5]
     write_clip(scene, folder / "clip.mp4")
     run("internalize", folder / "clip.mp4", "--out", folder / "clip.safetensors")
     return folder / "clip.safetensors"
