@@ -1,6 +1,7 @@
 """The shapes world's examples and attribute scores on an untrained pair, and its commands."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from v2l_fast.cli.shapes import app
 from v2l_fast.data.manifest import load_manifest
+from v2l_fast.errors import ConfigError
 from v2l_fast.evaluation.answers import BASELINE, CONDITIONS, NONE, SYSTEM
 from v2l_fast.evaluation.examples import token_f1
 from v2l_fast.hypernet.config import HypernetConfig
@@ -28,6 +30,7 @@ from v2l_fast.shapes.evaluate import (
     wrong_captions,
 )
 from v2l_fast.shapes.language import caption
+from v2l_fast.shapes.looks import photograph
 from v2l_fast.shapes.vlm import IMAGE_SIZE
 from v2l_fast.shapes.world import sample_scenes
 
@@ -139,3 +142,12 @@ def test_render_command_refuses_other_values(tmp_path, option, value):
     assert result.exit_code == 2
     assert option in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_photographs_are_an_error_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    photograph.cache_clear()
+    monkeypatch.setattr(Video2LoRA, "from_pretrained", None)
+    result = CliRunner().invoke(app, ["evaluate", "--record", str(tmp_path / "record.json")])
+    assert isinstance(result.exception, ConfigError)
+    assert "v2l_fast[shapes]" in str(result.exception)

@@ -150,7 +150,9 @@ def evaluate(
         64, min=0, help="Number of them that are also asked two questions in one conversation."
     ),
     probes: bool = Option(
-        True, help="Also test other durations, binding, untrained questions and absent objects."
+        True,
+        help="Also test other durations, binding, untrained questions, absent objects and other "
+        "looks (pip install 'v2l_fast[shapes]').",
     ),
     captions_only: str | None = Option(
         None,
@@ -171,11 +173,14 @@ def evaluate(
     from v2l_fast.outputs import check_output
     from v2l_fast.shapes.evaluate import evaluate as run
     from v2l_fast.shapes.evaluate import evaluate_files, evaluate_turns
+    from v2l_fast.shapes.looks import HELD_OUT_PHOTOS, photograph
     from v2l_fast.shapes.probes import probe
     from v2l_fast.shapes.report_page import probe_tables
     from v2l_fast.shapes.world import sample_scenes
 
     check_output(record, force=running.force)
+    if probes:
+        photograph(HELD_OUT_PHOTOS[0])  # Missing photographs are an error now, not in an hour.
     torch.set_num_threads(running.threads)
     model = Video2LoRA.from_pretrained(folder or "shapes", device="cpu")
     scenes = sample_scenes("test", videos, running.seed)
