@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 
 from bench import report
@@ -84,6 +85,13 @@ def test_unknown_benchmark_shows_its_rows():
 def test_committed_records_can_be_read():
     records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     assert records and report.report(records).count("## ") >= len(records)
+
+
+def test_committed_records_name_no_folder_of_a_machine():
+    root = RESULTS.parents[1]
+    paths = [*RESULTS.glob("*.json"), *(root / "runs").glob("*.json")]
+    assert len(paths) > 10
+    assert not [path.name for path in paths if re.search(r'"/[A-Za-z]', path.read_text())]
 
 
 def test_written_whole(tmp_path, monkeypatch):

@@ -141,21 +141,10 @@ def widen_base(
     began = time.perf_counter()
     model, tokenizer = _start(start, ADDED_WORDS, ADDED_WORDS, folder, seed, threads)
     scenes, recordings = recorded_videos("train", settings.videos, seed)
-    running = _train_on_recordings(
+    return _train_on_recordings(
         model, tokenizer, scenes, recordings, settings, seed, "widening", widened_qa_pairs, folder,
-        report,
+        record, began, {"what": "second stage of the tiny SmolVLM of the shapes world"}, report,
     )  # fmt: skip
-    result = {
-        "what": "second stage of the tiny SmolVLM of the shapes world",
-        "seed": seed,
-        "settings": asdict(settings),
-        "seconds": round(time.perf_counter() - began, 1),
-        "threads": threads,
-        "training": {name: round(value, 4) for name, value in sorted(running.items())},
-    }
-    write_json(record, result)
-    note(f"the base model is in {folder / 'base'}, the record of its training in {record}")
-    return result
 
 
 def _start(
@@ -186,9 +175,21 @@ def _train_on_recordings(
     stage: str,
     qa_pairs: Callable[[Scene, random.Random], list[QAPair]],
     folder: Path,
+    record: Path,
+    began: float,
+    about: Mapping[str, Any],
     report: Callable[[int, dict[str, float]], None] | None,
-) -> dict[str, float]:
-    """Train the decoder on recordings and write the model to folder/base; return the scores."""
+) -> dict[str, Any]:
+    """Train the decoder on recordings; write the model to folder/base and the record to `record`.
+
+    Args:
+        stage: name of the stage, of its checkpoint and of its random choices.
+        began: `time.perf_counter()` at the start of the stage.
+        about: fields of the record besides settings, time and scores.
+
+    Returns:
+        The record.
+    """
     with progress_bar(f"base model, {stage}") as bar:
         visual = recorded_visual_tokens(
             model, scenes, recordings, seed,
@@ -209,7 +210,17 @@ def _train_on_recordings(
             folder / f"{stage}.safetensors", show,
         )["running"]  # fmt: skip
     save_base(model, tokenizer, folder / "base")
-    return running
+    result = {
+        **about,
+        "seed": seed,
+        "settings": asdict(settings),
+        "seconds": round(time.perf_counter() - began, 1),
+        "threads": torch.get_num_threads(),
+        "training": {name: round(value, 4) for name, value in sorted(running.items())},
+    }
+    write_json(record, result)
+    note(f"the base model is in {folder / 'base'}, the record of its training in {record}")
+    return result
 
 
 # --- the third stage ------------------------------------------------------------------------------
@@ -229,6 +240,8 @@ class ImitationSettings:
 
 @dataclass(frozen=True)
 class VaryingSettings(WideningSettings):
+    """The schedule of the second stage, with more videos and steps."""
+
     videos: int = 16384
     lr: float = 1.2e-3
     caption_weight: float = 0.4
@@ -334,22 +347,14 @@ def vary_base(
     )
     error = _imitation_stage(model, folder / "tower.safetensors", seed, imitation)
     scenes, recordings = varied_videos("train", settings.videos, seed)
-    running = _train_on_recordings(
-        model, tokenizer, scenes, recordings, settings, seed, "varying", varied_qa_pairs, folder,
-        report,
-    )  # fmt: skip
-    result = {
+    about = {
         "what": "third stage of the tiny SmolVLM of the shapes world",
-        "seed": seed,
         "imitation": {**asdict(imitation), "error": round(error, 4)},
-        "settings": asdict(settings),
-        "seconds": round(time.perf_counter() - began, 1),
-        "threads": threads,
-        "training": {name: round(value, 4) for name, value in sorted(running.items())},
     }
-    write_json(record, result)
-    note(f"the base model is in {folder / 'base'}, the record of its training in {record}")
-    return result
+    return _train_on_recordings(
+        model, tokenizer, scenes, recordings, settings, seed, "varying", varied_qa_pairs, folder,
+        record, began, about, report,
+    )  # fmt: skip
 
 
 def _imitation_stage(
