@@ -132,8 +132,8 @@ def test_varied_samples_have_a_description_and_three_objects(config, base):
         assert len(kinds) == 6 and kinds.count("details") == kinds.count("absent") == 1
         sample = training.load(index, 0)
         assert sample.task_types.count("caption") == 2
-    with pytest.raises(ConfigError, match="prompts_per_video must be at least 5"):
-        recorded_sources(config("data.source=shapes-varied", "data.prompts_per_video=4"), base)
+    with pytest.raises(ConfigError, match="prompts_per_video must be at least 6"):
+        recorded_sources(config("data.source=shapes-varied", "data.prompts_per_video=5"), base)
 
 
 def test_targets_can_be_the_models_own_captions(config, base, tmp_path, monkeypatch):

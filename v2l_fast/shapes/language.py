@@ -166,7 +166,7 @@ def ask_several(scene: Scene, count: int, rng: random.Random) -> list[QAPair]:
 # --- questions of the second stages ---------------------------------------------------------------
 
 NONE = "none"
-# Questions by attribute; {x} is the object. No hypernetwork is trained on the last ones.
+# Questions by attribute; {x} is the object. No hypernetwork is asked about an object with the last.
 _ATTRIBUTE = ("What {k} is the {x}?", "Which {k} is the {x}?", "What is the {k} of the {x}?")
 _MOTION = ("How does the {x} move?", "Where does the {x} move?", "What is the motion of the {x}?")
 _SLOTS = ("size", "color", "shape", "motion")
@@ -238,6 +238,16 @@ def ask_last(scene: Scene, rng: random.Random) -> QAPair | None:
     one, other = rng.sample([item.shape for item in scene.objects], 2)
     question = f"Which comes second, the {one} or the {other}?"
     return QAPair("last", question, scene.objects[1].shape)
+
+
+def ask_further(scene: Scene, rng: random.Random) -> QAPair:
+    """Where an object starts, which of two comes second, or the background's color in any wording:
+    what the base model answers too, but no other function asks of a hypernetwork in training."""
+    kind = rng.choice(("start", "last", "background"))
+    if kind == "background":
+        return _about(kind, "color", "background", scene.background, True, rng)
+    last = ask_last(scene, rng) if kind == "last" else None
+    return last or ask(scene, "start", rng)
 
 
 def ask_ordinal(scene: Scene, rng: random.Random) -> QAPair:

@@ -31,6 +31,7 @@ from v2l_fast.shapes.language import (
     ask,
     ask_absent,
     ask_bound,
+    ask_further,
     ask_several,
     describe,
 )
@@ -178,7 +179,8 @@ class RecordedSource:
             descriptions; None trains on correct captions and answers.
         captions_per_sample: number of these in a sample, the caption among them.
         binding_questions: number of questions that name an object by its shape or color.
-        varied: also draw detailed descriptions, and questions about the third of two objects.
+        varied: also draw detailed descriptions, questions about the third of two objects, and those
+            of :func:`~v2l_fast.shapes.language.ask_further`.
         question_weights: see :class:`~v2l_fast.training.config.DataConfig`.
         second_turn_share: see :class:`~v2l_fast.training.config.DataConfig`.
         seed: with the step and the video's index, determines every choice.
@@ -216,9 +218,9 @@ class RecordedSource:
         )
 
     def qa_pairs(self, index: int, rng: random.Random) -> list[QAPair]:
-        """The model's caption and some of its descriptions; or a correct caption, a description of
-        a varied scene, and questions: of any kind, about objects named by shape or color, and about
-        an absent object."""
+        """The model's caption and some of its descriptions; or a correct caption and questions: of
+        any kind, about objects named by shape or color, and about an absent object. A varied scene
+        adds a further question and a description."""
         scene = self.scenes[index]
         if self.captions is not None:
             caption, *details = self.captions[index]
@@ -232,7 +234,7 @@ class RecordedSource:
         if not self.varied:
             return [*pairs, *binding, ask_absent(scene, rng)]
         absent = ask_absent(scene, rng, max_objects=MAX_OBJECTS)
-        return [*pairs, *binding, absent, describe(scene, rng)]
+        return [*pairs, *binding, absent, ask_further(scene, rng), describe(scene, rng)]
 
 
 def recorded_sources(
@@ -262,7 +264,7 @@ def recorded_sources(
         contents = "a caption, a question, one about a named object, one about an absent object"
         least, most = 4, None
         if varied:
-            contents, least = f"{contents}, a description", 5
+            contents, least = f"{contents}, a further question, a description", 6
     if data.prompts_per_video < least or (most and data.prompts_per_video > most):
         bounds = f"{least} to {most}" if most else f"at least {least}"
         raise ConfigError(
