@@ -16,7 +16,7 @@ from v2l_fast.shapes.evaluate import rendered_clips
 from v2l_fast.shapes.probes import recorded_clips
 from v2l_fast.shapes.render import SAMPLED_INDICES
 from v2l_fast.shapes.source import clip_chunks, prepare_base, recorded_sources, shapes_sources
-from v2l_fast.shapes.widen import recorded_videos, varied_videos
+from v2l_fast.shapes.widen import varied_videos
 from v2l_fast.shapes.world import sample_scenes
 from v2l_fast.training.config import load_config
 from v2l_fast.training.step import TrainStep
@@ -59,8 +59,10 @@ def test_contexts_are_those_of_internalizing(config, base):
 
 
 def test_recorded_contexts_are_those_of_internalizing(config, base):
-    _, unseen = recorded_sources(config("data.source=shapes-any"), base)
-    scenes, recordings = recorded_videos("val", 4, 0)
+    _, unseen = recorded_sources(
+        config("data.source=shapes-varied", "data.prompts_per_video=6"), base
+    )
+    scenes, recordings = varied_videos("val", 4, 0)
     assert len({len(recording.indices) for recording in recordings}) > 1
     for index, clip in enumerate(recorded_clips(scenes, recordings)):
         chunk = unseen.load(index, 0).chunks[0]
@@ -72,33 +74,37 @@ def test_recorded_contexts_are_those_of_internalizing(config, base):
 
 
 def test_recorded_samples_have_questions_by_name_and_about_absent_objects(config, base):
-    training, _ = recorded_sources(config("data.source=shapes-any"), base)
-    kinds = [pair.kind for i in range(8) for pair in training.qa_pairs(i, random.Random(i))]
-    assert kinds.count("caption") == kinds.count("absent") == 8
-    assert kinds.count("binding") >= 4
+    source = "data.source=shapes-varied"
+    training, _ = recorded_sources(config(source, "data.prompts_per_video=6"), base)
+    assert {len(scene.objects) for scene in training.scenes} == {1, 2, 3}
+    samples = [training.qa_pairs(i, random.Random(i)) for i in range(8)]
+    for index, pairs in enumerate(samples):
+        kinds = [pair.kind for pair in pairs]
+        assert len(kinds) == 6
+        assert kinds.count("caption") == kinds.count("absent") == kinds.count("details") == 1
+        assert set(kinds) & {"start", "last", "background"}
+        assert training.load(index, 0).task_types.count("caption") == 2
+    assert sum(pair.kind == "binding" for pairs in samples for pair in pairs) >= 4
     assert training.load(3, 5).qa_pairs == training.load(3, 5).qa_pairs
-    more, _ = recorded_sources(config("data.source=shapes-any", "data.prompts_per_video=6"), base)
+    more, _ = recorded_sources(config(source, "data.prompts_per_video=8"), base)
     for index in range(8):
         chosen = [pair.kind for pair in more.qa_pairs(index, random.Random(index))]
-        assert len(chosen) == 6 and chosen.count("binding") in (0, 3, 4)
+        assert len(chosen) == 8 and chosen.count("binding") in (0, 3, 4)
     colors, _ = recorded_sources(
-        config("data.source=shapes-any", "data.question_weights.color=1e9"), base
+        config(source, "data.prompts_per_video=6", "data.question_weights.color=1e9"), base
     )
-    assert any(
-        training.qa_pairs(i, random.Random(i)) != colors.qa_pairs(i, random.Random(i))
-        for i in range(8)
-    )
-    with pytest.raises(ConfigError, match="prompts_per_video must be at least 4"):
-        recorded_sources(config("data.source=shapes-any", "data.prompts_per_video=3"), base)
+    assert any(pairs != colors.qa_pairs(i, random.Random(i)) for i, pairs in enumerate(samples))
+    with pytest.raises(ConfigError, match="prompts_per_video must be at least 6"):
+        recorded_sources(config(source, "data.prompts_per_video=5"), base)
 
 
-@pytest.mark.parametrize("name", ["shapes", "shapes-any"])
+@pytest.mark.parametrize("name", ["shapes", "shapes-varied"])
 def test_questions_may_be_second_turns(config, base, name):
     """Their ids are those of the conversation that a user would send."""
     find = shapes_sources if name == "shapes" else recorded_sources
+    options = (f"data.source={name}", "data.prompts_per_video=6")
     (single, _), (double, _) = (
-        find(config(f"data.source={name}", f"data.second_turn_share={share}"), base)
-        for share in (0.0, 1.0)
+        find(config(*options, f"data.second_turn_share={share}"), base) for share in (0.0, 1.0)
     )
     rng = random.Random("0/5/3")
     pairs = double.qa_pairs(3, rng)
@@ -119,21 +125,6 @@ def test_questions_may_be_second_turns(config, base, name):
             for first, reply in questions.items()
         ]
         assert sample.prompt_prefix + ids in asked
-
-
-def test_varied_samples_have_a_description_and_three_objects(config, base):
-    training, _ = recorded_sources(
-        config("data.source=shapes-varied", "data.prompts_per_video=6"), base
-    )
-    assert {len(scene.objects) for scene in training.scenes} == {1, 2, 3}
-    for index in range(8):
-        pairs = training.qa_pairs(index, random.Random(index))
-        kinds = [pair.kind for pair in pairs]
-        assert len(kinds) == 6 and kinds.count("details") == kinds.count("absent") == 1
-        sample = training.load(index, 0)
-        assert sample.task_types.count("caption") == 2
-    with pytest.raises(ConfigError, match="prompts_per_video must be at least 6"):
-        recorded_sources(config("data.source=shapes-varied", "data.prompts_per_video=5"), base)
 
 
 def test_targets_can_be_the_models_own_captions(config, base, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from v2l_fast.video import FrameSampling
 def test_presets_are_complete_and_valid():
     assert preset_names() == [
         "shapes",
-        "shapes-any",
         "shapes-captions",
         "shapes-varied",
         "smolvlm2-2.2b",
@@ -93,8 +92,7 @@ def test_a_file_builds_on_a_preset(tmp_path):
         ('run.trackers=["mlflow"]', "must be 'tensorboard' or 'wandb', got 'mlflow'"),
         (
             "data.source=shape",
-            "must be 'manifest', 'shapes', 'shapes-any', 'shapes-varied' or 'shapes-captions', got "
-            "'shape'",
+            "must be 'manifest', 'shapes', 'shapes-varied' or 'shapes-captions', got 'shape'",
         ),
         ("optim.schedule=linear", "must be 'cosine' or 'trapezoid', got 'linear'"),
         (

@@ -91,7 +91,7 @@ def train_vlm(
 def widen_vlm(
     running: RunOptions,
     start: Path = Argument(..., help="Folder of the tiny VLM of train-vlm."),
-    folder: Path = Option(Path("runs/shapes-any"), help="Folder of the run's files."),
+    folder: Path = Option(Path("runs/shapes-widened"), help="Folder of the run's files."),
     record: Path = Option(
         Path("runs/shapes-widening.json"), help="File of the run's record (JSON)."
     ),
@@ -102,7 +102,7 @@ def widen_vlm(
     Repeat the same command to continue after an interruption.
 
     \b
-    v2l shapes widen-vlm runs/shapes/base --folder runs/shapes-any
+    v2l shapes widen-vlm runs/shapes/base --folder runs/shapes-widened
     """
     from v2l_fast.outputs import check_folder, check_output
     from v2l_fast.shapes.widen import widen_base
@@ -129,7 +129,7 @@ def vary_vlm(
     Repeat the same command to continue after an interruption.
 
     \b
-    v2l shapes vary-vlm runs/shapes-any/base --folder runs/shapes-varied
+    v2l shapes vary-vlm runs/shapes-widened/base --folder runs/shapes-varied
     """
     from v2l_fast.outputs import check_folder, check_output
     from v2l_fast.shapes.widen import vary_base

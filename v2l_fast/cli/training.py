@@ -45,7 +45,7 @@ def train(
         "",
         "--config",
         "-c",
-        help="A TOML file, or a preset: shapes, shapes-any, shapes-varied, shapes-captions, "
+        help="A TOML file, or a preset: shapes, shapes-captions, shapes-varied, "
         "smolvlm2-500m, smolvlm2-2.2b.",
     ),
     resume: bool | None = Option(

@@ -42,7 +42,7 @@ from v2l_fast.shapes.vlm import (
     cache_visual_tokens,
     recorded_visual_tokens,
 )
-from v2l_fast.shapes.widen import recorded_videos, varied_videos
+from v2l_fast.shapes.widen import varied_videos
 from v2l_fast.shapes.world import (
     MAX_OBJECTS,
     Recording,
@@ -179,8 +179,6 @@ class RecordedSource:
             descriptions; None trains on correct captions and answers.
         captions_per_sample: number of these in a sample, the caption among them.
         binding_questions: number of questions that name an object by its shape or color.
-        varied: also draw detailed descriptions, questions about the third of two objects, and those
-            of :func:`~v2l_fast.shapes.language.ask_further`.
         question_weights: see :class:`~v2l_fast.training.config.DataConfig`.
         second_turn_share: see :class:`~v2l_fast.training.config.DataConfig`.
         seed: with the step and the video's index, determines every choice.
@@ -193,7 +191,6 @@ class RecordedSource:
     captions: Sequence[Sequence[Sequence[str]]] | None = None
     captions_per_sample: int = 1
     binding_questions: int = 1
-    varied: bool = False
     question_weights: Mapping[str, float] = field(default_factory=dict)
     second_turn_share: float = 0.0
     seed: int = 0
@@ -218,9 +215,9 @@ class RecordedSource:
         )
 
     def qa_pairs(self, index: int, rng: random.Random) -> list[QAPair]:
-        """The model's caption and some of its descriptions; or a correct caption and questions: of
-        any kind, about objects named by shape or color, and about an absent object. A varied scene
-        adds a further question and a description."""
+        """The model's caption and some of its descriptions; or a correct caption, questions (of any
+        kind, about objects named by shape or color, about an absent object, and a further one) and
+        a description."""
         scene = self.scenes[index]
         if self.captions is not None:
             caption, *details = self.captions[index]
@@ -231,8 +228,6 @@ class RecordedSource:
         binding = [pair for pair in drawn if pair is not None]
         others = 1 + self.binding_questions - len(binding)
         pairs = [ask(scene, "caption", rng), *ask_several(scene, others, rng)]
-        if not self.varied:
-            return [*pairs, *binding, ask_absent(scene, rng)]
         absent = ask_absent(scene, rng, max_objects=MAX_OBJECTS)
         return [*pairs, *binding, absent, ask_further(scene, rng), describe(scene, rng)]
 
@@ -240,12 +235,11 @@ class RecordedSource:
 def recorded_sources(
     config: TrainConfig, backbone: SmolVLM
 ) -> tuple[RecordedSource, RecordedSource | None]:
-    """As :func:`shapes_sources`, of recordings of 2 to 64 s.
+    """As :func:`shapes_sources`, of recordings of 2 to 64 s with up to three objects in any look.
 
-    With `data.source` "shapes-varied" or "shapes-captions", scenes have up to three objects and any
-    look; with the last, the targets are the caption and the detailed descriptions that the frozen
-    model writes with the video in context, the descriptions at temperature 1, of scenes without
-    what :mod:`~v2l_fast.shapes.world` holds out.
+    With `data.source` "shapes-captions", the targets are the caption and the detailed descriptions
+    that the frozen model writes with the video in context, the descriptions at temperature 1, of
+    scenes without what :mod:`~v2l_fast.shapes.world` holds out.
 
     Raises:
         ConfigError: a value of `data` is not possible in this world.
@@ -257,14 +251,15 @@ def recorded_sources(
         )
     if tuple(data.chunks) != (1,):
         raise ConfigError(f"data.chunks must be [1] for {data.source}, got {list(data.chunks)}")
-    varied = data.source != "shapes-any"
-    if data.source == "shapes-captions":
+    own_captions = data.source == "shapes-captions"
+    if own_captions:
         contents, least, most = "a caption and descriptions", 1, 1 + _DESCRIPTIONS
     else:
-        contents = "a caption, a question, one about a named object, one about an absent object"
-        least, most = 4, None
-        if varied:
-            contents, least = f"{contents}, a further question, a description", 6
+        contents = (
+            "a caption, a question, one about a named object, one about an absent object, "
+            "a further question, a description"
+        )
+        least, most = 6, None
     if data.prompts_per_video < least or (most and data.prompts_per_video > most):
         bounds = f"{least} to {most}" if most else f"at least {least}"
         raise ConfigError(
@@ -274,19 +269,15 @@ def recorded_sources(
     folder = config.feature_folder
 
     def source(split: str, count: int) -> RecordedSource:
-        if data.source == "shapes-any":
-            scenes, recordings = recorded_videos(split, count, seed)
-        elif data.source == "shapes-varied":
-            scenes, recordings = varied_videos(split, count, seed)
-        else:
-            scenes, recordings = varied_videos(split, count, seed, _is_seen_in_captions)
+        seen = (_is_seen_in_captions,) if own_captions else ()
+        scenes, recordings = varied_videos(split, count, seed, *seen)
         with progress_bar(f"videos of the {split} split") as bar:
             features = recorded_visual_tokens(
                 backbone.model, scenes, recordings, seed if split == "train" else None,
                 lambda done: bar("visual tokens, video", done, count),
             )  # fmt: skip
             captions = None
-            if data.source == "shapes-captions":
+            if own_captions:
                 captions = stored_captions(
                     backbone, recordings, features, folder,
                     lambda done: bar("the model's captions, video", done, count),
@@ -299,7 +290,6 @@ def recorded_sources(
             captions,
             captions_per_sample=data.prompts_per_video,
             binding_questions=data.prompts_per_video - least + 1,
-            varied=varied,
             question_weights=data.question_weights,
             second_turn_share=data.second_turn_share,
             seed=seed,

@@ -101,9 +101,8 @@ class DataConfig:
 
     Attributes:
         source: "manifest" (JSONL files), or rendered videos of the toy world: "shapes" (8 s),
-            "shapes-any" (2 to 64 s), "shapes-varied" (2 to 64 s, up to three objects, any look) or
-            "shapes-captions" (as the last; the targets are captions and descriptions that the
-            frozen model writes).
+            "shapes-varied" (2 to 64 s, up to three objects, any look) or "shapes-captions" (as the
+            last; the targets are captions and descriptions that the frozen model writes).
         manifests, val_manifests: JSONL files; without the second, `val_share` of the videos of
             the first are kept from training.
         videos: limit on the number of training videos (0: no limit).
@@ -125,7 +124,7 @@ class DataConfig:
         second_turn_share: share of the questions that follow another question of the same video and
             its answer, as the second turn of a conversation.
         question_weights: how often a question about an object by its name asks about an attribute,
-            relative to the others ("shapes-any" and "shapes-varied" only; default 1, "motion" 2).
+            relative to the others ("shapes-varied" only; default 1, "motion" 2).
         decoder: "pyav", "torchcodec" or "dali"; "auto" is DALI for what it can decode on a GPU,
             and PyAV for the rest.
         workers: processes that read videos ahead of the step, threads where a GPU decodes; 0 reads
@@ -133,9 +132,7 @@ class DataConfig:
         prefetch: batches each worker reads ahead.
     """
 
-    source: Literal["manifest", "shapes", "shapes-any", "shapes-varied", "shapes-captions"] = (
-        "manifest"
-    )
+    source: Literal["manifest", "shapes", "shapes-varied", "shapes-captions"] = "manifest"
     manifests: Many[str] = ()
     val_manifests: Many[str] = ()
     val_share: Annotated[float, Field(ge=0, le=0.5)] = 0.01
@@ -297,10 +294,9 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check_question_weights(self) -> TrainConfig:
-        sources = ("shapes-any", "shapes-varied")
-        if self.data.question_weights and self.data.source not in sources:
+        if self.data.question_weights and self.data.source != "shapes-varied":
             raise ValueError(
-                f"data.question_weights is for data.source={' or '.join(sources)}, not for "
+                "data.question_weights is for data.source=shapes-varied, not for "
                 f"{self.data.source}; leave it out"
             )
         return self
