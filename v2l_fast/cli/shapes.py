@@ -151,7 +151,7 @@ def evaluate(
     ),
     probes: bool = Option(
         True,
-        help="Also test other durations, binding, untrained questions, absent objects and other "
+        help="Also test other durations, binding, further questions, absent objects and other "
         "looks (pip install 'v2l_fast[shapes]').",
     ),
     captions_only: str | None = Option(

@@ -21,7 +21,7 @@ from v2l_fast.evaluation.plots import (
 from v2l_fast.evaluation.report import interval_text, markdown_table, notes
 from v2l_fast.evaluation.report import markdown as metric_tables
 from v2l_fast.files import write_text
-from v2l_fast.shapes.probes import CAPTIONS_ONLY
+from v2l_fast.shapes.probes import CAPTIONS_ONLY, NEVER_ASKED
 
 Record = Mapping[str, Any]
 
@@ -117,15 +117,14 @@ def probe_tables(record: Record) -> list[str]:
         "share of the direct score above that of no adapter.",
         markdown_table(goal_rows(record)),
         "**Kinds of questions about clips of random duration** (2 to 64 s, 4 to 10 frames/s, 2 to "
-        '12 frames). Kinds marked "not trained" were asked in the training of the VLM, not of the '
-        "hypernetwork, which may have read the answers in descriptions; the second network was "
-        "trained on no question at all.",
+        "12 frames). Where an object ends, and another wording, were asked in the training of the "
+        "VLM, not of a hypernetwork, which may have read the answers in descriptions; the second "
+        "network was trained on no question at all.",
         questions(record["kinds"], "correct"),
         "**Absent objects**: share of answers that deny the object.",
         questions(record["absent"], "denied"),
-        "**Questions of kinds or wordings that the hypernetwork was not trained on**, about clips "
-        "of 8 s.",
-        questions(record["untrained"], "correct"),
+        "**Further kinds and wordings**, about clips of 8 s.",
+        questions(record["further"], "correct"),
         "**Which of two objects a question refers to**: both are asked about by shape where their "
         "answers differ, so chance is 0.5.",
         questions(record["binding"], "correct"),
@@ -162,7 +161,7 @@ def goal_rows(record: Record) -> list[dict[str, Any]]:
         goals.append(("absent objects denied, " + name, 0.9, *worst(record["absent"], name)))
     for name in (BASELINE, SYSTEM):
         goals.append(("which of two objects, " + name, 0.95, *worst(record["binding"], name)))
-    trained = [row for row in record["kinds"] if "not trained" not in row["kind"]]
+    trained = [row for row in record["kinds"] if row["kind"] not in NEVER_ASKED]
     lower, kind = min((row["score"]["difference"]["low"], row["kind"]) for row in trained)
     goals.append(("trained kinds, lower bound of adapter - direct", -0.05, lower, kind))
     for name, row in record["retrieval"].items():
