@@ -241,13 +241,14 @@ def ask_last(scene: Scene, rng: random.Random) -> QAPair | None:
 
 
 def ask_further(scene: Scene, rng: random.Random) -> QAPair:
-    """Where an object starts, which of two comes second, or the background's color in any wording:
-    what the base model answers too, but no other function asks of a hypernetwork in training."""
-    kind = rng.choice(("start", "last", "background"))
+    """Where an object starts or ends, which of two comes second, or the background's color in any
+    wording: what the base model answers too, but no other function asks of a hypernetwork in
+    training."""
+    kind = rng.choice((*PLACE_KINDS, *PLACE_KINDS, "last", "background"))
     if kind == "background":
         return _about(kind, "color", "background", scene.background, True, rng)
     last = ask_last(scene, rng) if kind == "last" else None
-    return last or ask(scene, "start", rng)
+    return last or ask(scene, kind if kind in PLACE_KINDS else "start", rng)
 
 
 def ask_ordinal(scene: Scene, rng: random.Random) -> QAPair:

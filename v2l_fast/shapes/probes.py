@@ -382,8 +382,8 @@ def description_scores(answering: ConditionAnswers, scenes: Sequence[Scene]) -> 
 # --- questions ------------------------------------------------------------------------------------
 
 
-# What no hypernetwork is asked in training; descriptions may state the answers.
-NEVER_ASKED = frozenset({"another wording", "where it ends"})
+# What no hypernetwork is asked in training; descriptions are worded like this.
+NEVER_ASKED = frozenset({"another wording"})
 
 
 def kind_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
@@ -419,8 +419,8 @@ def binding_probes(scenes: Sequence[Scene]) -> Iterator[Probe]:
 
 def further_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
     """Questions in known words. The first hypernetwork was trained on none of them, later ones were
-    on all but where an object ends and "the color of" an object. The first VLM was trained on where
-    objects start and end, but not on the other wordings."""
+    on all but "the color of" an object and the like. The first VLM was trained on where objects
+    start and end, but not on the other wordings."""
     for index, scene in enumerate(scenes):
         rng = random.Random(f"untrained/{seed}/{index}")
         for kind in ("start", "end"):

@@ -117,9 +117,8 @@ def probe_tables(record: Record) -> list[str]:
         "share of the direct score above that of no adapter.",
         markdown_table(goal_rows(record)),
         "**Kinds of questions about clips of random duration** (2 to 64 s, 4 to 10 frames/s, 2 to "
-        "12 frames). Where an object ends, and another wording, were asked in the training of the "
-        "VLM, not of a hypernetwork, which may have read the answers in descriptions; the second "
-        "network was trained on no question at all.",
+        "12 frames). Another wording was used in the training of the VLM, not of a hypernetwork; "
+        "the second network was trained on no question at all.",
         questions(record["kinds"], "correct"),
         "**Absent objects**: share of answers that deny the object.",
         questions(record["absent"], "denied"),
