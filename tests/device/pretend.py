@@ -22,7 +22,7 @@ import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -35,6 +35,7 @@ from csrc_triton import dispatch
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
+make_tensor, as_tensor = torch.tensor, torch.as_tensor
 OURS = ("/v2l_fast/", "/csrc_triton/", "/bench/")
 # Ops of ours, by name: run as they are, and compared with what they tell the compiler.
 NAMESPACES = ("v2l::", "v2l_fast::")
@@ -169,6 +170,33 @@ def _is_composite(func: Any) -> bool:
 # --- tensors --------------------------------------------------------------------------------------
 
 
+def _indices(index: Any) -> Any:
+    """An index whose lists of numbers are tensors on the host.
+
+    PyTorch makes the tensor on the device of the indexed one, which it takes for "meta", where a
+    tensor has no values.
+    """
+    if isinstance(index, tuple):
+        return tuple(_index_tensor(item) for item in index)
+    if isinstance(index, Sequence) and not all(isinstance(item, int) for item in index):
+        return [_index_tensor(item) for item in index]
+    return _index_tensor(index)
+
+
+def _index_tensor(item: Any) -> Any:
+    if not isinstance(item, Sequence):
+        return item
+    values = make_tensor(item, device=CPU)
+    return values if values.dtype in (torch.bool, torch.uint8) else values.long()
+
+
+def _host_values(data: Any) -> Any:
+    """Nested lists whose device tensors are copied to the host; anything else as it is."""
+    if not isinstance(data, list | tuple):
+        return data
+    return [t.cpu() if isinstance(t, CudaTensor) else _host_values(t) for t in data]
+
+
 class CudaTensor(torch.Tensor):
     """CPU data of a tensor that says it is on cuda:0."""
 
@@ -205,6 +233,15 @@ class CudaTensor(torch.Tensor):
 
     def get_device(self) -> int:
         return 0
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return super().__getitem__(_indices(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_indices(index), value)
+
+    def new_tensor(self, data: Any, *, dtype=None, device=None, **options: Any) -> torch.Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=device or CUDA, **options)
 
     def tolist(self) -> Any:
         _active().wait("tolist")
@@ -557,7 +594,7 @@ def cuda(
     """Make ``torch.cuda`` this device inside of the block, in every thread started there."""
     global _device
     device = _device = PretendDevice(capability, name)
-    run_thread, make_tensor = threading.Thread.run, torch.tensor
+    run_thread = threading.Thread.run
     uses_kernels, count_wrong = dispatch.Op._uses_kernels, dispatch.Op.wrong_elements
 
     def run_in_mode(thread: threading.Thread) -> None:
@@ -573,8 +610,8 @@ def cuda(
         with _disable_current_modes():
             return device.pin(tensor.clone())
 
-    def tensor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
-        made = make_tensor(*args, **kwargs)
+    def tensor(data: Any, *, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        made = make_tensor(_host_values(data), **kwargs)
         return pin(made) if pin_memory else made
 
     def implementation(op: dispatch.Op, *tensors: torch.Tensor | None, **shape: Any) -> Any:
@@ -590,6 +627,7 @@ def cuda(
             stack.enter_context(mock.patch.object(torch.cuda, key, value, create=True))
         for owner, key, value in (
             (torch, "tensor", tensor),
+            (torch, "as_tensor", lambda data, *a, **k: as_tensor(_host_values(data), *a, **k)),
             (torch.Tensor, "pin_memory", pin),
             (torch.Tensor, "is_pinned", lambda tensor, *_: device.is_pinned(tensor)),
             (threading.Thread, "run", run_in_mode),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +125,89 @@ def _(x):
 def test_an_output_unlike_its_fake_is_a_problem(device: PretendDevice):
     transposed(torch.ones(2, 3, device=CUDA))
     assert "its fake" in device.problems[0]
+
+
+INDICES = [
+    [2, 0, 1],
+    [-1],
+    [],
+    range(2),
+    [True, False, True],
+    (slice(None), [1, 0]),
+    (..., [0, 3]),
+    (None, [1, 2]),
+    (1, [2, 3]),
+    ([0, 2], [1, 3]),
+    ([[0, 1], [2, 0]],),
+    ([True, False, True], 1),
+    np.array([2, 0]),
+    (slice(None), np.array([2, 0])),
+    np.array([True, False, True]),
+    torch.tensor([2, 0]),
+]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+def test_an_index_selects_and_writes_what_it_does_on_a_cpu(device: PretendDevice, index):
+    expected = torch.arange(12.0).view(3, 4)
+    values = expected.to(CUDA)
+    with device.watch() as waits:
+        selected = values[index]
+    assert selected.device == CUDA and torch.equal(selected.cpu(), expected[index])
+    # A copy of the index, which on a real device the host waits for.
+    assert any("pageable memory" in kind for kind, _ in waits)
+    values[index] = -1.0
+    expected[index] = -1.0
+    assert torch.equal(values.cpu(), expected)
+    values[index] = values[index] * 2 + 1
+    expected[index] = expected[index] * 2 + 1
+    assert torch.equal(values.cpu(), expected)
+    weight = torch.nn.Parameter(values)
+    weight[index].sum().backward()
+    counts = torch.zeros(3, 4).requires_grad_()
+    counts[index].sum().backward()
+    assert torch.equal(weight.grad.cpu(), counts.grad)
+    assert not device.problems
+
+
+VALUES = [
+    3,
+    True,
+    [1, 2],
+    [[1.0, 2.0], [3.0, 4.0]],
+    (True, False),
+    np.arange(4.0),
+    [np.float32(1), np.float32(2)],
+    [np.arange(2), np.arange(2)],
+    [torch.tensor(1.5), 2],
+    torch.arange(3),
+]
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct", "ignore:Creating a tensor from a list")
+@pytest.mark.parametrize("data", VALUES, ids=str)
+def test_a_tensor_of_python_values_holds_them(device: PretendDevice, data):
+    def makers(like: torch.Tensor):
+        options = {"device": like.device}
+        yield lambda values: torch.tensor(values, **options)
+        yield lambda values: torch.tensor(values, dtype=torch.bfloat16, **options)
+        yield lambda values: torch.as_tensor(values, **options)
+        yield lambda values: torch.asarray(values, **options)
+        yield like.new_tensor
+        yield lambda values: like.new_tensor(values, dtype=torch.float64)
+
+    here, there = torch.ones(1), torch.ones(1, device=CUDA)
+    for expect, make in zip(makers(here), makers(there), strict=True):
+        expected, made = expect(data), make(data)
+        assert made.device == CUDA and made.dtype == expected.dtype
+        assert torch.equal(made.cpu(), expected)
+    assert not device.problems
+
+
+@pytest.mark.parametrize("maker", ["tensor", "as_tensor"])
+def test_a_list_of_device_tensors_is_read_by_the_host(device: PretendDevice, maker):
+    number = torch.arange(3, device=CUDA)[2]
+    with device.watch() as waits:
+        made = getattr(torch, maker)([[number, 1], [0, number]])
+    assert made.tolist() == [[2, 1], [0, 2]] and made.device.type == "cpu"
+    assert [kind for kind, _ in waits] == ["copy to the host"] * 2
