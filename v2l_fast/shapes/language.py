@@ -299,11 +299,9 @@ def true_statements(scene: Scene) -> set[str]:
         for kind, progress in (("start", 0.0), ("end", 1.0)):
             place = " ".join(item.place(progress))
             statements.add(f"the {kind} of the {_refer(scene, index)} is {place}.")
-        names = [_refer(scene, index)]
-        names += [item.shape] * _is_unique(scene, item, "shape")
-        names += [f"{item.color} object"] * _is_unique(scene, item, "color")
-        for name, about in itertools.product(names, _SLOTS):
-            statements.add(f"the {about} of the {name} is {getattr(item, about)}.")
+        for (states, name), about in itertools.product(_names(scene, index).items(), _SLOTS):
+            if about != states:
+                statements.add(f"the {about} of the {name} is {getattr(item, about)}.")
     absent = [shape for shape in SHAPES if shape not in {item.shape for item in scene.objects}]
     for shape, about in itertools.product(absent, ("color", "size", "motion")):
         statements.add(f"the {about} of the {shape} is {NONE}.")
@@ -315,6 +313,15 @@ def statement_hits(text: str, scene: Scene) -> tuple[int, int]:
     stated = [f"{part.strip()}." for part in text.lower().split(".") if part.strip()]
     true = true_statements(scene)
     return sum(statement in true for statement in stated), max(1, len(stated))
+
+
+def _names(scene: Scene, index: int) -> dict[str, str]:
+    """The names of an object by the attribute that each states: "" for its place in the order, and
+    its shape and color if no other object has them."""
+    item = scene.objects[index]
+    named = {"shape": item.shape, "color": f"{item.color} object"}
+    unique = {states: name for states, name in named.items() if _is_unique(scene, item, states)}
+    return {"": _refer(scene, index), **unique}
 
 
 def _count_statement(scene: Scene, rng: random.Random) -> str:
@@ -344,14 +351,9 @@ def _absence_statement(scene: Scene, rng: random.Random) -> str:
 
 
 def _attribute_statement(scene: Scene, rng: random.Random) -> str:
-    """About an object named by its place in the order or, if it is unique, its shape or color."""
+    """About an object by any of its names."""
     index = rng.randrange(len(scene.objects))
-    item = scene.objects[index]
-    names = {"": _refer(scene, index)} | {
-        states: item.shape if states == "shape" else f"{item.color} object"
-        for states in ("shape", "color")
-        if _is_unique(scene, item, states)
-    }
+    item, names = scene.objects[index], _names(scene, index)
     states = rng.choice(tuple(names))
     about = rng.choice([slot for slot in _SLOTS if slot != states])
     return f"the {about} of the {names[states]} is {getattr(item, about)}."

@@ -460,9 +460,9 @@ def question_rows(answering: ConditionAnswers, probes: Iterable[Probe]) -> list[
     Returns:
         "kind", "questions", "videos", "example" and "score": condition -> interval over videos of
         the share of correct answers (for an absent object: of denials), with "difference", adapter
-        - direct, and "kept": condition -> share of the direct score above that of no adapter. For
-        absent objects also "attribute": condition -> share of answers that name a
-        color, size or motion.
+        - direct, and "kept": condition -> share of the direct score above that of no adapter (empty
+        where there is no such score). For absent objects also "attribute": condition -> share of
+        answers that name a color, size or motion.
     """
     probes = list(probes)
     texts = answering([(p.clip, p.question) for p in probes])
@@ -486,7 +486,7 @@ def question_rows(answering: ConditionAnswers, probes: Iterable[Probe]) -> list[
         row["kept"] = {
             name: recovery(estimates[name], estimates[BASELINE], estimates[NONE])
             for name in (SYSTEM, CAPTIONS_ONLY)
-            if name in estimates
+            if name in estimates and estimates[BASELINE] > estimates[NONE]
         }
         if not members[0].answer:
             row["attribute"] = {

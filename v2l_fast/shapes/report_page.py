@@ -166,8 +166,9 @@ def goal_rows(record: Record) -> list[dict[str, Any]]:
     for name, row in record["retrieval"].items():
         label = f"the caption finds its own among {row['adapters']} adapters, {name}"
         goals.append((label, 0.9, row["first"]["estimate"], f"{row['captions']} captions"))
-    if any(CAPTIONS_ONLY in row["kept"] for row in record["kinds"]):
-        kept, kind = min((row["kept"][CAPTIONS_ONLY], row["kind"]) for row in record["kinds"])
+    shares = [(row["kept"].get(CAPTIONS_ONLY), row["kind"]) for row in record["kinds"]]
+    if any(share is not None for share, _ in shares):
+        kept, kind = min((share, kind) for share, kind in shares if share is not None)
         goals.append(("questions kept by the network trained on captions only", 0.8, kept, kind))
     goals.sort(key=lambda goal: goal[2] - goal[1])
     return [
