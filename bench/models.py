@@ -183,7 +183,8 @@ class RandomPair:
         embeddings = self.backbone.embed(self.context if ids is None else ids, [features])
         whole_video = torch.tensor([[0.0, 1.0]], device=embeddings.device)
         context = ContextBatch([0], embeddings[None], None, whole_video)
-        return run_to_completion(iter_factors(self.backbone, self.network, context))
+        factors = run_to_completion(iter_factors(self.backbone, self.network, context))
+        return self.network.assemble(factors)
 
 
 def write_clip(path: Path, codec: str, frames: int, height: int) -> Path:

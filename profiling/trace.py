@@ -79,7 +79,7 @@ def internalize(network: HyperNetwork, backbone: SmolVLM, video: Context) -> Ada
         patch.object(backbone.decoder, "layer", _ranged(backbone.decoder.layer, "decoder layers")),
         patch.object(network, "group", _ranged(network.group, "hypernetwork layers")),
     ):
-        return run_to_completion(iter_factors(backbone, network, contexts))
+        return network.assemble(run_to_completion(iter_factors(backbone, network, contexts)))
 
 
 def _ranged(function: Callable, name: str) -> Callable:

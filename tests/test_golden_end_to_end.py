@@ -11,7 +11,7 @@ from transformers import SmolVLMForConditionalGeneration
 
 from tests.golden import FOLDER, load, network, relative
 from v2l_fast.generation import SamplingParams, generate
-from v2l_fast.hypernet.adapter import Adapter
+from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
 from v2l_fast.hypernet.adapter_bank import AdapterBank, LayerAdapters
 from v2l_fast.training.step import example_means, token_kl
 from v2l_fast.vlm.smolvlm import SmolVLM
@@ -90,13 +90,20 @@ def logits(
     return decoder.logits(decoder.text_model.norm(hidden))
 
 
+def composed(batch: AdapterBatch, n_chunks: list[int]) -> list[LayerAdapters]:
+    """Each layer's adapters, as in training."""
+    sides = batch.A[M].unbind(1), batch.B[M].unbind(1)
+    per_layer = [({M: a}, {M: b}) for a, b in zip(*sides, strict=True)]
+    return LayerAdapters.compose([per_layer], range(2), n_chunks, batch.scale, batch.bias)
+
+
 @torch.no_grad()
 def test_logits(vlm, batch, golden):
     ids, real = golden["text.input_ids"], golden["text.attention_mask"] == 1
     plain = logits(vlm, ids, None)
     assert relative(plain[real], golden["text.logits_base"][real]) <= 1e-5
     by_adapter = AdapterBank.pack(list(batch), "cpu", torch.float32)
-    by_batch = LayerAdapters.of_batch(batch.composed())
+    by_batch = composed(batch, [1, 1])
     for slots in (by_adapter, by_batch):
         actual = logits(vlm, ids, slots)
         assert relative(actual[real], golden["train.logits"][real]) <= 1e-5
@@ -108,7 +115,7 @@ def test_several_questions_to_a_video(vlm, batch, golden):
     real = golden["multiq.attention_mask"] == 1
     videos = list(batch)
     for slots in (
-        [replace(one, index=owner) for one in LayerAdapters.of_batch(batch.composed())],
+        [replace(one, index=owner) for one in composed(batch, [1, 1])],
         AdapterBank.pack([videos[i] for i in owner], "cpu", torch.float32),
     ):
         actual = logits(vlm, golden["multiq.input_ids"], slots)
@@ -121,7 +128,7 @@ def test_two_chunks_of_one_video(vlm, batch, golden):
     ids = golden["text.input_ids"][:1]
     for slots in (
         AdapterBank.pack([Adapter.compose(list(batch))], "cpu", torch.float32),
-        LayerAdapters.of_batch(batch.composed([2])),
+        composed(batch, [2]),
     ):
         actual = logits(vlm, ids, slots)
         assert relative(actual[0, real], golden["chunks2.logits"][0, real]) <= 1e-5
@@ -161,7 +168,7 @@ def answers(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, .
 def test_loss_and_gradients(vlm, golden):
     net = network("a")
     batch = net(golden["ctx_right.ctx_features"], golden["ctx_right.attention_mask"])
-    slots = LayerAdapters.of_batch(batch.composed())
+    slots = composed(batch, [1, 1])
     student = logits(vlm, golden["text.input_ids"], slots)
     rows, targets, owner = answers(student, golden["text.labels"])
     teacher, teacher_targets, _ = answers(golden["teacher.logits"], golden["teacher.labels"])

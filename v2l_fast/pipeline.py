@@ -22,9 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from v2l_fast.device import send
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
+from v2l_fast.hypernet.adapter import Adapter, AdapterBatch, LayerFactors
 from v2l_fast.hypernet.adapter_files import Provenance
-from v2l_fast.hypernet.network import HyperNetwork, LayerFactors
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.video.clip import split_clip
 from v2l_fast.video.preprocess import frame_views
@@ -257,7 +257,7 @@ def iter_factors(
     heads: Sequence[Tensor] | None = None,
     recompute: bool = False,
     widen: bool = True,
-) -> Generator[WorkUnit, None, AdapterBatch]:
+) -> Generator[WorkUnit, None, list[LayerFactors]]:
     """The factors of a batch of contexts, one "generate adapter" unit per layer.
 
     The decoder computes the inputs of as many layers as a group has tokens for, then the
@@ -271,7 +271,7 @@ def iter_factors(
         recompute, widen: see :meth:`~v2l_fast.hypernet.network.HyperNetwork.group`.
 
     Returns:
-        One adapter per context, in the batch's order.
+        The factors of each layer, one row per context in the batch's order.
     """
     decoder = backbone.decoder
     count, length = batch.embeddings.shape[:2]
@@ -306,7 +306,7 @@ def iter_factors(
             else:
                 hidden = yield from label_units(decoder.iter_layer(index, hidden, unit), label)
     yield "generate adapter", total, total
-    return hypernet.assemble(per_layer)
+    return per_layer
 
 
 @torch.no_grad()
@@ -323,7 +323,7 @@ def iter_adapters(
     finite: list[Tensor] = []
     unit = tokens_per_unit(backbone.decoder.device)
     for batch in context_batches(backbone, contexts, features, MAX_PADDING, max_tokens):
-        factors = yield from iter_factors(backbone, hypernet, batch, unit)
+        factors = hypernet.assemble((yield from iter_factors(backbone, hypernet, batch, unit)))
         members += batch.members
         adapters += factors
         finite.append(_finite(factors))

@@ -35,7 +35,8 @@ from bench.harness import (
     write_record,
 )
 from bench.models import SHAPES, random_hypernet
-from v2l_fast.hypernet.network import HyperNetwork, LayerFactors
+from v2l_fast.hypernet.adapter import LayerFactors
+from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.tensor_files import save_tensors
 from v2l_fast.work_units import (
     label_units,

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -62,7 +63,6 @@ from bench.models import (
 )
 from bench.released import ReleasedStep, Stage, Step
 from v2l_fast.data.readers import Sample
-from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import Context, visual_features
 from v2l_fast.training.step import StepOptions, TrainStep
@@ -337,16 +337,22 @@ class OurStep:
         with mock.patch.object(step.hypernet, "group", watched):
             adapters = step.adapters(samples, features)
         stage("hypernetwork forward")
-        sides = (adapters.A, adapters.B)
-        leaves = [{m: t.detach().requires_grad_() for m, t in side.items()} for side in sides]
-        loss = step.loss(samples, features, AdapterBatch(*leaves, adapters.scale), total).loss
+        leaves = [replace(a, A=_leaves(a.A), B=_leaves(a.B)) for a in adapters]
+        loss = step.loss(samples, features, leaves, total).loss
         stage("answer forward")
         loss.backward()
         stage("answer backward")
-        factors = [side[m] for side in sides for m in side]
-        torch.autograd.backward(factors, [leaf[m].grad for leaf in leaves for m in leaf])
+        factors, copies = (
+            [factor for a in each for side in (a.A, a.B) for factor in side.values()]
+            for each in (adapters, leaves)
+        )
+        torch.autograd.backward(factors, [leaf.grad for leaf in copies])
         stage("hypernetwork backward")
         return loss.detach()
+
+
+def _leaves(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {m: t.detach().requires_grad_() for m, t in factors.items()}
 
 
 class Run:

@@ -145,8 +145,11 @@ def test_gradients_reach_generated_adapters():
     linears = [layer.mlp.down_proj for layer in model.model.layers]
     a, b = factors(4, 0)
     leaves = [t["down_proj"][None].repeat(2, 1, 1, 1).requires_grad_() for t in (a, b)]
-    batch = AdapterBatch({"down_proj": leaves[0]}, {"down_proj": leaves[1]}, 1.5, BIAS)
-    layers = LayerAdapters.of_batch(batch.composed())
+    per_layer = [
+        ({"down_proj": a}, {"down_proj": b})
+        for a, b in zip(*(leaf.unbind(1) for leaf in leaves), strict=True)
+    ]
+    layers = LayerAdapters.compose([per_layer], [0, 1], [1, 1], 1.5, BIAS)
     assert all(slots.index.tolist() == [0, 1] for slots in layers)
     x = torch.randn(3, 5, D_IN)
     actual = [
@@ -155,6 +158,7 @@ def test_gradients_reach_generated_adapters():
     ]
     torch.stack(actual).square().sum().backward()
     assert all(leaf.grad.flatten(2).any(-1).all() for leaf in leaves)
+    batch = AdapterBatch.of_layers(per_layer, 1.5, BIAS)
     packed = AdapterBank.pack([batch[0], batch[1], batch[1]], "cpu", torch.float32)
     for index, (linear, expected) in enumerate(zip(linears, actual, strict=True)):
         assert relative(packed.apply("down_proj", index, linear, x), expected) <= 1e-6

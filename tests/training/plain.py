@@ -7,6 +7,8 @@ alone, full logits.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from bench import released
 from tests import tiny
 from v2l_fast.data.readers import Sample
+from v2l_fast.hypernet.adapter_bank import LayerAdapters
 from v2l_fast.hypernet.config import INSTRUCTION, HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import Context
@@ -61,6 +64,18 @@ def batch(backbone: SmolVLM) -> list[Sample]:
     """Mixed lengths, one to three chunks, one to four turns; the third is of the first's length."""
     shapes = [((2,), 3), ((1, 3), 1), ((2,), 2), ((1, 2, 4), 4)]
     return [sample(backbone, seed, *shape) for seed, shape in enumerate(shapes)]
+
+
+def leaves(adapters: list[LayerAdapters]) -> list[LayerAdapters]:
+    """The same factors, whose gradients end with them."""
+    return [
+        replace(
+            layer,
+            A={m: t.detach().requires_grad_() for m, t in layer.A.items()},
+            B={m: t.detach().requires_grad_() for m, t in layer.B.items()},
+        )
+        for layer in adapters
+    ]
 
 
 def features(backbone: SmolVLM, contexts: list[Context]) -> tuple[Tensor, Tensor]:

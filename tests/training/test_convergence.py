@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from v2l_fast.data.readers import Sample
-from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.hypernet.adapter_bank import LayerAdapters
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.pipeline import Context
@@ -140,10 +140,18 @@ def others_adapter() -> AbstractContextManager:
     """Every video answers with the next one's adapter."""
     right = TrainStep.adapters
 
-    def wrong(self: TrainStep, samples: list[Sample], features: list[Tensor]) -> AdapterBatch:
-        batch = right(self, samples, features)
-        a, b = ({m: t.roll(1, 0) for m, t in side.items()} for side in (batch.A, batch.B))
-        return AdapterBatch(a, b, batch.scale)
+    def wrong(
+        self: TrainStep, samples: list[Sample], features: list[Tensor]
+    ) -> list[LayerAdapters]:
+        layers = right(self, samples, features)
+        return [
+            replace(
+                layer,
+                A={m: t.roll(1, 0) for m, t in layer.A.items()},
+                B={m: t.roll(1, 0) for m, t in layer.B.items()},
+            )
+            for layer in layers
+        ]
 
     return mock.patch.object(TrainStep, "adapters", wrong)
 

@@ -15,10 +15,10 @@ from csrc_triton.perceiver_attention import reference as attention_reference
 from csrc_triton.rank_projection import reference as projection_reference
 from tests import tiny
 from tests.tiny import json_lines
+from tests.training import plain
 from tests.training.tiny_run import TinySource, run, settings
 from v2l_fast.hypernet import adapter_bank, perceiver
 from v2l_fast.hypernet import network as hypernet
-from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.pipeline import visual_features
 from v2l_fast.training.logging import StepCost, peak_flops
 from v2l_fast.training.step import StepOptions, TrainStep
@@ -98,13 +98,11 @@ def test_operations_are_those_of_the_step(visible_ops):
     samples = [source.load(index, 0) for index in range(8)]
     step = TrainStep(network, backbone, StepOptions(recompute=False))
     features = visual_features(backbone, [c for sample in samples for c in sample.chunks])
-    batch = step.adapters(samples, features)
-    sides = [{m: t.detach().requires_grad_() for m, t in f.items()} for f in (batch.A, batch.B)]
-    given = AdapterBatch(*sides, batch.scale)
+    given = plain.leaves(step.adapters(samples, features))
 
     def adapters() -> Tensor:
         made = step.adapters(samples, features)
-        return sum(t.sum() for side in (made.A, made.B) for t in side.values())
+        return sum(t.sum() for one in made for side in (one.A, one.B) for t in side.values())
 
     cost = StepCost.of(backbone, network.config)
     # Left out: what the latents attend to among themselves; not needed: the gradient for what

@@ -106,12 +106,13 @@ def test_special_tokens_in_prompts_and_targets_are_text(backbone, video):
 def test_adapters_in_training_are_those_of_internalizing(backbone, hypernet, model, video, chunks):
     sample = source(backbone, [example(1, video)], chunks=(chunks,)).load(0, 0)
     step = TrainStep(hypernet, backbone)
-    batch = step.adapters([sample], visual_features(backbone, sample.chunks))
+    layers = step.adapters([sample], visual_features(backbone, sample.chunks))
     adapter = model.internalize(video, max_frames=4, longest_edge=32, chunks=chunks)
     rank = adapter.rank
     assert rank == chunks * hypernet.config.rank
-    for factors, expected in ((batch.A, adapter.A), (batch.B, adapter.B)):
-        torch.testing.assert_close(factors["down_proj"][0, :, :rank], expected["down_proj"])
+    for side in ("A", "B"):
+        actual = torch.stack([getattr(layer, side)["down_proj"][0, :rank] for layer in layers])
+        torch.testing.assert_close(actual, getattr(adapter, side)["down_proj"])
 
 
 @torch.no_grad()

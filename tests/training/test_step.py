@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests import tiny
 from tests.golden import relative
 from tests.training import plain
 from v2l_fast.data.readers import Sample
 from v2l_fast.errors import ConfigError
-from v2l_fast.hypernet.adapter import AdapterBatch
 from v2l_fast.pipeline import Context, visual_features
 from v2l_fast.training import step as step_module
 from v2l_fast.training.config import OptimConfig
@@ -123,11 +123,10 @@ def test_composition_counts_the_bias_once(pair, samples):
     one = samples[3]
     step = TrainStep(*pair)
     with torch.no_grad():
-        adapter = step.adapters([one], visual_features(backbone, one.chunks))
+        layers = step.adapters([one], visual_features(backbone, one.chunks))
     rank = tiny.CONFIG.rank
-    assert adapter.bias is None
     for side, bias in (("A", network.bias_A), ("B", network.bias_B)):
-        rows = getattr(adapter, side)["down_proj"][0]
+        rows = torch.stack([getattr(layer, side)["down_proj"][0] for layer in layers])
         assert rows.shape[1] == (len(one.chunks) + 1) * rank
         same = (rows.unflatten(1, (-1, rank)) == bias["down_proj"][:, None]).all(-1).all(-1)
         assert same.sum(1).tolist() == [1] * tiny.CONFIG.num_layers
@@ -136,7 +135,7 @@ def test_composition_counts_the_bias_once(pair, samples):
                 alone = step.adapters(
                     [replace(one, chunks=(chunk,))], visual_features(backbone, [chunk])
                 )
-            mine = getattr(alone, side)["down_proj"][0, :, :rank]
+            mine = torch.stack([getattr(x, side)["down_proj"][0, :rank] for x in alone])
             assert relative(rows[:, place * rank : (place + 1) * rank], mine) < 1e-12
 
 
@@ -277,36 +276,83 @@ class LargestWith(TorchDispatchMode):
         return actual
 
 
-@pytest.mark.parametrize("max_padding", [0.0, 1.0], ids=["many groups", "one group"])
-def test_the_factors_gradient_is_filled_once(pair, samples, max_padding):
-    """Not once a layer and group, as it is for a selection from all layers' factors."""
+ONE, TWO, RAGGED = [((2,), 2)] * 3, [((2, 2), 2)] * 3, [((2,), 2), ((1, 3), 1), ((1, 2, 1), 1)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "bias", "max_padding", "copies"),
+    [
+        (ONE, False, 0.0, {}),
+        (TWO, False, 0.0, {}),
+        (ONE, True, 0.0, {"aten::cat": 2}),
+        (TWO, True, 0.0, {"aten::cat": 2}),
+        (RAGGED, False, 1.0, {"aten::cat": 2, "aten::new_zeros": 2}),
+        (RAGGED, True, 1.0, {"aten::cat": 2, "aten::new_zeros": 2}),
+        (RAGGED, True, 0.0, {"aten::cat": 2, "aten::new_zeros": 2}),
+    ],
+)
+def test_a_factor_is_written_once_more_at_most(shapes, bias, max_padding, copies):
+    """A and B of a layer: not at all where the decoder reads what rank_projection wrote."""
+    pair = plain.models(replace(tiny.CONFIG, bias_adapter=bias))
+    samples = [plain.sample(pair[1], seed, *shape) for seed, shape in enumerate(shapes)]
     step = TrainStep(*pair, StepOptions(max_padding=max_padding))
     features = visual_features(pair[1], [chunk for one in samples for chunk in one.chunks])
-    adapters = step.adapters(samples, features)
-    leaves = [
-        {m: t.detach().requires_grad_() for m, t in side.items()}
-        for side in (adapters.A, adapters.B)
-    ]
-    loss = step.loss(samples, features, AdapterBatch(*leaves, adapters.scale)).loss
-    made = Results(leaves[0]["down_proj"])
-    with made:
+    readers = Readers("v2l::rank_projection", slice(0, 2))
+    with readers:
+        adapters = step.adapters(samples, features)
+    assert readers.actual == {name: n * tiny.CONFIG.num_layers for name, n in copies.items()}
+    for layer in adapters:
+        for factor in (layer.A["down_proj"], layer.B["down_proj"]):
+            assert factor.is_contiguous() and len(factor) == len(samples)
+            assert factor.untyped_storage().data_ptr() in readers.written
+
+
+@pytest.mark.parametrize("max_padding", [0.0, 1.0], ids=["many groups", "one group"])
+def test_a_factor_s_gradient_goes_from_op_to_op(max_padding):
+    """Added over the groups of rows alone; not written for all layers, nor once a layer."""
+    pair = plain.models(replace(tiny.CONFIG, bias_adapter=False))
+    samples = [plain.sample(pair[1], seed, (2,), 2) for seed in range(3)]
+    step = TrainStep(*pair, StepOptions(max_padding=max_padding, recompute=False))
+    groups = len(step_module.response_rows(samples, 0, max_padding, 10**6).groups)
+    assert (groups > 1) == (max_padding == 0)
+    loss = step(samples).loss
+    readers = Readers("v2l::lora_linear_backward", slice(1, 3))
+    with readers:
         loss.backward()
-    assert made.actual == {"aten::stack": 1}
+    sums = [name for name in readers.actual if name.startswith("aten::add")]
+    added = sum(readers.actual.pop(name) for name in sums)
+    assert added == 2 * (groups - 1) * tiny.CONFIG.num_layers
+    assert readers.actual == {"v2l::rank_projection_backward": tiny.CONFIG.num_layers}
 
 
-class Results(TorchDispatchMode):
-    """Counts the operations whose result has as many numbers as a tensor, leaving out views."""
+class Readers(TorchDispatchMode):
+    """Counts the operations that read what an op wrote, or a copy of it, leaving out views.
 
-    def __init__(self, like: Tensor) -> None:
+    written: the storages of these results, by address; all are kept, so that none is used again.
+    """
+
+    def __init__(self, op: str, results: slice) -> None:
         super().__init__()
-        self.numbers = like.numel()
+        self.op, self.results = op, results
         self.actual: Counter[str] = Counter()
+        self.written: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         actual = func(*args, **(kwargs or {}))
-        if isinstance(actual, Tensor) and actual.numel() == self.numbers and not func.is_view:
+        if func.name() == self.op:
+            self._keep(actual[self.results])
+        elif not func.is_view and any(
+            leaf.untyped_storage().data_ptr() in self.written
+            for leaf in tree_leaves(args)
+            if isinstance(leaf, Tensor)
+        ):
             self.actual[func.name()] += 1
+            if func.namespace == "aten":
+                self._keep(tree_leaves(actual))
         return actual
+
+    def _keep(self, tensors) -> None:
+        self.written |= {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
 
 
 class Waits(TorchDispatchMode):

@@ -32,6 +32,9 @@ from v2l_fast.hypernet.adapter_files import (
     write_adapter,
 )
 
+# Of one decoder layer: A {module: [B, R, d_in]} and B {module: [B, R, d_out]}.
+LayerFactors = tuple[Factors, Factors]
+
 
 @dataclass(frozen=True, eq=False)
 class BiasAdapter:
@@ -424,6 +427,20 @@ class AdapterBatch:
     scale: float
     bias: BiasAdapter | None = None
 
+    @classmethod
+    def of_layers(
+        cls, per_layer: Sequence[LayerFactors], scale: float, bias: BiasAdapter | None = None
+    ) -> AdapterBatch:
+        """The factors of layers 0 to L - 1 in one batch, in memory layer by layer."""
+        a, b = (
+            {
+                m: torch.stack([layer[side][m] for layer in per_layer]).transpose(0, 1)
+                for m in per_layer[0][side]
+            }
+            for side in (0, 1)
+        )
+        return cls(a, b, scale, bias)
+
     def __repr__(self) -> str:
         return f"AdapterBatch({_contents(self.A, self.B)}, scale {self.scale:g})"
 
@@ -449,26 +466,44 @@ class AdapterBatch:
 
         Returns:
             A [G, L, (max n + 1)·R, d_in] and B likewise, without a separate bias (max n · R wide
-            when there is no bias adapter).
+            when there is no bias adapter), as :func:`compose_factors` writes each.
 
         Raises:
             ValueError: ``n_chunks`` does not add up to the batch.
         """
         counts = [1] * len(self) if n_chunks is None else [int(n) for n in n_chunks]
-        return compose_chunks([self], range(len(self)), counts)
+
+        def joined(side: str) -> dict[str, Tensor]:
+            # In memory layer by layer, as a decoder reads it.
+            shared = None if self.bias is None else getattr(self.bias, side)
+            return {
+                module: compose_factors(
+                    [factor.transpose(0, 1)],
+                    range(len(self)),
+                    counts,
+                    None if shared is None else shared[module],
+                ).transpose(0, 1)
+                for module, factor in getattr(self, side).items()
+            }
+
+        return AdapterBatch(joined("A"), joined("B"), self.scale)
 
 
-def compose_chunks(
-    batches: Sequence[AdapterBatch], order: Sequence[int], n_chunks: Sequence[int]
-) -> AdapterBatch:
-    """As :meth:`AdapterBatch.composed`, of chunks generated in several batches.
-
-    Every factor is copied once, and memory is layer by layer, as a decoder reads it.
+def compose_factors(
+    parts: Sequence[Tensor], order: Sequence[int], n_chunks: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    """Chunks of each video side by side in rank, then the bias, then zeros, in one copy.
 
     Args:
-        batches: of one hypernetwork.
-        order: which row of the batches, counted through all of them, each chunk is.
+        parts: [..., n, R, d] for each batch of chunks; the leading dimensions are none for one
+            decoder layer, [L] for all.
+        order: which row of the parts, counted through all of them, each chunk is.
         n_chunks: how many chunks in ``order`` belong to each of the G videos, at least 1 each.
+        bias: [..., R, d], or None.
+
+    Returns:
+        [..., G, (max n + 1)·R, d], max n · R wide without a bias. It shares the memory of the part
+        where nothing has to be joined: no bias, and rows in order, equally many of each video.
 
     Raises:
         ValueError: ``n_chunks`` does not add up to the chunks.
@@ -477,23 +512,21 @@ def compose_chunks(
         raise ValueError(
             f"n_chunks must be positive and add up to {len(order)}, got {list(n_chunks)}"
         )
-    videos, most = len(n_chunks), max(n_chunks)
-    bias = batches[0].bias
-
-    def joined(side: str) -> dict[str, Tensor]:
-        result = {}
-        for module, like in getattr(batches[0], side).items():
-            rows = [row for batch in batches for row in getattr(batch, side)[module].unbind(0)]
-            chunks = iter([rows[index] for index in order])
-            empty = like.new_zeros(like.shape[1:])
-            # Expanded, so that the gradient of the bias is one sum, in its own dtype.
-            shared = getattr(bias, side)[module] if bias else like.new_empty(0, 0, 0)
-            blocks: list[Tensor] = []
-            for count, block in zip(n_chunks, shared.expand(videos, -1, -1, -1), strict=True):
-                blocks += itertools.islice(chunks, count)
-                blocks += [block.to(like)] if bias else []
-                blocks += [empty] * (most - count)
-            result[module] = torch.cat(blocks, 1).unflatten(1, (videos, -1)).transpose(0, 1)
-        return result
-
-    return AdapterBatch(joined("A"), joined("B"), batches[0].scale)
+    like, videos, most = parts[0], len(n_chunks), max(n_chunks)
+    *leading, rows, rank, width = like.shape
+    shared = None
+    if bias is not None:
+        # Expanded before the cast, so that the gradient of the bias is one sum, in its own dtype.
+        shared = bias.unsqueeze(-3).expand(*leading, videos, -1, -1).to(like)
+    joined = len(parts) == 1 and list(order) == list(range(rows)) and min(n_chunks) == most
+    if joined and like.is_contiguous():
+        side_by_side = like.view(*leading, videos, most * rank, width)
+        return side_by_side if shared is None else torch.cat([side_by_side, shared], -2)
+    chunks = [row for part in parts for row in part.unbind(-3)]
+    ordered = iter([chunks[index] for index in order])
+    biases = [[]] * videos if shared is None else [[block] for block in shared.unbind(-3)]
+    empty = [like.new_zeros(*leading, rank, width)] if min(n_chunks) < most else []
+    blocks: list[Tensor] = []
+    for count, own in zip(n_chunks, biases, strict=True):
+        blocks += [*itertools.islice(ordered, count), *own, *empty * (most - count)]
+    return torch.cat(blocks, -2).unflatten(-2, (videos, -1))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from csrc_triton import lora_linear
 from v2l_fast.device import send
 from v2l_fast.errors import AdapterError
-from v2l_fast.hypernet.adapter import Adapter, AdapterBatch
+from v2l_fast.hypernet.adapter import Adapter, BiasAdapter, LayerFactors, compose_factors
 
 
 def common_rank(factors: Mapping[str, Tensor]) -> int:
@@ -148,29 +148,49 @@ class AdapterBank:
 class LayerAdapters(AdapterBank):
     """One layer's adapters, A and B [n, r, d], for training.
 
-    Selecting a layer from the factors of all layers would give a gradient as large as all of them.
+    Factors of all layers in one tensor would be copied once more, and so would their gradients.
     """
 
     @classmethod
-    def of_batch(cls, batch: AdapterBatch) -> list[LayerAdapters]:
-        """Layers of generated and composed adapters, differentiable; example i uses adapter i.
+    def compose(
+        cls,
+        parts: Sequence[Sequence[LayerFactors]],
+        order: Sequence[int],
+        n_chunks: Sequence[int],
+        scale: float,
+        bias: BiasAdapter | None,
+    ) -> list[LayerAdapters]:
+        """All layers of generated chunks, differentiable; example i uses video i.
 
-        Other examples: ``dataclasses.replace(slots, index=...)``.
+        Other examples: ``dataclasses.replace(layer, index=...)``.
+
+        Args:
+            parts: the factors of every layer, for each batch of chunks.
+            order, n_chunks: as in :func:`~v2l_fast.hypernet.adapter.compose_factors`.
         """
-        like = next(iter(batch.A.values()))
-        index = torch.arange(len(batch), device=like.device)
-        a, b = (
-            {m: t.transpose(0, 1).unbind(0) for m, t in factors.items()}
-            for factors in (batch.A, batch.B)
-        )
+        like = next(iter(parts[0][0][0].values()))
+        index = torch.arange(len(n_chunks), device=like.device)
+
+        def composed(side: int, module: str) -> list[Tensor]:
+            shared: Sequence[Tensor | None] = [None] * len(parts[0])
+            if bias is not None:
+                # Unbound, so that the gradients of the layers' biases are stacked once.
+                shared = (bias.A, bias.B)[side][module].unbind(0)
+            factors = [[layer[side][module] for layer in part] for part in parts]
+            return [
+                compose_factors(layer, order, n_chunks, own)
+                for *layer, own in zip(*factors, shared, strict=True)
+            ]
+
+        a, b = ({m: composed(side, m) for m in parts[0][0][side]} for side in (0, 1))
         return [
             cls(
                 {m: t[layer] for m, t in a.items()},
                 {m: t[layer] for m, t in b.items()},
                 index,
-                batch.scale,
+                scale,
             )
-            for layer in range(like.shape[1])
+            for layer in range(len(parts[0]))
         ]
 
     def factors(self, module: str, layer: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from csrc_triton import rank_projection
 from v2l_fast.device import compiled
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.hypernet.adapter import AdapterBatch, BiasAdapter
+from v2l_fast.hypernet.adapter import AdapterBatch, BiasAdapter, LayerFactors
 from v2l_fast.hypernet.config import WEIGHTS_NAME, HypernetConfig
 from v2l_fast.hypernet.perceiver import (
     Perceiver,
@@ -33,9 +33,6 @@ from v2l_fast.hypernet.perceiver import (
 )
 from v2l_fast.tensor_files import TensorInfo, load_tensors, save_tensors
 from v2l_fast.work_units import layers_per_group, tokens_per_group
-
-# Of one decoder layer: A {module: [B, R, d_in]} and B {module: [B, R, d_out]}.
-LayerFactors = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 SMALL_PARAMETER = 65536
 
@@ -373,15 +370,9 @@ class HyperNetwork(nn.Module):
 
     def assemble(self, per_layer: Sequence[LayerFactors]) -> AdapterBatch:
         """Stack the results of :meth:`group` for layers 0 to L - 1 into one batch."""
-        a, b = (
-            {
-                # In memory layer by layer: each layer's factors are copied as a whole.
-                m: torch.stack([layer[i][m] for layer in per_layer]).transpose(0, 1)
-                for m in per_layer[0][i]
-            }
-            for i in (0, 1)
+        return AdapterBatch.of_layers(
+            per_layer, cast(float, self.config.scale), self.bias_adapter()
         )
-        return AdapterBatch(a, b, cast(float, self.config.scale), self.bias_adapter())
 
     def bias_adapter(self) -> BiasAdapter | None:
         """The learned adapter shared by all videos (by reference), or None."""

@@ -31,7 +31,6 @@ from torch.utils.checkpoint import checkpoint
 from v2l_fast.data.readers import Sample
 from v2l_fast.device import send
 from v2l_fast.errors import ConfigError
-from v2l_fast.hypernet.adapter import AdapterBatch, compose_chunks
 from v2l_fast.hypernet.adapter_bank import LayerAdapters
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
@@ -132,8 +131,10 @@ class TrainStep(nn.Module):
         features = visual_features(self.backbone, contexts)
         return self.loss(samples, features, self.adapters(samples, features), example_total)
 
-    def adapters(self, samples: Sequence[Sample], features: Sequence[Tensor]) -> AdapterBatch:
-        """One adapter per sample: its chunks concatenated in rank, with the bias once.
+    def adapters(
+        self, samples: Sequence[Sample], features: Sequence[Tensor]
+    ) -> list[LayerAdapters]:
+        """Each layer's adapters, one per sample: its chunks side by side in rank, the bias once.
 
         features: those of every chunk of every sample, see `visual_features`.
         """
@@ -150,13 +151,19 @@ class TrainStep(nn.Module):
             parts.append(run_to_completion(factors))
             order += batch.members
         rows = sorted(range(len(order)), key=order.__getitem__)
-        return compose_chunks(parts, rows, [len(sample.chunks) for sample in samples])
+        return LayerAdapters.compose(
+            parts,
+            rows,
+            [len(sample.chunks) for sample in samples],
+            cast(float, self.hypernet.config.scale),
+            self.hypernet.bias_adapter(),
+        )
 
     def loss(
         self,
         samples: Sequence[Sample],
         features: Sequence[Tensor],
-        adapters: AdapterBatch,
+        adapters: Sequence[LayerAdapters],
         example_total: Tensor | int | None = None,
     ) -> StepResult:
         """The samples' loss under their `adapters`; see :meth:`forward`."""
@@ -184,16 +191,17 @@ class TrainStep(nn.Module):
         total = count if example_total is None else example_total
         return StepResult(losses.sum() / total, parts)
 
-    def _answer_states(self, rows: ResponseRows, adapters: AdapterBatch, recompute: bool) -> Tensor:
+    def _answer_states(
+        self, rows: ResponseRows, adapters: Sequence[LayerAdapters], recompute: bool
+    ) -> Tensor:
         """Normed hidden states [N, D] before each answer token, each row under its adapter."""
         decoder = self.backbone.decoder
-        layers = LayerAdapters.of_batch(adapters)
         run = _recomputed if recompute and torch.is_grad_enabled() else _call
         states = []
         for ids, owners in rows.groups:
             metadata = decoder.prefill_metadata(*ids.shape)
             hidden = decoder.embed(ids)
-            for index, layer in enumerate(layers):
+            for index, layer in enumerate(adapters):
                 adapter = replace(layer, index=owners)
                 hidden = run(decoder.layer, index, hidden, metadata, None, adapter)
             states.append(hidden.flatten(0, 1))
