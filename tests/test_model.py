@@ -19,7 +19,7 @@ from v2l_fast.generation import answers
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.video import Clip, load_spans
 from v2l_fast.video.preprocess import frame_views, normalize
-from v2l_fast.vlm.smolvlm_prompt import chat, video_text
+from v2l_fast.vlm.smolvlm import chat, video_text
 
 M = "down_proj"
 QUESTIONS = ["what happens?", "which color is it?", "how many circle?"]

@@ -38,7 +38,7 @@ MOVED = {
     "backbones": "vlm",
     "backbones.flash": "vlm.decoder",
     "backbones.loading": "vlm",
-    "backbones.smolvlm_inputs": "vlm.smolvlm_prompt",
+    "backbones.smolvlm_inputs": "vlm.smolvlm",
     "backbones.steps": "work_units",
     "cli.analyze": "cli.evaluate",
     "config": "hypernet.config",
@@ -154,6 +154,7 @@ MOVED = {
     "video.splitting": "video.clip",
     "video.torchcodec": "video.pyav",
     "video.torchcodec_source": "video.pyav",
+    "vlm.smolvlm_prompt": "vlm.smolvlm",
 }
 
 

@@ -36,8 +36,7 @@ from v2l_fast.shapes.vlm import build_tokenizer
 from v2l_fast.shapes.world import SHAPES as WORDS
 from v2l_fast.video import Clip
 from v2l_fast.vlm.base import video_prompt_ids
-from v2l_fast.vlm.smolvlm import SmolVLM
-from v2l_fast.vlm.smolvlm_prompt import IMAGE_TOKEN
+from v2l_fast.vlm.smolvlm import IMAGE_TOKEN, SmolVLM
 
 EXAMPLES = """
   python -m bench.runs.engine --shape tiny --clients 4 --new-tokens 4

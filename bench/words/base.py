@@ -54,12 +54,12 @@ from v2l_fast.shapes.world import (
 from v2l_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from v2l_fast.training.step import PackedPairs, pack_pairs
 from v2l_fast.vlm.decoder import Decoder
-from v2l_fast.vlm.smolvlm import SmolVLM
-from v2l_fast.vlm.smolvlm_prompt import (
+from v2l_fast.vlm.smolvlm import (
     END_OF_UTTERANCE,
     FAKE_TOKEN,
     GLOBAL_TOKEN,
     IMAGE_TOKEN,
+    SmolVLM,
     row_col_token,
 )
 

@@ -9,7 +9,7 @@ from v2l_fast.hypernet.config import INSTRUCTION
 from v2l_fast.shapes.language import PLACE_KINDS, QUESTION_KINDS, ask, question_kinds
 from v2l_fast.shapes.vlm import shapes_video_text, vocabulary
 from v2l_fast.shapes.world import sample_scenes
-from v2l_fast.vlm.smolvlm_prompt import chat, video_text
+from v2l_fast.vlm.smolvlm import chat, video_text
 
 
 def turns():

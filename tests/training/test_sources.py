@@ -36,7 +36,7 @@ from v2l_fast.training.sources import (
 from v2l_fast.training.step import StepOptions, TrainStep
 from v2l_fast.video import FrameSampling, load_video
 from v2l_fast.video.reader import load_spans
-from v2l_fast.vlm.smolvlm_prompt import SmolVLMPromptBuilder
+from v2l_fast.vlm.smolvlm import SmolVLMPromptBuilder
 
 READER = ClipReader(FrameSampling(4, 32))
 

@@ -19,8 +19,7 @@ from v2l_fast.data.readers import Failure, Sample
 from v2l_fast.pipeline import Context
 from v2l_fast.training.config import TrainConfig, load_config
 from v2l_fast.training.trainer import train
-from v2l_fast.vlm.smolvlm import SmolVLM
-from v2l_fast.vlm.smolvlm_prompt import SmolVLMPromptBuilder
+from v2l_fast.vlm.smolvlm import SmolVLM, SmolVLMPromptBuilder
 
 SETTINGS = Path(__file__).with_suffix(".toml")
 TURNS = (

@@ -17,7 +17,7 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 from v2l_fast.video import frame_views, normalize, resized_size, sample_indices
-from v2l_fast.vlm.smolvlm_prompt import (
+from v2l_fast.vlm.smolvlm import (
     FAKE_TOKEN,
     GLOBAL_TOKEN,
     IMAGE_TOKEN,

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.golden import relative
 from v2l_fast.errors import CheckpointError, ConfigError
 from v2l_fast.video.preprocess import frame_views, normalize
-from v2l_fast.vlm import load_backbone, smolvlm, smolvlm_prompt
+from v2l_fast.vlm import load_backbone, smolvlm
 
 
 def views(clip) -> torch.Tensor:
@@ -43,10 +43,10 @@ def test_prompt_with_video_equals_transformers(backbone, clips):
 
 
 def _ids_of(backbone, clip, text) -> torch.Tensor:
-    shown = smolvlm_prompt.video_text(
+    shown = smolvlm.video_text(
         len(clip.frames), clip.timestamps, clip.duration, 0, 0, backbone.tokens_per_view
     )
-    return torch.tensor(backbone.prompt_builder.ids(smolvlm_prompt.chat(shown + text, False)))
+    return torch.tensor(backbone.prompt_builder.ids(smolvlm.chat(shown + text, False)))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 from num2words import num2words
 
 from v2l_fast.errors import ConfigError
-from v2l_fast.vlm.smolvlm_prompt import chat, frame_text, spell_number, video_text
+from v2l_fast.vlm.smolvlm import chat, frame_text, spell_number, video_text
 
 
 def test_numbers_are_spelled_as_num2words_does():

@@ -20,7 +20,7 @@ from tests import tiny
 from v2l_fast.errors import ConfigError
 from v2l_fast.shapes.vlm import build_tokenizer
 from v2l_fast.vlm.base import conversation
-from v2l_fast.vlm.smolvlm_prompt import SmolVLMPromptBuilder, chat, video_text
+from v2l_fast.vlm.smolvlm import SmolVLMPromptBuilder, chat, video_text
 from v2l_fast.vlm.tokenization import PromptTokenizer, encode_messages, replace_lone_surrogates
 
 BEFORE, AFTER = "<|im_start|>User: ", "<end_of_utterance>\nAssistant:"

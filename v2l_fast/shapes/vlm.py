@@ -36,13 +36,13 @@ from v2l_fast.shapes.world import (
     Recording,
     Scene,
 )
-from v2l_fast.vlm.smolvlm import SmolVLM
-from v2l_fast.vlm.smolvlm_prompt import (
+from v2l_fast.vlm.smolvlm import (
     CHAT_START,
     END_OF_UTTERANCE,
     FAKE_TOKEN,
     GLOBAL_TOKEN,
     IMAGE_TOKEN,
+    SmolVLM,
     chat,
     row_col_token,
     spell_number,

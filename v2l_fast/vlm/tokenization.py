@@ -2,7 +2,7 @@
 
 A prompt is a template around untrusted text: a question, a system message, a caption. In the
 template a special token such as ``<image>`` is one token; in the text it is a few ordinary
-characters. ``smolvlm_prompt`` holds the templates.
+characters. ``smolvlm`` holds the templates.
 """
 
 from __future__ import annotations
