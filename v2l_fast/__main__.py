@@ -1,5 +1,5 @@
 """``python -m v2l_fast`` runs ``v2l``."""
 
-from v2l_fast.cli.entry import main
+from v2l_fast.cli import main
 
 main()

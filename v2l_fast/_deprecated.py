@@ -41,6 +41,7 @@ MOVED = {
     "backbones.smolvlm_inputs": "vlm.smolvlm",
     "backbones.steps": "work_units",
     "cli.analyze": "cli.evaluate",
+    "cli.entry": "cli",
     "config": "hypernet.config",
     "corpus": "data.internalize",
     "evaluation.answering": "evaluation.answers",

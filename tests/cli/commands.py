@@ -7,13 +7,12 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from v2l_fast import console
-from v2l_fast.cli import entry
+from v2l_fast import cli, console
 
 
 def run(*arguments: object, stdin: str | bytes | None = None) -> str:
     """Standard output of a command that succeeds."""
-    result = CliRunner().invoke(entry.app, [str(a) for a in arguments], input=stdin)
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
     assert result.exit_code == 0, result.output + repr(result.exception)
     return result.stdout
 
@@ -24,5 +23,5 @@ def fail(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     monkeypatch.setattr(console.log, "write_line", lambda text: None)
     monkeypatch.setattr(sys, "argv", ["v2l", *(str(a) for a in arguments)])
     with pytest.raises(SystemExit) as caught:
-        entry.main()
+        cli.main()
     return caught.value.code, capsys.readouterr().err

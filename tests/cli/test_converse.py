@@ -8,7 +8,7 @@ import stat
 import pytest
 from typer.testing import CliRunner
 
-from v2l_fast.cli import entry as cli
+from v2l_fast import cli
 from v2l_fast.shapes.render import write_clip
 from v2l_fast.shapes.viewers import ambiguous_scenes
 from v2l_fast.shapes.world import sample_scenes

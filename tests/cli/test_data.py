@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.training.broken import write_folder
-from v2l_fast.cli.entry import app
+from v2l_fast.cli import app
 from v2l_fast.data.internalize import CorpusSettings
 from v2l_fast.data.readers import ClipReader
 from v2l_fast.data.teach import TeacherSettings

@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from tests.cli.commands import fail, run
-from v2l_fast.cli import entry, install
+from v2l_fast import cli
+from v2l_fast.cli import install
 from v2l_fast.errors import ConfigError, PromptTooLong
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.peft import validate_peft
@@ -99,7 +100,7 @@ def test_chat(folder):
 def test_a_chat_beyond_the_context_says_so(folder, monkeypatch):
     file = folder / "adapters" / "0.safetensors"
     monkeypatch.setattr(Video2LoRA, "context_length", 160)
-    result = CliRunner().invoke(entry.app, ["chat", str(file)], input="What color is it?\n" * 9)
+    result = CliRunner().invoke(cli.app, ["chat", str(file)], input="What color is it?\n" * 9)
     assert isinstance(result.exception, PromptTooLong)
     assert "context of 160" in str(result.exception) and "/reset" in str(result.exception)
 
@@ -205,7 +206,7 @@ def test_a_missing_extra_names_its_remedy(monkeypatch, capsys):
     def evaluate(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'scipy'", name="scipy.stats")
 
-    monkeypatch.setattr(entry, "app", evaluate)
+    monkeypatch.setattr(cli, "app", evaluate)
     code, stderr = fail(monkeypatch, capsys, "shapes", "evaluate")
     assert code == 1 and "v2l_fast[eval]" in stderr
 
@@ -358,7 +359,7 @@ def test_answers_are_one_line_each_outside_a_terminal(folder, monkeypatch):
 
 def test_chat_refuses_bytes_that_are_not_text(folder):
     file = folder / "adapters" / "0.safetensors"
-    result = CliRunner().invoke(entry.app, ["chat", str(file)], input=b"\xff\xfe what?\n")
+    result = CliRunner().invoke(cli.app, ["chat", str(file)], input=b"\xff\xfe what?\n")
     assert isinstance(result.exception, ConfigError)
     assert "line 1 is not UTF-8" in str(result.exception)
 
@@ -367,7 +368,7 @@ def test_one_bad_file_does_not_stop_the_others(folder, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_text("text")
     arguments = [folder / "0.mp4", bad, tmp_path / "none.mp4", folder / "1.mp4", "-o", tmp_path]
-    result = CliRunner().invoke(entry.app, ["internalize", *map(str, arguments), "--json"])
+    result = CliRunner().invoke(cli.app, ["internalize", *map(str, arguments), "--json"])
     assert result.exit_code == 1
     rows = json.loads(result.stdout)
     assert ["error" in row for row in rows] == [False, True, True, False]

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from v2l_fast.cli.entry import app
+from v2l_fast.cli import app
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.network import HyperNetwork
 

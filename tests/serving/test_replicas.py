@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from v2l_fast.cli.entry import app
+from v2l_fast.cli import app
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.interop.peft import CONFIG_NAME, WEIGHTS_NAME, load_peft, peft_tensors

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.waiting import wait_until
-from v2l_fast.cli.entry import app
+from v2l_fast.cli import app
 from v2l_fast.errors import AdapterError
 from v2l_fast.interop.peft import VllmFolder, load_peft, validate_peft
 from v2l_fast.store.adapter_store import PublishingStore

@@ -8,7 +8,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from v2l_fast.cli import entry as cli
+from v2l_fast import cli
 from v2l_fast.errors import ConfigError
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.model import Video2LoRA

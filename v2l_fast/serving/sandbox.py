@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 # Imported before any process is forked: what reading needs, and the module that each process
 # imports again because the program was started from it.
-PRELOAD = ("v2l_fast.serving.sandbox", "v2l_fast.video.pyav", "v2l_fast.cli.entry")
+PRELOAD = ("v2l_fast.serving.sandbox", "v2l_fast.video.pyav", "v2l_fast.cli")
 # Files examined at the same time; the callers of :meth:`VideoReader.load` bound decoding.
 PROBES = 4
 # Bytes of all packet tables that wait for their files to be decoded; an hour at 30 fps takes 2 MB.
