@@ -42,6 +42,7 @@ MOVED = {
     "backbones.steps": "work_units",
     "cli.analyze": "cli.evaluate",
     "cli.entry": "cli",
+    "cli.export": "cli.serve",
     "config": "hypernet.config",
     "corpus": "data.internalize",
     "evaluation.answering": "evaluation.answers",

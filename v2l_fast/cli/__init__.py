@@ -20,7 +20,6 @@ from v2l_fast.cli import (
     adapters,
     converse,
     evaluate,
-    export,
     install,
     serve,
     shapes,
@@ -40,7 +39,7 @@ app = typer.Typer(
 )
 for panel, commands in {
     "Adapters": (adapters.internalize, adapters.ask, converse.chat, adapters.compose),
-    "Export and serving": (export.convert, export.export, export.push, serve.serve),
+    "Export and serving": (serve.convert, serve.export, serve.push, serve.serve),
     "Training": (training.train, training.transcode, training.teach, training.cache),
     "Evaluation": (evaluate.evaluate, evaluate.manifest, evaluate.sweep),
     "Installation": (install.demo, install.doctor),
