@@ -152,6 +152,7 @@ MOVED = {
     "video.orientation": "video.info",
     "video.pyav_source": "video.pyav",
     "video.reading": "video.reader",
+    "video.sampling": "video.preprocess",
     "video.spans": "video.reader",
     "video.splitting": "video.clip",
     "video.torchcodec": "video.pyav",

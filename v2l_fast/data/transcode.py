@@ -42,10 +42,9 @@ from v2l_fast.errors import ConfigError, VideoError
 from v2l_fast.files import json_sha256, write_errors, write_jsonl
 from v2l_fast.outputs import check_folder
 from v2l_fast.video.info import Limits
-from v2l_fast.video.preprocess import shrunk_size
+from v2l_fast.video.preprocess import MAX_EDGE, shrunk_size
 from v2l_fast.video.pyav import PyAVSource
 from v2l_fast.video.reader import frames_of_span
-from v2l_fast.video.sampling import MAX_EDGE
 from v2l_fast.video.writer import write_video
 
 # Incremented when the copies of the same videos would differ.

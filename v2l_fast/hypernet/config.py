@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from v2l_fast.errors import ConfigError, excerpt, refusal
 from v2l_fast.files import read_json, write_json
-from v2l_fast.video.sampling import FrameSampling
+from v2l_fast.video.preprocess import FrameSampling
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -27,8 +27,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from v2l_fast.errors import ConfigError, refusal
 from v2l_fast.files import read_text
 from v2l_fast.hypernet.config import INSTRUCTION, STRICT, HypernetConfig
+from v2l_fast.video.preprocess import MAX_EDGE, FrameSampling
 from v2l_fast.video.reader import Backend
-from v2l_fast.video.sampling import MAX_EDGE, FrameSampling
 
 PRESETS = Path(__file__).parent / "presets"
 # Fields of the hypernetwork that come from the base and from `data`.

@@ -10,14 +10,15 @@ from v2l_fast.video.clip import Clip
 from v2l_fast.video.info import Limits, VideoInfo, fallbacks
 from v2l_fast.video.preprocess import (
     PREPROCESSING_VERSION,
+    FrameSampling,
     FrameViews,
     frame_views,
     normalize,
     resize_lanczos,
     resized_size,
+    sample_indices,
 )
 from v2l_fast.video.reader import decode, load_spans, load_video, probe
-from v2l_fast.video.sampling import FrameSampling, sample_indices
 
 __all__ = [
     "PREPROCESSING_VERSION",

@@ -21,8 +21,7 @@ from v2l_fast.errors import VideoError
 from v2l_fast.files import file_sha256
 from v2l_fast.video.clip import Clip
 from v2l_fast.video.info import Limits, VideoInfo
-from v2l_fast.video.preprocess import resize_lanczos, shrunk_size
-from v2l_fast.video.sampling import MAX_EDGE, FrameSampling
+from v2l_fast.video.preprocess import MAX_EDGE, FrameSampling, resize_lanczos, shrunk_size
 
 if TYPE_CHECKING:
     from v2l_fast.video.packets import Packets
