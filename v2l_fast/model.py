@@ -10,7 +10,7 @@ import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import TypeVar, cast, overload
+from typing import cast, overload
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from v2l_fast.video import Clip, FrameSampling
 from v2l_fast.video.reader import Backend
 from v2l_fast.vlm import Backbone, Prompt, Question, load_backbone
 from v2l_fast.vlm.base import count_visual_tokens, video_prompt_ids
-from v2l_fast.work_units import Progress, WorkUnit, run_to_completion
+from v2l_fast.work_units import Progress, WorkUnit, run_to_completion, units_within
 
 # Maximum number of videos internalized together.
 BATCH_SIZE = 8
@@ -48,7 +48,6 @@ VideoOrFrames = Video | Tensor | np.ndarray
 AdapterOrPath = Adapter | str | os.PathLike[str]
 # One question or conversation, or several; see :data:`~v2l_fast.vlm.Question`.
 Questions = Question | Sequence[Question]
-Result = TypeVar("Result")
 
 
 class Video2LoRA:
@@ -297,7 +296,7 @@ class Video2LoRA:
         """
         reader = self._reader(sampling, chunks, decoder)
         units = self._internalizer.iter_internalize([_as_video(video)], reader, max_tokens=0)
-        (outcome,) = yield from self._iter_without_autocast(units)
+        (outcome,) = yield from units_within(self._without_autocast, units)
         if isinstance(outcome, VideoError):
             raise outcome
         return outcome
@@ -329,7 +328,8 @@ class Video2LoRA:
         yield "decode", 0, 1
         builder = self.backbone.prompt_builder
         ids = video_prompt_ids(builder, clip, question, edge, answer_follows=True)
-        chunk = yield from self._iter_without_autocast(self.backbone.iter_encode(clip, edge))
+        units = self.backbone.iter_encode(clip, edge)
+        chunk = yield from units_within(self._without_autocast, units)
         with self._without_autocast():
             return self.backbone.prompt(ids, chunk)
 
@@ -658,18 +658,6 @@ class Video2LoRA:
     def _without_autocast(self) -> torch.autocast:
         """Models run in the dtype they were loaded in."""
         return torch.autocast(self.backbone.decoder.device.type, enabled=False)
-
-    def _iter_without_autocast(
-        self, units: Generator[WorkUnit, None, Result]
-    ) -> Generator[WorkUnit, None, Result]:
-        """Run each unit in :meth:`_without_autocast`; code between units is not affected."""
-        while True:
-            with self._without_autocast():
-                try:
-                    unit = next(units)
-                except StopIteration as end:
-                    return end.value
-            yield unit
 
 
 def _as_video(video: object, fps: float | None = None) -> Video | VideoError:

@@ -9,6 +9,7 @@ chunks of tokens. A context of one chunk is computed exactly as without chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from math import isqrt
 from typing import TypeVar
 
@@ -87,6 +88,20 @@ def run_to_completion(
             return end.value
         if progress is not None:
             progress(*unit)
+
+
+def units_within(
+    context: Callable[[], AbstractContextManager[object]],
+    units: Generator[WorkUnit, None, Result],
+) -> Generator[WorkUnit, None, Result]:
+    """The same units, each in a context of its own, which code between units is not in."""
+    while True:
+        with context():
+            try:
+                unit = next(units)
+            except StopIteration as end:
+                return end.value
+        yield unit
 
 
 def label_units(
