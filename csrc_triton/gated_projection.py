@@ -38,6 +38,8 @@ from csrc_triton.transforms import (
 # faster on a CPU. A GPU wants GEMMs that fill it: 8,192 x 3,840 outputs are 960 tiles of 128 x 256,
 # for 132 multiprocessors, and 0.4 GB of transients in a bf16 backward pass.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
+# oneDNN is as fast with few rows, and their transients take half the memory.
+ONEDNN_CHUNK_TOKENS = 512
 
 
 def reference(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -170,22 +172,44 @@ def _check(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Te
     check.device(x.device, gate=gate, up=up, down=down, visible=visible)
 
 
-def _chunks(rows: Tensor) -> list[slice]:
-    size = CHUNK_TOKENS.get(rows.device.type, CHUNK_TOKENS["cpu"])
+def _chunks(rows: Tensor, size: int | None = None) -> list[slice]:
+    size = size or CHUNK_TOKENS.get(rows.device.type, CHUNK_TOKENS["cpu"])
     return [slice(start, start + size) for start in range(0, rows.shape[0], size)]
+
+
+def _seen_rows(rows: Tensor, visible: Tensor | None) -> Tensor:
+    """Zeros in place of masked rows: the backward pass uses their products."""
+    return rows if visible is None else torch.where(visible[:, None], rows, 0.0)
 
 
 @torch.library.custom_op("v2l::gated_projection", mutates_args=())
 def _forward(
-    x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Tensor, keep: bool = False
+    x: Tensor,
+    visible: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    keep: bool = False,
+    inference: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The projection, and gate(x) and up(x) [T, H], which are empty unless they are kept."""
+    """The projection, and gate(x) and up(x) [T, H], which are empty unless they are kept.
+
+    inference: no gradients are recorded, so that the products need not have the bits of those that
+        the backward pass computes again.
+    """
     refuse_forward_mode("gated_projection", x, gate, up, down)
     _check(x, visible, gate, up, down)
     rows = x.reshape(-1, x.shape[-1])
     seen = None if visible is None else visible.reshape(-1)
     out = rows.new_empty(rows.shape[0], down.shape[0])
     products = [rows.new_empty(rows.shape[0] if keep else 0, len(gate)) for _ in range(2)]
+    if inference and not keep and dispatch.prefers_onednn(rows):
+        for part in _chunks(rows, ONEDNN_CHUNK_TOKENS):
+            own = _seen_rows(rows[part], None if seen is None else seen[part])
+            hidden = F.silu(dispatch.onednn_linear(own, gate), inplace=True)
+            hidden.mul_(dispatch.onednn_linear(own, up))
+            out[part] = dispatch.onednn_linear(hidden, down)
+        return out.view(*x.shape[:-1], down.shape[0]), products[0], products[1]
     chunks, fuses = _chunks(rows), _fuses(x)
     # On a CPU, new pages for every chunk's transients would cost as much as the elementwise part.
     size = 0 if keep or fuses or not chunks else min(chunks[0].stop, rows.shape[0])
@@ -195,8 +219,7 @@ def _forward(
         if fuses and not keep:
             out[part] = fused(rows[part], mask, gate, up, down)
             continue
-        # Masked rows are read as zeros, because the backward pass uses these products.
-        own = rows[part] if mask is None else torch.where(mask[:, None], rows[part], 0.0)
+        own = _seen_rows(rows[part], mask)
         where, buffers = (part, products) if keep else (slice(len(own)), transients)
         gated, raised = (buffer[where] for buffer in buffers)
         torch.mm(own, gate.T, out=gated)
@@ -210,7 +233,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, visible, gate, up, down, keep=False):
+def _(x, visible, gate, up, down, keep=False, inference=False):
     rows = x.numel() // max(1, x.shape[-1]) if keep else 0
     products = (x.new_empty(rows, gate.shape[0]) for _ in range(2))
     return x.new_empty(*x.shape[:-1], down.shape[0]), *products
@@ -273,7 +296,7 @@ def _plain(x: Tensor, visible: Tensor | None, gate: Tensor, up: Tensor, down: Te
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, keep = inputs
+    *tensors, keep, _ = inputs
     ctx.save_for_backward(*tensors, *(output[1:] if keep else (None, None)))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -282,13 +305,13 @@ def _setup(ctx, inputs, output) -> None:
 def _autograd(ctx, grad, *_):
     *inputs, gated, raised = ctx.saved_tensors
     if grad is None:
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None
     if torch.is_grad_enabled():
         # create_graph=True: these gradients will be differentiated again.
-        return *differentiable_backward(reference, inputs, (grad,)), None
+        return *differentiable_backward(reference, inputs, (grad,)), None, None
     needs_x = ctx.needs_input_grad[0]
     d_x, *d_weights = _backward(grad.contiguous(), *inputs, needs_x, gated, raised)
-    return d_x if needs_x else None, None, *d_weights, None
+    return d_x if needs_x else None, None, *d_weights, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -327,4 +350,5 @@ def gated_projection(
     args = x, visible, gate, up, down
     if transformed():
         return run_plain(_plain, args, _CAST)
-    return _forward(*args, keep and torch.is_grad_enabled())[0]
+    recorded = torch.is_grad_enabled()
+    return _forward(*args, keep and recorded, not recorded)[0]

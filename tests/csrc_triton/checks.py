@@ -59,8 +59,17 @@ def assert_equals_oracle(
     rounded = [t.to(device, dtype) for t in inputs]
     exact = values_and_gradients(oracle, [t.double() for t in rounded])
     results = values_and_gradients(op, rounded)
+    assert_as_exact_as(values_and_gradients(oracle, rounded), results, exact, dtype)
+
+
+def assert_as_exact_as(
+    same_dtype: Sequence[Tensor],
+    results: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Results err by at most twice what an oracle errs that is computed in ``dtype``."""
     assert [f.shape for f in results] == [e.shape for e in exact]
-    same_dtype = values_and_gradients(oracle, rounded)
     for f, e, s in zip(results, exact, same_dtype, strict=True):
         finite = torch.isfinite(e)
         assert torch.equal(f[~finite].double(), e[~finite])

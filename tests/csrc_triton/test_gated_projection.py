@@ -111,6 +111,27 @@ def test_kept_products_give_the_same_bits(hides, device):
         assert torch.equal(recomputed, kept)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 700])
+@pytest.mark.parametrize("hides", [False, True])
+def test_inference_equals_oracle_and_masks(tokens, hides, device, dtype):
+    """Also in chunks, and where oneDNN multiplies, which it does not while gradients are
+    recorded."""
+    shapes = random(2, tokens, 33), *weights(33, 64, 17)
+    x, *w = (t.to(device, dtype) for t in shapes)
+    visible = torch.ones(2, tokens, dtype=torch.bool, device=device)
+    if hides:
+        visible = torch.arange(2 * tokens, device=device).view(2, tokens) % 3 > 0
+    expected = [oracle(*(t.to(kind) for t in (x, *w)))[visible] for kind in (dtype, torch.double)]
+    x = torch.where(visible[..., None], x, torch.nan)
+    with torch.no_grad():
+        out = gated_projection(x, visible if hides else None, *w)
+        x, *w = (t.mT.contiguous().mT for t in (x, *w))
+        strided = gated_projection(x, visible if hides else None, *w)
+    for result in (out, strided):
+        assert result.dtype == dtype and result.is_contiguous() and not result[~visible].any()
+        checks.assert_as_exact_as(expected[:1], [result[visible]], expected[1:], dtype)
+
+
 def test_compiles():
     short, longer = (
         [t.float() for t in (random(2, tokens, 4), *weights(4, 6, 3))] for tokens in (7, 13)
