@@ -71,7 +71,7 @@ def _targets() -> str:
 
 
 def _hypernet_streaming(record: Record) -> str:
-    rows = []
+    rows, products = [], []
     for row in record["rows"]:
         for variant, own in row["variants"].items():
             rows.append([
@@ -79,12 +79,30 @@ def _hypernet_streaming(record: Record) -> str:
                 _ratio(own.get("seconds_ratio"), row["correct"]), _gib(own["peak_bytes"]),
                 _ratio(own.get("peak_bytes_ratio"), row["correct"]),
                 f"{own['product_share']:.0%}", _share(own.get("all_product_share")),
-                f"{own['relative_error']:.1e}",
+                _share(own.get("memory_product_share")), f"{own['relative_error']:.1e}",
             ])  # fmt: skip
-    return _table(
+            products += [
+                [row["tokens"], product["name"], " x ".join(map(str, product["shape"])),
+                 product["dtype"], f"{product['gflops']:.0f}", f"{product['memory_gflops']:.0f}"]
+                for product in own.get("products", []) if variant.startswith("groups")
+            ]  # fmt: skip
+    table = _table(
         ["tokens", "layers", "order", "CPU s", "time ratio", "peak GiB", "memory ratio",
-         "products with the context", "all products", "error"], rows,
+         "products with the context", "all products", "all from memory", "error"], rows,
     )  # fmt: skip
+    if not products:
+        return table
+    note = (
+        "\nGFLOP per CPU second of the plain products that the shares compare with, in groups. "
+        "`all products` takes those whose matrices a cache may hold, and the attention's for the "
+        "latents; `all from memory` takes each shape's own with matrices from memory. Waiting "
+        f"threads: `OMP_WAIT_POLICY={record['wait_policy']}`.\n\n"
+    )
+    return (
+        table
+        + note
+        + _table(["tokens", "product", "shape", "dtype", "GFLOP/s", "from memory"], products)
+    )
 
 
 def _ops(record: Record) -> str:

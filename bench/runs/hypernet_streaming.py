@@ -6,7 +6,13 @@ as the decoder produces them, in the order of the pipeline: ``layers`` one by on
 were grouped; ``groups`` as many at once as a group has tokens for; ``groups, bfloat16`` the
 same with bfloat16 features. Each runs in a process of its own, and they take turns; peak resident
 memory includes the weights. Seconds are CPU time of all threads, the least of the rounds, because
-wall time depends on what else runs. Ratios are stored only if the adapters agree.
+wall time depends on what else runs. A thread that waits for another one sleeps
+(``OMP_WAIT_POLICY=passive``, unless the environment says otherwise); by default it spins, and what
+else runs would count as CPU time, too. Ratios are stored only if the adapters agree.
+
+Beside the seconds are those that the products alone would take, one after the other, as PyTorch
+multiplies two plain matrices: the same matrices again and again, which a cache may hold, and
+matrices that come from memory, as they do in a network whose weights and contexts no cache holds.
 """
 
 from __future__ import annotations
@@ -77,12 +83,13 @@ def main() -> int:
         )
         print(json.dumps(row))
         return 0
+    policy = os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     rows = [
         compare(tokens, options.layers, options.threads, options.rounds)
         for tokens in options.tokens
     ]
     record = {"benchmark": "hypernet_streaming", **environment(), "threads": options.threads}
-    write_record({**record, "rows": rows}, options.out)
+    write_record({**record, "wait_policy": policy, "rows": rows}, options.out)
     return 0 if all(row["correct"] for row in rows) else 1
 
 
@@ -111,9 +118,18 @@ def compare(tokens: int, layers: int, threads: int, rounds: int) -> dict[str, An
             f"S = {tokens:5d}  {variant:16s} {own['seconds']:8.2f} s  {ratio}   "
             f"peak {own['peak_bytes'] / 2**30:5.2f} GiB   error {own['relative_error']:.1e}   "
             f"products with the context {own['product_share']:.0%}, "
-            f"all {own['all_product_share']:.0%}",
+            f"all {own['all_product_share']:.0%}, from memory {own['memory_product_share']:.0%}",
             flush=True,
         )
+    for variant in ("groups", "groups, bfloat16"):
+        print(f"  {variant}, GFLOP/s of a plain product:")
+        for product in figures[variant]["products"]:
+            shape = " x ".join(map(str, product["shape"]))
+            print(
+                f"    {product['name']:22s} {shape:20s} {product['dtype']:9s} "
+                f"{product['gflops']:7.1f}   from memory {product['memory_gflops']:7.1f}",
+                flush=True,
+            )
     return {
         "tokens": tokens, "layers": layers, "load": os.getloadavg()[0], "correct": correct,
         "variants": figures,
@@ -138,6 +154,9 @@ def measure(variant: str, tokens: int, layers: int, threads: int, factors: Path)
         generator = torch.Generator().manual_seed(index)
         return torch.randn(1, length, config.hidden_size, generator=generator).to(dtype)
 
+    budget = tokens_per_group(torch.device("cpu"), gradients=False)
+    size = layers_per_group(tokens, layers, budget) if variant.startswith("groups") else 1
+
     @torch.inference_mode()
     def run(length: int) -> tuple[dict, dict, float]:
         if variant == "released":
@@ -145,8 +164,6 @@ def measure(variant: str, tokens: int, layers: int, threads: int, factors: Path)
             start = time.process_time()
             a, b = released.hypernetwork(network, features)
             return a, b, time.process_time() - start
-        budget = tokens_per_group(torch.device("cpu"), gradients=False)
-        size = 1 if variant == "layers" else layers_per_group(length, layers, budget)
         chunks = list(token_chunks(length, tokens_per_unit(torch.device("cpu"))))
         per_layer: list[LayerFactors] = []
         seconds = 0.0
@@ -167,43 +184,70 @@ def measure(variant: str, tokens: int, layers: int, threads: int, factors: Path)
     a, b, seconds = run(tokens)
     peak = peak_bytes()
     save_tensors({"A": a["down_proj"].float(), "B": b["down_proj"].float()}, factors)
-    context, latents = (each * layers for each in product_seconds(network, tokens, dtype))
+    products = plain_products(network, tokens, size if variant != "released" else layers, dtype)
+    own_rate = product_seconds(products[:-1], "gflops")
+    # The latents' products, which are small, at the rate of the attention's.
+    attention = [product for product in products if product["name"].startswith("attention")]
+    flops = sum(product["flops"] for product in attention)
+    latents = products[-1]["flops"] * product_seconds(attention, "gflops") / flops
     return {
         "seconds": seconds,
-        "product_share": context / seconds,
-        "all_product_share": (context + latents) / seconds,
+        "product_share": own_rate * layers / seconds,
+        "all_product_share": (own_rate + latents) * layers / seconds,
+        "memory_product_share": product_seconds(products, "memory_gflops") * layers / seconds,
+        "products": products,
         "peak_bytes": peak,
         "added_bytes": peak - before,
     }
 
 
-@torch.inference_mode()
-def product_seconds(network: HyperNetwork, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
-    """CPU seconds of one layer's products at the rate of plain ones: context, and latents alone.
+def product_seconds(products: list[dict[str, Any]], rate: str) -> float:
+    """CPU seconds of one layer's products at their rates."""
+    return sum(product["flops"] / product[rate] for product in products) / 1e9
 
-    With the context: the modality projection, at the rate of ``dtype``, and two products of nine
-    blocks' absorbed attention in float32, each at the rate that its own shape reaches. The latents
-    take part in all others, which are so small that reading their weights bounds them; they are
-    counted at the rate of the attention's.
+
+@torch.inference_mode()
+def plain_products(
+    network: HyperNetwork, tokens: int, size: int, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """One layer's products and the rates, in GFLOP per CPU second, of plain ones of their shapes.
+
+    With the context: the modality projection in ``dtype``, and two products of all blocks' absorbed
+    attention in float32. The latents of ``size`` layers take part in all others, which are so small
+    that reading their weights bounds them; the shape of most stands for all.
     """
     config = network.config
     d, z, rows = config.hidden_size, config.latent_size, config.num_heads * config.num_latents
+    length, wide = min(tokens, 1024), torch.float32
+    # More than the caches hold.
+    other = torch.ones(2**25)
 
-    def seconds(m: int, k: int, n: int, kind: torch.dtype) -> float:
+    def seconds(m: int, k: int, n: int, kind: torch.dtype, from_memory: bool) -> float:
         x, w = torch.randn(m, k).to(kind), torch.randn(n, k).to(kind)
         times = []
         for _ in range(6):
+            if from_memory:
+                other.add_(1)
             start = time.process_time()
             x @ w.T
             times.append(time.process_time() - start)
         return min(times)
 
-    length = min(tokens, 1024)
-    projection = 2 * seconds(length, d, 4 * d, dtype) + seconds(length, 4 * d, z, dtype)
-    attention = seconds(rows, z, length, torch.float32) + seconds(rows, length, z, torch.float32)
-    context = (projection + config.num_blocks * attention) * tokens / length
-    rate = 4 * rows * z * length / attention
-    return context, latent_flops(network) / rate
+    def product(name: str, flops: int, m: int, k: int, n: int, kind: torch.dtype) -> dict[str, Any]:
+        rates = [2 * m * k * n / seconds(m, k, n, kind, cold) / 1e9 for cold in (False, True)]
+        return {
+            "name": name, "shape": [m, k, n], "dtype": str(kind).removeprefix("torch."),
+            "flops": flops, "gflops": rates[0], "memory_gflops": rates[1],
+        }  # fmt: skip
+
+    scores = 2 * config.num_blocks * tokens * rows * z
+    return [
+        product("gate and up projection", 2 * tokens * 2 * d * 4 * d, length, d, 4 * d, dtype),
+        product("down projection", 2 * tokens * 4 * d * z, length, 4 * d, z, dtype),
+        product("attention scores", scores, rows, z, length, wide),
+        product("attention means", scores, rows, length, z, wide),
+        product("latents", latent_flops(network), size * config.num_latents, z, 4 * z, wide),
+    ]
 
 
 def latent_flops(network: HyperNetwork) -> int:

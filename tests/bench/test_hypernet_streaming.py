@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.models import SHAPES, random_hypernet
-from bench.runs.hypernet_streaming import latent_flops
+from bench.runs.hypernet_streaming import latent_flops, plain_products
 from csrc_triton import dispatch
 
 TOKENS = 24
@@ -29,3 +29,5 @@ def test_flops_of_the_latents_are_those_of_the_products_without_the_context(monk
     rows = config.num_heads * config.num_latents
     context = 2 * 2 * d * 4 * d + 2 * 4 * d * z + config.num_blocks * 4 * rows * z
     assert flops == TOKENS * context + latent_flops(network)
+    products = plain_products(network, TOKENS, 1, torch.float32)
+    assert flops == sum(product["flops"] for product in products)
