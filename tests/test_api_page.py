@@ -7,7 +7,6 @@ import importlib
 import inspect
 import re
 from pathlib import Path
-from typing import get_type_hints
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 INTRODUCTION = """# Public interface
@@ -92,8 +91,6 @@ def described(name: str, item: object) -> str:
 def signature(name: str, item: object) -> str:
     """One line, or one parameter a line where that is too long."""
     found = inspect.signature(item)
-    # Without the ranges that pydantic checks.
-    types = get_type_hints(item) if hasattr(item, "__pydantic_fields__") else {}
     parameters, keyword_only = [], False
     for parameter in found.parameters.values():
         if parameter.name == "self":
@@ -101,9 +98,6 @@ def signature(name: str, item: object) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             parameters.append("*")
-        if parameter.name in types:
-            annotation = inspect.formatannotation(types[parameter.name])
-            parameter = parameter.replace(annotation=annotation.replace("collections.abc.", ""))
         text = str(parameter.replace(default=parameter.empty)).replace("'", "")
         if parameter.default is not parameter.empty:
             # Objects are shown as "...": their text says nothing, or where they lie in memory.

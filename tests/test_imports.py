@@ -232,7 +232,7 @@ def test_using_a_model_needs_the_core_dependencies_alone():
     # transformers brings what happens to be installed.
     brought = loaded_by("from transformers import AutoConfig, SmolVLMForConditionalGeneration")
     loaded = loaded_by("from v2l_fast import *")
-    assert not (loaded - brought) & (HEAVY - {"av", "pydantic", "safetensors"})
+    assert not (loaded - brought) & (HEAVY - {"av", "safetensors"})
 
 
 def test_every_export_exists():

@@ -195,7 +195,7 @@ def test_headers_are_validated_before_anything_is_loaded(tmp_path, monkeypatch):
         ({"num_self_attn_per_block": 1000, "num_blocks": 1000}, "must be at most 1,024 layers"),
         ({"hidden_size": 2**62}, "hidden_size must be at most"),
         ({"rank": 2**62}, "rank must be at most"),
-        ({"scale": True}, "scale must be a valid number"),
+        ({"scale": True}, "scale must be a finite number"),
         ({"target_modules": {"down_proj": [True, True]}}, "target_modules"),
         ({"target_modules": {"x" * 1_000_000: [1]}}, "target_modules"),
         ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path must be text"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import re
 import reprlib
-from collections.abc import Mapping
 from typing import Any
 
 # Maximum characters of a line. A path may have 4,096, a value in a file millions.
@@ -38,19 +37,6 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "remove the loop of symbolic links",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
-}
-# Pydantic's words -> ours.
-_WORDS = {
-    r"^\w+ should": "must",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "a valid boolean": "true or false",
-    "a valid string": "text",
-    "a valid tuple": "a list",
-    " after validation.*": "",
-    "Field required": "is missing",
-    "Unexpected keyword argument": "is unknown",
-    "^Value error, ": "",
 }
 
 _short = reprlib.Repr()
@@ -149,14 +135,3 @@ def os_error_reason(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0)
     return reason if remedy is None else f"{reason}; {remedy}"
-
-
-def refusal(error: Mapping[str, Any]) -> str:
-    """The reason why pydantic refuses a value, to follow the value's name."""
-    reason = error["msg"]
-    for theirs, ours in _WORDS.items():
-        reason = re.sub(theirs, ours, reason)
-    # The input of these is the whole configuration.
-    if error["type"] in ("missing", "value_error"):
-        return reason
-    return f"{reason}, got {excerpt(error['input'])}"

@@ -2,61 +2,36 @@
 
 Holds the architecture and the setting it was trained in (frames, resolution, instruction), so a
 video is internalized at inference as it was in training. It knows nothing about any VLM family.
+Values are checked by hand: a machine that runs the network may have torch and transformers alone,
+not pydantic, which the settings of training use.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
-from functools import wraps
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass
-
-from v2l_fast.errors import ConfigError, excerpt, refusal
+from v2l_fast.errors import ConfigError, excerpt
 from v2l_fast.files import read_json, write_json
 from v2l_fast.video.preprocess import FrameSampling
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MODEL_TYPE = "v2l_hypernetwork"
-INSTRUCTION = "Internalize this video for later captioning."
-
-# Numbers are not converted from text, nor text from numbers.
-STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 # Far beyond any network; building one of a billion layers would never end.
 _MAX_LAYERS, _MAX_SIZE = 1024, 2**20
-
-T = TypeVar("T")
-Size = Annotated[int, Field(ge=1, le=_MAX_SIZE)]
-Count = Annotated[int, Field(ge=1, le=_MAX_LAYERS)]
-CountOrZero = Annotated[int, Field(ge=0, le=_MAX_LAYERS)]
-# JSON has lists only.
-Pair = Annotated[tuple[Size, Size], BeforeValidator(lambda n: tuple(n) if type(n) is list else n)]
+# Metadata of integer fields: the range of the values.
+_SIZE, _EDGE = {"range": (1, _MAX_SIZE)}, {"range": (2, _MAX_SIZE)}
+_COUNT, _COUNT_OR_ZERO = {"range": (1, _MAX_LAYERS)}, {"range": (0, _MAX_LAYERS)}
+INSTRUCTION = "Internalize this video for later captioning."
 
 
-def raises_config_error(cls: type[T]) -> type[T]:
-    """Let the constructor of a pydantic dataclass raise ConfigError."""
-    validate = cls.__init__
-
-    @wraps(validate)
-    def __init__(self: T, *args: Any, **values: Any) -> None:
-        try:
-            validate(self, *args, **values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"{name} {refusal(first)}".lstrip()) from None
-
-    cls.__init__ = __init__  # type: ignore[assignment,method-assign]
-    return cls
-
-
-@raises_config_error
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True)
 class HypernetConfig:
     """Architecture of a :class:`~v2l_fast.hypernet.network.HyperNetwork` and its training setting.
 
@@ -86,44 +61,69 @@ class HypernetConfig:
         ConfigError: a value is out of range or values contradict each other.
     """
 
-    hidden_size: Size
-    num_layers: Count
-    target_modules: Annotated[Mapping[str, Pair], Field(min_length=1)]
-    rank: Size = 16
-    latent_size: Size = 512
-    num_latents: Count = 8
-    num_blocks: Count = 9
-    num_self_attn_per_block: CountOrZero = 0
+    hidden_size: int = field(metadata=_SIZE)
+    num_layers: int = field(metadata=_COUNT)
+    target_modules: Mapping[str, tuple[int, int]]
+    rank: int = field(default=16, metadata=_SIZE)
+    latent_size: int = field(default=512, metadata=_SIZE)
+    num_latents: int = field(default=8, metadata=_COUNT)
+    num_blocks: int = field(default=9, metadata=_COUNT)
+    num_self_attn_per_block: int = field(default=0, metadata=_COUNT_OR_ZERO)
     shared_weights: bool = False
-    num_pre_head_layers: CountOrZero = 1
+    num_pre_head_layers: int = field(default=1, metadata=_COUNT_OR_ZERO)
     shared_head: bool = False
     bias_adapter: bool = True
     scale: float | None = None
-    num_heads: Count = 16
-    num_kv_heads: Count = 4
-    head_dim: Size = 128
+    num_heads: int = field(default=16, metadata=_COUNT)
+    num_kv_heads: int = field(default=4, metadata=_COUNT)
+    head_dim: int = field(default=128, metadata=_SIZE)
     chunk_position: bool = False
     base_model_name_or_path: str | None = None
-    max_frames: Size = 12
-    longest_edge: Annotated[Size, Field(ge=2)] = 384
-    target_fps: Annotated[float, Field(gt=0)] = 1.0
+    max_frames: int = field(default=12, metadata=_SIZE)
+    longest_edge: int = field(default=384, metadata=_EDGE)
+    target_fps: float = 1.0
     instruction: str = INSTRUCTION
 
     def __post_init__(self) -> None:
-        modules = dict(sorted(self.target_modules.items()))
-        object.__setattr__(self, "target_modules", modules)
-        if self.scale is None:
-            object.__setattr__(self, "scale", 2.0 * self.rank**1.5)
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads must be a multiple of num_kv_heads ({self.num_kv_heads}), "
-                f"got {self.num_heads}"
-            )
-        if self.num_blocks * (1 + self.num_self_attn_per_block) > _MAX_LAYERS:
+        def require(name: str, holds: bool, expected: str) -> None:
+            if not holds:
+                raise ConfigError(f"{name} must be {expected}, got {excerpt(getattr(self, name))}")
+
+        for item in dataclasses.fields(self):
+            name, value = item.name, getattr(self, item.name)
+            if "range" in item.metadata:
+                low, high = item.metadata["range"]
+                require(name, type(value) is int and value >= low, f"an integer of at least {low}")
+                require(name, value <= high, f"at most {high:,}")
+            elif item.type == "bool":
+                require(name, isinstance(value, bool), "true or false")
+        base = self.base_model_name_or_path
+        require("base_model_name_or_path", base is None or isinstance(base, str), "text")
+        require("instruction", isinstance(self.instruction, str), "text")
+        scale = 2.0 * self.rank**1.5 if self.scale is None else self.scale
+        require("scale", _is_finite(scale), "a finite number")
+        object.__setattr__(self, "scale", float(scale))
+        fps = self.target_fps
+        require("target_fps", _is_finite(fps) and fps > 0, "a positive number")
+        multiple = f"a multiple of num_kv_heads ({self.num_kv_heads})"
+        require("num_heads", self.num_heads % self.num_kv_heads == 0, multiple)
+        layers = self.num_blocks * (1 + self.num_self_attn_per_block)
+        if layers > _MAX_LAYERS:
             raise ConfigError(
                 f"num_blocks * (1 + num_self_attn_per_block) must be at most {_MAX_LAYERS:,} "
                 f"layers, got {self.num_blocks} * (1 + {self.num_self_attn_per_block})"
             )
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty: name at least one, e.g. down_proj")
+        modules = {}
+        for name, sizes in sorted(self.target_modules.items()):
+            pair = isinstance(sizes, list | tuple) and len(sizes) == 2
+            if not pair or any(type(n) is not int or not 1 <= n <= _MAX_SIZE for n in sizes):
+                raise ConfigError(
+                    f"target_modules[{excerpt(name)}] must be (d_in, d_out), got {excerpt(sizes)}"
+                )
+            modules[name] = (sizes[0], sizes[1])
+        object.__setattr__(self, "target_modules", modules)
 
     @property
     def sampling(self) -> FrameSampling:
@@ -137,7 +137,7 @@ class HypernetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; inverse of :meth:`from_dict`."""
-        values = asdict(self)
+        values = dataclasses.asdict(self)
         values["target_modules"] = {m: list(sizes) for m, sizes in self.target_modules.items()}
         # Left out when off, so that networks older than the field keep their fingerprint.
         if not self.chunk_position:
@@ -155,6 +155,17 @@ class HypernetConfig:
         model_type = values.pop("model_type", None)
         if model_type != MODEL_TYPE:
             raise ConfigError(f"model_type must be {MODEL_TYPE!r}, got {excerpt(model_type)}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ConfigError(f"unknown hypernetwork config fields: {', '.join(unknown)}")
+        required = ("hidden_size", "num_layers", "target_modules")
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise ConfigError(f"hypernetwork config lacks {', '.join(missing)}")
+        modules = values["target_modules"]
+        if not isinstance(modules, Mapping):
+            raise ConfigError("target_modules must map a module name to [d_in, d_out]")
         return cls(**values)
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -176,3 +187,7 @@ class HypernetConfig:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

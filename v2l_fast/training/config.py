@@ -7,6 +7,7 @@ value comes from, the value and the remedy, in one line, before anything is load
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -24,9 +26,9 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from v2l_fast.errors import ConfigError, refusal
+from v2l_fast.errors import ConfigError, excerpt
 from v2l_fast.files import read_text
-from v2l_fast.hypernet.config import INSTRUCTION, STRICT, HypernetConfig
+from v2l_fast.hypernet.config import INSTRUCTION, HypernetConfig
 from v2l_fast.video.preprocess import MAX_EDGE, FrameSampling
 from v2l_fast.video.reader import Backend
 
@@ -34,6 +36,9 @@ PRESETS = Path(__file__).parent / "presets"
 # Fields of the hypernetwork that come from the base and from `data`.
 FROM_BASE = ("hidden_size", "num_layers", "base_model_name_or_path")
 FROM_DATA = ("max_frames", "longest_edge", "target_fps", "instruction")
+
+# Numbers are not converted from text, nor text from numbers.
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
@@ -418,7 +423,7 @@ def from_flat(sources: ConfigSources) -> TrainConfig:
     try:
         return TrainConfig(**sections)
     except ValidationError as error:
-        raise ConfigError(refusal(error.errors()[0])) from None
+        raise ConfigError(str(error.errors()[0]["ctx"]["error"])) from None
 
 
 def _section(name: str, kind: type[T], values: Mapping[str, Any], sources: ConfigSources) -> T:
@@ -437,7 +442,20 @@ def _message(section: str, error: ErrorDetails, sources: ConfigSources) -> str:
     if error["type"] == "hypernet":
         key = f"{key}.{error['ctx']['name']}"
         return f"{key}{sources.origin(key)} {error['msg']}"
-    return f"{key}{sources.origin(key)} {refusal(error)}"
+    reason = error["msg"]
+    for theirs, ours in _WORDS.items():
+        reason = re.sub(theirs, ours, reason)
+    return f"{key}{sources.origin(key)} {reason}, got {excerpt(error['input'])}"
+
+
+# Pydantic's words -> ours.
+_WORDS = {
+    r"^\w+ should": "must",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid boolean": "true or false",
+    " after validation.*": "",
+}
 
 
 def _unknown(key: str, sources: ConfigSources) -> str:
