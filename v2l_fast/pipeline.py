@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from v2l_fast.device import send
 from v2l_fast.errors import ConfigError, VideoError
-from v2l_fast.hypernet.adapter import Adapter, AdapterBatch, LayerFactors
+from v2l_fast.hypernet.adapter import Adapter, LayerFactors
 from v2l_fast.hypernet.adapter_files import Provenance
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.video import Clip, FrameSampling
@@ -320,15 +320,13 @@ def iter_adapters(
     features = yield from iter_features(backbone, contexts)
     members: list[int] = []
     adapters: list[Adapter] = []
-    finite: list[Tensor] = []
     unit = tokens_per_unit(backbone.decoder.device)
     for batch in context_batches(backbone, contexts, features, MAX_PADDING, max_tokens):
-        factors = hypernet.assemble((yield from iter_factors(backbone, hypernet, batch, unit)))
+        factors = yield from iter_factors(backbone, hypernet, batch, unit)
         members += batch.members
-        adapters += factors
-        finite.append(_finite(factors))
+        adapters += hypernet.adapters(factors)
     # One wait for the device, after everything is enqueued.
-    flags = torch.cat(finite).tolist() if finite else []
+    flags = torch.stack([_finite(adapter) for adapter in adapters]).tolist() if adapters else []
     by_context = dict(zip(members, zip(adapters, flags, strict=True), strict=True))
     return [a if fine else None for a, fine in (by_context[i] for i in range(len(contexts)))]
 
@@ -513,10 +511,7 @@ def _chunks_across(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor
         yield chunk
 
 
-def _finite(batch: AdapterBatch) -> Tensor:
-    """Whether all factors of each adapter are finite, bool [n]."""
-    sums = [
-        factor.flatten(1).sum(1, dtype=torch.float32)
-        for factor in (*batch.A.values(), *batch.B.values())
-    ]
-    return torch.stack(sums).isfinite().all(0)
+def _finite(adapter: Adapter) -> Tensor:
+    """Whether all generated factors are finite, a bool scalar."""
+    factors = *adapter.A.values(), *adapter.B.values()
+    return torch.stack([factor.sum(dtype=torch.float32) for factor in factors]).isfinite().all()

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.golden import relative
 from v2l_fast import adapted_linear
 from v2l_fast.errors import AdapterError
-from v2l_fast.hypernet.adapter import Adapter, AdapterBatch, BiasAdapter
+from v2l_fast.hypernet.adapter import Adapter, BiasAdapter
 from v2l_fast.hypernet.adapter_bank import AdapterBank, LayerAdapters
 
 LAYERS, D_IN, D_OUT = 3, 40, 24
@@ -158,8 +158,8 @@ def test_gradients_reach_generated_adapters():
     ]
     torch.stack(actual).square().sum().backward()
     assert all(leaf.grad.flatten(2).any(-1).all() for leaf in leaves)
-    batch = AdapterBatch.of_layers(per_layer, 1.5, BIAS)
-    packed = AdapterBank.pack([batch[0], batch[1], batch[1]], "cpu", torch.float32)
+    first, second = (Adapter.of_layers(per_layer, row, 1.5, BIAS) for row in (0, 1))
+    packed = AdapterBank.pack([first, second, second], "cpu", torch.float32)
     for index, (linear, expected) in enumerate(zip(linears, actual, strict=True)):
         assert relative(packed.apply("down_proj", index, linear, x), expected) <= 1e-6
 

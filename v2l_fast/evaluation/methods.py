@@ -535,7 +535,7 @@ def internalize_fused(
         model.backbone.decoder, prompt, len(clip.frames), setting.fusion, reduction=reduction
     )
     factors = [model.hypernet.layer(index, hidden) for index, hidden in enumerate(layers)]
-    return model.hypernet.assemble(factors)[0]
+    return model.hypernet.adapters(factors)[0]
 
 
 def _store_adapter(setting: MethodSettings, video: Video) -> PreparedVideo:

@@ -161,6 +161,21 @@ class Adapter:
         a, b, record = dict(self.A), dict(self.B), dict(self.provenance)
         return Adapter, (a, b, self.scale, self.bias, self.detached_bias_id, record)
 
+    @classmethod
+    def of_layers(
+        cls,
+        per_layer: Sequence[LayerFactors],
+        row: int,
+        scale: float,
+        bias: BiasAdapter | None = None,
+    ) -> Adapter:
+        """One row of the factors of layers 0 to L - 1, copied once; without a gradient."""
+        a, b = (
+            {m: torch.stack([layer[side][m][row].detach() for layer in per_layer]) for m in modules}
+            for side, modules in enumerate(per_layer[0])
+        )
+        return cls(a, b, scale, bias)
+
     @property
     def bias_id(self) -> str | None:
         """Which bias adapter belongs with this one, attached or not."""
@@ -426,20 +441,6 @@ class AdapterBatch:
     B: Factors
     scale: float
     bias: BiasAdapter | None = None
-
-    @classmethod
-    def of_layers(
-        cls, per_layer: Sequence[LayerFactors], scale: float, bias: BiasAdapter | None = None
-    ) -> AdapterBatch:
-        """The factors of layers 0 to L - 1 in one batch, in memory layer by layer."""
-        a, b = (
-            {
-                m: torch.stack([layer[side][m] for layer in per_layer]).transpose(0, 1)
-                for m in per_layer[0][side]
-            }
-            for side in (0, 1)
-        )
-        return cls(a, b, scale, bias)
 
     def __repr__(self) -> str:
         return f"AdapterBatch({_contents(self.A, self.B)}, scale {self.scale:g})"

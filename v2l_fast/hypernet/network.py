@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from csrc_triton import rank_projection
 from v2l_fast.device import compiled
 from v2l_fast.errors import CheckpointError, ConfigError
-from v2l_fast.hypernet.adapter import AdapterBatch, BiasAdapter, LayerFactors
+from v2l_fast.hypernet.adapter import Adapter, AdapterBatch, BiasAdapter, LayerFactors
 from v2l_fast.hypernet.config import WEIGHTS_NAME, HypernetConfig
 from v2l_fast.hypernet.perceiver import (
     Perceiver,
@@ -369,10 +369,25 @@ class HyperNetwork(nn.Module):
         return factors_a, factors_b
 
     def assemble(self, per_layer: Sequence[LayerFactors]) -> AdapterBatch:
-        """Stack the results of :meth:`group` for layers 0 to L - 1 into one batch."""
-        return AdapterBatch.of_layers(
-            per_layer, cast(float, self.config.scale), self.bias_adapter()
+        """Stack the results of :meth:`group` for layers 0 to L - 1 into one batch.
+
+        For adapters on their own, :meth:`adapters` copies each factor once less.
+        """
+        a, b = (
+            {
+                # In memory layer by layer: each layer's factors are copied as a whole.
+                m: torch.stack([layer[side][m] for layer in per_layer]).transpose(0, 1)
+                for m in modules
+            }
+            for side, modules in enumerate(per_layer[0])
         )
+        return AdapterBatch(a, b, cast(float, self.config.scale), self.bias_adapter())
+
+    def adapters(self, per_layer: Sequence[LayerFactors]) -> list[Adapter]:
+        """The adapter of each row of the results of :meth:`group` for layers 0 to L - 1."""
+        scale, bias = cast(float, self.config.scale), self.bias_adapter()
+        rows = len(next(iter(per_layer[0][0].values())))
+        return [Adapter.of_layers(per_layer, row, scale, bias) for row in range(rows)]
 
     def bias_adapter(self) -> BiasAdapter | None:
         """The learned adapter shared by all videos (by reference), or None."""

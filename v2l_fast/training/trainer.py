@@ -28,7 +28,7 @@ from v2l_fast.data.readers import Failure, Sample, Source
 from v2l_fast.errors import CheckpointError, ConfigError, V2LError
 from v2l_fast.files import read_json, write_json
 from v2l_fast.generation import SamplingParams, answer_prompts
-from v2l_fast.hypernet.adapter import AdapterBatch
+from v2l_fast.hypernet.adapter import Adapter
 from v2l_fast.hypernet.config import HypernetConfig
 from v2l_fast.hypernet.network import HyperNetwork
 from v2l_fast.loading import load_hypernet, training_sampling
@@ -565,7 +565,8 @@ class Validation:
         contexts = [chunk for sample in samples for chunk in sample.chunks]
         layers = step.adapters(samples, visual_features(backbone, contexts))
         factors = [(layer.A, layer.B) for layer in layers]
-        adapters = list(AdapterBatch.of_layers(factors, layers[0].scale))
+        scale = layers[0].scale
+        adapters = [Adapter.of_layers(factors, row, scale) for row in range(len(samples))]
         # A different question of each video, so that every task type appears.
         pairs = [s.qa_pairs[i % len(s.qa_pairs)] for i, s in enumerate(samples)]
         prompts = [
