@@ -261,6 +261,35 @@ def test_indexing_gives_adapters_of_their_own(hypernet):
         batch[2]
 
 
+def test_adapters_are_written_once(hypernet):
+    inputs = features(2, 5, tiny.CONFIG).float()
+    per_layer = hypernet.group(0, inputs.unbind(1))
+    adapters = hypernet.adapters(per_layer)
+    assert adapters == list(hypernet.assemble(per_layer)) and len(adapters) == 2
+    assert adapters[0].bias is adapters[1].bias is not None
+    for adapter in adapters:
+        for factor in (adapter.A["down_proj"], adapter.B["down_proj"]):
+            assert factor.is_contiguous() and not factor.requires_grad
+            assert factor.untyped_storage().nbytes() == factor.nbytes
+    writes = Writes()
+    with writes:
+        hypernet.adapters(per_layer)
+    assert writes.actual == {"aten::stack": 2 * len(adapters)}
+
+
+class Writes(TorchDispatchMode):
+    """Counts the operations, leaving out views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actual: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.actual[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("chunks", [[1, 1], [4], [3, 0], [2, 2], [4, -1]])
 def test_chunks_that_do_not_add_up(chunks):
     with pytest.raises(ValueError, match="n_chunks"):
