@@ -249,7 +249,19 @@ def test_units_do_not_grow_with_the_context(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "size"), [(0, 32), (1, 32), (64, 32), (65, 31), (832, 2), (2048, 1), (9000, 1)]
+    ("tokens", "size"),
+    [
+        (0, 32),
+        (1, 32),
+        (64, 32),
+        (65, 16),
+        (127, 16),
+        (292, 7),
+        (293, 6),
+        (832, 2),
+        (2048, 1),
+        (9000, 1),
+    ],
 )
 def test_layers_per_group(tokens, size):
     assert steps.layers_per_group(tokens, 32, 2048) == size
@@ -259,6 +271,7 @@ def test_groups_are_larger_without_gradients_on_a_cpu():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert steps.tokens_per_group(cpu, gradients=True) == steps.tokens_per_unit(cpu)
     assert steps.tokens_per_group(cpu, gradients=False) == 2 * steps.tokens_per_unit(cpu)
+    assert steps.tokens_per_group(cpu, False, torch.bfloat16) == 3 * steps.tokens_per_unit(cpu)
     assert steps.tokens_per_group(cuda, gradients=False) == steps.tokens_per_unit(cuda)
 
 

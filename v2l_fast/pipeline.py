@@ -278,7 +278,7 @@ def iter_factors(
     whole = unit is None or length <= unit
     metadata = decoder.prefill_metadata(count, length) if whole else None
     total = hypernet.config.num_layers
-    budget = tokens_per_group(decoder.device, gradients=unit is None)
+    budget = tokens_per_group(decoder.device, unit is None, batch.embeddings.dtype)
     size = layers_per_group(count * length, total, budget)
     unit = length if unit is None else unit
     chunks = list(token_chunks(length, unit))

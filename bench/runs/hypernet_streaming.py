@@ -154,7 +154,7 @@ def measure(variant: str, tokens: int, layers: int, threads: int, factors: Path)
         generator = torch.Generator().manual_seed(index)
         return torch.randn(1, length, config.hidden_size, generator=generator).to(dtype)
 
-    budget = tokens_per_group(torch.device("cpu"), gradients=False)
+    budget = tokens_per_group(torch.device("cpu"), False, dtype)
     size = layers_per_group(tokens, layers, budget) if variant.startswith("groups") else 1
 
     @torch.inference_mode()

@@ -214,7 +214,7 @@ class HyperNetwork(nn.Module):
                 f"features must be [B, {expected[0]}, S, {expected[1]}], got {list(features.shape)}"
             )
         batch, layers, length, _ = features.shape
-        budget = tokens_per_group(features.device, torch.is_grad_enabled())
+        budget = tokens_per_group(features.device, torch.is_grad_enabled(), features.dtype)
         size = layers_per_group(batch * length, layers, budget)
         heads = self.head.slices()
         per_layer: list[LayerFactors] = []
