@@ -229,8 +229,12 @@ def prefers_onednn(x: Tensor) -> bool:
 
 @functools.cache
 def _has_onednn_and_avx512() -> bool:
-    capability = torch.backends.cpu.get_cpu_capability()
-    return torch.backends.mkldnn.is_available() and capability.startswith("AVX512")
+    # The op is not public: a build or a release without it keeps the BLAS.
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    )
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
