@@ -13,6 +13,7 @@ from v2l_fast.shapes.language import (
     ask,
     ask_absent,
     ask_bound,
+    ask_further,
     ask_reworded,
     ask_several,
     attribute_hits,
@@ -23,6 +24,7 @@ from v2l_fast.shapes.language import (
     plain,
     question_kinds,
     statement_hits,
+    true_statements,
 )
 from v2l_fast.shapes.vlm import ADDED_WORDS, build_tokenizer
 from v2l_fast.shapes.world import (
@@ -167,6 +169,28 @@ def test_statements_that_are_not_so_do_not_count():
     wrong = "red" if first.color != "red" else "blue"
     assert statement_hits(f"the color of the first object is {wrong}.", scene) == (0, 1)
     assert statement_hits("", scene) == (0, 1)
+
+
+def test_a_sentence_that_only_repeats_a_name_is_no_statement():
+    true = true_statements(two())
+    assert {"the color of the disc is red.", "the shape of the red object is disc."} <= true
+    assert not {"the shape of the disc is disc.", "the color of the red object is red."} & true
+
+
+def test_further_questions_have_right_answers_and_every_kind():
+    first, second = two().objects
+    seen = set()
+    for seed in range(100):
+        pair = ask_further(two(), random.Random(seed))
+        seen.add(pair.kind)
+        if pair.kind == "background":
+            assert pair.answer == two().background and "background" in pair.question
+        elif pair.kind == "last":
+            assert pair.answer == second.shape and "second" in pair.question
+        else:
+            item = first if "first" in pair.question else second
+            assert pair.answer == " ".join(item.place(0.0 if pair.kind == "start" else 1.0))
+    assert seen == {*PLACE_KINDS, "last", "background"}
 
 
 def test_an_absent_object_may_be_the_next_one():

@@ -101,6 +101,19 @@ def test_questions_about_random_recordings_have_every_kind():
     assert {"where it starts", "which comes second", *probes.NEVER_ASKED} <= kinds.keys()
 
 
+def test_a_share_of_nothing_is_left_out():
+    """What an adapter keeps is undefined where the video in context helps no more than nothing."""
+    members = [probes.Probe("color", clip, "What color is the disc?", "red") for clip in range(4)]
+    names = (probes.BASELINE, probes.SYSTEM, probes.OTHER, probes.NONE)
+
+    def rows(direct: str) -> list[dict]:
+        texts = {**dict.fromkeys(names, ["blue"] * 4), probes.BASELINE: [direct] * 4}
+        return probes.question_rows(lambda questions: texts, members)
+
+    assert rows("red")[0]["kept"] == {probes.SYSTEM: 0.0}
+    assert rows("blue")[0]["kept"] == {}
+
+
 def test_a_recording_is_sampled_as_its_file_would_be():
     recording = Recording(5.0, 10.0, 3, exact=True)
     (clip,) = probes.recorded_clips(SCENES[:1], [recording])

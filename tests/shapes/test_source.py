@@ -82,7 +82,7 @@ def test_recorded_samples_have_questions_by_name_and_about_absent_objects(config
         kinds = [pair.kind for pair in pairs]
         assert len(kinds) == 6
         assert kinds.count("caption") == kinds.count("absent") == kinds.count("details") == 1
-        assert set(kinds) & {"start", "end", "last", "background"}
+        assert kinds[-2] in ("start", "end", "last", "background")
         assert training.load(index, 0).task_types.count("caption") == 2
     assert sum(pair.kind == "binding" for pairs in samples for pair in pairs) >= 4
     assert training.load(3, 5).qa_pairs == training.load(3, 5).qa_pairs

@@ -169,7 +169,15 @@ class Adapter:
         scale: float,
         bias: BiasAdapter | None = None,
     ) -> Adapter:
-        """One row of the factors of layers 0 to L - 1, copied once; without a gradient."""
+        """One row of the factors of layers 0 to L - 1, copied once; without a gradient.
+
+        Args:
+            per_layer: A [B, R, d_in] and B [B, R, d_out] per module, of each layer.
+            row: which of the B adapters.
+
+        Returns:
+            The adapter, with A [L, R, d_in] and B [L, R, d_out].
+        """
         a, b = (
             {m: torch.stack([layer[side][m][row].detach() for layer in per_layer]) for m in modules}
             for side, modules in enumerate(per_layer[0])

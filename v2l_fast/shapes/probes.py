@@ -418,9 +418,9 @@ def binding_probes(scenes: Sequence[Scene]) -> Iterator[Probe]:
 
 
 def further_probes(scenes: Sequence[Scene], seed: int) -> Iterator[Probe]:
-    """Questions in known words. The first hypernetwork was trained on none of them, later ones were
-    on all but "the color of" an object and the like. The first VLM was trained on where objects
-    start and end, but not on the other wordings."""
+    """Questions in known words. The first hypernetwork was trained on none of them; later ones were
+    trained on all but "the color of" an object and the like. The first VLM was trained on where
+    objects start and end, but not on the other wordings."""
     for index, scene in enumerate(scenes):
         rng = random.Random(f"untrained/{seed}/{index}")
         for kind in ("start", "end"):

@@ -269,8 +269,10 @@ def recorded_sources(
     folder = config.feature_folder
 
     def source(split: str, count: int) -> RecordedSource:
-        seen = (_is_seen_in_captions,) if own_captions else ()
-        scenes, recordings = varied_videos(split, count, seed, *seen)
+        if own_captions:
+            scenes, recordings = varied_videos(split, count, seed, _is_seen_in_captions)
+        else:
+            scenes, recordings = varied_videos(split, count, seed)
         with progress_bar(f"videos of the {split} split") as bar:
             features = recorded_visual_tokens(
                 backbone.model, scenes, recordings, seed if split == "train" else None,
